@@ -1,0 +1,48 @@
+"""Sparse prefill for long prompts, as a vLLM attention backend.
+
+``vllm serve MODEL --attention-backend minference`` needs nothing from here; the names below serve people who call the
+parts themselves.
+"""
+
+from minference_vllm.patterns import (
+    AShape,
+    BlockSparse,
+    Dense,
+    HeadPattern,
+    PatternFile,
+    TriShape,
+    VerticalSlash,
+    load_pattern_file,
+)
+from minference_vllm.settings import Settings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AShape",
+    "BlockSparse",
+    "Dense",
+    "HeadPattern",
+    "PatternFile",
+    "Settings",
+    "SparseIndex",
+    "TriShape",
+    "VerticalSlash",
+    "__version__",
+    "load_pattern_file",
+    "sparse_prefill",
+]
+
+
+def __getattr__(name: str) -> object:
+    # torch loads only when something that computes is asked for: vLLM imports this package in every process to look
+    # for plugins, whether or not the backend was selected.
+    if name == "sparse_prefill":
+        from minference_vllm.attend import sparse_prefill
+
+        return sparse_prefill
+    if name == "SparseIndex":
+        from minference_vllm.index import SparseIndex
+
+        return SparseIndex
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

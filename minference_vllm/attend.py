@@ -1,0 +1,199 @@
+"""``sparse_prefill``: estimate, index and attend for every chunk of a batch; the public functional entry."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from minference_vllm import estimate
+from minference_vllm.engines import block_table as block_table_engine
+from minference_vllm.index import Scores, SparseIndex, Tiling, build_index
+from minference_vllm.paged_cache import PagedCache
+from minference_vllm.patterns import HeadPattern
+from minference_vllm.plan import Chunk
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ENGINES = ("auto", "block_table")
+
+
+@dataclass
+class Timing:
+    """Seconds spent on the three stages, summed over chunks."""
+
+    estimate: float = 0.0
+    index: float = 0.0
+    attend: float = 0.0
+
+
+def choose_tile(tile: int | None, block_size: int) -> int:
+    """Rows per query tile: the wanted number (default 128) rounded up to whole pages."""
+    wanted = block_table_engine.DEFAULT_TILE if tile is None else tile
+    return -(-wanted // block_size) * block_size
+
+
+def attend_chunk(
+    query: torch.Tensor,
+    cache: PagedCache,
+    pages: torch.Tensor,
+    chunk: Chunk,
+    patterns: Sequence[HeadPattern],
+    scale: float,
+    out: torch.Tensor,
+    tile: int | None = None,
+    timing: Timing | None = None,
+) -> SparseIndex:
+    """Sparse attention of one request's chunk, written to ``out``; returns the index that was used.
+
+    Args:
+        query: ``[chunk, H, D]``; out: alike.
+        cache: the layer's cache; the chunk's own keys and values are already in it.
+        pages: int64, physical page of each logical block; at least ``ceil(seq_len / block_size)``.
+        patterns: one per query head.
+        timing: is added to, when given.
+    """
+    timing = timing or Timing()
+    size = cache.block_size
+    tiling = Tiling.of(chunk.context_len, chunk.seq_len, size, choose_tile(tile, size))
+    pages = pages[: tiling.num_key_blocks]
+    keys: list[torch.Tensor] = []
+
+    def sequence_keys() -> torch.Tensor:
+        # One copy of the prefix serves every estimate of the chunk.
+        if not keys:
+            keys.append(cache.keys_by_head(pages)[:, : chunk.seq_len])
+        return keys[0]
+
+    def last_query(heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        begin = time.perf_counter()
+        result = estimate.last_query_scores(query, sequence_keys(), heads, scale)
+        timing.estimate += time.perf_counter() - begin
+        return result
+
+    def pooled(heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        begin = time.perf_counter()
+        result = estimate.pooled_scores(query, sequence_keys(), heads, tiling, scale)
+        timing.estimate += time.perf_counter() - begin
+        return result
+
+    begin, estimated = time.perf_counter(), timing.estimate
+    index = build_index(tiling, patterns, Scores(last_query, pooled))
+    timing.index += time.perf_counter() - begin - (timing.estimate - estimated)
+    begin = time.perf_counter()
+    block_table_engine.run(query, cache, pages, index, scale, out)
+    timing.attend += time.perf_counter() - begin
+    return index
+
+
+def sparse_prefill(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    patterns: HeadPattern | Sequence[HeadPattern],
+    scale: float | None = None,
+    engine: str = "auto",
+    tile: int | None = None,
+    out: torch.Tensor | None = None,
+    return_index: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, list[SparseIndex]]:
+    """Sparse causal prefill attention of several requests over a paged KV cache.
+
+    Args:
+        query: ``[num_tokens, num_heads, head_size]``, bf16, fp16 or fp32: the new tokens of all requests, concatenated.
+        key_cache: ``[num_blocks, block_size, num_kv_heads, head_size]``, plain rows, any strides, same dtype; the new
+            tokens' keys are already in it. ``value_cache`` alike.
+        block_table: int ``[num_requests, max_blocks]``, physical block of each logical block.
+        query_start_loc: int ``[num_requests + 1]``, first query row of each request, and the end.
+        seq_lens: int ``[num_requests]``, context plus new tokens.
+        patterns: one per query head, or one for all.
+        scale: softmax scale; default ``head_size ** -0.5``.
+        engine: ``auto`` or ``block_table``.
+        tile: query rows per selection of keys; default 128, rounded up to whole blocks.
+        out: where to write; default: a new tensor like ``query``.
+        return_index: also return the index of each request.
+
+    Returns:
+        ``out``, or ``(out, [SparseIndex per request])``.
+
+    Raises:
+        ValueError: an argument's shape, dtype or value does not fit; the message names it.
+    """
+    num_heads = query.shape[1] if query.dim() == 3 else 0
+    per_head = list(patterns) if isinstance(patterns, Sequence) else [patterns] * num_heads
+    _validate(query, key_cache, value_cache, block_table, query_start_loc, seq_lens, per_head, engine, out)
+    out = torch.empty_like(query) if out is None else out
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    cache = PagedCache(key_cache.transpose(1, 2), value_cache.transpose(1, 2), "rows")
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    indices = []
+    for request, seq_len in enumerate(lengths):
+        rows = slice(starts[request], starts[request + 1])
+        if rows.start == rows.stop:
+            raise ValueError(f"request {request} has no new tokens")
+        chunk = Chunk(request, rows.start, seq_len - (rows.stop - rows.start), seq_len)
+        indices.append(
+            attend_chunk(
+                query[rows], cache, block_table[request].long(), chunk, per_head, scale, out[rows], tile
+            )
+        )
+    return (out, indices) if return_index else out
+
+
+def _validate(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    patterns: Sequence[HeadPattern],
+    engine: str,
+    out: torch.Tensor | None,
+) -> None:
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, not {engine!r}")
+    if query.dim() != 3:
+        raise ValueError(f"query must be [num_tokens, num_heads, head_size], not {tuple(query.shape)}")
+    if key_cache.dim() != 4 or key_cache.shape != value_cache.shape:
+        raise ValueError(
+            "key_cache and value_cache must both be [num_blocks, block_size, num_kv_heads, head_size], not "
+            f"{tuple(key_cache.shape)} and {tuple(value_cache.shape)}"
+        )
+    tokens, heads, dim = query.shape
+    blocks, block_size, kv_heads, cache_dim = key_cache.shape
+    if query.dtype not in DTYPES or key_cache.dtype != query.dtype or value_cache.dtype != query.dtype:
+        raise ValueError(
+            f"query and caches must share one of {', '.join(map(str, DTYPES))}, not "
+            f"{query.dtype}, {key_cache.dtype}, {value_cache.dtype}"
+        )
+    if dim != cache_dim or heads % kv_heads:
+        raise ValueError(
+            f"query has {heads} heads of size {dim}, the cache {kv_heads} of size {cache_dim}: sizes must agree and "
+            "query heads be a multiple of KV heads"
+        )
+    if len(patterns) != heads:
+        raise ValueError(f"{len(patterns)} patterns for {heads} query heads; give one per head, or one for all")
+    if out is not None and (out.shape != query.shape or out.dtype != query.dtype):
+        raise ValueError(f"out must be like query, {tuple(query.shape)} {query.dtype}")
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    if len(starts) != len(lengths) + 1 or block_table.dim() != 2 or block_table.shape[0] != len(lengths):
+        raise ValueError(
+            f"{len(lengths)} seq_lens need {len(lengths) + 1} query_start_loc entries and as many block_table rows as "
+            f"requests; found {len(starts)} and {tuple(block_table.shape)}"
+        )
+    if starts[0] != 0 or starts[-1] != tokens or any(b < a for a, b in zip(starts, starts[1:], strict=False)):
+        raise ValueError(f"query_start_loc must rise from 0 to {tokens} (the query rows), not {starts}")
+    for request, length in enumerate(lengths):
+        if length < starts[request + 1] - starts[request]:
+            raise ValueError(f"seq_lens[{request}] = {length} is less than the request's new tokens")
+        needed = -(-length // block_size)
+        if needed > block_table.shape[1]:
+            raise ValueError(f"request {request} needs {needed} blocks, block_table has {block_table.shape[1]} columns")
+        used = block_table[request, :needed]
+        if int(used.min()) < 0 or int(used.max()) >= blocks:
+            raise ValueError(f"block_table[{request}] names blocks outside the cache's {blocks}")

@@ -1,0 +1,79 @@
+"""Scores that say where a head's attention lies: last-query columns and diagonals, pooled blocks.
+
+Sizes: ``H`` query heads over ``HK`` KV heads, ``S`` tokens in the sequence, ``D`` head size, ``T`` query tiles, ``N``
+key blocks. Every function has its float64 definition in ``reference.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from minference_vllm.index import Tiling
+
+LAST_QUERIES = 64
+"""Queries at a chunk's end that choose its columns and diagonals (MInference; Qwen2.5-1M for chunks)."""
+
+
+def last_query_scores(
+    query: torch.Tensor, keys: torch.Tensor, heads: Sequence[int], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention mass of the chunk's last queries per column and per diagonal (arXiv 2407.02490, Algorithm 1).
+
+    Args:
+        query: ``[chunk, H, D]``, the chunk's queries; its last row is the sequence's last token.
+        keys: ``[HK, S, D]``.
+        heads: query heads wanted.
+        scale: softmax scale.
+
+    Returns:
+        float32 ``[len(heads), S]`` twice. Columns: the mass on key ``j``. Diagonals: the mass at distance ``i - j``.
+    """
+    group = query.shape[1] // keys.shape[0]
+    length = keys.shape[1]
+    rows = min(LAST_QUERIES, query.shape[0])
+    last = query[-rows:].permute(1, 0, 2)
+    # Row r's scores are shifted r places, so that a diagonal becomes a column of a strided view; zeros on the left
+    # stand for keys before the first.
+    padded = torch.zeros(len(heads), rows, length + rows)
+    future = torch.ones(rows, rows, dtype=torch.bool).triu(1)
+    for slot, head in enumerate(heads):
+        scores = torch.matmul(last[head], keys[head // group].T).float().mul_(scale)
+        scores[:, length - rows :].masked_fill_(future, -torch.inf)
+        torch.softmax(scores, -1, out=padded[slot, :, rows:])
+    columns = padded[:, :, rows:].sum(1)
+    # Distance i - j of row r (i = length - rows + r) at padded place p (j = p - rows) is length + r - p.
+    width = length + rows
+    by_place = padded.as_strided((len(heads), rows, length), (rows * width, width + 1, 1), 1).sum(1)
+    return columns, by_place.flip(1)
+
+
+def pooled_scores(
+    query: torch.Tensor, keys: torch.Tensor, heads: Sequence[int], tiling: Tiling, scale: float
+) -> torch.Tensor:
+    """Softmax over blocks of mean query times mean key (MInference's block-sparse estimate), per query tile.
+
+    Args:
+        query: ``[chunk, H, D]``.
+        keys: ``[HK, S, D]``.
+        heads: query heads wanted.
+
+    Returns:
+        float32 ``[len(heads), T, N]``, zero where no key of a block is in a tile's reach.
+    """
+    group = query.shape[1] // keys.shape[0]
+    length, size = keys.shape[1], tiling.block_size
+    wanted = torch.tensor(list(heads))
+    rows = tiling.starts[1:] - tiling.starts[:-1]
+    tile_of_row = torch.repeat_interleave(torch.arange(tiling.num_tiles), rows)
+    queries = query.new_zeros(tiling.num_tiles, len(wanted), query.shape[2], dtype=torch.float32)
+    queries.index_add_(0, tile_of_row, query[:, wanted].float())
+    queries /= rows[:, None, None]
+    block_of_key = torch.arange(length) // size
+    counts = torch.bincount(block_of_key, minlength=tiling.num_key_blocks)
+    means = torch.zeros(keys.shape[0], tiling.num_key_blocks, keys.shape[2])
+    means.index_add_(1, block_of_key, keys.float())
+    means /= counts[:, None]
+    scores = torch.einsum("thd,hnd->htn", queries, means[wanted // group]).mul_(scale)
+    return scores.masked_fill_(~tiling.reachable(), -torch.inf).softmax(-1)

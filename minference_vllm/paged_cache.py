@@ -1,0 +1,94 @@
+"""How keys and values lie in the pages of a KV cache, and how to read them back.
+
+Kernels lay a page out as suits them: vLLM's CPU kernels store keys transposed (``vec``) or in tiles of the AMX unit
+(``amx``). Estimation and column gathering need plain ``[tokens, head_size]`` rows, on every layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Layout = Literal["rows", "transposed", "amx"]
+"""``rows``: ``[B, D]`` as written. ``transposed``: a page's keys as ``[D, B]``, values as rows. ``amx``: keys in groups
+of 16 tokens and pairs of dimensions, values in groups of 16 dimensions and pairs of tokens."""
+
+
+def unpack_keys(pages: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """``[..., B, D]`` pages as stored -> ``[..., B, D]`` keys as rows."""
+    *lead, size, dim = pages.shape
+    if layout == "transposed":
+        return pages.reshape(*lead, dim, size).transpose(-1, -2)
+    if layout == "amx":
+        packed = pages.reshape(*lead, size // 16, dim // 2, 16, 2)
+        return packed.transpose(-3, -2).reshape(*lead, size, dim)
+    return pages
+
+
+def unpack_values(pages: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """``[..., B, D]`` pages as stored -> ``[..., B, D]`` values as rows."""
+    *lead, size, dim = pages.shape
+    if layout == "amx":
+        packed = pages.reshape(*lead, dim // 16, size // 2, 16, 2)
+        # [.., D/16, B/2, 16, 2] -> [.., B/2, 2, D/16, 16]
+        return packed.movedim(-4, -2).movedim(-1, -3).reshape(*lead, size, dim)
+    return pages
+
+
+@dataclass(frozen=True)
+class PagedCache:
+    """Keys and values of one layer, in pages of ``block_size`` tokens."""
+
+    key: torch.Tensor
+    """``[num_blocks, num_kv_heads, block_size, head_size]``, any strides over the first two dimensions; each page is
+    one contiguous piece unless the layout is ``rows``."""
+    value: torch.Tensor
+    """Like ``key``."""
+    layout: Layout
+
+    @property
+    def block_size(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def head_size(self) -> int:
+        return self.key.shape[3]
+
+    def keys_by_head(self, pages: torch.Tensor) -> torch.Tensor:
+        """Keys of the named pages in order, one copy: ``[HK, D, n * B]`` viewed as ``[HK, n * B, D]``.
+
+        Args:
+            pages: int64 ``[n]``, physical pages.
+        """
+        stored = self.key.index_select(0, pages)
+        rows = unpack_keys(stored, self.layout)
+        transposed = rows.permute(1, 3, 0, 2).reshape(self.num_kv_heads, self.head_size, -1)
+        return transposed.transpose(1, 2)
+
+    def gather_rows(self, pages: torch.Tensor, slots: torch.Tensor, kv_heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keys and values of single tokens, as rows.
+
+        Args:
+            pages, slots, kv_heads: int64 tensors of one shape: physical page, slot in it, KV head.
+
+        Returns:
+            keys and values, each ``[*shape, head_size]``.
+        """
+        size, dim = self.block_size, self.head_size
+        if self.layout == "rows":
+            return self.key[pages, kv_heads, slots], self.value[pages, kv_heads, slots]
+        # The dimension's place within a stored page, as a function of (slot, dimension).
+        place = torch.arange(size * dim).view(1, 1, size, dim)
+        key_place = unpack_keys(place, self.layout)[0, 0][slots]
+        value_place = unpack_values(place, self.layout)[0, 0][slots]
+        page, head = pages[..., None], kv_heads[..., None]
+        return (
+            self.key[page, head, key_place // dim, key_place % dim],
+            self.value[page, head, value_place // dim, value_place % dim],
+        )

@@ -1,0 +1,210 @@
+"""Which shape each attention head keeps, and the files that say so.
+
+A head's pattern is found offline and its positions online (MInference, arXiv 2407.02490). Three kinds of file load:
+
+* ours: named fields, a schema version and provenance (``PatternFile``);
+* MInference's list: one object per layer, ``{"head": [kind, a, b, score]}``;
+* Qwen's ``sparse_attention_config.json``: ``{"layer": {"head": [kind, a, b, score]}}``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+MAX_BUDGET = 1 << 24
+ESTIMATION_BLOCK = 64
+"""Block size, in tokens, in which MInference counts the budget of block-sparse heads."""
+
+Budget = Annotated[int, Field(ge=0, le=MAX_BUDGET)]
+
+
+class _Pattern(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Dense(_Pattern):
+    """Every key up to the row itself."""
+
+    kind: Literal["dense"] = "dense"
+
+
+class AShape(_Pattern):
+    """The first ``sink`` tokens and the last ``local`` tokens of every row (StreamingLLM's shape)."""
+
+    kind: Literal["a_shape"] = "a_shape"
+    sink: Budget = 1024
+    local: Budget = 4096
+
+
+class TriShape(_Pattern):
+    """A-shape, and the last ``last`` queries of each chunk attend everything (SCBench, arXiv 2412.10319)."""
+
+    kind: Literal["tri_shape"] = "tri_shape"
+    sink: Budget = 1024
+    local: Budget = 4096
+    last: Budget = 128
+
+
+class VerticalSlash(_Pattern):
+    """The ``vertical`` strongest columns and ``slash`` strongest diagonals, as the chunk's last 64 queries see them."""
+
+    kind: Literal["vertical_slash"] = "vertical_slash"
+    vertical: Budget = 1000
+    slash: Budget = 6096
+
+
+class BlockSparse(_Pattern):
+    """The ``top_k`` strongest key blocks of 64 tokens for every query tile, by mean-pooled queries and keys."""
+
+    kind: Literal["block_sparse"] = "block_sparse"
+    top_k: Annotated[int, Field(ge=1, le=MAX_BUDGET // ESTIMATION_BLOCK)] = 100
+
+
+HeadPattern = Annotated[Dense | AShape | TriShape | VerticalSlash | BlockSparse, Field(discriminator="kind")]
+KINDS = ("dense", "a_shape", "tri_shape", "vertical_slash", "block_sparse")
+_head_pattern: TypeAdapter[HeadPattern] = TypeAdapter(HeadPattern)
+
+
+class PatternError(ValueError):
+    """A pattern file that cannot be used; the message names the file, the place in it, and what is allowed."""
+
+
+class PatternFile(BaseModel):
+    """The patterns of a model's heads. ``layers`` may be empty: every head then runs ``default``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    model: str | None = None
+    """The model these patterns were found on; None: any model."""
+    provenance: str = ""
+    """Where the patterns come from: the paper, a calibration command, a converted file."""
+    default: HeadPattern = VerticalSlash()
+    """What a head without an entry runs."""
+    layers: dict[int, dict[int, HeadPattern]] = {}
+    """Layer number -> query head number (global, before tensor parallelism) -> pattern."""
+
+    @model_validator(mode="after")
+    def _numbers_are_not_negative(self) -> PatternFile:
+        for layer, heads in self.layers.items():
+            if layer < 0 or any(head < 0 for head in heads):
+                raise ValueError(f"layer and head numbers start at 0 (layer {layer})")
+        return self
+
+    def check_model(self, num_layers: int, num_heads: int, source: str = "pattern file") -> None:
+        """Raise PatternError when the file speaks of layers or heads that the model does not have.
+
+        A file that covers fewer layers or heads than the model is also refused unless it covers none: half a file is
+        nearly always the file of another model.
+        """
+        if not self.layers:
+            return
+        found_layers = max(self.layers) + 1
+        if found_layers != num_layers:
+            raise PatternError(f"{source} describes {found_layers} layers, the model has {num_layers}")
+        for layer, heads in self.layers.items():
+            if heads and max(heads) + 1 > num_heads:
+                raise PatternError(
+                    f"{source}, layer {layer}: describes head {max(heads)}, the model has heads 0 to {num_heads - 1}"
+                )
+        found_heads = max((max(heads) + 1 for heads in self.layers.values() if heads), default=num_heads)
+        if found_heads != num_heads:
+            raise PatternError(f"{source} describes {found_heads} heads per layer, the model has {num_heads}")
+
+    def for_layer(self, layer: int, num_heads: int, first_head: int = 0) -> tuple[HeadPattern, ...]:
+        """Patterns of heads ``first_head .. first_head + num_heads`` (a tensor-parallel rank's slice) of one layer."""
+        heads = self.layers.get(layer, {})
+        return tuple(heads.get(first_head + head, self.default) for head in range(num_heads))
+
+
+def _published_head(entry: Any, place: str) -> HeadPattern:
+    """One head of a published file: ``[kind, a, b, score]``."""
+    if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) < 3:
+        raise PatternError(f"{place}: expected [kind, a, b, score], found {entry!r}")
+    kind, first, second = entry[0], entry[1], entry[2]
+    fields: dict[str, Any]
+    if kind == "vertical_and_slash":
+        fields = {"kind": "vertical_slash", "vertical": first, "slash": second}
+    elif kind == "stream_llm":
+        fields = {"kind": "a_shape", "sink": first, "local": second}
+    elif kind == "block_sparse":
+        fields = {"kind": "block_sparse", "top_k": first}
+    else:
+        raise PatternError(
+            f"{place}: unknown kind {kind!r}; published files have vertical_and_slash, stream_llm and block_sparse"
+        )
+    try:
+        return _head_pattern.validate_python(fields)
+    except ValidationError as error:
+        raise PatternError(f"{place}: {_first_problem(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    item = error.errors()[0]
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "union_tag_invalid":
+        return f"{where}: unknown pattern kind; allowed are {', '.join(KINDS)}"
+    return f"{where} = {item['input']!r}: {item['msg']}" if where else str(item["msg"])
+
+
+def parse_patterns(content: Any, source: str) -> PatternFile:
+    """A pattern file from parsed JSON in any of the three formats.
+
+    Raises:
+        PatternError: not one of the formats, an unknown kind, or a budget out of range.
+    """
+    if isinstance(content, Mapping) and "schema_version" in content:
+        try:
+            return PatternFile.model_validate(content)
+        except ValidationError as error:
+            raise PatternError(f"{source}: {_first_problem(error)}") from None
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        by_layer = {str(layer): heads for layer, heads in enumerate(content)}
+        origin = "MInference's list format"
+    elif isinstance(content, Mapping) and content and all(str(key).isdigit() for key in content):
+        by_layer = {str(layer): heads for layer, heads in content.items()}
+        origin = "sparse_attention_config.json format"
+    else:
+        raise PatternError(
+            f"{source}: neither a minference pattern file (an object with schema_version), nor MInference's list of "
+            "layers, nor an object of layers as in sparse_attention_config.json"
+        )
+    layers: dict[int, dict[int, HeadPattern]] = {}
+    for layer, heads in by_layer.items():
+        if not isinstance(heads, Mapping) or not all(str(head).isdigit() for head in heads):
+            raise PatternError(f"{source}, layer {layer}: expected an object of head numbers, found {heads!r:.80}")
+        layers[int(layer)] = {
+            int(head): _published_head(entry, f"{source}, layer {layer}, head {head}") for head, entry in heads.items()
+        }
+    return PatternFile(provenance=f"read from {source} ({origin})", layers=layers)
+
+
+def shipped_pattern_files() -> dict[str, Path]:
+    """Name -> path of the pattern files that ship with the package."""
+    folder = Path(str(resources.files("minference_vllm.pattern_configs")))
+    return {path.stem: path for path in sorted(folder.glob("*.json"))}
+
+
+def load_pattern_file(name_or_path: str) -> PatternFile:
+    """Load a pattern file by path, or by the name of a shipped one.
+
+    Raises:
+        PatternError: no such file, broken JSON, or content that ``parse_patterns`` refuses.
+    """
+    shipped = shipped_pattern_files()
+    path = shipped.get(name_or_path, Path(name_or_path))
+    if not path.is_file():
+        raise PatternError(
+            f"no pattern file at {name_or_path!r}; give a path or one of the shipped names: {', '.join(shipped)}"
+        )
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PatternError(f"{path}: not valid JSON: {error}") from None
+    return parse_patterns(content, str(path))

@@ -1,0 +1,93 @@
+"""Which requests of a batch are prefilled sparsely, decided once per batch from lengths alone.
+
+A batch mixes decodes, short extends and prefill chunks of several requests. The plan names the chunks that our path
+takes, the runs of neighbouring requests that go to vLLM's own kernel, and the reason for every prefill chunk that is
+left dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The new tokens of one request in one engine step, at absolute positions ``[context_len, seq_len)``."""
+
+    request: int
+    """Row of the block table."""
+    query_start: int
+    """First row of the chunk in the batch's concatenated queries."""
+    context_len: int
+    """Tokens of the request already in the cache before this step."""
+    seq_len: int
+    """Tokens in the cache after this step: context + chunk."""
+
+    @property
+    def query_len(self) -> int:
+        return self.seq_len - self.context_len
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one batch is served."""
+
+    sparse: tuple[Chunk, ...]
+    """Chunks for the sparse path, in batch order."""
+    dense_runs: tuple[tuple[int, int], ...]
+    """Ranges ``[first, last)`` of neighbouring requests that vLLM's own kernel serves."""
+    dense_reasons: tuple[str, ...]
+    """Why a prefill chunk was left dense, one entry per such chunk. Decodes are no prefill and have no entry."""
+
+
+BELOW_MIN_CONTEXT = "prompt so far is shorter than min_context"
+BELOW_MIN_CHUNK = "chunk is shorter than min_chunk"
+PREFILL_FROM = 16
+"""A chunk of fewer tokens is a decode or a verification of drafted tokens, not a prefill."""
+
+
+def dense_reason(chunk: Chunk, min_context: int, min_chunk: int) -> str | None:
+    """Why this chunk is served densely, or None when it goes to the sparse path."""
+    if chunk.query_len < min_chunk:
+        return BELOW_MIN_CHUNK
+    if chunk.seq_len < min_context:
+        return BELOW_MIN_CONTEXT
+    return None
+
+
+def plan_batch(query_start_loc: Sequence[int], seq_lens: Sequence[int], min_context: int, min_chunk: int) -> Plan:
+    """Split a batch into sparse chunks and dense runs.
+
+    Args:
+        query_start_loc: first query row of each request, and the end of the last; ``num_requests + 1`` entries.
+        seq_lens: context plus new tokens of each request; ``num_requests`` entries.
+        min_context, min_chunk: thresholds in tokens, see ``Settings``.
+    """
+    sparse: list[Chunk] = []
+    dense_runs: list[tuple[int, int]] = []
+    reasons: list[str] = []
+    for request, seq_len in enumerate(seq_lens):
+        start, end = query_start_loc[request], query_start_loc[request + 1]
+        chunk = Chunk(request, start, seq_len - (end - start), seq_len)
+        reason = dense_reason(chunk, min_context, min_chunk)
+        if reason is None:
+            sparse.append(chunk)
+            continue
+        if chunk.query_len >= PREFILL_FROM:
+            reasons.append(reason)
+        if dense_runs and dense_runs[-1][1] == request:
+            dense_runs[-1] = (dense_runs[-1][0], request + 1)
+        else:
+            dense_runs.append((request, request + 1))
+    return Plan(tuple(sparse), tuple(dense_runs), tuple(reasons))
+
+
+def tile_starts(context_len: int, seq_len: int, tile: int) -> list[int]:
+    """Absolute positions where the query tiles of a chunk begin, and the end of the last.
+
+    Borders lie at multiples of ``tile``, whatever the chunk's own start: a prompt cut into other chunks has the same
+    tiles, except for the pieces at a chunk's two ends.
+    """
+    first_border = (context_len // tile + 1) * tile
+    return [context_len, *range(first_border, seq_len, tile), seq_len]

