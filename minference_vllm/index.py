@@ -81,11 +81,14 @@ class SparseIndex:
         keys = (self.num_blocks - 1).double() * self.block_size + in_last + self.num_columns.double()
         return ((keys - (rows - 1) / 2) * rows).sum(-1)
 
-    def density(self) -> torch.Tensor:
-        """float64 ``[H]``: computed pairs as a share of the pairs that dense causal attention computes."""
+    def dense_pairs(self) -> float:
+        """Pairs of one head that dense causal attention computes."""
         rows = self.seq_len - self.context_len
-        dense = rows * (self.context_len + (rows + 1) / 2)
-        return self.computed_pairs() / dense
+        return rows * (self.context_len + (rows + 1) / 2)
+
+    def density(self) -> torch.Tensor:
+        """float64 ``[H]``: computed pairs as a share of the dense ones."""
+        return self.computed_pairs() / self.dense_pairs()
 
 
 def _scatter_true(target: torch.Tensor, positions: torch.Tensor) -> None:

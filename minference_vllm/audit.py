@@ -1,0 +1,52 @@
+"""Counters of what was served sparsely, at which density, and why the rest was not."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from minference_vllm.plan import Plan
+
+
+@dataclass
+class Counters:
+    """Totals of one engine process since its start."""
+
+    sparse_chunks: int = 0
+    sparse_tokens: int = 0
+    dense_chunks: Counter[str] = field(default_factory=Counter)
+    """Prefill chunks left dense, by reason."""
+    computed_pairs: float = 0.0
+    """Query-key pairs computed on the sparse path, over layers and heads."""
+    dense_pairs: float = 0.0
+    """Pairs that dense attention would have computed there."""
+    _last_line: float = 0.0
+
+    def count_batch(self, plan: Plan) -> None:
+        self.sparse_chunks += len(plan.sparse)
+        self.sparse_tokens += sum(chunk.query_len for chunk in plan.sparse)
+        self.dense_chunks.update(plan.dense_reasons)
+
+    def count_layer(self, computed: float, dense: float) -> None:
+        self.computed_pairs += computed
+        self.dense_pairs += dense
+
+    @property
+    def density(self) -> float:
+        """Computed pairs as a share of the dense ones; 1 before any sparse chunk."""
+        return self.computed_pairs / self.dense_pairs if self.dense_pairs else 1.0
+
+    def line_when_due(self, interval: float, now: float | None = None) -> str | None:
+        """One line of statistics, if there was sparse work and the last line is ``interval`` seconds old."""
+        now = time.monotonic() if now is None else now
+        if not interval or not self.dense_pairs or now - self._last_line < interval:
+            return None
+        self._last_line = now
+        line = (
+            f"minference: {self.sparse_chunks} prefill chunks ({self.sparse_tokens} tokens) sparse, "
+            f"density {self.density:.4f}"
+        )
+        if self.dense_chunks:
+            line += "; dense: " + ", ".join(f"{count} ({reason})" for reason, count in self.dense_chunks.items())
+        return line

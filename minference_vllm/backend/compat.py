@@ -1,0 +1,95 @@
+"""Every fact about vLLM's versions and private parts, in one place."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+NAME = "MINFERENCE"
+OLDEST, NEWEST = (0, 26), (0, 33)
+CLASS_PATHS = {
+    "cpu": "minference_vllm.backend.cpu.MInferenceCPUBackend",
+    "cuda": "minference_vllm.backend.cuda.MInferenceCUDABackend",
+}
+
+
+def check_vllm_version() -> None:
+    """Raise RuntimeError unless the installed vLLM is in the supported range."""
+    version = importlib.metadata.version("vllm")
+    try:
+        major, minor = (int(part) for part in version.split(".")[:2])
+    except ValueError:
+        raise RuntimeError(f"minference-vllm cannot read vLLM's version {version!r}") from None
+    if not OLDEST <= (major, minor) <= NEWEST:
+        raise RuntimeError(
+            f"minference-vllm supports vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, found {version}"
+        )
+
+
+def register_name() -> None:
+    """Bind the name to vLLM's slot for custom backends. Idempotent.
+
+    A member added by ``register_backend("MINFERENCE", ...)`` would not survive the spawn of the engine process: the
+    configuration is pickled by value and unpickled before plugins load. An enum *alias* of CUSTOM pickles as CUSTOM,
+    which every process knows.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    custom = AttentionBackendEnum.CUSTOM
+    paths = CLASS_PATHS.values()
+    if custom.is_overridden() and custom.get_path() not in paths:
+        raise RuntimeError(
+            f"minference-vllm needs vLLM's slot for a custom attention backend, which {custom.get_path()} has taken; "
+            "uninstall that plugin, or leave it out with VLLM_PLUGINS=minference,minference_cpu"
+        )
+    register_backend(custom, CLASS_PATHS["cpu" if is_plain_cpu_platform() else "cuda"])
+    AttentionBackendEnum._member_map_[NAME] = custom
+
+
+def is_plain_cpu_platform() -> bool:
+    """Whether vLLM runs on its built-in CPU platform, and no other package brings a platform of its own."""
+    from vllm import platforms
+
+    if platforms.cpu_platform_plugin() != "vllm.platforms.cpu.CpuPlatform":
+        return False
+    others = [
+        entry for entry in importlib.metadata.entry_points(group="vllm.platform_plugins") if entry.name != "minference_cpu"
+    ]
+    return not any(entry.load()() for entry in others)
+
+
+def selects_minference(vllm_config: Any) -> bool:
+    """Whether this configuration names our backend, for all layers or for some kind of KV-cache group."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *getattr(attention, "backend_per_kind", {}).values()]
+    custom = AttentionBackendEnum.CUSTOM
+    return custom in chosen and custom.is_overridden() and custom.get_path() in CLASS_PATHS.values()
+
+
+def slice_requests(common: CommonAttentionMetadata, first: int, last: int) -> CommonAttentionMetadata:
+    """The metadata of requests ``[first, last)`` of a batch, as if they were a batch of their own."""
+    import dataclasses
+
+    starts = common.query_start_loc_cpu
+    begin, end = int(starts[first]), int(starts[last])
+    lengths = (starts[first + 1 : last + 1] - starts[first:last]).tolist()
+    fields: dict[str, Any] = {
+        "query_start_loc": common.query_start_loc[first : last + 1] - begin,
+        "query_start_loc_cpu": starts[first : last + 1] - begin,
+        "seq_lens": common.seq_lens[first:last],
+        "num_reqs": last - first,
+        "num_actual_tokens": end - begin,
+        "max_query_len": max(lengths),
+        "block_table_tensor": common.block_table_tensor[first:last],
+        "slot_mapping": common.slot_mapping[begin:end],
+    }
+    for per_request in ("seq_lens_cpu_upper_bound", "is_prefilling", "dcp_local_seq_lens"):
+        value = getattr(common, per_request, None)
+        if value is not None:
+            fields[per_request] = value[first:last]
+    return dataclasses.replace(common, **fields)

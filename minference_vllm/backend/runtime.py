@@ -1,0 +1,111 @@
+"""What one engine process knows once its configuration is there: settings, patterns, counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minference_vllm.attend import DTYPES
+from minference_vllm.audit import Counters
+from minference_vllm.patterns import PatternFile, load_pattern_file, parse_patterns
+from minference_vllm.settings import Settings, load_settings
+
+DEFAULT_PATTERNS = "default"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    settings: Settings
+    patterns: PatternFile
+    source: str
+    """Where the patterns came from, for the log."""
+    counters: Counters = field(default_factory=Counters)
+
+
+_runtimes: dict[int, tuple[Any, Runtime]] = {}
+
+
+def runtime_for(vllm_config: Any) -> Runtime:
+    """The runtime of a configuration; made, and everything in it validated, on first use.
+
+    Raises:
+        ValueError: settings, pattern file or model cannot be used; the message says which and what is allowed.
+    """
+    # The configuration is kept beside the runtime so that its id stays its own.
+    known = _runtimes.get(id(vllm_config))
+    if known is None:
+        known = _runtimes[id(vllm_config)] = (vllm_config, _make_runtime(vllm_config))
+    return known[1]
+
+
+def _make_runtime(vllm_config: Any) -> Runtime:
+    model = vllm_config.model_config
+    problems = unsupported_model_reasons(model)
+    if problems:
+        raise ValueError(f"minference cannot serve {model.model}: " + "; ".join(problems))
+    settings = load_settings(vllm_config.additional_config)
+    patterns, source = discover_patterns(settings, model)
+    patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
+    return Runtime(settings, patterns, source)
+
+
+def unsupported_model_reasons(model: Any) -> list[str]:
+    """Why a model as a whole cannot be served; empty when it can."""
+    reasons = []
+    if getattr(model, "use_mla", False):
+        reasons.append("multi-head latent attention (MLA) keeps no keys per head; choose another attention backend")
+    if getattr(model, "runner_type", "generate") != "generate":
+        reasons.append(f"{model.runner_type} models run no causal prefill; minference serves text generation")
+    elif getattr(model, "is_encoder_decoder", False):
+        reasons.append("encoder-decoder models are not supported; minference serves decoder-only models")
+    if model.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        reasons.append(f"dtype {str(model.dtype).removeprefix('torch.')} is not supported; allowed are {allowed}")
+    return reasons
+
+
+def total_query_heads(model: Any) -> int:
+    return int(model.hf_text_config.num_attention_heads)
+
+
+def discover_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
+    """The user's file, else the checkpoint's own, else the shipped default; and where it came from."""
+    if settings.patterns is not None:
+        return load_pattern_file(settings.patterns), settings.patterns
+    dual_chunk = getattr(model.hf_config, "dual_chunk_attention_config", None) or {}
+    if dual_chunk.get("sparse_attention_config"):
+        return parse_patterns(dual_chunk["sparse_attention_config"], "the checkpoint's configuration"), "checkpoint"
+    beside = Path(model.model) / "sparse_attention_config.json"
+    if beside.is_file():
+        return load_pattern_file(str(beside)), str(beside)
+    return load_pattern_file(DEFAULT_PATTERNS), f"shipped {DEFAULT_PATTERNS!r}"
+
+
+def unsupported_layer_reasons(
+    *,
+    sliding_window: int | None,
+    logits_soft_cap: float | None,
+    alibi_slopes: Any,
+    sinks: Any,
+    is_decoder: bool,
+    kv_cache_dtype: str,
+    dtype: torch.dtype,
+) -> list[str]:
+    """Why a single layer runs densely; empty when it can run sparsely."""
+    reasons = []
+    if not is_decoder:
+        reasons.append("not causal self-attention")
+    if sliding_window is not None and sliding_window >= 0:
+        reasons.append("sliding window")
+    if logits_soft_cap:
+        reasons.append("soft cap on logits")
+    if alibi_slopes is not None:
+        reasons.append("ALiBi")
+    if sinks is not None:
+        reasons.append("attention sinks")
+    if kv_cache_dtype not in ("auto", str(dtype).removeprefix("torch.")):
+        reasons.append(f"KV cache of {kv_cache_dtype}")
+    return reasons
