@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +11,16 @@ import torch
 
 from minference_vllm import estimate
 from minference_vllm.engines import block_table as block_table_engine
+from minference_vllm.engines import native
 from minference_vllm.index import Scores, SparseIndex, Tiling, build_index
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import HeadPattern
 from minference_vllm.plan import Chunk
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ENGINES = ("auto", "block_table")
+DEFAULT_TILE = 128
+"""Query rows that share one selection of keys."""
+ENGINES = ("auto", "block_table", "native")
 
 
 @dataclass
@@ -28,9 +32,25 @@ class Timing:
     attend: float = 0.0
 
 
+def choose_engine(engine: str, dtype: torch.dtype, cache: PagedCache) -> str:
+    """The engine that runs: the named one, or for ``auto`` the fastest that can serve this cache.
+
+    On processors with AMX vLLM's own kernel is faster than ours, which has no AMX path.
+
+    Raises:
+        ValueError: the named engine cannot run; the message says why.
+    """
+    reason = native.unsupported_reason(dtype, cache)
+    if engine == "native" and reason:
+        raise ValueError(f"engine 'native' cannot run: {reason}")
+    if engine == "auto":
+        return "block_table" if reason or cache.layout == "amx" else "native"
+    return engine
+
+
 def choose_tile(tile: int | None, block_size: int) -> int:
     """Rows per query tile: the wanted number (default 128) rounded up to whole pages."""
-    wanted = block_table_engine.DEFAULT_TILE if tile is None else tile
+    wanted = DEFAULT_TILE if tile is None else tile
     return -(-wanted // block_size) * block_size
 
 
@@ -42,6 +62,7 @@ def attend_chunk(
     patterns: Sequence[HeadPattern],
     scale: float,
     out: torch.Tensor,
+    engine: str = "auto",
     tile: int | None = None,
     timing: Timing | None = None,
 ) -> SparseIndex:
@@ -52,39 +73,54 @@ def attend_chunk(
         cache: the layer's cache; the chunk's own keys and values are already in it.
         pages: int64, physical page of each logical block; at least ``ceil(seq_len / block_size)``.
         patterns: one per query head.
+        engine, tile: see ``Settings``.
         timing: is added to, when given.
     """
     timing = timing or Timing()
     size = cache.block_size
-    tiling = Tiling.of(chunk.context_len, chunk.seq_len, size, choose_tile(tile, size))
+    engine = choose_engine(engine, query.dtype, cache)
+    column_multiple = size if engine == "block_table" else 1
+    tiling = Tiling.of(chunk.context_len, chunk.seq_len, size, choose_tile(tile, size), column_multiple)
     pages = pages[: tiling.num_key_blocks]
-    keys: list[torch.Tensor] = []
-
-    def sequence_keys() -> torch.Tensor:
-        # One copy of the prefix serves every estimate of the chunk.
-        if not keys:
-            keys.append(cache.keys_by_head(pages)[:, : chunk.seq_len])
-        return keys[0]
-
-    def last_query(heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        begin = time.perf_counter()
-        result = estimate.last_query_scores(query, sequence_keys(), heads, scale)
-        timing.estimate += time.perf_counter() - begin
-        return result
-
-    def pooled(heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
-        begin = time.perf_counter()
-        result = estimate.pooled_scores(query, sequence_keys(), heads, tiling, scale)
-        timing.estimate += time.perf_counter() - begin
-        return result
-
-    begin, estimated = time.perf_counter(), timing.estimate
-    index = build_index(tiling, patterns, Scores(last_query, pooled))
-    timing.index += time.perf_counter() - begin - (timing.estimate - estimated)
+    scores = _PagedScores(query, cache, pages, chunk.seq_len, scale)
     begin = time.perf_counter()
-    block_table_engine.run(query, cache, pages, index, scale, out)
+    index = build_index(tiling, patterns, Scores(scores.last_query, scores.pooled))
+    timing.estimate += scores.seconds
+    timing.index += time.perf_counter() - begin - scores.seconds
+    begin = time.perf_counter()
+    run = native.run if engine == "native" else block_table_engine.run
+    run(query, cache, pages, index, scale, out)
     timing.attend += time.perf_counter() - begin
     return index
+
+
+class _PagedScores:
+    """The estimates of one chunk, timed; the prefix is copied out of its pages at most once."""
+
+    def __init__(
+        self, query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, seq_len: int, scale: float
+    ) -> None:
+        self.query, self.cache, self.pages, self.seq_len, self.scale = query, cache, pages, seq_len, scale
+        self.seconds = 0.0
+
+    @functools.cached_property
+    def keys(self) -> torch.Tensor:
+        return self.cache.keys_by_head(self.pages)[:, : self.seq_len]
+
+    def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        begin = time.perf_counter()
+        if native.unsupported_reason(self.query.dtype, self.cache) is None:
+            result = native.last_query_scores(self.query, self.cache, self.pages, self.seq_len, heads, self.scale)
+        else:
+            result = estimate.last_query_scores(self.query, self.keys, heads, self.scale)
+        self.seconds += time.perf_counter() - begin
+        return result
+
+    def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        begin = time.perf_counter()
+        result = estimate.pooled_scores(self.query, self.keys, heads, tiling, self.scale)
+        self.seconds += time.perf_counter() - begin
+        return result
 
 
 def sparse_prefill(
@@ -112,7 +148,7 @@ def sparse_prefill(
         seq_lens: int ``[num_requests]``, context plus new tokens.
         patterns: one per query head, or one for all.
         scale: softmax scale; default ``head_size ** -0.5``.
-        engine: ``auto`` or ``block_table``.
+        engine: ``auto``, ``block_table`` or ``native``.
         tile: query rows per selection of keys; default 128, rounded up to whole blocks.
         out: where to write; default: a new tensor like ``query``.
         return_index: also return the index of each request.
@@ -138,7 +174,7 @@ def sparse_prefill(
         chunk = Chunk(request, rows.start, seq_len - (rows.stop - rows.start), seq_len)
         indices.append(
             attend_chunk(
-                query[rows], cache, block_table[request].long(), chunk, per_head, scale, out[rows], tile
+                query[rows], cache, block_table[request].long(), chunk, per_head, scale, out[rows], engine, tile
             )
         )
     return (out, indices) if return_index else out

@@ -51,7 +51,7 @@ class SparseIndex:
     """int32 ``[H, T, max_columns]``: absolute positions of single keys, all before the tile; -1 past
     ``num_columns``."""
     num_columns: torch.Tensor
-    """int32 ``[H, T]``: a multiple of ``block_size``, so that columns fill whole pages."""
+    """int32 ``[H, T]``."""
 
     @property
     def num_heads(self) -> int:
@@ -119,13 +119,15 @@ class Tiling:
     tile: int
     starts: torch.Tensor
     """int64 ``[T + 1]``."""
+    column_multiple: int = 1
+    """The engine takes columns in groups of this many; an engine whose kernel sees whole pages only: the page size."""
 
     @classmethod
-    def of(cls, context_len: int, seq_len: int, block_size: int, tile: int) -> Tiling:
+    def of(cls, context_len: int, seq_len: int, block_size: int, tile: int, column_multiple: int = 1) -> Tiling:
         if tile % block_size:
             raise ValueError(f"tile must be a multiple of the page size {block_size}, not {tile}")
         starts = torch.tensor(tile_starts(context_len, seq_len, tile), dtype=torch.int64)
-        return cls(context_len, seq_len, block_size, tile, starts)
+        return cls(context_len, seq_len, block_size, tile, starts, column_multiple)
 
     @property
     def num_tiles(self) -> int:
@@ -206,11 +208,11 @@ def top_blocks(tiling: Tiling, scores: torch.Tensor, top_k: int) -> torch.Tensor
 def columns_outside_blocks(
     tiling: Tiling, blocks: torch.Tensor, ranked: torch.Tensor, vertical: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The columns of each tile that its blocks do not hold already, in whole pages.
+    """The columns of each tile that its blocks do not hold already, in multiples of ``tiling.column_multiple``.
 
-    The kernel has no mask for single keys, so a tile's columns must fill pages exactly. The last page is filled up with
-    the next-best columns of the ranking; where the ranking runs out, the blocks of the columns that did not fill a page
-    are taken whole instead. Either way the tile attends at least what was asked for.
+    A kernel without a mask for single keys needs columns that fill pages exactly. The last page is filled up with the
+    next-best columns of the ranking; where the ranking runs out, the blocks of the columns that did not fill a page are
+    taken whole instead. Either way the tile attends at least what was asked for.
 
     Args:
         blocks: bool ``[H, T, N]``.
@@ -219,17 +221,17 @@ def columns_outside_blocks(
 
     Returns:
         blocks (bool ``[H, T, N]``, perhaps with more set), columns (int32 ``[H, T, C]``, -1 padded), their number
-        (int32 ``[H, T]``, multiples of the block size).
+        (int32 ``[H, T]``).
     """
     heads, tiles, _ = blocks.shape
-    size = tiling.block_size
-    column_block = (ranked // size)[:, None, :].expand(heads, tiles, -1)
+    multiple = tiling.column_multiple
+    column_block = (ranked // tiling.block_size)[:, None, :].expand(heads, tiles, -1)
     outside = ~blocks.gather(2, column_block) & (tiling.distance() > 0)[None].expand_as(blocks).gather(2, column_block)
     order = outside.cumsum(-1)
     wanted = order[..., min(vertical, ranked.shape[1]) - 1]
     available = order[..., -1]
-    fill = -(-wanted // size) * size
-    filled = torch.where(fill <= available, fill, wanted // size * size)
+    fill = -(-wanted // multiple) * multiple
+    filled = torch.where(fill <= available, fill, wanted // multiple * multiple)
     keep = outside & (order <= filled[..., None])
     leftover = outside & (order > filled[..., None]) & (order <= wanted[..., None])
     if leftover.any():
@@ -286,7 +288,8 @@ def build_index(tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores)
             offsets = by_offset.topk(min(pattern.slash, size), dim=-1, sorted=False).indices
             chosen = slash_blocks(tiling, offsets)
             if pattern.vertical:
-                ranked = by_column.topk(min(pattern.vertical + SPARE_COLUMNS, size), dim=-1).indices
+                spare = SPARE_COLUMNS if tiling.column_multiple > 1 else 0
+                ranked = by_column.topk(min(pattern.vertical + spare, size), dim=-1).indices
                 chosen, found, count = columns_outside_blocks(tiling, chosen, ranked, pattern.vertical)
                 if found.shape[-1] > columns.shape[-1]:
                     columns = torch.nn.functional.pad(columns, (0, found.shape[-1] - columns.shape[-1]), value=-1)

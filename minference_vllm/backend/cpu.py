@@ -141,12 +141,12 @@ class MInferenceCPUImpl(CPUAttentionBackendImpl):
         assert layout is not None
         cache = PagedCache(*halves, layout)
         out = output.view(-1, self.num_heads, self.head_size)
-        counters = self.runtime.counters
+        settings, counters = self.runtime.settings, self.runtime.counters
         for chunk in plan.sparse:
             rows = slice(chunk.query_start, chunk.query_start + chunk.query_len)
             pages = attn_metadata.block_table[chunk.request].long()
             index = attend_chunk(
-                query[rows], cache, pages, chunk, self.patterns, self.scale, out[rows], self.runtime.settings.tile
+                query[rows], cache, pages, chunk, self.patterns, self.scale, out[rows], settings.engine, settings.tile
             )
             computed = float(index.computed_pairs().sum())
             counters.count_layer(computed, self.num_heads * index.dense_pairs())

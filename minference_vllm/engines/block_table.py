@@ -11,13 +11,12 @@ from __future__ import annotations
 import torch
 
 from minference_vllm.engines import cpu_kernel
+from minference_vllm.engines.columns import GatheredColumns, gather_columns
 from minference_vllm.index import SparseIndex
 from minference_vllm.paged_cache import PagedCache
 
 SCRATCH_PAGES = 512
 """Pages of gathered columns in flight; more would fall out of the last-level cache between writing and reading."""
-DEFAULT_TILE = 128
-"""Smallest tile worth a virtual request; see ``benchmarks/results`` for the sweep."""
 
 
 def run(
@@ -50,7 +49,7 @@ def run(
     seq_lens = ((num_blocks - 1 + column_pages) * size + in_last_block).to(torch.int32)
     query_start_loc = torch.zeros(heads * tiles + 1, dtype=torch.int64)
     torch.cumsum((ends - starts).repeat(heads), 0, out=query_start_loc[1:])
-    columns = _Columns(index, cache, pages)
+    columns = gather_columns(index, cache, pages)
 
     for first, last in _slices(column_pages):
         page_counts = column_pages[first:last]
@@ -59,7 +58,7 @@ def run(
         place = page_counts[:, None] + torch.arange(blocks.shape[1])
         table.scatter_(1, place, physical[first:last].to(torch.int32))
         if most:
-            first_page = columns.write_pages(first, last, key)
+            first_page = _write_columns(index, columns, first, last, key)
             own = torch.arange(most) < page_counts[:, None]
             table[:, :most][own] = torch.arange(first_page, first_page + int(page_counts.sum()), dtype=torch.int32)
         rows = slice(int(query_start_loc[first]), int(query_start_loc[last]))
@@ -92,44 +91,25 @@ def _slices(column_pages: torch.Tensor) -> list[tuple[int, int]]:
     return list(zip(borders[:-1], borders[1:], strict=True))
 
 
-class _Columns:
-    """Gathers the columns of virtual requests into scratch pages."""
-
-    def __init__(self, index: SparseIndex, cache: PagedCache, pages: torch.Tensor) -> None:
-        self.index = index
-        heads, tiles = index.num_heads, index.num_tiles
-        self.columns = index.columns.view(heads * tiles, -1)
-        self.present = self.columns >= 0
-        if not bool(index.num_columns.any()):
-            return
-        # Tiles of a head share most of their columns: each is read from the cache once, into a small buffer, and
-        # copied from there into every tile's pages.
-        offset = torch.arange(heads).repeat_interleave(tiles)[:, None] * index.seq_len
-        wanted = self.columns + offset
-        used = torch.zeros(heads * index.seq_len, dtype=torch.bool)
-        used[wanted[self.present]] = True
-        unique = torch.nonzero(used).view(-1)
-        self.slot_of = used.cumsum(0) - 1
-        self.wanted = wanted
-        position = unique % index.seq_len
-        kv_head = unique // index.seq_len // (heads // cache.num_kv_heads)
-        size = cache.block_size
-        self.keys, self.values = cache.gather_rows(pages[position // size], position % size, kv_head)
-
-    def write_pages(self, first: int, last: int, key_view: torch.Tensor) -> int:
-        """Write the columns of virtual requests ``[first, last)``; returns the first scratch page's number as seen
-        from ``key_view``'s base address."""
-        rows = self.slot_of[self.wanted[first:last][self.present[first:last]]]
-        size, dim = key_view.shape[2:]
-        scratch, number = _scratch_beside(key_view, len(rows) // size)
-        cpu_kernel.write_pages(
-            self.keys.index_select(0, rows).unsqueeze(1),
-            self.values.index_select(0, rows).unsqueeze(1),
-            scratch,
-            torch.arange(len(rows)),
-            cpu_kernel.isa_for(key_view.dtype, size, dim),
-        )
-        return number
+def _write_columns(
+    index: SparseIndex, columns: GatheredColumns, first: int, last: int, key_view: torch.Tensor
+) -> int:
+    """Write the columns of virtual requests ``[first, last)`` into scratch pages; returns the first page's number as
+    seen from ``key_view``'s base address."""
+    tiles = index.num_tiles
+    wanted = index.columns.view(index.num_heads * tiles, -1)[first:last]
+    head = torch.arange(first, last) // tiles
+    rows = columns.row_of[head[:, None], wanted.long().clamp(min=0)][wanted >= 0]
+    size, dim = key_view.shape[2:]
+    scratch, number = _scratch_beside(key_view, len(rows) // size)
+    cpu_kernel.write_pages(
+        columns.keys.index_select(0, rows).unsqueeze(1),
+        columns.values.index_select(0, rows).unsqueeze(1),
+        scratch,
+        torch.arange(len(rows)),
+        cpu_kernel.isa_for(key_view.dtype, size, dim),
+    )
+    return number
 
 
 _scratch: dict[torch.dtype, torch.Tensor] = {}

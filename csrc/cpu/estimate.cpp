@@ -1,0 +1,215 @@
+// Last-query estimate: attention mass of a chunk's last queries per column and per diagonal, in two passes over K.
+#include "tiles.h"
+
+#include <omp.h>
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace minference {
+
+constexpr int kMaxLast = 64;
+constexpr int kTilesPerTask = 8;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct EstimateArguments {
+  Cache cache;
+  const bf16* query;  // the last `rows` queries: row r, head h at r * token_stride + h * head_stride
+  int64_t query_token_stride, query_head_stride;
+  const int64_t* pages;
+  const int32_t* heads;  // [num_wanted] query heads wanted, ascending
+  float* columns;        // [num_wanted][seq_len]
+  float* diagonals;      // [num_wanted][seq_len], by distance
+  int64_t seq_len;
+  int32_t num_heads, num_wanted, rows;
+  float scale;
+  int32_t threads;
+};
+
+namespace {
+
+constexpr int kScoreStride = kKeyTile + 2 * kMaxLast;  // zeros on both sides, so that diagonals can be read past the tile
+
+struct alignas(64) Workspace {
+  alignas(64) pair keys[kMaxHead / 2 * kKeyTile];
+  alignas(64) float scores[kMaxLast * kScoreStride];
+};
+
+// Scores (in units of log2) of one head's last queries with one key tile, into scores[r][kMaxLast + n]; keys in the
+// future or past the end score -inf.
+void score_tile(const EstimateArguments& a, const bf16* query, Workspace& w, int64_t first_key) {
+  const int pairs = a.cache.head_size / 2;
+  for (int r = 0; r < a.rows; r += kRows) {
+    with_rows(std::min(kRows, a.rows - r), [&]<int R>() {
+      product_rows<R, kQueryStride, false>(query + r * kQueryStride, w.keys, kKeyTile,
+                                           w.scores + r * kScoreStride + kMaxLast, kScoreStride, pairs, kKeyTile);
+    });
+  }
+  const __m512 scale = _mm512_set1_ps(a.scale * kLog2e);
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (int r = 0; r < a.rows; ++r) {
+    float* row = w.scores + r * kScoreStride + kMaxLast;
+    const int64_t visible = a.seq_len - a.rows + r - first_key;  // last visible key of the tile
+    const __m512i limit = _mm512_set1_epi32(static_cast<int32_t>(std::clamp<int64_t>(visible, -1, kKeyTile)));
+    for (int n = 0; n < kKeyTile; n += 16) {
+      const __mmask16 seen = _mm512_cmple_epi32_mask(_mm512_add_epi32(lane, _mm512_set1_epi32(n)), limit);
+      const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(row + n), scale);
+      _mm512_storeu_ps(row + n, _mm512_mask_blend_ps(seen, _mm512_set1_ps(-kInfinity), x));
+    }
+  }
+}
+
+void load_keys(const EstimateArguments& a, Workspace& w, int kv_head, int64_t first_key) {
+  const int size = a.cache.block_size;
+  int at = 0;
+  while (at < kKeyTile) {
+    const int64_t key = first_key + at;
+    if (key >= a.seq_len) {  // whole pages past the end: their keys are masked, but must not hold infinities
+      for (int k = 0; k < a.cache.head_size / 2; ++k) {
+        std::memset(w.keys + k * kKeyTile + at, 0, (kKeyTile - at) * sizeof(pair));
+      }
+      return;
+    }
+    const int slot = static_cast<int>(key % size);
+    const int count = std::min(size - slot, kKeyTile - at);
+    pack_keys(a.cache, a.pages[key / size], kv_head, slot, count, w.keys, at);
+    at += count;
+  }
+}
+
+}  // namespace
+}  // namespace minference
+
+extern "C" void minference_last_query_scores(const minference::EstimateArguments* arguments) {
+  using namespace minference;
+  const EstimateArguments& a = *arguments;
+  const int group = a.num_heads / a.cache.num_kv_heads;
+  const int64_t key_tiles = (a.seq_len + kKeyTile - 1) / kKeyTile;
+  const int64_t parts = (key_tiles + kTilesPerTask - 1) / kTilesPerTask;
+
+  std::vector<bf16> query(static_cast<size_t>(a.num_wanted) * a.rows * kQueryStride);
+  for (int i = 0; i < a.num_wanted; ++i) {
+    for (int r = 0; r < a.rows; ++r) {
+      std::memcpy(query.data() + (static_cast<size_t>(i) * a.rows + r) * kQueryStride,
+                  a.query + r * a.query_token_stride + a.heads[i] * a.query_head_stride,
+                  a.cache.head_size * sizeof(bf16));
+    }
+  }
+  // Wanted heads of one KV head stand together and share its packed keys.
+  std::vector<int> first_of_group{0};
+  for (int i = 1; i < a.num_wanted; ++i) {
+    if (a.heads[i] / group != a.heads[i - 1] / group) first_of_group.push_back(i);
+  }
+  const int groups = static_cast<int>(first_of_group.size());
+  first_of_group.push_back(a.num_wanted);
+
+  const size_t num_rows = static_cast<size_t>(a.num_wanted) * a.rows;
+  std::vector<float> maximum(num_rows * a.threads, -kInfinity), sum(num_rows * a.threads, 0.0f);
+  std::vector<float> normalizer(num_rows);
+  // Diagonals by place: row r's key n lies at place n + rows - 1 - r. A task's last places reach into the next one's
+  // range and are kept apart.
+  const int64_t places = key_tiles * kKeyTile;
+  std::vector<float> by_place(static_cast<size_t>(a.num_wanted) * places, 0.0f);
+  std::vector<float> spill(static_cast<size_t>(a.num_wanted) * parts * kMaxLast, 0.0f);
+  const int tasks = static_cast<int>(groups * parts);
+  int used_threads = 1;
+
+#pragma omp parallel num_threads(a.threads)
+  {
+    static thread_local Workspace w;
+    std::memset(w.scores, 0, sizeof w.scores);
+#pragma omp single
+    used_threads = omp_get_num_threads();
+    float* my_maximum = maximum.data() + num_rows * omp_get_thread_num();
+    float* my_sum = sum.data() + num_rows * omp_get_thread_num();
+#pragma omp for schedule(dynamic, 1)
+    for (int task = 0; task < tasks; ++task) {
+      const int g = static_cast<int>(task / parts);
+      const int64_t first_tile = task % parts * kTilesPerTask;
+      for (int64_t t = first_tile; t < std::min(first_tile + kTilesPerTask, key_tiles); ++t) {
+        load_keys(a, w, a.heads[first_of_group[g]] / group, t * kKeyTile);
+        for (int i = first_of_group[g]; i < first_of_group[g + 1]; ++i) {
+          score_tile(a, query.data() + static_cast<size_t>(i) * a.rows * kQueryStride, w, t * kKeyTile);
+          for (int r = 0; r < a.rows; ++r) {
+            const float* row = w.scores + r * kScoreStride + kMaxLast;
+            __m512 largest = _mm512_loadu_ps(row);
+            for (int n = 16; n < kKeyTile; n += 16) largest = _mm512_max_ps(largest, _mm512_loadu_ps(row + n));
+            const float found = _mm512_reduce_max_ps(largest);
+            if (found == -kInfinity) continue;
+            float& best = my_maximum[static_cast<size_t>(i) * a.rows + r];
+            float& total = my_sum[static_cast<size_t>(i) * a.rows + r];
+            if (found > best) {
+              total *= best == -kInfinity ? 0.0f : std::exp2(best - found);
+              best = found;
+            }
+            const __m512 shift = _mm512_set1_ps(best);
+            __m512 added = _mm512_setzero_ps();
+            for (int n = 0; n < kKeyTile; n += 16) {
+              added = _mm512_add_ps(added, exp2(_mm512_sub_ps(_mm512_loadu_ps(row + n), shift)));
+            }
+            total += _mm512_reduce_add_ps(added);
+          }
+        }
+      }
+    }
+#pragma omp single
+    for (size_t i = 0; i < num_rows; ++i) {
+      float best = -kInfinity, total = 0.0f;
+      for (int t = 0; t < used_threads; ++t) best = std::max(best, maximum[num_rows * t + i]);
+      for (int t = 0; t < used_threads; ++t) {
+        if (sum[num_rows * t + i] > 0.0f) total += sum[num_rows * t + i] * std::exp2(maximum[num_rows * t + i] - best);
+      }
+      normalizer[i] = best + std::log2(total);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int task = 0; task < tasks; ++task) {
+      const int g = static_cast<int>(task / parts);
+      const int64_t part = task % parts, first_tile = part * kTilesPerTask;
+      const int64_t end_place = std::min((first_tile + kTilesPerTask) * kKeyTile, places);
+      for (int64_t t = first_tile; t < std::min(first_tile + kTilesPerTask, key_tiles); ++t) {
+        const int64_t first_key = t * kKeyTile;
+        load_keys(a, w, a.heads[first_of_group[g]] / group, first_key);
+        for (int i = first_of_group[g]; i < first_of_group[g + 1]; ++i) {
+          score_tile(a, query.data() + static_cast<size_t>(i) * a.rows * kQueryStride, w, first_key);
+          alignas(64) float column[kKeyTile];
+          for (int n = 0; n < kKeyTile; n += 16) {
+            __m512 total = _mm512_setzero_ps();
+            for (int r = 0; r < a.rows; ++r) {
+              float* x = w.scores + r * kScoreStride + kMaxLast + n;
+              const __m512 shift = _mm512_set1_ps(normalizer[static_cast<size_t>(i) * a.rows + r]);
+              const __m512 weight = exp2(_mm512_sub_ps(_mm512_loadu_ps(x), shift));
+              _mm512_storeu_ps(x, weight);
+              total = _mm512_add_ps(total, weight);
+            }
+            _mm512_store_ps(column + n, total);
+          }
+          const int64_t here = std::min<int64_t>(kKeyTile, a.seq_len - first_key);
+          std::memcpy(a.columns + i * a.seq_len + first_key, column, here * sizeof(float));
+          float* place = by_place.data() + i * places;
+          float* beyond = spill.data() + (static_cast<size_t>(i) * parts + part) * kMaxLast;
+          for (int p = 0; p < kKeyTile + kMaxLast; p += 16) {
+            __m512 total = _mm512_setzero_ps();
+            for (int r = 0; r < a.rows; ++r) {
+              const float* x = w.scores + r * kScoreStride + kMaxLast + p - (a.rows - 1 - r);
+              total = _mm512_add_ps(total, _mm512_loadu_ps(x));
+            }
+            float* target = first_key + p < end_place ? place + first_key + p : beyond + (first_key + p - end_place);
+            _mm512_storeu_ps(target, _mm512_add_ps(_mm512_loadu_ps(target), total));
+          }
+        }
+      }
+    }
+#pragma omp for schedule(static)
+    for (int i = 0; i < a.num_wanted; ++i) {
+      float* place = by_place.data() + i * places;
+      for (int64_t part = 0; part + 1 < parts; ++part) {
+        const float* beyond = spill.data() + (static_cast<size_t>(i) * parts + part) * kMaxLast;
+        for (int n = 0; n < kMaxLast; ++n) place[(part + 1) * kTilesPerTask * kKeyTile + n] += beyond[n];
+      }
+      float* out = a.diagonals + i * a.seq_len;
+      for (int64_t distance = 0; distance < a.seq_len; ++distance) out[distance] = place[a.seq_len - 1 - distance];
+    }
+  }
+}

@@ -1,0 +1,235 @@
+// Attention under a SparseIndex: one task per query head and tile, an online softmax over key tiles of 128.
+#include "tiles.h"
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace minference {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Sums are rescaled only when a row's maximum grows by more than this power of two; until then the old one serves.
+constexpr float kRescale = 8.0f;
+
+struct alignas(64) Workspace {
+  alignas(64) pair keys[kMaxHead / 2 * kKeyTile];
+  alignas(64) pair values[kKeyTile / 2 * kMaxHead];
+  alignas(64) int32_t position[kKeyTile];
+  alignas(64) float scores[kRows * kKeyTile];
+  alignas(64) bf16 weights[kRows * kKeyTile];
+  std::vector<bf16> query;
+  std::vector<float> out, maximum, sum;
+};
+
+}  // namespace
+
+struct AttendArguments {
+  Cache cache;
+  const bf16* query;   // row r, head h at r * query_token_stride + h * query_head_stride
+  bf16* out;
+  float* lse;          // [heads][rows], natural logarithm; may be null
+  int64_t query_token_stride, query_head_stride, out_token_stride, out_head_stride;
+  const int64_t* pages;          // physical page of each logical block
+  const int64_t* tile_starts;    // [tiles + 1], absolute positions
+  const int32_t* blocks;         // [heads][tiles][max_blocks], ascending
+  const int32_t* num_blocks;     // [heads][tiles]
+  const int32_t* columns;        // [heads][tiles][max_columns], absolute positions
+  const int32_t* num_columns;    // [heads][tiles]
+  const bf16* column_keys;       // rows [*][head_size]: gathered columns
+  const bf16* column_values;
+  const int64_t* column_row;     // [heads][seq_len] -> row of column_keys
+  int64_t seq_len;
+  int32_t heads, tiles, max_blocks, max_columns;
+  float scale;
+  int32_t threads;
+};
+
+namespace {
+
+class TileTask {
+ public:
+  TileTask(const AttendArguments& arguments, Workspace& space, int head, int tile)
+      : a_(arguments), w_(space), head_(head), dim_(arguments.cache.head_size) {
+    start_ = a_.tile_starts[tile];
+    rows_ = static_cast<int>(a_.tile_starts[tile + 1] - start_);
+    row_of_query_ = start_ - a_.tile_starts[0];
+    kv_head_ = head / (a_.heads / a_.cache.num_kv_heads);
+    slot_ = static_cast<int64_t>(head) * a_.tiles + tile;
+  }
+
+  void run() {
+    load_query();
+    const int32_t* blocks = a_.blocks + slot_ * a_.max_blocks;
+    const int count = a_.num_blocks[slot_];
+    const int size = a_.cache.block_size;
+    int own = count;  // the tile's own blocks come last; they go first, so that every row has a finite maximum
+    while (own > 0 && static_cast<int64_t>(blocks[own - 1] + 1) * size > start_) --own;
+    filled_ = 0;
+    for (int i = own; i < count; ++i) add_block(blocks[i]);
+    flush();
+    for (int i = 0; i < own; ++i) add_block(blocks[i]);
+    flush();
+    add_columns();
+    store();
+  }
+
+ private:
+  void load_query() {
+    w_.query.resize(static_cast<size_t>(rows_) * kQueryStride);
+    w_.out.assign(static_cast<size_t>(rows_) * dim_, 0.0f);
+    w_.maximum.assign(rows_, -kInfinity);
+    w_.sum.assign(rows_, 0.0f);
+    for (int r = 0; r < rows_; ++r) {
+      std::memcpy(w_.query.data() + static_cast<size_t>(r) * kQueryStride,
+                  a_.query + (row_of_query_ + r) * a_.query_token_stride + head_ * a_.query_head_stride,
+                  dim_ * sizeof(bf16));
+    }
+  }
+
+  void add_block(int32_t block) {
+    const int size = a_.cache.block_size;
+    for (int slot = 0; slot < size;) {
+      const int count = std::min(size - slot, kKeyTile - filled_);
+      pack_keys(a_.cache, a_.pages[block], kv_head_, slot, count, w_.keys, filled_);
+      pack_values(a_.cache, a_.pages[block], kv_head_, slot, count, w_.values, filled_);
+      for (int i = 0; i < count; ++i) w_.position[filled_ + i] = block * size + slot + i;
+      // Slots past the sequence's end hold anything, NaN included, which a weight of zero would not cancel.
+      const int64_t valid = a_.seq_len - (static_cast<int64_t>(block) * size + slot);
+      for (int i = static_cast<int>(std::clamp<int64_t>(valid, 0, count)); i < count; ++i) clear_value(filled_ + i);
+      filled_ += count;
+      slot += count;
+      if (filled_ == kKeyTile) flush();
+    }
+  }
+
+  void clear_value(int key) {
+    bf16* packed = reinterpret_cast<bf16*>(w_.values + static_cast<size_t>(key / 2) * dim_) + key % 2;
+    for (int d = 0; d < dim_; ++d) packed[2 * d] = 0;
+  }
+
+  void add_columns() {
+    const int32_t* columns = a_.columns + slot_ * a_.max_columns;
+    const int64_t* row = a_.column_row + static_cast<int64_t>(head_) * a_.seq_len;
+    const int count = a_.num_columns[slot_];
+    const bf16 *keys[kKeyTile], *values[kKeyTile];
+    for (int first = 0; first < count; first += kKeyTile) {
+      const int here = std::min(kKeyTile, count - first);
+      const int padded = (here + 31) / 32 * 32;
+      for (int i = 0; i < padded; ++i) {
+        // Past the end the last column stands in; its position masks it.
+        const int32_t column = columns[first + std::min(i, here - 1)];
+        keys[i] = a_.column_keys + row[column] * dim_;
+        values[i] = a_.column_values + row[column] * dim_;
+        w_.position[i] = i < here ? column : std::numeric_limits<int32_t>::max();
+      }
+      pack_key_rows(keys, padded, dim_, w_.keys, 0);
+      pack_value_rows(values, padded, dim_, w_.values, 0);
+      filled_ = padded;
+      flush();
+    }
+  }
+
+  // Attends the packed keys and empties the buffers.
+  void flush() {
+    if (filled_ == 0) return;
+    int32_t latest = 0, earliest = std::numeric_limits<int32_t>::max();
+    for (int i = 0; i < filled_; ++i) {
+      latest = std::max(latest, w_.position[i]);
+      earliest = std::min(earliest, w_.position[i]);
+    }
+    const bool masked = latest > start_;
+    for (int r = 0; r < rows_; r += kRows) {
+      const int rows = std::min(kRows, rows_ - r);
+      if (start_ + r + rows - 1 < earliest) continue;
+      with_rows(rows, [&]<int R>() { attend_rows<R>(r, masked); });
+    }
+    filled_ = 0;
+  }
+
+  template <int R>
+  void attend_rows(int r, bool masked) {
+    const int keys = filled_;
+    product_rows<R, kQueryStride, false>(w_.query.data() + static_cast<size_t>(r) * kQueryStride, w_.keys, kKeyTile,
+                                         w_.scores, kKeyTile, dim_ / 2, keys);
+    float* out = w_.out.data() + static_cast<size_t>(r) * dim_;
+    for (int i = 0; i < R; ++i) softmax_row(r + i, i, keys, masked, out + static_cast<size_t>(i) * dim_);
+    product_rows<R, kKeyTile, true>(w_.weights, w_.values, dim_, out, dim_, keys / 2, dim_);
+  }
+
+  void softmax_row(int row, int i, int keys, bool masked, float* out) {
+    float* scores = w_.scores + i * kKeyTile;
+    bf16* weights = w_.weights + i * kKeyTile;
+    const __m512 scale = _mm512_set1_ps(a_.scale * kLog2e);
+    const __m512i limit = _mm512_set1_epi32(static_cast<int32_t>(start_ + row));
+    __m512 largest = _mm512_set1_ps(-kInfinity);
+    for (int n = 0; n < keys; n += 16) {
+      __m512 x = _mm512_mul_ps(_mm512_load_ps(scores + n), scale);
+      if (masked) {
+        const __mmask16 visible = _mm512_cmple_epi32_mask(_mm512_load_si512(w_.position + n), limit);
+        x = _mm512_mask_blend_ps(visible, _mm512_set1_ps(-kInfinity), x);
+      }
+      _mm512_store_ps(scores + n, x);
+      largest = _mm512_max_ps(largest, x);
+    }
+    const float found = _mm512_reduce_max_ps(largest);
+    float& maximum = w_.maximum[row];
+    float& sum = w_.sum[row];
+    if (found > maximum + kRescale || maximum == -kInfinity) {
+      const float shrink = maximum == -kInfinity ? 0.0f : std::exp2(maximum - found);
+      maximum = found;
+      sum *= shrink;
+      const __m512 factor = _mm512_set1_ps(shrink);
+      for (int d = 0; d < dim_; d += 16) _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_loadu_ps(out + d), factor));
+    }
+    const __m512 shift = _mm512_set1_ps(maximum == -kInfinity ? 0.0f : maximum);
+    __m512 total = _mm512_setzero_ps();
+    for (int n = 0; n < keys; n += 32) {
+      const __m512 low = exp2(_mm512_sub_ps(_mm512_load_ps(scores + n), shift));
+      const __m512 high = exp2(_mm512_sub_ps(_mm512_load_ps(scores + n + 16), shift));
+      total = _mm512_add_ps(total, _mm512_add_ps(low, high));
+      _mm512_store_si512(weights + n, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+    sum += _mm512_reduce_add_ps(total);
+  }
+
+  void store() {
+    for (int r = 0; r < rows_; ++r) {
+      const __m512 inverse = _mm512_set1_ps(1.0f / w_.sum[r]);
+      bf16* out = a_.out + (row_of_query_ + r) * a_.out_token_stride + head_ * a_.out_head_stride;
+      for (int d = 0; d < dim_; d += 16) {
+        const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(w_.out.data() + static_cast<size_t>(r) * dim_ + d), inverse);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + d), (__m256i)_mm512_cvtneps_pbh(x));
+      }
+      if (a_.lse != nullptr) {
+        const int64_t rows = a_.tile_starts[a_.tiles] - a_.tile_starts[0];
+        a_.lse[head_ * rows + row_of_query_ + r] = w_.maximum[r] * kLn2 + std::log(w_.sum[r]);
+      }
+    }
+  }
+
+  const AttendArguments& a_;
+  Workspace& w_;
+  int head_, dim_, kv_head_, rows_, filled_ = 0;
+  int64_t start_, row_of_query_, slot_;
+};
+
+}  // namespace
+}  // namespace minference
+
+extern "C" void minference_attend(const minference::AttendArguments* arguments) {
+  const int tasks = arguments->heads * arguments->tiles;
+#pragma omp parallel num_threads(arguments->threads)
+  {
+    // Static per thread: 200 KiB that stay warm from call to call.
+    static thread_local minference::Workspace space;
+#pragma omp for schedule(dynamic, 1)
+    for (int task = 0; task < tasks; ++task) {
+      // Later tiles have more keys: they go first, so that threads end together.
+      const int tile = arguments->tiles - 1 - task / arguments->heads;
+      minference::TileTask(*arguments, space, task % arguments->heads, tile).run();
+    }
+  }
+}

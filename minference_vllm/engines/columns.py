@@ -1,0 +1,42 @@
+"""The single columns of an index, read from the cache once per chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from minference_vllm.index import SparseIndex
+from minference_vllm.paged_cache import PagedCache
+
+
+@dataclass(frozen=True)
+class GatheredColumns:
+    """Keys and values of every column that some tile of a head attends; tiles of a head share most of theirs."""
+
+    keys: torch.Tensor
+    """``[n, D]``."""
+    values: torch.Tensor
+    """``[n, D]``."""
+    row_of: torch.Tensor
+    """int64 ``[H, S]``: row of a head's column in ``keys``; meaningless where the head has no such column."""
+
+
+def gather_columns(index: SparseIndex, cache: PagedCache, pages: torch.Tensor) -> GatheredColumns:
+    """Gather the columns of all tiles.
+
+    Args:
+        pages: int64 ``[N]``, physical page of each logical block.
+    """
+    heads, length = index.num_heads, index.seq_len
+    columns = index.columns.view(heads, -1)
+    # Position ``length`` is the place of the padding, cut off again.
+    used = torch.zeros(heads, length + 1, dtype=torch.bool)
+    used.scatter_(1, torch.where(columns < 0, length, columns).long(), True)
+    used = used[:, :length].contiguous()
+    row_of = (used.view(-1).cumsum(0) - 1).view(heads, length)
+    head, position = torch.nonzero(used, as_tuple=True)
+    size = cache.block_size
+    page, kv_head = pages[position // size], head // (heads // cache.num_kv_heads)
+    keys, values = cache.gather_rows(page, position % size, kv_head)
+    return GatheredColumns(keys, values, row_of)

@@ -1,0 +1,216 @@
+"""Our own CPU kernels (``csrc/cpu``): bf16 on processors with AVX512-BF16, with or without vLLM.
+
+The library is built by ``pip install`` where a compiler is there; without it everything runs through vLLM's kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from minference_vllm.engines.columns import gather_columns
+from minference_vllm.estimate import LAST_QUERIES
+from minference_vllm.index import SparseIndex
+from minference_vllm.paged_cache import PagedCache
+
+_LAYOUTS = {"rows": 0, "transposed": 1, "amx": 2}
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (
+        ("key", ctypes.c_void_p),
+        ("value", ctypes.c_void_p),
+        ("page_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("block_size", ctypes.c_int32),
+        ("head_size", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
+        ("layout", ctypes.c_int32),
+    )
+
+
+class _AttendArguments(ctypes.Structure):
+    _fields_ = (
+        ("cache", _Cache),
+        ("query", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("query_token_stride", ctypes.c_int64),
+        ("query_head_stride", ctypes.c_int64),
+        ("out_token_stride", ctypes.c_int64),
+        ("out_head_stride", ctypes.c_int64),
+        ("pages", ctypes.c_void_p),
+        ("tile_starts", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+        ("num_blocks", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("num_columns", ctypes.c_void_p),
+        ("column_keys", ctypes.c_void_p),
+        ("column_values", ctypes.c_void_p),
+        ("column_row", ctypes.c_void_p),
+        ("seq_len", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("tiles", ctypes.c_int32),
+        ("max_blocks", ctypes.c_int32),
+        ("max_columns", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class _EstimateArguments(ctypes.Structure):
+    _fields_ = (
+        ("cache", _Cache),
+        ("query", ctypes.c_void_p),
+        ("query_token_stride", ctypes.c_int64),
+        ("query_head_stride", ctypes.c_int64),
+        ("pages", ctypes.c_void_p),
+        ("heads", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("diagonals", ctypes.c_void_p),
+        ("seq_len", ctypes.c_int64),
+        ("num_heads", ctypes.c_int32),
+        ("num_wanted", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    for path in Path(__file__).parent.parent.glob("_cpu_kernels*.so"):
+        library = ctypes.CDLL(str(path))
+        library.minference_attend.argtypes = (ctypes.POINTER(_AttendArguments),)
+        library.minference_last_query_scores.argtypes = (ctypes.POINTER(_EstimateArguments),)
+        return library
+    return None
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot run on this machine, or None when they can."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        return "the processor has no AVX512-BF16"
+    if _library() is None:
+        return "csrc/cpu was not built: install from source with a C++20 compiler"
+    return None
+
+
+def unsupported_reason(dtype: torch.dtype, cache: PagedCache) -> str | None:
+    """Why the kernels cannot serve this cache, or None when they can."""
+    if unavailable_reason():
+        return unavailable_reason()
+    if dtype != torch.bfloat16:
+        return f"{dtype} is not bfloat16"
+    if cache.block_size % 32 or cache.head_size % 16 or cache.head_size > 256:
+        return f"page size {cache.block_size} (multiples of 32) or head size {cache.head_size} (multiples of 16 to 256)"
+    if cache.key.stride() != cache.value.stride() or cache.key.stride(3) != 1:
+        return "keys and values differ in strides, or a head's elements do not lie side by side"
+    return None
+
+
+def _describe(cache: PagedCache) -> _Cache:
+    return _Cache(
+        cache.key.data_ptr(),
+        cache.value.data_ptr(),
+        cache.key.stride(0),
+        cache.key.stride(1),
+        cache.key.stride(2),
+        cache.block_size,
+        cache.head_size,
+        cache.num_kv_heads,
+        _LAYOUTS[cache.layout],
+    )
+
+
+def run(
+    query: torch.Tensor,
+    cache: PagedCache,
+    pages: torch.Tensor,
+    index: SparseIndex,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """Attention of one chunk under ``index``, written to ``out``.
+
+    Args:
+        query, out: bf16 ``[chunk, H, D]``, elements of a head side by side.
+        cache: any layout, see ``unsupported_reason``.
+        pages: int64 ``[N]``, physical page of each logical block.
+        lse: float32 ``[H, chunk]``, contiguous; receives the log-sum-exp of each row's scores.
+    """
+    library = _library()
+    assert library is not None, unavailable_reason()
+    columns = gather_columns(index, cache, pages)
+    arguments = _AttendArguments(
+        _describe(cache),
+        query.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr() if lse is not None else None,
+        query.stride(0),
+        query.stride(1),
+        out.stride(0),
+        out.stride(1),
+        pages.data_ptr(),
+        index.tile_starts.data_ptr(),
+        index.blocks.data_ptr(),
+        index.num_blocks.data_ptr(),
+        index.columns.data_ptr(),
+        index.num_columns.data_ptr(),
+        columns.keys.data_ptr(),
+        columns.values.data_ptr(),
+        columns.row_of.data_ptr(),
+        index.seq_len,
+        index.num_heads,
+        index.num_tiles,
+        index.blocks.shape[2],
+        index.columns.shape[2],
+        scale,
+        torch.get_num_threads(),
+    )
+    library.minference_attend(ctypes.byref(arguments))
+
+
+def last_query_scores(
+    query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, seq_len: int, heads: Sequence[int], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``estimate.last_query_scores`` straight from the pages.
+
+    Args:
+        query: bf16 ``[chunk, H, D]``.
+        heads: query heads wanted, ascending.
+
+    Returns:
+        float32 ``[len(heads), S]`` twice: columns and diagonals.
+    """
+    library = _library()
+    assert library is not None, unavailable_reason()
+    last = query[-LAST_QUERIES:]
+    columns = torch.empty(len(heads), seq_len)
+    diagonals = torch.empty(len(heads), seq_len)
+    wanted = torch.tensor(list(heads), dtype=torch.int32)
+    arguments = _EstimateArguments(
+        _describe(cache),
+        last.data_ptr(),
+        last.stride(0),
+        last.stride(1),
+        pages.data_ptr(),
+        wanted.data_ptr(),
+        columns.data_ptr(),
+        diagonals.data_ptr(),
+        seq_len,
+        query.shape[1],
+        len(heads),
+        last.shape[0],
+        scale,
+        torch.get_num_threads(),
+    )
+    library.minference_last_query_scores(ctypes.byref(arguments))
+    return columns, diagonals
