@@ -26,8 +26,6 @@ FORCED_COLUMNS = 30
 """First columns that vertical-slash heads always keep (MInference)."""
 FORCED_DIAGONALS = 100
 """Nearest diagonals that vertical-slash heads always keep (MInference)."""
-SPARE_COLUMNS = 512
-"""Next-best columns ranked beyond the budget, from which the last page of columns is filled up."""
 
 
 @dataclass(frozen=True)
@@ -206,18 +204,17 @@ def top_blocks(tiling: Tiling, scores: torch.Tensor, top_k: int) -> torch.Tensor
 
 
 def columns_outside_blocks(
-    tiling: Tiling, blocks: torch.Tensor, ranked: torch.Tensor, vertical: int
+    tiling: Tiling, blocks: torch.Tensor, ranked: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The columns of each tile that its blocks do not hold already, in multiples of ``tiling.column_multiple``.
 
-    A kernel without a mask for single keys needs columns that fill pages exactly. The last page is filled up with the
-    next-best columns of the ranking; where the ranking runs out, the blocks of the columns that did not fill a page are
-    taken whole instead. Either way the tile attends at least what was asked for.
+    A kernel without a mask for single keys needs columns that fill pages exactly. The last page is then filled up with
+    other keys, from a block that the tile does not have; where that is not enough, the blocks of the columns that did
+    not fill a page are taken whole. Either way the tile attends at least what was asked for.
 
     Args:
         blocks: bool ``[H, T, N]``.
-        ranked: int64 ``[H, R]``, columns by falling score, R >= ``vertical`` where the sequence has that many.
-        vertical: columns asked for.
+        ranked: int64 ``[H, V]``, the columns asked for.
 
     Returns:
         blocks (bool ``[H, T, N]``, perhaps with more set), columns (int32 ``[H, T, C]``, -1 padded), their number
@@ -225,26 +222,39 @@ def columns_outside_blocks(
     """
     heads, tiles, _ = blocks.shape
     multiple = tiling.column_multiple
-    column_block = (ranked // tiling.block_size)[:, None, :].expand(heads, tiles, -1)
-    outside = ~blocks.gather(2, column_block) & (tiling.distance() > 0)[None].expand_as(blocks).gather(2, column_block)
+    free = ~blocks & (tiling.distance() > 0)
+    candidates = ranked[:, None, :].expand(heads, tiles, -1)
+    outside = free.gather(2, candidates // tiling.block_size)
+    wanted = outside.sum(-1)
+    if multiple > 1:
+        fillers, usable = _fillers(tiling, free, ranked)
+        candidates = torch.cat([candidates, fillers], -1)
+        outside = torch.cat([outside, usable], -1)
     order = outside.cumsum(-1)
-    wanted = order[..., min(vertical, ranked.shape[1]) - 1]
-    available = order[..., -1]
     fill = -(-wanted // multiple) * multiple
-    filled = torch.where(fill <= available, fill, wanted // multiple * multiple)
+    filled = torch.where(fill <= order[..., -1], fill, wanted // multiple * multiple)
     keep = outside & (order <= filled[..., None])
-    leftover = outside & (order > filled[..., None]) & (order <= wanted[..., None])
-    if leftover.any():
+    short = (filled < wanted)[..., None]
+    if short.any():
         # A block taken whole may hold columns that were kept, and then those no longer fill pages: such a (rare) tile
         # takes the blocks of all its columns.
-        short = leftover.any(-1, keepdim=True)
         blocks = blocks.clone()
-        head, tile, rank = torch.nonzero((keep | leftover) & short, as_tuple=True)
-        blocks[head, tile, column_block[head, tile, rank]] = True
+        head, tile, rank = torch.nonzero(outside & (order <= wanted[..., None]) & short, as_tuple=True)
+        blocks[head, tile, candidates[head, tile, rank] // tiling.block_size] = True
         keep &= ~short
     slots, count = compact(keep)
-    columns = ranked.to(torch.int32)[:, None, :].expand(heads, tiles, -1).gather(2, slots.long().clamp(min=0))
+    columns = candidates.to(torch.int32).gather(2, slots.long().clamp(min=0))
     return blocks, columns.masked_fill_(slots < 0, -1), count
+
+
+def _fillers(tiling: Tiling, free: torch.Tensor, ranked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys of each tile's first free block (int64 ``[H, T, B]``), and which of them are there and not ranked."""
+    heads = ranked.shape[0]
+    taken = torch.zeros(heads, tiling.num_key_blocks * tiling.block_size, dtype=torch.bool).scatter_(1, ranked, True)
+    first_free = free.to(torch.uint8).argmax(-1)
+    keys = first_free[..., None] * tiling.block_size + torch.arange(tiling.block_size)
+    usable = free.any(-1, keepdim=True) & ~taken[torch.arange(heads)[:, None, None], keys]
+    return keys, usable
 
 
 @dataclass(frozen=True)
@@ -288,9 +298,8 @@ def build_index(tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores)
             offsets = by_offset.topk(min(pattern.slash, size), dim=-1, sorted=False).indices
             chosen = slash_blocks(tiling, offsets)
             if pattern.vertical:
-                spare = SPARE_COLUMNS if tiling.column_multiple > 1 else 0
-                ranked = by_column.topk(min(pattern.vertical + spare, size), dim=-1).indices
-                chosen, found, count = columns_outside_blocks(tiling, chosen, ranked, pattern.vertical)
+                ranked = by_column.topk(min(pattern.vertical, size), dim=-1).indices
+                chosen, found, count = columns_outside_blocks(tiling, chosen, ranked)
                 if found.shape[-1] > columns.shape[-1]:
                     columns = torch.nn.functional.pad(columns, (0, found.shape[-1] - columns.shape[-1]), value=-1)
                 columns[group, :, : found.shape[-1]] = found

@@ -33,7 +33,7 @@ def unpack_values(pages: torch.Tensor, layout: Layout) -> torch.Tensor:
     if layout == "amx":
         packed = pages.reshape(*lead, dim // 16, size // 2, 16, 2)
         # [.., D/16, B/2, 16, 2] -> [.., B/2, 2, D/16, 16]
-        return packed.movedim(-4, -2).movedim(-1, -3).reshape(*lead, size, dim)
+        return packed.transpose(-4, -3).movedim(-1, -3).reshape(*lead, size, dim)
     return pages
 
 

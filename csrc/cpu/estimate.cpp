@@ -1,4 +1,5 @@
 // Last-query estimate: attention mass of a chunk's last queries per column and per diagonal, in two passes over K.
+// What is computed, and why diagonals take the smallest of four groups of rows: minference_vllm/estimate.py.
 #include "tiles.h"
 
 #include <omp.h>
@@ -11,6 +12,7 @@ namespace minference {
 
 constexpr int kMaxLast = 64;
 constexpr int kTilesPerTask = 8;
+constexpr int kGroups = 4;  // row groups whose smallest diagonal mass counts
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -111,8 +113,8 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
   // Diagonals by place: row r's key n lies at place n + rows - 1 - r. A task's last places reach into the next one's
   // range and are kept apart.
   const int64_t places = key_tiles * kKeyTile;
-  std::vector<float> by_place(static_cast<size_t>(a.num_wanted) * places, 0.0f);
-  std::vector<float> spill(static_cast<size_t>(a.num_wanted) * parts * kMaxLast, 0.0f);
+  std::vector<float> by_place(static_cast<size_t>(a.num_wanted) * kGroups * places, 0.0f);
+  std::vector<float> spill(static_cast<size_t>(a.num_wanted) * kGroups * parts * kMaxLast, 0.0f);
   const int tasks = static_cast<int>(groups * parts);
   int used_threads = 1;
 
@@ -187,29 +189,38 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
           }
           const int64_t here = std::min<int64_t>(kKeyTile, a.seq_len - first_key);
           std::memcpy(a.columns + i * a.seq_len + first_key, column, here * sizeof(float));
-          float* place = by_place.data() + i * places;
-          float* beyond = spill.data() + (static_cast<size_t>(i) * parts + part) * kMaxLast;
-          for (int p = 0; p < kKeyTile + kMaxLast; p += 16) {
-            __m512 total = _mm512_setzero_ps();
-            for (int r = 0; r < a.rows; ++r) {
-              const float* x = w.scores + r * kScoreStride + kMaxLast + p - (a.rows - 1 - r);
-              total = _mm512_add_ps(total, _mm512_loadu_ps(x));
+          for (int group = 0; group < kGroups; ++group) {
+            const size_t series = static_cast<size_t>(i) * kGroups + group;
+            float* place = by_place.data() + series * places;
+            float* beyond = spill.data() + (series * parts + part) * kMaxLast;
+            for (int p = 0; p < kKeyTile + kMaxLast; p += 16) {
+              __m512 total = _mm512_setzero_ps();
+              for (int r = group * a.rows / kGroups; r < (group + 1) * a.rows / kGroups; ++r) {
+                const float* x = w.scores + r * kScoreStride + kMaxLast + p - (a.rows - 1 - r);
+                total = _mm512_add_ps(total, _mm512_loadu_ps(x));
+              }
+              float* target = first_key + p < end_place ? place + first_key + p : beyond + (first_key + p - end_place);
+              _mm512_storeu_ps(target, _mm512_add_ps(_mm512_loadu_ps(target), total));
             }
-            float* target = first_key + p < end_place ? place + first_key + p : beyond + (first_key + p - end_place);
-            _mm512_storeu_ps(target, _mm512_add_ps(_mm512_loadu_ps(target), total));
           }
         }
       }
     }
 #pragma omp for schedule(static)
     for (int i = 0; i < a.num_wanted; ++i) {
-      float* place = by_place.data() + i * places;
-      for (int64_t part = 0; part + 1 < parts; ++part) {
-        const float* beyond = spill.data() + (static_cast<size_t>(i) * parts + part) * kMaxLast;
-        for (int n = 0; n < kMaxLast; ++n) place[(part + 1) * kTilesPerTask * kKeyTile + n] += beyond[n];
-      }
       float* out = a.diagonals + i * a.seq_len;
-      for (int64_t distance = 0; distance < a.seq_len; ++distance) out[distance] = place[a.seq_len - 1 - distance];
+      std::fill(out, out + a.seq_len, kInfinity);
+      for (int group = 0; group < kGroups; ++group) {
+        const size_t series = static_cast<size_t>(i) * kGroups + group;
+        float* place = by_place.data() + series * places;
+        for (int64_t part = 0; part + 1 < parts; ++part) {
+          const float* beyond = spill.data() + (series * parts + part) * kMaxLast;
+          for (int n = 0; n < kMaxLast; ++n) place[(part + 1) * kTilesPerTask * kKeyTile + n] += beyond[n];
+        }
+        for (int64_t distance = 0; distance < a.seq_len; ++distance) {
+          out[distance] = std::min(out[distance], kGroups * place[a.seq_len - 1 - distance]);
+        }
+      }
     }
   }
 }

@@ -1,0 +1,64 @@
+"""Where a row was measured: machine, versions, command line; and how rows are written."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def processor() -> str:
+    """The CPU's name and the vector units that matter here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    found = {key.strip(): value.strip() for key, value in facts.items()}
+    flags = found.get("flags", "").split()
+    units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if unit in flags]
+    return f"{found.get('model name', '?')} family {found.get('cpu family', '?')} ({units[0] if units else '?'})"
+
+
+def version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def environment() -> dict[str, Any]:
+    """Columns that say on what a row was measured."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+    return {
+        "machine": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "vllm": version("vllm"),
+        "minference_vllm": version("minference-vllm"),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def emit(row: dict[str, Any], as_json: bool, csv_path: str | None) -> None:
+    """Print a row, as JSON or as aligned text, and append it to a CSV file with its environment."""
+    shown = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+    print(json.dumps(shown) if as_json else "  ".join(f"{key}={value}" for key, value in shown.items()), flush=True)
+    if csv_path is None:
+        return
+    path = Path(csv_path)
+    full = shown | environment()
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(full))
+        if new:
+            writer.writeheader()
+        writer.writerow(full)

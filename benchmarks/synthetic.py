@@ -1,0 +1,73 @@
+"""Queries and keys whose attention has a known structure: a sink, heavy columns and a wide local window.
+
+Random queries and keys give flat attention, in which every selection is as good as any other. Here the logits are
+written down and then realised in bf16 vectors: one direction for the sink, one for the columns, and rotating pairs of
+dimensions for what depends on the distance alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Logits (after the softmax scale) that each kind of key stands out by."""
+
+    sink: float = 8.0
+    """The first 4 tokens."""
+    column: float = 8.0
+    columns: int = 200
+    """Heavy single tokens, at random positions per KV head."""
+    local: float = 7.0
+    local_width: float = 3000.0
+    """Keys near the row; the logit falls to 60 % at this distance."""
+    noise: float = 0.5
+    """Standard deviation of the remaining logits."""
+
+
+def structured_qkv(
+    tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    structure: Structure | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries ``[tokens, H, D]``, keys and values ``[tokens, HK, D]`` with the structure's attention.
+
+    Half of the dimensions carry the rotating pairs of distance-dependent logits, two carry sink and columns, the rest
+    is noise.
+    """
+    structure = structure or Structure()
+    generator = torch.Generator().manual_seed(seed)
+    half = head_size // 2
+    pairs = half // 2
+    position = torch.arange(tokens, dtype=torch.float64)
+    # Random frequencies make mean(cos(w * distance)) a Gaussian of the distance, with only faint echoes further out.
+    frequency = torch.randn(pairs, generator=generator, dtype=torch.float64) / structure.local_width
+    angle = position[:, None] * frequency
+    rotating_query = torch.cat([angle.cos(), angle.sin()], 1)
+    rotating_key = structure.local / pairs * rotating_query
+
+    rest = head_size - half - 2
+    scale = head_size**0.5  # undone by the softmax scale
+    queries = torch.empty(tokens, num_heads, head_size)
+    keys = torch.empty(tokens, num_kv_heads, head_size)
+    for head in range(num_heads):
+        queries[:, head, :half] = rotating_query.float() * scale**0.5
+        queries[:, head, half : half + 2] = scale**0.5
+        queries[:, head, half + 2 :] = torch.randn(tokens, rest, generator=generator) * scale**0.5
+    for head in range(num_kv_heads):
+        keys[:, head, :half] = rotating_key.float() * scale**0.5
+        keys[:, head, half : half + 2] = 0
+        keys[: min(4, tokens), head, half] = structure.sink * scale**0.5
+        heavy = torch.randperm(tokens, generator=generator)[: structure.columns]
+        keys[heavy, head, half + 1] = structure.column * scale**0.5
+        noise = torch.randn(tokens, rest, generator=generator) * (structure.noise / rest**0.5)
+        keys[:, head, half + 2 :] = noise * scale**0.5
+    values = torch.randn(tokens, num_kv_heads, head_size, generator=generator)
+    return queries.to(dtype), keys.to(dtype), values.to(dtype)
