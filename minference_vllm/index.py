@@ -248,11 +248,12 @@ def columns_outside_blocks(
 
 
 def _fillers(tiling: Tiling, free: torch.Tensor, ranked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys of each tile's first free block (int64 ``[H, T, B]``), and which of them are there and not ranked."""
+    """Keys of each tile's free block with the fewest ranked ones (int64 ``[H, T, B]``), and which may be used."""
     heads = ranked.shape[0]
     taken = torch.zeros(heads, tiling.num_key_blocks * tiling.block_size, dtype=torch.bool).scatter_(1, ranked, True)
-    first_free = free.to(torch.uint8).argmax(-1)
-    keys = first_free[..., None] * tiling.block_size + torch.arange(tiling.block_size)
+    taken_in_block = taken.view(heads, 1, tiling.num_key_blocks, -1).sum(-1)
+    emptiest = torch.where(free, taken_in_block, tiling.block_size + 1).argmin(-1)
+    keys = emptiest[..., None] * tiling.block_size + torch.arange(tiling.block_size)
     usable = free.any(-1, keepdim=True) & ~taken[torch.arange(heads)[:, None, None], keys]
     return keys, usable
 
