@@ -66,7 +66,8 @@ def sampled_check(
     for row in rows.tolist():
         position = index.context_len + row
         tile = int(torch.searchsorted(index.tile_starts, position, right=True)) - 1
-        mask = torch.zeros(query.shape[1], 1, -(-index.seq_len // index.block_size) * index.block_size, dtype=torch.bool)
+        whole_pages = -(-index.seq_len // index.block_size) * index.block_size
+        mask = torch.zeros(query.shape[1], 1, whole_pages, dtype=torch.bool)
         for head in range(query.shape[1]):
             blocks = index.blocks[head, tile, : index.num_blocks[head, tile]].long()
             mask[head].view(-1, index.block_size)[blocks] = True

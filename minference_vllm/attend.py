@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ def choose_engine(engine: str, dtype: torch.dtype, cache: PagedCache) -> str:
     Raises:
         ValueError: the named engine cannot run; the message says why.
     """
-    reason = native.unsupported_reason(dtype, cache)
+    reason = native.unsupported_cache_reason(dtype, cache)
     if engine == "native" and reason:
         raise ValueError(f"engine 'native' cannot run: {reason}")
     if engine == "auto":
@@ -97,9 +98,7 @@ def attend_chunk(
 class _PagedScores:
     """The estimates of one chunk, timed; the prefix is copied out of its pages at most once."""
 
-    def __init__(
-        self, query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, seq_len: int, scale: float
-    ) -> None:
+    def __init__(self, query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, seq_len: int, scale: float) -> None:
         self.query, self.cache, self.pages, self.seq_len, self.scale = query, cache, pages, seq_len, scale
         self.seconds = 0.0
 
@@ -109,7 +108,7 @@ class _PagedScores:
 
     def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         begin = time.perf_counter()
-        if native.unsupported_reason(self.query.dtype, self.cache) is None:
+        if native.unsupported_cache_reason(self.query.dtype, self.cache) is None:
             result = native.last_query_scores(self.query, self.cache, self.pages, self.seq_len, heads, self.scale)
         else:
             result = estimate.last_query_scores(self.query, self.keys, heads, self.scale)
@@ -222,7 +221,7 @@ def _validate(
             f"{len(lengths)} seq_lens need {len(lengths) + 1} query_start_loc entries and as many block_table rows as "
             f"requests; found {len(starts)} and {tuple(block_table.shape)}"
         )
-    if starts[0] != 0 or starts[-1] != tokens or any(b < a for a, b in zip(starts, starts[1:], strict=False)):
+    if starts[0] != 0 or starts[-1] != tokens or any(b < a for a, b in itertools.pairwise(starts)):
         raise ValueError(f"query_start_loc must rise from 0 to {tokens} (the query rows), not {starts}")
     for request, length in enumerate(lengths):
         if length < starts[request + 1] - starts[request]:

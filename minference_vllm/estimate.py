@@ -6,6 +6,7 @@ key blocks. Every function has its float64 definition in ``reference.py``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -23,10 +24,10 @@ def last_query_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention mass of the chunk's last queries per column and per diagonal (arXiv 2407.02490, Algorithm 1).
 
-    A strong column lies on 64 diagonals, one for each of the queries, and summed plainly its mass makes all of them look
-    strong: the budget of diagonals is then spent on scattered offsets that drag whole blocks in. A true diagonal is
-    seen by all queries, a column's trace by one. So the queries are split into 4 neighbouring groups, and a diagonal
-    counts 4 times its smallest mass among them; plain sums would be MInference's own score.
+    A strong column lies on 64 diagonals, one for each of the queries, and summed plainly its mass makes all of them
+    look strong: the budget of diagonals is then spent on scattered offsets that drag whole blocks in. A true diagonal
+    is seen by all queries, a column's trace by one. So the queries are split into 4 neighbouring groups, and a
+    diagonal counts 4 times its smallest mass among them; plain sums would be MInference's own score.
 
     Args:
         query: ``[chunk, H, D]``, the chunk's queries; its last row is the sequence's last token.
@@ -56,7 +57,7 @@ def last_query_scores(
     by_place = padded.as_strided((len(heads), rows, length), (rows * width, width + 1, 1), 1)
     borders = [group * rows // ROW_GROUPS for group in range(ROW_GROUPS + 1)]
     agreed = by_place[:, : borders[1]].sum(1)
-    for begin, end in zip(borders[1:-1], borders[2:], strict=True):
+    for begin, end in itertools.pairwise(borders):
         agreed = torch.minimum(agreed, by_place[:, begin:end].sum(1))
     return columns, agreed.mul_(ROW_GROUPS).flip(1)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+
 
 def register() -> None:
     """Make the name ``minference`` (``--attention-backend minference``) stand for our backend.
 
-    Raises:
-        RuntimeError: vLLM is outside the supported range, or its slot for custom backends is taken. (vLLM logs the
-            message and goes on; selecting ``minference`` then fails as an unknown backend.)
+    Where that cannot be (vLLM outside the supported range, its slot for custom backends taken) a warning says why, and
+    the name stays unknown: whoever did not select it must not be kept from serving.
     """
     from minference_vllm.backend.compat import check_vllm_version, register_name
 
-    check_vllm_version()
-    register_name()
+    try:
+        check_vllm_version()
+        register_name()
+    except RuntimeError as error:
+        logging.getLogger("vllm.minference_vllm").warning("attention backend 'minference' is not available: %s", error)
 
 
 def cpu_platform() -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from minference_vllm.index import Tiling
@@ -85,9 +87,7 @@ def pooled_scores(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale
     """Softmax over blocks of mean query times mean key, float64 ``[H, T, N]``."""
     heads = query.shape[1]
     starts = (tiling.starts - tiling.context_len).tolist()
-    queries = torch.stack(
-        [query[a:b].double().mean(0) for a, b in zip(starts[:-1], starts[1:], strict=True)], dim=1
-    )
+    queries = torch.stack([query[a:b].double().mean(0) for a, b in itertools.pairwise(starts)], dim=1)
     means = torch.stack([block.mean(1) for block in keys.double().split(tiling.block_size, dim=1)], dim=1)
     scores = queries @ repeat_heads(means, heads).transpose(1, 2) * scale
     return scores.masked_fill(~tiling.reachable(), -torch.inf).softmax(-1)

@@ -28,13 +28,14 @@ class Settings(BaseModel):
     """A prefill chunk whose last token lies below this position (in tokens) is computed densely."""
 
     min_chunk: int = Field(default=256, ge=1, le=1 << 24)
-    """A chunk with fewer new tokens than this is computed densely: estimating its index would cost more than it saves."""
+    """A chunk with fewer new tokens than this is computed densely: its index would cost more than it saves."""
 
     tile: int | None = Field(default=None, ge=32, le=4096)
-    """Query rows that share one selection of keys; a multiple of the page size. None: the engine's own choice."""
+    """Query rows that share one selection of keys, rounded up to whole pages. None: 128."""
 
     engine: Literal["auto", "block_table", "native"] = "auto"
-    """How an index is executed. ``auto`` takes the fastest that runs here; ``doctor`` says which and why."""
+    """How an index is executed: ``native``, our kernels for bf16 on AVX512-BF16 processors; ``block_table``, vLLM's own
+    kernel; ``auto``, the faster of those that run here. The log names it at start-up."""
 
     log_interval: float = Field(default=10.0, ge=0.0)
     """Seconds between two lines of statistics in the log while sparse chunks are served; 0 turns them off."""

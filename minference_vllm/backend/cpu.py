@@ -21,7 +21,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from minference_vllm.attend import attend_chunk
 from minference_vllm.backend.compat import NAME, slice_requests
 from minference_vllm.backend.runtime import runtime_for, unsupported_layer_reasons
-from minference_vllm.engines import cpu_kernel
+from minference_vllm.engines import cpu_kernel, native
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import Dense, HeadPattern
 from minference_vllm.plan import Plan, plan_batch
@@ -57,6 +57,7 @@ class MInferenceCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.runtime = runtime_for(vllm_config)
+        logger.info_once("minference: %s", self.runtime.summary)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -110,6 +111,10 @@ class MInferenceCPUImpl(CPUAttentionBackendImpl):
         self.dense_only = bool(reasons)
         if reasons:
             logger.info_once("minference: some layers run densely: %s", ", ".join(reasons))
+        elif self.runtime.settings.engine == "native":
+            reason = native.unsupported_reason(dtype, block_size, self.head_size)
+            if reason:
+                raise ValueError(f"minference: engine 'native' cannot run here: {reason}; set engine to 'auto'")
 
     def forward(
         self,
@@ -136,10 +141,10 @@ class MInferenceCPUImpl(CPUAttentionBackendImpl):
                 output_scale, output_block_scale,
             )  # fmt: skip
         num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-        halves = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, -1).chunk(2, dim=2)
+        key_cache, value_cache = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, -1).chunk(2, dim=2)
         layout = cpu_kernel.layout_for(query.dtype, block_size, self.head_size)
         assert layout is not None
-        cache = PagedCache(*halves, layout)
+        cache = PagedCache(key_cache, value_cache, layout)
         out = output.view(-1, self.num_heads, self.head_size)
         settings, counters = self.runtime.settings, self.runtime.counters
         for chunk in plan.sparse:

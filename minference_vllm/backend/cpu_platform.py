@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.platforms.cpu import CpuPlatform
 
-from minference_vllm.backend.compat import CLASS_PATHS, NAME, selects_minference
+from minference_vllm.backend.compat import CLASS_PATHS, NAME, is_minference, selects_minference
 
 
 class MInferenceCpuPlatform(CpuPlatform):
@@ -14,7 +14,7 @@ class MInferenceCpuPlatform(CpuPlatform):
 
     @classmethod
     def get_attn_backend_cls(cls, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
-        if selected_backend is not None and getattr(selected_backend, "name", None) == "CUSTOM":
+        if is_minference(selected_backend):
             from vllm.logger import init_logger
 
             init_logger(f"vllm.{__name__}").info_once("Using %s attention backend on CPU.", NAME)

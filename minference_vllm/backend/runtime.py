@@ -10,6 +10,7 @@ import torch
 
 from minference_vllm.attend import DTYPES
 from minference_vllm.audit import Counters
+from minference_vllm.engines import native
 from minference_vllm.patterns import PatternFile, load_pattern_file, parse_patterns
 from minference_vllm.settings import Settings, load_settings
 
@@ -23,6 +24,15 @@ class Runtime:
     source: str
     """Where the patterns came from, for the log."""
     counters: Counters = field(default_factory=Counters)
+
+    @property
+    def summary(self) -> str:
+        """One line for the log: where the patterns come from, and the settings that are not at their default."""
+        changed = self.settings.model_dump(exclude_defaults=True, exclude={"patterns"})
+        settings = ", ".join(f"{name} = {value}" for name, value in changed.items()) or "default settings"
+        native_reason = native.unavailable_reason()
+        kernels = f"no native kernels ({native_reason})" if native_reason else "native kernels"
+        return f"patterns from {self.source}; {settings}; {kernels}; sparse from {self.settings.min_context} tokens"
 
 
 _runtimes: dict[int, tuple[Any, Runtime]] = {}

@@ -8,6 +8,8 @@ columns are first copied into scratch pages of the same layout.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from minference_vllm.engines import cpu_kernel
@@ -88,12 +90,10 @@ def _slices(column_pages: torch.Tensor) -> list[tuple[int, int]]:
     """Ranges of virtual requests whose gathered columns fit into the scratch pages together."""
     group = (column_pages.cumsum(0) - 1).clamp(min=0) // SCRATCH_PAGES
     borders = [0, *(torch.nonzero(group[1:] != group[:-1]).view(-1) + 1).tolist(), len(column_pages)]
-    return list(zip(borders[:-1], borders[1:], strict=True))
+    return list(itertools.pairwise(borders))
 
 
-def _write_columns(
-    index: SparseIndex, columns: GatheredColumns, first: int, last: int, key_view: torch.Tensor
-) -> int:
+def _write_columns(index: SparseIndex, columns: GatheredColumns, first: int, last: int, key_view: torch.Tensor) -> int:
     """Write the columns of virtual requests ``[first, last)`` into scratch pages; returns the first page's number as
     seen from ``key_view``'s base address."""
     tiles = index.num_tiles

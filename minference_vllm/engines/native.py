@@ -102,17 +102,24 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def unsupported_reason(dtype: torch.dtype, cache: PagedCache) -> str | None:
-    """Why the kernels cannot serve this cache, or None when they can."""
+def unsupported_reason(dtype: torch.dtype, block_size: int, head_size: int) -> str | None:
+    """Why the kernels cannot serve caches of this shape, or None when they can."""
     if unavailable_reason():
         return unavailable_reason()
     if dtype != torch.bfloat16:
         return f"{dtype} is not bfloat16"
-    if cache.block_size % 32 or cache.head_size % 16 or cache.head_size > 256:
-        return f"page size {cache.block_size} (multiples of 32) or head size {cache.head_size} (multiples of 16 to 256)"
+    if block_size % 32:
+        return f"page size {block_size} is not a multiple of 32"
+    if head_size % 16 or head_size > 256:
+        return f"head size {head_size} is not a multiple of 16 up to 256"
+    return None
+
+
+def unsupported_cache_reason(dtype: torch.dtype, cache: PagedCache) -> str | None:
+    """Why the kernels cannot serve this cache, its strides included, or None when they can."""
     if cache.key.stride() != cache.value.stride() or cache.key.stride(3) != 1:
         return "keys and values differ in strides, or a head's elements do not lie side by side"
-    return None
+    return unsupported_reason(dtype, cache.block_size, cache.head_size)
 
 
 def _describe(cache: PagedCache) -> _Cache:
@@ -142,7 +149,7 @@ def run(
 
     Args:
         query, out: bf16 ``[chunk, H, D]``, elements of a head side by side.
-        cache: any layout, see ``unsupported_reason``.
+        cache: any layout, see ``unsupported_cache_reason``.
         pages: int64 ``[N]``, physical page of each logical block.
         lse: float32 ``[H, chunk]``, contiguous; receives the log-sum-exp of each row's scores.
     """
