@@ -45,8 +45,8 @@ def last_query_scores(
     last = query[-rows:].permute(1, 0, 2)
     # Row r's scores are shifted r places, so that a diagonal becomes a column of a strided view; zeros on the left
     # stand for keys before the first.
-    padded = torch.zeros(len(heads), rows, length + rows)
-    future = torch.ones(rows, rows, dtype=torch.bool).triu(1)
+    padded = torch.zeros(len(heads), rows, length + rows, device=query.device)
+    future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
     for slot, head in enumerate(heads):
         scores = torch.matmul(last[head], keys[head // group].T).float().mul_(scale)
         scores[:, length - rows :].masked_fill_(future, -torch.inf)
@@ -77,15 +77,15 @@ def pooled_scores(
     """
     group = query.shape[1] // keys.shape[0]
     length, size = keys.shape[1], tiling.block_size
-    wanted = torch.tensor(list(heads))
+    wanted = torch.tensor(list(heads), device=query.device)
     rows = tiling.starts[1:] - tiling.starts[:-1]
-    tile_of_row = torch.repeat_interleave(torch.arange(tiling.num_tiles), rows)
+    tile_of_row = torch.repeat_interleave(torch.arange(tiling.num_tiles, device=query.device), rows)
     queries = query.new_zeros(tiling.num_tiles, len(wanted), query.shape[2], dtype=torch.float32)
     queries.index_add_(0, tile_of_row, query[:, wanted].float())
     queries /= rows[:, None, None]
-    block_of_key = torch.arange(length) // size
+    block_of_key = torch.arange(length, device=query.device) // size
     counts = torch.bincount(block_of_key, minlength=tiling.num_key_blocks)
-    means = torch.zeros(keys.shape[0], tiling.num_key_blocks, keys.shape[2])
+    means = torch.zeros(keys.shape[0], tiling.num_key_blocks, keys.shape[2], device=query.device)
     means.index_add_(1, block_of_key, keys.float())
     means /= counts[:, None]
     scores = torch.einsum("thd,hnd->htn", queries, means[wanted // group]).mul_(scale)

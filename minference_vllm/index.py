@@ -61,15 +61,17 @@ class SparseIndex:
 
     def to_mask(self) -> torch.Tensor:
         """bool ``[H, S - context_len, S]``: True where a row attends a key. For tests and plots: it is quadratic."""
+        device = self.blocks.device
         num_blocks_total = -(-self.seq_len // self.block_size)
-        tile_mask = torch.zeros(self.num_heads, self.num_tiles, num_blocks_total * self.block_size, dtype=torch.bool)
+        width = num_blocks_total * self.block_size
+        tile_mask = torch.zeros(self.num_heads, self.num_tiles, width, dtype=torch.bool, device=device)
         by_block = tile_mask.view(self.num_heads, self.num_tiles, num_blocks_total, self.block_size)
         _scatter_true(by_block, self.blocks)
         _scatter_true(tile_mask, self.columns)
         rows = self.tile_starts[1:] - self.tile_starts[:-1]
         mask = tile_mask[..., : self.seq_len].repeat_interleave(rows, dim=1)
-        positions = torch.arange(self.context_len, self.seq_len)
-        return mask & (torch.arange(self.seq_len) <= positions[:, None])
+        positions = torch.arange(self.context_len, self.seq_len, device=device)
+        return mask & (torch.arange(self.seq_len, device=device) <= positions[:, None])
 
     def computed_pairs(self) -> torch.Tensor:
         """float64 ``[H]``: query-key pairs that the kernel works on (whole blocks; the causal half of the last)."""
@@ -99,10 +101,10 @@ def compact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions of True along the last dimension, ascending and padded with -1, and how many there are."""
     count = mask.sum(-1, dtype=torch.int32)
     width = max(1, int(count.max())) if count.numel() else 1
-    positions = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int32)
+    positions = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int32, device=mask.device)
     # False entries all land in one spare last slot, which is cut off again.
     slots = torch.where(mask, mask.cumsum(-1) - 1, width)
-    source = torch.arange(mask.shape[-1], dtype=torch.int32).expand_as(mask)
+    source = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand_as(mask)
     positions.scatter_(-1, slots, source)
     return positions[..., :width].contiguous(), count
 
@@ -121,10 +123,18 @@ class Tiling:
     """The engine takes columns in groups of this many; an engine whose kernel sees whole pages only: the page size."""
 
     @classmethod
-    def of(cls, context_len: int, seq_len: int, block_size: int, tile: int, column_multiple: int = 1) -> Tiling:
+    def of(
+        cls,
+        context_len: int,
+        seq_len: int,
+        block_size: int,
+        tile: int,
+        column_multiple: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> Tiling:
         if tile % block_size:
             raise ValueError(f"tile must be a multiple of the page size {block_size}, not {tile}")
-        starts = torch.tensor(tile_starts(context_len, seq_len, tile), dtype=torch.int64)
+        starts = torch.tensor(tile_starts(context_len, seq_len, tile), dtype=torch.int64, device=device)
         return cls(context_len, seq_len, block_size, tile, starts, column_multiple)
 
     @property
@@ -135,15 +145,19 @@ class Tiling:
     def num_key_blocks(self) -> int:
         return -(-self.seq_len // self.block_size)
 
+    def key_blocks(self) -> torch.Tensor:
+        """int64 ``[N]``: numbers of the key blocks."""
+        return torch.arange(self.num_key_blocks, device=self.starts.device)
+
     def distance(self) -> torch.Tensor:
         """int64 ``[T, N]``: blocks from a tile's (aligned) first block back to each key block; <= 0 for its own."""
         first = self.starts[:-1] // self.tile * (self.tile // self.block_size)
-        return first[:, None] - torch.arange(self.num_key_blocks)
+        return first[:, None] - self.key_blocks()
 
     def reachable(self) -> torch.Tensor:
         """bool ``[T, N]``: blocks that hold a key not later than the tile's last row."""
         last = (self.starts[1:] - 1) // self.block_size
-        return torch.arange(self.num_key_blocks) <= last[:, None]
+        return self.key_blocks() <= last[:, None]
 
     def own(self) -> torch.Tensor:
         """bool ``[T, N]``: blocks at and after the tile's aligned start, up to its last row."""
@@ -157,7 +171,7 @@ def dense_blocks(tiling: Tiling) -> torch.Tensor:
 
 def a_shape_blocks(tiling: Tiling, pattern: AShape | TriShape) -> torch.Tensor:
     """bool ``[T, N]``: blocks that the sink, or any row's local window, touches."""
-    block = torch.arange(tiling.num_key_blocks)
+    block = tiling.key_blocks()
     sink = block < -(-pattern.sink // tiling.block_size)
     oldest_local = (tiling.starts[:-1] - pattern.local + 1).clamp(min=0) // tiling.block_size
     local = block >= oldest_local[:, None]
@@ -180,7 +194,8 @@ def slash_blocks(tiling: Tiling, offsets: torch.Tensor) -> torch.Tensor:
     one row of marks per head is made and shifted, instead of one per tile.
     """
     block, tile = tiling.block_size, tiling.tile
-    marks = torch.zeros(offsets.shape[0], tiling.num_key_blocks + tile // block + 1, dtype=torch.bool)
+    width = tiling.num_key_blocks + tile // block + 1
+    marks = torch.zeros(offsets.shape[0], width, dtype=torch.bool, device=offsets.device)
     nearest = torch.div(offsets - tile + block, block, rounding_mode="floor").clamp(min=0)
     furthest = (offsets + block - 1) // block
     for step in range(tile // block + 1):
@@ -199,7 +214,7 @@ def top_blocks(tiling: Tiling, scores: torch.Tensor, top_k: int) -> torch.Tensor
     before = tiling.reachable() & ~tiling.own()
     scores = scores.masked_fill(~before, -torch.inf)
     best = scores.topk(min(top_k, scores.shape[-1]), dim=-1).indices
-    chosen = torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, best, True)
+    chosen = torch.zeros_like(before.expand_as(scores)).scatter(-1, best, True)
     return (chosen & before) | tiling.own()
 
 
@@ -250,11 +265,13 @@ def columns_outside_blocks(
 def _fillers(tiling: Tiling, free: torch.Tensor, ranked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys of each tile's free block with the fewest ranked ones (int64 ``[H, T, B]``), and which may be used."""
     heads = ranked.shape[0]
-    taken = torch.zeros(heads, tiling.num_key_blocks * tiling.block_size, dtype=torch.bool).scatter_(1, ranked, True)
+    taken = torch.zeros(
+        heads, tiling.num_key_blocks * tiling.block_size, dtype=torch.bool, device=ranked.device
+    ).scatter_(1, ranked, True)
     taken_in_block = taken.view(heads, 1, tiling.num_key_blocks, -1).sum(-1)
     emptiest = torch.where(free, taken_in_block, tiling.block_size + 1).argmin(-1)
-    keys = emptiest[..., None] * tiling.block_size + torch.arange(tiling.block_size)
-    usable = free.any(-1, keepdim=True) & ~taken[torch.arange(heads)[:, None, None], keys]
+    keys = emptiest[..., None] * tiling.block_size + torch.arange(tiling.block_size, device=ranked.device)
+    usable = free.any(-1, keepdim=True) & ~taken.gather(1, keys.view(heads, -1)).view_as(keys)
     return keys, usable
 
 
@@ -275,9 +292,10 @@ def build_index(tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores)
         patterns: one per query head.
     """
     heads = len(patterns)
-    blocks = torch.zeros(heads, tiling.num_tiles, tiling.num_key_blocks, dtype=torch.bool)
-    columns = torch.full((heads, tiling.num_tiles, 1), -1, dtype=torch.int32)
-    num_columns = torch.zeros(heads, tiling.num_tiles, dtype=torch.int32)
+    device = tiling.starts.device
+    blocks = torch.zeros(heads, tiling.num_tiles, tiling.num_key_blocks, dtype=torch.bool, device=device)
+    columns = torch.full((heads, tiling.num_tiles, 1), -1, dtype=torch.int32, device=device)
+    num_columns = torch.zeros(heads, tiling.num_tiles, dtype=torch.int32, device=device)
     groups: dict[HeadPattern, list[int]] = {}
     for head, pattern in enumerate(patterns):
         groups.setdefault(pattern, []).append(head)

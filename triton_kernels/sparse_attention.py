@@ -1,0 +1,197 @@
+"""Attention under a ``SparseIndex`` over paged keys and values of any strides: pages and single columns in one softmax.
+
+A key is addressed by its position alone, ``pages[position // PAGE]`` and ``position % PAGE``, so a tile's blocks and its
+columns differ only in where positions come from.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from minference_vllm.index import SparseIndex
+from minference_vllm.paged_cache import PagedCache
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _attend_keys(
+    b_query,  # [BLOCK_M, D]
+    o_row,  # [BLOCK_M] positions of the rows
+    b_position,  # [BLOCK_N] positions of the keys
+    m_key,  # [BLOCK_N] which of them are there
+    b_out,  # [BLOCK_M, D] float32
+    b_sum,  # [BLOCK_M]
+    b_max,  # [BLOCK_M]
+    p_key,
+    p_value,
+    p_pages,
+    stride_key_page,
+    stride_key_slot,
+    stride_value_page,
+    stride_value_slot,
+    scale_log2,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """One online-softmax step over BLOCK_N keys."""
+    o_dim = tl.arange(0, D)
+    m_dim = o_dim < HEAD_SIZE
+    b_page = tl.load(p_pages + b_position // PAGE, mask=m_key, other=0).to(tl.int64)
+    b_slot = b_position % PAGE
+    o_key = b_page * stride_key_page + b_slot * stride_key_slot
+    o_value = b_page * stride_value_page + b_slot * stride_value_slot
+    m_tile = m_key[:, None] & m_dim[None, :]
+    b_key = tl.load(p_key + o_key[:, None] + o_dim[None, :], mask=m_tile, other=0.0)  # [BLOCK_N, D]
+    b_score = tl.dot(b_query, tl.trans(b_key)) * scale_log2  # [BLOCK_M, BLOCK_N]
+    m_score = m_key[None, :]
+    if CAUSAL:
+        m_score = m_score & (b_position[None, :] <= o_row[:, None])
+    b_score = tl.where(m_score, b_score, -float("inf"))
+    b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
+    # A row that has seen no key yet keeps a maximum of -inf; subtracting 0 then gives weights of 0, not NaN.
+    b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
+    b_weight = tl.exp2(b_score - b_shift[:, None])
+    b_decay = tl.exp2(b_max - b_shift)
+    b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
+    b_value = tl.load(p_value + o_value[:, None] + o_dim[None, :], mask=m_tile, other=0.0)  # [BLOCK_N, D]
+    b_out = tl.dot(b_weight.to(b_value.dtype), b_value, b_out * b_decay[:, None])
+    return b_out, b_sum, b_new_max
+
+
+@triton.jit
+def sparse_attention_kernel(
+    p_query,
+    p_key,
+    p_value,
+    p_out,
+    p_lse,
+    p_pages,
+    p_tile_starts,
+    p_blocks,
+    p_num_blocks,
+    p_columns,
+    p_num_columns,
+    stride_query_row,
+    stride_query_head,
+    stride_out_row,
+    stride_out_head,
+    stride_key_page,
+    stride_key_head,
+    stride_key_slot,
+    stride_value_page,
+    stride_value_head,
+    stride_value_slot,
+    num_tiles,
+    num_rows,
+    max_blocks,
+    max_columns,
+    scale_log2,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WITH_LSE: tl.constexpr,
+):
+    """One program: BLOCK_M rows of one query tile, of one query head."""
+    i_tile, i_part, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile_start = tl.load(p_tile_starts + i_tile)
+    tile_end = tl.load(p_tile_starts + i_tile + 1)
+    first = tile_start + i_part * BLOCK_M
+    if first < tile_end:
+        o_row = first + tl.arange(0, BLOCK_M)
+        m_row = o_row < tile_end
+        o_query = (o_row - tl.load(p_tile_starts)).to(tl.int64)
+        o_dim = tl.arange(0, D)
+        m_tile = m_row[:, None] & (o_dim < HEAD_SIZE)[None, :]
+        p_query += i_head * stride_query_head
+        b_query = tl.load(p_query + o_query[:, None] * stride_query_row + o_dim[None, :], mask=m_tile, other=0.0)
+        i_kv_head = (i_head // GROUP).to(tl.int64)
+        p_key += i_kv_head * stride_key_head
+        p_value += i_kv_head * stride_value_head
+        i_list = i_head * num_tiles + i_tile
+        p_blocks += i_list.to(tl.int64) * max_blocks
+        p_columns += i_list.to(tl.int64) * max_columns
+        num_keys = tl.load(p_num_blocks + i_list) * PAGE
+        num_columns = tl.load(p_num_columns + i_list)
+
+        b_out = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+        b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+        b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+        for i_key in range(0, num_keys, BLOCK_N):
+            o_key = i_key + tl.arange(0, BLOCK_N)
+            m_key = o_key < num_keys
+            b_block = tl.load(p_blocks + o_key // PAGE, mask=m_key, other=0)
+            b_position = b_block * PAGE + o_key % PAGE
+            b_out, b_sum, b_max = _attend_keys(
+                b_query, o_row, b_position, m_key & (b_position < tile_end), b_out, b_sum, b_max,
+                p_key, p_value, p_pages, stride_key_page, stride_key_slot, stride_value_page, stride_value_slot,
+                scale_log2, HEAD_SIZE, D, PAGE, True,
+            )  # fmt: skip
+        for i_key in range(0, num_columns, BLOCK_N):
+            o_key = i_key + tl.arange(0, BLOCK_N)
+            m_key = o_key < num_columns
+            b_position = tl.load(p_columns + o_key, mask=m_key, other=0)
+            b_out, b_sum, b_max = _attend_keys(
+                b_query, o_row, b_position, m_key, b_out, b_sum, b_max,
+                p_key, p_value, p_pages, stride_key_page, stride_key_slot, stride_value_page, stride_value_slot,
+                scale_log2, HEAD_SIZE, D, PAGE, False,
+            )  # fmt: skip
+        b_out = b_out / b_sum[:, None]
+        p_out += i_head * stride_out_head
+        o_out = o_query[:, None] * stride_out_row + o_dim[None, :]
+        tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_tile)
+        if WITH_LSE:
+            tl.store(p_lse + i_head.to(tl.int64) * num_rows + o_query, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
+
+
+BLOCK_M, BLOCK_N, NUM_WARPS, NUM_STAGES = 128, 64, 8, 2
+
+
+def run(
+    query: torch.Tensor,
+    cache: PagedCache,
+    pages: torch.Tensor,
+    index: SparseIndex,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """Attention of one chunk under ``index``, written to ``out``. The checks are ``attend``'s; these are the layouts.
+
+    Args:
+        query, out: ``[chunk, H, D]`` in bf16, fp16 or fp32, elements of a head side by side; D up to 256.
+        cache: layout ``rows``, elements of a head side by side.
+        pages: int64 ``[N]``, physical page of each logical block.
+        index: on the device of ``query``.
+        lse: float32 ``[H, chunk]``, contiguous; receives the log-sum-exp of each row's scores.
+    """
+    if cache.layout != "rows":
+        raise ValueError(f"the Triton kernel reads pages of plain rows, not {cache.layout!r}")
+    heads = query.shape[1]
+    longest = int((index.tile_starts[1:] - index.tile_starts[:-1]).max())
+    grid = (index.num_tiles, triton.cdiv(longest, BLOCK_M), heads)
+    sparse_attention_kernel[grid](
+        query, cache.key, cache.value, out, query if lse is None else lse, pages, index.tile_starts,
+        index.blocks, index.num_blocks, index.columns, index.num_columns,
+        query.stride(0), query.stride(1), out.stride(0), out.stride(1),
+        cache.key.stride(0), cache.key.stride(1), cache.key.stride(2),
+        cache.value.stride(0), cache.value.stride(1), cache.value.stride(2),
+        index.num_tiles, query.shape[0], index.blocks.shape[2], index.columns.shape[2], scale * LOG2E.value,
+        GROUP=heads // cache.num_kv_heads,
+        HEAD_SIZE=cache.head_size,
+        D=max(16, triton.next_power_of_2(cache.head_size)),
+        PAGE=cache.block_size,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=BLOCK_N,
+        WITH_LSE=lse is not None,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )  # fmt: skip
