@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from minference_vllm.plan import Chunk
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEFAULT_TILE = 128
 """Query rows that share one selection of keys."""
-ENGINES = ("auto", "block_table", "native")
+ENGINES = ("auto", "block_table", "native", "triton")
 
 
 @dataclass
@@ -36,11 +37,19 @@ class Timing:
 def choose_engine(engine: str, dtype: torch.dtype, cache: PagedCache) -> str:
     """The engine that runs: the named one, or for ``auto`` the fastest that can serve this cache.
 
-    On processors with AMX vLLM's own kernel is faster than ours, which has no AMX path.
+    On processors with AMX vLLM's own kernel is faster than ours, which has no AMX path. ``triton`` runs on GPUs, and on
+    CPUs in Triton's interpreter, for tests.
 
     Raises:
         ValueError: the named engine cannot run; the message says why.
     """
+    on_gpu = cache.key.is_cuda
+    if on_gpu or engine == "triton":
+        if engine not in ("auto", "triton"):
+            raise ValueError(f"engine {engine!r} runs on CPUs; tensors on {cache.key.device} need 'triton'")
+        if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError("engine 'triton' needs tensors on a GPU, or TRITON_INTERPRET=1 for its interpreter")
+        return "triton"
     reason = native.unsupported_cache_reason(dtype, cache)
     if engine == "native" and reason:
         raise ValueError(f"engine 'native' cannot run: {reason}")
@@ -81,7 +90,8 @@ def attend_chunk(
     size = cache.block_size
     engine = choose_engine(engine, query.dtype, cache)
     column_multiple = size if engine == "block_table" else 1
-    tiling = Tiling.of(chunk.context_len, chunk.seq_len, size, choose_tile(tile, size), column_multiple)
+    rows = choose_tile(tile, size)
+    tiling = Tiling.of(chunk.context_len, chunk.seq_len, size, rows, column_multiple, query.device)
     pages = pages[: tiling.num_key_blocks]
     scores = _PagedScores(query, cache, pages, chunk.seq_len, scale)
     begin = time.perf_counter()
@@ -89,10 +99,18 @@ def attend_chunk(
     timing.estimate += scores.seconds
     timing.index += time.perf_counter() - begin - scores.seconds
     begin = time.perf_counter()
-    run = native.run if engine == "native" else block_table_engine.run
-    run(query, cache, pages, index, scale, out)
+    _runner(engine)(query, cache, pages, index, scale, out)
     timing.attend += time.perf_counter() - begin
     return index
+
+
+def _runner(engine: str) -> Callable[..., None]:
+    if engine == "triton":
+        # Imported on first use: it takes a second, and CPU installations may have no triton.
+        from minference_vllm.triton_kernels import sparse_attention
+
+        return sparse_attention.run
+    return native.run if engine == "native" else block_table_engine.run
 
 
 class _PagedScores:
@@ -147,7 +165,7 @@ def sparse_prefill(
         seq_lens: int ``[num_requests]``, context plus new tokens.
         patterns: one per query head, or one for all.
         scale: softmax scale; default ``head_size ** -0.5``.
-        engine: ``auto``, ``block_table`` or ``native``.
+        engine: ``auto``, ``block_table`` or ``native`` on CPUs, ``triton`` on GPUs.
         tile: query rows per selection of keys; default 128, rounded up to whole blocks.
         out: where to write; default: a new tensor like ``query``.
         return_index: also return the index of each request.

@@ -1,7 +1,7 @@
-"""Attention under a ``SparseIndex`` over paged keys and values of any strides: pages and single columns in one softmax.
+"""Attention under a ``SparseIndex`` over paged keys and values of any strides, in one online softmax.
 
-A key is addressed by its position alone, ``pages[position // PAGE]`` and ``position % PAGE``, so a tile's blocks and its
-columns differ only in where positions come from.
+A key is addressed by its position alone, ``pages[position // PAGE]`` and ``position % PAGE``, so a tile's blocks and
+its single columns differ only in where the positions come from.
 """
 
 from __future__ import annotations

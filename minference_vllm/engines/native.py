@@ -116,7 +116,9 @@ def unsupported_reason(dtype: torch.dtype, block_size: int, head_size: int) -> s
 
 
 def unsupported_cache_reason(dtype: torch.dtype, cache: PagedCache) -> str | None:
-    """Why the kernels cannot serve this cache, its strides included, or None when they can."""
+    """Why the kernels cannot serve this cache, its device and strides included, or None when they can."""
+    if cache.key.device.type != "cpu":
+        return f"the cache is on {cache.key.device}"
     if cache.key.stride() != cache.value.stride() or cache.key.stride(3) != 1:
         return "keys and values differ in strides, or a head's elements do not lie side by side"
     return unsupported_reason(dtype, cache.block_size, cache.head_size)
