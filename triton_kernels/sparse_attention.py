@@ -152,7 +152,12 @@ def sparse_attention_kernel(
             tl.store(p_lse + i_head.to(tl.int64) * num_rows + o_query, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
 
 
-BLOCK_M, BLOCK_N, NUM_WARPS, NUM_STAGES = 128, 64, 8, 2
+BLOCK_M, NUM_WARPS, NUM_STAGES = 128, 8, 2
+
+
+def key_block(major: int) -> int:
+    """Keys per step by compute capability: before Hopper 64 of them spill registers at a head size of 128."""
+    return 64 if major >= 9 else 32
 
 
 def run(
@@ -176,6 +181,7 @@ def run(
     if cache.layout != "rows":
         raise ValueError(f"the Triton kernel reads pages of plain rows, not {cache.layout!r}")
     heads = query.shape[1]
+    major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
     longest = int((index.tile_starts[1:] - index.tile_starts[:-1]).max())
     grid = (index.num_tiles, triton.cdiv(longest, BLOCK_M), heads)
     sparse_attention_kernel[grid](
@@ -190,7 +196,7 @@ def run(
         D=max(16, triton.next_power_of_2(cache.head_size)),
         PAGE=cache.block_size,
         BLOCK_M=BLOCK_M,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=key_block(major),
         WITH_LSE=lse is not None,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
