@@ -24,6 +24,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -125,6 +126,8 @@ def read_counters(worker: Any) -> tuple[float, float]:
 
 def serve(connection: Connection, options: dict[str, Any], environment: dict[str, str], log: str) -> None:
     """Body of an engine's process: answers ``(prompt, decoded tokens)`` with a ``Timed`` until told to stop."""
+    # vLLM's own processes join this one's group, and end with it.
+    os.setsid()
     with Path(log).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -134,7 +137,7 @@ def serve(connection: Connection, options: dict[str, Any], environment: dict[str
     llm = LLM(**options)
     sparse = "attention_backend" in options
     connection.send("ready")
-    while (work := connection.recv()) is not None:
+    while (work := next_work(connection)) is not None:
         prompt, decode = work
         sampling = SamplingParams(temperature=0, max_tokens=decode + 1, ignore_eos=True, detokenize=False)
         before = llm.collective_rpc(read_counters)[0] if sparse else (0.0, 0.0)
@@ -144,6 +147,15 @@ def serve(connection: Connection, options: dict[str, Any], environment: dict[str
         per_token = (times.last_token_ts - times.first_token_ts) / decode
         pairs = (after[0] - before[0], after[1] - before[1])
         connection.send(Timed(list(output.outputs[0].token_ids), times.first_token_latency, per_token, *pairs))
+    llm.llm_engine.engine_core.shutdown()
+
+
+def next_work(connection: Connection) -> tuple[list[int], int] | None:
+    """What to do next; None to stop, also when the benchmark itself is gone."""
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        return None
 
 
 class Engine:
@@ -172,8 +184,9 @@ class Engine:
         with contextlib.suppress(OSError):
             self.connection.send(None)
         self.process.join(30)
-        self.process.terminate()
-        self.process.join()
+        if self.process.is_alive() and self.process.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ def sparse_attention_variants(arch: int) -> list[Account]:
             "D": head_size,
             "PAGE": page,
             "BLOCK_M": sparse_attention.BLOCK_M,
-            "BLOCK_N": sparse_attention.key_block(arch // 10),
+            "BLOCK_N": sparse_attention.key_block(arch // 10, head_size),
             "WITH_LSE": False,
         }
         compiled = compile_kernel(

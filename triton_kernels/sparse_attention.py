@@ -155,9 +155,9 @@ def sparse_attention_kernel(
 BLOCK_M, NUM_WARPS, NUM_STAGES = 128, 8, 2
 
 
-def key_block(major: int) -> int:
+def key_block(major: int, head_size: int) -> int:
     """Keys per step by compute capability: before Hopper 64 of them spill registers at a head size of 128."""
-    return 64 if major >= 9 else 32
+    return 32 if major < 9 and head_size > 64 else 64
 
 
 def run(
@@ -196,7 +196,7 @@ def run(
         D=max(16, triton.next_power_of_2(cache.head_size)),
         PAGE=cache.block_size,
         BLOCK_M=BLOCK_M,
-        BLOCK_N=key_block(major),
+        BLOCK_N=key_block(major, cache.head_size),
         WITH_LSE=lse is not None,
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,

@@ -1,0 +1,48 @@
+"""Mends for triton's CPU interpreter (``TRITON_INTERPRET=1``), which gets bf16 wrong. Import before running a kernel.
+
+Seen on triton 3.6 to 3.9: ``tl.dot`` multiplies the raw bits of bf16 operands, and casts from float32 truncate where
+GPUs round. ``test_triton_kernels.py`` keeps a self-test that both are mended.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+Builder = interpreter.InterpreterBuilder
+_create_dot, _cast = Builder.create_dot, Builder.cast_impl
+
+
+def to_float(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _widened(handle: Any) -> Any:
+    if handle.dtype.scalar == tl.bfloat16:
+        return interpreter.TensorHandle(to_float(handle.data), tl.float32)
+    return handle
+
+
+def create_dot(self: Any, a: Any, b: Any, c: Any, *args: Any, **kwargs: Any) -> Any:
+    return _create_dot(self, _widened(a), _widened(b), c, *args, **kwargs)
+
+
+def cast_impl(self: Any, source: Any, target: Any) -> Any:
+    before, after = source.dtype.scalar, target.scalar
+    if before == tl.float32 and after == tl.bfloat16:
+        return interpreter.TensorHandle(to_bf16(source.data), after)
+    if before == tl.bfloat16 and after == tl.float32:
+        return interpreter.TensorHandle(to_float(source.data), after)
+    return _cast(self, source, target)
+
+
+Builder.create_dot, Builder.cast_impl = create_dot, cast_impl
