@@ -6,10 +6,9 @@ caching off) goes to each engine in turn, and medians over the turns are reporte
 processor meets all engines alike. Before anything is timed, all engines must answer a short prompt with the same
 tokens.
 
-Random weights give nearly flat attention, in which the strongest diagonals lie anywhere: ``vertical_slash`` then covers
-nearly every block and its density, hence its time, says nothing about a trained model. ``a_shape`` has the same cost on
-any data, and is the row to read for speed; ``vertical_slash`` shows what the estimate and a useless selection cost at
-most.
+Random weights give flat attention: all columns and diagonals score about the same, chance decides which of them
+``vertical_slash`` takes, and its density says nothing about a trained model. ``a_shape`` has the same cost on any data
+and is the row to read for speed; ``vertical_slash`` beside it shows what the estimate costs.
 
 Contexts below ``--min-context``, and the seconds per decoded token of every row, show what users pay who gain nothing:
 both must stay within 1 % of dense.
@@ -132,30 +131,32 @@ def serve(connection: Connection, options: dict[str, Any], environment: dict[str
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     llm = LLM(**options)
-    sparse = "attention_backend" in options
-    connection.send("ready")
-    while (work := next_work(connection)) is not None:
-        prompt, decode = work
-        sampling = SamplingParams(temperature=0, max_tokens=decode + 1, ignore_eos=True, detokenize=False)
-        before = llm.collective_rpc(read_counters)[0] if sparse else (0.0, 0.0)
-        output = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
-        after = llm.collective_rpc(read_counters)[0] if sparse else (0.0, 0.0)
-        times = output.metrics
-        per_token = (times.last_token_ts - times.first_token_ts) / decode
-        pairs = (after[0] - before[0], after[1] - before[1])
-        connection.send(Timed(list(output.outputs[0].token_ids), times.first_token_latency, per_token, *pairs))
-    llm.llm_engine.engine_core.shutdown()
-
-
-def next_work(connection: Connection) -> tuple[list[int], int] | None:
-    """What to do next; None to stop, also when the benchmark itself is gone."""
     try:
-        return connection.recv()
+        connection.send("ready")
+        while (work := connection.recv()) is not None:
+            prompt, decode = work
+            connection.send(answer(llm, prompt, decode, sparse="attention_backend" in options))
     except (EOFError, OSError):
-        return None
+        pass  # the benchmark is gone
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def answer(llm: Any, prompt: list[int], decode: int, sparse: bool) -> Timed:
+    """One request, timed by the engine."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=decode + 1, ignore_eos=True, detokenize=False)
+    before = llm.collective_rpc(read_counters)[0] if sparse else (0.0, 0.0)
+    output = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
+    after = llm.collective_rpc(read_counters)[0] if sparse else (0.0, 0.0)
+    times = output.metrics
+    per_token = (times.last_token_ts - times.first_token_ts) / decode
+    pairs = (after[0] - before[0], after[1] - before[1])
+    return Timed(list(output.outputs[0].token_ids), times.first_token_latency, per_token, *pairs)
 
 
 class Engine:

@@ -61,6 +61,8 @@ def choose_engine(engine: str, dtype: torch.dtype, cache: PagedCache) -> str:
 def choose_tile(tile: int | None, block_size: int) -> int:
     """Rows per query tile: the wanted number (default 128) rounded up to whole pages."""
     wanted = DEFAULT_TILE if tile is None else tile
+    if wanted < 1:
+        raise ValueError(f"tile must be at least 1 row, not {tile}")
     return -(-wanted // block_size) * block_size
 
 
@@ -92,7 +94,8 @@ def attend_chunk(
     column_multiple = size if engine == "block_table" else 1
     rows = choose_tile(tile, size)
     tiling = Tiling.of(chunk.context_len, chunk.seq_len, size, rows, column_multiple, query.device)
-    pages = pages[: tiling.num_key_blocks]
+    # Kernels read the pages by address.
+    pages = pages[: tiling.num_key_blocks].contiguous()
     scores = _PagedScores(query, cache, pages, chunk.seq_len, scale)
     begin = time.perf_counter()
     index = build_index(tiling, patterns, Scores(scores.last_query, scores.pooled))
@@ -183,17 +186,20 @@ def sparse_prefill(
     scale = query.shape[2] ** -0.5 if scale is None else scale
     cache = PagedCache(key_cache.transpose(1, 2), value_cache.transpose(1, 2), "rows")
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    # Kernels want a head's elements side by side.
+    query = query if query.stride(2) == 1 else query.contiguous()
+    written = out if out.stride(2) == 1 else torch.empty_like(query)
     indices = []
     for request, seq_len in enumerate(lengths):
         rows = slice(starts[request], starts[request + 1])
-        if rows.start == rows.stop:
-            raise ValueError(f"request {request} has no new tokens")
         chunk = Chunk(request, rows.start, seq_len - (rows.stop - rows.start), seq_len)
         indices.append(
             attend_chunk(
-                query[rows], cache, block_table[request].long(), chunk, per_head, scale, out[rows], engine, tile
+                query[rows], cache, block_table[request].long(), chunk, per_head, scale, written[rows], engine, tile
             )
         )
+    if written is not out:
+        out.copy_(written)
     return (out, indices) if return_index else out
 
 
@@ -242,6 +248,8 @@ def _validate(
     if starts[0] != 0 or starts[-1] != tokens or any(b < a for a, b in itertools.pairwise(starts)):
         raise ValueError(f"query_start_loc must rise from 0 to {tokens} (the query rows), not {starts}")
     for request, length in enumerate(lengths):
+        if starts[request] == starts[request + 1]:
+            raise ValueError(f"request {request} has no new tokens")
         if length < starts[request + 1] - starts[request]:
             raise ValueError(f"seq_lens[{request}] = {length} is less than the request's new tokens")
         needed = -(-length // block_size)

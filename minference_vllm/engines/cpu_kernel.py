@@ -49,15 +49,21 @@ def write_pages(
 @functools.cache
 def layout_for(dtype: torch.dtype, block_size: int, head_size: int) -> Layout | None:
     """The page layout of the kernel variant, found by writing a page and reading it back; None when it is unknown."""
+    if block_size % 16:
+        return None
     isa = isa_for(dtype, block_size, head_size)
     keys = torch.randn(block_size, 1, head_size).to(dtype)
     values = torch.randn(block_size, 1, head_size).to(dtype)
     cache = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
-    write_pages(keys, values, cache, torch.arange(block_size), isa)
+    try:
+        write_pages(keys, values, cache, torch.arange(block_size), isa)
+    except RuntimeError:
+        # Not one of the head sizes that the kernel was compiled for.
+        return None
     key_page, value_page = cache[0, 0].chunk(2)
     layouts: tuple[Layout, ...] = ("transposed", "amx", "rows")
     for layout in layouts:
-        if layout == "amx" and (block_size % 16 or head_size % 16):
+        if layout == "amx" and head_size % 16:
             continue
         if torch.equal(unpack_keys(key_page, layout), keys[:, 0]) and torch.equal(
             unpack_values(value_page, layout), values[:, 0]
@@ -72,7 +78,7 @@ def pack(cache: PagedCache) -> PagedCache:
     dtype = cache.key.dtype
     layout = layout_for(dtype, size, dim)
     if layout is None:
-        raise RuntimeError(f"unknown page layout {isa_for(dtype, size, dim)!r} of vLLM's CPU kernel")
+        raise ValueError(f"vLLM's CPU kernel serves no pages of {size} tokens with heads of size {dim} in {dtype}")
     packed = torch.empty(blocks, heads, 2 * size, dim, dtype=dtype)
     rows = (blocks * size, heads, dim)
     keys = cache.key.transpose(1, 2).reshape(rows)

@@ -1,0 +1,51 @@
+# The few verbs of this project; `make` alone lists them.
+
+# The first Python on the path that is new enough; `make PYTHON=/path/to/python` names another.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+# Read by the demo; given on make's command line.
+export TOKENS JSON
+
+.PHONY: help setup demo test test-fast lint format clean
+.DEFAULT_GOAL := help
+
+help: ## list the verbs
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## .venv with the vLLM that fits this machine, and the project in it (PYTHON= names the interpreter)
+
+# Again when what is installed, or how, has changed.
+$(READY): pyproject.toml setup.py tools/install_engine.py $(wildcard csrc/*/*)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "[1/3] virtual environment .venv from $(PYTHON)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "[2/3] vLLM and torch for this machine (several minutes the first time)"
+	@$(BIN)/python tools/install_engine.py
+	@echo "[3/3] minference-vllm, with its native kernels where a compiler is there"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+demo: setup ## a needle in a long prompt, dense and sparse, through vllm serve (TOKENS=32768, JSON=1)
+	@$(BIN)/python examples/demo/run.py $(ARGS)
+
+test: setup lint ## lint, types, and all tests (about ten minutes)
+	@$(BIN)/pytest $(ARGS)
+
+test-fast: setup ## the tests that start no engine (under two minutes)
+	@$(BIN)/pytest -m "not engine" $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: setup ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove everything that make has made, the environment included
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_output minference_vllm/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,287 @@
+"""Serve the demo model twice, dense and with minference, and ask both servers the same question (``make demo``).
+
+A secret code is hidden in a long text. Each server is a ``vllm serve`` of its own with the same flags but for
+``--attention-backend minference``; it is asked through the ``openai`` client and stopped again. Then one head's
+attention is drawn with the keys that were computed over it.
+
+    python examples/demo/run.py --tokens 65536
+
+``--json`` (or JSON=1) prints one JSON object as the last line on standard output, and all else on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple, TextIO
+
+import tasks
+from openai import DefaultHttpxClient, OpenAI, OpenAIError
+
+HERE = Path(__file__).resolve().parent
+OUTPUT = HERE.parents[1] / "demo_output"
+START_TIMEOUT = 600.0
+STOP_TIMEOUT = 20.0
+ANSWER_TOKENS = tasks.CODE_DIGITS + 2
+WARM_UP_TOKENS = 512
+DEPTH = 0.35
+LONGEST_PICTURE = 32768
+"""Tokens; the picture of a longer prompt would take longer than the rest of the demo."""
+DENSITY_LINE = re.compile(r"minference: \d+ prefill chunks \(\d+ tokens\) sparse, density ([0-9.]+)")
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class Answer(NamedTuple):
+    text: str
+    ttft: float
+    """Seconds from sending the request to the first streamed token."""
+    prompt_tokens: int
+    log: str = ""
+
+
+def main() -> None:
+    args = parse_arguments()
+    # An interrupted or terminated demo stops its server too.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _exit_on_signal)
+    out = sys.stderr if args.json else sys.stdout
+    OUTPUT.mkdir(exist_ok=True)
+    prompt = tasks.needle(args.tokens, DEPTH, args.seed)
+    print(f"prompt: {prompt.tokens} tokens, the code stands at {DEPTH:.0%} of the text", file=out, flush=True)
+
+    flags = ["--max-num-batched-tokens", str(args.chunk)]
+    dense = ask_server("dense", args.model, prompt, flags, out)
+    selected = [*flags, "--attention-backend", "minference"]
+    # An interval this short has a line written for every step: the last one has the whole prompt's density.
+    settings: dict[str, object] = {"log_interval": 0.001}
+    if args.patterns:
+        settings["patterns"] = args.patterns
+    selected += ["--additional-config", json.dumps({"minference": settings})]
+    sparse = ask_server("minference", args.model, prompt, selected, out)
+
+    densities = DENSITY_LINE.findall(sparse.log)
+    density = float(densities[-1]) if densities else 1.0
+    picture = None
+    if args.picture:
+        # Imports torch and transformers, which the servers do not need in this process.
+        from picture import draw_retrieval_head
+
+        drawn = prompt if prompt.tokens <= LONGEST_PICTURE else tasks.needle(LONGEST_PICTURE, DEPTH, args.seed)
+        print(f"drawing the attention of one head over {drawn.tokens} tokens ...", file=out, flush=True)
+        picture = draw_retrieval_head(args.model, drawn, OUTPUT / "attention.png", args.chunk, args.patterns)
+
+    print(file=out)
+    print(f"expected     {prompt.answer}", file=out)
+    for name, answer in (("dense", dense), ("minference", sparse)):
+        verdict = "right" if tasks.grade(answer.text, prompt.answer) else "WRONG"
+        print(f"{name:12} {answer.text.strip():12} {verdict}   first token after {answer.ttft:.2f} s", file=out)
+    print(f"speed-up     {dense.ttft / sparse.ttft:.2f}x", file=out)
+    explained = "of the query-key pairs of sparse chunks were computed" if densities else "the prompt is too short"
+    print(f"density      {density:.3f} {explained}", file=out)
+    if picture:
+        print(f"picture      {shown(picture)}", file=out)
+    if args.json:
+        result = {
+            "prompt_tokens": sparse.prompt_tokens,
+            "correct_dense": tasks.grade(dense.text, prompt.answer),
+            "correct_sparse": tasks.grade(sparse.text, prompt.answer),
+            "ttft_dense_s": round(dense.ttft, 4),
+            "ttft_sparse_s": round(sparse.ttft, 4),
+            "density": density,
+        }
+        print(json.dumps(result), flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(HERE / "model"), help="default: the bundled model")
+    tokens = os.environ.get("TOKENS") or "32768"
+    parser.add_argument("--tokens", type=int, default=tokens, help="length of the prompt (environment: TOKENS)")
+    parser.add_argument("--chunk", type=int, default=2048, help="max_num_batched_tokens; 2048 is vLLM's own on CPUs")
+    parser.add_argument("--patterns", help="pattern file, as in the setting of that name")
+    parser.add_argument("--seed", type=int, default=7, help="of the text and the code in it")
+    parser.add_argument("--no-picture", dest="picture", action="store_false", help="draw nothing")
+    json_wanted = os.environ.get("JSON", "") not in ("", "0")
+    parser.add_argument("--json", action="store_true", default=json_wanted, help="(environment: JSON=1)")
+    args = parser.parse_args()
+    if not 256 <= args.tokens <= 131072 - ANSWER_TOKENS:
+        parser.error(f"--tokens must be 256 to {131072 - ANSWER_TOKENS}, not {args.tokens}")
+    return args
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def ask_server(name: str, model: str, prompt: tasks.Prompt, flags: list[str], out: TextIO) -> Answer:
+    """Start a server with these flags, ask it for the code in the prompt, stop it."""
+    with server(name, model, prompt.tokens, flags, out) as (url, log):
+        try:
+            answer = ask(name, url, prompt, out)
+        except OpenAIError as error:
+            sys.exit(f"{name}: {error}; {log_tail(log)}")
+    # Read once the server is gone and its log complete.
+    return answer._replace(log=ANSI.sub("", log.read_text(errors="replace")))
+
+
+def ask(name: str, url: str, prompt: tasks.Prompt, out: TextIO) -> Answer:
+    """The server's answer, streamed, after a short question that warms it up."""
+    # A proxy in the environment is not for a server on this machine.
+    client = OpenAI(
+        base_url=f"{url}/v1",
+        api_key="none",
+        timeout=1800.0,
+        max_retries=0,
+        http_client=DefaultHttpxClient(trust_env=False),
+    )
+    served = client.models.list().data[0].id
+    warm_up = tasks.needle(WARM_UP_TOKENS, 0.5, seed=0).text
+    client.completions.create(model=served, prompt=warm_up, max_tokens=ANSWER_TOKENS, temperature=0)
+    print(f"{name}: asking ...", file=out, flush=True)
+    begin = time.perf_counter()
+    first, text, prompt_tokens = 0.0, "", 0
+    stream = client.completions.create(
+        model=served,
+        prompt=prompt.text,
+        max_tokens=ANSWER_TOKENS,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    for part in stream:
+        first = first or time.perf_counter() - begin
+        text += part.choices[0].text if part.choices else ""
+        prompt_tokens = part.usage.prompt_tokens if part.usage else prompt_tokens
+    print(f"{name}: answered {text.strip()!r}, first token after {first:.2f} s", file=out, flush=True)
+    return Answer(text, first, prompt_tokens)
+
+
+@contextlib.contextmanager
+def server(name: str, model: str, tokens: int, flags: list[str], out: TextIO) -> Iterator[tuple[str, Path]]:
+    """A ``vllm serve`` on a free port, ready to answer: its address and its log file. Stopped on the way out."""
+    port = free_port()
+    log = OUTPUT / f"{name}.log"
+    beside = Path(sys.executable).with_name("vllm")
+    command = [
+        str(beside) if beside.exists() else shutil.which("vllm") or sys.exit("no vllm command in this environment"),
+        "serve",
+        model,
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--max-model-len", str(tokens + ANSWER_TOKENS)),
+        # One request at a time is asked here; compiling the model would cost a start more than it saves.
+        "--enforce-eager",
+        *flags,
+    ]
+    environment = {
+        # Needed on CPUs only: GiB of KV cache.
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib(model, tokens)),
+        **os.environ,
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if Path(model).is_dir():
+        environment["HF_HUB_OFFLINE"] = "1"
+    print(f"{name}: starting vllm serve (log: {shown(log)})", file=out, flush=True)
+    with log.open("w") as file:
+        # A session of its own: the server's processes form one group, and Ctrl-C reaches this process alone.
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(name, url, process, log, out)
+        yield url, log
+    finally:
+        stop(process)
+
+
+def wait_until_ready(name: str, url: str, process: subprocess.Popen[bytes], log: Path, out: TextIO) -> None:
+    """Return when the server answers; exit with the end of its log if it stops, or takes too long."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    begin = reported = time.monotonic()
+    while True:
+        with contextlib.suppress(OSError), opener.open(f"{url}/health", timeout=5):
+            print(f"{name}: ready after {time.monotonic() - begin:.0f} s", file=out, flush=True)
+            return
+        now = time.monotonic()
+        problem = None
+        if process.poll() is not None:
+            problem = f"the server stopped with status {process.returncode}"
+        elif now - begin > START_TIMEOUT:
+            problem = f"the server was not ready after {START_TIMEOUT:.0f} s"
+        if problem:
+            sys.exit(f"{name}: {problem}; {log_tail(log)}")
+        if now - reported >= 10:
+            reported = now
+            print(f"{name}: loading, {now - begin:.0f} s", file=out, flush=True)
+        time.sleep(0.5)
+
+
+def log_tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()[-40:]
+    return "\n".join([f"the end of {shown(log)}:", *lines])
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server and every process of its group."""
+    try:
+        if signal_group(process.pid, signal.SIGTERM):
+            deadline = time.monotonic() + STOP_TIMEOUT
+            while time.monotonic() < deadline and signal_group(process.pid, 0):
+                process.poll()
+                time.sleep(0.1)
+    finally:
+        signal_group(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def signal_group(group: int, number: int) -> bool:
+    """Send a signal to a process group; False when nothing of it is left."""
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def kv_cache_gib(model: str, tokens: int) -> int:
+    """Whole GiB that hold the keys and values of two such prompts; 8 for a model that is not a folder here."""
+    config = Path(model) / "config.json"
+    if not config.is_file():
+        return 8
+    shape = json.loads(config.read_text())
+    heads = shape["num_attention_heads"]
+    head_size = shape.get("head_dim") or shape["hidden_size"] // heads
+    elements = 2 * shape["num_hidden_layers"] * (shape.get("num_key_value_heads") or heads) * head_size
+    return max(1, math.ceil(2 * tokens * elements * 2 / (1 << 30)))
+
+
+def shown(path: Path) -> str:
+    """A path as the reader would type it."""
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
+if __name__ == "__main__":
+    main()

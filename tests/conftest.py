@@ -1,0 +1,153 @@
+"""Shared by all tests: a quiet, offline environment, and batches over a paged cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minference_vllm import reference
+from minference_vllm.attend import choose_engine
+from minference_vllm.engines import native
+from minference_vllm.paged_cache import PagedCache
+
+ENGINES = ("block_table", "native")
+"""Engines that every test of ``sparse_prefill`` runs with; another one needs its name here and nothing else."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A quiet, offline environment; vLLM reads it when a test imports or starts it."""
+    os.environ.update(
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_NO_USAGE_STATS="1",
+        DO_NOT_TRACK="1",
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="0",
+    )
+    # A developer's own settings must not decide what the tests see.
+    for name in [name for name in os.environ if name.startswith("MINFERENCE_")]:
+        del os.environ[name]
+    # The tests' tensors are so small that threads would mostly wait for each other, above all on a busy machine.
+    torch.set_num_threads(1)
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts vLLM engines, and run it last: what is quick to fail comes first."""
+    slow = Path(__file__).parent / "engine"
+    for item in items:
+        if item.path.is_relative_to(slow):
+            item.add_marker(pytest.mark.engine)
+    items.sort(key=lambda item: item.path.is_relative_to(slow))
+
+
+@pytest.fixture(params=ENGINES)
+def engine_name(request: pytest.FixtureRequest) -> str:
+    """Each engine; the test is skipped where it cannot run on this machine at all."""
+    if request.param == "native" and native.unavailable_reason():
+        pytest.skip(str(native.unavailable_reason()))
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def skip_unless_served() -> Callable[[str, PagedBatch], None]:
+    return _skip_unless_served
+
+
+def _skip_unless_served(engine_name: str, batch: PagedBatch) -> None:
+    """Skip the test, with the engine's own reason, when it does not serve such a cache."""
+    cache = PagedCache(batch.key_cache.transpose(1, 2), batch.value_cache.transpose(1, 2), "rows")
+    try:
+        choose_engine(engine_name, batch.query.dtype, cache)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+
+
+@dataclass
+class PagedBatch:
+    """Requests whose keys and values lie in shuffled pages; everything that belongs to nobody is NaN."""
+
+    query: torch.Tensor
+    key_cache: torch.Tensor
+    value_cache: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    context_lens: list[int]
+
+    @property
+    def arguments(self) -> tuple[torch.Tensor, ...]:
+        """The leading arguments of ``sparse_prefill``."""
+        return self.query, self.key_cache, self.value_cache, self.block_table, self.query_start_loc, self.seq_lens
+
+    @property
+    def scale(self) -> float:
+        return float(self.query.shape[2]) ** -0.5
+
+    def rows(self, request: int) -> slice:
+        return slice(int(self.query_start_loc[request]), int(self.query_start_loc[request + 1]))
+
+    def keys(self, request: int) -> torch.Tensor:
+        """float64 ``[HK, S, D]``."""
+        return reference.gather_sequence(self.key_cache, self.block_table[request], int(self.seq_lens[request]))
+
+    def values(self, request: int) -> torch.Tensor:
+        return reference.gather_sequence(self.value_cache, self.block_table[request], int(self.seq_lens[request]))
+
+
+def make_batch(
+    query_lens: Sequence[int] = (300,),
+    context_lens: Sequence[int] = (0,),
+    heads: int = 8,
+    kv_heads: int = 2,
+    head_size: int = 64,
+    block_size: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> PagedBatch:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [query + context for query, context in zip(query_lens, context_lens, strict=True)]
+    blocks = [-(-length // block_size) for length in lengths]
+    total = sum(blocks) + 3  # three pages that belong to nobody
+    shape = (total, block_size, kv_heads, head_size)
+    caches = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)]
+    order = torch.randperm(total, generator=generator).to(torch.int32)
+    table = torch.full((len(lengths), max(blocks) + 1), int(order[-1]), dtype=torch.int32)
+    first = 0
+    for request, (count, length) in enumerate(zip(blocks, lengths, strict=True)):
+        pages = order[first : first + count]
+        table[request, :count] = pages
+        first += count
+        for cache in caches:
+            # A kernel may load the slots behind the last token and drop them afterwards, so those are finite (they
+            # are in a real cache, too), but large enough to show.
+            rows = torch.full((count * block_size, kv_heads, head_size), 100.0)
+            rows[:length] = torch.randn(length, kv_heads, head_size, generator=generator)
+            cache[pages.long()] = rows.view(count, block_size, kv_heads, head_size).to(dtype)
+    starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    query = torch.randn(int(starts[-1]), heads, head_size, generator=generator).to(dtype)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    return PagedBatch(query, caches[0], caches[1], table, starts, seq_lens, list(context_lens))
+
+
+@pytest.fixture(scope="session")
+def paged_batch() -> Callable[..., PagedBatch]:
+    """``make_batch``, as a fixture: test files do not import each other."""
+    return make_batch
+
+
+@pytest.fixture
+def served_batch(engine_name: str) -> Callable[..., PagedBatch]:
+    """``make_batch``, for caches that the engine serves; the test is skipped for others."""
+
+    def make(**arguments: Any) -> PagedBatch:
+        batch = make_batch(**arguments)
+        _skip_unless_served(engine_name, batch)
+        return batch
+
+    return make

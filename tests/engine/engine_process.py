@@ -1,0 +1,40 @@
+"""One vLLM engine in a process of its own: ``python engine_process.py REQUEST.json ANSWER.json``.
+
+The request: ``llm`` (arguments of ``LLM``), ``max_tokens``, and ``batches``: prompts as token ids that are given to the
+engine together, and whether to forget cached prefixes first. The answer, for every batch and prompt: the greedy tokens,
+how far the best token led the second best (in nats), and how many tokens of the prompt were cached.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(skip_tokenizer_init=True, **request["llm"])
+    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], detokenize=False, logprobs=2)
+    answer: dict[str, list[Any]] = {"tokens": [], "leads": [], "cached": []}
+    for batch in request["batches"]:
+        if batch.get("forget_prefixes"):
+            llm.reset_prefix_cache()
+        outputs = llm.generate([{"prompt_token_ids": ids} for ids in batch["prompts"]], sampling, use_tqdm=False)
+        completions = [output.outputs[0] for output in outputs]
+        answer["tokens"].append([list(completion.token_ids) for completion in completions])
+        answer["leads"].append([[lead(entry) for entry in completion.logprobs or []] for completion in completions])
+        answer["cached"].append([output.num_cached_tokens or 0 for output in outputs])
+    return answer
+
+
+def lead(position: dict[int, Any]) -> float:
+    best, second = sorted((entry.logprob for entry in position.values()), reverse=True)[:2]
+    return float(best - second)
+
+
+# The engine's own processes import this file again: only the first one may start an engine.
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))

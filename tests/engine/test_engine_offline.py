@@ -1,0 +1,178 @@
+"""``LLM(..., attention_backend="minference")`` in whole engines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Runner = Callable[..., Any]
+EAGER = {"enforce_eager": True}
+# Prompts of more than 1,024 tokens are prefilled in chunks, beside decodes and the chunks of others.
+CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": 1024}
+MIXED = (2000, 300, 1501, 900)
+# The engine steps in our own process, so that all requests are there before the first step, and steps are repeatable.
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+def batch(*prompts: list[int], forget_prefixes: bool = False) -> dict[str, Any]:
+    return {"prompts": list(prompts), "forget_prefixes": forget_prefixes}
+
+
+def assert_same_tokens(found: Any, expected: Any, tie: float, at_least: int) -> None:
+    """The same greedy tokens. They may part only where the best two were nearly tied: rounding picks either, and what
+    follows depends on the pick."""
+    agreed = 0
+    for prompts in zip(found.tokens, expected.tokens, expected.leads, strict=True):
+        for ours, theirs, leads in zip(*prompts, strict=True):
+            for position, (token, other, lead) in enumerate(zip(ours, theirs, leads, strict=True)):
+                if token != other:
+                    assert lead < tie, f"position {position}: {ours} instead of {theirs}, which led by {lead} nats"
+                    break
+                agreed += 1
+    assert agreed >= at_least, f"only {agreed} tokens agree before ties part the answers"
+
+
+# Against vLLM's own backend. The model has a layer with a sliding window, which is not ours to compute.
+
+
+@pytest.fixture(scope="module")
+def run_hybrid(hybrid_llama: Path, run_engine: Runner, prompt: Callable[..., list[int]]) -> Callable[..., Any]:
+    def run(**llm: Any) -> Any:
+        prompts = [prompt(length, seed) for seed, length in enumerate(MIXED)]
+        batches = [batch(*prompts), batch(prompt(1300, 7))]
+        options = {"dtype": "bfloat16", "enable_prefix_caching": False, **EAGER, **CHUNKED}
+        return run_engine(hybrid_llama, batches, {**options, **llm}, max_tokens=12, **IN_PROCESS)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def stock(run_hybrid: Callable[..., Any]) -> Any:
+    answer = run_hybrid()
+    assert "minference:" not in answer.log, "we show although nobody selected us"
+    return answer
+
+
+def test_dense_patterns_give_the_tokens_of_vllms_own_backend(
+    stock: Any, run_hybrid: Callable[..., Any], with_minference: Callable[..., Any]
+) -> None:
+    answer = run_hybrid(**with_minference("dense"))
+    assert "Using MINFERENCE attention backend on CPU" in answer.log
+    assert answer.tokens == stock.tokens, "the same kernel ran on the same batches"
+
+
+def test_full_selection_gives_the_tokens_of_vllms_own_backend(
+    stock: Any, run_hybrid: Callable[..., Any], with_minference: Callable[..., Any], full_patterns: str
+) -> None:
+    answer = run_hybrid(**with_minference(full_patterns))
+    assert answer.density == 1.0
+    assert_same_tokens(answer, stock, tie=0.1, at_least=30)
+    assert "some layers run densely: sliding window" in answer.log
+
+
+# Sparse patterns, several kinds in every layer
+
+
+@pytest.fixture(scope="module")
+def cached(
+    llama: Path,
+    run_engine: Runner,
+    prompt: Callable[..., list[int]],
+    with_minference: Callable[..., Any],
+    sparse_patterns: str,
+) -> Any:
+    """Chunked prefill and prefix caching on, eager."""
+    mixed = [prompt(length, seed) for seed, length in enumerate(MIXED)]
+    shared = prompt(1024, 50)
+    first, second = shared + prompt(600, 51), shared + prompt(700, 52)
+    batches = [
+        batch(*mixed),
+        batch(*mixed, forget_prefixes=True),
+        batch(second, forget_prefixes=True),
+        batch(first, forget_prefixes=True),
+        batch(second),
+    ]
+    options = {"dtype": "bfloat16", "enable_prefix_caching": True, **EAGER, **CHUNKED}
+    return run_engine(llama, batches, {**options, **with_minference(sparse_patterns)}, **IN_PROCESS)
+
+
+def test_mixed_batches_run_sparsely(cached: Any) -> None:
+    assert 0.05 < cached.density < 0.9
+    assert all(len(tokens) == 8 for tokens in cached.tokens[0])
+
+
+def test_repeated_batches_give_the_same_tokens(cached: Any) -> None:
+    assert cached.tokens[0] == cached.tokens[1]
+
+
+def test_a_cached_prefix_makes_no_difference(cached: Any) -> None:
+    """The shared 1,024 tokens are one chunk, so the second prompt's next chunk is the same with and without them."""
+    assert cached.cached[2:] == [[0], [0], [1024]]
+    assert cached.tokens[4] == cached.tokens[2]
+
+
+@pytest.fixture(scope="module")
+def compiled(
+    llama: Path,
+    run_engine: Runner,
+    prompt: Callable[..., list[int]],
+    with_minference: Callable[..., Any],
+    sparse_patterns: str,
+) -> Any:
+    """torch.compile, prompts whole, no prefix caching, and the engine in a process of its own as by default."""
+    alone = [batch(prompt(length, seed)) for seed, length in enumerate(MIXED)]
+    together = batch(*[prompt(length, seed) for seed, length in enumerate(MIXED)])
+    options = {
+        "dtype": "bfloat16",
+        "enable_prefix_caching": False,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": 4096,
+    }
+    return run_engine(llama, [*alone, *alone, together], {**options, **with_minference(sparse_patterns)})
+
+
+def test_compiled_whole_prompts_run_sparsely(compiled: Any) -> None:
+    assert "enforce_eager=False" in compiled.log
+    assert 0.05 < compiled.density < 0.9
+
+
+def test_compiled_repeated_prompts_give_the_same_tokens(compiled: Any) -> None:
+    count = len(MIXED)
+    assert compiled.tokens[:count] == compiled.tokens[count : 2 * count]
+
+
+def test_compiled_concurrent_requests_are_all_answered(compiled: Any) -> None:
+    assert [len(tokens) for tokens in compiled.tokens[-1]] == [8] * len(MIXED)
+
+
+# Tensor parallelism
+
+
+def test_two_ranks_give_the_tokens_of_one(
+    llama: Path,
+    run_engine: Runner,
+    prompt: Callable[..., list[int]],
+    with_minference: Callable[..., Any],
+    sparse_patterns: str,
+) -> None:
+    """In float32: the sum over ranks is rounded differently, and in bfloat16 that can move a selection."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("two ranks need two cores")
+    batches = [batch(prompt(length, seed)) for seed, length in enumerate(MIXED)]
+    options = {
+        "dtype": "float32",
+        "enable_prefix_caching": False,
+        **EAGER,
+        **CHUNKED,
+        **with_minference(sparse_patterns),
+    }
+    one = run_engine(llama, batches, {**options, "tensor_parallel_size": 1})
+    binding = f"{cores[0]}|{cores[1]}"
+    two = run_engine(llama, batches, {**options, "tensor_parallel_size": 2}, VLLM_CPU_OMP_THREADS_BIND=binding)
+    assert two.density < 0.9
+    assert_same_tokens(two, one, tie=0.005, at_least=20)

@@ -1,0 +1,111 @@
+"""``vllm serve MODEL --attention-backend minference``, asked through the ``openai`` client."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def server(
+    llama: Path,
+    vllm_command: list[str],
+    process_group: Any,
+    with_minference: Callable[..., Any],
+    sparse_patterns: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[str, Path]]:
+    """Address and log of a server with vLLM's defaults on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    additional = json.dumps(with_minference(sparse_patterns)["additional_config"])
+    command = [*vllm_command, "serve", str(llama), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--served-model-name", "tiny", "--max-model-len", "4096", "--max-num-batched-tokens", "1024"]
+    command += ["--attention-backend", "minference", "--additional-config", additional]
+    with process_group(command, log) as process:
+        address = f"http://127.0.0.1:{port}"
+        give_up = time.monotonic() + 400
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()[-6000:]
+                assert time.monotonic() < give_up, "the server did not start:\n" + log.read_text()[-6000:]
+                time.sleep(0.5)
+        yield address, log
+
+
+@pytest.fixture(scope="module")
+def client(server: tuple[str, Path]) -> Any:
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+def words(prompt: Callable[..., list[int]], length: int, seed: int) -> str:
+    return " ".join(f"w{token}" for token in prompt(length, seed))
+
+
+def test_a_long_prompt_is_answered(client: Any, prompt: Callable[..., list[int]]) -> None:
+    answer = client.completions.create(model="tiny", prompt=words(prompt, 2000, 0), max_tokens=8, temperature=0)
+    assert answer.usage.prompt_tokens == 2000
+    assert answer.usage.completion_tokens == 8
+    assert len(answer.choices[0].text.split()) == 8
+
+
+def test_streaming_gives_the_same_text(client: Any, prompt: Callable[..., list[int]]) -> None:
+    # Salts keep the second request from reusing the first one's cache: then it would be another chunk.
+    arguments = {"model": "tiny", "prompt": words(prompt, 1500, 1), "max_tokens": 8, "temperature": 0}
+    whole = client.completions.create(**arguments, extra_body={"cache_salt": "whole"})
+    stream = client.completions.create(**arguments, stream=True, extra_body={"cache_salt": "stream"})
+    pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
+    assert len(pieces) > 1
+    assert "".join(pieces) == whole.choices[0].text
+
+
+def test_concurrent_requests_are_all_answered(client: Any, prompt: Callable[..., list[int]]) -> None:
+    lengths = [2500, 40, 1200, 700, 1, 1800]
+
+    def ask(seed: int, length: int) -> tuple[int, int]:
+        answer = client.completions.create(
+            model="tiny", prompt=words(prompt, length, 100 + seed), max_tokens=16, temperature=0
+        )
+        return answer.usage.prompt_tokens, answer.usage.completion_tokens
+
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        answers = list(pool.map(ask, range(len(lengths)), lengths))
+    assert answers == [(length, 16) for length in lengths]
+
+
+def test_a_repeated_prompt_is_served_from_the_prefix_cache(client: Any, prompt: Callable[..., list[int]]) -> None:
+    arguments = {"model": "tiny", "prompt": words(prompt, 2000, 5), "max_tokens": 4, "temperature": 0}
+    first, second = client.completions.create(**arguments), client.completions.create(**arguments)
+    assert first.usage.completion_tokens == second.usage.completion_tokens == 4
+
+
+def test_a_prompt_beyond_the_models_length_is_refused_and_the_server_goes_on(
+    client: Any, prompt: Callable[..., list[int]]
+) -> None:
+    from openai import BadRequestError
+
+    with pytest.raises(BadRequestError):
+        client.completions.create(model="tiny", prompt=words(prompt, 5000, 6), max_tokens=4)
+    answer = client.completions.create(model="tiny", prompt=words(prompt, 600, 6), max_tokens=4, temperature=0)
+    assert answer.usage.completion_tokens == 4
+
+
+def test_the_log_tells_what_ran(server: tuple[str, Path], client: Any, density_in: Callable[[str], float]) -> None:
+    log = server[1].read_text()
+    assert "Using MINFERENCE attention backend on CPU" in log
+    assert 0.05 < density_in(log) < 0.9

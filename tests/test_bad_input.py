@@ -1,0 +1,175 @@
+"""Models and settings that cannot be served: one clear error, from the configuration alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from minference_vllm.backend.runtime import Runtime, runtime_for, unsupported_layer_reasons
+from minference_vllm.patterns import AShape, Dense, VerticalSlash
+
+LAYERS, HEADS = 2, 4
+
+
+def configuration(settings: Any = None, **model: Any) -> SimpleNamespace:
+    """As much of vLLM's configuration as is read."""
+    fields: dict[str, Any] = {
+        "model": "some/model",
+        "use_mla": False,
+        "runner_type": "generate",
+        "is_encoder_decoder": False,
+        "dtype": torch.bfloat16,
+        "hf_config": SimpleNamespace(),
+        "hf_text_config": SimpleNamespace(num_attention_heads=HEADS),
+        "get_total_num_hidden_layers": lambda: LAYERS,
+    }
+    additional = {} if settings is None else {"minference": settings}
+    return SimpleNamespace(model_config=SimpleNamespace(**{**fields, **model}), additional_config=additional)
+
+
+def pattern_file(folder: Path, layers: int = LAYERS, heads: int = HEADS) -> str:
+    path = folder / "patterns.json"
+    entry = {str(head): {"kind": "a_shape", "sink": 1, "local": 2} for head in range(heads)}
+    path.write_text(json.dumps({"schema_version": 1, "layers": {str(layer): entry for layer in range(layers)}}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"use_mla": True}, "multi-head latent attention"),
+        ({"runner_type": "pooling"}, "pooling models run no causal prefill"),
+        ({"is_encoder_decoder": True}, "encoder-decoder models are not supported"),
+        ({"dtype": torch.float64}, "dtype float64 is not supported; allowed are bfloat16, float16, float32"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype float8_e4m3fn is not supported"),
+    ],
+)
+def test_models_that_cannot_be_served(model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"minference cannot serve some/model: .*{message}"):
+        runtime_for(configuration(**model))
+
+
+def test_several_reasons_come_in_one_message() -> None:
+    with pytest.raises(ValueError, match=r"latent attention.*; .*float64"):
+        runtime_for(configuration(use_mla=True, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_contxt": 5}, "unknown setting; known ones are patterns, min_context"),
+        ({"min_context": -5}, r'additional_config\["minference"\]\["min_context"\] = -5'),
+        ({"patterns": "no_such_preset"}, "no pattern file at 'no_such_preset'.*shipped names: a_shape"),
+        ("dense", "must be an object of settings"),
+    ],
+)
+def test_settings_that_cannot_be_used(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        runtime_for(configuration(settings))
+
+
+def test_another_models_pattern_file(tmp_path: Path) -> None:
+    for layers, heads, message in [(3, 4, "3 layers, the model has 2"), (2, 8, "head 7, the model has heads 0 to 3")]:
+        path = pattern_file(tmp_path, layers, heads)
+        with pytest.raises(ValueError, match=message) as error:
+            runtime_for(configuration({"patterns": path}))
+        assert path in str(error.value)
+
+
+def test_a_broken_pattern_file(tmp_path: Path) -> None:
+    path = tmp_path / "patterns.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"patterns\.json: not valid JSON"):
+        runtime_for(configuration({"patterns": str(path)}))
+
+
+# Where patterns come from
+
+
+def test_the_users_file_comes_first(tmp_path: Path) -> None:
+    write_checkpoint_file(tmp_path)
+    path = pattern_file(tmp_path)
+    runtime = runtime_for(configuration({"patterns": path}, model=str(tmp_path)))
+    assert runtime.source == path
+    assert runtime.patterns.for_layer(1, HEADS) == (AShape(sink=1, local=2),) * HEADS
+
+
+def write_checkpoint_file(folder: Path) -> dict[str, Any]:
+    content = {str(layer): {str(head): ["stream_llm", 7, 8, 1.0] for head in range(HEADS)} for layer in range(LAYERS)}
+    (folder / "sparse_attention_config.json").write_text(json.dumps(content))
+    return content
+
+
+def test_then_the_checkpoints_own(tmp_path: Path) -> None:
+    content = write_checkpoint_file(tmp_path)
+    beside = runtime_for(configuration(model=str(tmp_path)))
+    assert beside.patterns.for_layer(0, 1) == (AShape(sink=7, local=8),)
+    assert "sparse_attention_config.json" in beside.source
+    loaded = SimpleNamespace(dual_chunk_attention_config={"sparse_attention_config": content})
+    assert runtime_for(configuration(hf_config=loaded)).patterns.layers == beside.patterns.layers
+
+
+def test_a_checkpoints_file_of_another_model_is_refused(tmp_path: Path) -> None:
+    write_checkpoint_file(tmp_path)
+    with pytest.raises(ValueError, match="describes 2 layers, the model has 3"):
+        runtime_for(configuration(model=str(tmp_path), get_total_num_hidden_layers=lambda: 3))
+
+
+def test_then_the_shipped_default() -> None:
+    runtime = runtime_for(configuration())
+    assert runtime.patterns.for_layer(0, 1) == (VerticalSlash(vertical=1000, slash=6096),)
+    assert "default" in runtime.source
+
+
+def test_a_preset_by_name() -> None:
+    assert runtime_for(configuration({"patterns": "dense"})).patterns.for_layer(0, 1) == (Dense(),)
+
+
+def test_a_configuration_has_one_runtime() -> None:
+    first, second = configuration(), configuration()
+    assert runtime_for(first) is runtime_for(first)
+    assert runtime_for(first) is not runtime_for(second)
+    assert isinstance(runtime_for(first), Runtime)
+
+
+# Layers that run densely
+
+PLAIN: dict[str, Any] = {
+    "sliding_window": None,
+    "logits_soft_cap": None,
+    "alibi_slopes": None,
+    "sinks": None,
+    "is_decoder": True,
+    "kv_cache_dtype": "auto",
+    "dtype": torch.bfloat16,
+}
+
+
+def test_plain_layers_run_sparsely() -> None:
+    assert unsupported_layer_reasons(**PLAIN) == []
+    # The values by which vLLM says "none".
+    plain = {**PLAIN, "sliding_window": -1, "logits_soft_cap": 0, "kv_cache_dtype": "bfloat16"}
+    assert unsupported_layer_reasons(**plain) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("sliding_window", 4096, "sliding window"),
+        ("sliding_window", 0, "sliding window"),
+        ("logits_soft_cap", 30.0, "soft cap"),
+        ("alibi_slopes", torch.ones(4), "ALiBi"),
+        ("sinks", torch.zeros(4), "attention sinks"),
+        ("is_decoder", False, "not causal"),
+        ("kv_cache_dtype", "fp8", "KV cache of fp8"),
+        ("kv_cache_dtype", "float16", "KV cache of float16"),
+    ],
+)
+def test_other_layers_have_a_reason(field: str, value: Any, reason: str) -> None:
+    (found,) = unsupported_layer_reasons(**{**PLAIN, field: value})
+    assert reason in found

@@ -1,0 +1,135 @@
+"""Every estimate against its float64 definition in ``reference.py``.
+
+Budget: twice the error that the plain evaluation in the same precision makes, plus a floor for float32 sums.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from minference_vllm import estimate, reference
+from minference_vllm.index import Tiling
+
+SIZES = {
+    # name: (chunk, context, heads, KV heads, head size)
+    "regular": (256, 0, 8, 2, 64),
+    "odd_length": (301, 0, 8, 2, 64),
+    "context_before_chunk": (131, 517, 8, 2, 64),
+    "exactly_64_queries": (64, 100, 4, 1, 64),
+    "fewer_than_64_queries": (37, 211, 4, 1, 64),
+    "one_query": (1, 99, 4, 1, 64),
+    "one_token": (1, 0, 2, 2, 64),
+    "gqa_1": (150, 75, 4, 4, 32),
+    "gqa_7": (150, 75, 14, 2, 80),
+    "gqa_8": (150, 75, 8, 1, 128),
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FLOAT32_FLOOR = 1e-6
+"""Absolute, for probabilities; sums of 64 of them get 64 times as much."""
+
+
+def inputs(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, int, float]:
+    """Queries, keys, context length and scale; attention is peaked, so that columns and diagonals differ."""
+    chunk, context, heads, kv_heads, dim = SIZES[name]
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(chunk, heads, dim, generator=generator) * 2
+    keys = torch.randn(kv_heads, context + chunk, dim, generator=generator)
+    return query.to(dtype), keys.to(dtype), context, dim**-0.5
+
+
+def wanted_heads(heads: int) -> list[int]:
+    """Some of the heads and not in order: a layer asks for those whose pattern needs the estimate."""
+    return [heads - 1, *range(0, heads - 1, 2)]
+
+
+def assert_within(found: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, floor: float) -> None:
+    assert found.shape == exact.shape and found.dtype == torch.float32
+    assert torch.isfinite(found).all()
+    error = (found.double() - exact).abs()
+    budget = 2 * float((eager.double() - exact).abs().max()) + floor
+    worst = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
+    assert float(error.max()) <= budget, f"error {float(error.max()):.3g} at {worst}, budget {budget:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SIZES)
+def test_last_query_scores(name: str, dtype: torch.dtype) -> None:
+    query, keys, _, scale = inputs(name, dtype)
+    heads = wanted_heads(query.shape[1])
+    columns, diagonals = estimate.last_query_scores(query, keys, heads, scale)
+    exact = reference.last_query_scores(query, keys, scale, estimate.LAST_QUERIES)
+    # The same in low precision: scores are rounded once, to the inputs' type.
+    rows = min(estimate.LAST_QUERIES, query.shape[0])
+    length = keys.shape[1]
+    scores = (query[-rows:].transpose(0, 1) @ reference.repeat_heads(keys, query.shape[1]).transpose(1, 2)).float()
+    mask = reference.causal_mask(length - rows, length)
+    weights = (scores * scale).masked_fill(~mask, -torch.inf).softmax(-1)
+    # A diagonal counts as often as there are groups of rows times its smallest mass among them.
+    groups = torch.zeros(estimate.ROW_GROUPS, query.shape[1], length)
+    borders = [group * rows // len(groups) for group in range(len(groups) + 1)]
+    for group, (first, last) in enumerate(pairwise(borders)):
+        for row in range(first, last):
+            seen = length - rows + row + 1
+            groups[group, :, :seen] += weights[:, row, :seen].flip(-1)
+    eager_diagonals = groups.amin(0) * len(groups)
+    floor = FLOAT32_FLOOR * rows
+    assert_within(columns, exact[0][heads], weights.sum(1)[heads], floor)
+    assert_within(diagonals, exact[1][heads], eager_diagonals[heads], floor)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_query_spends_its_whole_mass(name: str) -> None:
+    query, keys, _, scale = inputs(name, torch.bfloat16)
+    rows = min(estimate.LAST_QUERIES, query.shape[0])
+    columns, diagonals = estimate.last_query_scores(query, keys, range(query.shape[1]), scale)
+    torch.testing.assert_close(columns.sum(-1), torch.full((query.shape[1],), float(rows)), rtol=1e-4, atol=0)
+    assert (diagonals >= 0).all() and (diagonals.sum(-1) <= rows * 1.0001).all()
+
+
+def test_a_strong_column_leaves_no_trace_in_the_diagonals() -> None:
+    """Plain sums would spread it over 64 of them; a true diagonal keeps nearly all of its mass."""
+    length, dim, column, offset = 1024, 64, 300, 700
+    keys = torch.zeros(1, length, dim)
+    query = torch.zeros(64, 1, dim)
+    for row in range(64):
+        # Each row looks at the column (dimension 0) and, as strongly, at the key 700 places back (its own dimension).
+        place = length - 64 + row - offset
+        query[row, 0, 0] = query[row, 0, 1 + row % 60] = 30.0
+        keys[0, place, 1 + row % 60] = 10.0
+    keys[0, column] = 0
+    keys[0, column, 0] = 10.0
+    columns, diagonals = estimate.last_query_scores(query, keys, [0], 0.1)
+    assert int(columns[0].argmax()) == column
+    assert int(diagonals[0].argmax()) == offset
+    traces = [length - 64 + row - column for row in range(64)]
+    assert float(diagonals[0, [trace for trace in traces if trace != offset]].max()) < 0.1 * float(diagonals[0, offset])
+
+
+@pytest.mark.parametrize("block_size, tile", [(16, 16), (32, 64), (64, 128)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SIZES)
+def test_pooled_scores(name: str, dtype: torch.dtype, block_size: int, tile: int) -> None:
+    query, keys, context, scale = inputs(name, dtype)
+    heads = wanted_heads(query.shape[1])
+    tiling = Tiling.of(context, keys.shape[1], block_size, tile)
+    found = estimate.pooled_scores(query, keys, heads, tiling, scale)
+    exact = reference.pooled_scores(query, keys, tiling, scale)[heads]
+    # Means are taken in float32 whatever the inputs are, so the plain evaluation is the float32 one.
+    starts = (tiling.starts - context).tolist()
+    queries = torch.stack([query[a:b].float().mean(0) for a, b in pairwise(starts)], 1)
+    means = torch.stack([block.mean(1) for block in keys.float().split(block_size, 1)], 1)
+    scores = queries @ reference.repeat_heads(means, query.shape[1]).transpose(1, 2) * scale
+    eager = scores.masked_fill(~tiling.reachable(), -torch.inf).softmax(-1)[heads]
+    assert_within(found, exact, eager, FLOAT32_FLOOR)
+    assert not found[:, ~tiling.reachable()].any(), "a block out of reach has a score"
+
+
+def test_inputs_are_left_as_they_are() -> None:
+    query, keys, context, scale = inputs("odd_length", torch.float32)
+    before = query.clone(), keys.clone()
+    estimate.last_query_scores(query, keys, [0, 1], scale)
+    estimate.pooled_scores(query, keys, [0, 1], Tiling.of(context, keys.shape[1], 32, 64), scale)
+    assert torch.equal(query, before[0]) and torch.equal(keys, before[1])

@@ -1,0 +1,353 @@
+"""Properties of ``SparseIndex``: what every index promises, and what each pattern asks for, checked by brute force."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from minference_vllm.index import (
+    FORCED_COLUMNS,
+    FORCED_DIAGONALS,
+    Scores,
+    SparseIndex,
+    Tiling,
+    build_index,
+    columns_outside_blocks,
+    compact,
+    slash_blocks,
+    top_blocks,
+)
+from minference_vllm.patterns import (
+    ESTIMATION_BLOCK,
+    AShape,
+    BlockSparse,
+    Dense,
+    HeadPattern,
+    TriShape,
+    VerticalSlash,
+)
+from minference_vllm.reference import causal_mask
+
+TILINGS = {
+    # name: (context_len, seq_len, block_size, tile)
+    "regular": (0, 512, 32, 64),
+    "tile_is_a_page": (0, 512, 64, 64),
+    "odd_length": (0, 517, 32, 64),
+    "shorter_than_a_page": (0, 7, 32, 64),
+    "one_token": (0, 1, 16, 32),
+    "one_token_after_context": (300, 301, 16, 32),
+    "last_tile_is_one_row": (0, 513, 32, 128),
+    "last_tile_lacks_one_row": (0, 511, 32, 128),
+    "chunk_at_a_tile_border": (256, 600, 32, 64),
+    "chunk_at_a_page_border": (288, 600, 32, 64),
+    "chunk_inside_a_page": (301, 600, 32, 64),
+    "chunk_within_one_page": (299, 311, 32, 64),
+    "chunk_ends_inside_its_first_tile": (130, 190, 32, 128),
+    "long_context_short_chunk": (2000, 2100, 32, 128),
+}
+PATTERNS: dict[str, HeadPattern] = {
+    "dense": Dense(),
+    "a_shape": AShape(sink=40, local=100),
+    "a_shape_nothing": AShape(sink=0, local=0),
+    "a_shape_local_1": AShape(sink=1, local=1),
+    "a_shape_everything": AShape(sink=10**6, local=10**6),
+    "tri_shape": TriShape(sink=40, local=100, last=70),
+    "tri_shape_last_0": TriShape(sink=40, local=100, last=0),
+    "vertical_slash": VerticalSlash(vertical=60, slash=150),
+    "vertical_many": VerticalSlash(vertical=300, slash=100),
+    "vertical_alone": VerticalSlash(vertical=100, slash=0),
+    "slash_alone": VerticalSlash(vertical=0, slash=200),
+    "vertical_slash_everything": VerticalSlash(vertical=10**6, slash=10**6),
+    "block_sparse": BlockSparse(top_k=3),
+    "block_sparse_1": BlockSparse(top_k=1),
+    "block_sparse_everything": BlockSparse(top_k=10**4),
+}
+EVERYTHING = ("dense", "a_shape_everything", "vertical_slash_everything", "block_sparse_everything")
+
+
+@dataclass
+class RandomScores:
+    """Stands for the estimators; keeps what it said. Quantised, so that many scores tie."""
+
+    seq_len: int
+    seed: int = 0
+    columns: dict[int, torch.Tensor] = field(default_factory=dict)
+    diagonals: dict[int, torch.Tensor] = field(default_factory=dict)
+    blocks: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def draw(self, kind: int, head: int, *shape: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1000 + kind * 100 + head)
+        return torch.randint(0, 40, shape, generator=generator) / 40
+
+    def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        for head in heads:
+            self.columns[head] = self.draw(1, head, self.seq_len)
+            self.diagonals[head] = self.draw(2, head, self.seq_len)
+        return (
+            torch.stack([self.columns[head] for head in heads]),
+            torch.stack([self.diagonals[head] for head in heads]),
+        )
+
+    def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        for head in heads:
+            scores = self.draw(3, head, tiling.num_tiles, tiling.num_key_blocks)
+            self.blocks[head] = scores.masked_fill(~tiling.reachable(), 0)
+        return torch.stack([self.blocks[head] for head in heads])
+
+
+@dataclass(frozen=True)
+class Built:
+    """One index whose heads run all of PATTERNS, and the scores that it was built from."""
+
+    tiling: Tiling
+    index: SparseIndex
+    scores: RandomScores
+    mask: torch.Tensor
+
+    def heads(self, *kinds: type) -> Iterator[tuple[int, HeadPattern]]:
+        """Head and pattern, of the named kinds of pattern (all when none is named)."""
+        for head, pattern in enumerate(PATTERNS.values()):
+            if not kinds or isinstance(pattern, kinds):
+                yield head, pattern
+
+    def rows_of_tiles(self) -> list[range]:
+        starts = self.index.tile_starts.tolist()
+        return [range(a, b) for a, b in itertools.pairwise(starts)]
+
+    def rows_and_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Absolute positions, shaped to broadcast to a mask."""
+        return torch.arange(self.tiling.context_len, self.tiling.seq_len)[:, None], torch.arange(self.tiling.seq_len)
+
+
+@functools.cache
+def build(tiling_name: str, whole_pages: bool) -> Built:
+    context_len, seq_len, block_size, tile = TILINGS[tiling_name]
+    tiling = Tiling.of(context_len, seq_len, block_size, tile, block_size if whole_pages else 1)
+    scores = RandomScores(seq_len)
+    index = build_index(tiling, list(PATTERNS.values()), Scores(scores.last_query, scores.pooled))
+    return Built(tiling, index, scores, index.to_mask())
+
+
+@pytest.fixture(params=[False, True], ids=["single_columns", "pages_of_columns"])
+def whole_pages(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(params=TILINGS)
+def built(request: pytest.FixtureRequest, whole_pages: bool) -> Built:
+    return build(request.param, whole_pages)
+
+
+def at_least(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """True for the entries that belong to the ``count`` best whichever way ties are broken."""
+    if count >= scores.numel():
+        return torch.ones(scores.shape, dtype=torch.bool)
+    ranked = scores.flatten().sort(descending=True).values
+    return scores > ranked[count] if count else torch.zeros(scores.shape, dtype=torch.bool)
+
+
+# What every index promises
+
+
+def test_lists_are_in_order_and_name_no_key_twice(built: Built) -> None:
+    index, size = built.index, built.index.block_size
+    assert (index.num_heads, index.num_tiles) == (len(PATTERNS), built.tiling.num_tiles)
+    for head, pattern in built.heads():
+        for tile, rows in enumerate(built.rows_of_tiles()):
+            blocks, columns = index.blocks[head, tile].tolist(), index.columns[head, tile].tolist()
+            num_blocks, num_columns = int(index.num_blocks[head, tile]), int(index.num_columns[head, tile])
+            assert set(blocks[num_blocks:]) <= {-1} and set(columns[num_columns:]) <= {-1}, pattern
+            blocks, columns = blocks[:num_blocks], columns[:num_columns]
+            assert blocks == sorted(set(blocks)) and blocks[0] >= 0, pattern
+            assert blocks[-1] == rows[-1] // size, f"{pattern}: the tile's own block is the last"
+            own = set(range(rows[0] // size, rows[-1] // size + 1))
+            assert own <= set(blocks), pattern
+            assert num_columns % built.tiling.column_multiple == 0, pattern
+            assert len(set(columns)) == num_columns, pattern
+            assert all(0 <= column < rows[0] for column in columns), pattern
+            assert not {column // size for column in columns} & set(blocks), f"{pattern}: a key twice"
+
+
+def test_mask_is_causal_holds_every_row_itself_and_counts_as_density(built: Built) -> None:
+    causal = causal_mask(built.tiling.context_len, built.tiling.seq_len)
+    mask = built.mask
+    assert mask.shape == (len(PATTERNS), *causal.shape)
+    assert not (mask & ~causal).any(), "a row sees a later key"
+    assert mask.diagonal(built.tiling.context_len, 1, 2).all(), "a row does not see itself"
+    pairs = mask.sum((1, 2))
+    assert built.index.computed_pairs().tolist() == pairs.tolist()
+    assert built.index.dense_pairs() == int(causal.sum())
+    assert built.index.density().tolist() == pytest.approx((pairs / causal.sum()).tolist())
+
+
+def test_full_selection_is_the_causal_mask(built: Built) -> None:
+    causal = causal_mask(built.tiling.context_len, built.tiling.seq_len)
+    for head, name in enumerate(PATTERNS):
+        if name in EVERYTHING:
+            assert torch.equal(built.mask[head], causal), name
+
+
+@pytest.mark.parametrize("tiling_name", ["odd_length", "chunk_inside_a_page"])
+def test_a_heads_index_does_not_depend_on_its_neighbours(tiling_name: str, whole_pages: bool) -> None:
+    together = build(tiling_name, whole_pages)
+    for head, pattern in together.heads():
+        scores = Scores(
+            lambda heads, head=head: together.scores.last_query([head]),  # type: ignore[misc]
+            lambda heads, tiling, head=head: together.scores.pooled([head], tiling),  # type: ignore[misc]
+        )
+        alone = build_index(together.tiling, [pattern], scores)
+        assert torch.equal(alone.to_mask()[0], together.mask[head]), pattern
+
+
+# What each pattern asks for
+
+
+def test_a_shape_and_tri_shape(built: Built) -> None:
+    row, key = built.rows_and_keys()
+    size = built.tiling.block_size
+    for head, pattern in built.heads(AShape, TriShape):
+        assert isinstance(pattern, AShape | TriShape)
+        last = pattern.last if isinstance(pattern, TriShape) else 0
+        tail = row >= built.tiling.seq_len - last
+        asked = ((key < pattern.sink) | (row - key < pattern.local) | (row == key) | tail) & (key <= row)
+        assert not (asked & ~built.mask[head]).any(), f"{pattern}: a key that was asked for is missing"
+        # No block without need: each holds a key that one of the tile's rows asks for, or is one of the tile's own.
+        for tile, rows in enumerate(built.rows_of_tiles()):
+            own = rows[0] // built.tiling.tile * (built.tiling.tile // size)
+            by_key = asked[rows[0] - built.tiling.context_len : rows[-1] + 1 - built.tiling.context_len].any(0)
+            needed = {block for block, keys in enumerate(by_key.split(size)) if block >= own or keys.any()}
+            chosen = built.index.blocks[head, tile, : int(built.index.num_blocks[head, tile])].tolist()
+            assert set(chosen) <= needed, pattern
+
+
+def test_vertical_slash_holds_the_best_columns_and_diagonals(built: Built) -> None:
+    row, key = built.rows_and_keys()
+    for head, pattern in built.heads(VerticalSlash):
+        assert isinstance(pattern, VerticalSlash)
+        columns, diagonals = built.scores.columns[head].clone(), built.scores.diagonals[head].clone()
+        columns[:FORCED_COLUMNS] = torch.inf
+        diagonals[:FORCED_DIAGONALS] = torch.inf
+        by_column, by_diagonal = at_least(columns, pattern.vertical), at_least(diagonals, pattern.slash)
+        asked = by_column[None] | by_diagonal[(row - key).clamp(min=0)]
+        missing = asked & (key <= row) & ~built.mask[head]
+        assert not missing.any(), f"{pattern}: missing (row, key) {missing.nonzero()[:5].tolist()}"
+
+
+@pytest.mark.parametrize("tiling_name", TILINGS)
+def test_forced_columns_and_diagonals_are_there_whatever_their_scores(tiling_name: str, whole_pages: bool) -> None:
+    tiling = build(tiling_name, whole_pages).tiling
+    worst_first = torch.arange(float(tiling.seq_len))[None]
+    pattern = VerticalSlash(vertical=FORCED_COLUMNS, slash=FORCED_DIAGONALS)
+    scores = Scores(lambda heads: (worst_first.clone(), worst_first.clone()), lambda heads, tiling: torch.empty(0))
+    mask = build_index(tiling, [pattern], scores).to_mask()[0]
+    row, key = build(tiling_name, whole_pages).rows_and_keys()
+    forced = (key < FORCED_COLUMNS) | (row - key < FORCED_DIAGONALS)
+    assert not (forced & (key <= row) & ~mask).any()
+
+
+def test_block_sparse_keeps_the_best_blocks_of_each_tile(built: Built) -> None:
+    size = built.tiling.block_size
+    for head, pattern in built.heads(BlockSparse):
+        assert isinstance(pattern, BlockSparse)
+        top_k = -(-pattern.top_k * ESTIMATION_BLOCK // size)
+        for tile, rows in enumerate(built.rows_of_tiles()):
+            own = rows[0] // built.tiling.tile * (built.tiling.tile // size)
+            chosen = built.index.blocks[head, tile, : int(built.index.num_blocks[head, tile])].tolist()
+            before = [block for block in chosen if block < own]
+            assert len(before) == min(top_k, own), pattern
+            # Compared by score: where scores tie, either block is right.
+            scores = built.scores.blocks[head][tile]
+            best = scores[:own].sort(descending=True).values[: len(before)]
+            assert torch.equal(scores[before].sort(descending=True).values, best), pattern
+
+
+# The builders' own steps
+
+
+@pytest.mark.parametrize("tiling_name", TILINGS)
+def test_slash_blocks_are_exactly_those_that_a_diagonal_crosses(tiling_name: str) -> None:
+    tiling = Tiling.of(*TILINGS[tiling_name])
+    size, tile = tiling.block_size, tiling.tile
+    offsets = torch.randint(0, tiling.seq_len, (3, 5), generator=torch.Generator().manual_seed(3))
+    found = slash_blocks(tiling, offsets)
+    for head in range(3):
+        for number, start in enumerate(tiling.starts[:-1].tolist()):
+            first = start // tile * tile
+            last_block = (int(tiling.starts[number + 1]) - 1) // size
+            crossed = {
+                (row - offset) // size
+                for offset in offsets[head].tolist()
+                for row in range(first, first + tile)
+                if row >= offset
+            }
+            expected = {block for block in crossed if block < first // size}
+            expected |= set(range(first // size, last_block + 1))
+            assert set(found[head, number].nonzero().view(-1).tolist()) == expected
+
+
+def listed(columns: torch.Tensor, count: torch.Tensor, tile: int) -> list[int]:
+    return sorted(columns[0, tile, : int(count[0, tile])].tolist())
+
+
+def test_single_columns_are_exactly_those_asked_for() -> None:
+    tiling = Tiling.of(0, 256, 32, 32)
+    blocks = tiling.own()[None].clone()
+    blocks[..., 0] = True
+    more_blocks, columns, count = columns_outside_blocks(tiling, blocks, torch.tensor([[200, 5, 71, 100, 70]]))
+    assert torch.equal(more_blocks, blocks)
+    assert listed(columns, count, 7) == [70, 71, 100, 200]
+    assert listed(columns, count, 3) == [70, 71], "the others lie in the tile or behind it"
+    assert listed(columns, count, 2) == []
+
+
+def test_pages_of_columns_are_filled_up_from_a_block_that_the_tile_lacks() -> None:
+    tiling = Tiling.of(0, 256, 32, 32, column_multiple=32)
+    blocks = tiling.own()[None].clone()
+    asked = [200, 5, 71, 100, 70]
+    more_blocks, columns, count = columns_outside_blocks(tiling, blocks, torch.tensor([asked]))
+    assert torch.equal(more_blocks[0, 7], blocks[0, 7])
+    assert len(set(listed(columns, count, 7))) == 32 and set(asked) <= set(listed(columns, count, 7))
+    # In the second tile only block 0 lies before; its 31 other keys fill the page of the one column.
+    assert listed(columns, count, 1) == list(range(32))
+
+
+def test_where_nothing_is_left_to_fill_a_page_blocks_are_taken_whole() -> None:
+    tiling = Tiling.of(0, 96, 32, 32, column_multiple=64)
+    blocks = tiling.own()[None].clone()
+    more_blocks, _, count = columns_outside_blocks(tiling, blocks, torch.tensor([[5, 40]]))
+    assert int(count[0, 1]) == 0, "33 keys lie before the second tile and outside its blocks: no 64"
+    assert more_blocks[0, 1].nonzero().view(-1).tolist() == [0, 1]
+
+
+def test_top_blocks_never_reach_past_the_tile() -> None:
+    tiling = Tiling.of(0, 256, 32, 64)
+    scores = torch.zeros(1, tiling.num_tiles, tiling.num_key_blocks)
+    scores[..., -1] = 9.0  # the last block is the best, and out of reach for all tiles but the last
+    chosen = top_blocks(tiling, scores, 1)
+    assert not (chosen & ~tiling.reachable()).any()
+
+
+def test_compact_lists_the_positions_of_true() -> None:
+    mask = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+    positions, count = compact(mask)
+    assert positions.tolist() == [[0, 2, -1], [-1, -1, -1], [0, 1, 2]]
+    assert count.tolist() == [2, 0, 3]
+
+
+def test_a_tile_is_whole_pages() -> None:
+    with pytest.raises(ValueError, match="tile must be a multiple of the page size 32, not 48"):
+        Tiling.of(0, 100, 32, 48)
+
+
+def test_a_pattern_without_a_builder_is_an_error() -> None:
+    with pytest.raises(TypeError, match="no builder"):
+        build_index(
+            Tiling.of(0, 64, 32, 32),
+            ["dense"],  # type: ignore[list-item]
+            Scores(RandomScores(64).last_query, RandomScores(64).pooled),
+        )

@@ -1,0 +1,153 @@
+"""Our CPU kernels on every page layout, against the float64 reference; what they need, and what runs without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from minference_vllm import estimate, reference
+from minference_vllm.attend import attend_chunk, choose_engine
+from minference_vllm.engines import native
+from minference_vllm.index import Tiling
+from minference_vllm.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
+from minference_vllm.patterns import AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
+from minference_vllm.plan import Chunk
+
+LAYOUTS: tuple[Layout, ...] = ("rows", "transposed", "amx")
+PATTERNS: list[HeadPattern] = [
+    VerticalSlash(vertical=60, slash=120),
+    BlockSparse(top_k=2),
+    VerticalSlash(vertical=37, slash=0),
+    AShape(sink=16, local=100),
+    TriShape(sink=16, local=64, last=40),
+    Dense(),
+    VerticalSlash(vertical=300, slash=100),
+    AShape(sink=0, local=1),
+]
+built = pytest.mark.skipif(bool(native.unavailable_reason()), reason=str(native.unavailable_reason()))
+
+
+def in_layout(batch: Any, layout: Layout) -> PagedCache:
+    """The batch's pages in a layout, keys and values of a page side by side as in vLLM's cache."""
+    blocks, size, heads, dim = batch.key_cache.shape
+    place = torch.arange(size * dim).view(size, dim)
+    stored = torch.empty(blocks, heads, 2, size * dim, dtype=batch.key_cache.dtype)
+    for half, unpack, cache in ((0, unpack_keys, batch.key_cache), (1, unpack_values, batch.value_cache)):
+        stored[:, :, half, unpack(place, layout).flatten()] = cache.transpose(1, 2).flatten(2)
+    pages = stored.view(blocks, heads, 2, size, dim)
+    return PagedCache(pages[:, :, 0], pages[:, :, 1], layout)
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("block_size, head_size", [(32, 64), (32, 80), (64, 96), (128, 128), (32, 256)])
+def test_attention_and_log_sum_exp(
+    layout: Layout, block_size: int, head_size: int, paged_batch: Callable[..., Any]
+) -> None:
+    batch = paged_batch(query_lens=[301], context_lens=[210], block_size=block_size, head_size=head_size)
+    cache, pages = in_layout(batch, layout), batch.block_table[0].long()
+    out = torch.full_like(batch.query, torch.nan)
+    index = attend_chunk(batch.query, cache, pages, Chunk(0, 0, 210, 511), PATTERNS, batch.scale, out, engine="native")
+    mask, keys, values = index.to_mask(), batch.keys(0), batch.values(0)
+    exact = reference.masked_attention(batch.query, keys, values, mask, batch.scale)
+    # Two roundings to bf16 (of the weights and of the output) of values that are at most as large as the largest.
+    assert float((out.double() - exact).abs().max()) <= 2 * torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
+    lse = torch.full((8, 301), torch.nan)
+    native.run(batch.query, cache, pages, index, batch.scale, out, lse)
+    scores = batch.query.double().transpose(0, 1) @ reference.repeat_heads(keys, 8).transpose(1, 2) * batch.scale
+    exact_lse = scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-3)
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chunk, context", [(301, 210), (64, 0), (64, 449), (37, 100), (5, 260), (1, 70)])
+@pytest.mark.parametrize("heads, kv_heads, head_size", [(8, 2, 64), (4, 4, 80), (7, 1, 128)])
+def test_last_query_scores(
+    layout: Layout,
+    chunk: int,
+    context: int,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    paged_batch: Callable[..., Any],
+) -> None:
+    batch = paged_batch([chunk], [context], heads, kv_heads, head_size)
+    wanted = list(range(0, heads, 2))
+    found = native.last_query_scores(
+        batch.query, in_layout(batch, layout), batch.block_table[0].long(), chunk + context, wanted, batch.scale
+    )
+    exact = reference.last_query_scores(batch.query, batch.keys(0), batch.scale, estimate.LAST_QUERIES)
+    for scores, expected in zip(found, exact, strict=True):
+        # Products of bf16 are exact in float32; what is left is its summation and the kernel's exponential.
+        torch.testing.assert_close(scores.double(), expected[wanted], rtol=1e-3, atol=1e-5)
+
+
+@built
+def test_estimates_agree_with_the_portable_ones(paged_batch: Callable[..., Any]) -> None:
+    batch = paged_batch([301], [210])
+    pages = batch.block_table[0].long()
+    cache = in_layout(batch, "transposed")
+    ours = native.last_query_scores(batch.query, cache, pages, 511, range(8), batch.scale)
+    keys = cache.keys_by_head(pages)[:, :511]
+    for found, expected in zip(ours, estimate.last_query_scores(batch.query, keys, range(8), batch.scale), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-3)
+
+
+def test_without_the_kernels_everything_runs_through_vllms(
+    monkeypatch: pytest.MonkeyPatch, paged_batch: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "the processor has no AVX512-BF16")
+    batch = paged_batch([301], [210])
+    cache = in_layout(batch, "rows")
+    assert choose_engine("auto", torch.bfloat16, cache) == "block_table"
+    with pytest.raises(ValueError, match="engine 'native' cannot run: the processor has no AVX512-BF16"):
+        choose_engine("native", torch.bfloat16, cache)
+    out = torch.full_like(batch.query, torch.nan)
+    index = attend_chunk(
+        batch.query, cache, batch.block_table[0].long(), Chunk(0, 0, 210, 511), PATTERNS, batch.scale, out
+    )
+    exact = reference.masked_attention(batch.query, batch.keys(0), batch.values(0), index.to_mask(), batch.scale)
+    torch.testing.assert_close(out.double(), exact, rtol=0.05, atol=0.02)
+
+
+@built
+def test_amx_pages_go_to_vllms_kernel_unless_ours_is_named(paged_batch: Callable[..., Any]) -> None:
+    cache = in_layout(paged_batch(), "amx")
+    assert choose_engine("auto", torch.bfloat16, cache) == "block_table"
+    assert choose_engine("native", torch.bfloat16, cache) == "native"
+    assert choose_engine("auto", torch.bfloat16, in_layout(paged_batch(), "transposed")) == "native"
+
+
+@built
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"dtype": torch.float32}, "float32 is not bfloat16"),
+        ({"block_size": 16}, "page size 16 is not a multiple of 32"),
+        ({"head_size": 72}, "head size 72 is not a multiple of 16"),
+        ({"head_size": 512}, "head size 512 is not a multiple of 16 up to 256"),
+    ],
+)
+def test_reasons(arguments: dict[str, Any], reason: str, paged_batch: Callable[..., Any]) -> None:
+    batch = paged_batch(**arguments)
+    cache = in_layout(batch, "rows")
+    assert reason in str(native.unsupported_cache_reason(batch.query.dtype, cache))
+    assert reason in str(native.unsupported_reason(batch.query.dtype, cache.block_size, cache.head_size))
+
+
+def test_index_and_tiling_fit_the_kernels_types(paged_batch: Callable[..., Any]) -> None:
+    """ctypes passes addresses, not types: what the kernels read as int32 and int64 must be that."""
+    batch = paged_batch([301], [210])
+    out = torch.empty_like(batch.query)
+    pages = batch.block_table[0].long()
+    index = attend_chunk(
+        batch.query, in_layout(batch, "rows"), pages, Chunk(0, 0, 210, 511), PATTERNS, batch.scale, out
+    )
+    assert index.tile_starts.dtype == torch.int64
+    for lists in (index.blocks, index.num_blocks, index.columns, index.num_columns):
+        assert lists.dtype == torch.int32 and lists.is_contiguous()
+    assert Tiling.of(0, 64, 32, 32).starts.is_contiguous()

@@ -1,0 +1,100 @@
+"""The plan of a batch: which chunks run sparsely, which requests stay together, and where tiles begin."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+
+from minference_vllm.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT, Chunk, Plan, plan_batch, tile_starts
+
+MIN_CONTEXT, MIN_CHUNK = 1000, 100
+
+
+def plan(*requests: tuple[int, int]) -> Plan:
+    """Requests as (context, new tokens)."""
+    starts = [0, *accumulate(new for _, new in requests)]
+    return plan_batch(starts, [context + new for context, new in requests], MIN_CONTEXT, MIN_CHUNK)
+
+
+def test_an_empty_batch() -> None:
+    assert plan() == Plan((), (), ())
+
+
+def test_decodes_alone_are_one_dense_run_without_reasons() -> None:
+    assert plan((5000, 1), (3, 1), (70000, 1)) == Plan((), ((0, 3),), ())
+
+
+def test_one_long_prompt() -> None:
+    assert plan((0, 4096)) == Plan((Chunk(0, 0, 0, 4096),), (), ())
+
+
+def test_a_mixed_batch_keeps_neighbours_together() -> None:
+    found = plan(
+        (5000, 1),  # decode
+        (5000, 4),  # verification of drafted tokens
+        (2048, 512),  # chunk of a long prompt
+        (0, 600),  # short prompt
+        (5000, 1),  # decode
+        (0, 2048),  # long prompt
+        (4096, 1024),  # chunk of another
+        (4096, 40),  # the last few tokens of a third
+    )
+    assert found.sparse == (Chunk(2, 5, 2048, 2560), Chunk(5, 1118, 0, 2048), Chunk(6, 3166, 4096, 5120))
+    assert found.dense_runs == ((0, 2), (3, 5), (7, 8))
+    assert found.dense_reasons == (BELOW_MIN_CONTEXT, BELOW_MIN_CHUNK)
+
+
+@pytest.mark.parametrize(
+    ("context", "new", "reason"),
+    [
+        (MIN_CONTEXT - MIN_CHUNK, MIN_CHUNK, None),
+        (MIN_CONTEXT - MIN_CHUNK - 1, MIN_CHUNK, BELOW_MIN_CONTEXT),
+        (MIN_CONTEXT - MIN_CHUNK + 1, MIN_CHUNK - 1, BELOW_MIN_CHUNK),
+        (0, MIN_CONTEXT, None),
+        (0, MIN_CONTEXT - 1, BELOW_MIN_CONTEXT),
+        (10**6, MIN_CHUNK, None),
+        (10**6, MIN_CHUNK - 1, BELOW_MIN_CHUNK),
+    ],
+)
+def test_thresholds_are_inclusive(context: int, new: int, reason: str | None) -> None:
+    found = plan((context, new))
+    assert found.dense_reasons == (() if reason is None else (reason,))
+    assert found.sparse == ((Chunk(0, 0, context, context + new),) if reason is None else ())
+
+
+def test_every_request_is_served_exactly_once() -> None:
+    requests = [(context, new) for context in (0, 950, 5000) for new in (1, 15, 16, 99, 100, 5000)]
+    found = plan(*requests)
+    served = [chunk.request for chunk in found.sparse]
+    for first, last in found.dense_runs:
+        served += range(first, last)
+    assert sorted(served) == list(range(len(requests)))
+    # Neighbouring dense requests are one run, so two runs never touch.
+    assert all(a[1] < b[0] for a, b in zip(found.dense_runs, found.dense_runs[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    ("context", "seq_len", "tile", "starts"),
+    [
+        (0, 256, 128, [0, 128, 256]),
+        (0, 257, 128, [0, 128, 256, 257]),
+        (0, 255, 128, [0, 128, 255]),
+        (0, 1, 128, [0, 1]),
+        (128, 384, 128, [128, 256, 384]),
+        (127, 129, 128, [127, 128, 129]),
+        (129, 255, 128, [129, 255]),
+        (130, 400, 128, [130, 256, 384, 400]),
+        (1000, 1001, 32, [1000, 1001]),
+    ],
+)
+def test_tiles_begin_at_multiples_of_their_size(context: int, seq_len: int, tile: int, starts: list[int]) -> None:
+    assert tile_starts(context, seq_len, tile) == starts
+
+
+@pytest.mark.parametrize("cut", [1, 31, 32, 33, 100, 256, 299])
+def test_a_prompt_cut_in_two_has_the_same_borders(cut: int) -> None:
+    whole, tile = tile_starts(0, 300, 32), 32
+    pieces = tile_starts(0, cut, tile)[:-1] + tile_starts(cut, 300, tile)
+    assert set(pieces) == set(whole) | {cut}
+    assert pieces == sorted(set(pieces))

@@ -1,0 +1,222 @@
+"""What vLLM sees of us, in fresh processes: plugins are loaded once per process, and early."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minference_vllm import plugin
+from minference_vllm.backend import compat
+
+ROOT = Path(__file__).parent.parent
+OUR_CLASS = "minference_vllm.backend.cpu.MInferenceCPUBackend"
+
+
+def fresh(tmp_path: Path, script: str, *arguments: str, **environment: str) -> Any:
+    """Run a script in a new interpreter, from the repository's root; it prints one JSON value last.
+
+    A file, as the ``vllm`` command is: ``python -c`` would put the current folder on the path.
+    """
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(path), *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+AFTER_PLUGINS = """
+import json, pickle
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from minference_vllm.plugin import register
+register(); register()
+from vllm.platforms import current_platform
+import torch
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.selector import AttentionSelectorConfig
+member = AttentionBackendEnum["MINFERENCE"]
+asked = AttentionSelectorConfig(head_size=64, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=128)
+others = [None, AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.FLASH_ATTN]
+backend = member.get_class()
+print(json.dumps({
+    "class": f"{backend.__module__}.{backend.__qualname__}",
+    "name": backend.get_name(),
+    "looked_up_by_its_name": AttentionBackendEnum[backend.get_name()] is member,
+    "pickled": pickle.dumps(member).hex(),
+    "platform": type(current_platform).__qualname__,
+    "selected": current_platform.get_attn_backend_cls(member, asked),
+    "others": [current_platform.get_attn_backend_cls(other, asked) for other in others],
+    "others_without_us": [CpuPlatform.get_attn_backend_cls(other, asked) for other in others],
+    "own_attributes": sorted(n for n in vars(type(current_platform)) if not n.startswith("__")),
+    "is_cpu": current_platform.is_cpu(),
+    "device": str(current_platform.device_type),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def after_plugins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found = fresh(tmp_path_factory.mktemp("plugin"), AFTER_PLUGINS)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_name_resolves_to_our_class(after_plugins: dict[str, Any]) -> None:
+    assert after_plugins["class"] == OUR_CLASS
+    assert after_plugins["name"] == "MINFERENCE"
+    assert after_plugins["looked_up_by_its_name"], "attention layers look their backend up again by its name"
+
+
+def test_the_cpu_platform_honours_our_name_and_is_vllms_otherwise(after_plugins: dict[str, Any]) -> None:
+    assert after_plugins["platform"] == "MInferenceCpuPlatform"
+    assert after_plugins["selected"] == OUR_CLASS
+    assert after_plugins["others"] == after_plugins["others_without_us"]
+    assert after_plugins["own_attributes"] == ["check_and_update_config", "get_attn_backend_cls"]
+    assert after_plugins["is_cpu"] and after_plugins["device"] == "cpu"
+
+
+def test_the_choice_survives_the_spawn_of_the_engine_process(after_plugins: dict[str, Any], tmp_path: Path) -> None:
+    """There the configuration is unpickled before any plugin is loaded."""
+    script = """
+import json, pickle, sys
+member = pickle.loads(bytes.fromhex(sys.argv[1]))
+before = member.name
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+print(json.dumps([before, member.get_path()]))
+"""
+    assert fresh(tmp_path, script, after_plugins["pickled"]) == ["CUSTOM", OUR_CLASS]
+
+
+def test_a_taken_slot_for_custom_backends_is_left_to_its_holder(tmp_path: Path) -> None:
+    """A warning names the holder; vLLM goes on, with our name unknown: whoever did not choose us loses nothing."""
+    script = """
+import json, logging, torch
+lines = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("vllm.minference_vllm").addHandler(handler)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+register_backend(AttentionBackendEnum.CUSTOM, "somebody.elses.Backend")
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.platforms import current_platform
+from vllm.v1.attention.selector import AttentionSelectorConfig
+asked = AttentionSelectorConfig(head_size=64, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=128)
+try:
+    AttentionBackendEnum["MINFERENCE"]
+    known = True
+except ValueError:
+    known = False
+print(json.dumps({
+    "lines": lines,
+    "path": AttentionBackendEnum.CUSTOM.get_path(),
+    "known": known,
+    "served_by": current_platform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, asked),
+}))
+"""
+    found = fresh(tmp_path, script)
+    (line,) = found["lines"]
+    assert "somebody.elses.Backend" in line and "VLLM_PLUGINS" in line
+    assert found["path"] == "somebody.elses.Backend"
+    assert not found["known"]
+    assert not found["served_by"].startswith("minference_vllm")
+
+
+def test_leaving_us_out_leaves_vllm_as_it_is(tmp_path: Path) -> None:
+    script = """
+import json
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+print(json.dumps([type(current_platform).__qualname__, "MINFERENCE" in AttentionBackendEnum.__members__]))
+"""
+    assert fresh(tmp_path, script, VLLM_PLUGINS="") == ["CpuPlatform", False]
+
+
+def test_importing_the_package_imports_neither_torch_nor_vllm(tmp_path: Path) -> None:
+    script = """
+import json, sys
+import minference_vllm, minference_vllm.plugin, minference_vllm.plan, minference_vllm.backend.compat
+print(json.dumps(sorted({"torch", "vllm", "numpy", "transformers"} & set(sys.modules))))
+"""
+    assert fresh(tmp_path, script) == []
+
+
+def test_our_folders_answer_no_import_of_their_own_names(tmp_path: Path) -> None:
+    """vLLM looks for OpenAI's kernels with ``find_spec("triton_kernels")``; our folder of that name is not them."""
+    script = """
+import json, sys
+from importlib.util import find_spec
+found = {}
+for name in ("triton_kernels", "pattern_configs", "csrc", "benchmarks", "tests"):
+    spec = find_spec(name)
+    found[name] = [] if spec is None else [spec.origin or "", *(spec.submodule_search_locations or [])]
+print(json.dumps(found))
+"""
+    for name, places in fresh(tmp_path, script).items():
+        assert not any(Path(place).is_relative_to(ROOT) for place in places if place), f"{name} is found at {places}"
+
+
+def test_the_pattern_files_are_installed_with_the_package(tmp_path: Path) -> None:
+    script = """
+import json
+from minference_vllm.patterns import load_pattern_file
+print(json.dumps(load_pattern_file("default").default.kind))
+"""
+    assert fresh(tmp_path, script) == "vertical_slash"
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.26.1rc1", "0.32.0+cpu", "0.33.9", "0.33.1.dev5+g1234"])
+def test_supported_versions(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    compat.check_vllm_version()
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "0.9.2", "1.0.0", "0.34.0.dev1+g1234"])
+def test_other_versions_are_refused_with_the_range(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    with pytest.raises(RuntimeError) as error:
+        compat.check_vllm_version()
+    message = str(error.value)
+    assert version in message and "0.26" in message and "0.33" in message
+
+
+@pytest.mark.parametrize("version", ["dev", "", "0", "v0.32.0"])
+def test_an_unreadable_version_is_named(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    with pytest.raises(RuntimeError, match=repr(version)):
+        compat.check_vllm_version()
+
+
+def test_an_unsupported_vllm_goes_on_without_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM does not catch what a general plugin raises: it would keep everybody from serving."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.minference_vllm")
+    logger.addHandler(handler)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.34.0")
+    try:
+        plugin.register()
+    finally:
+        logger.removeHandler(handler)
+    (line,) = lines
+    assert "0.34.0" in line and "not available" in line

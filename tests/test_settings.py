@@ -1,0 +1,109 @@
+"""Settings: where they come from, in which order, and what a wrong one says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from minference_vllm.settings import Settings, SettingsError, load_settings
+
+
+def configured(**values: Any) -> dict[str, Any]:
+    return {"minference": values}
+
+
+def test_defaults_need_nothing() -> None:
+    assert load_settings(None, {}) == load_settings({}, {}) == load_settings({"other": 1}, {}) == Settings()
+
+
+def test_additional_config_wins_over_the_environment_and_that_over_the_default() -> None:
+    environment = {"MINFERENCE_MIN_CONTEXT": "111", "MINFERENCE_MIN_CHUNK": "222"}
+    settings = load_settings(configured(min_context=333), environment)
+    assert (settings.min_context, settings.min_chunk) == (333, 222)
+    assert settings.tile == Settings().tile
+
+
+def test_every_field_can_be_set_from_the_environment() -> None:
+    environment = {
+        "MINFERENCE_PATTERNS": "dense",
+        "MINFERENCE_MIN_CONTEXT": "1",
+        "MINFERENCE_MIN_CHUNK": "2",
+        "MINFERENCE_TILE": "256",
+        "MINFERENCE_ENGINE": "block_table",
+        "MINFERENCE_LOG_INTERVAL": "0.5",
+    }
+    settings = load_settings(None, environment)
+    for variable, text in environment.items():
+        assert str(getattr(settings, variable.removeprefix("MINFERENCE_").lower())) == text
+
+
+def test_the_process_environment_is_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINFERENCE_MIN_CONTEXT", "4321")
+    assert load_settings().min_context == 4321
+
+
+def test_an_empty_variable_counts_as_unset() -> None:
+    assert load_settings(None, {"MINFERENCE_MIN_CONTEXT": ""}) == Settings()
+
+
+def test_an_unknown_field_lists_the_known_ones() -> None:
+    with pytest.raises(SettingsError) as error:
+        load_settings(configured(min_contxt=5), {})
+    message = str(error.value)
+    assert 'additional_config["minference"]["min_contxt"]' in message
+    for field in Settings.model_fields:
+        assert field in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("min_context", -1),
+        ("min_context", 1 << 40),
+        ("min_context", "long"),
+        ("min_context", None),
+        ("min_context", 1.5),
+        ("min_chunk", 0),
+        ("min_chunk", -256),
+        ("min_chunk", 1 << 40),
+        ("tile", 0),
+        ("tile", -128),
+        ("tile", 1 << 20),
+        ("engine", "cuda"),
+        ("engine", ""),
+        ("log_interval", -1),
+        ("log_interval", "often"),
+        ("log_interval", float("nan")),
+        ("patterns", 5),
+        ("patterns", ["dense"]),
+    ],
+)
+def test_a_bad_value_names_its_place_and_itself(field: str, value: Any) -> None:
+    with pytest.raises(SettingsError) as error:
+        load_settings(configured(**{field: value}), {})
+    assert f'additional_config["minference"]["{field}"] = {value!r}' in str(error.value)
+
+
+def test_a_bad_variable_is_named_as_a_variable() -> None:
+    with pytest.raises(SettingsError, match="MINFERENCE_MIN_CHUNK = 'many'"):
+        load_settings(None, {"MINFERENCE_MIN_CHUNK": "many"})
+
+
+def test_several_problems_come_in_one_message() -> None:
+    with pytest.raises(SettingsError) as error:
+        load_settings(configured(min_context=-1, engine="cuda", colour="red"), {})
+    for word in ("min_context", "engine", "block_table", "colour"):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, 5, "min_context=5", ["min_context"]])
+def test_settings_must_be_an_object(value: Any) -> None:
+    with pytest.raises(SettingsError, match="must be an object of settings"):
+        load_settings({"minference": value}, {})
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().min_context = 5  # type: ignore[misc]
