@@ -184,22 +184,49 @@ def tri_shape_blocks(tiling: Tiling, pattern: TriShape) -> torch.Tensor:
     return torch.where(tail[:, None], tiling.reachable(), a_shape_blocks(tiling, pattern))
 
 
-def slash_blocks(tiling: Tiling, offsets: torch.Tensor) -> torch.Tensor:
-    """bool ``[H, T, N]``: blocks crossed by the diagonals ``j = i - offset``.
+def distance_scores(tiling: Tiling, by_offset: torch.Tensor) -> torch.Tensor:
+    """The mass of the diagonals that cross the blocks at each distance before a tile.
+
+    A diagonal crosses two or more blocks of a tile, each in a share of the tile's rows; it counts by that share. Tiles
+    start at multiples of their size, so the shares depend on the distance alone and not on the tile.
 
     Args:
-        offsets: int64 ``[H, slash]``, distances in tokens.
+        by_offset: ``[H, S]``, the mass of each diagonal ``j = i - offset``.
 
-    Tiles start at multiples of their size, so a diagonal crosses the same blocks *relative to the tile* in every tile:
-    one row of marks per head is made and shifted, instead of one per tile.
+    Returns:
+        float64 ``[H, N]``: for ``distance`` 1 to N, in blocks before the tile's first.
     """
     block, tile = tiling.block_size, tiling.tile
-    width = tiling.num_key_blocks + tile // block + 1
-    marks = torch.zeros(offsets.shape[0], width, dtype=torch.bool, device=offsets.device)
-    nearest = torch.div(offsets - tile + block, block, rounding_mode="floor").clamp(min=0)
-    furthest = (offsets + block - 1) // block
-    for step in range(tile // block + 1):
-        marks.scatter_(1, torch.minimum(nearest + step, furthest), True)
+    distances = tiling.num_key_blocks
+    # Row r of a tile meets distance d in the offsets of (block * (d - 1) + r, block * d + r]: a difference of
+    # cumulative sums, and summed over the rows a difference of sums of those.
+    width = block * distances + tile + 1
+    total = torch.zeros(by_offset.shape[0], width + 1, dtype=torch.float64, device=by_offset.device)
+    total[:, 1 : by_offset.shape[1] + 1] = by_offset
+    total = total.cumsum(1).cumsum(1)
+    rows = total[:, tile:] - total[:, :-tile]
+    borders = rows[:, : block * distances + 1 : block]
+    return (borders[:, 1:] - borders[:, :-1]) / tile
+
+
+def slash_blocks(tiling: Tiling, by_offset: torch.Tensor, slash: int) -> torch.Tensor:
+    """bool ``[H, T, N]``: the blocks at the ``slash / B`` distances that hold the most diagonal mass, and the nearest.
+
+    A kernel of pages computes whole blocks, whatever diagonal asked for them. So blocks are chosen, and paid, by the
+    distance: as many tokens per row as the strongest ``slash`` single diagonals would have, but where those scatter
+    they would cross nearly every block.
+
+    Args:
+        by_offset: float ``[H, S]``, the mass of each diagonal.
+    """
+    scores = distance_scores(tiling, by_offset)
+    nearest = -(-(FORCED_DIAGONALS - 1) // tiling.block_size)
+    scores[:, :nearest] = torch.inf
+    count = max(-(-slash // tiling.block_size), nearest)
+    chosen = scores.topk(min(count, scores.shape[1]), dim=-1, sorted=False).indices + 1
+    marks = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
+    marks.scatter_(1, chosen, True)
+    # The chosen distances are one row of marks per head, shifted along for every tile.
     distance = tiling.distance()
     before = marks[:, distance.clamp(min=0)] & (distance > 0)
     return before | tiling.own()
@@ -312,12 +339,9 @@ def build_index(tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores)
         elif isinstance(pattern, VerticalSlash):
             by_column, by_offset = scores.last_query(group)
             by_column[:, :FORCED_COLUMNS] = torch.inf
-            by_offset[:, :FORCED_DIAGONALS] = torch.inf
-            size = tiling.seq_len
-            offsets = by_offset.topk(min(pattern.slash, size), dim=-1, sorted=False).indices
-            chosen = slash_blocks(tiling, offsets)
+            chosen = slash_blocks(tiling, by_offset, pattern.slash)
             if pattern.vertical:
-                ranked = by_column.topk(min(pattern.vertical, size), dim=-1).indices
+                ranked = by_column.topk(min(pattern.vertical, tiling.seq_len), dim=-1).indices
                 chosen, found, count = columns_outside_blocks(tiling, chosen, ranked)
                 if found.shape[-1] > columns.shape[-1]:
                     columns = torch.nn.functional.pad(columns, (0, found.shape[-1] - columns.shape[-1]), value=-1)

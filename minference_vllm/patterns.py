@@ -52,7 +52,8 @@ class TriShape(_Pattern):
 
 
 class VerticalSlash(_Pattern):
-    """The ``vertical`` strongest columns and ``slash`` strongest diagonals, as the chunk's last 64 queries see them."""
+    """The ``vertical`` strongest columns, and ``slash`` tokens per row of the strongest diagonals, in whole pages, as
+    the chunk's last 64 queries see them."""
 
     kind: Literal["vertical_slash"] = "vertical_slash"
     vertical: Budget = 1000

@@ -83,6 +83,25 @@ def last_query_scores(
     return columns, diagonals.amin(0) * groups
 
 
+def distance_scores(by_offset: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+    """Diagonal mass by the distance, in blocks before a tile's first, of the block that a tile's row meets it in.
+
+    Args:
+        by_offset: ``[H, S]``, the mass of each diagonal ``j = i - offset``.
+
+    Returns:
+        float64 ``[H, N]``, mean over the rows of a tile; column ``d - 1`` is distance ``d``.
+    """
+    heads, seq_len = by_offset.shape
+    scores = torch.zeros(heads, tiling.num_key_blocks, dtype=torch.float64)
+    for row in range(tiling.tile):
+        for offset in range(row + 1, seq_len):
+            distance = -((row - offset) // tiling.block_size)
+            if distance <= tiling.num_key_blocks:
+                scores[:, distance - 1] += by_offset[:, offset].double() / tiling.tile
+    return scores
+
+
 def pooled_scores(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
     """Softmax over blocks of mean query times mean key, float64 ``[H, T, N]``."""
     heads = query.shape[1]

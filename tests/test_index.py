@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from minference_vllm import reference
 from minference_vllm.index import (
     FORCED_COLUMNS,
     FORCED_DIAGONALS,
@@ -19,6 +20,7 @@ from minference_vllm.index import (
     build_index,
     columns_outside_blocks,
     compact,
+    distance_scores,
     slash_blocks,
     top_blocks,
 )
@@ -225,15 +227,20 @@ def test_a_shape_and_tri_shape(built: Built) -> None:
             assert set(chosen) <= needed, pattern
 
 
-def test_vertical_slash_holds_the_best_columns_and_diagonals(built: Built) -> None:
+def test_vertical_slash_holds_the_best_columns_and_block_distances(built: Built) -> None:
     row, key = built.rows_and_keys()
+    tiling = built.tiling
+    per_tile = tiling.tile // tiling.block_size
+    distance = row // tiling.tile * per_tile - key // tiling.block_size
     for head, pattern in built.heads(VerticalSlash):
         assert isinstance(pattern, VerticalSlash)
-        columns, diagonals = built.scores.columns[head].clone(), built.scores.diagonals[head].clone()
+        columns = built.scores.columns[head].clone()
         columns[:FORCED_COLUMNS] = torch.inf
-        diagonals[:FORCED_DIAGONALS] = torch.inf
-        by_column, by_diagonal = at_least(columns, pattern.vertical), at_least(diagonals, pattern.slash)
-        asked = by_column[None] | by_diagonal[(row - key).clamp(min=0)]
+        mass = distance_scores(tiling, built.scores.diagonals[head][None].clone())[0]
+        mass[: -(-(FORCED_DIAGONALS - 1) // tiling.block_size)] = torch.inf
+        by_distance = at_least(mass, -(-pattern.slash // tiling.block_size))
+        in_reach = (distance > 0) & (distance <= len(mass))
+        asked = at_least(columns, pattern.vertical)[None] | (in_reach & by_distance[distance.clamp(1, len(mass)) - 1])
         missing = asked & (key <= row) & ~built.mask[head]
         assert not missing.any(), f"{pattern}: missing (row, key) {missing.nonzero()[:5].tolist()}"
 
@@ -270,23 +277,30 @@ def test_block_sparse_keeps_the_best_blocks_of_each_tile(built: Built) -> None:
 
 
 @pytest.mark.parametrize("tiling_name", TILINGS)
-def test_slash_blocks_are_exactly_those_that_a_diagonal_crosses(tiling_name: str) -> None:
+def test_diagonal_mass_by_distance_matches_the_reference(tiling_name: str) -> None:
+    tiling = Tiling.of(*TILINGS[tiling_name])
+    by_offset = torch.rand(2, tiling.seq_len, generator=torch.Generator().manual_seed(3))
+    found, expected = distance_scores(tiling, by_offset), reference.distance_scores(by_offset, tiling)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("tiling_name", TILINGS)
+def test_slash_blocks_are_those_at_the_best_distances(tiling_name: str) -> None:
     tiling = Tiling.of(*TILINGS[tiling_name])
     size, tile = tiling.block_size, tiling.tile
-    offsets = torch.randint(0, tiling.seq_len, (3, 5), generator=torch.Generator().manual_seed(3))
-    found = slash_blocks(tiling, offsets)
+    by_offset = torch.rand(3, tiling.seq_len, generator=torch.Generator().manual_seed(3))
+    nearest = -(-(FORCED_DIAGONALS - 1) // size)
+    count = max(nearest, 3)
+    mass = distance_scores(tiling, by_offset)
+    mass[:, :nearest] = torch.inf
+    best = mass.topk(min(count, mass.shape[1])).indices + 1
+    found = slash_blocks(tiling, by_offset, count * size)
     for head in range(3):
         for number, start in enumerate(tiling.starts[:-1].tolist()):
-            first = start // tile * tile
+            first = start // tile * tile // size
             last_block = (int(tiling.starts[number + 1]) - 1) // size
-            crossed = {
-                (row - offset) // size
-                for offset in offsets[head].tolist()
-                for row in range(first, first + tile)
-                if row >= offset
-            }
-            expected = {block for block in crossed if block < first // size}
-            expected |= set(range(first // size, last_block + 1))
+            expected = {first - distance for distance in best[head].tolist() if distance <= first}
+            expected |= set(range(first, last_block + 1))
             assert set(found[head, number].nonzero().view(-1).tolist()) == expected
 
 

@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
         "dtype": "float16",
     },
     "pages of a tile, one over the border": {"seq_len": 257, "context_len": 128, "block_size": 128, "head_size": 128},
-    "float32": {"seq_len": 130, "context_len": 3, "block_size": 32, "dtype": "float32", "head_size": 32},
+    "float32": {"seq_len": 330, "context_len": 150, "block_size": 32, "dtype": "float32", "head_size": 32},
 }
 
 

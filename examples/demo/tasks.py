@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-# Keys are "<adjective> <noun>", 160 x 160 = 25,600 of them.  These words appear nowhere else in the text.
+# Keys are "<adjective> <noun>", 26,376 of them.  These words appear nowhere else in the text.
 KEY_ADJECTIVES = """amber azure beige black blue bronze brown copper coral crimson cyan emerald golden green grey
 indigo ivory jade lilac magenta maroon navy ochre olive orange pink purple red ruby rusty sapphire scarlet silver
 teal turquoise violet white yellow agile ancient bitter blunt bold brave brief bright brisk broad calm candid

@@ -1,7 +1,7 @@
 """Train the demo model from scratch on the CPU and export it for vLLM: `python train.py --out DIR`.
 
 A StableLM decoder of 2 million parameters learns to answer questions about a long text (see tasks.py).  It trains on
-sequences of 96 to 4,096 tokens and is used on 64K and more.  Two things make up for the missing length:
+sequences of 96 to 2,048 tokens and is used on 64K and more.  Two things make up for the missing length:
 
 * Position jumps: the position ids of a training sequence jump forward at random sentence ends, so that it spans up
   to 128K positions.
@@ -57,6 +57,8 @@ STAGES = [
           0.5),
     Stage("hard", 140, 2048, 4, 40, 128, 0.25, 0.01, ("key-value", "needle", "key-value", "variable", "key-value"), 0.5,
           0.7, 4.0),
+    Stage("harder", 200, 2048, 4, 40, 256, 0.4, 0.01, ("key-value", "key-value", "key-value", "key-value", "needle",
+          "key-value", "variable"), 0.5, 0.8, 8.0),
 ]
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 
