@@ -82,7 +82,7 @@ class Layer:
         self.impl = cpu.MInferenceCPUImpl(self.heads, DIM, self.scale, self.kv_heads, **options)
         self.parent = cpu_attn.CPUAttentionBackendImpl(self.heads, DIM, self.scale, self.kv_heads, **options)
         spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=self.kv_heads, head_size=DIM, dtype=self.dtype)
-        self.builder = cpu.MInferenceCPUMetadataBuilder(spec, [], config, torch.device("cpu"))  # type: ignore[arg-type]
+        self.builder = cpu.MInferenceCPUMetadataBuilder(spec, [], config, torch.device("cpu"))
         self.layer = SimpleNamespace(
             layer_name="model.layers.1.self_attn.attn", isa=self.builder.isa, _k_scale_float=1.0, _v_scale_float=1.0
         )
@@ -102,7 +102,7 @@ class Layer:
         self.batch = batch
         self.cache = torch.zeros(blocks, self.kv_heads, PAGE, 2 * DIM, dtype=self.dtype)
         rows = batch.key_cache.nan_to_num().flatten(0, 1), batch.value_cache.nan_to_num().flatten(0, 1)
-        self.impl.do_kv_cache_update(self.layer, *rows, self.cache, torch.arange(blocks * PAGE))  # type: ignore[arg-type]
+        self.impl.do_kv_cache_update(self.layer, *rows, self.cache, torch.arange(blocks * PAGE))
 
     def metadata(self) -> Any:
         from vllm.v1.attention.backend import CommonAttentionMetadata

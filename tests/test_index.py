@@ -199,8 +199,8 @@ def test_a_heads_index_does_not_depend_on_its_neighbours(tiling_name: str, whole
     together = build(tiling_name, whole_pages)
     for head, pattern in together.heads():
         scores = Scores(
-            lambda heads, head=head: together.scores.last_query([head]),  # type: ignore[misc]
-            lambda heads, tiling, head=head: together.scores.pooled([head], tiling),  # type: ignore[misc]
+            lambda heads, head=head: together.scores.last_query([head]),
+            lambda heads, tiling, head=head: together.scores.pooled([head], tiling),
         )
         alone = build_index(together.tiling, [pattern], scores)
         assert torch.equal(alone.to_mask()[0], together.mask[head]), pattern
@@ -362,6 +362,6 @@ def test_a_pattern_without_a_builder_is_an_error() -> None:
     with pytest.raises(TypeError, match="no builder"):
         build_index(
             Tiling.of(0, 64, 32, 32),
-            ["dense"],  # type: ignore[list-item]
+            ["dense"],
             Scores(RandomScores(64).last_query, RandomScores(64).pooled),
         )

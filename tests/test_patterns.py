@@ -239,4 +239,4 @@ def test_a_file_without_layers_fits_every_model() -> None:
 
 def test_patterns_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        OURS.default.sink = 5  # type: ignore[union-attr,misc]
+        OURS.default.sink = 5

@@ -106,4 +106,4 @@ def test_settings_must_be_an_object(value: Any) -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        Settings().min_context = 5  # type: ignore[misc]
+        Settings().min_context = 5

@@ -21,14 +21,15 @@ import tasks
 ANSWER_TOKENS = tasks.CODE_DIGITS + 2  # digits, full stop, <eos>
 
 
-def make_prompt(task: str, length: int, number: int, questions: int, seed: int, hops: int) -> tasks.Prompt:
+def make_prompt(task: str, length: int, number: int, questions: int, seed: int, hops: int,
+                density: float) -> tasks.Prompt:
     """Prompt `number` of `questions`; needles and records are spread evenly over all depths."""
     seed = seed * 1_000_003 + number
     depth = number / max(1, questions - 1)
     if task == "needle":
         return tasks.needle(length, depth, seed)
     if task == "key-value":
-        return tasks.key_value(length, seed, depth=depth)
+        return tasks.key_value(length, seed, density, depth)
     return tasks.variable_tracking(length, seed, hops=hops)
 
 
@@ -40,6 +41,7 @@ def main() -> None:
                         choices=["needle", "key-value", "variable"])
     parser.add_argument("--questions", type=int, default=20, help="prompts per task and length")
     parser.add_argument("--hops", type=int, default=1, help="copies in a chain of variables")
+    parser.add_argument("--density", type=float, default=0.25, help="share of the text that is key-value records")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--attention-backend", help="vLLM attention backend, for example CUSTOM (default: vLLM's own)")
     parser.add_argument("--prefix-caching", action="store_true", help="vLLM's prefix caching (default: off)")
@@ -72,7 +74,8 @@ def main() -> None:
             correct = 0
             seconds = 0.0
             for number in range(args.questions):
-                prompt = make_prompt(task, length, number, args.questions, args.seed, args.hops)
+                prompt = make_prompt(task, length, number, args.questions, args.seed, args.hops,
+                                     args.density)
                 began = time.perf_counter()
                 output = llm.generate(prompt.text, first if args.first_token else whole, use_tqdm=False)[0]
                 seconds += time.perf_counter() - began
@@ -88,6 +91,7 @@ def main() -> None:
                                 "answer": answer.strip(), "correct": good})
             row = {"task": task, "length": length, "correct": correct, "total": args.questions,
                    "accuracy": round(correct / args.questions, 4), "seconds": round(seconds / args.questions, 3),
+                   "density": args.density if task == "key-value" else "",
                    "backend": args.attention_backend or "default"}
             rows.append(row)
             print(json.dumps(row), flush=True)

@@ -162,8 +162,8 @@ def needle(tokens: int, depth: float, seed: int) -> Prompt:
     return _prompt(words + ask, code)
 
 
-def key_value(tokens: int, seed: int, density: float = 1.0, depth: float | None = None) -> Prompt:
-    """Records "key : value ."; `density` is their share of the text (1: nothing else).  One key is asked for."""
+def key_value(tokens: int, seed: int, density: float = 0.25, depth: float | None = None) -> Prompt:
+    """Records "key : value ." scattered in filler; `density` is their share of the text (1: nothing else)."""
     rng = random.Random(seed)
     room = tokens - 1 - len(question("key-value", ("", "")))
     keys = random_keys(rng, max(1, int(room * density) // (4 + CODE_DIGITS)))

@@ -1,0 +1,106 @@
+"""A vLLM engine in a process of its own, asked over a pipe: engines with other backends can stand side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    # The counters are read by sending a function to the engine's process.
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+}
+
+
+class Timed(NamedTuple):
+    """One request, as the engine's process saw it."""
+
+    tokens: list[int]
+    ttft: float
+    decode: float
+    """Seconds per decoded token."""
+    computed_pairs: float
+    dense_pairs: float
+    """Query-key pairs on the sparse path during this request; both 0 when it was served densely."""
+
+
+def read_counters(worker: Any) -> tuple[float, float]:
+    """Runs in the engine's process: query-key pairs computed on the sparse path so far, and what dense had been."""
+    from minference_vllm.backend.runtime import runtime_for
+
+    counters = runtime_for(worker.vllm_config).counters
+    return counters.computed_pairs, counters.dense_pairs
+
+
+def serve(connection: Connection, options: dict[str, Any], environment: dict[str, str], log: str) -> None:
+    """Body of an engine's process: answers ``(prompt, decoded tokens)`` with a ``Timed`` until told to stop."""
+    # vLLM's own processes join this one's group, and end with it.
+    os.setsid()
+    with Path(log).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    from vllm import LLM
+
+    llm = LLM(**options)
+    try:
+        connection.send("ready")
+        while (work := connection.recv()) is not None:
+            prompt, decode = work
+            connection.send(answer(llm, prompt, decode, sparse="attention_backend" in options))
+    except (EOFError, OSError):
+        pass  # the benchmark is gone
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def answer(llm: Any, prompt: list[int], decode: int, sparse: bool) -> Timed:
+    """One request, timed by the engine."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=decode + 1, ignore_eos=True, detokenize=False)
+    before = llm.collective_rpc(read_counters)[0] if sparse else (0.0, 0.0)
+    output = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
+    after = llm.collective_rpc(read_counters)[0] if sparse else (0.0, 0.0)
+    times = output.metrics
+    per_token = (times.last_token_ts - times.first_token_ts) / decode
+    pairs = (after[0] - before[0], after[1] - before[1])
+    return Timed(list(output.outputs[0].token_ids), times.first_token_latency, per_token, *pairs)
+
+
+class Engine:
+    """One engine in its own process."""
+
+    def __init__(self, name: str, options: dict[str, Any], environment: dict[str, str], log: Path) -> None:
+        self.name, self.log = name, log
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, options, environment, str(log)))
+        self.process.start()
+        theirs.close()
+
+    def receive(self) -> Any:
+        try:
+            return self.connection.recv()
+        except EOFError:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+            sys.exit(f"the engine {self.name!r} died; the end of its log:\n{tail}")
+
+    def ask(self, prompt: list[int], decode: int) -> Timed:
+        self.connection.send((prompt, decode))
+        return self.receive()
+
+    def stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.send(None)
+        self.process.join(30)
+        if self.process.is_alive() and self.process.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
