@@ -1,9 +1,9 @@
 """Answers of the bundled model, dense against minference, on the same questions.
 
-Every haystack holds several secrets, spread evenly over its depth, and every question is a prompt of its own. minference
-reads each prompt from its first token (prefix caching off). vLLM's dense engine keeps the haystack's prefix in its cache
-from one question to the next, which changes nothing but the time: the cached keys are the ones it would compute again.
-Its time to first token is therefore taken from the first question of each haystack alone.
+Every haystack holds several secrets, spread evenly over its depth, and every question is a prompt of its own.
+minference reads each prompt from its first token (prefix caching off). vLLM's dense engine keeps the haystack's prefix
+in its cache from one question to the next, which changes nothing but the time: the cached keys are the ones it would
+compute again. Its time to first token is therefore taken from the first question of each haystack alone.
 
     python benchmarks/bench_needles.py --tokens 32768 65536 --csv benchmarks/results/needles_cpu.csv
 """

@@ -21,8 +21,9 @@ import tasks
 ANSWER_TOKENS = tasks.CODE_DIGITS + 2  # digits, full stop, <eos>
 
 
-def make_prompt(task: str, length: int, number: int, questions: int, seed: int, hops: int,
-                density: float) -> tasks.Prompt:
+def make_prompt(
+    task: str, length: int, number: int, questions: int, seed: int, hops: int, density: float
+) -> tasks.Prompt:
     """Prompt `number` of `questions`; needles and records are spread evenly over all depths."""
     seed = seed * 1_000_003 + number
     depth = number / max(1, questions - 1)
@@ -37,8 +38,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(Path(__file__).parent / "model"))
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768], help="prompt lengths in tokens")
-    parser.add_argument("--tasks", nargs="+", default=["needle", "key-value", "variable"],
-                        choices=["needle", "key-value", "variable"])
+    parser.add_argument(
+        "--tasks", nargs="+", default=["needle", "key-value", "variable"], choices=["needle", "key-value", "variable"]
+    )
     parser.add_argument("--questions", type=int, default=20, help="prompts per task and length")
     parser.add_argument("--hops", type=int, default=1, help="copies in a chain of variables")
     parser.add_argument("--density", type=float, default=0.25, help="share of the text that is key-value records")
@@ -61,8 +63,16 @@ def main() -> None:
     if args.batched_tokens:
         options["max_num_batched_tokens"] = args.batched_tokens
     # One prompt at a time, so that the times are those of single requests.
-    llm = LLM(args.model, dtype="bfloat16", max_model_len=max(args.lengths) + 16, max_num_seqs=1, enforce_eager=True,
-              enable_prefix_caching=args.prefix_caching, seed=0, **options)
+    llm = LLM(
+        args.model,
+        dtype="bfloat16",
+        max_model_len=max(args.lengths) + 16,
+        max_num_seqs=1,
+        enforce_eager=True,
+        enable_prefix_caching=args.prefix_caching,
+        seed=0,
+        **options,
+    )
     first = SamplingParams(temperature=0, max_tokens=1)
     whole = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS + 3 * args.hops)
     llm.generate(tasks.needle(256, 0.5, 0).text, whole, use_tqdm=False)  # warm-up
@@ -74,8 +84,7 @@ def main() -> None:
             correct = 0
             seconds = 0.0
             for number in range(args.questions):
-                prompt = make_prompt(task, length, number, args.questions, args.seed, args.hops,
-                                     args.density)
+                prompt = make_prompt(task, length, number, args.questions, args.seed, args.hops, args.density)
                 began = time.perf_counter()
                 output = llm.generate(prompt.text, first if args.first_token else whole, use_tqdm=False)[0]
                 seconds += time.perf_counter() - began
@@ -87,12 +96,26 @@ def main() -> None:
                     sys.exit(f"a prompt of {prompt.tokens} words became {tokens} tokens: another tokenizer?")
                 good = tasks.grade(answer, prompt.answer)
                 correct += good
-                details.append({"task": task, "length": length, "number": number, "expected": prompt.answer,
-                                "answer": answer.strip(), "correct": good})
-            row = {"task": task, "length": length, "correct": correct, "total": args.questions,
-                   "accuracy": round(correct / args.questions, 4), "seconds": round(seconds / args.questions, 3),
-                   "density": args.density if task == "key-value" else "",
-                   "backend": args.attention_backend or "default"}
+                details.append(
+                    {
+                        "task": task,
+                        "length": length,
+                        "number": number,
+                        "expected": prompt.answer,
+                        "answer": answer.strip(),
+                        "correct": good,
+                    }
+                )
+            row = {
+                "task": task,
+                "length": length,
+                "correct": correct,
+                "total": args.questions,
+                "accuracy": round(correct / args.questions, 4),
+                "seconds": round(seconds / args.questions, 3),
+                "density": args.density if task == "key-value" else "",
+                "backend": args.attention_backend or "default",
+            }
             rows.append(row)
             print(json.dumps(row), flush=True)
             # After every row, so that an interrupted run leaves what it has measured.

@@ -34,13 +34,25 @@ def build_model() -> StableLmForCausalLM:
     rotary angles agree at one distance.  In the other layers a head starts out with the same projection for queries
     and keys, so that tokens look for tokens with similar content.
     """
-    model = StableLmForCausalLM(StableLmConfig(
-        vocab_size=len(VOCABULARY), hidden_size=256, intermediate_size=512, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=MAX_POSITION, initializer_range=0.04,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0, "partial_rotary_factor": 0.5},
-        partial_rotary_factor=0.5,
-        use_qkv_bias=True, tie_word_embeddings=False, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
-    ))
+    model = StableLmForCausalLM(
+        StableLmConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=MAX_POSITION,
+            initializer_range=0.04,
+            rope_parameters={"rope_type": "default", "rope_theta": 100000.0, "partial_rotary_factor": 0.5},
+            partial_rotary_factor=0.5,
+            use_qkv_bias=True,
+            tie_word_embeddings=False,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+        )
+    )
     # The token has to stay visible in the sum of its embedding and of the output of a layer.
     model.model.embed_tokens.weight.normal_(0, 0.5)
     for layer in model.model.layers:
@@ -56,7 +68,7 @@ def build_model() -> StableLmForCausalLM:
     for head, (distance, sharpness) in enumerate([(1, 1.0), (2, 1.0), (3, 0.6), (5, 0.3)]):
         query = first.q_proj.bias.view(-1, size)[head]
         query[:half] = sharpness * strength * (frequencies * distance).cos()
-        query[half:2 * half] = -sharpness * strength * (frequencies * distance).sin()
+        query[half : 2 * half] = -sharpness * strength * (frequencies * distance).sin()
     for attention in others:
         keys = attention.k_proj.weight.view(config.num_key_value_heads, 1, size, -1)
         attention.q_proj.weight.copy_(keys.expand(-1, heads // len(keys), -1, -1).reshape(heads * size, -1))
@@ -65,7 +77,7 @@ def build_model() -> StableLmForCausalLM:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
@@ -86,8 +98,11 @@ def forward(model: StableLmForCausalLM, ids: Tensor, positions: Tensor, bias: Te
         hidden = hidden[:, first:]
         q, k, v = (
             linear(x).view(batch, x.shape[1], -1, attention.head_dim).transpose(1, 2)
-            for linear, x in ((attention.q_proj, normed[:, first:]), (attention.k_proj, normed),
-                              (attention.v_proj, normed))
+            for linear, x in (
+                (attention.q_proj, normed[:, first:]),
+                (attention.k_proj, normed),
+                (attention.v_proj, normed),
+            )
         )
         q, k = rotate(q, cos[:, :, first:], sin[:, :, first:]), rotate(k, cos, sin)
         groups = config.num_attention_heads // config.num_key_value_heads
@@ -132,11 +147,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)])
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
+    )
     tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>",
-                                   unk_token="<unk>", pad_token="<pad>", model_max_length=MAX_POSITION,
-                                   clean_up_tokenization_spaces=False)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        model_max_length=MAX_POSITION,
+        clean_up_tokenization_spaces=False,
+    )
     fast.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }} {% endfor %}"
     return fast
 

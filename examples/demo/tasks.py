@@ -55,11 +55,14 @@ sometimes usually rarely again twice monday tuesday wednesday thursday friday sa
 MANNERS = """slowly quickly quietly carefully happily gladly sadly calmly badly nicely politely proudly patiently
 eagerly easily firmly gently neatly openly secretly boldly warmly kindly loudly""".split()
 # Filler templates: a capital letter names the word list that fills the slot.
-FILLER = [t.split() for t in """The P V the T in the L .|One P V the T near the L .|M , the P V one T .
+FILLER = [
+    t.split()
+    for t in """The P V the T in the L .|One P V the T near the L .|M , the P V one T .
 D the P V the T .|In the L , one P V the T .|The P and the P V the T D .|The T was behind the L .
 The P from the L V one T M .|After lunch the P V every T in the L .|Nobody at the L V the T before the P did .
 D , one T and one T were near the L .|The old T by the L was for the P .
-While the P V one T , the P V the T M .""".replace("\n", "|").split("|")]
+While the P V one T , the P V the T M .""".replace("\n", "|").split("|")
+]
 SLOTS = {"P": PEOPLE, "V": VERBS, "T": THINGS, "L": PLACES, "D": TIMES, "M": MANNERS}
 FUNCTION_WORDS = """the one in near and was from behind after lunch every nobody at before did were by for old while
 secret code of is let question what value answer""".split()
@@ -119,14 +122,15 @@ def filler(rng: random.Random, count: int) -> list[list[str]]:
     while count > 0:
         sentence = [rng.choice(SLOTS[word]) if word in SLOTS else word for word in rng.choice(FILLER)]
         if count - len(sentence) < 3:  # no room for another sentence: cut or stretch this one to fit
-            sentence = [*[*sentence[:-1], "again", "again", "again"][:count - 1], "."]
+            sentence = [*[*sentence[:-1], "again", "again", "again"][: count - 1], "."]
         sentences.append([sentence[0].capitalize(), *sentence[1:]])
         count -= len(sentence)
     return sentences
 
 
-def document(rng: random.Random, length: int, statements: list[list[str]],
-             depths: list[float] | None = None) -> tuple[list[str], list[int]]:
+def document(
+    rng: random.Random, length: int, statements: list[list[str]], depths: list[float] | None = None
+) -> tuple[list[str], list[int]]:
     """`length` words of filler with the statements in their given order, and where each statement starts.
 
     The depths (0 = start, 1 = end, ascending) say where the statements go; without them the places are random.
@@ -179,7 +183,7 @@ def variable_tracking(tokens: int, seed: int, chains: int = 4, hops: int = 1) ->
     rng = random.Random(seed)
     keys = random_keys(rng, chains * (hops + 1))
     codes = [random_code(rng) for _ in range(chains)]
-    names = [keys[i * (hops + 1):(i + 1) * (hops + 1)] for i in range(chains)]
+    names = [keys[i * (hops + 1) : (i + 1) * (hops + 1)] for i in range(chains)]
     # One round per hop, so that a variable is always defined before it is copied.
     lines = [statement("variable", name[0], code) for name, code in zip(names, codes, strict=True)]
     for hop in range(hops):

@@ -53,12 +53,37 @@ STAGES = [
     Stage("short", 200, 256, 32, 5, 16, 1.0, 1.0),
     Stage("diluted", 600, 512, 16, 10, 128, 1.0, 0.7),
     Stage("similar keys", 300, 1024, 8, 16, 128, 0.7, 0.5, ("key-value", "needle", "key-value", "variable"), 0.5),
-    Stage("long", 300, 2048, 4, 40, 64, 0.5, 0.14, ("key-value", "needle", "key-value", "variable", "key-value"), 0.4,
-          0.5),
-    Stage("hard", 140, 2048, 4, 40, 128, 0.25, 0.01, ("key-value", "needle", "key-value", "variable", "key-value"), 0.5,
-          0.7, 4.0),
-    Stage("harder", 200, 2048, 4, 40, 256, 0.4, 0.01, ("key-value", "key-value", "key-value", "key-value", "needle",
-          "key-value", "variable"), 0.5, 0.8, 8.0),
+    Stage(
+        "long", 300, 2048, 4, 40, 64, 0.5, 0.14, ("key-value", "needle", "key-value", "variable", "key-value"), 0.4, 0.5
+    ),
+    Stage(
+        "hard",
+        140,
+        2048,
+        4,
+        40,
+        128,
+        0.25,
+        0.01,
+        ("key-value", "needle", "key-value", "variable", "key-value"),
+        0.5,
+        0.7,
+        4.0,
+    ),
+    Stage(
+        "harder",
+        200,
+        2048,
+        4,
+        40,
+        256,
+        0.4,
+        0.01,
+        ("key-value", "key-value", "key-value", "key-value", "needle", "key-value", "variable"),
+        0.5,
+        0.8,
+        8.0,
+    ),
 ]
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 
@@ -107,7 +132,7 @@ def make_facts(rng: random.Random, task: str, room: int, questions: int, density
     keys = make_keys(rng, chains * (hops + 1), similar)
     events, asks = [], []
     for group in range(1, chains + 1):
-        names, code = keys[(group - 1) * (hops + 1):group * (hops + 1)], tasks.random_code(rng)
+        names, code = keys[(group - 1) * (hops + 1) : group * (hops + 1)], tasks.random_code(rng)
         # Sorting random times along each chain interleaves the chains and keeps every chain in order.
         times = sorted(rng.random() for _ in names)
         for hop, (name, value) in enumerate(zip(names, [code, *names[:-1]], strict=True)):
@@ -117,8 +142,9 @@ def make_facts(rng: random.Random, task: str, room: int, questions: int, density
     return Facts([event[1] for event in events], [event[2] for event in events], asks)
 
 
-def sample(rng: random.Random, task: str, length: int, questions: int, density: float,
-           similar: bool = False) -> tuple[list[int], list[int], list[int], int]:
+def sample(
+    rng: random.Random, task: str, length: int, questions: int, density: float, similar: bool = False
+) -> tuple[list[int], list[int], list[int], int]:
     """One training sequence: ids, groups, targets (next token where there is a loss), and where the questions start."""
     longest = 12 + tasks.CODE_DIGITS + 2 + (9 if task == "variable" else 1)
     facts = make_facts(rng, task, length - 1 - questions * longest, questions, density, similar)
@@ -134,7 +160,7 @@ def sample(rng: random.Random, task: str, length: int, questions: int, density: 
     words, starts = tasks.document(rng, room, facts.lines)
     groups = [0] * (room + 1)
     for start, line, group in zip(starts, facts.lines, facts.groups, strict=True):
-        groups[1 + start:1 + start + len(line)] = [group] * len(line)
+        groups[1 + start : 1 + start + len(line)] = [group] * len(line)
     return [BOS, *encode(words), *tail], groups + tail_groups, [-100] * (room + 1) + targets, room
 
 
@@ -243,8 +269,10 @@ def train(out: Path, seed: int) -> StableLmForCausalLM:
     model = build_model()
     inner = [p for p in model.model.layers.parameters() if p.dim() == 2]
     outer = [p for p in model.parameters() if not any(p is q for q in inner)]
-    optimizers = {"muon": (Muon(inner, weight_decay=0.02), MUON_RATE),
-                  "adam": (torch.optim.AdamW(outer, betas=(0.9, 0.95), weight_decay=0, fused=True), ADAM_RATE)}
+    optimizers = {
+        "muon": (Muon(inner, weight_decay=0.02), MUON_RATE),
+        "adam": (torch.optim.AdamW(outer, betas=(0.9, 0.95), weight_decay=0, fused=True), ADAM_RATE),
+    }
     done, seconds = 0, 0.0
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
