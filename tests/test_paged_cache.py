@@ -106,6 +106,10 @@ def test_the_kernels_layout_on_this_machine_is_known(dtype: torch.dtype, block_s
 def test_a_cache_of_rows_packs_into_the_kernels_layout(dtype: torch.dtype) -> None:
     rows = torch.randn(3, 64, 2, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     plain = PagedCache(rows.transpose(1, 2), rows.flip(0).transpose(1, 2), "rows")
-    packed = cpu_kernel.pack(plain)
-    assert torch.equal(unpack_keys(packed.key, packed.layout), plain.key)
-    assert torch.equal(unpack_values(packed.value, packed.layout), plain.value)
+    packed = torch.empty(3, 2, 2 * 64, 64, dtype=dtype)
+    cpu_kernel.pack(plain, packed)
+    key, value = packed.chunk(2, dim=2)
+    layout = cpu_kernel.layout_for(dtype, 64, 64)
+    assert layout is not None
+    assert torch.equal(unpack_keys(key, layout), plain.key)
+    assert torch.equal(unpack_values(value, layout), plain.value)

@@ -9,6 +9,7 @@ columns are first copied into scratch pages of the same layout.
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 
@@ -32,20 +33,19 @@ def run(
         pages: int64 ``[N]``, the physical page of each logical block.
         out: like ``query``.
     """
-    if cache.layout != cpu_kernel.layout_for(query.dtype, cache.block_size, cache.head_size):
-        cache = cpu_kernel.pack(PagedCache(cache.key[pages], cache.value[pages], cache.layout))
-        pages = torch.arange(len(pages))
     chunk, heads, dim = query.shape
     size, kv_heads, tiles = cache.block_size, cache.num_kv_heads, index.num_tiles
+    column_pages = index.num_columns.view(-1).long() // size
+    slices = _slices(column_pages)
+    scratch_pages = max(int(column_pages[first:last].sum()) for first, last in slices)
+    memory = _in_place(cache, pages, scratch_pages) or _copied(cache, pages, scratch_pages)
     by_head = query.transpose(0, 1).reshape(heads * chunk, 1, dim)
     result = torch.empty_like(by_head)
-    key, value = one_head_view(cache.key), one_head_view(cache.value)
 
     kv_head = (torch.arange(heads) // (heads // kv_heads)).repeat_interleave(tiles)
     blocks = index.blocks.view(heads * tiles, -1)
     num_blocks = index.num_blocks.view(-1).long()
-    physical = pages[blocks.long().clamp(min=0)] * kv_heads + kv_head[:, None]
-    column_pages = index.num_columns.view(-1).long() // size
+    physical = memory.pages[blocks.long().clamp(min=0)] * kv_heads + kv_head[:, None]
     starts, ends = index.tile_starts[:-1], index.tile_starts[1:]
     in_last_block = (ends - (ends - 1) // size * size).repeat(heads)
     seq_lens = ((num_blocks - 1 + column_pages) * size + in_last_block).to(torch.int32)
@@ -53,21 +53,21 @@ def run(
     torch.cumsum((ends - starts).repeat(heads), 0, out=query_start_loc[1:])
     columns = gather_columns(index, cache, pages)
 
-    for first, last in _slices(column_pages):
+    for first, last in slices:
         page_counts = column_pages[first:last]
         most = int(page_counts.max())
         table = torch.zeros(last - first, most + blocks.shape[1], dtype=torch.int32)
         place = page_counts[:, None] + torch.arange(blocks.shape[1])
         table.scatter_(1, place, physical[first:last].to(torch.int32))
         if most:
-            first_page = _write_columns(index, columns, first, last, key)
+            _write_columns(index, columns, first, last, memory.scratch)
             own = torch.arange(most) < page_counts[:, None]
-            table[:, :most][own] = torch.arange(first_page, first_page + int(page_counts.sum()), dtype=torch.int32)
+            table[:, :most][own] = memory.first_scratch + torch.arange(int(page_counts.sum()), dtype=torch.int32)
         rows = slice(int(query_start_loc[first]), int(query_start_loc[last]))
         cpu_kernel.attend(
             by_head[rows],
-            key,
-            value,
+            memory.key,
+            memory.value,
             table,
             (query_start_loc[first : last + 1] - query_start_loc[first]).to(torch.int32),
             seq_lens[first:last],
@@ -77,15 +77,6 @@ def run(
     out.copy_(result.view(heads, chunk, dim).transpose(0, 1))
 
 
-def one_head_view(cache: torch.Tensor) -> torch.Tensor:
-    """``[num_blocks, HK, B, D]`` -> ``[num_blocks * HK, 1, B, D]``, a view: page ``b * HK + h``."""
-    blocks, heads, size, dim = cache.shape
-    head_stride = cache.stride(1)
-    if cache.stride(0) != heads * head_stride:
-        raise ValueError(f"the heads of a page must lie next to each other; strides are {cache.stride()}")
-    return cache.as_strided((blocks * heads, 1, size, dim), (head_stride, head_stride, dim, 1))
-
-
 def _slices(column_pages: torch.Tensor) -> list[tuple[int, int]]:
     """Ranges of virtual requests whose gathered columns fit into the scratch pages together."""
     group = (column_pages.cumsum(0) - 1).clamp(min=0) // SCRATCH_PAGES
@@ -93,46 +84,73 @@ def _slices(column_pages: torch.Tensor) -> list[tuple[int, int]]:
     return list(itertools.pairwise(borders))
 
 
-def _write_columns(index: SparseIndex, columns: GatheredColumns, first: int, last: int, key_view: torch.Tensor) -> int:
-    """Write the columns of virtual requests ``[first, last)`` into scratch pages; returns the first page's number as
-    seen from ``key_view``'s base address."""
+def _write_columns(index: SparseIndex, columns: GatheredColumns, first: int, last: int, scratch: torch.Tensor) -> None:
+    """Write the columns of virtual requests ``[first, last)``, one after the other, into scratch pages."""
     tiles = index.num_tiles
     wanted = index.columns.view(index.num_heads * tiles, -1)[first:last]
     head = torch.arange(first, last) // tiles
     rows = columns.row_of[head[:, None], wanted.long().clamp(min=0)][wanted >= 0]
-    size, dim = key_view.shape[2:]
-    scratch, number = _scratch_beside(key_view, len(rows) // size)
+    _, _, twice_size, dim = scratch.shape
     cpu_kernel.write_pages(
         columns.keys.index_select(0, rows).unsqueeze(1),
         columns.values.index_select(0, rows).unsqueeze(1),
         scratch,
         torch.arange(len(rows)),
-        cpu_kernel.isa_for(key_view.dtype, size, dim),
+        cpu_kernel.isa_for(scratch.dtype, twice_size // 2, dim),
     )
-    return number
 
 
+@dataclass(frozen=True)
+class _Memory:
+    """A cache as the kernel is shown it: pages of one head each, and scratch pages that its page numbers reach."""
+
+    key: torch.Tensor
+    """``[num_blocks * HK, 1, B, D]``: page ``b * HK + h``."""
+    value: torch.Tensor
+    pages: torch.Tensor
+    """int64 ``[N]``, physical page of each logical block."""
+    scratch: torch.Tensor
+    """``[count, 1, 2 * B, D]``."""
+    first_scratch: int
+    """Number of the first scratch page, counted from ``key``'s first."""
+
+
+MAX_PAGE_NUMBER = 1 << 31
 _scratch: dict[torch.dtype, torch.Tensor] = {}
 
 
-def _scratch_beside(key_view: torch.Tensor, count: int) -> tuple[torch.Tensor, int]:
-    """Scratch pages that the kernel can reach from the cache's base address by page number.
+def _in_place(cache: PagedCache, pages: torch.Tensor, count: int) -> _Memory | None:
+    """The cache where it lies, or None when the kernel cannot address it so.
 
     The kernel computes a page's address as base + number * stride, with signed 32-bit numbers and 64-bit strides, so
-    memory outside the cache is addressable too, provided that it starts a whole number of pages away.
-
-    Returns:
-        ``[count, 1, 2 * B, D]`` scratch pages of the cache's own structure, and the number of the first.
+    scratch memory outside the cache is addressable too, provided that it starts a whole number of pages away.
     """
-    stride, (size, dim) = key_view.stride(0), key_view.shape[2:]
-    if stride != 2 * size * dim:
-        raise ValueError(f"a page must hold keys and values side by side; its stride is {stride} elements")
-    buffer = _scratch.get(key_view.dtype)
+    blocks, heads, size, dim = cache.key.shape
+    stride = 2 * size * dim
+    dtype, width = cache.key.dtype, cache.key.element_size()
+    side_by_side = cache.value.data_ptr() - cache.key.data_ptr() == size * dim * width
+    if cache.layout != cpu_kernel.layout_for(dtype, size, dim) or not side_by_side:
+        return None
+    if cache.key.stride() != (heads * stride, stride, dim, 1):
+        return None
+    buffer = _scratch.get(dtype)
     if buffer is None or buffer.numel() < (count + 1) * stride:
-        buffer = _scratch[key_view.dtype] = torch.empty((count + 1) * stride, dtype=key_view.dtype)
-    width = key_view.element_size()
-    skip = -(buffer.data_ptr() - key_view.data_ptr()) % (stride * width) // width
-    number = (buffer.data_ptr() + skip * width - key_view.data_ptr()) // (stride * width)
-    if not -(1 << 31) <= number < (1 << 31) - count:
-        raise MemoryError("scratch memory lies too far from the KV cache to be addressed by 32-bit page numbers")
-    return buffer[skip : skip + count * stride].view(count, 1, 2 * size, dim), number
+        buffer = _scratch[dtype] = torch.empty((count + 1) * stride, dtype=dtype)
+    base = cache.key.data_ptr()
+    skip = -(buffer.data_ptr() - base) % (stride * width) // width
+    number = (buffer.data_ptr() + skip * width - base) // (stride * width)
+    if not -MAX_PAGE_NUMBER <= number < MAX_PAGE_NUMBER - count:
+        return None
+    shape, strides = (blocks * heads, 1, size, dim), (stride, stride, dim, 1)
+    scratch = buffer[skip : skip + count * stride].view(count, 1, 2 * size, dim)
+    return _Memory(cache.key.as_strided(shape, strides), cache.value.as_strided(shape, strides), pages, scratch, number)
+
+
+def _copied(cache: PagedCache, pages: torch.Tensor, count: int) -> _Memory:
+    """A copy of the sequence's pages in the kernel's layout, with the scratch pages behind them."""
+    _, heads, size, dim = cache.key.shape
+    memory = torch.empty(len(pages) * heads + count, 1, 2 * size, dim, dtype=cache.key.dtype)
+    own, scratch = memory.split([len(pages) * heads, count])
+    cpu_kernel.pack(PagedCache(cache.key[pages], cache.value[pages], cache.layout), own.view(-1, heads, 2 * size, dim))
+    key, value = memory.chunk(2, dim=2)
+    return _Memory(key, value, torch.arange(len(pages)), scratch, len(pages) * heads)

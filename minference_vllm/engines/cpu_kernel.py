@@ -72,20 +72,24 @@ def layout_for(dtype: torch.dtype, block_size: int, head_size: int) -> Layout | 
     return None
 
 
-def pack(cache: PagedCache) -> PagedCache:
-    """A copy of a cache of plain rows in the kernel's own layout."""
+def pack(cache: PagedCache, into: torch.Tensor) -> None:
+    """Copy a cache of any layout into the kernel's own.
+
+    Args:
+        into: ``[num_blocks, HK, 2 * block_size, D]``.
+
+    Raises:
+        ValueError: the kernel serves no pages of this size and dtype.
+    """
     blocks, heads, size, dim = cache.key.shape
     dtype = cache.key.dtype
-    layout = layout_for(dtype, size, dim)
-    if layout is None:
+    if layout_for(dtype, size, dim) is None:
         raise ValueError(f"vLLM's CPU kernel serves no pages of {size} tokens with heads of size {dim} in {dtype}")
-    packed = torch.empty(blocks, heads, 2 * size, dim, dtype=dtype)
+    isa = isa_for(dtype, size, dim)
     rows = (blocks * size, heads, dim)
-    keys = cache.key.transpose(1, 2).reshape(rows)
-    values = cache.value.transpose(1, 2).reshape(rows)
-    write_pages(keys, values, packed, torch.arange(blocks * size), isa_for(dtype, size, dim))
-    key, value = packed.chunk(2, dim=2)
-    return PagedCache(key, value, layout)
+    keys = unpack_keys(cache.key, cache.layout).transpose(1, 2).reshape(rows)
+    values = unpack_values(cache.value, cache.layout).transpose(1, 2).reshape(rows)
+    write_pages(keys, values, into, torch.arange(blocks * size), isa)
 
 
 def attend(
