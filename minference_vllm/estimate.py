@@ -55,11 +55,12 @@ def last_query_scores(
     # Distance i - j of row r (i = length - rows + r) at padded place p (j = p - rows) is length + r - p.
     width = length + rows
     by_place = padded.as_strided((len(heads), rows, length), (rows * width, width + 1, 1), 1)
-    borders = [group * rows // ROW_GROUPS for group in range(ROW_GROUPS + 1)]
+    groups = min(ROW_GROUPS, rows)
+    borders = [group * rows // groups for group in range(groups + 1)]
     agreed = by_place[:, : borders[1]].sum(1)
     for begin, end in itertools.pairwise(borders):
         agreed = torch.minimum(agreed, by_place[:, begin:end].sum(1))
-    return columns, agreed.mul_(ROW_GROUPS).flip(1)
+    return columns, agreed.mul_(groups).flip(1)
 
 
 def pooled_scores(

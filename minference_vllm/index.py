@@ -340,13 +340,12 @@ def build_index(tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores)
             by_column, by_offset = scores.last_query(group)
             by_column[:, :FORCED_COLUMNS] = torch.inf
             chosen = slash_blocks(tiling, by_offset, pattern.slash)
-            if pattern.vertical:
-                ranked = by_column.topk(min(pattern.vertical, tiling.seq_len), dim=-1).indices
-                chosen, found, count = columns_outside_blocks(tiling, chosen, ranked)
-                if found.shape[-1] > columns.shape[-1]:
-                    columns = torch.nn.functional.pad(columns, (0, found.shape[-1] - columns.shape[-1]), value=-1)
-                columns[group, :, : found.shape[-1]] = found
-                num_columns[group] = count
+            ranked = by_column.topk(min(max(pattern.vertical, FORCED_COLUMNS), tiling.seq_len), dim=-1).indices
+            chosen, found, count = columns_outside_blocks(tiling, chosen, ranked)
+            if found.shape[-1] > columns.shape[-1]:
+                columns = torch.nn.functional.pad(columns, (0, found.shape[-1] - columns.shape[-1]), value=-1)
+            columns[group, :, : found.shape[-1]] = found
+            num_columns[group] = count
             blocks[group] = chosen
         else:
             raise TypeError(f"no builder for pattern {pattern!r}")

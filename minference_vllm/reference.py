@@ -75,6 +75,7 @@ def last_query_scores(
     weights = scores.masked_fill(~causal_mask(seq_len - rows, seq_len), -torch.inf).softmax(-1)
     columns = weights.sum(1)
     distance = torch.arange(seq_len - rows, seq_len)[:, None] - torch.arange(seq_len)
+    groups = min(groups, rows)
     diagonals = torch.zeros(groups, heads, seq_len, dtype=torch.float64)
     for group in range(groups):
         for row in range(group * rows // groups, (group + 1) * rows // groups):

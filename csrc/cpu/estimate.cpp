@@ -12,7 +12,7 @@ namespace minference {
 
 constexpr int kMaxLast = 64;
 constexpr int kTilesPerTask = 8;
-constexpr int kGroups = 4;  // row groups whose smallest diagonal mass counts
+constexpr int kMaxGroups = 4;  // row groups whose smallest diagonal mass counts
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -88,6 +88,7 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
   using namespace minference;
   const EstimateArguments& a = *arguments;
   const int group = a.num_heads / a.cache.num_kv_heads;
+  const int row_groups = std::min(kMaxGroups, a.rows);
   const int64_t key_tiles = (a.seq_len + kKeyTile - 1) / kKeyTile;
   const int64_t parts = (key_tiles + kTilesPerTask - 1) / kTilesPerTask;
 
@@ -113,8 +114,8 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
   // Diagonals by place: row r's key n lies at place n + rows - 1 - r. A task's last places reach into the next one's
   // range and are kept apart.
   const int64_t places = key_tiles * kKeyTile;
-  std::vector<float> by_place(static_cast<size_t>(a.num_wanted) * kGroups * places, 0.0f);
-  std::vector<float> spill(static_cast<size_t>(a.num_wanted) * kGroups * parts * kMaxLast, 0.0f);
+  std::vector<float> by_place(static_cast<size_t>(a.num_wanted) * row_groups * places, 0.0f);
+  std::vector<float> spill(static_cast<size_t>(a.num_wanted) * row_groups * parts * kMaxLast, 0.0f);
   const int tasks = static_cast<int>(groups * parts);
   int used_threads = 1;
 
@@ -189,13 +190,13 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
           }
           const int64_t here = std::min<int64_t>(kKeyTile, a.seq_len - first_key);
           std::memcpy(a.columns + i * a.seq_len + first_key, column, here * sizeof(float));
-          for (int group = 0; group < kGroups; ++group) {
-            const size_t series = static_cast<size_t>(i) * kGroups + group;
+          for (int group = 0; group < row_groups; ++group) {
+            const size_t series = static_cast<size_t>(i) * row_groups + group;
             float* place = by_place.data() + series * places;
             float* beyond = spill.data() + (series * parts + part) * kMaxLast;
             for (int p = 0; p < kKeyTile + kMaxLast; p += 16) {
               __m512 total = _mm512_setzero_ps();
-              for (int r = group * a.rows / kGroups; r < (group + 1) * a.rows / kGroups; ++r) {
+              for (int r = group * a.rows / row_groups; r < (group + 1) * a.rows / row_groups; ++r) {
                 const float* x = w.scores + r * kScoreStride + kMaxLast + p - (a.rows - 1 - r);
                 total = _mm512_add_ps(total, _mm512_loadu_ps(x));
               }
@@ -210,15 +211,15 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
     for (int i = 0; i < a.num_wanted; ++i) {
       float* out = a.diagonals + i * a.seq_len;
       std::fill(out, out + a.seq_len, kInfinity);
-      for (int group = 0; group < kGroups; ++group) {
-        const size_t series = static_cast<size_t>(i) * kGroups + group;
+      for (int group = 0; group < row_groups; ++group) {
+        const size_t series = static_cast<size_t>(i) * row_groups + group;
         float* place = by_place.data() + series * places;
         for (int64_t part = 0; part + 1 < parts; ++part) {
           const float* beyond = spill.data() + (series * parts + part) * kMaxLast;
           for (int n = 0; n < kMaxLast; ++n) place[(part + 1) * kTilesPerTask * kKeyTile + n] += beyond[n];
         }
         for (int64_t distance = 0; distance < a.seq_len; ++distance) {
-          out[distance] = std::min(out[distance], kGroups * place[a.seq_len - 1 - distance]);
+          out[distance] = std::min(out[distance], row_groups * place[a.seq_len - 1 - distance]);
         }
       }
     }

@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
@@ -57,13 +58,16 @@ class MInferenceCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.runtime = runtime_for(vllm_config)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
+        # A group of windowed layers, say: its batches are the parent's alone, and are not counted.
+        self.dense_only = bool(layers) and all(getattr(layer.impl, "dense_only", True) for layer in layers)
         logger.info_once("minference: %s", self.runtime.summary)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if common_attn_metadata.causal is not True:
+        if self.dense_only or common_attn_metadata.causal is not True:
             return metadata
         settings, counters = self.runtime.settings, self.runtime.counters
         starts = common_attn_metadata.query_start_loc_cpu.tolist()
@@ -160,6 +164,16 @@ class MInferenceCPUImpl(CPUAttentionBackendImpl):
     def _all_dense(self, layer: Any) -> bool:
         """Whether every head of this layer has the dense pattern; finds the layer's patterns on first use."""
         if self.patterns is None:
-            number = extract_layer_index(layer.layer_name)
-            self.patterns = self.runtime.patterns.for_layer(number, self.num_heads, self.first_head)
+            self.patterns = self.runtime.patterns.for_layer(
+                _layer_number(layer.layer_name), self.num_heads, self.first_head
+            )
         return all(isinstance(pattern, Dense) for pattern in self.patterns)
+
+
+def _layer_number(layer_name: str) -> int:
+    """The layer's number in its name, or -1, which no pattern file has, for a name without a clear one."""
+    try:
+        return int(extract_layer_index(layer_name))
+    except (AssertionError, ValueError):
+        logger.info_once("minference: layer %s has no clear number and runs the default pattern", layer_name)
+        return -1

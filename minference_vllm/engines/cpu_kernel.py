@@ -52,8 +52,9 @@ def layout_for(dtype: torch.dtype, block_size: int, head_size: int) -> Layout | 
     if block_size % 16:
         return None
     isa = isa_for(dtype, block_size, head_size)
-    keys = torch.randn(block_size, 1, head_size).to(dtype)
-    values = torch.randn(block_size, 1, head_size).to(dtype)
+    # A generator of its own: the process's random state is the user's.
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(block_size, 1, head_size, generator=generator).to(dtype) for _ in range(2))
     cache = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
     try:
         write_pages(keys, values, cache, torch.arange(block_size), isa)
