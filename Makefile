@@ -8,7 +8,7 @@ READY := .venv/.ready
 # Read by the demo; given on make's command line.
 export TOKENS JSON
 
-.PHONY: help setup demo test test-fast lint format clean
+.PHONY: help setup demo test test-fast lint format kernels clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -45,6 +45,9 @@ lint: setup ## ruff and mypy
 format: setup ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+kernels: setup ## what the Triton kernels cost on NVIDIA GPUs, compiled ahead of time (no GPU needed)
+	@$(BIN)/python tools/kernel_account.py $(ARGS)
 
 clean: ## remove everything that make has made, the environment included
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_output minference_vllm/*.so
