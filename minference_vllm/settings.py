@@ -35,7 +35,7 @@ class Settings(BaseModel):
 
     engine: Literal["auto", "block_table", "native"] = "auto"
     """How an index is executed: ``native``, our kernels for bf16 on AVX512-BF16 processors; ``block_table``, vLLM's own
-    kernel; ``auto``, the faster of those that run here. The log names it at start-up."""
+    kernel; ``auto``, the faster of those that run here."""
 
     log_interval: float = Field(default=10.0, ge=0.0)
     """Seconds between two lines of statistics in the log while sparse chunks are served; 0 turns them off."""
