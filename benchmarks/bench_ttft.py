@@ -1,7 +1,7 @@
 """Whole engine: time to first token and per decoded token, vLLM's own backend against minference.
 
 A Llama-shaped model with random weights (``load_format="dummy"``, nothing on disk) is loaded once per backend, each in
-a process of its own, all at the same time; only one of them works at any moment. Every prompt (random token ids, prefix
+a process of its own, all at the same time; while one works, the others are stopped. Every prompt (random token ids, prefix
 caching off) goes to each engine in turn, and medians over the turns are reported, so that a busy neighbour or a warm
 processor meets all engines alike. Before anything is timed, all engines must answer a short prompt with the same
 tokens.
@@ -103,8 +103,7 @@ def engines(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Engine
         for name in [DENSE, *args.patterns]:
             options, environment = engine_options(args, folder, name)
             running[name] = Engine(name, options, environment, folder / f"{name}.log")
-            running[name].receive()
-            print(f"{name}: engine ready", file=sys.stderr, flush=True)
+            running[name].start()
         yield running
     finally:
         for engine in running.values():

@@ -76,7 +76,10 @@ def answer(llm: Any, prompt: list[int], decode: int, sparse: bool) -> Timed:
 
 
 class Engine:
-    """One engine in its own process."""
+    """One engine in its own process; its processes stand still except while it answers.
+
+    vLLM's processes poll when they have nothing to do, and would take the processor from the engine that is timed.
+    """
 
     def __init__(self, name: str, options: dict[str, Any], environment: dict[str, str], log: Path) -> None:
         self.name, self.log = name, log
@@ -93,14 +96,29 @@ class Engine:
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
             sys.exit(f"the engine {self.name!r} died; the end of its log:\n{tail}")
 
+    def start(self) -> None:
+        """Wait until the model is loaded."""
+        self.receive()
+        print(f"{self.name}: engine ready", file=sys.stderr, flush=True)
+        self.signal(signal.SIGSTOP)
+
     def ask(self, prompt: list[int], decode: int) -> Timed:
+        self.signal(signal.SIGCONT)
         self.connection.send((prompt, decode))
-        return self.receive()
+        timed: Timed = self.receive()
+        self.signal(signal.SIGSTOP)
+        return timed
+
+    def signal(self, number: signal.Signals) -> None:
+        """To all processes of this engine: they form one group."""
+        if self.process.pid:
+            os.killpg(self.process.pid, number)
 
     def stop(self) -> None:
         with contextlib.suppress(OSError):
+            self.signal(signal.SIGCONT)
             self.connection.send(None)
         self.process.join(30)
         if self.process.is_alive() and self.process.pid:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+                self.signal(signal.SIGKILL)
