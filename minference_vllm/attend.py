@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,12 @@ import torch
 from minference_vllm import estimate
 from minference_vllm.engines import block_table as block_table_engine
 from minference_vllm.engines import native
-from minference_vllm.index import Scores, SparseIndex, Tiling, build_index
+from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import HeadPattern
 from minference_vllm.plan import Chunk
+from minference_vllm.recall import Audit, sampled_recall
+from minference_vllm.tiling import Tiling
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEFAULT_TILE = 128
@@ -27,10 +30,11 @@ ENGINES = ("auto", "block_table", "native", "triton")
 
 @dataclass
 class Timing:
-    """Seconds spent on the three stages, summed over chunks."""
+    """Seconds spent on each stage, summed over chunks."""
 
     estimate: float = 0.0
     index: float = 0.0
+    audit: float = 0.0
     attend: float = 0.0
 
 
@@ -77,6 +81,7 @@ def attend_chunk(
     engine: str = "auto",
     tile: int | None = None,
     timing: Timing | None = None,
+    audit: Audit | None = None,
 ) -> SparseIndex:
     """Sparse attention of one request's chunk, written to ``out``; returns the index that was used.
 
@@ -87,6 +92,7 @@ def attend_chunk(
         patterns: one per query head.
         engine, tile: see ``Settings``.
         timing: is added to, when given.
+        audit: rows to check, and the floor to hold, before attention runs; what was found is left in it.
     """
     timing = timing or Timing()
     size = cache.block_size
@@ -96,11 +102,16 @@ def attend_chunk(
     tiling = Tiling.of(chunk.context_len, chunk.seq_len, size, rows, column_multiple, query.device)
     # Kernels read the pages by address.
     pages = pages[: tiling.num_key_blocks].contiguous()
-    scores = _PagedScores(query, cache, pages, chunk.seq_len, scale)
+    scores = _PagedEstimates(query, cache, pages, chunk.seq_len, scale)
     begin = time.perf_counter()
-    index = build_index(tiling, patterns, Scores(scores.last_query, scores.pooled))
+
+    def build(patterns: Sequence[HeadPattern]) -> SparseIndex:
+        return build_index(tiling, patterns, scores)
+
+    index = build(patterns) if audit is None else audit.run(patterns, build, scores.recall)
     timing.estimate += scores.seconds
-    timing.index += time.perf_counter() - begin - scores.seconds
+    timing.audit += scores.audit_seconds
+    timing.index += time.perf_counter() - begin - scores.seconds - scores.audit_seconds
     begin = time.perf_counter()
     _runner(engine)(query, cache, pages, index, scale, out)
     timing.attend += time.perf_counter() - begin
@@ -116,31 +127,47 @@ def _runner(engine: str) -> Callable[..., None]:
     return native.run if engine == "native" else block_table_engine.run
 
 
-class _PagedScores:
-    """The estimates of one chunk, timed; the prefix is copied out of its pages at most once."""
+class _PagedEstimates(estimate.Estimates):
+    """Estimates over a paged cache, timed; the prefix is copied out of its pages at most once."""
 
     def __init__(self, query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, seq_len: int, scale: float) -> None:
         self.query, self.cache, self.pages, self.seq_len, self.scale = query, cache, pages, seq_len, scale
-        self.seconds = 0.0
+        self.seconds = self.audit_seconds = 0.0
 
     @functools.cached_property
-    def keys(self) -> torch.Tensor:
+    def keys(self) -> torch.Tensor:  # type: ignore[override]
         return self.cache.keys_by_head(self.pages)[:, : self.seq_len]
 
     def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        begin = time.perf_counter()
-        if native.unsupported_cache_reason(self.query.dtype, self.cache) is None:
-            result = native.last_query_scores(self.query, self.cache, self.pages, self.seq_len, heads, self.scale)
-        else:
-            result = estimate.last_query_scores(self.query, self.keys, heads, self.scale)
-        self.seconds += time.perf_counter() - begin
-        return result
+        with self._timed():
+            if native.unsupported_cache_reason(self.query.dtype, self.cache) is None:
+                return native.last_query_scores(self.query, self.cache, self.pages, self.seq_len, heads, self.scale)
+            return super().last_query(heads)
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        with self._timed():
+            return super().pooled(heads, tiling)
+
+    def peaks(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        with self._timed():
+            return super().peaks(heads, tiling)
+
+    def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
+        with self._timed():
+            return super().antidiagonal(heads, tiling, stride)
+
+    def recall(self, index: SparseIndex, rows: torch.Tensor) -> torch.Tensor:
+        """See ``recall.sampled_recall``."""
         begin = time.perf_counter()
-        result = estimate.pooled_scores(self.query, self.keys, heads, tiling, self.scale)
+        found = sampled_recall(self.query, self.keys, index, rows, self.scale)
+        self.audit_seconds += time.perf_counter() - begin
+        return found
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
         self.seconds += time.perf_counter() - begin
-        return result
 
 
 def sparse_prefill(

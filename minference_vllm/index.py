@@ -6,26 +6,27 @@ is a page of the KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from minference_vllm import selection
 from minference_vllm.patterns import (
     ESTIMATION_BLOCK,
+    Antidiagonal,
     AShape,
     BlockSparse,
+    Coverage,
     Dense,
     HeadPattern,
+    PeakThreshold,
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.plan import tile_starts
-
-FORCED_COLUMNS = 30
-"""First columns that vertical-slash heads always keep (MInference)."""
-FORCED_DIAGONALS = 100
-"""Nearest diagonals that vertical-slash heads always keep (MInference)."""
+from minference_vllm.selection import Columns
+from minference_vllm.tiling import Tiling
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,21 @@ class SparseIndex:
     def num_tiles(self) -> int:
         return self.blocks.shape[1]
 
+    def tile_mask(self, tiles: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
+        """bool ``[H, R, S]``: the keys of the named tiles (int64 ``[R]``), future ones included."""
+        device = self.blocks.device
+        num_blocks_total = -(-self.seq_len // self.block_size)
+        blocks, columns = self.blocks[heads, tiles], self.columns[heads, tiles]
+        by_key = torch.zeros(*blocks.shape[:2], num_blocks_total * self.block_size, dtype=torch.bool, device=device)
+        _scatter_true(by_key.view(*blocks.shape[:2], num_blocks_total, self.block_size), blocks)
+        _scatter_true(by_key, columns)
+        return by_key[..., : self.seq_len]
+
     def to_mask(self) -> torch.Tensor:
         """bool ``[H, S - context_len, S]``: True where a row attends a key. For tests and plots: it is quadratic."""
         device = self.blocks.device
-        num_blocks_total = -(-self.seq_len // self.block_size)
-        width = num_blocks_total * self.block_size
-        tile_mask = torch.zeros(self.num_heads, self.num_tiles, width, dtype=torch.bool, device=device)
-        by_block = tile_mask.view(self.num_heads, self.num_tiles, num_blocks_total, self.block_size)
-        _scatter_true(by_block, self.blocks)
-        _scatter_true(tile_mask, self.columns)
         rows = self.tile_starts[1:] - self.tile_starts[:-1]
-        mask = tile_mask[..., : self.seq_len].repeat_interleave(rows, dim=1)
+        mask = self.tile_mask(torch.arange(self.num_tiles, device=device)).repeat_interleave(rows, dim=1)
         positions = torch.arange(self.context_len, self.seq_len, device=device)
         return mask & (torch.arange(self.seq_len, device=device) <= positions[:, None])
 
@@ -109,144 +114,8 @@ def compact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return positions[..., :width].contiguous(), count
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """The query tiles of one chunk over key blocks; what every builder below starts from."""
-
-    context_len: int
-    seq_len: int
-    block_size: int
-    tile: int
-    starts: torch.Tensor
-    """int64 ``[T + 1]``."""
-    column_multiple: int = 1
-    """The engine takes columns in groups of this many; an engine whose kernel sees whole pages only: the page size."""
-
-    @classmethod
-    def of(
-        cls,
-        context_len: int,
-        seq_len: int,
-        block_size: int,
-        tile: int,
-        column_multiple: int = 1,
-        device: torch.device | str = "cpu",
-    ) -> Tiling:
-        if tile % block_size:
-            raise ValueError(f"tile must be a multiple of the page size {block_size}, not {tile}")
-        starts = torch.tensor(tile_starts(context_len, seq_len, tile), dtype=torch.int64, device=device)
-        return cls(context_len, seq_len, block_size, tile, starts, column_multiple)
-
-    @property
-    def num_tiles(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def num_key_blocks(self) -> int:
-        return -(-self.seq_len // self.block_size)
-
-    def key_blocks(self) -> torch.Tensor:
-        """int64 ``[N]``: numbers of the key blocks."""
-        return torch.arange(self.num_key_blocks, device=self.starts.device)
-
-    def distance(self) -> torch.Tensor:
-        """int64 ``[T, N]``: blocks from a tile's (aligned) first block back to each key block; <= 0 for its own."""
-        first = self.starts[:-1] // self.tile * (self.tile // self.block_size)
-        return first[:, None] - self.key_blocks()
-
-    def reachable(self) -> torch.Tensor:
-        """bool ``[T, N]``: blocks that hold a key not later than the tile's last row."""
-        last = (self.starts[1:] - 1) // self.block_size
-        return self.key_blocks() <= last[:, None]
-
-    def own(self) -> torch.Tensor:
-        """bool ``[T, N]``: blocks at and after the tile's aligned start, up to its last row."""
-        return (self.distance() <= 0) & self.reachable()
-
-
-def dense_blocks(tiling: Tiling) -> torch.Tensor:
-    """bool ``[T, N]``."""
-    return tiling.reachable()
-
-
-def a_shape_blocks(tiling: Tiling, pattern: AShape | TriShape) -> torch.Tensor:
-    """bool ``[T, N]``: blocks that the sink, or any row's local window, touches."""
-    block = tiling.key_blocks()
-    sink = block < -(-pattern.sink // tiling.block_size)
-    oldest_local = (tiling.starts[:-1] - pattern.local + 1).clamp(min=0) // tiling.block_size
-    local = block >= oldest_local[:, None]
-    return ((sink | local) & tiling.reachable()) | tiling.own()
-
-
-def tri_shape_blocks(tiling: Tiling, pattern: TriShape) -> torch.Tensor:
-    """bool ``[T, N]``: A-shape, and everything for tiles that hold one of the chunk's last ``last`` rows."""
-    tail = tiling.starts[1:] > tiling.seq_len - pattern.last
-    return torch.where(tail[:, None], tiling.reachable(), a_shape_blocks(tiling, pattern))
-
-
-def distance_scores(tiling: Tiling, by_offset: torch.Tensor) -> torch.Tensor:
-    """The mass of the diagonals that cross the blocks at each distance before a tile.
-
-    A diagonal crosses two or more blocks of a tile, each in a share of the tile's rows; it counts by that share. Tiles
-    start at multiples of their size, so the shares depend on the distance alone and not on the tile.
-
-    Args:
-        by_offset: ``[H, S]``, the mass of each diagonal ``j = i - offset``.
-
-    Returns:
-        float64 ``[H, N]``: for ``distance`` 1 to N, in blocks before the tile's first.
-    """
-    block, tile = tiling.block_size, tiling.tile
-    distances = tiling.num_key_blocks
-    # Row r of a tile meets distance d in the offsets of (block * (d - 1) + r, block * d + r]: a difference of
-    # cumulative sums, and summed over the rows a difference of sums of those.
-    width = block * distances + tile + 1
-    total = torch.zeros(by_offset.shape[0], width + 1, dtype=torch.float64, device=by_offset.device)
-    total[:, 1 : by_offset.shape[1] + 1] = by_offset
-    total = total.cumsum(1).cumsum(1)
-    rows = total[:, tile:] - total[:, :-tile]
-    borders = rows[:, : block * distances + 1 : block]
-    return (borders[:, 1:] - borders[:, :-1]) / tile
-
-
-def slash_blocks(tiling: Tiling, by_offset: torch.Tensor, slash: int) -> torch.Tensor:
-    """bool ``[H, T, N]``: the blocks at the ``slash / B`` distances that hold the most diagonal mass, and the nearest.
-
-    A kernel of pages computes whole blocks, whatever diagonal asked for them. So blocks are chosen, and paid, by the
-    distance: as many tokens per row as the strongest ``slash`` single diagonals would have, but where those scatter
-    they would cross nearly every block.
-
-    Args:
-        by_offset: float ``[H, S]``, the mass of each diagonal.
-    """
-    scores = distance_scores(tiling, by_offset)
-    nearest = -(-(FORCED_DIAGONALS - 1) // tiling.block_size)
-    scores[:, :nearest] = torch.inf
-    count = max(-(-slash // tiling.block_size), nearest)
-    chosen = scores.topk(min(count, scores.shape[1]), dim=-1, sorted=False).indices + 1
-    marks = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
-    marks.scatter_(1, chosen, True)
-    # The chosen distances are one row of marks per head, shifted along for every tile.
-    distance = tiling.distance()
-    before = marks[:, distance.clamp(min=0)] & (distance > 0)
-    return before | tiling.own()
-
-
-def top_blocks(tiling: Tiling, scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """bool ``[H, T, N]``: each tile's own blocks and its ``top_k`` best others.
-
-    Args:
-        scores: float ``[H, T, N]``; where blocks are out of reach the value is ignored.
-    """
-    before = tiling.reachable() & ~tiling.own()
-    scores = scores.masked_fill(~before, -torch.inf)
-    best = scores.topk(min(top_k, scores.shape[-1]), dim=-1).indices
-    chosen = torch.zeros_like(before.expand_as(scores)).scatter(-1, best, True)
-    return (chosen & before) | tiling.own()
-
-
 def columns_outside_blocks(
-    tiling: Tiling, blocks: torch.Tensor, ranked: torch.Tensor
+    tiling: Tiling, blocks: torch.Tensor, columns: Columns
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The columns of each tile that its blocks do not hold already, in multiples of ``tiling.column_multiple``.
 
@@ -256,7 +125,7 @@ def columns_outside_blocks(
 
     Args:
         blocks: bool ``[H, T, N]``.
-        ranked: int64 ``[H, V]``, the columns asked for.
+        columns: those asked for.
 
     Returns:
         blocks (bool ``[H, T, N]``, perhaps with more set), columns (int32 ``[H, T, C]``, -1 padded), their number
@@ -265,11 +134,11 @@ def columns_outside_blocks(
     heads, tiles, _ = blocks.shape
     multiple = tiling.column_multiple
     free = ~blocks & (tiling.distance() > 0)
-    candidates = ranked[:, None, :].expand(heads, tiles, -1)
-    outside = free.gather(2, candidates // tiling.block_size)
+    candidates = columns.ranked[:, None, :].expand(heads, tiles, -1)
+    outside = free.gather(2, candidates // tiling.block_size) & columns.wanted[:, None, :]
     wanted = outside.sum(-1)
     if multiple > 1:
-        fillers, usable = _fillers(tiling, free, ranked)
+        fillers, usable = _fillers(tiling, free, columns)
         candidates = torch.cat([candidates, fillers], -1)
         outside = torch.cat([outside, usable], -1)
     order = outside.cumsum(-1)
@@ -285,16 +154,17 @@ def columns_outside_blocks(
         blocks[head, tile, candidates[head, tile, rank] // tiling.block_size] = True
         keep &= ~short
     slots, count = compact(keep)
-    columns = candidates.to(torch.int32).gather(2, slots.long().clamp(min=0))
-    return blocks, columns.masked_fill_(slots < 0, -1), count
+    found = candidates.to(torch.int32).gather(2, slots.long().clamp(min=0))
+    return blocks, found.masked_fill_(slots < 0, -1), count
 
 
-def _fillers(tiling: Tiling, free: torch.Tensor, ranked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys of each tile's free block with the fewest ranked ones (int64 ``[H, T, B]``), and which may be used."""
+def _fillers(tiling: Tiling, free: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys of each tile's free block with the fewest wanted ones (int64 ``[H, T, B]``), and which may be used."""
+    ranked = columns.ranked
     heads = ranked.shape[0]
     taken = torch.zeros(
         heads, tiling.num_key_blocks * tiling.block_size, dtype=torch.bool, device=ranked.device
-    ).scatter_(1, ranked, True)
+    ).scatter_(1, ranked, columns.wanted)
     taken_in_block = taken.view(heads, 1, tiling.num_key_blocks, -1).sum(-1)
     emptiest = torch.where(free, taken_in_block, tiling.block_size + 1).argmin(-1)
     keys = emptiest[..., None] * tiling.block_size + torch.arange(tiling.block_size, device=ranked.device)
@@ -302,14 +172,45 @@ def _fillers(tiling: Tiling, free: torch.Tensor, ranked: torch.Tensor) -> tuple[
     return keys, usable
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Estimators that an index may ask for; each is called only when a head's pattern needs it."""
+class Scores(Protocol):
+    """Estimates of one chunk, each computed only when a head's pattern asks for it. ``S``: tokens in the sequence."""
 
-    last_query: Callable[[Sequence[int]], tuple[torch.Tensor, torch.Tensor]]
-    """heads -> column scores and diagonal scores, float32 ``[len(heads), S]`` each."""
-    pooled: Callable[[Sequence[int], Tiling], torch.Tensor]
-    """heads, tiling -> block scores, float32 ``[len(heads), T, N]``."""
+    def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Column scores and diagonal scores, float32 ``[len(heads), S]`` each, summed over the last queries."""
+
+    def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        """Block scores of mean queries and mean keys, float32 ``[len(heads), T, N]``."""
+
+    def peaks(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        """Block scores of single queries and mean keys, float32 ``[len(heads), T, N]``."""
+
+    def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
+        """Block scores along antidiagonals, float32 ``[len(heads), T, N]``."""
+
+
+def select(
+    tiling: Tiling, pattern: HeadPattern, heads: Sequence[int], scores: Scores
+) -> tuple[torch.Tensor, Columns | None]:
+    """Blocks (bool ``[len(heads), T, N]``, or ``[T, N]`` where they are the same for all heads) and columns that one
+    pattern selects for the named heads."""
+    if isinstance(pattern, Dense):
+        return tiling.reachable(), None
+    if isinstance(pattern, TriShape):
+        return selection.tri_shape_blocks(tiling, pattern), None
+    if isinstance(pattern, AShape):
+        return selection.a_shape_blocks(tiling, pattern), None
+    if isinstance(pattern, BlockSparse):
+        top_k = -(-pattern.top_k * ESTIMATION_BLOCK // tiling.block_size)
+        return selection.top_blocks(tiling, scores.pooled(heads, tiling), top_k), None
+    if isinstance(pattern, PeakThreshold):
+        return selection.peak_blocks(tiling, scores.peaks(heads, tiling), pattern), None
+    if isinstance(pattern, Antidiagonal):
+        return selection.covering_blocks(tiling, scores.antidiagonal(heads, tiling, pattern.stride), pattern.tau), None
+    if isinstance(pattern, VerticalSlash):
+        return selection.vertical_slash(tiling, *scores.last_query(heads), pattern)
+    if isinstance(pattern, Coverage):
+        return selection.coverage(tiling, *scores.last_query(heads), pattern)
+    raise TypeError(f"no selection for pattern {pattern!r}")
 
 
 def build_index(tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores) -> SparseIndex:
@@ -327,28 +228,14 @@ def build_index(tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores)
     for head, pattern in enumerate(patterns):
         groups.setdefault(pattern, []).append(head)
     for pattern, group in groups.items():
-        if isinstance(pattern, Dense):
-            blocks[group] = dense_blocks(tiling)
-        elif isinstance(pattern, TriShape):
-            blocks[group] = tri_shape_blocks(tiling, pattern)
-        elif isinstance(pattern, AShape):
-            blocks[group] = a_shape_blocks(tiling, pattern)
-        elif isinstance(pattern, BlockSparse):
-            top_k = -(-pattern.top_k * ESTIMATION_BLOCK // tiling.block_size)
-            blocks[group] = top_blocks(tiling, scores.pooled(group, tiling), top_k)
-        elif isinstance(pattern, VerticalSlash):
-            by_column, by_offset = scores.last_query(group)
-            by_column[:, :FORCED_COLUMNS] = torch.inf
-            chosen = slash_blocks(tiling, by_offset, pattern.slash)
-            ranked = by_column.topk(min(max(pattern.vertical, FORCED_COLUMNS), tiling.seq_len), dim=-1).indices
-            chosen, found, count = columns_outside_blocks(tiling, chosen, ranked)
+        chosen, wanted = select(tiling, pattern, group, scores)
+        if wanted is not None:
+            chosen, found, count = columns_outside_blocks(tiling, chosen, wanted)
             if found.shape[-1] > columns.shape[-1]:
                 columns = torch.nn.functional.pad(columns, (0, found.shape[-1] - columns.shape[-1]), value=-1)
             columns[group, :, : found.shape[-1]] = found
             num_columns[group] = count
-            blocks[group] = chosen
-        else:
-            raise TypeError(f"no builder for pattern {pattern!r}")
+        blocks[group] = chosen
     listed, num_blocks = compact(blocks)
     return SparseIndex(
         tiling.context_len,

@@ -70,9 +70,11 @@ def run_case(
 ) -> dict[str, float]:
     import torch
 
-    from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash, estimate, reference
-    from minference_vllm.index import Scores, Tiling, build_index
+    from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash, reference
+    from minference_vllm.estimate import Estimates
+    from minference_vllm.index import build_index
     from minference_vllm.paged_cache import PagedCache
+    from minference_vllm.tiling import Tiling
     from minference_vllm.triton_kernels import sparse_attention
 
     torch.manual_seed(0)
@@ -93,11 +95,7 @@ def run_case(
     scale = head_size**-0.5
     tiling = Tiling.of(context_len, seq_len, block_size, max(128, block_size))
     patterns = [VerticalSlash(vertical=40, slash=16), BlockSparse(top_k=1), AShape(sink=16, local=64), Dense()]
-    scores = Scores(
-        lambda wanted: estimate.last_query_scores(query, keys, wanted, scale),
-        lambda wanted, tiles: estimate.pooled_scores(query, keys, wanted, tiles, scale),
-    )
-    index = build_index(tiling, patterns[:heads], scores)
+    index = build_index(tiling, patterns[:heads], Estimates(query, keys, scale))
     out = torch.full_like(query, torch.nan)
     lse = torch.full((heads, len(query)), torch.nan)
     sparse_attention.run(query, PagedCache(caches[0], caches[1], "rows"), pages, index, scale, out, lse)

@@ -19,13 +19,13 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from minference_vllm.attend import attend_chunk
 from minference_vllm.backend.compat import NAME, slice_requests
 from minference_vllm.backend.runtime import runtime_for, unsupported_layer_reasons
+from minference_vllm.backend.serving import serve_chunk
 from minference_vllm.engines import cpu_kernel, native
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import Dense, HeadPattern
-from minference_vllm.plan import Plan, plan_batch
+from minference_vllm.plan import PREFILL_FROM, Plan, plan_batch
 
 # A child of vLLM's own logger, so that our lines appear where vLLM's do.
 logger = init_logger(f"vllm.{__name__}")
@@ -67,7 +67,9 @@ class MInferenceCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if self.dense_only or common_attn_metadata.causal is not True:
+        if common_attn_metadata.max_query_len < PREFILL_FROM or self.dense_only:
+            return metadata  # nothing but decodes, most of the time
+        if common_attn_metadata.causal is not True:
             return metadata
         settings, counters = self.runtime.settings, self.runtime.counters
         starts = common_attn_metadata.query_start_loc_cpu.tolist()
@@ -98,6 +100,7 @@ class MInferenceCPUImpl(CPUAttentionBackendImpl):
         vllm_config = get_current_vllm_config()
         self.runtime = runtime_for(vllm_config)
         self.first_head = get_tensor_model_parallel_rank() * self.num_heads
+        self.layer_number = -1
         self.patterns: tuple[HeadPattern, ...] | None = None
         dtype, block_size = vllm_config.model_config.dtype, vllm_config.cache_config.block_size
         reasons = unsupported_layer_reasons(
@@ -150,23 +153,20 @@ class MInferenceCPUImpl(CPUAttentionBackendImpl):
         assert layout is not None
         cache = PagedCache(key_cache, value_cache, layout)
         out = output.view(-1, self.num_heads, self.head_size)
-        settings, counters = self.runtime.settings, self.runtime.counters
         for chunk in plan.sparse:
             rows = slice(chunk.query_start, chunk.query_start + chunk.query_len)
             pages = attn_metadata.block_table[chunk.request].long()
-            index = attend_chunk(
-                query[rows], cache, pages, chunk, self.patterns, self.scale, out[rows], settings.engine, settings.tile
-            )
-            computed = float(index.computed_pairs().sum())
-            counters.count_layer(computed, self.num_heads * index.dense_pairs())
+            serve_chunk(
+                self.runtime, self.layer_number, self.first_head, query[rows], cache, pages, chunk, self.patterns,
+                self.scale, out[rows],
+            )  # fmt: skip
         return output
 
     def _all_dense(self, layer: Any) -> bool:
         """Whether every head of this layer has the dense pattern; finds the layer's patterns on first use."""
         if self.patterns is None:
-            self.patterns = self.runtime.patterns.for_layer(
-                _layer_number(layer.layer_name), self.num_heads, self.first_head
-            )
+            self.layer_number = _layer_number(layer.layer_name)
+            self.patterns = self.runtime.patterns.for_layer(self.layer_number, self.num_heads, self.first_head)
         return all(isinstance(pattern, Dense) for pattern in self.patterns)
 
 
