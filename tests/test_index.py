@@ -613,7 +613,7 @@ SHAPES: dict[str, tuple[Shaped, float]] = {
 
 TAKEN_AS_COLUMNS = pytest.mark.xfail(
     strict=True,
-    reason="what the last queries see of a diagonal narrower than a tile costs less as columns, which no other row uses",
+    reason="what the last queries see of a diagonal narrower than a tile costs less as columns; no other row uses them",
 )
 
 
