@@ -27,6 +27,7 @@ PARTS: dict[str, set[str]] = {
     "recall": {"torch"},
     "attend": {"torch"},
     "audit": set(),
+    "calibrate": {"torch", "tqdm", "transformers", "vllm"},
     "backend": {"torch", "vllm"},
     "plugin": set(),
     "plot": {"torch", "numpy", "matplotlib"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,10 +15,13 @@ from minference_vllm.patterns import PatternFile, load_pattern_file, parse_patte
 from minference_vllm.recall import RaisedLevels
 from minference_vllm.settings import Settings, load_settings
 
+if TYPE_CHECKING:
+    from minference_vllm.calibrate.recorder import Recorder
+
 DEFAULT_PATTERNS = "default"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Runtime:
     settings: Settings
     patterns: PatternFile
@@ -26,6 +29,8 @@ class Runtime:
     """Where the patterns came from, for the log."""
     counters: Counters = field(default_factory=Counters)
     raised: RaisedLevels = field(default_factory=RaisedLevels)
+    recorder: Recorder | None = None
+    """While a model is calibrated: measures every sparse chunk, which then runs densely."""
 
     @property
     def summary(self) -> str:
