@@ -27,8 +27,8 @@ PARTS: dict[str, set[str]] = {
     "recall": {"torch"},
     "attend": {"torch"},
     "audit": set(),
-    "calibrate": {"torch", "tqdm", "transformers", "vllm"},
     "backend": {"torch", "vllm"},
+    "calibrate": {"torch", "tqdm", "transformers", "vllm"},
     "plugin": set(),
     "plot": {"torch", "numpy", "matplotlib"},
 }

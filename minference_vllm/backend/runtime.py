@@ -4,21 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from minference_vllm.attend import DTYPES
 from minference_vllm.audit import Counters
 from minference_vllm.engines import native
+from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import PatternFile, load_pattern_file, parse_patterns
+from minference_vllm.plan import Chunk
 from minference_vllm.recall import RaisedLevels
 from minference_vllm.settings import Settings, load_settings
 
-if TYPE_CHECKING:
-    from minference_vllm.calibrate.recorder import Recorder
-
 DEFAULT_PATTERNS = "default"
+
+
+class Recorder(Protocol):
+    """Measures every sparse chunk while a model is calibrated (``calibrate/recorder.py``)."""
+
+    def record(
+        self,
+        layer: int,
+        first_head: int,
+        query: torch.Tensor,
+        cache: PagedCache,
+        pages: torch.Tensor,
+        chunk: Chunk,
+        scale: float,
+    ) -> None: ...
+
+    def next_prompt(self, number: int) -> None: ...
 
 
 @dataclass
@@ -30,7 +46,7 @@ class Runtime:
     counters: Counters = field(default_factory=Counters)
     raised: RaisedLevels = field(default_factory=RaisedLevels)
     recorder: Recorder | None = None
-    """While a model is calibrated: measures every sparse chunk, which then runs densely."""
+    """While a model is calibrated; every sparse chunk then runs densely."""
 
     @property
     def summary(self) -> str:
