@@ -49,6 +49,6 @@ def test_a_partial_last_page_is_never_kept() -> None:
 
 def test_another_cache_starts_anew() -> None:
     means, pages = PageMeans(), torch.tensor([3, 4])
-    means.of(cache("rows"), pages, 2 * SIZE)
-    other = cache("rows", seed=1)
+    first, other = cache("rows"), cache("rows", seed=1)
+    means.of(first, pages, 2 * SIZE)
     torch.testing.assert_close(means.of(other, pages, 2 * SIZE), mean_keys(other.keys_by_head(pages), SIZE))
