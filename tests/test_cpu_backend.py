@@ -36,6 +36,16 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "vertical_slash", "vertical": 100, "slash": 0},
     {"kind": "block_sparse", "top_k": 1},
 ]
+ADAPTIVE_KINDS: list[dict[str, Any]] = [
+    {"kind": "coverage", "gamma": 0.4, "min_budget": 0},
+    {"kind": "antidiagonal", "stride": 16, "tau": 0.4},
+    {"kind": "peak_threshold", "alpha": 0.9, "sink": 16, "window": 40},
+    {"kind": "coverage", "gamma": 0.01, "min_budget": 250},
+    {"kind": "antidiagonal", "stride": 64, "tau": 0.1},
+    {"kind": "peak_threshold", "alpha": 0.95, "sink": 0, "window": 0},
+    {"kind": "dense"},
+    {"kind": "coverage", "gamma": 0.99, "min_budget": 0},
+]
 MIXED = [(500, 1), (0, 400), (700, 1), (20, 30), (350, 150), (0, 120), (600, 40), (128, 300)]
 """(context, new tokens): decodes, long and short prompts, chunks of others, and the last few tokens of one."""
 SPARSE = (1, 4, 7)
@@ -111,12 +121,12 @@ class Layer:
     def counters(self) -> Counters:
         return self.impl.runtime.counters
 
-    def watched_attend_chunk(self, *arguments: Any) -> SparseIndex:
-        audit = arguments[-1]
-        assert audit is None or isinstance(audit, Audit)
+    def watched_attend_chunk(self, *arguments: Any, **keywords: Any) -> SparseIndex:
+        given = [*arguments, *keywords.values()]
+        audit = next((argument for argument in given if isinstance(argument, Audit)), None)
         self.audits.append(audit)
         self.levels_before.append(audit.levels if audit else ())
-        index = attend_chunk(*arguments)
+        index = attend_chunk(*arguments, **keywords)
         self.indices.append(index)
         return index
 
@@ -200,9 +210,10 @@ def assert_right(layer: Layer, output: torch.Tensor, sparse: Sequence[int]) -> N
         assert float((found.double() - exact).abs().max()) <= budget, f"request {request}"
 
 
+@pytest.mark.parametrize("kinds", [KINDS, ADAPTIVE_KINDS], ids=["fixed", "adaptive"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_a_mixed_batch(dtype: torch.dtype, make_layer: Callable[..., Layer]) -> None:
-    layer = make_layer(MIXED, dtype=dtype)
+def test_a_mixed_batch(dtype: torch.dtype, kinds: list[dict[str, Any]], make_layer: Callable[..., Layer]) -> None:
+    layer = make_layer(MIXED, dtype=dtype, patterns=kinds)
     metadata = layer.metadata()
     assert [chunk.request for chunk in metadata.plan.sparse] == list(SPARSE)
     output = layer.run(layer.impl, metadata)
@@ -287,6 +298,15 @@ def test_a_tensor_parallel_rank_runs_its_own_heads_patterns(rank: int, make_laye
     assert layer.impl.patterns is not None
     kinds = [pattern.kind for pattern in layer.impl.patterns]
     assert kinds == [entry["kind"] for entry in KINDS[4 * rank : 4 * rank + 4]]
+
+
+@pytest.mark.parametrize("stride", [3, 24, 48])
+def test_a_stride_that_does_not_fit_the_pages_is_refused_at_the_start(
+    stride: int, make_layer: Callable[..., Layer]
+) -> None:
+    """Not at the first long prompt."""
+    with pytest.raises(ValueError, match=f"patterns.json: antidiagonal stride {stride} must divide the page size.* 64"):
+        make_layer([(0, 10)], patterns=[*KINDS[:7], {"kind": "antidiagonal", "stride": stride}])
 
 
 def test_warm_up_without_metadata_writes_nothing(make_layer: Callable[..., Layer]) -> None:

@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from minference_vllm.backend.compat import NAME, slice_requests
-from minference_vllm.backend.runtime import runtime_for, unsupported_layer_reasons
+from minference_vllm.backend.runtime import check_page_size, runtime_for, unsupported_layer_reasons
 from minference_vllm.backend.serving import serve_chunk
 from minference_vllm.engines import cpu_kernel, native
 from minference_vllm.paged_cache import PagedCache
@@ -103,6 +103,7 @@ class MInferenceCPUImpl(CPUAttentionBackendImpl):
         self.layer_number = -1
         self.patterns: tuple[HeadPattern, ...] | None = None
         dtype, block_size = vllm_config.model_config.dtype, vllm_config.cache_config.block_size
+        check_page_size(self.runtime, block_size)
         reasons = unsupported_layer_reasons(
             sliding_window=self.sliding_window,
             logits_soft_cap=self.logits_soft_cap,

@@ -12,7 +12,7 @@ from minference_vllm.attend import DTYPES
 from minference_vllm.audit import Counters
 from minference_vllm.engines import native
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import PatternFile, load_pattern_file, parse_patterns
+from minference_vllm.patterns import Antidiagonal, PatternFile, load_pattern_file, parse_patterns
 from minference_vllm.plan import Chunk
 from minference_vllm.recall import RaisedLevels
 from minference_vllm.settings import Settings, load_settings
@@ -115,6 +115,17 @@ def discover_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]
     if beside.is_file():
         return load_pattern_file(str(beside)), str(beside)
     return load_pattern_file(DEFAULT_PATTERNS), f"shipped {DEFAULT_PATTERNS!r}"
+
+
+def check_page_size(runtime: Runtime, block_size: int) -> None:
+    """Raise ValueError when a pattern cannot be estimated on pages of this size."""
+    heads = (pattern for layer in runtime.patterns.layers.values() for pattern in layer.values())
+    for pattern in (runtime.patterns.default, *heads):
+        if isinstance(pattern, Antidiagonal) and block_size % pattern.stride:
+            raise ValueError(
+                f"minference: patterns from {runtime.source}: antidiagonal stride {pattern.stride} must divide the "
+                f"page size, here {block_size}"
+            )
 
 
 def unsupported_layer_reasons(
