@@ -102,10 +102,10 @@ def distance_scores(by_offset: torch.Tensor, tiling: Tiling) -> torch.Tensor:
     heads, seq_len = by_offset.shape
     scores = torch.zeros(heads, tiling.num_key_blocks, dtype=torch.float64)
     for row in range(tiling.tile):
-        for offset in range(row + 1, seq_len):
-            distance = -((row - offset) // tiling.block_size)
-            if distance <= tiling.num_key_blocks:
-                scores[:, distance - 1] += by_offset[:, offset].double() / tiling.tile
+        offset = torch.arange(row + 1, seq_len)
+        distance = -((row - offset) // tiling.block_size)
+        offset, distance = offset[distance <= tiling.num_key_blocks], distance[distance <= tiling.num_key_blocks]
+        scores.index_add_(1, distance - 1, by_offset[:, offset].double() / tiling.tile)
     return scores
 
 
