@@ -101,7 +101,7 @@ def distance_scores(by_offset: torch.Tensor, tiling: Tiling) -> torch.Tensor:
     """
     heads, seq_len = by_offset.shape
     scores = torch.zeros(heads, tiling.num_key_blocks, dtype=torch.float64)
-    for row in range(tiling.tile):
+    for row in range(min(tiling.tile, seq_len - 1)):
         offset = torch.arange(row + 1, seq_len)
         distance = -((row - offset) // tiling.block_size)
         offset, distance = offset[distance <= tiling.num_key_blocks], distance[distance <= tiling.num_key_blocks]
