@@ -4,6 +4,7 @@
 parts themselves.
 """
 
+from minference_vllm.formats import load_pattern_file
 from minference_vllm.patterns import (
     AShape,
     BlockSparse,
@@ -12,7 +13,6 @@ from minference_vllm.patterns import (
     PatternFile,
     TriShape,
     VerticalSlash,
-    load_pattern_file,
 )
 from minference_vllm.settings import Settings
 

@@ -1,0 +1,96 @@
+"""What a checkpoint's configuration tells about a model, read without its weights and without starting vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from minference_vllm.backend.runtime import unsupported_layer_reasons
+from minference_vllm.discovery import total_query_heads
+
+GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel")
+"""How the names of architectures end that vLLM serves as text generation."""
+
+
+class Checkpoint:
+    """A model's configuration, with the attributes of vLLM's own that pattern discovery and support checks read.
+
+    Args:
+        model: a folder, or a name on the Hugging Face hub.
+        trust_remote_code: as vLLM's option.
+
+    Raises:
+        OSError: no such model, or no configuration in it.
+        ValueError: a model that transformers does not know, or one without attention heads.
+    """
+
+    def __init__(self, model: str, trust_remote_code: bool = False) -> None:
+        from transformers import AutoConfig
+
+        self.model = model
+        self.hf_config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        self.hf_text_config: Any = self.hf_config.get_text_config()
+        for field in ("num_hidden_layers", "num_attention_heads"):
+            if not isinstance(getattr(self.hf_text_config, field, None), int):
+                raise ValueError(f"{model}: the configuration has no {field}")
+
+    @property
+    def use_mla(self) -> bool:
+        return getattr(self.hf_text_config, "kv_lora_rank", None) is not None
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(getattr(self.hf_config, "is_encoder_decoder", False))
+
+    @property
+    def runner_type(self) -> str:
+        return "generate" if not self.architectures or self.architectures[0].endswith(GENERATES) else "pooling"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored as; vLLM serves float32 checkpoints in bfloat16 unless told otherwise."""
+        return getattr(self.hf_text_config, "dtype", None) or getattr(self.hf_config, "dtype", None) or torch.float32
+
+    @property
+    def architectures(self) -> list[str]:
+        return list(getattr(self.hf_config, "architectures", None) or [])
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(getattr(self.hf_text_config, "num_key_value_heads", None) or total_query_heads(self))
+
+    def get_total_num_hidden_layers(self) -> int:
+        return int(self.hf_text_config.num_hidden_layers)
+
+    def dense_layers(self) -> dict[int, str]:
+        """Layer -> why it is served densely whatever its patterns, or has no attention, as far as is written down."""
+        config = self.hf_text_config
+        window = getattr(config, "sliding_window", None)
+        # Without a list of kinds, a window is every layer's.
+        unlisted = "full_attention" if window is None else "sliding_attention"
+        kinds = getattr(config, "layer_types", None) or [unlisted] * self.get_total_num_hidden_layers()
+        found = {}
+        for layer, kind in enumerate(kinds):
+            if kind not in ("full_attention", "sliding_attention"):
+                found[layer] = f"{kind.replace('_', ' ')} instead of full attention"
+                continue
+            reasons = unsupported_layer_reasons(
+                sliding_window=window if kind == "sliding_attention" else None,
+                logits_soft_cap=getattr(config, "attn_logit_softcapping", None),
+                alibi_slopes=True if getattr(config, "alibi", False) or config.model_type == "bloom" else None,
+                sinks=True if config.model_type == "gpt_oss" else None,
+                is_decoder=True,
+                kv_cache_dtype="auto",
+                dtype=self.dtype,
+            )
+            if reasons:
+                found[layer] = ", ".join(reasons)
+        return found
+
+    def __str__(self) -> str:
+        architecture = self.architectures[0] if self.architectures else self.hf_config.model_type
+        return (
+            f"{self.model} ({architecture}, {self.get_total_num_hidden_layers()} layers, {total_query_heads(self)} query "
+            f"heads over {self.num_kv_heads}, {str(self.dtype).removeprefix('torch.')})"
+        )
