@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from minference_vllm.backend.runtime import unsupported_layer_reasons
-from minference_vllm.discovery import total_query_heads
+from minference_vllm.discovery import discover_patterns, total_query_heads
+from minference_vllm.patterns import PatternFile
+from minference_vllm.settings import Settings, load_settings
 
 GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel")
 """How the names of architectures end that vLLM serves as text generation."""
@@ -57,14 +59,18 @@ class Checkpoint:
         return list(getattr(self.hf_config, "architectures", None) or [])
 
     @property
+    def num_heads(self) -> int:
+        return total_query_heads(self)
+
+    @property
     def num_kv_heads(self) -> int:
-        return int(getattr(self.hf_text_config, "num_key_value_heads", None) or total_query_heads(self))
+        return int(getattr(self.hf_text_config, "num_key_value_heads", None) or self.num_heads)
 
     def get_total_num_hidden_layers(self) -> int:
         return int(self.hf_text_config.num_hidden_layers)
 
-    def dense_layers(self) -> dict[int, str]:
-        """Layer -> why it is served densely whatever its patterns, or has no attention, as far as is written down."""
+    def fixed_layers(self) -> dict[int, str]:
+        """Layer -> what runs whatever its patterns, and why, as far as the configuration tells."""
         config = self.hf_text_config
         window = getattr(config, "sliding_window", None)
         # Without a list of kinds, a window is every layer's.
@@ -73,7 +79,7 @@ class Checkpoint:
         found = {}
         for layer, kind in enumerate(kinds):
             if kind not in ("full_attention", "sliding_attention"):
-                found[layer] = f"{kind.replace('_', ' ')} instead of full attention"
+                found[layer] = f"no patterns: {kind.replace('_', ' ')}"
                 continue
             reasons = unsupported_layer_reasons(
                 sliding_window=window if kind == "sliding_attention" else None,
@@ -85,12 +91,28 @@ class Checkpoint:
                 dtype=self.dtype,
             )
             if reasons:
-                found[layer] = ", ".join(reasons)
+                found[layer] = f"dense: {', '.join(reasons)}"
         return found
 
     def __str__(self) -> str:
         architecture = self.architectures[0] if self.architectures else self.hf_config.model_type
         return (
-            f"{self.model} ({architecture}, {self.get_total_num_hidden_layers()} layers, {total_query_heads(self)} query "
+            f"{self.model} ({architecture}, {self.get_total_num_hidden_layers()} layers, {self.num_heads} query "
             f"heads over {self.num_kv_heads}, {str(self.dtype).removeprefix('torch.')})"
         )
+
+
+def planned_patterns(checkpoint: Checkpoint, pattern_file: str | None = None) -> tuple[PatternFile, str, Settings]:
+    """What serving the model would run with: patterns, where they came from and why, and the settings.
+
+    Args:
+        pattern_file: the setting ``patterns``; None: the environment's.
+
+    Raises:
+        PatternError: the file cannot be used, or describes another model.
+        SettingsError: the environment sets what cannot be used.
+    """
+    settings = load_settings({"minference": {} if pattern_file is None else {"patterns": pattern_file}})
+    patterns, source = discover_patterns(settings, checkpoint)
+    patterns.check_model(checkpoint.get_total_num_hidden_layers(), checkpoint.num_heads, source)
+    return patterns, source, settings

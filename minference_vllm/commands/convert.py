@@ -23,7 +23,7 @@ from minference_vllm.formats import (
     read_pattern_json,
     to_text,
 )
-from minference_vllm.patterns import PatternError, PatternFile
+from minference_vllm.patterns import MAX_NUMBER, PatternError, PatternFile
 
 MAX_NAMED = 5
 """Heads named in one error; the others are counted."""
@@ -36,8 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape = parser.add_argument_group(
         "size of the model", "Published formats list every head. A file of ours that does not name the last ones needs:"
     )
-    shape.add_argument("--layers", type=int, metavar="N", help="layers of the model")
-    shape.add_argument("--heads", type=int, metavar="N", help="query heads per layer")
+    shape.add_argument("--layers", type=_size, metavar="N", help="layers of the model")
+    shape.add_argument("--heads", type=_size, metavar="N", help="query heads per layer")
+
+
+def _size(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_NUMBER + 1:
+        raise argparse.ArgumentTypeError(f"must be 1 to {MAX_NUMBER + 1}, not {text}")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
