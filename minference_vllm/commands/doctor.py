@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # vLLM's own lines would stand between ours.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
     findings = []
     for finding in examine():
         print(finding, flush=True)
@@ -67,7 +67,8 @@ def examine() -> Iterator[Finding]:
         yield from engines()
     except Exception as error:
         # A vLLM built for another torch or another machine fails in any way it likes while it is imported.
-        yield Finding("!!", "vllm", f"cannot be used: {type(error).__name__}: {error}", "reinstall vLLM for this machine")
+        reason = f"cannot be used: {type(error).__name__}: {error}"
+        yield Finding("!!", "vllm", reason, "reinstall a vLLM that is built for this machine and this torch")
 
 
 def package(name: str, missing: Literal["--", "!!"], remedy: str) -> Finding:
@@ -81,8 +82,10 @@ def vllm_version() -> Finding:
     from minference_vllm.backend.compat import NEWEST, OLDEST, check_vllm_version
 
     supported = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-    install = "pip install 'vllm>=%d.%d,<%d.%d'" % (*OLDEST, NEWEST[0], NEWEST[1] + 1)
-    install += "; without a GPU: python tools/install_engine.py, from a checkout"
+    install = (
+        f"pip install 'vllm>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}'; "
+        "without a GPU: python tools/install_engine.py, from a checkout"
+    )
     found = package("vllm", "!!", install)
     if found.state != "ok":
         return found
