@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     _check_heads(args.head or [], checkpoint, fixed)
     layers = checkpoint.get_total_num_hidden_layers()
     every = [patterns.for_layer(layer, checkpoint.num_heads) for layer in range(layers)]
-    title = f"{Path(args.model).name}\npatterns: {source}"
+    title = f"{args.model}\npatterns: {source}"
     print(draw_pattern_map(every, title, _named(args.out, "patterns"), fixed))
     if args.prompt or args.tokens:
         _draw_prompt(args, every, settings, fixed)
@@ -146,7 +146,8 @@ def _draw_prompt(
         if number in fixed:
             return
         indices = chunk_indices(layer, patterns[number], args.chunk, settings)
-        density, recall = measured[number] = measure(layer, indices)
+        measured[number] = measure(layer, indices)
+        recall = measured[number][1]
         heads = [head for chosen, head in args.head or () if chosen == number]
         if not args.head and float(recall.min()) < lowest:
             # The head to draw so far; queries and keys are not kept until all layers are known.
@@ -159,7 +160,7 @@ def _draw_prompt(
     visit_layers(args.model, torch.tensor([ids]), visit, args.device, args.trust_remote_code)
     if not measured:
         raise ValueError("no layer of this model runs a pattern")
-    name = f"{Path(args.model).name}, {len(ids)} tokens in chunks of {args.chunk}"
+    name = f"{args.model}, {len(ids)} tokens in chunks of {args.chunk}"
     density, recall = (torch.stack(figures) for figures in zip(*measured.values(), strict=True))
     print(draw_layers(list(measured), density, recall, name, _named(args.out, "layers")))
     for (number, head), picture in maps.items():
