@@ -21,6 +21,7 @@ class Command(NamedTuple):
     help: str
 
 
+# A new command is one line here and its module.
 COMMANDS = {
     "inspect": Command("minference_vllm.commands.inspect", "what would run for a model: per layer and head, and why"),
     "convert": Command("minference_vllm.commands.convert", "translate a pattern file into another format"),

@@ -59,7 +59,8 @@ def draw_pattern_map(
     for axis, name in ((axes.xaxis, "query head"), (axes.yaxis, "layer")):
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.set_label_text(name)
-    axes.legend(handles=_legend(runs, fixed, labelled), loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    handles = _legend(runs, fixed, labelled)
+    axes.legend(handles=handles, title="pattern: heads", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     lines = (textwrap.fill(line, int(11 * width)) for line in title.splitlines())
     figure.suptitle("\n".join(lines), fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,9 +77,8 @@ def _legend(runs: Mapping[int, Sequence[HeadPattern]], fixed: Mapping[int, str],
     legend = []
     for kind in (kind for kind in KINDS if kind in counts):
         named = fields[kind].removeprefix("kind").removeprefix(", ")
-        label = f"{kind}: {counts[kind]} heads" + (f"\n({named})" if labelled and named else "")
+        label = f"{kind}: {counts[kind]}" + (f"\n({named})" if labelled and named else "")
         legend.append(Patch(facecolor=COLOURS[kind], label=label))
     if fixed:
-        label = f"patterns without effect: {len(fixed)} layers"
-        legend.append(Patch(facecolor=FIXED_COLOUR, edgecolor="black", label=label))
+        legend.append(Patch(facecolor=FIXED_COLOUR, edgecolor="black", label="no pattern runs"))
     return legend
