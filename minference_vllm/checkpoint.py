@@ -31,7 +31,10 @@ class Checkpoint:
         from transformers import AutoConfig
 
         self.model = model
-        self.hf_config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        try:
+            self.hf_config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise type(error)(f"{model}: {error}") from None
         self.hf_text_config: Any = self.hf_config.get_text_config()
         for field in ("num_hidden_layers", "num_attention_heads"):
             if not isinstance(getattr(self.hf_text_config, field, None), int):
