@@ -70,6 +70,13 @@ def choose_tile(tile: int | None, block_size: int) -> int:
     return -(-wanted // block_size) * block_size
 
 
+def tiling_for(query: torch.Tensor, cache: PagedCache, chunk: Chunk, engine: str, tile: int | None) -> Tiling:
+    """The chunk's query tiles, and the columns as the engine takes them."""
+    size = cache.block_size
+    column_multiple = size if choose_engine(engine, query.dtype, cache) == "block_table" else 1
+    return Tiling.of(chunk.context_len, chunk.seq_len, size, choose_tile(tile, size), column_multiple, query.device)
+
+
 def attend_chunk(
     query: torch.Tensor,
     cache: PagedCache,
@@ -95,14 +102,11 @@ def attend_chunk(
         audit: rows to check, and the floor to hold, before attention runs; what was found is left in it.
     """
     timing = timing or Timing()
-    size = cache.block_size
     engine = choose_engine(engine, query.dtype, cache)
-    column_multiple = size if engine == "block_table" else 1
-    rows = choose_tile(tile, size)
-    tiling = Tiling.of(chunk.context_len, chunk.seq_len, size, rows, column_multiple, query.device)
+    tiling = tiling_for(query, cache, chunk, engine, tile)
     # Kernels read the pages by address.
     pages = pages[: tiling.num_key_blocks].contiguous()
-    scores = _PagedEstimates(query, cache, pages, chunk.seq_len, scale)
+    scores = PagedEstimates(query, cache, pages, chunk.seq_len, scale)
     begin = time.perf_counter()
 
     def build(patterns: Sequence[HeadPattern]) -> SparseIndex:
@@ -127,7 +131,7 @@ def _runner(engine: str) -> Callable[..., None]:
     return native.run if engine == "native" else block_table_engine.run
 
 
-class _PagedEstimates(estimate.Estimates):
+class PagedEstimates(estimate.Estimates):
     """Estimates over a paged cache, timed; the prefix is copied out of its pages at most once."""
 
     def __init__(self, query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, seq_len: int, scale: float) -> None:

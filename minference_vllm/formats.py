@@ -107,15 +107,14 @@ def _head(entry: Any, place: str) -> HeadPattern:
         raise PatternError(f"{place}: {error}") from None
 
 
-def published_entry(pattern: HeadPattern) -> list[Any] | None:
-    """``[kind, a, b, score]`` of a pattern, with 1.0 for the score that we do not keep; None where the published
-    formats have no such kind."""
+def published_entry(pattern: HeadPattern, score: float) -> list[Any] | None:
+    """``[kind, a, b, score]`` of a pattern; None where the published formats have no such kind."""
     if isinstance(pattern, VerticalSlash):
-        return ["vertical_and_slash", pattern.vertical, pattern.slash, 1.0]
+        return ["vertical_and_slash", pattern.vertical, pattern.slash, score]
     if isinstance(pattern, AShape):
-        return ["stream_llm", pattern.sink, pattern.local, 1.0]
+        return ["stream_llm", pattern.sink, pattern.local, score]
     if isinstance(pattern, BlockSparse):
-        return ["block_sparse", pattern.top_k, 0, 1.0]
+        return ["block_sparse", pattern.top_k, 0, score]
     return None
 
 

@@ -17,6 +17,7 @@ from minference_vllm.patterns import (
     Coverage,
     Dense,
     HeadPattern,
+    Measurement,
     PatternError,
     PatternFile,
     PeakThreshold,
@@ -63,7 +64,7 @@ def test_a_published_file_survives_ours(published: Any) -> None:
     assert losses == ["the scores of 4 heads; nothing is computed from them"]
     back, losses = convert(through_json(converted), target, "FILE")
     assert parse_patterns(back, "FILE").layers == EXPRESSIBLE.layers
-    assert [loss.split(":")[0] for loss in losses] == ["scores", "provenance"]
+    assert [loss.split(":")[0] for loss in losses] == ["provenance"]
 
 
 @pytest.mark.parametrize("target", ["minference", "qwen"])
@@ -101,9 +102,15 @@ def test_every_kind_of_loss_has_its_line() -> None:
         "the second number of 1 block_sparse heads",
         "what stands behind the score of 1 heads",
     ]
-    file = EXPRESSIBLE.model_copy(update={"model": "Org/Model", "provenance": "calibrated"})
-    _, losses = convert(ours(file), "qwen", "FILE")
-    assert losses == ["scores: every head gets 1.0, ours keep none", "model: Org/Model", "provenance: calibrated"]
+    measured = {1: {0: Measurement(recall=0.97, density=0.1, output_error=0.02)}}
+    file = EXPRESSIBLE.model_copy(update={"model": "Org/Model", "provenance": "calibrated", "measured": measured})
+    published, losses = convert(ours(file), "minference", "FILE")
+    assert [entry[3] for heads in published for entry in heads.values()] == [1.0, 1.0, 0.97, 1.0]
+    assert [loss.split(",")[0] for loss in losses] == [
+        "what was measured",
+        "model: Org/Model",
+        "provenance: calibrated",
+    ]
 
 
 INEXPRESSIBLE: list[HeadPattern] = [Dense(), TriShape(), Coverage(), Antidiagonal(), PeakThreshold()]
@@ -112,7 +119,7 @@ INEXPRESSIBLE: list[HeadPattern] = [Dense(), TriShape(), Coverage(), Antidiagona
 @pytest.mark.parametrize("pattern", INEXPRESSIBLE, ids=lambda pattern: pattern.kind)
 @pytest.mark.parametrize("target", ["minference", "qwen"])
 def test_a_kind_that_the_target_lacks_is_refused_with_layer_and_head(pattern: HeadPattern, target: Any) -> None:
-    assert published_entry(pattern) is None
+    assert published_entry(pattern, 1.0) is None
     file = PatternFile(layers={0: {0: AShape(), 1: AShape()}, 1: {1: pattern}})
     with pytest.raises(PatternError) as error:
         convert(ours(file), target, "FILE")

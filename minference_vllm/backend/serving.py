@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 from minference_vllm.attend import Timing, attend_chunk
 from minference_vllm.backend.runtime import Runtime
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import MAX_LEVEL, HeadPattern
+from minference_vllm.patterns import MAX_LEVEL, Dense, HeadPattern
 from minference_vllm.plan import Chunk
 from minference_vllm.recall import Audit, sample_rows
 
@@ -37,6 +37,10 @@ def serve_chunk(
         first_head: global number of the first of this rank's heads.
     """
     settings, counters = runtime.settings, runtime.counters
+    if runtime.recorder is not None:
+        runtime.recorder.record(layer, first_head, query, cache, pages, chunk, scale)
+        attend_chunk(query, cache, pages, chunk, [Dense()] * query.shape[1], scale, out, settings.engine, settings.tile)
+        return
     audit = None
     if audit_is_due(runtime):
         # Other rows in every layer and chunk, the same ones whenever the same prompt comes in the same chunks.

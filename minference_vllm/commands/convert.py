@@ -105,7 +105,9 @@ def _unread(layers: dict[int, dict[int, Any]]) -> list[str]:
 
 def _unwritten(patterns: PatternFile) -> list[str]:
     """What published formats do not keep of ours."""
-    losses = ["scores: every head gets 1.0, ours keep none"]
+    losses = []
+    if patterns.measured:
+        losses.append("what was measured, but for the recall, which is written as the score")
     if patterns.model:
         losses.append(f"model: {patterns.model}")
     if patterns.provenance:
@@ -132,7 +134,9 @@ def _entries(
     for layer in range(num_layers):
         entries[layer] = {}
         for head, pattern in enumerate(patterns.for_layer(layer, num_heads)):
-            entry = entries[layer][head] = published_entry(pattern)
+            measured = patterns.measured.get(layer, {}).get(head)
+            # 1.0 is the score of heads without an entry in MInference's own code.
+            entry = entries[layer][head] = published_entry(pattern, measured.recall if measured else 1.0)
             if entry is None:
                 refused.append(f"layer {layer}, head {head}: {pattern}")
     if refused:

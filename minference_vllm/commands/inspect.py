@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
-from minference_vllm.patterns import HeadPattern
+from minference_vllm.patterns import HeadPattern, PatternFile
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"patterns  {source}")
     if patterns.provenance:
         print(f"          {patterns.provenance}")
+    if patterns.measured:
+        print(f"measured  {measured_line(patterns)}")
     print(f"sparse    prompts from {settings.min_context} tokens, in chunks of at least {settings.min_chunk}")
     fixed = checkpoint.fixed_layers()
     heads = checkpoint.num_heads
@@ -48,6 +50,16 @@ def run(args: argparse.Namespace) -> int:
     print()
     print("\n".join(table(rows)))
     return 0
+
+
+def measured_line(patterns: PatternFile) -> str:
+    """What was measured of the heads when the file was made."""
+    heads = {(layer, head): found for layer, row in patterns.measured.items() for head, found in row.items()}
+    density = sum(found.density for found in heads.values()) / len(heads)
+    recall = sum(found.recall for found in heads.values()) / len(heads)
+    layer, head = min(heads, key=lambda place: heads[place].recall)
+    lowest = heads[layer, head].recall
+    return f"density {density:.3f}; recall {recall:.3f}, lowest {lowest:.3f} (layer {layer}, head {head})"
 
 
 def head_rows(patterns: Sequence[HeadPattern]) -> tuple[tuple[str, str], ...]:

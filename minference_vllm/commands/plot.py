@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minference_vllm.patterns import HeadPattern
-from minference_vllm.prompts import key_value_ids
 from minference_vllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="FILE", type=Path, help="text to read; UTF-8")
     prompt.add_argument("--tokens", metavar="N", type=_count, help="read a generated key-value prompt of this length")
-    parser.add_argument("--seed", type=int, default=0, help="of the generated prompt (default: %(default)s)")
     parser.add_argument(
         "--head",
         metavar="LAYER:HEAD",
@@ -112,13 +110,20 @@ def _named(out: Path, what: str) -> Path:
 def _prompt_ids(args: argparse.Namespace) -> list[int]:
     from transformers import AutoTokenizer
 
+    from minference_vllm.calibrate.command import key_value_prompt
+
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    if args.tokens:
-        return key_value_ids(tokenizer, args.tokens, args.seed)
-    ids = list(tokenizer(args.prompt.read_text(encoding="utf-8"))["input_ids"])
-    if not ids:
-        raise ValueError(f"{args.prompt} is empty")
-    return ids
+    if args.prompt:
+        text = args.prompt.read_text(encoding="utf-8")
+        if not text.strip():
+            raise ValueError(f"{args.prompt} is empty")
+        return list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(key_value_prompt(8 * args.tokens))["input_ids"])
+    if len(ids) <= args.tokens:
+        return ids
+    # The middle is left out: the question stands at the end.
+    end = args.tokens // 4
+    return ids[: args.tokens - end] + ids[len(ids) - end :]
 
 
 def _draw_prompt(
