@@ -115,6 +115,20 @@ def test_then_the_checkpoints_own(tmp_path: Path) -> None:
     assert runtime_for(configuration(hf_config=loaded)).patterns.layers == beside.patterns.layers
 
 
+def test_the_checkpoints_own_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint_file(tmp_path)
+    asked = []
+
+    def download(*arguments: Any, **options: Any) -> str:
+        asked.append((*arguments, options["revision"]))
+        return str(tmp_path / "sparse_attention_config.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    runtime = runtime_for(configuration(model="some/model", revision="v2"))
+    assert asked == [("some/model", "sparse_attention_config.json", "v2")]
+    assert runtime.patterns.for_layer(0, 1) == (AShape(sink=7, local=8),)
+
+
 def test_a_checkpoints_file_of_another_model_is_refused(tmp_path: Path) -> None:
     write_checkpoint_file(tmp_path)
     with pytest.raises(ValueError, match="describes 2 layers, the model has 3"):

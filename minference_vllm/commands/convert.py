@@ -31,7 +31,7 @@ MAX_NAMED = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="pattern file: a path, or the name of a shipped one")
-    parser.add_argument("-o", "--out", metavar="FILE", required=True, help="where to write; - for standard output")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="where to write; - for standard output")
     parser.add_argument("--to", choices=FORMATS, default=FORMATS[0], help="format to write (default: %(default)s)")
     shape = parser.add_argument_group(
         "size of the model", "Published formats list every head. A file of ours that does not name the last ones needs:"
@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> int:
     for loss in losses:
         print(f"left out: {loss}", file=sys.stderr)
     text = to_text(converted) + "\n"
-    if args.out == "-":
+    if args.output == "-":
         print(text, end="")
     else:
-        Path(args.out).write_text(text)
+        Path(args.output).write_text(text)
     return 0
 
 

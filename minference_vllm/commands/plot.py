@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="head to draw, may be repeated (default: the one with the lowest recall)",
     )
     parser.add_argument(
-        "-o", "--out", metavar="FILE", type=_picture, default=Path("attention.png"), help="(default: %(default)s)"
+        "-o", "--output", metavar="FILE", type=_picture, default=Path("attention.png"), help="(default: %(default)s)"
     )
     parser.add_argument("--patterns", metavar="FILE", help="pattern file, as in the setting of that name")
     parser.add_argument(
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     layers = checkpoint.get_total_num_hidden_layers()
     every = [patterns.for_layer(layer, checkpoint.num_heads) for layer in range(layers)]
     title = f"{args.model}\npatterns: {source}"
-    print(draw_pattern_map(every, title, _named(args.out, "patterns"), fixed))
+    print(draw_pattern_map(every, title, _named(args.output, "patterns"), fixed))
     if args.prompt or args.tokens:
         _draw_prompt(args, every, settings, fixed)
     return 0
@@ -167,7 +167,7 @@ def _draw_prompt(
         raise ValueError("no layer of this model runs a pattern")
     name = f"{args.model}, {len(ids)} tokens in chunks of {args.chunk}"
     density, recall = (torch.stack(figures) for figures in zip(*measured.values(), strict=True))
-    print(draw_layers(list(measured), density, recall, name, _named(args.out, "layers")))
+    print(draw_layers(list(measured), density, recall, name, _named(args.output, "layers")))
     for (number, head), picture in maps.items():
         title = f"{name}, layer {number}, head {head}: {patterns[number][head]}"
-        print(draw_head(picture, title, _named(args.out, f"layer{number}_head{head}"), PAGE))
+        print(draw_head(picture, title, _named(args.output, f"layer{number}_head{head}"), PAGE))
