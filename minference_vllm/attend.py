@@ -20,6 +20,7 @@ from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import HeadPattern
 from minference_vllm.plan import Chunk
 from minference_vllm.recall import Audit, sampled_recall
+from minference_vllm.summaries import PageMeans
 from minference_vllm.tiling import Tiling
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -89,6 +90,7 @@ def attend_chunk(
     tile: int | None = None,
     timing: Timing | None = None,
     audit: Audit | None = None,
+    page_means: PageMeans | None = None,
 ) -> SparseIndex:
     """Sparse attention of one request's chunk, written to ``out``; returns the index that was used.
 
@@ -100,13 +102,14 @@ def attend_chunk(
         engine, tile: see ``Settings``.
         timing: is added to, when given.
         audit: rows to check, and the floor to hold, before attention runs; what was found is left in it.
+        page_means: the layer's page summaries, when they are kept; else pages are pooled anew for every chunk.
     """
     timing = timing or Timing()
     engine = choose_engine(engine, query.dtype, cache)
     tiling = tiling_for(query, cache, chunk, engine, tile)
     # Kernels read the pages by address.
     pages = pages[: tiling.num_key_blocks].contiguous()
-    scores = PagedEstimates(query, cache, pages, chunk.seq_len, scale)
+    scores = PagedEstimates(query, cache, pages, chunk.seq_len, scale, page_means)
     begin = time.perf_counter()
 
     def build(patterns: Sequence[HeadPattern]) -> SparseIndex:
@@ -134,13 +137,27 @@ def _runner(engine: str) -> Callable[..., None]:
 class PagedEstimates(estimate.Estimates):
     """Estimates over a paged cache, timed; the prefix is copied out of its pages at most once."""
 
-    def __init__(self, query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, seq_len: int, scale: float) -> None:
+    def __init__(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        pages: torch.Tensor,
+        seq_len: int,
+        scale: float,
+        page_means: PageMeans | None = None,
+    ) -> None:
         self.query, self.cache, self.pages, self.seq_len, self.scale = query, cache, pages, seq_len, scale
+        self.page_means = page_means
         self.seconds = self.audit_seconds = 0.0
 
     @functools.cached_property
     def keys(self) -> torch.Tensor:  # type: ignore[override]
         return self.cache.keys_by_head(self.pages)[:, : self.seq_len]
+
+    def means(self, tiling: Tiling) -> torch.Tensor:
+        if self.page_means is None:
+            return super().means(tiling)
+        return self.page_means.of(self.cache, self.pages, self.seq_len)
 
     def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         with self._timed():
