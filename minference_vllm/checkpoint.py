@@ -14,6 +14,9 @@ from minference_vllm.settings import Settings, load_settings
 GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel")
 """How the names of architectures end that vLLM serves as text generation."""
 
+FULL, WINDOWED = ("full_attention", "attention", "hybrid"), ("sliding_attention", "hybrid_sliding")
+"""Kinds of layers, as transformers names them, that have softmax attention; in hybrid ones it stands beside another."""
+
 
 class Checkpoint:
     """A model's configuration, with the attributes of vLLM's own that pattern discovery and support checks read.
@@ -33,8 +36,10 @@ class Checkpoint:
         self.model = model
         try:
             self.hf_config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise type(error)(f"{model}: {error}") from None
+        except OSError as error:
+            raise OSError(f"{model}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{model}: {error}") from None
         self.hf_text_config: Any = self.hf_config.get_text_config()
         for field in ("num_hidden_layers", "num_attention_heads"):
             if not isinstance(getattr(self.hf_text_config, field, None), int):
@@ -78,14 +83,15 @@ class Checkpoint:
         window = getattr(config, "sliding_window", None)
         # Without a list of kinds, a window is every layer's.
         unlisted = "full_attention" if window is None else "sliding_attention"
-        kinds = getattr(config, "layer_types", None) or [unlisted] * self.get_total_num_hidden_layers()
+        num_layers = self.get_total_num_hidden_layers()
+        kinds = getattr(config, "layer_types", None) or [unlisted] * num_layers
         found = {}
-        for layer, kind in enumerate(kinds):
-            if kind not in ("full_attention", "sliding_attention"):
+        for layer, kind in enumerate(kinds[:num_layers]):
+            if kind not in (*FULL, *WINDOWED):
                 found[layer] = f"no patterns: {kind.replace('_', ' ')}"
                 continue
             reasons = unsupported_layer_reasons(
-                sliding_window=window if kind == "sliding_attention" else None,
+                sliding_window=window if kind in WINDOWED else None,
                 logits_soft_cap=getattr(config, "attn_logit_softcapping", None),
                 alibi_slopes=True if getattr(config, "alibi", False) or config.model_type == "bloom" else None,
                 sinks=True if config.model_type == "gpt_oss" else None,
