@@ -185,7 +185,7 @@ print(json.dumps(found))
 def test_the_pattern_files_are_installed_with_the_package(tmp_path: Path) -> None:
     script = """
 import json
-from minference_vllm.patterns import load_pattern_file
+from minference_vllm.formats import load_pattern_file
 print(json.dumps(load_pattern_file("default").default.kind))
 """
     assert fresh(tmp_path, script) == "coverage"

@@ -82,6 +82,27 @@ def is_plain_cpu_platform() -> bool:
     return not any(plugin.load()() for plugin in plugins if plugin.name != "minference_cpu")
 
 
+def current_platform() -> tuple[str, bool, bool]:
+    """The class of vLLM's platform, whether it is for CPUs, and whether it is for CUDA."""
+    from vllm.platforms import current_platform
+
+    found = type(current_platform)
+    return f"{found.__module__}.{found.__qualname__}", current_platform.is_cpu(), current_platform.is_cuda()
+
+
+def resolved_class() -> str:
+    """The class that our name stands for once vLLM has loaded its plugins.
+
+    Raises:
+        KeyError: the name is unknown.
+    """
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    load_general_plugins()
+    return str(AttentionBackendEnum[NAME].get_path())
+
+
 def selects_minference(vllm_config: Any) -> bool:
     """Whether this configuration names our backend, for all layers or for some kind of KV-cache group."""
     attention = vllm_config.attention_config

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from minference_vllm.attend import DTYPES
 from minference_vllm.audit import Counters
+from minference_vllm.discovery import discover_patterns, total_query_heads
 from minference_vllm.engines import native
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import Antidiagonal, PatternFile, load_pattern_file, parse_patterns
+from minference_vllm.patterns import Antidiagonal, PatternFile
 from minference_vllm.plan import Chunk
 from minference_vllm.recall import RaisedLevels
 from minference_vllm.settings import Settings, load_settings
-
-DEFAULT_PATTERNS = "default"
 
 
 class Recorder(Protocol):
@@ -42,7 +40,7 @@ class Runtime:
     settings: Settings
     patterns: PatternFile
     source: str
-    """Where the patterns came from, for the log."""
+    """Where the patterns came from and why, for the log."""
     counters: Counters = field(default_factory=Counters)
     raised: RaisedLevels = field(default_factory=RaisedLevels)
     recorder: Recorder | None = None
@@ -98,23 +96,6 @@ def unsupported_model_reasons(model: Any) -> list[str]:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         reasons.append(f"dtype {str(model.dtype).removeprefix('torch.')} is not supported; allowed are {allowed}")
     return reasons
-
-
-def total_query_heads(model: Any) -> int:
-    return int(model.hf_text_config.num_attention_heads)
-
-
-def discover_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
-    """The user's file, else the checkpoint's own, else the shipped default; and where it came from."""
-    if settings.patterns is not None:
-        return load_pattern_file(settings.patterns), settings.patterns
-    dual_chunk = getattr(model.hf_config, "dual_chunk_attention_config", None) or {}
-    if dual_chunk.get("sparse_attention_config"):
-        return parse_patterns(dual_chunk["sparse_attention_config"], "the checkpoint's configuration"), "checkpoint"
-    beside = Path(model.model) / "sparse_attention_config.json"
-    if beside.is_file():
-        return load_pattern_file(str(beside)), str(beside)
-    return load_pattern_file(DEFAULT_PATTERNS), f"shipped {DEFAULT_PATTERNS!r}"
 
 
 def check_page_size(runtime: Runtime, block_size: int) -> None:
