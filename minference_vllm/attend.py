@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from minference_vllm import estimate
+from minference_vllm.capacity import plan_capacity
 from minference_vllm.engines import block_table as block_table_engine
-from minference_vllm.engines import native
+from minference_vllm.engines import flash, native
 from minference_vllm.index import Scores, SparseIndex, Tiling, build_index
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import HeadPattern
@@ -32,6 +33,13 @@ class Timing:
     estimate: float = 0.0
     index: float = 0.0
     attend: float = 0.0
+    wait: bool = False
+    """Whether the clock waits for a GPU to finish; without, it is the host's own time that is measured."""
+
+    def now(self, device: torch.device) -> float:
+        if self.wait and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
 
 def choose_engine(engine: str, dtype: torch.dtype, cache: PagedCache) -> str:
@@ -43,11 +51,12 @@ def choose_engine(engine: str, dtype: torch.dtype, cache: PagedCache) -> str:
     Raises:
         ValueError: the named engine cannot run; the message says why.
     """
-    on_gpu = cache.key.is_cuda
-    if on_gpu or engine == "triton":
-        if engine not in ("auto", "triton"):
-            raise ValueError(f"engine {engine!r} runs on CPUs; tensors on {cache.key.device} need 'triton'")
-        if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+    if cache.key.is_cuda:
+        if engine == "native":
+            raise ValueError(f"engine 'native' runs on CPUs; tensors on {cache.key.device} need 'triton'")
+        return "triton" if engine == "auto" else engine
+    if engine == "triton":
+        if os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("engine 'triton' needs tensors on a GPU, or TRITON_INTERPRET=1 for its interpreter")
         return "triton"
     reason = native.unsupported_cache_reason(dtype, cache)
@@ -77,6 +86,8 @@ def attend_chunk(
     engine: str = "auto",
     tile: int | None = None,
     timing: Timing | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> SparseIndex:
     """Sparse attention of one request's chunk, written to ``out``; returns the index that was used.
 
@@ -87,59 +98,100 @@ def attend_chunk(
         patterns: one per query head.
         engine, tile: see ``Settings``.
         timing: is added to, when given.
+        softcap, sinks: see ``triton_kernels.sparse_attention``, the one engine that knows them. The estimates leave
+            them out: a cap keeps a row's order of keys, and a sink's share is the same for all.
     """
     timing = timing or Timing()
     size = cache.block_size
     engine = choose_engine(engine, query.dtype, cache)
-    column_multiple = size if engine == "block_table" else 1
+    if engine != "triton" and (softcap or sinks is not None or cache.key.element_size() == 1):
+        raise ValueError(f"engine {engine!r} knows no soft cap, no sinks and no FP8 caches; 'triton' does")
     rows = choose_tile(tile, size)
-    tiling = Tiling.of(chunk.context_len, chunk.seq_len, size, rows, column_multiple, query.device)
+    tiling = _tiling(chunk.context_len, chunk.seq_len, size, rows, _column_multiple(engine, cache), query.device)
+    planned = engine == "triton" or query.is_cuda
+    capacity = None
+    if planned:
+        lists_alone = engine == "block_table"
+        capacity = _capacity(
+            tuple(patterns), chunk.context_len, chunk.seq_len, size, rows, tiling.column_multiple, lists_alone
+        )
     # Kernels read the pages by address.
     pages = pages[: tiling.num_key_blocks].contiguous()
-    scores = _PagedScores(query, cache, pages, chunk.seq_len, scale)
-    begin = time.perf_counter()
-    index = build_index(tiling, patterns, Scores(scores.last_query, scores.pooled))
-    timing.estimate += scores.seconds
-    timing.index += time.perf_counter() - begin - scores.seconds
-    begin = time.perf_counter()
-    _runner(engine)(query, cache, pages, index, scale, out)
-    timing.attend += time.perf_counter() - begin
+    scores = _PagedScores(query, cache, pages, chunk.seq_len, scale, planned, timing)
+    before, estimated = timing.now(query.device), timing.estimate
+    index = build_index(tiling, patterns, Scores(scores.last_query, scores.pooled), capacity)
+    begin = timing.now(query.device)
+    timing.index += begin - before - (timing.estimate - estimated)
+    options = {"softcap": softcap, "sinks": sinks} if engine == "triton" else {}
+    _runner(engine, query)(query, cache, pages, index, scale, out, **options)
+    timing.attend += timing.now(query.device) - begin
     return index
 
 
-def _runner(engine: str) -> Callable[..., None]:
+# All layers of a batch ask for the same.
+_tiling = functools.lru_cache(maxsize=64)(Tiling.of)
+_capacity = functools.lru_cache(maxsize=256)(plan_capacity)
+
+
+def _column_multiple(engine: str, cache: PagedCache) -> int:
+    """Only vLLM's CPU kernel must see whole pages of columns."""
+    return cache.block_size if engine == "block_table" and not cache.key.is_cuda else 1
+
+
+def _runner(engine: str, query: torch.Tensor) -> Callable[..., None]:
     if engine == "triton":
         # Imported on first use: it takes a second, and CPU installations may have no triton.
         from minference_vllm.triton_kernels import sparse_attention
 
         return sparse_attention.run
-    return native.run if engine == "native" else block_table_engine.run
+    if engine == "native":
+        return native.run
+    return flash.run if query.is_cuda else block_table_engine.run
 
 
 class _PagedScores:
-    """The estimates of one chunk, timed; the prefix is copied out of its pages at most once."""
+    """The estimates of one chunk, timed; without kernels of ours the prefix is copied out of its pages, once."""
 
-    def __init__(self, query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, seq_len: int, scale: float) -> None:
+    def __init__(
+        self,
+        query: torch.Tensor,
+        cache: PagedCache,
+        pages: torch.Tensor,
+        seq_len: int,
+        scale: float,
+        triton: bool,
+        timing: Timing,
+    ) -> None:
         self.query, self.cache, self.pages, self.seq_len, self.scale = query, cache, pages, seq_len, scale
-        self.seconds = 0.0
+        self.triton, self.timing = triton, timing
 
     @functools.cached_property
     def keys(self) -> torch.Tensor:
         return self.cache.keys_by_head(self.pages)[:, : self.seq_len]
 
     def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        begin = time.perf_counter()
-        if native.unsupported_cache_reason(self.query.dtype, self.cache) is None:
-            result = native.last_query_scores(self.query, self.cache, self.pages, self.seq_len, heads, self.scale)
+        begin = self.timing.now(self.query.device)
+        paged = self.query, self.cache, self.pages, self.seq_len, heads, self.scale
+        if self.triton:
+            from minference_vllm.triton_kernels import estimate as kernels
+
+            result = kernels.last_query_scores(*paged)
+        elif native.unsupported_cache_reason(self.query.dtype, self.cache) is None:
+            result = native.last_query_scores(*paged)
         else:
             result = estimate.last_query_scores(self.query, self.keys, heads, self.scale)
-        self.seconds += time.perf_counter() - begin
+        self.timing.estimate += self.timing.now(self.query.device) - begin
         return result
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
-        begin = time.perf_counter()
-        result = estimate.pooled_scores(self.query, self.keys, heads, tiling, self.scale)
-        self.seconds += time.perf_counter() - begin
+        begin = self.timing.now(self.query.device)
+        if self.triton:
+            from minference_vllm.triton_kernels import estimate as kernels
+
+            result = kernels.pooled_scores(self.query, self.cache, self.pages, heads, tiling, self.scale)
+        else:
+            result = estimate.pooled_scores(self.query, self.keys, heads, tiling, self.scale)
+        self.timing.estimate += self.timing.now(self.query.device) - begin
         return result
 
 
@@ -168,7 +220,7 @@ def sparse_prefill(
         seq_lens: int ``[num_requests]``, context plus new tokens.
         patterns: one per query head, or one for all.
         scale: softmax scale; default ``head_size ** -0.5``.
-        engine: ``auto``, ``block_table`` or ``native`` on CPUs, ``triton`` on GPUs.
+        engine: ``auto``; ``block_table`` or ``native`` on CPUs, ``triton`` or ``block_table`` on GPUs.
         tile: query rows per selection of keys; default 128, rounded up to whole blocks.
         out: where to write; default: a new tensor like ``query``.
         return_index: also return the index of each request.

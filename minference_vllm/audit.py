@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from minference_vllm.plan import Plan
 
@@ -17,10 +18,10 @@ class Counters:
     sparse_tokens: int = 0
     dense_chunks: Counter[str] = field(default_factory=Counter)
     """Prefill chunks left dense, by reason."""
-    computed_pairs: float = 0.0
-    """Query-key pairs computed on the sparse path, over layers and heads."""
     dense_pairs: float = 0.0
     """Pairs that dense attention would have computed there."""
+    _computed_pairs: Any = 0.0
+    """A number that may live on the GPU, so that counting waits for nothing."""
     _last_line: float = 0.0
 
     def count_batch(self, plan: Plan) -> None:
@@ -28,9 +29,15 @@ class Counters:
         self.sparse_tokens += sum(chunk.query_len for chunk in plan.sparse)
         self.dense_chunks.update(plan.dense_reasons)
 
-    def count_layer(self, computed: float, dense: float) -> None:
-        self.computed_pairs += computed
+    def count_layer(self, computed: Any, dense: float) -> None:
+        """Add one layer's work on one chunk; ``computed`` is a number or a tensor of one element."""
+        self._computed_pairs = self._computed_pairs + computed
         self.dense_pairs += dense
+
+    @property
+    def computed_pairs(self) -> float:
+        """Query-key pairs computed on the sparse path, over layers and heads. Reading it waits for the GPU."""
+        return float(self._computed_pairs)
 
     @property
     def density(self) -> float:

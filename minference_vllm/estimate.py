@@ -76,18 +76,30 @@ def pooled_scores(
     Returns:
         float32 ``[len(heads), T, N]``, zero where no key of a block is in a tile's reach.
     """
-    group = query.shape[1] // keys.shape[0]
-    length, size = keys.shape[1], tiling.block_size
-    wanted = torch.tensor(list(heads), device=query.device)
-    rows = tiling.starts[1:] - tiling.starts[:-1]
-    tile_of_row = torch.repeat_interleave(torch.arange(tiling.num_tiles, device=query.device), rows)
-    queries = query.new_zeros(tiling.num_tiles, len(wanted), query.shape[2], dtype=torch.float32)
-    queries.index_add_(0, tile_of_row, query[:, wanted].float())
-    queries /= rows[:, None, None]
-    block_of_key = torch.arange(length, device=query.device) // size
+    length = keys.shape[1]
+    block_of_key = torch.arange(length, device=query.device) // tiling.block_size
     counts = torch.bincount(block_of_key, minlength=tiling.num_key_blocks)
     means = torch.zeros(keys.shape[0], tiling.num_key_blocks, keys.shape[2], device=query.device)
     means.index_add_(1, block_of_key, keys.float())
     means /= counts[:, None]
-    scores = torch.einsum("thd,hnd->htn", queries, means[wanted // group]).mul_(scale)
-    return scores.masked_fill_(~tiling.reachable(), -torch.inf).softmax(-1)
+    group = query.shape[1] // keys.shape[0]
+    return mean_scores(query, [means[head // group] for head in heads], heads, tiling, scale)
+
+
+def mean_scores(
+    query: torch.Tensor, means: Sequence[torch.Tensor], heads: Sequence[int], tiling: Tiling, scale: float
+) -> torch.Tensor:
+    """``pooled_scores`` from the mean key of each block.
+
+    Args:
+        means: float32 ``[N, D]`` for each of the wanted heads.
+    """
+    rows = tiling.starts[1:] - tiling.starts[:-1]
+    before = tiling.context_len % tiling.tile
+    behind = tiling.num_tiles * tiling.tile - before - query.shape[0]
+    scores = torch.empty(len(heads), tiling.num_tiles, tiling.num_key_blocks, device=query.device)
+    for slot, head in enumerate(heads):
+        whole = torch.nn.functional.pad(query[:, head].float(), (0, 0, before, behind))
+        queries = whole.view(tiling.num_tiles, tiling.tile, -1).sum(1) / rows[:, None]
+        torch.matmul(queries, means[slot].T, out=scores[slot])
+    return scores.mul_(scale).masked_fill_(~tiling.reachable(), -torch.inf).softmax(-1)

@@ -6,13 +6,17 @@ is a page of the KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from minference_vllm.capacity import Capacity, attends_everything
 from minference_vllm.patterns import (
     ESTIMATION_BLOCK,
+    FORCED_COLUMNS,
+    FORCED_DIAGONALS,
     AShape,
     BlockSparse,
     Dense,
@@ -20,12 +24,6 @@ from minference_vllm.patterns import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.plan import tile_starts
-
-FORCED_COLUMNS = 30
-"""First columns that vertical-slash heads always keep (MInference)."""
-FORCED_DIAGONALS = 100
-"""Nearest diagonals that vertical-slash heads always keep (MInference)."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +37,22 @@ class SparseIndex:
     context_len: int
     seq_len: int
     block_size: int
+    tile: int
+    """Rows of a whole tile; those at a chunk's two ends may have fewer."""
     tile_starts: torch.Tensor
     """int64 ``[T + 1]``: absolute position of each tile's first row, and the end of the last tile."""
     blocks: torch.Tensor
-    """int32 ``[H, T, max_blocks]``: logical key blocks, ascending, the tile's own last; -1 past ``num_blocks``."""
+    """int32 ``[H, T, max_blocks]``: logical key blocks, ascending, the tile's own last; -1 past ``num_blocks``. Where
+    already the first is -1 the tile attends every block up to its own, without a list (built with a ``Capacity``)."""
     num_blocks: torch.Tensor
-    """int32 ``[H, T]``."""
+    """int32 ``[H, T]``, of tiles without a list, too."""
     columns: torch.Tensor
     """int32 ``[H, T, max_columns]``: absolute positions of single keys, all before the tile; -1 past
     ``num_columns``."""
     num_columns: torch.Tensor
     """int32 ``[H, T]``."""
+    overflowed: torch.Tensor | None = None
+    """bool ``[H, T]``: tiles that wanted more than the planned ``Capacity``, and attend everything instead."""
 
     @property
     def num_heads(self) -> int:
@@ -67,6 +70,7 @@ class SparseIndex:
         tile_mask = torch.zeros(self.num_heads, self.num_tiles, width, dtype=torch.bool, device=device)
         by_block = tile_mask.view(self.num_heads, self.num_tiles, num_blocks_total, self.block_size)
         _scatter_true(by_block, self.blocks)
+        by_block |= (self.blocks[..., 0] < 0)[..., None, None]
         _scatter_true(tile_mask, self.columns)
         rows = self.tile_starts[1:] - self.tile_starts[:-1]
         mask = tile_mask[..., : self.seq_len].repeat_interleave(rows, dim=1)
@@ -97,13 +101,19 @@ def _scatter_true(target: torch.Tensor, positions: torch.Tensor) -> None:
     target[head, tile, positions[head, tile, slot].long()] = True
 
 
-def compact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of True along the last dimension, ascending and padded with -1, and how many there are."""
+def compact(mask: torch.Tensor, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of True along the last dimension, ascending and padded with -1, and how many there are.
+
+    Args:
+        width: room for positions; the ones after it are dropped, but counted. None: as many as there are, which waits
+            for a GPU.
+    """
     count = mask.sum(-1, dtype=torch.int32)
-    width = max(1, int(count.max())) if count.numel() else 1
+    if width is None:
+        width = max(1, int(count.max())) if count.numel() else 1
     positions = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int32, device=mask.device)
-    # False entries all land in one spare last slot, which is cut off again.
-    slots = torch.where(mask, mask.cumsum(-1) - 1, width)
+    # False entries, and those without room, all land in one spare last slot, which is cut off again.
+    slots = mask.cumsum(-1).sub_(1).masked_fill_(~mask, width).clamp_(max=width)
     source = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand_as(mask)
     positions.scatter_(-1, slots, source)
     return positions[..., :width].contiguous(), count
@@ -134,7 +144,10 @@ class Tiling:
     ) -> Tiling:
         if tile % block_size:
             raise ValueError(f"tile must be a multiple of the page size {block_size}, not {tile}")
-        starts = torch.tensor(tile_starts(context_len, seq_len, tile), dtype=torch.int64, device=device)
+        # Borders lie at multiples of ``tile``, whatever the chunk's own start: a prompt cut into other chunks has the
+        # same tiles, except for the pieces at a chunk's two ends. A copy from the host would wait for a GPU.
+        first, last = context_len // tile, -(-seq_len // tile)
+        starts = torch.arange(first, last + 1, device=device).mul_(tile).clamp_(context_len, seq_len)
         return cls(context_len, seq_len, block_size, tile, starts, column_multiple)
 
     @property
@@ -246,7 +259,7 @@ def top_blocks(tiling: Tiling, scores: torch.Tensor, top_k: int) -> torch.Tensor
 
 
 def columns_outside_blocks(
-    tiling: Tiling, blocks: torch.Tensor, ranked: torch.Tensor
+    tiling: Tiling, blocks: torch.Tensor, ranked: torch.Tensor, wait: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The columns of each tile that its blocks do not hold already, in multiples of ``tiling.column_multiple``.
 
@@ -257,6 +270,7 @@ def columns_outside_blocks(
     Args:
         blocks: bool ``[H, T, N]``.
         ranked: int64 ``[H, V]``, the columns asked for.
+        wait: whether a GPU may be waited for; without, the list is as wide as the columns that there could be.
 
     Returns:
         blocks (bool ``[H, T, N]``, perhaps with more set), columns (int32 ``[H, T, C]``, -1 padded), their number
@@ -277,14 +291,15 @@ def columns_outside_blocks(
     filled = torch.where(fill <= order[..., -1], fill, wanted // multiple * multiple)
     keep = outside & (order <= filled[..., None])
     short = (filled < wanted)[..., None]
-    if short.any():
+    if multiple > 1 and (not wait or short.any()):
         # A block taken whole may hold columns that were kept, and then those no longer fill pages: such a (rare) tile
         # takes the blocks of all its columns.
-        blocks = blocks.clone()
-        head, tile, rank = torch.nonzero(outside & (order <= wanted[..., None]) & short, as_tuple=True)
-        blocks[head, tile, candidates[head, tile, rank] // tiling.block_size] = True
+        whole = outside & (order <= wanted[..., None]) & short
+        # One block more than there are, for the candidates that take none.
+        target = torch.where(whole, candidates // tiling.block_size, tiling.num_key_blocks)
+        blocks = torch.nn.functional.pad(blocks, (0, 1)).scatter_(2, target, True)[..., :-1]
         keep &= ~short
-    slots, count = compact(keep)
+    slots, count = compact(keep, None if wait else keep.shape[-1])
     columns = candidates.to(torch.int32).gather(2, slots.long().clamp(min=0))
     return blocks, columns.masked_fill_(slots < 0, -1), count
 
@@ -312,51 +327,106 @@ class Scores:
     """heads, tiling -> block scores, float32 ``[len(heads), T, N]``."""
 
 
-def build_index(tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores) -> SparseIndex:
+def build_index(
+    tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores, capacity: Capacity | None = None
+) -> SparseIndex:
     """The index of one chunk for all heads.
 
     Args:
         patterns: one per query head.
+        capacity: planned sizes, so that nothing waits for a GPU; None: as large as the selection turns out.
     """
-    heads = len(patterns)
-    device = tiling.starts.device
-    blocks = torch.zeros(heads, tiling.num_tiles, tiling.num_key_blocks, dtype=torch.bool, device=device)
-    columns = torch.full((heads, tiling.num_tiles, 1), -1, dtype=torch.int32, device=device)
-    num_columns = torch.zeros(heads, tiling.num_tiles, dtype=torch.int32, device=device)
     groups: dict[HeadPattern, list[int]] = {}
     for head, pattern in enumerate(patterns):
         groups.setdefault(pattern, []).append(head)
+    parts = []
     for pattern, group in groups.items():
-        if isinstance(pattern, Dense):
-            blocks[group] = dense_blocks(tiling)
-        elif isinstance(pattern, TriShape):
-            blocks[group] = tri_shape_blocks(tiling, pattern)
-        elif isinstance(pattern, AShape):
-            blocks[group] = a_shape_blocks(tiling, pattern)
-        elif isinstance(pattern, BlockSparse):
-            top_k = -(-pattern.top_k * ESTIMATION_BLOCK // tiling.block_size)
-            blocks[group] = top_blocks(tiling, scores.pooled(group, tiling), top_k)
-        elif isinstance(pattern, VerticalSlash):
-            by_column, by_offset = scores.last_query(group)
-            by_column[:, :FORCED_COLUMNS] = torch.inf
-            chosen = slash_blocks(tiling, by_offset, pattern.slash)
-            ranked = by_column.topk(min(max(pattern.vertical, FORCED_COLUMNS), tiling.seq_len), dim=-1).indices
-            chosen, found, count = columns_outside_blocks(tiling, chosen, ranked)
-            if found.shape[-1] > columns.shape[-1]:
-                columns = torch.nn.functional.pad(columns, (0, found.shape[-1] - columns.shape[-1]), value=-1)
-            columns[group, :, : found.shape[-1]] = found
-            num_columns[group] = count
-            blocks[group] = chosen
-        else:
-            raise TypeError(f"no builder for pattern {pattern!r}")
-    listed, num_blocks = compact(blocks)
+        at_once = len(group) if capacity is None else capacity.heads_at_once
+        for first in range(0, len(group), at_once):
+            heads = group[first : first + at_once]
+            selected = _select(tiling, pattern, heads, scores, wait=capacity is None)
+            parts.append((heads, pattern, _list(tiling, len(heads), *selected, capacity)))
+    shape = len(patterns), tiling.num_tiles
+    widths = [max(lists[place].shape[-1] for _, _, lists in parts) for place in (0, 2)]
+    device = tiling.starts.device
+    blocks, columns = (torch.full((*shape, width), -1, dtype=torch.int32, device=device) for width in widths)
+    num_blocks, num_columns = (torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2))
+    overflowed = torch.zeros(shape, dtype=torch.bool, device=device) if capacity else None
+    for heads, pattern, (listed, count, found, found_count, over) in parts:
+        for source, target in _runs(heads):
+            blocks[target, :, : listed.shape[-1]] = listed[source]
+            num_blocks[target] = count[source]
+            columns[target, :, : found.shape[-1]] = found[source]
+            num_columns[target] = found_count[source]
+            if overflowed is not None and not attends_everything(pattern):
+                overflowed[target] = over[source]
     return SparseIndex(
         tiling.context_len,
         tiling.seq_len,
         tiling.block_size,
+        tiling.tile,
         tiling.starts,
-        listed,
+        blocks,
         num_blocks,
         columns,
         num_columns,
+        overflowed,
     )
+
+
+def _runs(heads: list[int]) -> Iterator[tuple[slice, slice]]:
+    """Places and numbers of neighbouring heads. Slices, since a list as an index would be copied to a GPU, and waited
+    for."""
+    for _, run in itertools.groupby(enumerate(heads), key=lambda item: item[1] - item[0]):
+        items = list(run)
+        (place, head), count = items[0], len(items)
+        yield slice(place, place + count), slice(head, head + count)
+
+
+def _select(
+    tiling: Tiling, pattern: HeadPattern, heads: list[int], scores: Scores, wait: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Blocks (bool ``[1 or len(heads), T, N]``) of heads with one pattern, and their columns, or None, as
+    ``columns_outside_blocks`` returns them."""
+    if isinstance(pattern, Dense):
+        return dense_blocks(tiling)[None], None, None
+    if isinstance(pattern, TriShape):
+        return tri_shape_blocks(tiling, pattern)[None], None, None
+    if isinstance(pattern, AShape):
+        return a_shape_blocks(tiling, pattern)[None], None, None
+    if isinstance(pattern, BlockSparse):
+        top_k = -(-pattern.top_k * ESTIMATION_BLOCK // tiling.block_size)
+        return top_blocks(tiling, scores.pooled(heads, tiling), top_k), None, None
+    if isinstance(pattern, VerticalSlash):
+        by_column, by_offset = scores.last_query(heads)
+        by_column[:, :FORCED_COLUMNS] = torch.inf
+        chosen = slash_blocks(tiling, by_offset, pattern.slash)
+        ranked = by_column.topk(min(max(pattern.vertical, FORCED_COLUMNS), tiling.seq_len), dim=-1).indices
+        return columns_outside_blocks(tiling, chosen, ranked, wait)
+    raise TypeError(f"no builder for pattern {pattern!r}")
+
+
+def _list(
+    tiling: Tiling,
+    heads: int,
+    chosen: torch.Tensor,
+    columns: torch.Tensor | None,
+    num_columns: torch.Tensor | None,
+    capacity: Capacity | None,
+) -> tuple[torch.Tensor, ...]:
+    """Blocks, their number, columns, their number, and which tiles had no room, for ``heads`` heads."""
+    blocks, num_blocks = compact(chosen, capacity.blocks if capacity else None)
+    shape, device = (heads, tiling.num_tiles), blocks.device
+    if columns is None or num_columns is None:
+        columns = torch.full((*shape, 1), -1, dtype=torch.int32, device=device)
+        num_columns = torch.zeros(shape, dtype=torch.int32, device=device)
+    blocks, num_blocks = blocks.expand(heads, -1, -1), num_blocks.expand(heads, -1)
+    over = torch.zeros(shape, dtype=torch.bool, device=device)
+    if capacity:
+        over = (num_blocks > capacity.blocks) | (num_columns > capacity.columns)
+        reach = ((tiling.starts[1:] - 1) // tiling.block_size + 1).to(torch.int32)
+        blocks = blocks.masked_fill(over[..., None], -1)
+        num_blocks = torch.where(over, reach, num_blocks)
+        columns = columns[..., : capacity.columns].masked_fill(over[..., None], -1)
+        num_columns = num_columns.masked_fill(over, 0)
+    return blocks, num_blocks, columns, num_columns, over

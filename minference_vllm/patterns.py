@@ -20,6 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 MAX_BUDGET = 1 << 24
 ESTIMATION_BLOCK = 64
 """Block size, in tokens, in which MInference counts the budget of block-sparse heads."""
+FORCED_COLUMNS = 30
+"""First columns that vertical-slash heads always keep (MInference)."""
+FORCED_DIAGONALS = 100
+"""Nearest diagonals that vertical-slash heads always keep (MInference)."""
 
 Budget = Annotated[int, Field(ge=0, le=MAX_BUDGET)]
 

@@ -51,7 +51,7 @@ class Layer:
         from vllm.v1.attention.backends import cpu_attn
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-        from minference_vllm.backend import cpu
+        from minference_vllm.backend import cpu, splitting
 
         path = self.folder / "patterns.json"
         heads = dict(enumerate(self.patterns))
@@ -74,10 +74,10 @@ class Layer:
                 "minference": {"patterns": str(path), "min_context": MIN_CONTEXT, "min_chunk": MIN_CHUNK}
             },
         )
-        for module in (cpu, cpu_attn):
+        for module in (splitting, cpu_attn):
             self.monkeypatch.setattr(module, "get_current_vllm_config", lambda: config)
-        self.monkeypatch.setattr(cpu, "get_tensor_model_parallel_rank", lambda: self.rank)
-        self.monkeypatch.setattr(cpu, "attend_chunk", self.watched_attend_chunk)
+        self.monkeypatch.setattr(splitting, "get_tensor_model_parallel_rank", lambda: self.rank)
+        self.monkeypatch.setattr(splitting, "attend_chunk", self.watched_attend_chunk)
         options = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto", **self.options}
         self.impl = cpu.MInferenceCPUImpl(self.heads, DIM, self.scale, self.kv_heads, **options)
         self.parent = cpu_attn.CPUAttentionBackendImpl(self.heads, DIM, self.scale, self.kv_heads, **options)
@@ -180,7 +180,7 @@ def assert_right(layer: Layer, output: torch.Tensor, sparse: Sequence[int]) -> N
 def test_a_mixed_batch(dtype: torch.dtype, make_layer: Callable[..., Layer]) -> None:
     layer = make_layer(MIXED, dtype=dtype)
     metadata = layer.metadata()
-    assert [chunk.request for chunk in metadata.plan.sparse] == list(SPARSE)
+    assert [chunk.request for chunk, _ in metadata.sparse] == list(SPARSE)
     output = layer.run(layer.impl, metadata)
     assert len(layer.indices) == len(SPARSE)
     assert_right(layer, output, SPARSE)
@@ -208,7 +208,7 @@ def test_batches_without_a_sparse_chunk_take_the_parents_path(
 def test_layers_whose_heads_are_all_dense_take_the_parents_path(make_layer: Callable[..., Layer]) -> None:
     layer = make_layer(MIXED, patterns=[{"kind": "dense"}] * HEADS)
     metadata = layer.metadata()
-    assert metadata.plan.sparse
+    assert metadata.sparse
     assert torch.equal(layer.run(layer.impl, metadata), layer.run(layer.parent, metadata))
     assert not layer.indices
 
@@ -226,16 +226,17 @@ def test_layers_whose_heads_are_all_dense_take_the_parents_path(make_layer: Call
 def test_layers_that_we_do_not_serve_run_as_vllms(options: dict[str, Any], make_layer: Callable[..., Layer]) -> None:
     layer = make_layer(MIXED, options=options)
     metadata = layer.metadata()
-    assert metadata.plan.sparse
+    assert metadata.sparse
     assert torch.equal(layer.run(layer.impl, metadata), layer.run(layer.parent, metadata))
     assert not layer.indices
 
 
 def test_the_reason_is_logged(monkeypatch: pytest.MonkeyPatch, make_layer: Callable[..., Layer]) -> None:
-    from minference_vllm.backend import cpu
+    from minference_vllm.backend import splitting
 
     lines: list[str] = []
-    monkeypatch.setattr(cpu.logger, "info_once", lambda message, *values: lines.append(message % values), raising=False)
+    record = lambda message, *values: lines.append(message % values)  # noqa: E731
+    monkeypatch.setattr(splitting.logger, "info_once", record, raising=False)
     make_layer([(0, 10)])
     assert not [line for line in lines if "densely" in line]
     make_layer([(0, 10)], options={"sliding_window": 128, "logits_soft_cap": 20.0})
@@ -246,10 +247,11 @@ def test_the_reason_is_logged(monkeypatch: pytest.MonkeyPatch, make_layer: Calla
 def test_the_source_of_the_patterns_is_logged(
     monkeypatch: pytest.MonkeyPatch, make_layer: Callable[..., Layer]
 ) -> None:
-    from minference_vllm.backend import cpu
+    from minference_vllm.backend import splitting
 
     lines: list[str] = []
-    monkeypatch.setattr(cpu.logger, "info_once", lambda message, *values: lines.append(message % values), raising=False)
+    record = lambda message, *values: lines.append(message % values)  # noqa: E731
+    monkeypatch.setattr(splitting.logger, "info_once", record, raising=False)
     layer = make_layer([(0, 10)])
     (line,) = [line for line in lines if "patterns from" in line]
     assert str(layer.folder / "patterns.json") in line and f"min_context = {MIN_CONTEXT}" in line
@@ -298,7 +300,7 @@ def test_non_causal_batches_take_the_parents_path(make_layer: Callable[..., Laye
         slot_mapping=torch.zeros(400, dtype=torch.int64),
         causal=False,
     )
-    assert getattr(layer.builder.build(0, common), "plan", None) is None
+    assert getattr(layer.builder.build(0, common), "sparse", None) is None
 
 
 def test_our_classes_stand_where_vllm_looks_for_them() -> None:
