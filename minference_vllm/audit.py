@@ -22,6 +22,8 @@ class Counters:
     """Pairs that dense attention would have computed there."""
     _computed_pairs: Any = 0.0
     """A number that may live on the GPU, so that counting waits for nothing."""
+    _overflowed: Any = 0
+    """Likewise."""
     _last_line: float = 0.0
 
     def count_batch(self, plan: Plan) -> None:
@@ -29,15 +31,21 @@ class Counters:
         self.sparse_tokens += sum(chunk.query_len for chunk in plan.sparse)
         self.dense_chunks.update(plan.dense_reasons)
 
-    def count_layer(self, computed: Any, dense: float) -> None:
-        """Add one layer's work on one chunk; ``computed`` is a number or a tensor of one element."""
+    def count_layer(self, computed: Any, dense: float, overflowed: Any = 0) -> None:
+        """Add one layer's work on one chunk; ``computed`` and ``overflowed`` are numbers or tensors of one element."""
         self._computed_pairs = self._computed_pairs + computed
+        self._overflowed = self._overflowed + overflowed
         self.dense_pairs += dense
 
     @property
     def computed_pairs(self) -> float:
         """Query-key pairs computed on the sparse path, over layers and heads. Reading it waits for the GPU."""
         return float(self._computed_pairs)
+
+    @property
+    def overflowed(self) -> int:
+        """Query tiles of one head that ran densely because their selection had no room. Reading it waits likewise."""
+        return int(self._overflowed)
 
     @property
     def density(self) -> float:
@@ -54,6 +62,8 @@ class Counters:
             f"minference: {self.sparse_chunks} prefill chunks ({self.sparse_tokens} tokens) sparse, "
             f"density {self.density:.4f}"
         )
+        if self.overflowed:
+            line += f"; {self.overflowed} tiles had no room for their selection and ran densely"
         if self.dense_chunks:
             line += "; dense: " + ", ".join(f"{count} ({reason})" for reason, count in self.dense_chunks.items())
         return line

@@ -37,3 +37,12 @@ def test_dense_chunks_are_listed_with_their_reasons() -> None:
     counters.count_layer(1.0, 2.0)
     line = counters.line_when_due(1.0, now=5000.0)
     assert line is not None and line.endswith(f"density 0.5000; dense: 2 ({BELOW_MIN_CONTEXT})")
+
+
+def test_tiles_without_room_are_in_the_line() -> None:
+    counters = Counters()
+    counters.count_layer(1.0, 2.0, 0)
+    assert "no room" not in str(counters.line_when_due(1.0, now=5000.0))
+    counters.count_layer(1.0, 2.0, 3)
+    assert counters.overflowed == 3
+    assert "; 3 tiles had no room" in str(counters.line_when_due(1.0, now=6000.0))

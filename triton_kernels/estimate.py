@@ -77,7 +77,7 @@ def row_lse_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: the log-sum-exp of all rows of one head over one part of the keys. ``p_lse`` ``[heads, parts, ROWS]``."""
+    """One program: each row's log-sum-exp over one part of the keys, one head. ``p_lse`` ``[heads, parts, ROWS]``."""
     i_slot, i_part = tl.program_id(0), tl.program_id(1)
     i_head = tl.load(p_heads + i_slot)
     o_dim, o_query = tl.arange(0, D), tl.arange(0, ROWS)

@@ -6,6 +6,8 @@ its single columns differ only in where the positions come from.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -173,12 +175,21 @@ def sparse_attention_kernel(
             tl.store(p_lse + i_head.to(tl.int64) * num_rows + o_query, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
 
 
-BLOCK_M, NUM_WARPS, NUM_STAGES = 128, 8, 2
+@dataclass(frozen=True)
+class LaunchShape:
+    """How one variant is launched; found with ``tools/kernel_account.py``, not yet timed on a GPU."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 8
+    num_stages: int = 2
 
 
-def key_block(major: int, head_size: int) -> int:
-    """Keys per step by compute capability: before Hopper 64 of them spill registers at a head size of 128."""
-    return 32 if major < 9 and head_size > 64 else 64
+def launch_shape(major: int, head_size: int) -> LaunchShape:
+    """By compute capability and head size: the largest that does not spill registers."""
+    if head_size > 128:
+        return LaunchShape(block_m=64, block_n=32)
+    return LaunchShape(block_m=128, block_n=32 if major < 9 and head_size > 64 else 64)
 
 
 def compute_type(dtype: torch.dtype) -> tuple[tl.dtype, str]:
@@ -215,7 +226,8 @@ def run(
     heads = query.shape[1]
     major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
     compute, precision = compute_type(query.dtype)
-    grid = (index.num_tiles, triton.cdiv(min(index.tile, query.shape[0]), BLOCK_M), heads)
+    launch = launch_shape(major, cache.head_size)
+    grid = (index.num_tiles, triton.cdiv(min(index.tile, query.shape[0]), launch.block_m), heads)
     sparse_attention_kernel[grid](
         query, cache.key, cache.value, out, query if lse is None else lse, query if sinks is None else sinks,
         pages, index.tile_starts, index.blocks, index.num_blocks, index.columns, index.num_columns,
@@ -228,13 +240,13 @@ def run(
         HEAD_SIZE=cache.head_size,
         D=max(16, triton.next_power_of_2(cache.head_size)),
         PAGE=cache.block_size,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=key_block(major, cache.head_size),
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
         COMPUTE=compute,
         PRECISION=precision,
         WITH_SOFTCAP=softcap != 0.0,
         WITH_SINKS=sinks is not None,
         WITH_LSE=lse is not None,
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
     )  # fmt: skip

@@ -72,7 +72,7 @@ class MInferenceCUDAImpl(SplittingImpl, FlashAttentionImpl):
     def dense_reasons(self, vllm_config: Any) -> list[str]:
         dtype, engine = vllm_config.model_config.dtype, self.runtime.settings.engine
         if engine == "native":
-            raise ValueError("minference: engine 'native' runs on CPUs; set engine to 'auto', 'triton' or 'block_table'")
+            raise ValueError("minference: engine 'native' runs on CPUs; set engine to 'auto' or 'triton'")
         # Our own kernel knows soft caps, sinks and FP8 caches; the block-table engine does not.
         fused = engine != "block_table"
         window = self.sliding_window[0] if self.sliding_window is not None else None

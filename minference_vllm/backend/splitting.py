@@ -163,7 +163,8 @@ class SplittingImpl(AttentionImpl):
                 query[rows], cache, pages, chunk, self.patterns, out=out[rows],
                 engine=settings.engine, tile=settings.tile, **options,
             )  # fmt: skip
-            counters.count_layer(index.computed_pairs().sum(), self.num_heads * index.dense_pairs())
+            overflowed = 0 if index.overflowed is None else index.overflowed.sum()
+            counters.count_layer(index.computed_pairs().sum(), self.num_heads * index.dense_pairs(), overflowed)
         return output
 
     def runs_densely(self, layer: Any) -> bool:
