@@ -23,6 +23,7 @@ from minference_vllm.plan import Chunk
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEFAULT_TILE = 128
 """Query rows that share one selection of keys."""
+MAX_TRITON_HEAD_SIZE = 256
 ENGINES = ("auto", "block_table", "native", "triton")
 
 
@@ -51,20 +52,32 @@ def choose_engine(engine: str, dtype: torch.dtype, cache: PagedCache) -> str:
     Raises:
         ValueError: the named engine cannot run; the message says why.
     """
-    if cache.key.is_cuda:
+    on_gpu = cache.key.is_cuda
+    if on_gpu or engine == "triton":
+        engine = "triton" if engine == "auto" else engine
+        reason = flash.unsupported_cache_reason(dtype, cache) if engine == "block_table" else triton_reason(cache)
         if engine == "native":
-            raise ValueError(f"engine 'native' runs on CPUs; tensors on {cache.key.device} need 'triton'")
-        return "triton" if engine == "auto" else engine
-    if engine == "triton":
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError("engine 'triton' needs tensors on a GPU, or TRITON_INTERPRET=1 for its interpreter")
-        return "triton"
+            reason = f"it runs on CPUs; tensors on {cache.key.device} need 'triton'"
+        if reason:
+            raise ValueError(f"engine {engine!r} cannot run: {reason}")
+        return engine
     reason = native.unsupported_cache_reason(dtype, cache)
     if engine == "native" and reason:
         raise ValueError(f"engine 'native' cannot run: {reason}")
     if engine == "auto":
         return "block_table" if reason or cache.layout == "amx" else "native"
     return engine
+
+
+def triton_reason(cache: PagedCache) -> str | None:
+    """Why the Triton kernels cannot serve this cache, or None when they can."""
+    if not cache.key.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it needs tensors on a GPU, or TRITON_INTERPRET=1 for its interpreter"
+    if cache.head_size > MAX_TRITON_HEAD_SIZE:
+        return f"heads of size {cache.head_size} are above {MAX_TRITON_HEAD_SIZE}"
+    if cache.key.stride(3) != 1 or cache.value.stride(3) != 1:
+        return "a head's elements do not lie side by side"
+    return None
 
 
 def choose_tile(tile: int | None, block_size: int) -> int:

@@ -16,8 +16,10 @@ from minference_vllm.paged_cache import PagedCache
 
 SCRATCH_BYTES = 128 << 20
 """Gathered columns in flight, keys and values together."""
+DTYPES = (torch.bfloat16, torch.float16)
 PAGE_MULTIPLE = 16
 """FlashAttention takes pages of any multiple of this."""
+MAX_HEAD_SIZE = 256
 
 
 def run(
@@ -66,6 +68,24 @@ def run(
     out.copy_(result.view(heads, chunk, dim).transpose(0, 1))
 
 
+def unsupported_cache_reason(dtype: torch.dtype, cache: PagedCache) -> str | None:
+    """Why FlashAttention cannot serve this cache so, or None when it can."""
+    if dtype not in DTYPES or cache.key.dtype != dtype:
+        return f"queries in {dtype} and a cache in {cache.key.dtype}; FlashAttention takes both in bf16 or fp16"
+    if cache.block_size % PAGE_MULTIPLE:
+        return f"pages of {cache.block_size} tokens are no multiple of {PAGE_MULTIPLE}"
+    if cache.head_size % 8 or cache.head_size > MAX_HEAD_SIZE:
+        return f"heads of size {cache.head_size} are no multiple of 8 up to {MAX_HEAD_SIZE}"
+    stride_page, stride_head, _, stride_dim = cache.key.stride()
+    if cache.key.stride() != cache.value.stride() or stride_dim != 1:
+        return "keys and values differ in strides, or a head's elements do not lie side by side"
+    if cache.num_kv_heads > 1 and stride_page % stride_head:
+        return f"a page's stride, {stride_page}, is no multiple of a head's, {stride_head}"
+    if cache.key.shape[0] * stride_page // max(1, min(stride_page, stride_head)) >= 1 << 31:
+        return "pages of one head would not be numbered in 32 bits"
+    return None
+
+
 def _flash_attention() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
@@ -84,14 +104,15 @@ def pages_of_one_head(cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor, in
         keys, values, page_step.
 
     Raises:
-        ValueError: a page's stride is no multiple of a head's, or there are too many pages for 32 bits.
+        ValueError: see ``unsupported_cache_reason``.
     """
+    reason = unsupported_cache_reason(cache.key.dtype, cache)
+    if reason:
+        raise ValueError(f"engine 'block_table' cannot run: {reason}")
     blocks, heads, size, dim = cache.key.shape
     stride_page, stride_head, stride_slot, _ = cache.key.stride()
     unit = stride_head if heads > 1 else stride_page
     count = ((blocks - 1) * stride_page + (heads - 1) * stride_head) // unit + 1
-    if stride_page % unit or cache.key.stride() != cache.value.stride() or count >= 1 << 31:
-        raise ValueError(f"engine 'block_table' cannot address a cache of strides {cache.key.stride()}")
     shape, strides = (count, size, 1, dim), (unit, stride_slot, dim, 1)
     return cache.key.as_strided(shape, strides), cache.value.as_strided(shape, strides), stride_page // unit
 
