@@ -140,19 +140,23 @@ def test_columns_are_gathered_piece_by_piece(scratch: int, monkeypatch: pytest.M
     assert sizes[0] == requests == sum(sizes[1:]) and len(sizes) > 2
 
 
-@pytest.mark.parametrize(
-    ("dtype", "key", "value", "reason"),
-    [
-        (torch.float32, torch.zeros(4, 2, 16, 8), None, "bf16 or fp16"),
-        (torch.bfloat16, torch.zeros(4, 2, 16, 8, dtype=torch.float8_e4m3fn), None, "a cache in torch.float8_e4m3fn"),
-        (torch.float16, torch.zeros(4, 2, 24, 8).half(), None, "pages of 24 tokens"),
-        (torch.float16, torch.zeros(4, 2, 16, 20).half(), None, "heads of size 20"),
-        (torch.float16, torch.zeros(4, 2, 16, 264).half(), None, "heads of size 264"),
-        (torch.float16, torch.zeros(4, 2, 16, 8).half(), torch.zeros(4, 2, 16, 16).half()[..., :8], "differ in strides"),
-        (torch.float16, torch.zeros(4, 300).half().as_strided((4, 2, 16, 8), (300, 128, 8, 1)), None, "no multiple of a head's"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+def zeros(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+REFUSED = [
+    # queries' type, keys, values, reason
+    (torch.float32, zeros(4, 2, 16, 8, dtype=torch.float32), None, "bf16 or fp16"),
+    (torch.bfloat16, zeros(4, 2, 16, 8, dtype=torch.float8_e4m3fn), None, "a cache in torch.float8_e4m3fn"),
+    (torch.float16, zeros(4, 2, 24, 8), None, "pages of 24 tokens"),
+    (torch.float16, zeros(4, 2, 16, 20), None, "heads of size 20"),
+    (torch.float16, zeros(4, 2, 16, 264), None, "heads of size 264"),
+    (torch.float16, zeros(4, 2, 16, 8), zeros(4, 2, 16, 16)[..., :8], "differ in strides"),
+    (torch.float16, zeros(4, 300).as_strided((4, 2, 16, 8), (300, 128, 8, 1)), None, "no multiple of a head's"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "key", "value", "reason"), REFUSED, ids=[case[3] for case in REFUSED])
 def test_caches_that_cannot_be_addressed_are_refused(
     dtype: torch.dtype, key: torch.Tensor, value: torch.Tensor | None, reason: str
 ) -> None:
