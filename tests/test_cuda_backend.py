@@ -348,7 +348,7 @@ def test_batches_that_we_do_not_serve(
     [
         ({"sliding_window": 128}, {}, "sliding window"),
         ({"alibi_slopes": [2.0**-head for head in range(HEADS)]}, {}, "ALiBi"),
-        ({"logits_soft_cap": 20.0}, {"engine": "block_table"}, "soft cap"),
+        ({"logits_soft_cap": 20.0}, {"engine": "block_table"}, "soft cap on logits"),
         ({"kv_cache_dtype": "fp8_e5m2"}, {}, "KV cache of fp8_e5m2"),
         ({"head_size": 512}, {}, "head size 512 is above 256"),
     ],

@@ -139,7 +139,7 @@ def sparse_attention_kernel(
         num_keys = tl.load(p_num_blocks + i_list) * PAGE
         num_columns = tl.load(p_num_columns + i_list)
         # Without a list the tile attends every block, in order.
-        is_listed = tl.load(p_blocks) >= 0
+        num_listed = tl.where(tl.load(p_blocks) >= 0, num_keys, 0)
 
         b_out = tl.zeros([BLOCK_M, D], dtype=tl.float32)
         b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -147,8 +147,8 @@ def sparse_attention_kernel(
         for i_key in range(0, num_keys, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)
             m_key = o_key < num_keys
-            b_block = tl.load(p_blocks + o_key // PAGE, mask=m_key & is_listed, other=0)
-            b_block = tl.where(is_listed, b_block, o_key // PAGE)
+            m_listed = o_key < num_listed
+            b_block = tl.where(m_listed, tl.load(p_blocks + o_key // PAGE, mask=m_listed, other=0), o_key // PAGE)
             b_position = b_block * PAGE + o_key % PAGE
             b_out, b_sum, b_max = _attend_keys(
                 b_query, o_row, b_position, m_key & (b_position < tile_end), b_out, b_sum, b_max,
