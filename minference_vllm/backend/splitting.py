@@ -30,7 +30,7 @@ logger = init_logger(f"vllm.{__name__}")
 class SplittingBuilder(AttentionMetadataBuilder):
     """Plans each batch; one with a sparse chunk carries ``metadata_cls``, every other the parent's metadata."""
 
-    metadata_cls: type
+    metadata_cls: Any
     """A dataclass below the parent's metadata, with two fields more: ``sparse``, the chunks and the physical pages
     (int64) of each, and ``dense_runs``, per run its requests, its query rows and its metadata for the parent."""
 
