@@ -69,8 +69,7 @@ def start(name: str, args: argparse.Namespace, folder: Path) -> Engine:
     gib = math.ceil(max(args.tokens) * 3 * 2 * 2 * 64 * 2 * 2 / (1 << 30))
     environment = ENVIRONMENT | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": str(gib)}
     engine = Engine(name, options, environment, folder / f"{name}.log")
-    engine.receive()
-    print(f"{name}: engine ready", file=sys.stderr, flush=True)
+    engine.start()
     return engine
 
 

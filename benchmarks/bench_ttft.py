@@ -1,17 +1,18 @@
 """Whole engine: time to first token and per decoded token, vLLM's own backend against minference.
 
-A Llama-shaped model with random weights (``load_format="dummy"``, nothing on disk) is loaded once per backend, each in
-a process of its own, all at the same time; only one of them works at any moment. Every prompt (random token ids, prefix
-caching off) goes to each engine in turn, and medians over the turns are reported, so that a busy neighbour or a warm
-processor meets all engines alike. Before anything is timed, all engines must answer a short prompt with the same
-tokens.
+A Llama-shaped model with random weights (``load_format="dummy"``, nothing on disk) is loaded once per pattern. Every
+prompt (random token ids, prefix caching off) is asked twice per turn, in changing order: with minference, and with the
+methods that minference overrides put back to vLLM's own, in the same process. Two processes of the same code differ by
+several per cent on a small machine; within one process, turn by turn, far less does not get lost. Before anything is
+timed, both must answer a short prompt with the same tokens.
 
 Random weights give flat attention: all columns and diagonals score about the same, chance decides which of them
 ``vertical_slash`` takes, and its density says nothing about a trained model. ``a_shape`` has the same cost on any data
 and is the row to read for speed; ``vertical_slash`` beside it shows what the estimate costs.
 
 Contexts below ``--min-context``, and the seconds per decoded token of every row, show what users pay who gain nothing:
-both must stay within 1 % of dense.
+both must stay within 1 % of dense. ``ttft_ratio`` and ``decode_ratio`` are medians over the turns of minference's time
+over the dense one's in the same turn; their spread is half the distance between the quartiles.
 
     python benchmarks/bench_ttft.py --context 4096 32768 65536 --csv benchmarks/results/ttft_cpu.csv
 """
@@ -19,12 +20,10 @@ both must stay within 1 % of dense.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from record import emit
 
 from minference_vllm.patterns import PatternFile
 
-DENSE = "dense"
 VOCABULARY = 512
 CHECK_TOKENS = 300
 
@@ -64,7 +62,7 @@ def longest(args: argparse.Namespace) -> int:
 
 
 def engine_options(args: argparse.Namespace, model: Path, pattern: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Arguments of ``LLM`` and environment variables for one engine; ``pattern`` is ``dense`` or a name in PATTERNS."""
+    """Arguments of ``LLM`` and environment variables for one engine; ``pattern`` is a name in PATTERNS."""
     pages = math.ceil(longest(args) / 128) + 2
     cache_bytes = pages * 128 * 2 * args.layers * args.kv_heads * args.head_size * 2
     options: dict[str, Any] = {
@@ -84,69 +82,57 @@ def engine_options(args: argparse.Namespace, model: Path, pattern: str) -> tuple
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(cache_bytes / (1 << 30)))
     else:
         options["kv_cache_memory_bytes"] = cache_bytes
-    if pattern != DENSE:
-        patterns = PatternFile(provenance="benchmarks/bench_attention.py", default=PATTERNS[pattern])
-        file = model / f"{pattern}.json"
-        file.write_text(patterns.model_dump_json())
-        settings = {
-            "patterns": str(file), "min_context": args.min_context, "engine": args.engine, "log_interval": 0
-        }  # fmt: skip
-        options |= {"attention_backend": "minference", "additional_config": {"minference": settings}}
+    patterns = PatternFile(provenance="benchmarks/bench_attention.py", default=PATTERNS[pattern])
+    file = model / f"{pattern}.json"
+    file.write_text(patterns.model_dump_json())
+    settings = {"patterns": str(file), "min_context": args.min_context, "engine": args.engine, "log_interval": 0}
+    options |= {"attention_backend": "minference", "additional_config": {"minference": settings}}
     return options, environment
-
-
-@contextlib.contextmanager
-def engines(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Engine]]:
-    """A dense engine and one per pattern, loaded one after the other."""
-    running: dict[str, Engine] = {}
-    try:
-        for name in [DENSE, *args.patterns]:
-            options, environment = engine_options(args, folder, name)
-            running[name] = Engine(name, options, environment, folder / f"{name}.log")
-            running[name].receive()
-            print(f"{name}: engine ready", file=sys.stderr, flush=True)
-        yield running
-    finally:
-        for engine in running.values():
-            engine.stop()
 
 
 def random_prompt(length: int, seed: int) -> list[int]:
     return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def check_same_answers(running: dict[str, Engine]) -> None:
-    """All engines must decode the same tokens after a prompt too short for the sparse path."""
-    answers = {name: engine.ask(random_prompt(CHECK_TOKENS, 0), 8).tokens for name, engine in running.items()}
-    if any(tokens != answers[DENSE] for tokens in answers.values()):
-        sys.exit(f"the engines disagree on a short prompt: {answers}")
+def check_same_answers(engine: Engine) -> None:
+    """A prompt too short for the sparse path must decode to the same tokens either way."""
+    dense, sparse = (engine.ask(random_prompt(CHECK_TOKENS, 0), 8, dense).tokens for dense in (True, False))
+    if dense != sparse:
+        sys.exit(f"{engine.name}: answers differ on a short prompt: {dense}, {sparse}")
 
 
-def measure(args: argparse.Namespace, running: dict[str, Engine], context: int) -> Iterator[dict[str, object]]:
-    """Rows of one context, one per pattern."""
+def measure(args: argparse.Namespace, engine: Engine, context: int) -> dict[str, object]:
+    """One row."""
     prompt = random_prompt(context, context)
-    turns: dict[str, list[Timed]] = {name: [] for name in running}
+    dense: list[Timed] = []
+    sparse: list[Timed] = []
     for turn in range(args.repeat + 1):
-        for name, engine in running.items():
-            timed = engine.ask(prompt, args.decode)
+        both = [(dense, True), (sparse, False)]
+        for timings, densely in both if turn % 2 else reversed(both):
+            timed = engine.ask(prompt, args.decode, densely)
             if turn:  # the first one warms up
-                turns[name].append(timed)
-    ttft = {name: statistics.median(timed.ttft for timed in timings) for name, timings in turns.items()}
-    decode = {name: statistics.median(timed.decode for timed in timings) for name, timings in turns.items()}
-    for name in args.patterns:
-        last = turns[name][-1]
-        yield {
-            "engine": args.engine,
-            "pattern": name,
-            "context": context,
-            "chunk": args.chunk,
-            "density": density(context, args.layers * args.heads, last),
-            "ttft_dense_s": ttft[DENSE],
-            "ttft_sparse_s": ttft[name],
-            "speedup": ttft[DENSE] / ttft[name],
-            "decode_dense_s": decode[DENSE],
-            "decode_sparse_s": decode[name],
-        }
+                timings.append(timed)
+    return {
+        "engine": args.engine,
+        "pattern": engine.name,
+        "context": context,
+        "chunk": args.chunk,
+        "density": density(context, args.layers * args.heads, sparse[-1]),
+        **compare("ttft", [timed.ttft for timed in dense], [timed.ttft for timed in sparse]),
+        **compare("decode", [timed.decode for timed in dense], [timed.decode for timed in sparse]),
+    }
+
+
+def compare(what: str, dense: list[float], sparse: list[float]) -> dict[str, float]:
+    """Medians of seconds, and median and spread of the ratio turn by turn."""
+    ratios = [b / a for a, b in zip(dense, sparse, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {
+        f"{what}_dense_s": statistics.median(dense),
+        f"{what}_sparse_s": statistics.median(sparse),
+        f"{what}_ratio": middle,
+        f"{what}_spread": (high - low) / 2,
+    }
 
 
 def density(context: int, heads: int, timed: Timed) -> float:
@@ -178,11 +164,16 @@ def main() -> None:
         parser.error("--decode and --repeat must be at least 1")
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), args)
-        with engines(args, Path(folder)) as running:
-            check_same_answers(running)
-            for context in args.context:
-                for row in measure(args, running, context):
-                    emit(row, args.json, args.csv)
+        for pattern in args.patterns:
+            options, environment = engine_options(args, Path(folder), pattern)
+            engine = Engine(pattern, options, environment, Path(folder) / f"{pattern}.log")
+            try:
+                engine.start()
+                check_same_answers(engine)
+                for context in args.context:
+                    emit(measure(args, engine, context), args.json, args.csv)
+            finally:
+                engine.stop()
 
 
 if __name__ == "__main__":

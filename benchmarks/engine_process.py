@@ -39,8 +39,27 @@ def read_counters(worker: Any) -> tuple[float, float]:
     return counters.computed_pairs, counters.dense_pairs
 
 
+OURS: dict[tuple[type, str], Any] = {}
+
+
+def use_vllms_own_methods(worker: Any, yes: bool) -> None:
+    """Runs in the engine's process: put vLLM's methods in the place of those that minference overrides, or ours back.
+
+    Dense and sparse then share process, weights, cache and memory: two processes differ by several per cent on a small
+    machine even when they run the same code.
+    """
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from minference_vllm.backend.compat import CLASS_PATHS
+
+    backend = resolve_obj_by_qualname(CLASS_PATHS[worker.vllm_config.device_config.device_type])
+    for ours, name in ((backend.get_impl_cls(), "forward"), (backend.get_builder_cls(), "build")):
+        method = OURS.setdefault((ours, name), ours.__dict__[name])
+        setattr(ours, name, getattr(ours.__mro__[1], name) if yes else method)
+
+
 def serve(connection: Connection, options: dict[str, Any], environment: dict[str, str], log: str) -> None:
-    """Body of an engine's process: answers ``(prompt, decoded tokens)`` with a ``Timed`` until told to stop."""
+    """Body of an engine's process: answers ``(prompt, decoded tokens, dense)`` with a ``Timed`` until told to stop."""
     # vLLM's own processes join this one's group, and end with it.
     os.setsid()
     with Path(log).open("w") as file:
@@ -53,22 +72,23 @@ def serve(connection: Connection, options: dict[str, Any], environment: dict[str
     try:
         connection.send("ready")
         while (work := connection.recv()) is not None:
-            prompt, decode = work
-            connection.send(answer(llm, prompt, decode, sparse="attention_backend" in options))
+            connection.send(answer(llm, *work, ours="attention_backend" in options))
     except (EOFError, OSError):
         pass  # the benchmark is gone
     finally:
         llm.llm_engine.engine_core.shutdown()
 
 
-def answer(llm: Any, prompt: list[int], decode: int, sparse: bool) -> Timed:
-    """One request, timed by the engine."""
+def answer(llm: Any, prompt: list[int], decode: int, dense: bool, ours: bool) -> Timed:
+    """One request, timed by the engine; ``ours``: it runs minference, on vLLM's own methods if ``dense``."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=decode + 1, ignore_eos=True, detokenize=False)
-    before = llm.collective_rpc(read_counters)[0] if sparse else (0.0, 0.0)
+    if ours:
+        llm.collective_rpc(use_vllms_own_methods, args=(dense,))
+    before = llm.collective_rpc(read_counters)[0] if ours else (0.0, 0.0)
     output = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
-    after = llm.collective_rpc(read_counters)[0] if sparse else (0.0, 0.0)
+    after = llm.collective_rpc(read_counters)[0] if ours else (0.0, 0.0)
     times = output.metrics
     per_token = (times.last_token_ts - times.first_token_ts) / decode
     pairs = (after[0] - before[0], after[1] - before[1])
@@ -76,7 +96,10 @@ def answer(llm: Any, prompt: list[int], decode: int, sparse: bool) -> Timed:
 
 
 class Engine:
-    """One engine in its own process."""
+    """One engine in its own process; its processes stand still except while it answers.
+
+    vLLM's processes poll when they have nothing to do, and would take the processor from the engine that is timed.
+    """
 
     def __init__(self, name: str, options: dict[str, Any], environment: dict[str, str], log: Path) -> None:
         self.name, self.log = name, log
@@ -93,14 +116,30 @@ class Engine:
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
             sys.exit(f"the engine {self.name!r} died; the end of its log:\n{tail}")
 
-    def ask(self, prompt: list[int], decode: int) -> Timed:
-        self.connection.send((prompt, decode))
-        return self.receive()
+    def start(self) -> None:
+        """Wait until the model is loaded."""
+        self.receive()
+        print(f"{self.name}: engine ready", file=sys.stderr, flush=True)
+        self.signal(signal.SIGSTOP)
+
+    def ask(self, prompt: list[int], decode: int, dense: bool = False) -> Timed:
+        """One request; ``dense``: by vLLM's own methods, in an engine that runs minference."""
+        self.signal(signal.SIGCONT)
+        self.connection.send((prompt, decode, dense))
+        timed: Timed = self.receive()
+        self.signal(signal.SIGSTOP)
+        return timed
+
+    def signal(self, number: signal.Signals) -> None:
+        """To all processes of this engine: they form one group."""
+        if self.process.pid:
+            os.killpg(self.process.pid, number)
 
     def stop(self) -> None:
         with contextlib.suppress(OSError):
+            self.signal(signal.SIGCONT)
             self.connection.send(None)
         self.process.join(30)
         if self.process.is_alive() and self.process.pid:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+                self.signal(signal.SIGKILL)

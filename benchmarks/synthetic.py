@@ -1,8 +1,8 @@
-"""Queries and keys whose attention has a known structure: a sink, heavy columns and a wide local window.
+"""Queries and keys whose attention has a known structure: a sink, heavy columns, a diagonal, blocks of one topic.
 
 Random queries and keys give flat attention, in which every selection is as good as any other. Here the logits are
-written down and then realised in bf16 vectors: one direction for the sink, one for the columns, and rotating pairs of
-dimensions for what depends on the distance alone.
+written down and then realised in bf16 vectors: one direction for the sink, one for the columns, rotating pairs of
+dimensions for what depends on the distance alone, and random directions for topics.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ class Structure:
     local: float = 7.0
     local_width: float = 3000.0
     """Keys near the row; the logit falls to 60 % at this distance."""
+    offset: int = 0
+    """Where that window lies: this many tokens before the row, as a diagonal of ``local_width``."""
+    topic: float = 0.0
+    """Keys of the row's own topic."""
+    topics: int = 16
+    segment: int = 512
+    """Tokens in a row of one topic; segments draw theirs at random."""
     noise: float = 0.5
     """Standard deviation of the remaining logits."""
 
@@ -51,7 +58,8 @@ def structured_qkv(
     frequency = torch.randn(pairs, generator=generator, dtype=torch.float64) / structure.local_width
     angle = position[:, None] * frequency
     rotating_query = torch.cat([angle.cos(), angle.sin()], 1)
-    rotating_key = structure.local / pairs * rotating_query
+    shifted = angle + frequency * structure.offset
+    rotating_key = structure.local / pairs * torch.cat([shifted.cos(), shifted.sin()], 1)
 
     rest = head_size - half - 2
     scale = head_size**0.5  # undone by the softmax scale
@@ -61,6 +69,12 @@ def structured_qkv(
         queries[:, head, :half] = rotating_query.float() * scale**0.5
         queries[:, head, half : half + 2] = scale**0.5
         queries[:, head, half + 2 :] = torch.randn(tokens, rest, generator=generator) * scale**0.5
+    topic = torch.zeros(tokens, rest)
+    if structure.topic:
+        segments = torch.randint(structure.topics, (-(-tokens // structure.segment),), generator=generator)
+        directions = torch.nn.functional.normalize(torch.randn(structure.topics, rest, generator=generator), dim=1)
+        topic = directions[segments.repeat_interleave(structure.segment)[:tokens]]
+        queries[:, :, half + 2 :] += structure.topic * scale**0.5 * topic[:, None]
     for head in range(num_kv_heads):
         keys[:, head, :half] = rotating_key.float() * scale**0.5
         keys[:, head, half : half + 2] = 0
@@ -68,6 +82,17 @@ def structured_qkv(
         heavy = torch.randperm(tokens, generator=generator)[: structure.columns]
         keys[heavy, head, half + 1] = structure.column * scale**0.5
         noise = torch.randn(tokens, rest, generator=generator) * (structure.noise / rest**0.5)
-        keys[:, head, half + 2 :] = noise * scale**0.5
+        keys[:, head, half + 2 :] = (noise + topic) * scale**0.5
     values = torch.randn(tokens, num_kv_heads, head_size, generator=generator)
     return queries.to(dtype), keys.to(dtype), values.to(dtype)
+
+
+SHAPES = {
+    "sink and local": Structure(column=0.0, columns=0, local=9.0, local_width=400.0),
+    "columns": Structure(columns=200, column=9.0, local=5.0, local_width=300.0),
+    "many columns": Structure(columns=2000, column=7.0, local=5.0, local_width=300.0),
+    "far diagonal": Structure(column=0.0, columns=0, local=11.0, local_width=300.0, offset=5000),
+    "topics": Structure(column=0.0, columns=0, local=3.0, local_width=300.0, topic=8.0),
+    "flat": Structure(sink=0.0, column=0.0, columns=0, local=0.0),
+}
+"""Heads of one known shape each, for ``bench_quality.py``; ``flat`` is not sparse at all."""

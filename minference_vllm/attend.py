@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,12 @@ from minference_vllm import estimate
 from minference_vllm.capacity import plan_capacity
 from minference_vllm.engines import block_table as block_table_engine
 from minference_vllm.engines import flash, native
-from minference_vllm.index import Scores, SparseIndex, Tiling, build_index
+from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import HeadPattern
 from minference_vllm.plan import Chunk
+from minference_vllm.recall import Audit, sampled_recall
+from minference_vllm.tiling import Tiling
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEFAULT_TILE = 128
@@ -29,10 +32,11 @@ ENGINES = ("auto", "block_table", "native", "triton")
 
 @dataclass
 class Timing:
-    """Seconds spent on the three stages, summed over chunks."""
+    """Seconds spent on each stage, summed over chunks."""
 
     estimate: float = 0.0
     index: float = 0.0
+    audit: float = 0.0
     attend: float = 0.0
     wait: bool = False
     """Whether the clock waits for a GPU to finish; without, it is the host's own time that is measured."""
@@ -99,6 +103,7 @@ def attend_chunk(
     engine: str = "auto",
     tile: int | None = None,
     timing: Timing | None = None,
+    audit: Audit | None = None,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> SparseIndex:
@@ -111,6 +116,7 @@ def attend_chunk(
         patterns: one per query head.
         engine, tile: see ``Settings``.
         timing: is added to, when given.
+        audit: rows to check, and the floor to hold, before attention runs; what was found is left in it.
         softcap, sinks: see ``triton_kernels.sparse_attention``, the one engine that knows them. The estimates leave
             them out: a cap keeps a row's order of keys, and a sink's share is the same for all.
     """
@@ -120,35 +126,32 @@ def attend_chunk(
     if engine != "triton" and (softcap or sinks is not None or cache.key.element_size() == 1):
         raise ValueError(f"engine {engine!r} knows no soft cap, no sinks and no FP8 caches; 'triton' does")
     rows = choose_tile(tile, size)
-    tiling = _tiling(chunk.context_len, chunk.seq_len, size, rows, _column_multiple(engine, cache), query.device)
     planned = engine == "triton" or query.is_cuda
-    capacity = None
-    if planned:
-        lists_alone = engine == "block_table"
-        capacity = _capacity(
-            tuple(patterns), chunk.context_len, chunk.seq_len, size, rows, tiling.column_multiple, lists_alone
-        )
+    # Only vLLM's CPU kernel must see whole pages of columns.
+    column_multiple = size if engine == "block_table" and not planned else 1
+    lengths = chunk.context_len, chunk.seq_len, size, rows, column_multiple
+    tiling = _tiling(*lengths, query.device)
     # Kernels read the pages by address.
     pages = pages[: tiling.num_key_blocks].contiguous()
-    scores = _PagedScores(query, cache, pages, chunk.seq_len, scale, planned, timing)
-    before, estimated = timing.now(query.device), timing.estimate
-    index = build_index(tiling, patterns, Scores(scores.last_query, scores.pooled), capacity)
-    begin = timing.now(query.device)
-    timing.index += begin - before - (timing.estimate - estimated)
+    scores = _PagedEstimates(query, cache, pages, chunk.seq_len, scale, planned, timing)
+    estimated, audited, begin = timing.estimate, timing.audit, timing.now(query.device)
+
+    def build(patterns: Sequence[HeadPattern]) -> SparseIndex:
+        capacity = _capacity(tuple(patterns), *lengths, engine == "block_table") if planned else None
+        return build_index(tiling, patterns, scores, capacity)
+
+    index = build(patterns) if audit is None else audit.run(patterns, build, scores.recall)
+    end = timing.now(query.device)
+    timing.index += end - begin - (timing.estimate - estimated) - (timing.audit - audited)
     options = {"softcap": softcap, "sinks": sinks} if engine == "triton" else {}
     _runner(engine, query)(query, cache, pages, index, scale, out, **options)
-    timing.attend += timing.now(query.device) - begin
+    timing.attend += timing.now(query.device) - end
     return index
 
 
 # All layers of a batch ask for the same.
 _tiling = functools.lru_cache(maxsize=64)(Tiling.of)
 _capacity = functools.lru_cache(maxsize=256)(plan_capacity)
-
-
-def _column_multiple(engine: str, cache: PagedCache) -> int:
-    """Only vLLM's CPU kernel must see whole pages of columns."""
-    return cache.block_size if engine == "block_table" and not cache.key.is_cuda else 1
 
 
 def _runner(engine: str, query: torch.Tensor) -> Callable[..., None]:
@@ -162,8 +165,8 @@ def _runner(engine: str, query: torch.Tensor) -> Callable[..., None]:
     return flash.run if query.is_cuda else block_table_engine.run
 
 
-class _PagedScores:
-    """The estimates of one chunk, timed; without kernels of ours the prefix is copied out of its pages, once."""
+class _PagedEstimates(estimate.Estimates):
+    """Estimates over a paged cache, timed. What no kernel reads from the pages copies the prefix out of them, once."""
 
     def __init__(
         self,
@@ -175,37 +178,62 @@ class _PagedScores:
         triton: bool,
         timing: Timing,
     ) -> None:
-        self.query, self.cache, self.pages, self.seq_len, self.scale = query, cache, pages, seq_len, scale
+        # An FP8 query serves the attention kernel alone; estimates take it as it is meant, but for its scale.
+        self.query = query.bfloat16() if query.element_size() == 1 else query
+        self.cache, self.pages, self.seq_len, self.scale = cache, pages, seq_len, scale
         self.triton, self.timing = triton, timing
 
     @functools.cached_property
-    def keys(self) -> torch.Tensor:
-        return self.cache.keys_by_head(self.pages)[:, : self.seq_len]
+    def keys(self) -> torch.Tensor:  # type: ignore[override]
+        keys = self.cache.keys_by_head(self.pages)[:, : self.seq_len]
+        return keys if keys.dtype == self.query.dtype else keys.to(self.query.dtype).mul_(self.cache.key_scale)
 
     def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        begin = self.timing.now(self.query.device)
         paged = self.query, self.cache, self.pages, self.seq_len, heads, self.scale
-        if self.triton:
-            from minference_vllm.triton_kernels import estimate as kernels
+        with self._timed():
+            if self.triton:
+                from minference_vllm.triton_kernels import estimate as kernels
 
-            result = kernels.last_query_scores(*paged)
-        elif native.unsupported_cache_reason(self.query.dtype, self.cache) is None:
-            result = native.last_query_scores(*paged)
-        else:
-            result = estimate.last_query_scores(self.query, self.keys, heads, self.scale)
-        self.timing.estimate += self.timing.now(self.query.device) - begin
-        return result
+                return kernels.last_query_scores(*paged)
+            if native.unsupported_cache_reason(self.query.dtype, self.cache) is None:
+                return native.last_query_scores(*paged)
+            return super().last_query(heads)
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
-        begin = self.timing.now(self.query.device)
-        if self.triton:
-            from minference_vllm.triton_kernels import estimate as kernels
+        with self._timed():
+            return estimate.pooled_scores(*self._means(heads, tiling), tiling, self.scale)
 
-            result = kernels.pooled_scores(self.query, self.cache, self.pages, heads, tiling, self.scale)
-        else:
-            result = estimate.pooled_scores(self.query, self.keys, heads, tiling, self.scale)
+    def peaks(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        with self._timed():
+            return estimate.peak_scores(*self._means(heads, tiling), tiling, self.scale)
+
+    def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
+        with self._timed():
+            return super().antidiagonal(heads, tiling, stride)
+
+    def _means(self, heads: Sequence[int], tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Queries, mean keys and the wanted heads' numbers, all of the KV heads that those heads need."""
+        if not self.triton:
+            return self.query, self.means(tiling), list(heads)
+        from minference_vllm.triton_kernels import estimate as kernels
+
+        group = self.query.shape[1] // self.cache.num_kv_heads
+        first, last = min(heads) // group, max(heads) // group + 1
+        means = kernels.mean_keys(self.cache, self.pages, self.seq_len, first, last)
+        return self.query[:, first * group : last * group], means, [head - first * group for head in heads]
+
+    def recall(self, index: SparseIndex, rows: torch.Tensor) -> torch.Tensor:
+        """See ``recall.sampled_recall``."""
+        begin = self.timing.now(self.query.device)
+        found = sampled_recall(self.query, self.keys, index, rows.to(self.query.device), self.scale)
+        self.timing.audit += self.timing.now(self.query.device) - begin
+        return found
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        begin = self.timing.now(self.query.device)
+        yield
         self.timing.estimate += self.timing.now(self.query.device) - begin
-        return result
 
 
 def sparse_prefill(

@@ -1,13 +1,32 @@
-"""Counters of what was served sparsely, at which density, and why the rest was not."""
+"""Counters of what was served sparsely, at which density and recall, and why the rest was not."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from minference_vllm.plan import Plan
+
+
+@dataclass
+class Recall:
+    """Audited recall of one head."""
+
+    count: int = 0
+    total: float = 0.0
+    least: float = 1.0
+
+    def add(self, found: float) -> None:
+        self.count += 1
+        self.total += found
+        self.least = min(self.least, found)
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else 1.0
 
 
 @dataclass
@@ -20,6 +39,14 @@ class Counters:
     """Prefill chunks left dense, by reason."""
     dense_pairs: float = 0.0
     """Pairs that dense attention would have computed there."""
+    sparse_seconds: float = 0.0
+    """Spent on sparse attention, estimates and index included, audits not."""
+    audit_seconds: float = 0.0
+    recall: dict[tuple[int, int], Recall] = field(default_factory=dict)
+    """By layer and head, of the chunks that were audited."""
+    raised: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Chunks that ran with more keys because of the floor, by layer and head."""
+    raised_to_dense: Counter[tuple[int, int]] = field(default_factory=Counter)
     _computed_pairs: Any = 0.0
     """A number that may live on the GPU, so that counting waits for nothing."""
     _overflowed: Any = 0
@@ -36,6 +63,18 @@ class Counters:
         self._computed_pairs = self._computed_pairs + computed
         self._overflowed = self._overflowed + overflowed
         self.dense_pairs += dense
+
+    def count_seconds(self, sparse: float, audit: float) -> None:
+        self.sparse_seconds += sparse
+        self.audit_seconds += audit
+
+    def count_recall(self, layer: int, first_head: int, recall: Sequence[float]) -> None:
+        """Mean recall of one audited chunk, per head from ``first_head`` on."""
+        for head, found in enumerate(recall, first_head):
+            self.recall.setdefault((layer, head), Recall()).add(found)
+
+    def count_raised(self, layer: int, head: int, dense: bool) -> None:
+        (self.raised_to_dense if dense else self.raised)[layer, head] += 1
 
     @property
     def computed_pairs(self) -> float:
@@ -62,6 +101,17 @@ class Counters:
             f"minference: {self.sparse_chunks} prefill chunks ({self.sparse_tokens} tokens) sparse, "
             f"density {self.density:.4f}"
         )
+        if self.recall:
+            mean = sum(found.total for found in self.recall.values()) / sum(
+                found.count for found in self.recall.values()
+            )
+            (layer, head), worst = min(self.recall.items(), key=lambda item: item[1].mean)
+            line += f", recall {mean:.4f} (least {worst.mean:.4f}, layer {layer} head {head})"
+        if self.raised or self.raised_to_dense:
+            line += (
+                f", below the floor {self.raised.total()} times given more keys, "
+                f"{self.raised_to_dense.total()} times dense"
+            )
         if self.overflowed:
             line += f"; {self.overflowed} tiles had no room for their selection and ran densely"
         if self.dense_chunks:

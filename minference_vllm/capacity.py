@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from minference_vllm.patterns import (
     ESTIMATION_BLOCK,
-    FORCED_COLUMNS,
-    FORCED_DIAGONALS,
     AShape,
     BlockSparse,
     Dense,
@@ -20,13 +18,15 @@ from minference_vllm.patterns import (
     TriShape,
     VerticalSlash,
 )
+from minference_vllm.selection import FORCED_COLUMNS, FORCED_DIAGONALS
 
 MEMORY_LIMIT = 256 << 20
 """Bytes that one layer's index may take while it is built, scores included, on contexts up to a million tokens."""
-ADAPTIVE_SHARE = 4
-"""A head whose budget the data decide has room for this fraction of the key blocks; one that wants more is dense."""
+ADAPTIVE_BYTES = 64 << 20
+"""Where the data decide the budget of heads, the lists of blocks may take this, and those of columns likewise; a tile
+that wants more is dense."""
 ADAPTIVE_COLUMNS = 4096
-"""Single columns that such a head has room for."""
+"""The most single columns that such a head has room for."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,6 @@ class Capacity:
     """Single columns per head and tile."""
     heads_at_once: int
     """Heads that are scored and selected together; the others wait, so that their scores fit into memory."""
-
-
-def attends_everything(pattern: HeadPattern) -> bool:
-    """Whether some tiles of this pattern attend everything by intent, rather than for want of room."""
-    return isinstance(pattern, Dense | TriShape)
 
 
 def plan_capacity(
@@ -63,6 +58,7 @@ def plan_capacity(
     key_blocks = -(-seq_len // block_size)
     tiles = -(-seq_len // tile) - context_len // tile
     own = tile // block_size
+    adaptive = max(FORCED_COLUMNS, ADAPTIVE_BYTES // (4 * len(patterns) * tiles))
     blocks, columns = 1, 1
     for pattern in set(patterns):
         room, singles = own, 0
@@ -75,13 +71,13 @@ def plan_capacity(
         elif isinstance(pattern, BlockSparse):
             room += -(-pattern.top_k * ESTIMATION_BLOCK // block_size)
         elif not isinstance(pattern, Dense):
-            room += -(-key_blocks // ADAPTIVE_SHARE)
-            singles = ADAPTIVE_COLUMNS
+            room += adaptive
+            singles = min(adaptive, ADAPTIVE_COLUMNS)
         if column_multiple > 1 and singles:
             # The last page of columns is filled up, or the blocks of all columns are taken whole.
             room += singles
             singles = -(-singles // column_multiple) * column_multiple
-        if list_everything and (attends_everything(pattern) or room > key_blocks):
+        if list_everything and not isinstance(pattern, AShape | VerticalSlash | BlockSparse):
             room = key_blocks
         blocks, columns = max(blocks, room), max(columns, singles)
     blocks, columns = min(blocks, key_blocks), min(columns, max(1, -(-seq_len // column_multiple) * column_multiple))

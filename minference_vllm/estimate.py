@@ -1,4 +1,4 @@
-"""Scores that say where a head's attention lies: last-query columns and diagonals, pooled blocks.
+"""Scores that say where a head's attention lies: last-query columns and diagonals, and scores of whole blocks.
 
 Sizes: ``H`` query heads over ``HK`` KV heads, ``S`` tokens in the sequence, ``D`` head size, ``T`` query tiles, ``N``
 key blocks. Every function has its float64 definition in ``reference.py``.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from minference_vllm.index import Tiling
+from minference_vllm.tiling import Tiling
 
 LAST_QUERIES = 64
 """Queries at a chunk's end that choose its columns and diagonals (MInference; Qwen2.5-1M for chunks)."""
@@ -63,43 +63,160 @@ def last_query_scores(
     return columns, agreed.mul_(groups).flip(1)
 
 
+class Estimates:
+    """The estimates of one chunk (``index.Scores``) from its queries and the sequence's keys.
+
+    Args:
+        query: ``[chunk, H, D]``; its last row is the sequence's last token.
+        keys: ``[HK, S, D]``.
+        scale: softmax scale.
+    """
+
+    def __init__(self, query: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
+        self.query, self.keys, self.scale = query, keys, scale
+
+    def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return last_query_scores(self.query, self.keys, heads, self.scale)
+
+    def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        return pooled_scores(self.query, self.means(tiling), heads, tiling, self.scale)
+
+    def peaks(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        return peak_scores(self.query, self.means(tiling), heads, tiling, self.scale)
+
+    def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
+        return antidiagonal_scores(self.query, self.keys, heads, tiling, stride, self.scale)
+
+    def means(self, tiling: Tiling) -> torch.Tensor:
+        """See ``mean_keys``."""
+        return mean_keys(self.keys, tiling.block_size)
+
+
+def mean_keys(keys: torch.Tensor, block_size: int) -> torch.Tensor:
+    """float32 ``[HK, N, D]``: mean key of every block; ``keys`` is ``[HK, S, D]`` and its last block may be partial."""
+    heads, length, dim = keys.shape
+    whole = length // block_size * block_size
+    means = keys[:, :whole].reshape(heads, -1, block_size, dim).mean(2, dtype=torch.float32)
+    if whole < length:
+        means = torch.cat([means, keys[:, whole:].mean(1, keepdim=True, dtype=torch.float32)], 1)
+    return means
+
+
+def _by_tile(query: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+    """One head's queries ``[chunk, D]`` as ``[T, tile, D]``, zeros where a tile begins or ends outside the chunk."""
+    before = tiling.context_len % tiling.tile
+    after = tiling.num_tiles * tiling.tile - before - query.shape[0]
+    return torch.nn.functional.pad(query, (0, 0, before, after)).view(tiling.num_tiles, tiling.tile, -1)
+
+
 def pooled_scores(
-    query: torch.Tensor, keys: torch.Tensor, heads: Sequence[int], tiling: Tiling, scale: float
+    query: torch.Tensor, means: torch.Tensor, heads: Sequence[int], tiling: Tiling, scale: float
 ) -> torch.Tensor:
     """Softmax over blocks of mean query times mean key (MInference's block-sparse estimate), per query tile.
 
     Args:
         query: ``[chunk, H, D]``.
-        keys: ``[HK, S, D]``.
+        means: ``[HK, N, D]``, see ``mean_keys``.
         heads: query heads wanted.
 
     Returns:
         float32 ``[len(heads), T, N]``, zero where no key of a block is in a tile's reach.
     """
-    length = keys.shape[1]
-    block_of_key = torch.arange(length, device=query.device) // tiling.block_size
-    counts = torch.bincount(block_of_key, minlength=tiling.num_key_blocks)
-    means = torch.zeros(keys.shape[0], tiling.num_key_blocks, keys.shape[2], device=query.device)
-    means.index_add_(1, block_of_key, keys.float())
-    means /= counts[:, None]
-    group = query.shape[1] // keys.shape[0]
-    return mean_scores(query, [means[head // group] for head in heads], heads, tiling, scale)
+    group = query.shape[1] // means.shape[0]
+    rows = tiling.starts[1:] - tiling.starts[:-1]
+    scores = torch.empty(len(heads), tiling.num_tiles, means.shape[1], device=query.device)
+    for slot, head in enumerate(heads):
+        queries = _by_tile(query[:, head].float(), tiling).sum(1) / rows[:, None]
+        torch.matmul(queries, means[head // group].T, out=scores[slot])
+    return scores.mul_(scale).masked_fill_(~tiling.reachable(), -torch.inf).softmax(-1)
 
 
-def mean_scores(
-    query: torch.Tensor, means: Sequence[torch.Tensor], heads: Sequence[int], tiling: Tiling, scale: float
+PART_BYTES = 32 << 20
+"""Scores of single queries in flight, in float32."""
+
+
+def peak_scores(
+    query: torch.Tensor, means: torch.Tensor, heads: Sequence[int], tiling: Tiling, scale: float
 ) -> torch.Tensor:
-    """``pooled_scores`` from the mean key of each block.
+    """Softmax over blocks of every single query times mean keys, averaged over the tile's rows, per query tile.
+
+    FlashPrefill (arXiv 2603.06199) subtracts one maximum per tile, so that rows with high logits count more; here every
+    row counts alike, which needs no second pass and never overflows.
 
     Args:
-        means: float32 ``[N, D]`` for each of the wanted heads.
+        query: ``[chunk, H, D]``.
+        means: ``[HK, N, D]``, see ``mean_keys``.
+        heads: query heads wanted.
+
+    Returns:
+        float32 ``[len(heads), T, N]``, zero where no key of a block is in a tile's reach.
     """
-    rows = tiling.starts[1:] - tiling.starts[:-1]
-    before = tiling.context_len % tiling.tile
-    behind = tiling.num_tiles * tiling.tile - before - query.shape[0]
-    scores = torch.empty(len(heads), tiling.num_tiles, tiling.num_key_blocks, device=query.device)
+    group = query.shape[1] // means.shape[0]
+    positions = torch.arange(tiling.num_tiles * tiling.tile, device=query.device).view(tiling.num_tiles, tiling.tile)
+    positions += tiling.context_len // tiling.tile * tiling.tile
+    there = (positions >= tiling.context_len) & (positions < tiling.seq_len)
+    unseen = ~tiling.reachable()
+    result = torch.empty(len(heads), *unseen.shape, device=query.device)
+    at_once = max(1, PART_BYTES // (4 * tiling.tile * tiling.num_key_blocks))
     for slot, head in enumerate(heads):
-        whole = torch.nn.functional.pad(query[:, head].float(), (0, 0, before, behind))
-        queries = whole.view(tiling.num_tiles, tiling.tile, -1).sum(1) / rows[:, None]
-        torch.matmul(queries, means[slot].T, out=scores[slot])
-    return scores.mul_(scale).masked_fill_(~tiling.reachable(), -torch.inf).softmax(-1)
+        rows, columns = _by_tile(query[:, head], tiling), means[head // group].T.to(query.dtype)
+        for first in range(0, tiling.num_tiles, at_once):
+            part = slice(first, first + at_once)
+            weights = torch.matmul(rows[part], columns).float().mul_(scale)
+            weights = weights.masked_fill_(unseen[part, None], -torch.inf).softmax(-1)
+            result[slot, part] = torch.matmul(there[part, None].float(), weights)[:, 0]
+    return result.div_((tiling.starts[1:] - tiling.starts[:-1])[:, None])
+
+
+def antidiagonal_scores(
+    query: torch.Tensor, keys: torch.Tensor, heads: Sequence[int], tiling: Tiling, stride: int, scale: float
+) -> torch.Tensor:
+    """Attention mass of blocks, seen along every ``stride``-th antidiagonal (XAttention, arXiv 2503.16428).
+
+    ``stride`` neighbouring queries and ``stride`` neighbouring keys, the keys in reverse order, make one long query and
+    one long key; their product is the mean logit of an antidiagonal, which every column and every diagonal of that
+    square crosses. Softmax over the squares a row of squares can see, then mean over a tile and sum over a block.
+    Squares lie at multiples of ``stride`` in the prompt; tokens outside the chunk, or past its end, count as zeros.
+
+    Args:
+        query: ``[chunk, H, D]``.
+        keys: ``[HK, S, D]``.
+        heads: query heads wanted.
+        stride: divides the block size.
+
+    Returns:
+        float32 ``[len(heads), T, N]``, zero where no key of a block is in a tile's reach.
+
+    Raises:
+        ValueError: ``stride`` does not divide the block size.
+    """
+    size = tiling.block_size
+    if size % stride:
+        raise ValueError(f"antidiagonal stride must divide the page size {size}, not {stride}")
+    group = query.shape[1] // keys.shape[0]
+    length, dim = keys.shape[1], query.shape[2]
+    first = tiling.context_len // stride
+    squares = -(-length // stride)
+    before, after = tiling.context_len - first * stride, squares * stride - length
+    per_block = size // stride
+    square_rows = torch.arange(first, squares, device=query.device)
+    # The tile of a square of rows is that of its last row in the chunk: tiles, too, lie at multiples of the stride.
+    last_rows = (square_rows * stride + stride - 1).clamp(max=length - 1)
+    tile_of_square = torch.searchsorted(tiling.starts, last_rows, right=True) - 1
+    future = torch.arange(squares, device=query.device) > square_rows[:, None]
+    missing = tiling.num_key_blocks * per_block - squares
+    result = torch.zeros(len(heads), tiling.num_tiles, tiling.num_key_blocks, device=query.device)
+    long_keys: dict[int, torch.Tensor] = {}
+    for slot, head in enumerate(heads):
+        kv_head = head // group
+        if kv_head not in long_keys:
+            padded = torch.nn.functional.pad(keys[kv_head], (0, 0, 0, after))
+            long_keys = {kv_head: padded.view(squares, stride, dim).flip(1).reshape(squares, -1)}
+        rows = torch.nn.functional.pad(query[:, head], (0, 0, before, after)).view(-1, stride * dim)
+        weights = torch.matmul(rows, long_keys[kv_head].T).float().mul_(scale / stride)
+        weights = weights.masked_fill_(future, -torch.inf).softmax(-1)
+        by_block = torch.nn.functional.pad(weights, (0, missing)).view(len(rows), -1, per_block).sum(-1)
+        result[slot].index_add_(0, tile_of_square, by_block)
+    squares_of_tile = torch.zeros(tiling.num_tiles, device=query.device)
+    squares_of_tile.index_add_(0, tile_of_square, torch.ones_like(tile_of_square, dtype=torch.float32))
+    return result.div_(squares_of_tile.clamp_(min=1)[:, None])

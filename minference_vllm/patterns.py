@@ -20,12 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 MAX_BUDGET = 1 << 24
 ESTIMATION_BLOCK = 64
 """Block size, in tokens, in which MInference counts the budget of block-sparse heads."""
-FORCED_COLUMNS = 30
-"""First columns that vertical-slash heads always keep (MInference)."""
-FORCED_DIAGONALS = 100
-"""Nearest diagonals that vertical-slash heads always keep (MInference)."""
-
 Budget = Annotated[int, Field(ge=0, le=MAX_BUDGET)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class _Pattern(BaseModel):
@@ -71,9 +67,72 @@ class BlockSparse(_Pattern):
     top_k: Annotated[int, Field(ge=1, le=MAX_BUDGET // ESTIMATION_BLOCK)] = 100
 
 
-HeadPattern = Annotated[Dense | AShape | TriShape | VerticalSlash | BlockSparse, Field(discriminator="kind")]
-KINDS = ("dense", "a_shape", "tri_shape", "vertical_slash", "block_sparse")
+class Coverage(_Pattern):
+    """The fewest columns and diagonals whose mass, as the chunk's last 64 queries see it, reaches ``gamma``; at least
+    ``min_budget`` tokens per row (after FlexPrefill, arXiv 2502.20766). A head that is not sparse comes out dense."""
+
+    kind: Literal["coverage"] = "coverage"
+    gamma: Share = 0.95
+    min_budget: Budget = 1024
+
+
+class Antidiagonal(_Pattern):
+    """Per query tile, the fewest key blocks whose mass reaches ``tau``, scored along antidiagonals of every ``stride``
+    tokens (XAttention, arXiv 2503.16428)."""
+
+    kind: Literal["antidiagonal"] = "antidiagonal"
+    stride: Annotated[int, Field(ge=2, le=64)] = 16
+    tau: Share = 0.9
+
+
+class PeakThreshold(_Pattern):
+    """Per query tile, the key blocks whose pooled score is at least ``alpha`` times the tile's highest, the first
+    ``sink`` and the last ``window`` tokens (FlashPrefill, arXiv 2603.06199)."""
+
+    kind: Literal["peak_threshold"] = "peak_threshold"
+    alpha: Share = 0.1
+    sink: Budget = 256
+    window: Budget = 512
+
+
+HeadPattern = Annotated[
+    Dense | AShape | TriShape | VerticalSlash | BlockSparse | Coverage | Antidiagonal | PeakThreshold,
+    Field(discriminator="kind"),
+]
+KINDS = (
+    "dense", "a_shape", "tri_shape", "vertical_slash", "block_sparse", "coverage", "antidiagonal", "peak_threshold",
+)  # fmt: skip
 _head_pattern: TypeAdapter[HeadPattern] = TypeAdapter(HeadPattern)
+
+
+MAX_LEVEL = 2
+"""The level at which every pattern is dense."""
+
+
+def at_level(pattern: HeadPattern, level: int) -> HeadPattern:
+    """The pattern, strengthened: level 0 as it is, 1 with more keys, ``MAX_LEVEL`` and above dense.
+
+    More keys means four times the budget, or a quarter of the mass that may be missed. The shapes that do not look at
+    the attention (A-shape, tri-shape) cannot follow mass that has moved away: they become ``coverage``.
+    """
+    if level <= 0 or isinstance(pattern, Dense):
+        return pattern
+    if level >= MAX_LEVEL:
+        return Dense()
+    if isinstance(pattern, AShape | TriShape):
+        return Coverage(min_budget=min(pattern.sink + pattern.local, MAX_BUDGET))
+    changed: dict[str, float]
+    if isinstance(pattern, VerticalSlash):
+        changed = {"vertical": 4 * pattern.vertical, "slash": 4 * pattern.slash}
+    elif isinstance(pattern, BlockSparse):
+        changed = {"top_k": 4 * pattern.top_k}
+    elif isinstance(pattern, Coverage):
+        changed = {"gamma": 1 - (1 - pattern.gamma) / 4, "min_budget": 4 * pattern.min_budget}
+    elif isinstance(pattern, Antidiagonal):
+        changed = {"tau": 1 - (1 - pattern.tau) / 4}
+    else:
+        changed = {"alpha": pattern.alpha / 4}
+    return pattern.model_copy(update=changed)
 
 
 class PatternError(ValueError):
@@ -126,6 +185,18 @@ class PatternFile(BaseModel):
         """Patterns of heads ``first_head .. first_head + num_heads`` (a tensor-parallel rank's slice) of one layer."""
         heads = self.layers.get(layer, {})
         return tuple(heads.get(first_head + head, self.default) for head in range(num_heads))
+
+
+def parse_head_pattern(content: Any) -> HeadPattern:
+    """One head's pattern from parsed JSON, ``{"kind": ..., ...}``.
+
+    Raises:
+        PatternError: unknown kind or field, or a budget out of range.
+    """
+    try:
+        return _head_pattern.validate_python(content)
+    except ValidationError as error:
+        raise PatternError(f"pattern {content!r}: {_first_problem(error)}") from None
 
 
 def _published_head(entry: Any, place: str) -> HeadPattern:

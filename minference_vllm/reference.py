@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from minference_vllm.index import Tiling
+from minference_vllm.tiling import Tiling
 
 
 def gather_sequence(cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> torch.Tensor:

@@ -17,11 +17,15 @@ PARTS: dict[str, set[str]] = {
     "settings": {"pydantic"},
     "patterns": {"pydantic"},
     "plan": set(),
+    "tiling": {"torch"},
+    "selection": {"torch"},
+    "capacity": set(),
     "index": {"torch"},
     "estimate": {"torch"},
     "paged_cache": {"torch"},
     "engines": {"torch", "vllm"},
     "triton_kernels": {"torch", "triton"},
+    "recall": {"torch"},
     "attend": {"torch"},
     "audit": set(),
     "backend": {"torch", "vllm"},
@@ -30,8 +34,8 @@ PARTS: dict[str, set[str]] = {
 }
 # Beside the road: tests and benchmarks alone import it.
 REFERENCE = "reference"
-# Of the engines, the one file that calls vLLM.
-VLLM_CALLS = {"engines.cpu_kernel"}
+# Of the engines, the files that call vLLM.
+VLLM_CALLS = {"engines.cpu_kernel", "engines.flash"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -7,10 +7,11 @@ import torch
 
 from minference_vllm import reference
 from minference_vllm.engines import block_table, cpu_kernel
-from minference_vllm.estimate import last_query_scores
-from minference_vllm.index import Scores, SparseIndex, Tiling, build_index
+from minference_vllm.estimate import Estimates
+from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import VerticalSlash
+from minference_vllm.tiling import Tiling
 
 SIZE, HEADS, KV_HEADS, DIM, CONTEXT, LENGTH = 32, 4, 2, 64, 150, 700
 SCALE = DIM**-0.5
@@ -32,8 +33,7 @@ def chunk() -> tuple[torch.Tensor, PagedCache, torch.Tensor, SparseIndex, torch.
     key, value = memory.chunk(2, dim=2)
     by_head = keys.transpose(0, 1)
     tiling = Tiling.of(CONTEXT, LENGTH, SIZE, 128, column_multiple=SIZE)
-    scores = Scores(lambda heads: last_query_scores(query, by_head, heads, SCALE), lambda heads, tiling: torch.empty(0))
-    index = build_index(tiling, [VerticalSlash(vertical=60, slash=0)] * HEADS, scores)
+    index = build_index(tiling, [VerticalSlash(vertical=60, slash=0)] * HEADS, Estimates(query, by_head, SCALE))
     assert bool(index.num_columns.any())
     expected = reference.masked_attention(query, by_head, values.transpose(0, 1), index.to_mask(), SCALE)
     return query, PagedCache(key, value, layout), pages, index, expected

@@ -51,7 +51,7 @@ class Layer:
         from vllm.v1.attention.backends import cpu_attn
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-        from minference_vllm.backend import cpu, splitting
+        from minference_vllm.backend import cpu, serving, splitting
 
         path = self.folder / "patterns.json"
         heads = dict(enumerate(self.patterns))
@@ -77,7 +77,7 @@ class Layer:
         for module in (splitting, cpu_attn):
             self.monkeypatch.setattr(module, "get_current_vllm_config", lambda: config)
         self.monkeypatch.setattr(splitting, "get_tensor_model_parallel_rank", lambda: self.rank)
-        self.monkeypatch.setattr(splitting, "attend_chunk", self.watched_attend_chunk)
+        self.monkeypatch.setattr(serving, "attend_chunk", self.watched_attend_chunk)
         options = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto", **self.options}
         self.impl = cpu.MInferenceCPUImpl(self.heads, DIM, self.scale, self.kv_heads, **options)
         self.parent = cpu_attn.CPUAttentionBackendImpl(self.heads, DIM, self.scale, self.kv_heads, **options)

@@ -101,7 +101,7 @@ class Layer:
         from vllm.v1.attention.backends import flash_attn
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-        from minference_vllm.backend import cuda, splitting
+        from minference_vllm.backend import cuda, serving, splitting
 
         self.batch = batch
         path = folder / "patterns.json"
@@ -136,7 +136,7 @@ class Layer:
         )
         monkeypatch.setattr(splitting, "get_current_vllm_config", lambda: config)
         monkeypatch.setattr(splitting, "get_tensor_model_parallel_rank", lambda: 0)
-        monkeypatch.setattr(splitting, "attend_chunk", self.watched_attend_chunk)
+        monkeypatch.setattr(serving, "attend_chunk", self.watched_attend_chunk)
         monkeypatch.setattr(flash_attn.FlashAttentionImpl, "forward", self.dense_forward)
         arguments = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto", **(options or {})}
         self.impl = cuda.MInferenceCUDAImpl(HEADS, DIM, DIM**-0.5, KV_HEADS, **arguments)
@@ -265,9 +265,9 @@ def test_batches_without_a_sparse_chunk_take_the_parents_path(
 
 def test_decodes_are_never_sparse_whatever_the_setting(make_layer: Callable[..., Layer]) -> None:
     """Their batches replay a CUDA graph of the parent's path."""
-    layer = make_layer([(700, 5), (900, 5)], settings={"min_chunk": 1}, speculative=4)
+    layer = make_layer([(700, 21), (900, 21)], settings={"min_chunk": 1}, speculative=20)
     assert not getattr(layer.builder.build(0, layer.common()), "sparse", ())
-    layer = make_layer([(700, 6), (900, 5)], settings={"min_chunk": 1}, speculative=4)
+    layer = make_layer([(700, 22), (900, 21)], settings={"min_chunk": 1}, speculative=20)
     assert [chunk.request for chunk, _ in layer.builder.build(0, layer.common()).sparse] == [0]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minference_vllm import estimate, reference
-from minference_vllm.index import Tiling
+from minference_vllm.tiling import Tiling
 
 SIZES = {
     # name: (chunk, context, heads, KV heads, head size)
@@ -115,7 +115,7 @@ def test_pooled_scores(name: str, dtype: torch.dtype, block_size: int, tile: int
     query, keys, context, scale = inputs(name, dtype)
     heads = wanted_heads(query.shape[1])
     tiling = Tiling.of(context, keys.shape[1], block_size, tile)
-    found = estimate.pooled_scores(query, keys, heads, tiling, scale)
+    found = estimate.pooled_scores(query, estimate.mean_keys(keys, block_size), heads, tiling, scale)
     exact = reference.pooled_scores(query, keys, tiling, scale)[heads]
     # Means are taken in float32 whatever the inputs are, so the plain evaluation is the float32 one.
     starts = (tiling.starts - context).tolist()
@@ -131,5 +131,6 @@ def test_inputs_are_left_as_they_are() -> None:
     query, keys, context, scale = inputs("odd_length", torch.float32)
     before = query.clone(), keys.clone()
     estimate.last_query_scores(query, keys, [0, 1], scale)
-    estimate.pooled_scores(query, keys, [0, 1], Tiling.of(context, keys.shape[1], 32, 64), scale)
+    means = estimate.mean_keys(keys, 32)
+    estimate.pooled_scores(query, means, [0, 1], Tiling.of(context, keys.shape[1], 32, 64), scale)
     assert torch.equal(query, before[0]) and torch.equal(keys, before[1])

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from minference_vllm import estimate, reference
+from minference_vllm import reference
 from minference_vllm.capacity import plan_capacity
 from minference_vllm.engines import flash
-from minference_vllm.index import Scores, SparseIndex, Tiling, build_index
+from minference_vllm.estimate import Estimates
+from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
+from minference_vllm.tiling import Tiling
 
 HEADS, KV_HEADS, DIM = 6, 2, 32
 TOLERANCE = 0.03
@@ -97,12 +99,8 @@ def chunk(context: int, length: int, size: int, tile: int, order: Callable[..., 
     by_head = keys.transpose(0, 1)
     tiling = Tiling.of(context, length, size, tile)
     scale = DIM**-0.5
-    scores = Scores(
-        lambda heads: estimate.last_query_scores(query, by_head, heads, scale),
-        lambda heads, tiling: estimate.pooled_scores(query, by_head, heads, tiling, scale),
-    )
     capacity = plan_capacity(PATTERNS, context, length, size, tile, list_everything=True)
-    index = build_index(tiling, PATTERNS, scores, capacity)
+    index = build_index(tiling, PATTERNS, Estimates(query, by_head, scale), capacity)
     expected = reference.masked_attention(query, by_head, values.transpose(0, 1), index.to_mask(), scale)
     return query, PagedCache(key, value, "rows"), pages, index, expected
 

@@ -6,24 +6,13 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minference_vllm import reference
-from minference_vllm.index import (
-    FORCED_COLUMNS,
-    FORCED_DIAGONALS,
-    Scores,
-    SparseIndex,
-    Tiling,
-    build_index,
-    columns_outside_blocks,
-    compact,
-    distance_scores,
-    slash_blocks,
-    top_blocks,
-)
+from minference_vllm.index import SparseIndex, build_index, columns_outside_blocks, compact
 from minference_vllm.patterns import (
     ESTIMATION_BLOCK,
     AShape,
@@ -34,6 +23,15 @@ from minference_vllm.patterns import (
     VerticalSlash,
 )
 from minference_vllm.reference import causal_mask
+from minference_vllm.selection import (
+    FORCED_COLUMNS,
+    FORCED_DIAGONALS,
+    Columns,
+    distance_scores,
+    slash_blocks,
+    top_blocks,
+)
+from minference_vllm.tiling import Tiling
 
 TILINGS = {
     # name: (context_len, seq_len, block_size, tile)
@@ -103,6 +101,20 @@ class RandomScores:
 
 
 @dataclass(frozen=True)
+class OneHead:
+    """The scores of one head, for an index of one head."""
+
+    scores: RandomScores
+    head: int
+
+    def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.scores.last_query([self.head])
+
+    def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        return self.scores.pooled([self.head], tiling)
+
+
+@dataclass(frozen=True)
 class Built:
     """One index whose heads run all of PATTERNS, and the scores that it was built from."""
 
@@ -131,7 +143,7 @@ def build(tiling_name: str, whole_pages: bool) -> Built:
     context_len, seq_len, block_size, tile = TILINGS[tiling_name]
     tiling = Tiling.of(context_len, seq_len, block_size, tile, block_size if whole_pages else 1)
     scores = RandomScores(seq_len)
-    index = build_index(tiling, list(PATTERNS.values()), Scores(scores.last_query, scores.pooled))
+    index = build_index(tiling, list(PATTERNS.values()), scores)
     return Built(tiling, index, scores, index.to_mask())
 
 
@@ -198,11 +210,7 @@ def test_full_selection_is_the_causal_mask(built: Built) -> None:
 def test_a_heads_index_does_not_depend_on_its_neighbours(tiling_name: str, whole_pages: bool) -> None:
     together = build(tiling_name, whole_pages)
     for head, pattern in together.heads():
-        scores = Scores(
-            lambda heads, head=head: together.scores.last_query([head]),
-            lambda heads, tiling, head=head: together.scores.pooled([head], tiling),
-        )
-        alone = build_index(together.tiling, [pattern], scores)
+        alone = build_index(together.tiling, [pattern], OneHead(together.scores, head))
         assert torch.equal(alone.to_mask()[0], together.mask[head]), pattern
 
 
@@ -250,7 +258,7 @@ def test_forced_columns_and_diagonals_are_there_whatever_their_scores(tiling_nam
     tiling = build(tiling_name, whole_pages).tiling
     worst_first = torch.arange(float(tiling.seq_len))[None]
     pattern = VerticalSlash(vertical=FORCED_COLUMNS, slash=FORCED_DIAGONALS)
-    scores = Scores(lambda heads: (worst_first.clone(), worst_first.clone()), lambda heads, tiling: torch.empty(0))
+    scores = SimpleNamespace(last_query=lambda heads: (worst_first.clone(), worst_first.clone()))
     mask = build_index(tiling, [pattern], scores).to_mask()[0]
     row, key = build(tiling_name, whole_pages).rows_and_keys()
     forced = (key < FORCED_COLUMNS) | (row - key < FORCED_DIAGONALS)
@@ -308,11 +316,16 @@ def listed(columns: torch.Tensor, count: torch.Tensor, tile: int) -> list[int]:
     return sorted(columns[0, tile, : int(count[0, tile])].tolist())
 
 
+def wanted(*columns: int) -> Columns:
+    """Columns of one head."""
+    return Columns(torch.tensor([columns]), torch.ones(1, len(columns), dtype=torch.bool))
+
+
 def test_single_columns_are_exactly_those_asked_for() -> None:
     tiling = Tiling.of(0, 256, 32, 32)
     blocks = tiling.own()[None].clone()
     blocks[..., 0] = True
-    more_blocks, columns, count = columns_outside_blocks(tiling, blocks, torch.tensor([[200, 5, 71, 100, 70]]))
+    more_blocks, columns, count = columns_outside_blocks(tiling, blocks, wanted(200, 5, 71, 100, 70))
     assert torch.equal(more_blocks, blocks)
     assert listed(columns, count, 7) == [70, 71, 100, 200]
     assert listed(columns, count, 3) == [70, 71], "the others lie in the tile or behind it"
@@ -323,7 +336,7 @@ def test_pages_of_columns_are_filled_up_from_a_block_that_the_tile_lacks() -> No
     tiling = Tiling.of(0, 256, 32, 32, column_multiple=32)
     blocks = tiling.own()[None].clone()
     asked = [200, 5, 71, 100, 70]
-    more_blocks, columns, count = columns_outside_blocks(tiling, blocks, torch.tensor([asked]))
+    more_blocks, columns, count = columns_outside_blocks(tiling, blocks, wanted(*asked))
     assert torch.equal(more_blocks[0, 7], blocks[0, 7])
     assert len(set(listed(columns, count, 7))) == 32 and set(asked) <= set(listed(columns, count, 7))
     # In the second tile only block 0 lies before; its 31 other keys fill the page of the one column.
@@ -333,7 +346,7 @@ def test_pages_of_columns_are_filled_up_from_a_block_that_the_tile_lacks() -> No
 def test_where_nothing_is_left_to_fill_a_page_blocks_are_taken_whole() -> None:
     tiling = Tiling.of(0, 96, 32, 32, column_multiple=64)
     blocks = tiling.own()[None].clone()
-    more_blocks, _, count = columns_outside_blocks(tiling, blocks, torch.tensor([[5, 40]]))
+    more_blocks, _, count = columns_outside_blocks(tiling, blocks, wanted(5, 40))
     assert int(count[0, 1]) == 0, "33 keys lie before the second tile and outside its blocks: no 64"
     assert more_blocks[0, 1].nonzero().view(-1).tolist() == [0, 1]
 
@@ -358,13 +371,9 @@ def test_a_tile_is_whole_pages() -> None:
         Tiling.of(0, 100, 32, 48)
 
 
-def test_a_pattern_without_a_builder_is_an_error() -> None:
-    with pytest.raises(TypeError, match="no builder"):
-        build_index(
-            Tiling.of(0, 64, 32, 32),
-            ["dense"],
-            Scores(RandomScores(64).last_query, RandomScores(64).pooled),
-        )
+def test_a_pattern_without_a_selection_is_an_error() -> None:
+    with pytest.raises(TypeError, match="no selection for pattern 'dense'"):
+        build_index(Tiling.of(0, 64, 32, 32), ["dense"], RandomScores(64))
 
 
 def tile_starts(context_len: int, seq_len: int, tile: int) -> list[int]:

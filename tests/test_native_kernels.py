@@ -11,10 +11,10 @@ import torch
 from minference_vllm import estimate, reference
 from minference_vllm.attend import attend_chunk, choose_engine
 from minference_vllm.engines import native
-from minference_vllm.index import Tiling
 from minference_vllm.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
 from minference_vllm.patterns import AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
 from minference_vllm.plan import Chunk
+from minference_vllm.tiling import Tiling
 
 LAYOUTS: tuple[Layout, ...] = ("rows", "transposed", "amx")
 PATTERNS: list[HeadPattern] = [

@@ -98,11 +98,13 @@ def run_case(
 ) -> dict[str, float]:
     import torch
 
-    from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash, estimate
+    from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash
     from minference_vllm.capacity import plan_capacity
-    from minference_vllm.index import Scores, Tiling, build_index
+    from minference_vllm.estimate import Estimates
+    from minference_vllm.index import build_index
     from minference_vllm.paged_cache import PagedCache
     from minference_vllm.reference import repeat_heads
+    from minference_vllm.tiling import Tiling
     from minference_vllm.triton_kernels import sparse_attention
 
     torch.manual_seed(0)
@@ -128,12 +130,8 @@ def run_case(
     tiling = Tiling.of(context_len, seq_len, block_size, max(128, block_size))
     patterns = [VerticalSlash(vertical=40, slash=16), BlockSparse(top_k=1), AShape(sink=16, local=64), Dense()]
     wide = query.float() * query_scale
-    scores = Scores(
-        lambda wanted: estimate.last_query_scores(wide, keys, wanted, scale),
-        lambda wanted, tiles: estimate.pooled_scores(wide, keys, wanted, tiles, scale),
-    )
     capacity = plan_capacity(patterns, context_len, seq_len, block_size, tiling.tile) if planned else None
-    index = build_index(tiling, patterns[:heads], scores, capacity)
+    index = build_index(tiling, patterns[:heads], Estimates(wide, keys, scale), capacity)
     sink = torch.randn(heads) if sinks else None
     out = torch.full(query.shape, torch.nan, dtype=kind)
     lse = torch.full((heads, len(query)), torch.nan)

@@ -13,8 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minference_vllm.estimate import LAST_QUERIES, ROW_GROUPS, mean_scores
-from minference_vllm.index import Tiling
+from minference_vllm.estimate import LAST_QUERIES, ROW_GROUPS
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.triton_kernels.sparse_attention import LN2, LOG2E, compute_type
 
@@ -252,22 +251,19 @@ def last_query_scores(
     return columns, diagonals
 
 
-def pooled_scores(
-    query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, heads: Sequence[int], tiling: Tiling, scale: float
-) -> torch.Tensor:
-    """``estimate.pooled_scores`` straight from the pages: float32 ``[len(heads), T, N]``.
+def mean_keys(cache: PagedCache, pages: torch.Tensor, seq_len: int, first: int, last: int) -> torch.Tensor:
+    """``estimate.mean_keys`` of KV heads ``[first, last)`` straight from the pages: float32 ``[heads, N, D]``.
 
     Args: as ``last_query_scores``.
     """
-    group = query.shape[1] // cache.num_kv_heads
-    first, last = min(heads) // group, max(heads) // group
-    means = torch.empty(last + 1 - first, tiling.num_key_blocks, cache.head_size, device=query.device)
-    block_mean_kernel[(tiling.num_key_blocks, last + 1 - first)](
-        cache.key, pages, means, *cache.key.stride()[:3], first, tiling.seq_len, cache.key_scale,
+    blocks = triton.cdiv(seq_len, cache.block_size)
+    means = torch.empty(last - first, blocks, cache.head_size, device=pages.device)
+    block_mean_kernel[(blocks, last - first)](
+        cache.key, pages, means, *cache.key.stride()[:3], first, seq_len, cache.key_scale,
         HEAD_SIZE=cache.head_size,
         D=triton.next_power_of_2(cache.head_size),
         PAGE=cache.block_size,
         SLOTS=triton.next_power_of_2(cache.block_size),
         num_warps=NUM_WARPS,
     )  # fmt: skip
-    return mean_scores(query, [means[head // group - first] for head in heads], heads, tiling, scale)
+    return means

@@ -19,24 +19,26 @@ import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from minference_vllm import estimate
 from minference_vllm.attend import choose_tile
 from minference_vllm.backend.runtime import discover_patterns
-from minference_vllm.index import Scores, SparseIndex, Tiling, build_index
+from minference_vllm.estimate import Estimates
+from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.patterns import Dense, HeadPattern
 from minference_vllm.plan import Chunk, dense_reason
 from minference_vllm.plot import draw_head, head_map
 from minference_vllm.settings import Settings
+from minference_vllm.tiling import Tiling
 
 PAGE = 128
 """vLLM's page size on CPUs."""
 
 
 class Layer(NamedTuple):
-    """Rotated queries ``[H, S, D]`` and keys ``[HK, S, D]`` of one attention layer."""
+    """Rotated queries ``[H, S, D]``, rotated keys and values ``[HK, S, D]`` of one attention layer."""
 
     query: torch.Tensor
     keys: torch.Tensor
+    values: torch.Tensor
     scale: float
 
 
@@ -44,9 +46,11 @@ def capture_layers(model_path: str, ids: torch.Tensor) -> list[Layer]:
     """Run the model over ``ids`` (``[1, S]``) and keep what each attention layer computes its scores from."""
     layers: list[Layer] = []
 
-    def attention(module: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        layers.append(Layer(query[0], key[0], kwargs["scaling"]))
-        return sdpa_attention_forward(module, query, key, *args, **kwargs)
+    def attention(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        layers.append(Layer(query[0], key[0], value[0], kwargs["scaling"]))
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register("capture", attention)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", attn_implementation="capture")
@@ -83,11 +87,8 @@ def chunk_index(layer: Layer, patterns: Sequence[HeadPattern], begin: int, end: 
     if dense_reason(Chunk(0, begin, begin, end), settings.min_context, settings.min_chunk):
         patterns = [Dense()] * len(patterns)
     query, keys, scale = layer.query[:, begin:end].transpose(0, 1), layer.keys[:, :end], layer.scale
-    scores = Scores(
-        lambda heads: estimate.last_query_scores(query, keys, heads, scale),
-        lambda heads, tiling: estimate.pooled_scores(query, keys, heads, tiling, scale),
-    )
-    return build_index(Tiling.of(begin, end, PAGE, choose_tile(settings.tile, PAGE)), patterns, scores)
+    tiling = Tiling.of(begin, end, PAGE, choose_tile(settings.tile, PAGE))
+    return build_index(tiling, patterns, Estimates(query, keys, scale))
 
 
 def draw_retrieval_head(

@@ -12,6 +12,7 @@ from minference_vllm.attend import DTYPES
 from minference_vllm.audit import Counters
 from minference_vllm.engines import native
 from minference_vllm.patterns import PatternFile, load_pattern_file, parse_patterns
+from minference_vllm.recall import RaisedLevels
 from minference_vllm.settings import Settings, load_settings
 
 DEFAULT_PATTERNS = "default"
@@ -24,6 +25,7 @@ class Runtime:
     source: str
     """Where the patterns came from, for the log."""
     counters: Counters = field(default_factory=Counters)
+    raised: RaisedLevels = field(default_factory=RaisedLevels)
 
     @property
     def summary(self) -> str:

@@ -16,12 +16,12 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
 
-from minference_vllm.attend import attend_chunk
 from minference_vllm.backend.compat import dense_batch_reason, host_seq_lens, slice_requests
 from minference_vllm.backend.runtime import runtime_for
+from minference_vllm.backend.serving import serve_chunk
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import Dense, HeadPattern
-from minference_vllm.plan import Chunk, plan_batch
+from minference_vllm.plan import PREFILL_FROM, Chunk, plan_batch
 
 # A child of vLLM's own logger, so that our lines appear where vLLM's do.
 logger = init_logger(f"vllm.{__name__}")
@@ -50,8 +50,8 @@ class SplittingBuilder(AttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if self.dense_only or common_prefix_len:
-            return metadata
+        if common_attn_metadata.max_query_len < PREFILL_FROM or self.dense_only or common_prefix_len:
+            return metadata  # nothing but decodes, most of the time
         lengths = host_seq_lens(common_attn_metadata)
         reason = dense_batch_reason(common_attn_metadata)
         if reason or lengths is None:
@@ -106,6 +106,7 @@ class SplittingImpl(AttentionImpl):
         vllm_config = get_current_vllm_config()
         self.runtime = runtime_for(vllm_config)
         self.first_head = get_tensor_model_parallel_rank() * self.num_heads
+        self.layer_number = -1
         self.patterns: tuple[HeadPattern, ...] | None = None
         reasons = self.dense_reasons(vllm_config)
         self.dense_only = bool(reasons)
@@ -156,23 +157,19 @@ class SplittingImpl(AttentionImpl):
         query = query.view(-1, self.num_heads, self.head_size)
         out = output.view(-1, self.num_heads, self.head_size)
         options = self.attend_options(layer, query)
-        settings, counters = self.runtime.settings, self.runtime.counters
         for chunk, pages in sparse:
             rows = slice(chunk.query_start, chunk.query_start + chunk.query_len)
-            index = attend_chunk(
-                query[rows], cache, pages, chunk, self.patterns, out=out[rows],
-                engine=settings.engine, tile=settings.tile, **options,
+            serve_chunk(
+                self.runtime, self.layer_number, self.first_head, query[rows], cache, pages, chunk, self.patterns,
+                out[rows], **options,
             )  # fmt: skip
-            overflowed = 0 if index.overflowed is None else index.overflowed.sum()
-            counters.count_layer(index.computed_pairs().sum(), self.num_heads * index.dense_pairs(), overflowed)
         return output
 
     def runs_densely(self, layer: Any) -> bool:
         """Whether every head of this layer has the dense pattern; finds the layer's patterns on first use."""
         if self.patterns is None:
-            self.patterns = self.runtime.patterns.for_layer(
-                _layer_number(layer.layer_name), self.num_heads, self.first_head
-            )
+            self.layer_number = _layer_number(layer.layer_name)
+            self.patterns = self.runtime.patterns.for_layer(self.layer_number, self.num_heads, self.first_head)
         return all(isinstance(pattern, Dense) for pattern in self.patterns)
 
 

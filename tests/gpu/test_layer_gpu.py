@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from minference_vllm import estimate, reference
+from minference_vllm import reference
 from minference_vllm.attend import attend_chunk
-from minference_vllm.index import Scores, SparseIndex, Tiling, build_index
+from minference_vllm.estimate import Estimates
+from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
 from minference_vllm.plan import Chunk
+from minference_vllm.tiling import Tiling
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,11 +117,7 @@ def test_the_index_is_the_torch_paths() -> None:
     cache = PagedCache(memory, memory, "rows")
     out = torch.empty_like(query)
     index = attend_chunk(query, cache, pages, Chunk(0, 0, 6144, 8192), MIXED, SCALE, out, "triton")
-    scores = Scores(
-        lambda heads: estimate.last_query_scores(query, keys, heads, SCALE),
-        lambda heads, tiling: estimate.pooled_scores(query, keys, heads, tiling, SCALE),
-    )
-    by_torch = build_index(Tiling.of(6144, 8192, 128, 128, device="cuda"), MIXED, scores)
+    by_torch = build_index(Tiling.of(6144, 8192, 128, 128, device="cuda"), MIXED, Estimates(query, keys, SCALE))
     different = (index.to_mask() != by_torch.to_mask()).float().mean()
     assert float(different) < 1e-4
     expected = reference.masked_attention(query, keys, keys, index.to_mask(), SCALE)

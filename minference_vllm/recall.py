@@ -1,0 +1,125 @@
+"""Attention recall while serving: how much of the dense softmax mass the selected keys hold, on a few sampled rows.
+
+Recall of a row is ``exp(lse_sparse - lse_dense)`` (Qwen2.5-1M, arXiv 2501.15383, section 4.2), here as the sum of the
+dense weights on the selected keys, which is the same number. It is taken from the index before attention runs, so that
+a head that falls short can be given more keys in the same chunk.
+
+Sizes: ``H`` query heads over ``HK`` KV heads, ``R`` sampled rows, ``S`` tokens in the sequence, ``D`` head size.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from minference_vllm.index import SparseIndex
+from minference_vllm.patterns import MAX_LEVEL, HeadPattern, at_level
+
+
+def sampled_recall(
+    query: torch.Tensor, keys: torch.Tensor, index: SparseIndex, rows: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Recall of sampled rows of a chunk.
+
+    Args:
+        query: ``[chunk, H, D]``.
+        keys: ``[HK, S, D]``.
+        rows: int64 ``[R]``, rows of the chunk.
+
+    Returns:
+        float32 ``[H, R]``.
+    """
+    group = query.shape[1] // keys.shape[0]
+    positions = rows + index.context_len
+    tiles = torch.searchsorted(index.tile_starts, positions, right=True) - 1
+    sampled = query[rows].transpose(0, 1)
+    future = torch.arange(index.seq_len, device=rows.device) > positions[:, None]
+    recall = []
+    # A KV head at a time: its group's [R, S] weights are what stays in memory.
+    for kv_head in range(keys.shape[0]):
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        logits = torch.matmul(sampled[heads], keys[kv_head].T).float().mul_(scale)
+        weights = logits.masked_fill_(future, -torch.inf).softmax(-1)
+        recall.append(weights.mul_(index.tile_mask(tiles, heads)).sum(-1))
+    return torch.cat(recall)
+
+
+def sample_rows(rows: int, samples: int, seed: int) -> torch.Tensor:
+    """int64 ``[min(samples, rows)]``: one random row of each of as many equal parts of the chunk; ``seed`` decides."""
+    count = min(samples, rows)
+    borders = torch.arange(count + 1, dtype=torch.float64) * (rows / count)
+    place = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return (borders[:-1] + place * rows / count).long().clamp(max=rows - 1)
+
+
+@dataclass
+class Audit:
+    """What to check of one chunk in one layer, and what was found."""
+
+    rows: torch.Tensor
+    """int64 ``[R]``: rows of the chunk that are sampled."""
+    floor: float | None = None
+    """Mean recall of the sampled rows below which a head gets more keys."""
+    levels: tuple[int, ...] = ()
+    """Per head, how far its pattern is strengthened from the start; empty: not at all. Afterwards: how far it was."""
+    recall: torch.Tensor | None = None
+    """float32 ``[H]``, afterwards: mean recall of the sampled rows, of the index that runs."""
+
+    def run(
+        self,
+        patterns: Sequence[HeadPattern],
+        build: Callable[[Sequence[HeadPattern]], SparseIndex],
+        recall_of: Callable[[SparseIndex, torch.Tensor], torch.Tensor],
+    ) -> SparseIndex:
+        """The index of the patterns, strengthened until every head reaches the floor on the sampled rows, or is dense.
+
+        Args:
+            build: patterns -> index.
+            recall_of: index and rows -> recall ``[H, R]``.
+        """
+        levels = list(self.levels or [0] * len(patterns))
+        while True:
+            index = build([at_level(pattern, level) for pattern, level in zip(patterns, levels, strict=True)])
+            self.recall = recall_of(index, self.rows).mean(1)
+            found = self.recall.tolist()
+            short = [
+                head
+                for head, level in enumerate(levels)
+                if self.floor is not None and found[head] < self.floor and level < MAX_LEVEL
+            ]
+            if not short:
+                self.levels = tuple(levels)
+                return index
+            for head in short:
+                levels[head] += 1
+
+
+class RaisedLevels:
+    """Levels that the floor has raised, kept from one chunk of a request to its next.
+
+    Requests have no name on the layer path. A chunk's successor is known by where it begins: at the position, and in
+    the physical page, in which the chunk ended. A page that another request takes over later can at worst lend it
+    budgets that are larger than it needs.
+    """
+
+    CAPACITY = 8192
+
+    def __init__(self) -> None:
+        self._by_end: OrderedDict[tuple[int, int, int], tuple[int, ...]] = OrderedDict()
+
+    def at(self, layer: int, position: int, pages: torch.Tensor, block_size: int) -> tuple[int, ...]:
+        """Levels of a layer's heads for the chunk that begins at ``position``; empty: none was raised."""
+        if not position or not self._by_end:
+            return ()
+        return self._by_end.get((layer, position, int(pages[(position - 1) // block_size])), ())
+
+    def keep(self, layer: int, position: int, pages: torch.Tensor, block_size: int, levels: tuple[int, ...]) -> None:
+        """Remember the levels of the chunk that ended at ``position``."""
+        if not any(levels):
+            return
+        self._by_end[layer, position, int(pages[(position - 1) // block_size])] = levels
+        if len(self._by_end) > self.CAPACITY:
+            self._by_end.popitem(last=False)

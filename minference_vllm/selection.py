@@ -1,0 +1,213 @@
+"""Which key blocks and single columns a pattern selects, from its budgets and from scores.
+
+Sizes: ``H`` query heads, ``T`` query tiles, ``N`` key blocks of ``B`` tokens in the sequence, ``S`` its tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from minference_vllm.patterns import AShape, Coverage, PeakThreshold, TriShape, VerticalSlash
+from minference_vllm.tiling import Tiling
+
+FORCED_COLUMNS = 30
+"""First columns that vertical-slash heads always keep (MInference)."""
+FORCED_DIAGONALS = 100
+"""Nearest diagonals that vertical-slash heads always keep (MInference)."""
+DENSE_FROM = 0.5
+"""A coverage head that needs this share of all keys is computed densely: listing them would cost more than it saves."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Single keys that every tile of a head attends, as far as they lie before it."""
+
+    ranked: torch.Tensor
+    """int64 ``[H, V]``: positions, the most wanted first."""
+    wanted: torch.Tensor
+    """bool ``[H, V]``: False fills up heads that want fewer."""
+
+
+def a_shape_blocks(tiling: Tiling, pattern: AShape | TriShape) -> torch.Tensor:
+    """bool ``[T, N]``: blocks that the sink, or any row's local window, touches."""
+    block = tiling.key_blocks()
+    sink = block < -(-pattern.sink // tiling.block_size)
+    oldest_local = (tiling.starts[:-1] - pattern.local + 1).clamp(min=0) // tiling.block_size
+    local = block >= oldest_local[:, None]
+    return ((sink | local) & tiling.reachable()) | tiling.own()
+
+
+def tri_shape_blocks(tiling: Tiling, pattern: TriShape) -> torch.Tensor:
+    """bool ``[T, N]``: A-shape, and everything for tiles that hold one of the chunk's last ``last`` rows."""
+    tail = tiling.starts[1:] > tiling.seq_len - pattern.last
+    return torch.where(tail[:, None], tiling.reachable(), a_shape_blocks(tiling, pattern))
+
+
+def distance_scores(tiling: Tiling, by_offset: torch.Tensor) -> torch.Tensor:
+    """The mass of the diagonals that cross the blocks at each distance before a tile.
+
+    A diagonal crosses two or more blocks of a tile, each in a share of the tile's rows; it counts by that share. Tiles
+    start at multiples of their size, so the shares depend on the distance alone and not on the tile.
+
+    Args:
+        by_offset: ``[H, S]``, the mass of each diagonal ``j = i - offset``.
+
+    Returns:
+        float64 ``[H, N]``: for ``distance`` 1 to N, in blocks before the tile's first.
+    """
+    block, tile = tiling.block_size, tiling.tile
+    distances = tiling.num_key_blocks
+    # Row r of a tile meets distance d in the offsets of (block * (d - 1) + r, block * d + r]: a difference of
+    # cumulative sums, and summed over the rows a difference of sums of those.
+    width = block * distances + tile + 1
+    total = torch.zeros(by_offset.shape[0], width + 1, dtype=torch.float64, device=by_offset.device)
+    total[:, 1 : by_offset.shape[1] + 1] = by_offset
+    total = total.cumsum(1).cumsum(1)
+    rows = total[:, tile:] - total[:, :-tile]
+    borders = rows[:, : block * distances + 1 : block]
+    return (borders[:, 1:] - borders[:, :-1]) / tile
+
+
+def forced_distances(tiling: Tiling) -> int:
+    """Block distances before a tile that hold its nearest ``FORCED_DIAGONALS`` diagonals; its own blocks are apart."""
+    return -(-(FORCED_DIAGONALS - 1) // tiling.block_size)
+
+
+def blocks_at(tiling: Tiling, marks: torch.Tensor) -> torch.Tensor:
+    """bool ``[H, T, N]``: each tile's own blocks, and those at the marked distances before it.
+
+    Args:
+        marks: bool ``[H, N + 1]``, by distance; distance 0 is ignored.
+    """
+    # One row of marks per head, shifted along for every tile.
+    distance = tiling.distance()
+    before = marks[:, distance.clamp(min=0)] & (distance > 0)
+    return before | tiling.own()
+
+
+def slash_blocks(tiling: Tiling, by_offset: torch.Tensor, slash: int) -> torch.Tensor:
+    """bool ``[H, T, N]``: the blocks at the ``slash / B`` distances that hold the most diagonal mass, and the nearest.
+
+    A kernel of pages computes whole blocks, whatever diagonal asked for them. So blocks are chosen, and paid, by the
+    distance: as many tokens per row as the strongest ``slash`` single diagonals would have, but where those scatter
+    they would cross nearly every block.
+
+    Args:
+        by_offset: float ``[H, S]``, the mass of each diagonal.
+    """
+    scores = distance_scores(tiling, by_offset)
+    nearest = forced_distances(tiling)
+    scores[:, :nearest] = torch.inf
+    count = max(-(-slash // tiling.block_size), nearest)
+    chosen = scores.topk(min(count, scores.shape[1]), dim=-1, sorted=False).indices + 1
+    marks = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
+    return blocks_at(tiling, marks.scatter_(1, chosen, True))
+
+
+def top_blocks(tiling: Tiling, scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """bool ``[H, T, N]``: each tile's own blocks and its ``top_k`` best others.
+
+    Args:
+        scores: float ``[H, T, N]``; where blocks are out of reach the value is ignored.
+    """
+    before = tiling.reachable() & ~tiling.own()
+    scores = scores.masked_fill(~before, -torch.inf)
+    best = scores.topk(min(top_k, scores.shape[-1]), dim=-1).indices
+    chosen = torch.zeros_like(before.expand_as(scores)).scatter(-1, best, True)
+    return (chosen & before) | tiling.own()
+
+
+def vertical_slash(
+    tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor, pattern: VerticalSlash
+) -> tuple[torch.Tensor, Columns]:
+    """Blocks (bool ``[H, T, N]``) and columns of fixed budgets, from last-query scores ``[H, S]``."""
+    by_column = by_column.clone()
+    by_column[:, :FORCED_COLUMNS] = torch.inf
+    ranked = by_column.topk(min(max(pattern.vertical, FORCED_COLUMNS), tiling.seq_len), dim=-1).indices
+    return slash_blocks(tiling, by_offset, pattern.slash), Columns(ranked, torch.ones_like(ranked, dtype=torch.bool))
+
+
+def coverage(
+    tiling: Tiling,
+    by_column: torch.Tensor,
+    by_offset: torch.Tensor,
+    pattern: Coverage,
+    most_columns: int | None = None,
+) -> tuple[torch.Tensor, Columns]:
+    """The cheapest blocks and columns that hold a share ``gamma`` of the last queries' attention.
+
+    A key can be had in two ways: as part of a page distance, which every tile pays for in all its tokens, or as a
+    column, for what it holds beyond its diagonal. Either way its worth is mass per token of cost, and keys are taken in
+    the order of it, down to one threshold per head, until their mass reaches ``gamma`` and their number
+    ``min_budget``. The threshold is found from a histogram over the worth's leading 16 bits: no sort, and whole bins
+    are taken, so that the mass is reached or exceeded.
+
+    Args:
+        by_column: float32 ``[H, S]``, mass of each column, summed over the last queries.
+        by_offset: float32 ``[H, S]``, mass of each diagonal, alike.
+        most_columns: room for columns, so that a GPU need not be waited for; None: as many as are wanted.
+
+    Returns:
+        blocks (bool ``[H, T, N]``) and columns. A head that needs more than half of all keys, or has no room for its
+        columns, has every reachable block and no column.
+    """
+    heads, length = by_column.shape
+    size = tiling.block_size
+    # Distance of every key's block from the last tile, and what a token at that distance is worth.
+    rows = by_column.sum(1, keepdim=True)
+    mass = by_column / rows
+    per_distance = distance_scores(tiling, by_offset).float().div_(rows * size).clamp_(min=0)
+    per_distance[:, : forced_distances(tiling)] = torch.inf
+    distance = tiling.distance()[-1]
+    of_block = torch.where(distance > 0, per_distance[:, distance.clamp(min=1) - 1], torch.inf)
+    of_key = of_block.repeat_interleave(size, dim=1)[:, :length]
+    alone = torch.where(of_key.isinf(), 0.0, (mass - of_key).clamp_(min=0))
+    alone[:, :FORCED_COLUMNS] = torch.inf
+    worth = torch.maximum(of_key, alone)
+    # A positive float's bits order like an integer.
+    bins = worth.view(torch.int32).long() >> 16
+    zeros = torch.zeros(heads, 1 << 15, device=mass.device)
+    covered = zeros.scatter_add(1, bins, mass).flip(1).cumsum(1)
+    taken = zeros.scatter_add(1, bins, torch.ones_like(mass)).flip(1).cumsum(1)
+    goal = covered[:, -1:] * pattern.gamma
+    enough = (covered >= goal) & (taken >= min(pattern.min_budget, length))
+    lowest = enough.int().argmax(1)
+    threshold = ((1 << 15) - 1 - lowest).to(torch.int32).mul_(1 << 16).view(torch.float32)[:, None]
+    marks = torch.nn.functional.pad(per_distance >= threshold, (1, 0))
+    blocks = blocks_at(tiling, marks)
+    dense = taken.gather(1, lowest[:, None]) > DENSE_FROM * length
+    chosen = alone >= threshold
+    if most_columns is not None:
+        dense |= chosen.sum(1, keepdim=True) > most_columns
+    blocks = torch.where(dense[..., None], tiling.reachable(), blocks)
+    chosen &= ~dense
+    width = max(FORCED_COLUMNS, int(chosen.sum(1).max())) if most_columns is None else most_columns
+    best = torch.where(chosen, alone, -1.0).topk(min(width, length), dim=1)
+    return blocks, Columns(best.indices, best.values >= 0)
+
+
+def covering_blocks(tiling: Tiling, scores: torch.Tensor, tau: float) -> torch.Tensor:
+    """bool ``[H, T, N]``: each tile's own blocks, and the fewest others with which its scores reach ``tau``.
+
+    Args:
+        scores: float ``[H, T, N]``, each tile's summing to 1 over the blocks in its reach.
+    """
+    own = tiling.own()
+    missing = tau - (scores * own).sum(-1, keepdim=True)
+    best = scores.masked_fill(own | ~tiling.reachable(), 0.0).sort(-1, descending=True)
+    before = best.values.cumsum(-1) - best.values
+    needed = (before < missing) & (best.values > 0)
+    return torch.zeros_like(needed).scatter_(-1, best.indices, needed) | own
+
+
+def peak_blocks(tiling: Tiling, scores: torch.Tensor, pattern: PeakThreshold) -> torch.Tensor:
+    """bool ``[H, T, N]``: A-shape of ``sink`` and ``window``, and blocks near the tile's highest score.
+
+    Args:
+        scores: float ``[H, T, N]``, zero out of reach.
+    """
+    always = a_shape_blocks(tiling, AShape(sink=pattern.sink, local=pattern.window))
+    peaks = scores >= pattern.alpha * scores.amax(-1, keepdim=True)
+    return (peaks & tiling.reachable()) | always

@@ -1,0 +1,68 @@
+"""The query tiles of one chunk over the key blocks of its sequence.
+
+Sizes: ``T`` query tiles, ``N`` key blocks of ``B`` tokens in the sequence. A block is a page of the KV cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The query tiles of one chunk over key blocks; what every builder below starts from."""
+
+    context_len: int
+    seq_len: int
+    block_size: int
+    tile: int
+    starts: torch.Tensor
+    """int64 ``[T + 1]``."""
+    column_multiple: int = 1
+    """The engine takes columns in groups of this many; an engine whose kernel sees whole pages only: the page size."""
+
+    @classmethod
+    def of(
+        cls,
+        context_len: int,
+        seq_len: int,
+        block_size: int,
+        tile: int,
+        column_multiple: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> Tiling:
+        if tile % block_size:
+            raise ValueError(f"tile must be a multiple of the page size {block_size}, not {tile}")
+        # Borders lie at multiples of ``tile``, whatever the chunk's own start: a prompt cut into other chunks has the
+        # same tiles, except for the pieces at a chunk's two ends. A copy from the host would wait for a GPU.
+        first, last = context_len // tile, -(-seq_len // tile)
+        starts = torch.arange(first, last + 1, device=device).mul_(tile).clamp_(context_len, seq_len)
+        return cls(context_len, seq_len, block_size, tile, starts, column_multiple)
+
+    @property
+    def num_tiles(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def num_key_blocks(self) -> int:
+        return -(-self.seq_len // self.block_size)
+
+    def key_blocks(self) -> torch.Tensor:
+        """int64 ``[N]``: numbers of the key blocks."""
+        return torch.arange(self.num_key_blocks, device=self.starts.device)
+
+    def distance(self) -> torch.Tensor:
+        """int64 ``[T, N]``: blocks from a tile's (aligned) first block back to each key block; <= 0 for its own."""
+        first = self.starts[:-1] // self.tile * (self.tile // self.block_size)
+        return first[:, None] - self.key_blocks()
+
+    def reachable(self) -> torch.Tensor:
+        """bool ``[T, N]``: blocks that hold a key not later than the tile's last row."""
+        last = (self.starts[1:] - 1) // self.block_size
+        return self.key_blocks() <= last[:, None]
+
+    def own(self) -> torch.Tensor:
+        """bool ``[T, N]``: blocks at and after the tile's aligned start, up to its last row."""
+        return (self.distance() <= 0) & self.reachable()
