@@ -14,20 +14,41 @@ import torch
 from minference_vllm.tiling import Tiling
 
 LAST_QUERIES = 64
-"""Queries at a chunk's end that choose its columns and diagonals (MInference; Qwen2.5-1M for chunks)."""
+"""Queries of a chunk that choose its columns and diagonals."""
 ROW_GROUPS = 4
-"""Groups of the last queries that must agree on a diagonal."""
+"""Groups of those queries that must agree on a diagonal."""
+SCOUTS = 8
+"""Queries in each group but the last, where the groups are spread over the chunk."""
+SPREAD_FROM = 256
+"""Rows from which on a chunk's groups are spread."""
+
+
+def row_groups(chunk: int) -> tuple[tuple[int, int], ...]:
+    """Rows ``[begin, end)`` of each group of the queries that choose a chunk's columns and diagonals, ascending.
+
+    Three groups of 8 queries, a quarter, a half and three quarters through the chunk, and its last 40 queries. The last
+    ones alone, as in MInference, speak for a question at the prompt's end, but not for the rows before it: with scouts
+    among them the same recall on all rows takes about three quarters of the keys (docs/patterns.md). Chunks shorter
+    than 256 rows use their last 64, in four neighbouring groups.
+    """
+    if chunk < SPREAD_FROM:
+        rows = min(LAST_QUERIES, chunk)
+        groups = min(ROW_GROUPS, rows)
+        borders = [chunk - rows + group * rows // groups for group in range(groups + 1)]
+        return tuple(itertools.pairwise(borders))
+    ends = [chunk * group // ROW_GROUPS for group in range(1, ROW_GROUPS)]
+    return (*((end - SCOUTS, end) for end in ends), (chunk - LAST_QUERIES + SCOUTS * len(ends), chunk))
 
 
 def last_query_scores(
     query: torch.Tensor, keys: torch.Tensor, heads: Sequence[int], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention mass of the chunk's last queries per column and per diagonal (arXiv 2407.02490, Algorithm 1).
+    """Attention mass per column and per diagonal, of the queries in ``row_groups`` (arXiv 2407.02490, Algorithm 1).
 
     A strong column lies on 64 diagonals, one for each of the queries, and summed plainly its mass makes all of them
     look strong: the budget of diagonals is then spent on scattered offsets that drag whole blocks in. A true diagonal
-    is seen by all queries, a column's trace by one. So the queries are split into 4 neighbouring groups, and a
-    diagonal counts 4 times its smallest mass among them; plain sums would be MInference's own score.
+    is seen by all groups of queries, a column's trace by one. So a diagonal counts by the smallest mean mass among the
+    groups that reach that far; plain sums would be MInference's own score.
 
     Args:
         query: ``[chunk, H, D]``, the chunk's queries; its last row is the sequence's last token.
@@ -36,31 +57,32 @@ def last_query_scores(
         scale: softmax scale.
 
     Returns:
-        float32 ``[len(heads), S]`` twice. Columns: the mass on key ``j``. Diagonals: the mass at distance ``i - j``
-        that all groups agree on.
+        float32 ``[len(heads), S]`` twice. Columns: the mass on key ``j``, summed over the queries. Diagonals: the mass
+        at distance ``i - j`` that all groups agree on, times the number of queries.
     """
     group = query.shape[1] // keys.shape[0]
-    length = keys.shape[1]
-    rows = min(LAST_QUERIES, query.shape[0])
-    last = query[-rows:].permute(1, 0, 2)
-    # Row r's scores are shifted r places, so that a diagonal becomes a column of a strided view; zeros on the left
-    # stand for keys before the first.
-    padded = torch.zeros(len(heads), rows, length + rows, device=query.device)
-    future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
-    for slot, head in enumerate(heads):
-        scores = torch.matmul(last[head], keys[head // group].T).float().mul_(scale)
-        scores[:, length - rows :].masked_fill_(future, -torch.inf)
-        torch.softmax(scores, -1, out=padded[slot, :, rows:])
-    columns = padded[:, :, rows:].sum(1)
-    # Distance i - j of row r (i = length - rows + r) at padded place p (j = p - rows) is length + r - p.
-    width = length + rows
-    by_place = padded.as_strided((len(heads), rows, length), (rows * width, width + 1, 1), 1)
-    groups = min(ROW_GROUPS, rows)
-    borders = [group * rows // groups for group in range(groups + 1)]
-    agreed = by_place[:, : borders[1]].sum(1)
-    for begin, end in itertools.pairwise(borders):
-        agreed = torch.minimum(agreed, by_place[:, begin:end].sum(1))
-    return columns, agreed.mul_(groups).flip(1)
+    chunk, length = query.shape[0], keys.shape[1]
+    places = torch.arange(length, device=query.device)
+    columns = torch.zeros(len(heads), length, device=query.device)
+    agreed = torch.full((len(heads), length), torch.inf, device=query.device)
+    groups = row_groups(chunk)
+    for begin, end in groups:
+        rows, first = end - begin, length - chunk + begin
+        future = places > (first + torch.arange(rows, device=query.device))[:, None]
+        # Row r's weights are shifted r places, so that a diagonal becomes a column of a strided view; zeros on the
+        # left stand for keys before the first.
+        padded = torch.zeros(len(heads), rows, length + rows, device=query.device)
+        for slot, head in enumerate(heads):
+            scores = torch.matmul(query[begin:end, head], keys[head // group].T).float().mul_(scale)
+            torch.softmax(scores.masked_fill_(future, -torch.inf), -1, out=padded[slot, :, rows:])
+        columns += padded[:, :, rows:].sum(1)
+        # Key first + r - d stands in row r at place first + r - d + rows: d places left of first + rows, along a step
+        # of one row and one place.
+        reach, width = first + rows, length + rows
+        by_place = padded.as_strided((len(heads), rows, reach), (rows * width, width + 1, 1), 1)
+        mean = by_place.mean(1).flip(1)
+        agreed[:, :reach] = torch.minimum(agreed[:, :reach], mean)
+    return columns, agreed.mul_(sum(end - begin for begin, end in groups))
 
 
 class Estimates:

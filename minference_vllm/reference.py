@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -61,27 +62,32 @@ def attention_recall(
 
 
 def last_query_scores(
-    query: torch.Tensor, keys: torch.Tensor, scale: float, last: int, groups: int = 4
+    query: torch.Tensor, keys: torch.Tensor, scale: float, groups: Sequence[tuple[int, int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Column and diagonal mass of the last ``last`` queries (arXiv 2407.02490, Algorithm 1), float64 ``[H, S]`` each.
+    """Column and diagonal mass of groups of queries (arXiv 2407.02490, Algorithm 1), float64 ``[H, S]`` each.
 
-    The mass of a diagonal is ``groups`` times the smallest that any of ``groups`` neighbouring groups of queries gives
-    it; with one group it is the paper's plain sum.
+    The mass of a diagonal is the smallest that a group's query gives it on average, of the groups whose last query
+    lies at least that far from the first key, times the number of queries. With one group it is the paper's plain sum.
+
+    Args:
+        groups: rows ``[begin, end)`` of ``query``.
     """
-    heads, seq_len = query.shape[1], keys.shape[1]
-    rows = min(last, query.shape[0])
-    tail = query[-rows:].double().transpose(0, 1)
-    scores = tail @ repeat_heads(keys.double(), heads).transpose(1, 2) * scale
-    weights = scores.masked_fill(~causal_mask(seq_len - rows, seq_len), -torch.inf).softmax(-1)
-    columns = weights.sum(1)
-    distance = torch.arange(seq_len - rows, seq_len)[:, None] - torch.arange(seq_len)
-    groups = min(groups, rows)
-    diagonals = torch.zeros(groups, heads, seq_len, dtype=torch.float64)
-    for group in range(groups):
-        for row in range(group * rows // groups, (group + 1) * rows // groups):
-            visible = distance[row] >= 0
-            diagonals[group][:, distance[row][visible]] += weights[:, row, visible]
-    return columns, diagonals.amin(0) * groups
+    chunk, heads, _ = query.shape
+    seq_len = keys.shape[1]
+    repeated = repeat_heads(keys.double(), heads)
+    columns = torch.zeros(heads, seq_len, dtype=torch.float64)
+    diagonals = torch.full((heads, seq_len), torch.inf, dtype=torch.float64)
+    for begin, end in groups:
+        mass = torch.zeros(heads, seq_len, dtype=torch.float64)
+        for row in range(begin, end):
+            position = seq_len - chunk + row
+            scores = torch.einsum("hd,hsd->hs", query[row].double(), repeated[:, : position + 1]) * scale
+            weights = scores.softmax(-1)
+            columns[:, : position + 1] += weights
+            mass[:, : position + 1] += weights.flip(1)
+        reach = seq_len - chunk + end
+        diagonals[:, :reach] = torch.minimum(diagonals[:, :reach], mass[:, :reach] / (end - begin))
+    return columns, diagonals * sum(end - begin for begin, end in groups)
 
 
 def distance_scores(by_offset: torch.Tensor, tiling: Tiling) -> torch.Tensor:

@@ -17,6 +17,8 @@ SIZES = {
     # name: (chunk, context, heads, KV heads, head size)
     "regular": (256, 0, 8, 2, 64),
     "odd_length": (301, 0, 8, 2, 64),
+    "just_spread": (256, 77, 4, 2, 64),
+    "not_yet_spread": (255, 77, 4, 2, 64),
     "context_before_chunk": (131, 517, 8, 2, 64),
     "exactly_64_queries": (64, 100, 4, 1, 64),
     "fewer_than_64_queries": (37, 211, 4, 1, 64),
@@ -60,23 +62,25 @@ def test_last_query_scores(name: str, dtype: torch.dtype) -> None:
     query, keys, _, scale = inputs(name, dtype)
     heads = wanted_heads(query.shape[1])
     columns, diagonals = estimate.last_query_scores(query, keys, heads, scale)
-    exact = reference.last_query_scores(query, keys, scale, estimate.LAST_QUERIES)
+    groups = estimate.row_groups(len(query))
+    exact = reference.last_query_scores(query, keys, scale, groups)
     # The same in low precision: scores are rounded once, to the inputs' type.
-    rows = min(estimate.LAST_QUERIES, query.shape[0])
-    length = keys.shape[1]
-    scores = (query[-rows:].transpose(0, 1) @ reference.repeat_heads(keys, query.shape[1]).transpose(1, 2)).float()
-    mask = reference.causal_mask(length - rows, length)
-    weights = (scores * scale).masked_fill(~mask, -torch.inf).softmax(-1)
-    # A diagonal counts as often as there are groups of rows times its smallest mass among them.
-    groups = torch.zeros(estimate.ROW_GROUPS, query.shape[1], length)
-    borders = [group * rows // len(groups) for group in range(len(groups) + 1)]
-    for group, (first, last) in enumerate(pairwise(borders)):
-        for row in range(first, last):
-            seen = length - rows + row + 1
-            groups[group, :, :seen] += weights[:, row, :seen].flip(-1)
-    eager_diagonals = groups.amin(0) * len(groups)
+    length, rows = keys.shape[1], min(estimate.LAST_QUERIES, len(query))
+    context = length - len(query)
+    scores = (query.transpose(0, 1) @ reference.repeat_heads(keys, query.shape[1]).transpose(1, 2)).float()
+    weights = (scores * scale).masked_fill(~reference.causal_mask(context, length), -torch.inf).softmax(-1)
+    eager_columns = torch.zeros(query.shape[1], length)
+    eager_diagonals = torch.full((query.shape[1], length), torch.inf)
+    for begin, end in groups:
+        eager_columns += weights[:, begin:end].sum(1)
+        mass = torch.zeros(query.shape[1], length)
+        for row in range(begin, end):
+            mass[:, : context + row + 1] += weights[:, row, : context + row + 1].flip(-1)
+        reach = context + end
+        eager_diagonals[:, :reach] = torch.minimum(eager_diagonals[:, :reach], mass[:, :reach] / (end - begin))
+    eager_diagonals *= rows
     floor = FLOAT32_FLOOR * rows
-    assert_within(columns, exact[0][heads], weights.sum(1)[heads], floor)
+    assert_within(columns, exact[0][heads], eager_columns[heads], floor)
     assert_within(diagonals, exact[1][heads], eager_diagonals[heads], floor)
 
 

@@ -1,5 +1,5 @@
-// Last-query estimate: attention mass of a chunk's last queries per column and per diagonal, in two passes over K.
-// What is computed, and why diagonals take the smallest of four groups of rows: minference_vllm/estimate.py.
+// Last-query estimate: attention mass of some of a chunk's queries per column and per diagonal, in two passes over K.
+// What is computed, of which queries, and why diagonals take the smallest of four groups: minference_vllm/estimate.py.
 #include "tiles.h"
 
 #include <omp.h>
@@ -12,20 +12,21 @@ namespace minference {
 
 constexpr int kMaxLast = 64;
 constexpr int kTilesPerTask = 8;
-constexpr int kMaxGroups = 4;  // row groups whose smallest diagonal mass counts
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct EstimateArguments {
   Cache cache;
-  const bf16* query;  // the last `rows` queries: row r, head h at r * token_stride + h * head_stride
+  const bf16* query;  // the chunk's queries: row r, head h at r * token_stride + h * head_stride
   int64_t query_token_stride, query_head_stride;
   const int64_t* pages;
+  const int64_t* row_index;     // [rows] rows of the chunk that are used, ascending
+  const int32_t* group_starts;  // [num_groups + 1] neighbouring rows that form a group, as places in row_index
   const int32_t* heads;  // [num_wanted] query heads wanted, ascending
   float* columns;        // [num_wanted][seq_len]
   float* diagonals;      // [num_wanted][seq_len], by distance
-  int64_t seq_len;
-  int32_t num_heads, num_wanted, rows;
+  int64_t context_len, seq_len;
+  int32_t num_heads, num_wanted, rows, num_groups;
   float scale;
   int32_t threads;
 };
@@ -53,7 +54,7 @@ void score_tile(const EstimateArguments& a, const bf16* query, Workspace& w, int
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   for (int r = 0; r < a.rows; ++r) {
     float* row = w.scores + r * kScoreStride + kMaxLast;
-    const int64_t visible = a.seq_len - a.rows + r - first_key;  // last visible key of the tile
+    const int64_t visible = a.context_len + a.row_index[r] - first_key;  // last visible key of the tile
     const __m512i limit = _mm512_set1_epi32(static_cast<int32_t>(std::clamp<int64_t>(visible, -1, kKeyTile)));
     for (int n = 0; n < kKeyTile; n += 16) {
       const __mmask16 seen = _mm512_cmple_epi32_mask(_mm512_add_epi32(lane, _mm512_set1_epi32(n)), limit);
@@ -84,11 +85,14 @@ void load_keys(const EstimateArguments& a, Workspace& w, int kv_head, int64_t fi
 }  // namespace
 }  // namespace minference
 
+// Counts the changes of the argument structures; minference_vllm/engines/native.py runs its own number only.
+extern "C" int minference_interface() { return 2; }
+
 extern "C" void minference_last_query_scores(const minference::EstimateArguments* arguments) {
   using namespace minference;
   const EstimateArguments& a = *arguments;
   const int group = a.num_heads / a.cache.num_kv_heads;
-  const int row_groups = std::min(kMaxGroups, a.rows);
+  const int row_groups = a.num_groups;
   const int64_t key_tiles = (a.seq_len + kKeyTile - 1) / kKeyTile;
   const int64_t parts = (key_tiles + kTilesPerTask - 1) / kTilesPerTask;
 
@@ -96,7 +100,7 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
   for (int i = 0; i < a.num_wanted; ++i) {
     for (int r = 0; r < a.rows; ++r) {
       std::memcpy(query.data() + (static_cast<size_t>(i) * a.rows + r) * kQueryStride,
-                  a.query + r * a.query_token_stride + a.heads[i] * a.query_head_stride,
+                  a.query + a.row_index[r] * a.query_token_stride + a.heads[i] * a.query_head_stride,
                   a.cache.head_size * sizeof(bf16));
     }
   }
@@ -111,8 +115,8 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
   const size_t num_rows = static_cast<size_t>(a.num_wanted) * a.rows;
   std::vector<float> maximum(num_rows * a.threads, -kInfinity), sum(num_rows * a.threads, 0.0f);
   std::vector<float> normalizer(num_rows);
-  // Diagonals by place: row r's key n lies at place n + rows - 1 - r. A task's last places reach into the next one's
-  // range and are kept apart.
+  // Diagonals by place: key n of a group's row r lies at place n + (last row of the group) - r. A task's last places
+  // reach into the next one's range and are kept apart.
   const int64_t places = key_tiles * kKeyTile;
   std::vector<float> by_place(static_cast<size_t>(a.num_wanted) * row_groups * places, 0.0f);
   std::vector<float> spill(static_cast<size_t>(a.num_wanted) * row_groups * parts * kMaxLast, 0.0f);
@@ -196,8 +200,9 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
             float* beyond = spill.data() + (series * parts + part) * kMaxLast;
             for (int p = 0; p < kKeyTile + kMaxLast; p += 16) {
               __m512 total = _mm512_setzero_ps();
-              for (int r = group * a.rows / row_groups; r < (group + 1) * a.rows / row_groups; ++r) {
-                const float* x = w.scores + r * kScoreStride + kMaxLast + p - (a.rows - 1 - r);
+              const int end = a.group_starts[group + 1];
+              for (int r = a.group_starts[group]; r < end; ++r) {
+                const float* x = w.scores + r * kScoreStride + kMaxLast + p - (end - 1 - r);
                 total = _mm512_add_ps(total, _mm512_loadu_ps(x));
               }
               float* target = first_key + p < end_place ? place + first_key + p : beyond + (first_key + p - end_place);
@@ -218,8 +223,12 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
           const float* beyond = spill.data() + (series * parts + part) * kMaxLast;
           for (int n = 0; n < kMaxLast; ++n) place[(part + 1) * kTilesPerTask * kKeyTile + n] += beyond[n];
         }
-        for (int64_t distance = 0; distance < a.seq_len; ++distance) {
-          out[distance] = std::min(out[distance], row_groups * place[a.seq_len - 1 - distance]);
+        // Groups that do not reach that far back have no say.
+        const int rows = a.group_starts[group + 1] - a.group_starts[group];
+        const int64_t last = a.context_len + a.row_index[a.group_starts[group + 1] - 1];
+        const float weight = static_cast<float>(a.rows) / static_cast<float>(rows);
+        for (int64_t distance = 0; distance <= last; ++distance) {
+          out[distance] = std::min(out[distance], weight * place[last - distance]);
         }
       }
     }

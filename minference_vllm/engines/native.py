@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from minference_vllm.engines.columns import gather_columns
-from minference_vllm.estimate import LAST_QUERIES
+from minference_vllm.estimate import row_groups
 from minference_vllm.index import SparseIndex
 from minference_vllm.paged_cache import PagedCache
 
@@ -70,22 +71,32 @@ class _EstimateArguments(ctypes.Structure):
         ("query_token_stride", ctypes.c_int64),
         ("query_head_stride", ctypes.c_int64),
         ("pages", ctypes.c_void_p),
+        ("row_index", ctypes.c_void_p),
+        ("group_starts", ctypes.c_void_p),
         ("heads", ctypes.c_void_p),
         ("columns", ctypes.c_void_p),
         ("diagonals", ctypes.c_void_p),
+        ("context_len", ctypes.c_int64),
         ("seq_len", ctypes.c_int64),
         ("num_heads", ctypes.c_int32),
         ("num_wanted", ctypes.c_int32),
         ("rows", ctypes.c_int32),
+        ("num_groups", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("threads", ctypes.c_int32),
     )
+
+
+INTERFACE = 2
+"""Counts the changes of the structures above and in ``csrc/cpu``; a library built from another one must not run."""
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     for path in Path(__file__).parent.parent.glob("_cpu_kernels*.so"):
         library = ctypes.CDLL(str(path))
+        if getattr(library, "minference_interface", int)() != INTERFACE:
+            continue
         library.minference_attend.argtypes = (ctypes.POINTER(_AttendArguments),)
         library.minference_last_query_scores.argtypes = (ctypes.POINTER(_EstimateArguments),)
         return library
@@ -98,7 +109,7 @@ def unavailable_reason() -> str | None:
     if not torch.cpu._is_avx512_bf16_supported():
         return "the processor has no AVX512-BF16"
     if _library() is None:
-        return "csrc/cpu was not built: install from source with a C++20 compiler"
+        return "csrc/cpu was not built from this version: install from source with a C++20 compiler"
     return None
 
 
@@ -201,23 +212,29 @@ def last_query_scores(
     """
     library = _library()
     assert library is not None, unavailable_reason()
-    last = query[-LAST_QUERIES:]
+    groups = row_groups(query.shape[0])
+    rows = torch.cat([torch.arange(begin, end) for begin, end in groups])
+    starts = torch.tensor([0, *itertools.accumulate(end - begin for begin, end in groups)], dtype=torch.int32)
     columns = torch.empty(len(heads), seq_len)
     diagonals = torch.empty(len(heads), seq_len)
     wanted = torch.tensor(list(heads), dtype=torch.int32)
     arguments = _EstimateArguments(
         _describe(cache),
-        last.data_ptr(),
-        last.stride(0),
-        last.stride(1),
+        query.data_ptr(),
+        query.stride(0),
+        query.stride(1),
         pages.data_ptr(),
+        rows.data_ptr(),
+        starts.data_ptr(),
         wanted.data_ptr(),
         columns.data_ptr(),
         diagonals.data_ptr(),
+        seq_len - query.shape[0],
         seq_len,
         query.shape[1],
         len(heads),
-        last.shape[0],
+        len(rows),
+        len(groups),
         scale,
         torch.get_num_threads(),
     )
