@@ -17,6 +17,8 @@ pytest.importorskip("triton")
 
 CASES: dict[str, dict[str, Any]] = {
     "pages of 16, odd length": {"seq_len": 333, "context_len": 0, "block_size": 16},
+    "spread over the chunk": {"seq_len": 500, "context_len": 77, "block_size": 32},
+    "spread, rows at the sequence's start": {"seq_len": 256, "context_len": 0, "block_size": 64, "dtype": "float32"},
     "chunk inside a page, GQA 7, head size 80": {
         "seq_len": 260,
         "context_len": 101,
@@ -116,7 +118,7 @@ def run_case(
     )
     means = torch.stack([block.mean(1) for block in keys.double().split(block_size, dim=1)], dim=1)
     exact = (
-        *reference.last_query_scores(query, keys, scale, estimate.LAST_QUERIES, estimate.ROW_GROUPS),
+        *reference.last_query_scores(query, keys, scale, estimate.row_groups(len(query))),
         means,
     )
     eager = (

@@ -145,10 +145,10 @@ class Variant:
         pointers = {"p_query": query, "p_out": query, "p_key": cache, "p_value": cache}
         pointers |= {"p_pages": "*i64", "p_tile_starts": "*i64"}
         pointers |= {name: "*fp32" for name in ("p_lse", "p_sinks", "p_mean")}
-        lists = ("p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads")
+        lists = ("p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads", "p_rows")
         pointers |= {name: "*i32" for name in lists}
         if function is estimate.column_diagonal_kernel:
-            pointers |= {"p_columns": "*fp32", "p_diagonals": "*fp32"}
+            pointers |= {"p_columns": "*fp32", "p_nearer": "*fp32", "p_farther": "*fp32"}
         scalars = {name: "fp32" for name in ("scale_log2", "softcap_log2", "value_scale", "key_scale")}
         strides = {name: "i64!" for name in function.arg_names if name.startswith("stride_")}
         return {name: "i32" for name in function.arg_names} | pointers | scalars | strides

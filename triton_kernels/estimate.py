@@ -1,6 +1,6 @@
 """The estimates of ``minference_vllm.estimate`` straight from paged keys of any strides.
 
-Nothing of the size queries x context is ever stored: the last queries' scores are computed twice, once for each row's
+Nothing of the size queries x context is ever stored: the chosen queries' scores are computed twice, once for each row's
 log-sum-exp and once for the sums along columns and diagonals, 64 keys at a time.
 """
 
@@ -13,21 +13,40 @@ import torch
 import triton
 import triton.language as tl
 
-from minference_vllm.estimate import LAST_QUERIES, ROW_GROUPS
+from minference_vllm.estimate import LAST_QUERIES, ROW_GROUPS, row_groups
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.triton_kernels.sparse_attention import LN2, LOG2E, compute_type
 
 ROWS = tl.constexpr(LAST_QUERIES)
 STRIP = tl.constexpr(64)
-"""Columns, and diagonals, that one program sums."""
+"""Keys that one program sums."""
 GROUPS = tl.constexpr(ROW_GROUPS)
+
+
+@triton.jit
+def _queries(
+    p_query,
+    p_rows,
+    rows,
+    stride_query_row,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The chosen rows of one head, and where they lie in the chunk: ``[ROWS, D]``, ``[ROWS]``."""
+    o_slot, o_dim = tl.arange(0, ROWS), tl.arange(0, D)
+    m_slot = o_slot < rows
+    o_row = tl.load(p_rows + o_slot, mask=m_slot, other=0)
+    m_tile = m_slot[:, None] & (o_dim < HEAD_SIZE)[None, :]
+    o_query = o_row.to(tl.int64)[:, None] * stride_query_row + o_dim[None, :]
+    return tl.load(p_query + o_query, mask=m_tile, other=0.0).to(COMPUTE), o_row
 
 
 @triton.jit
 def _scores(
     b_query,  # [ROWS, D]
-    o_row,  # [ROWS] positions of the rows
-    b_position,  # [BLOCK_N] positions of the keys, perhaps outside the sequence
+    o_position,  # [ROWS] positions of the rows
+    b_position,  # [BLOCK_N] positions of the keys, perhaps past the end
     p_key,
     p_pages,
     stride_key_page,
@@ -41,23 +60,24 @@ def _scores(
 ):
     """Scores in powers of two, -inf where a row does not see a key: ``[ROWS, BLOCK_N]``."""
     o_dim = tl.arange(0, D)
-    m_key = (b_position >= 0) & (b_position < seq_len)
+    m_key = b_position < seq_len
     b_page = tl.load(p_pages + b_position // PAGE, mask=m_key, other=0).to(tl.int64)
     o_key = b_page * stride_key_page + (b_position % PAGE) * stride_key_slot
     m_tile = m_key[:, None] & (o_dim < HEAD_SIZE)[None, :]
     b_key = tl.load(p_key + o_key[:, None] + o_dim[None, :], mask=m_tile, other=0.0).to(b_query.dtype)  # [BLOCK_N, D]
     b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2
-    m_score = m_key[None, :] & (b_position[None, :] <= o_row[:, None])
+    m_score = m_key[None, :] & (b_position[None, :] <= o_position[:, None])
     return tl.where(m_score, b_score, -float("inf"))
 
 
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
-@triton.jit(do_not_specialize=["rows", "seq_len"])
+@triton.jit(do_not_specialize=["rows", "context_len", "seq_len"])
 def row_lse_kernel(
     p_query,
     p_key,
     p_pages,
     p_heads,
+    p_rows,
     p_lse,
     stride_query_row,
     stride_query_head,
@@ -65,6 +85,7 @@ def row_lse_kernel(
     stride_key_head,
     stride_key_slot,
     rows,
+    context_len,
     seq_len,
     keys_per_part,
     scale_log2,
@@ -79,20 +100,16 @@ def row_lse_kernel(
     """One program: each row's log-sum-exp over one part of the keys, one head. ``p_lse`` ``[heads, parts, ROWS]``."""
     i_slot, i_part = tl.program_id(0), tl.program_id(1)
     i_head = tl.load(p_heads + i_slot)
-    o_dim, o_query = tl.arange(0, D), tl.arange(0, ROWS)
-    o_row = seq_len - rows + o_query
     p_query += i_head * stride_query_head
-    m_query = (o_query < rows)[:, None] & (o_dim < HEAD_SIZE)[None, :]
-    b_query = tl.load(p_query + o_query[:, None] * stride_query_row + o_dim[None, :], mask=m_query, other=0.0)
-    b_query = b_query.to(COMPUTE)
+    b_query, o_row = _queries(p_query, p_rows, rows, stride_query_row, HEAD_SIZE, D, COMPUTE)
     p_key += (i_head // GROUP).to(tl.int64) * stride_key_head
     b_sum = tl.zeros([ROWS], dtype=tl.float32)
     b_max = tl.full([ROWS], -float("inf"), dtype=tl.float32)
     first = i_part * keys_per_part
     for i_key in range(first, tl.minimum(first + keys_per_part, seq_len), BLOCK_N):
         b_score = _scores(
-            b_query, o_row, i_key + tl.arange(0, BLOCK_N), p_key, p_pages, stride_key_page, stride_key_slot,
-            seq_len, scale_log2, HEAD_SIZE, D, PAGE, PRECISION,
+            b_query, context_len + o_row, i_key + tl.arange(0, BLOCK_N), p_key, p_pages, stride_key_page,
+            stride_key_slot, seq_len, scale_log2, HEAD_SIZE, D, PAGE, PRECISION,
         )  # fmt: skip
         b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
         # A row that has seen no key yet keeps a maximum of -inf; subtracting 0 then gives weights of 0, not NaN.
@@ -100,24 +117,27 @@ def row_lse_kernel(
         b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_score - b_shift[:, None]), 1)
         b_max = b_new_max
     p_lse += (i_slot * tl.num_programs(1) + i_part) * ROWS
-    tl.store(p_lse + o_query, (b_max + tl.log2(b_sum)) * LN2)
+    tl.store(p_lse + tl.arange(0, ROWS), (b_max + tl.log2(b_sum)) * LN2)
 
 
-@triton.jit(do_not_specialize=["rows", "seq_len"])
+@triton.jit(do_not_specialize=["rows", "context_len", "seq_len"])
 def column_diagonal_kernel(
     p_query,
     p_key,
     p_pages,
     p_heads,
+    p_rows,
     p_lse,
     p_columns,
-    p_diagonals,
+    p_nearer,
+    p_farther,
     stride_query_row,
     stride_query_head,
     stride_key_page,
     stride_key_head,
     stride_key_slot,
     rows,
+    context_len,
     seq_len,
     scale_log2,
     GROUP: tl.constexpr,
@@ -127,44 +147,49 @@ def column_diagonal_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: STRIP diagonals and STRIP columns of one head, from the two strips of keys that hold the diagonals.
+    """One program: the masses on STRIP keys of one head, summed along columns, and along diagonals by group of rows.
 
-    Row r meets diagonal ``first + q`` in key ``seq_len - rows + r - first - q``, so over ROWS rows STRIP diagonals
-    need ROWS + STRIP - 1 keys; the columns of the later strip of them are summed on the way.
+    Row r of a group meets key ``first_key + c`` at the distance ``first_row + r - first_key - c``. Over a group's rows
+    a strip's distances span up to two strips; the nearer and the farther one go to arrays of their own, so that each
+    sum, ``[heads, GROUPS, seq_len]`` by distance, has one writer. ``p_rows`` holds each row, its place in its group,
+    and its group.
     """
     i_slot, i_strip = tl.program_id(0), tl.program_id(1)
     i_head = tl.load(p_heads + i_slot)
-    o_dim, o_query = tl.arange(0, D), tl.arange(0, ROWS)
-    o_row = seq_len - rows + o_query
-    m_query = o_query < rows
+    o_slot, o_key = tl.arange(0, ROWS), tl.arange(0, STRIP)
+    m_slot = o_slot < rows
     p_query += i_head * stride_query_head
-    m_tile = m_query[:, None] & (o_dim < HEAD_SIZE)[None, :]
-    b_query = tl.load(p_query + o_query[:, None] * stride_query_row + o_dim[None, :], mask=m_tile, other=0.0)
-    b_query = b_query.to(COMPUTE)
+    b_query, o_row = _queries(p_query, p_rows, rows, stride_query_row, HEAD_SIZE, D, COMPUTE)
     p_key += (i_head // GROUP).to(tl.int64) * stride_key_head
-    o_window = tl.arange(0, ROWS + STRIP)
-    b_position = seq_len - rows - i_strip * STRIP - (STRIP - 1) + o_window
+    b_position = i_strip * STRIP + o_key
     b_score = _scores(
-        b_query, o_row, b_position, p_key, p_pages, stride_key_page, stride_key_slot,
-        seq_len, scale_log2, HEAD_SIZE, D, PAGE, PRECISION,
+        b_query, context_len + o_row, b_position, p_key, p_pages, stride_key_page,
+        stride_key_slot, seq_len, scale_log2, HEAD_SIZE, D, PAGE, PRECISION,
     )  # fmt: skip
-    b_lse = tl.load(p_lse + i_slot * ROWS + o_query, mask=m_query, other=0.0) / LN2
-    b_weight = tl.where(m_query[:, None], tl.exp2(b_score - b_lse[:, None]), 0.0)  # [ROWS, ROWS + STRIP]
-    p_columns += i_slot.to(tl.int64) * seq_len
-    m_column = (o_window >= STRIP) & (b_position >= 0) & (b_position < seq_len)
-    tl.store(p_columns + b_position, tl.sum(b_weight, 0), mask=m_column)
+    b_lse = tl.load(p_lse + i_slot * ROWS + o_slot, mask=m_slot, other=0.0) / LN2
+    b_weight = tl.where(m_slot[:, None], tl.exp2(b_score - b_lse[:, None]), 0.0)  # [ROWS, STRIP]
+    tl.store(p_columns + i_slot.to(tl.int64) * seq_len + b_position, tl.sum(b_weight, 0), mask=b_position < seq_len)
 
-    o_diagonal = tl.arange(0, STRIP)
-    b_sheared = tl.gather(b_weight, o_query[:, None] - o_diagonal[None, :] + (STRIP - 1), 1)  # [ROWS, STRIP]
-    groups = tl.minimum(rows, GROUPS)
-    b_agreed = tl.full([STRIP], float("inf"), dtype=tl.float32)
+    o_place = tl.load(p_rows + rows + o_slot, mask=m_slot, other=0)
+    b_group = tl.load(p_rows + 2 * rows + o_slot, mask=m_slot, other=GROUPS)
+    # Distance t of the nearer strip is met in key STRIP - 1 + place - t, of the farther one in key place - 1 - t.
+    o_near = STRIP - 1 + o_place[:, None] - o_key[None, :]
+    o_far = o_near - STRIP
+    b_near = tl.gather(b_weight, tl.minimum(o_near, STRIP - 1), 1)
+    b_far = tl.gather(b_weight, tl.maximum(o_far, 0), 1)
+    b_near = tl.where(o_near < STRIP, b_near, 0.0)
+    b_far = tl.where(o_far >= 0, b_far, 0.0)
     for i_group in tl.static_range(GROUPS):
-        m_group = (o_query >= i_group * rows // groups) & (o_query < (i_group + 1) * rows // groups)
-        b_mass = tl.sum(tl.where(m_group[:, None], b_sheared, 0.0), 0)
-        b_agreed = tl.where(i_group < groups, tl.minimum(b_agreed, b_mass), b_agreed)
-    o_diagonal += i_strip * STRIP
-    p_diagonals += i_slot.to(tl.int64) * seq_len
-    tl.store(p_diagonals + o_diagonal, b_agreed * groups, mask=o_diagonal < seq_len)
+        m_group = (b_group == i_group)[:, None]
+        # All rows of a group agree on where its first row lies; a group without rows stores zeros, which nobody reads.
+        first_row = tl.max(tl.where(b_group == i_group, context_len + o_row - o_place, -1), 0)
+        o_distance = first_row - i_strip * STRIP - (STRIP - 1) + o_key
+        p_group = (i_slot * GROUPS + i_group).to(tl.int64) * seq_len
+        m_near = (o_distance >= 0) & (o_distance < seq_len)
+        tl.store(p_nearer + p_group + o_distance, tl.sum(tl.where(m_group, b_near, 0.0), 0), mask=m_near)
+        o_distance += STRIP
+        m_far = (o_distance >= 0) & (o_distance < seq_len)
+        tl.store(p_farther + p_group + o_distance, tl.sum(tl.where(m_group, b_far, 0.0), 0), mask=m_far)
 
 
 @triton.jit(do_not_specialize=["first_kv_head", "seq_len"])
@@ -205,6 +230,16 @@ def _on_device(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(heads, dtype=torch.int32, device=device)
 
 
+@functools.lru_cache(maxsize=64)
+def _rows(chunk: int, device: torch.device) -> torch.Tensor:
+    """int32 ``[3, rows]``: ``row_groups`` of a chunk as rows, their places in their groups, and their groups."""
+    groups = row_groups(chunk)
+    rows = torch.cat([torch.arange(begin, end, device=device) for begin, end in groups])
+    places = torch.cat([torch.arange(end - begin, device=device) for begin, end in groups])
+    numbers = torch.cat([torch.full((end - begin,), i, device=device) for i, (begin, end) in enumerate(groups)])
+    return torch.stack([rows, places, numbers]).to(torch.int32)
+
+
 def last_query_scores(
     query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, seq_len: int, heads: Sequence[int], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,15 +254,13 @@ def last_query_scores(
     Returns:
         float32 ``[len(heads), S]`` twice: columns and diagonals.
     """
-    last = query[-LAST_QUERIES:]
-    rows, device = last.shape[0], query.device
-    wanted = _on_device(tuple(heads), device)
+    device, context_len = query.device, seq_len - query.shape[0]
+    wanted, rows = _on_device(tuple(heads), device), _rows(query.shape[0], device)
     parts = triton.cdiv(seq_len, KEYS_PER_PART)
     lse = torch.empty(len(heads), parts, LAST_QUERIES, device=device)
-    columns, diagonals = (torch.empty(len(heads), seq_len, device=device) for _ in range(2))
     compute, precision = compute_type(query.dtype)
-    queries = last.stride(0), last.stride(1)
-    keys = cache.key.stride()[:3]
+    strides = query.stride(0), query.stride(1), *cache.key.stride()[:3]
+    lengths = rows.shape[1], context_len, seq_len
     scale_log2 = scale * cache.key_scale * LOG2E.value
     shape = {
         "GROUP": query.shape[1] // cache.num_kv_heads,
@@ -239,16 +272,21 @@ def last_query_scores(
         "num_warps": NUM_WARPS,
     }
     row_lse_kernel[(len(heads), parts)](
-        last, cache.key, pages, wanted, lse, *queries, *keys, rows, seq_len, KEYS_PER_PART, scale_log2,
+        query, cache.key, pages, wanted, rows, lse, *strides, *lengths, KEYS_PER_PART, scale_log2,
         BLOCK_N=BLOCK_N, **shape,
     )  # fmt: skip
     total = lse.logsumexp(1)
-    # One strip more than there are diagonals: with fewer rows than a strip, its columns reach less far back.
-    strips = triton.cdiv(seq_len, STRIP.value) + 1
-    column_diagonal_kernel[(len(heads), strips)](
-        last, cache.key, pages, wanted, total, columns, diagonals, *queries, *keys, rows, seq_len, scale_log2, **shape
+    columns = torch.empty(len(heads), seq_len, device=device)
+    nearer, farther = (torch.zeros(len(heads), ROW_GROUPS, seq_len, device=device) for _ in range(2))
+    column_diagonal_kernel[(len(heads), triton.cdiv(seq_len, STRIP.value))](
+        query, cache.key, pages, wanted, rows, total, columns, nearer, farther, *strides, *lengths, scale_log2, **shape
     )
-    return columns, diagonals
+    agreed = torch.full((len(heads), seq_len), torch.inf, device=device)
+    for number, (begin, end) in enumerate(row_groups(query.shape[0])):
+        reach = context_len + end
+        mean = (nearer[:, number, :reach] + farther[:, number, :reach]).div_(end - begin)
+        torch.minimum(agreed[:, :reach], mean, out=agreed[:, :reach])
+    return columns, agreed.mul_(rows.shape[1])
 
 
 def mean_keys(cache: PagedCache, pages: torch.Tensor, seq_len: int, first: int, last: int) -> torch.Tensor:
