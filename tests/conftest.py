@@ -59,6 +59,8 @@ def engine_name(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(str(native.unavailable_reason()))
     if device and not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU here")
+    if device and name == "block_table":
+        pytest.importorskip("vllm.vllm_flash_attn")
     with torch.device(device or "cpu"):
         yield name
 

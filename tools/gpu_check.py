@@ -26,16 +26,18 @@ CONTEXTS = (32768, 65536, 131072, 262144, 524288, 1048576)
 # The shape of Llama-3.1-8B.
 SHAPE = ["--heads", "32", "--kv-heads", "8", "--head-size", "128"]
 STEPS = ("tests", "kernels", "attention", "engine", "ttft")
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
 Step = tuple[str, list[str]]
 
 
 def attention(longest: int) -> list[Step]:
     """Chunks of 8K and 32K at the context's end and, up to 256K, the whole prompt."""
     script = [sys.executable, "benchmarks/bench_attention.py", "--device", "cuda", *SHAPE]
-    script += ["--csv", str(RESULTS / "attention_gpu.csv"), "--engine", "triton", "block_table"]
+    script += ["--csv", str(RESULTS / "attention_gpu.csv"), "--engine", "triton"]
+    script += ["block_table"] if HAS_VLLM else []
     steps = []
     for context in (length for length in CONTEXTS if length <= longest):
-        for chunk in (8192, 32768, context):
+        for chunk in sorted({8192, 32768, context}):
             if chunk < context or context == chunk <= 262144:
                 patterns = ["vertical_slash", "block_sparse", "a_shape"] if chunk == 8192 else ["vertical_slash"]
                 size = ["--context", str(context), "--chunk", str(chunk), "--pattern", *patterns]
@@ -72,7 +74,7 @@ def main() -> int:
         return 1
     done = []
     for name in args.only:
-        if name in ("engine", "ttft") and importlib.util.find_spec("vllm") is None:
+        if name in ("engine", "ttft") and not HAS_VLLM:
             done.append((f"{name}: vLLM is not installed", "skipped", 0.0))
             continue
         for title, command in steps_of(name, args.longest):
