@@ -5,11 +5,14 @@ parts themselves.
 """
 
 from minference_vllm.patterns import (
+    Antidiagonal,
     AShape,
     BlockSparse,
+    Coverage,
     Dense,
     HeadPattern,
     PatternFile,
+    PeakThreshold,
     TriShape,
     VerticalSlash,
     load_pattern_file,
@@ -20,10 +23,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AShape",
+    "Antidiagonal",
     "BlockSparse",
+    "Coverage",
     "Dense",
     "HeadPattern",
     "PatternFile",
+    "PeakThreshold",
     "Settings",
     "SparseIndex",
     "TriShape",

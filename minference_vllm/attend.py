@@ -92,6 +92,20 @@ def choose_tile(tile: int | None, block_size: int) -> int:
     return -(-wanted // block_size) * block_size
 
 
+def tiling_for(query: torch.Tensor, cache: PagedCache, chunk: Chunk, engine: str, tile: int | None) -> Tiling:
+    """The chunk's query tiles, and the columns as the engine takes them."""
+    size = cache.block_size
+    # Of all engines only vLLM's CPU kernel must see whole pages of columns.
+    on_pages_alone = choose_engine(engine, query.dtype, cache) == "block_table" and not query.is_cuda
+    column_multiple = size if on_pages_alone else 1
+    return _tiling(chunk.context_len, chunk.seq_len, size, choose_tile(tile, size), column_multiple, query.device)
+
+
+# All layers of a batch ask for the same.
+_tiling = functools.lru_cache(maxsize=64)(Tiling.of)
+_capacity = functools.lru_cache(maxsize=256)(plan_capacity)
+
+
 def attend_chunk(
     query: torch.Tensor,
     cache: PagedCache,
@@ -121,23 +135,19 @@ def attend_chunk(
             them out: a cap keeps a row's order of keys, and a sink's share is the same for all.
     """
     timing = timing or Timing()
-    size = cache.block_size
     engine = choose_engine(engine, query.dtype, cache)
     if engine != "triton" and (softcap or sinks is not None or cache.key.element_size() == 1):
         raise ValueError(f"engine {engine!r} knows no soft cap, no sinks and no FP8 caches; 'triton' does")
-    rows = choose_tile(tile, size)
+    tiling = tiling_for(query, cache, chunk, engine, tile)
     planned = engine == "triton" or query.is_cuda
-    # Only vLLM's CPU kernel must see whole pages of columns.
-    column_multiple = size if engine == "block_table" and not planned else 1
-    lengths = chunk.context_len, chunk.seq_len, size, rows, column_multiple
-    tiling = _tiling(*lengths, query.device)
     # Kernels read the pages by address.
     pages = pages[: tiling.num_key_blocks].contiguous()
-    scores = _PagedEstimates(query, cache, pages, chunk.seq_len, scale, planned, timing)
+    scores = PagedEstimates(query, cache, pages, chunk.seq_len, scale, planned, timing)
     estimated, audited, begin = timing.estimate, timing.audit, timing.now(query.device)
 
     def build(patterns: Sequence[HeadPattern]) -> SparseIndex:
-        capacity = _capacity(tuple(patterns), *lengths, engine == "block_table") if planned else None
+        sizes = tiling.context_len, tiling.seq_len, tiling.block_size, tiling.tile, tiling.column_multiple
+        capacity = _capacity(tuple(patterns), *sizes, engine == "block_table") if planned else None
         return build_index(tiling, patterns, scores, capacity)
 
     index = build(patterns) if audit is None else audit.run(patterns, build, scores.recall)
@@ -147,11 +157,6 @@ def attend_chunk(
     _runner(engine, query)(query, cache, pages, index, scale, out, **options)
     timing.attend += timing.now(query.device) - end
     return index
-
-
-# All layers of a batch ask for the same.
-_tiling = functools.lru_cache(maxsize=64)(Tiling.of)
-_capacity = functools.lru_cache(maxsize=256)(plan_capacity)
 
 
 def _runner(engine: str, query: torch.Tensor) -> Callable[..., None]:
@@ -165,7 +170,7 @@ def _runner(engine: str, query: torch.Tensor) -> Callable[..., None]:
     return flash.run if query.is_cuda else block_table_engine.run
 
 
-class _PagedEstimates(estimate.Estimates):
+class PagedEstimates(estimate.Estimates):
     """Estimates over a paged cache, timed. What no kernel reads from the pages copies the prefix out of them, once."""
 
     def __init__(
@@ -175,13 +180,13 @@ class _PagedEstimates(estimate.Estimates):
         pages: torch.Tensor,
         seq_len: int,
         scale: float,
-        triton: bool,
-        timing: Timing,
+        triton: bool = False,
+        timing: Timing | None = None,
     ) -> None:
         # An FP8 query serves the attention kernel alone; estimates take it as it is meant, but for its scale.
         self.query = query.bfloat16() if query.element_size() == 1 else query
         self.cache, self.pages, self.seq_len, self.scale = cache, pages, seq_len, scale
-        self.triton, self.timing = triton, timing
+        self.triton, self.timing = triton, timing or Timing()
 
     @functools.cached_property
     def keys(self) -> torch.Tensor:  # type: ignore[override]

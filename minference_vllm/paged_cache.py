@@ -74,6 +74,11 @@ class PagedCache:
         transposed = rows.permute(1, 3, 0, 2).reshape(self.num_kv_heads, self.head_size, -1)
         return transposed.transpose(1, 2)
 
+    def values_by_head(self, pages: torch.Tensor) -> torch.Tensor:
+        """Values of the named pages in order, one copy, ``[HK, n * B, D]``."""
+        rows = unpack_values(self.value.index_select(0, pages), self.layout)
+        return rows.transpose(0, 1).reshape(self.num_kv_heads, -1, self.head_size)
+
     def gather_rows(self, pages: torch.Tensor, slots: torch.Tensor, kv_heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Keys and values of single tokens, as rows.
 

@@ -139,6 +139,19 @@ class PatternError(ValueError):
     """A pattern file that cannot be used; the message names the file, the place in it, and what is allowed."""
 
 
+class Measurement(BaseModel):
+    """What a head's pattern was measured to do when it was found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recall: float
+    """Mean share of the dense attention that lies on the selected keys."""
+    density: float
+    """Computed query-key pairs as a share of the dense ones."""
+    output_error: float
+    """Of the attention output, relative to the dense output."""
+
+
 class PatternFile(BaseModel):
     """The patterns of a model's heads. ``layers`` may be empty: every head then runs ``default``."""
 
@@ -153,6 +166,8 @@ class PatternFile(BaseModel):
     """What a head without an entry runs."""
     layers: dict[int, dict[int, HeadPattern]] = {}
     """Layer number -> query head number (global, before tensor parallelism) -> pattern."""
+    measured: dict[int, dict[int, Measurement]] = {}
+    """Layer number -> query head number -> what ``calibrate`` measured; for people, nothing runs by it."""
 
     @model_validator(mode="after")
     def _numbers_are_not_negative(self) -> PatternFile:

@@ -29,6 +29,7 @@ PARTS: dict[str, set[str]] = {
     "attend": {"torch"},
     "audit": set(),
     "backend": {"torch", "vllm"},
+    "calibrate": {"torch", "tqdm", "transformers", "vllm"},
     "plugin": set(),
     "plot": {"torch", "numpy", "matplotlib"},
 }

@@ -181,7 +181,7 @@ import json
 from minference_vllm.patterns import load_pattern_file
 print(json.dumps(load_pattern_file("default").default.kind))
 """
-    assert fresh(tmp_path, script) == "vertical_slash"
+    assert fresh(tmp_path, script) == "coverage"
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.26.1rc1", "0.32.0+cpu", "0.33.9", "0.33.1.dev5+g1234"])

@@ -4,21 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from minference_vllm.attend import DTYPES
 from minference_vllm.audit import Counters
 from minference_vllm.engines import native
+from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import PatternFile, load_pattern_file, parse_patterns
+from minference_vllm.plan import Chunk
 from minference_vllm.recall import RaisedLevels
 from minference_vllm.settings import Settings, load_settings
 
 DEFAULT_PATTERNS = "default"
 
 
-@dataclass(frozen=True)
+class Recorder(Protocol):
+    """Measures every sparse chunk while a model is calibrated (``calibrate/recorder.py``)."""
+
+    def record(
+        self,
+        layer: int,
+        first_head: int,
+        query: torch.Tensor,
+        cache: PagedCache,
+        pages: torch.Tensor,
+        chunk: Chunk,
+        scale: float,
+    ) -> None: ...
+
+    def next_prompt(self, number: int) -> None: ...
+
+
+@dataclass
 class Runtime:
     settings: Settings
     patterns: PatternFile
@@ -26,6 +45,8 @@ class Runtime:
     """Where the patterns came from, for the log."""
     counters: Counters = field(default_factory=Counters)
     raised: RaisedLevels = field(default_factory=RaisedLevels)
+    recorder: Recorder | None = None
+    """While a model is calibrated; every sparse chunk then runs densely."""
 
     @property
     def summary(self) -> str:

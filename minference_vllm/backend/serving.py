@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from minference_vllm.attend import Timing, attend_chunk
 from minference_vllm.backend.runtime import Runtime
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import MAX_LEVEL, HeadPattern
+from minference_vllm.patterns import MAX_LEVEL, Dense, HeadPattern
 from minference_vllm.plan import Chunk
 from minference_vllm.recall import Audit, sample_rows
 
@@ -39,6 +39,13 @@ def serve_chunk(
         options: more arguments of ``attend_chunk``.
     """
     settings, counters = runtime.settings, runtime.counters
+    if runtime.recorder is not None:
+        runtime.recorder.record(layer, first_head, query, cache, pages, chunk, options["scale"])
+        dense = [Dense()] * query.shape[1]
+        attend_chunk(
+            query, cache, pages, chunk, dense, out=out, engine=settings.engine, tile=settings.tile, **options
+        )  # fmt: skip
+        return
     audit = None
     if audit_is_due(runtime, query.is_cuda):
         # Other rows in every layer and chunk, the same ones whenever the same prompt comes in the same chunks.
