@@ -205,7 +205,11 @@ def test_memory_at_a_million_tokens(name: str, block_size: int) -> None:
     seq_len = 1 << 20
     tiling = Tiling.of(seq_len - 8192, seq_len, block_size, 128, device="meta")
 
+    capacity = planned(tiling, MIXTURES[name])
     with LiveBytes() as memory:
-        index = build_index(tiling, MIXTURES[name], EmptyScores(seq_len), planned(tiling, MIXTURES[name]))
+        index = build_index(tiling, MIXTURES[name], EmptyScores(seq_len), capacity)
+    # The last-query estimate, per head and token: four groups' sums in two arrays and merged, columns, diagonals.
+    lists = 4 * index.blocks.numel() + 4 * index.columns.numel()
+    assert lists + capacity.heads_at_once * seq_len * 4 * (2 * 4 + 3) <= MEMORY_LIMIT
     assert index.blocks.shape[:2] == (32, 64)
     assert memory.peak <= MEMORY_LIMIT, f"{memory.peak / 2**20:.0f} MiB"
