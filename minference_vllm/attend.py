@@ -21,6 +21,7 @@ from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import HeadPattern
 from minference_vllm.plan import Chunk
 from minference_vllm.recall import Audit, sampled_recall
+from minference_vllm.summaries import PageMeans
 from minference_vllm.tiling import Tiling
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -118,6 +119,7 @@ def attend_chunk(
     tile: int | None = None,
     timing: Timing | None = None,
     audit: Audit | None = None,
+    page_means: PageMeans | None = None,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> SparseIndex:
@@ -131,6 +133,7 @@ def attend_chunk(
         engine, tile: see ``Settings``.
         timing: is added to, when given.
         audit: rows to check, and the floor to hold, before attention runs; what was found is left in it.
+        page_means: the layer's page summaries, when they are kept; else pages are pooled anew for every chunk.
         softcap, sinks: see ``triton_kernels.sparse_attention``, the one engine that knows them. The estimates leave
             them out: a cap keeps a row's order of keys, and a sink's share is the same for all.
     """
@@ -142,7 +145,7 @@ def attend_chunk(
     planned = engine == "triton" or query.is_cuda
     # Kernels read the pages by address.
     pages = pages[: tiling.num_key_blocks].contiguous()
-    scores = PagedEstimates(query, cache, pages, chunk.seq_len, scale, planned, timing)
+    scores = PagedEstimates(query, cache, pages, chunk.seq_len, scale, page_means, planned, timing)
     estimated, audited, begin = timing.estimate, timing.audit, timing.now(query.device)
 
     def build(patterns: Sequence[HeadPattern]) -> SparseIndex:
@@ -180,18 +183,24 @@ class PagedEstimates(estimate.Estimates):
         pages: torch.Tensor,
         seq_len: int,
         scale: float,
+        page_means: PageMeans | None = None,
         triton: bool = False,
         timing: Timing | None = None,
     ) -> None:
         # An FP8 query serves the attention kernel alone; estimates take it as it is meant, but for its scale.
         self.query = query.bfloat16() if query.element_size() == 1 else query
         self.cache, self.pages, self.seq_len, self.scale = cache, pages, seq_len, scale
-        self.triton, self.timing = triton, timing or Timing()
+        self.page_means, self.triton, self.timing = page_means, triton, timing or Timing()
 
     @functools.cached_property
     def keys(self) -> torch.Tensor:  # type: ignore[override]
         keys = self.cache.keys_by_head(self.pages)[:, : self.seq_len]
         return keys if keys.dtype == self.query.dtype else keys.to(self.query.dtype).mul_(self.cache.key_scale)
+
+    def means(self, tiling: Tiling) -> torch.Tensor:
+        if self.page_means is None:
+            return super().means(tiling)
+        return self.page_means.of(self.cache, self.pages, self.seq_len)
 
     def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         paged = self.query, self.cache, self.pages, self.seq_len, heads, self.scale

@@ -23,6 +23,7 @@ PARTS: dict[str, set[str]] = {
     "index": {"torch"},
     "estimate": {"torch"},
     "paged_cache": {"torch"},
+    "summaries": {"torch"},
     "engines": {"torch", "vllm"},
     "triton_kernels": {"torch", "triton"},
     "recall": {"torch"},

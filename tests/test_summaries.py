@@ -1,0 +1,54 @@
+"""Page summaries: always the means of what is in the cache now, read no more than needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minference_vllm.estimate import mean_keys
+from minference_vllm.paged_cache import Layout, PagedCache
+from minference_vllm.summaries import PageMeans
+
+HEADS, SIZE, DIM, PAGES = 2, 32, 64, 12
+
+
+def cache(layout: Layout, seed: int = 0) -> PagedCache:
+    stored = torch.randn(PAGES, HEADS, SIZE, DIM, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return PagedCache(stored, stored.clone(), layout)
+
+
+@pytest.mark.parametrize("layout", ["rows", "transposed", "amx"])
+@pytest.mark.parametrize("seq_len", [1, 31, 32, 100, 5 * SIZE])
+def test_means_of_shuffled_pages(layout: Layout, seq_len: int) -> None:
+    paged, pages = cache(layout), torch.tensor([7, 2, 11, 0, 5])[: -(-seq_len // SIZE)]
+    found = PageMeans().of(paged, pages, seq_len)
+    expected = mean_keys(paged.keys_by_head(pages)[:, :seq_len], SIZE)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_pages_are_read_again_after_they_were_written_and_not_before() -> None:
+    paged, pages, means = cache("rows"), torch.tensor([7, 2, 11]), PageMeans()
+    means.of(paged, pages[:2], 2 * SIZE)
+    first = means.of(paged, pages, 3 * SIZE).clone()
+    paged.key[11, :, 3] += 10.0
+    paged.key[2, :, 3] += 10.0
+    means.forget(torch.tensor([11 * SIZE + 3, -1]), SIZE)
+    again = means.of(paged, pages, 3 * SIZE)
+    assert torch.equal(again[:, :2], first[:, :2]), "a page that nobody named is not read again"
+    assert not torch.equal(again[:, 2], first[:, 2])
+    means.forget(torch.tensor([2 * SIZE]), SIZE)
+    torch.testing.assert_close(means.of(paged, pages, 3 * SIZE), mean_keys(paged.keys_by_head(pages), SIZE))
+
+
+def test_a_partial_last_page_is_never_kept() -> None:
+    paged, pages, means = cache("rows"), torch.tensor([7, 2]), PageMeans()
+    means.of(paged, pages, SIZE + 5)
+    paged.key[2, :, 5:] = 3.0
+    torch.testing.assert_close(means.of(paged, pages, 2 * SIZE), mean_keys(paged.keys_by_head(pages), SIZE))
+
+
+def test_another_cache_starts_anew() -> None:
+    means, pages = PageMeans(), torch.tensor([3, 4])
+    first, other = cache("rows"), cache("rows", seed=1)
+    means.of(first, pages, 2 * SIZE)
+    torch.testing.assert_close(means.of(other, pages, 2 * SIZE), mean_keys(other.keys_by_head(pages), SIZE))
