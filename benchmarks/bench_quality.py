@@ -4,7 +4,7 @@ Two sources of queries, keys and values: the bundled model's layers over its own
 synthetic heads of one known shape each (``synthetic.SHAPES``). For each, the last chunk of the prompt and one in its
 middle are indexed as the backend would, and compared with float32 dense attention on sampled rows.
 
-    python benchmarks/bench_quality.py --context 8192 32768 65536 --csv benchmarks/results/quality_cpu.csv
+    python benchmarks/bench_quality.py --context 16384 32768 65536 --csv benchmarks/results/quality_cpu.csv
 
 Columns: ``recall`` mean over heads, chunks and rows; ``recall_p1`` the chunk and head that 99 % of them are above;
 ``covered`` share of chunks and heads whose recall is at least 0.95; ``output_error`` relative to the dense output,
@@ -40,8 +40,10 @@ PATTERNS = (
     '{"kind": "vertical_slash", "vertical": 1000, "slash": 3096}',
     '{"kind": "a_shape", "sink": 1024, "local": 4096}',
     '{"kind": "block_sparse", "top_k": 100}',
-    '{"kind": "coverage", "gamma": 0.95}',
-    '{"kind": "coverage", "gamma": 0.98}',
+    '{"kind": "coverage", "gamma": 0.95, "min_budget": 1024}',
+    '{"kind": "coverage", "gamma": 0.95, "min_budget": 3072}',
+    '{"kind": "coverage", "gamma": 0.98, "min_budget": 3072}',
+    '{"kind": "coverage", "gamma": 0.98, "min_budget": 6144}',
     '{"kind": "antidiagonal", "stride": 16, "tau": 0.9}',
     '{"kind": "peak_threshold", "alpha": 0.1}',
 )
@@ -125,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEMO / "model"))
     parser.add_argument("--source", nargs="+", choices=["model", "synthetic"], default=["model", "synthetic"])
-    parser.add_argument("--context", type=int, nargs="+", default=[8192, 32768, 65536])
+    parser.add_argument("--context", type=int, nargs="+", default=[16384, 32768, 65536])
     parser.add_argument("--chunk", type=int, default=4096)
     parser.add_argument("--pattern", nargs="+", default=list(PATTERNS), help="as in a pattern file")
     parser.add_argument("--block-size", type=int, default=128)
