@@ -48,11 +48,14 @@ def sampled_recall(
 
 
 def sample_rows(rows: int, samples: int, seed: int) -> torch.Tensor:
-    """int64 ``[min(samples, rows)]``: one random row of each of as many equal parts of the chunk; ``seed`` decides."""
+    """int64 ``[min(samples, rows)]``, ascending: one random row of each of as many equal parts of the chunk; of the
+    last of several parts its last row, where a question ends. ``seed`` decides."""
     count = min(samples, rows)
-    borders = torch.arange(count + 1, dtype=torch.float64) * (rows / count)
+    borders = torch.arange(count + 1) * rows // count
     place = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return (borders[:-1] + place * rows / count).long().clamp(max=rows - 1)
+    place[1:][-1:] = 1.0
+    sizes = borders[1:] - borders[:-1]
+    return borders[:-1] + (place * sizes).long().clamp(max=sizes - 1)
 
 
 @dataclass

@@ -561,3 +561,37 @@ def test_nothing_of_ours_runs_for_decodes(make_layer: Callable[..., Layer], monk
     monkeypatch.setattr(Counters, "count_batch", never)
     monkeypatch.setattr(Counters, "line_when_due", never)
     assert layer.metadata() is metadata
+
+
+# Page summaries
+
+
+def test_pooled_estimates_keep_the_pages_of_the_chunk_before(
+    make_layer: Callable[..., Layer], two_chunks: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minference_vllm import summaries
+    from minference_vllm.backend import splitting
+
+    read: list[int] = []
+    unpack = summaries.unpack_keys
+    monkeypatch.setattr(
+        summaries, "unpack_keys", lambda pages, layout: read.append(len(pages)) or unpack(pages, layout)
+    )
+    outputs = []
+    for kept in (True, False):
+        layer = make_layer([FIRST], patterns=[{"kind": "block_sparse", "top_k": 1}] * HEADS)
+        layer.layer.impl = layer.impl
+        found = {"layer": layer.layer} if kept else {}
+        monkeypatch.setattr(splitting, "get_layers_from_vllm_config", lambda *arguments, found=found: found)
+        builder = type(layer.builder)(
+            layer.builder.kv_cache_spec, [], layer.builder.vllm_config, torch.device("cpu")
+        )  # fmt: skip
+        layer.builder = builder
+        for batch in two_chunks(layer):
+            layer.fill(batch)
+            outputs.append(layer.run(layer.impl, layer.metadata()))
+        assert (layer.impl.page_means is not None) == kept
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    whole, partial = divmod(FIRST[1], PAGE)
+    assert read[0] == whole and read[1] == bool(partial), "all pages of the first chunk"
+    assert sum(read[2:]) <= -(-(SECOND[0] + SECOND[1]) // PAGE) - whole + 2, "of the second chunk's, the new ones"

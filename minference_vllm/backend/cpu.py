@@ -49,6 +49,8 @@ class MInferenceCPUMetadataBuilder(SplittingBuilder, CPUAttentionMetadataBuilder
 
 
 class MInferenceCPUImpl(SplittingImpl, CPUAttentionBackendImpl):
+    keeps_page_means = True
+
     def dense_reasons(self, vllm_config: Any) -> list[str]:
         dtype, block_size = vllm_config.model_config.dtype, vllm_config.cache_config.block_size
         check_page_size(self.runtime, block_size)

@@ -20,8 +20,9 @@ from minference_vllm.backend.compat import dense_batch_reason, host_seq_lens, sl
 from minference_vllm.backend.runtime import runtime_for
 from minference_vllm.backend.serving import serve_chunk
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import Dense, HeadPattern
+from minference_vllm.patterns import BlockSparse, Dense, HeadPattern, PeakThreshold
 from minference_vllm.plan import PREFILL_FROM, Chunk, plan_batch
+from minference_vllm.summaries import PageMeans
 
 # A child of vLLM's own logger, so that our lines appear where vLLM's do.
 logger = init_logger(f"vllm.{__name__}")
@@ -40,6 +41,11 @@ class SplittingBuilder(AttentionMetadataBuilder):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
         # A group of windowed layers, say: its batches are the parent's alone, and are not counted.
         self.dense_only = bool(layers) and all(getattr(layer.impl, "dense_only", True) for layer in layers)
+        # Pages may also be written from outside (a KV connector); then nothing is kept.
+        connected = getattr(vllm_config, "kv_transfer_config", None) is not None
+        self.page_means = (
+            [] if connected else [layer.impl.keep_page_means() for layer in layers if _wants_page_means(layer)]
+        )
         speculative = getattr(vllm_config, "speculative_config", None)
         # Decodes may replay a CUDA graph of the parent's path: whatever the setting says, they are never ours.
         decode_len = 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
@@ -50,6 +56,8 @@ class SplittingBuilder(AttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        for means in self.page_means:
+            means.forget(common_attn_metadata.slot_mapping, self.kv_cache_spec.block_size)
         if common_attn_metadata.max_query_len < PREFILL_FROM or self.dense_only or common_prefix_len:
             return metadata  # nothing but decodes, most of the time
         lengths = host_seq_lens(common_attn_metadata)
@@ -94,12 +102,23 @@ class SplittingBuilder(AttentionMetadataBuilder):
         return updated
 
 
+def _wants_page_means(layer: Any) -> bool:
+    """Whether a head of this layer is estimated from mean keys, by code that can use kept ones (not on a GPU)."""
+    impl = layer.impl
+    if not isinstance(impl, SplittingImpl) or impl.dense_only or not impl.keeps_page_means or impl.runs_densely(layer):
+        return False
+    return any(isinstance(pattern, BlockSparse | PeakThreshold) for pattern in impl.patterns or ())
+
+
 def _with_pages(chunks: Any, block_table: torch.Tensor) -> tuple[tuple[Chunk, torch.Tensor], ...]:
     return tuple((chunk, block_table[chunk.request].long()) for chunk in chunks)
 
 
 class SplittingImpl(AttentionImpl):
     """Serves the sparse chunks under an index and leaves the rest to the parent."""
+
+    keeps_page_means = False
+    """Whether mean keys are taken from ``summaries.PageMeans``; a GPU's kernels read the pages anew."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -108,6 +127,7 @@ class SplittingImpl(AttentionImpl):
         self.first_head = get_tensor_model_parallel_rank() * self.num_heads
         self.layer_number = -1
         self.patterns: tuple[HeadPattern, ...] | None = None
+        self.page_means: PageMeans | None = None
         reasons = self.dense_reasons(vllm_config)
         self.dense_only = bool(reasons)
         if reasons:
@@ -156,7 +176,7 @@ class SplittingImpl(AttentionImpl):
         cache = self.paged_cache(layer, kv_cache, query.dtype)
         query = query.view(-1, self.num_heads, self.head_size)
         out = output.view(-1, self.num_heads, self.head_size)
-        options = self.attend_options(layer, query)
+        options = {"page_means": self.page_means, **self.attend_options(layer, query)}
         for chunk, pages in sparse:
             rows = slice(chunk.query_start, chunk.query_start + chunk.query_len)
             serve_chunk(
@@ -164,6 +184,11 @@ class SplittingImpl(AttentionImpl):
                 out[rows], **options,
             )  # fmt: skip
         return output
+
+    def keep_page_means(self) -> PageMeans:
+        """From now on; the caller tells what is written to the cache."""
+        self.page_means = PageMeans()
+        return self.page_means
 
     def runs_densely(self, layer: Any) -> bool:
         """Whether every head of this layer has the dense pattern; finds the layer's patterns on first use."""
