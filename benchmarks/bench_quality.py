@@ -26,6 +26,7 @@ import torch
 from record import emit
 from synthetic import SHAPES, structured_qkv
 
+from minference_vllm.capture import capture_layers
 from minference_vllm.estimate import Estimates
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.patterns import HeadPattern, parse_head_pattern
@@ -62,7 +63,6 @@ class Head(NamedTuple):
 def model_heads(model: str, tokens: int) -> Iterator[Head]:
     """Every head of the bundled model, over one prompt per task."""
     import tasks
-    from picture import capture_layers
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -4,6 +4,7 @@
 parts themselves.
 """
 
+from minference_vllm.formats import load_pattern_file
 from minference_vllm.patterns import (
     Antidiagonal,
     AShape,
@@ -15,7 +16,6 @@ from minference_vllm.patterns import (
     PeakThreshold,
     TriShape,
     VerticalSlash,
-    load_pattern_file,
 )
 from minference_vllm.settings import Settings
 

@@ -196,8 +196,10 @@ def antidiagonal_scores(
     """Attention mass of blocks, seen along every ``stride``-th antidiagonal (XAttention, arXiv 2503.16428).
 
     ``stride`` neighbouring queries and ``stride`` neighbouring keys, the keys in reverse order, make one long query and
-    one long key; their product is the mean logit of an antidiagonal, which every column and every diagonal of that
-    square crosses. Softmax over the squares a row of squares can see, then mean over a tile and sum over a block.
+    one long key; their product is the mean logit of an antidiagonal, which every column of that square crosses, and for
+    an even stride every diagonal of odd distance (one of even distance passes between two of its cells, so that its
+    neighbours must speak for it). Softmax over the squares a row of squares can see, then mean over a tile and sum over
+    a block.
     Squares lie at multiples of ``stride`` in the prompt; tokens outside the chunk, or past its end, count as zeros.
 
     Args:

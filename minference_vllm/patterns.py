@@ -1,18 +1,11 @@
-"""Which shape each attention head keeps, and the files that say so.
+"""Which shape each attention head keeps, and the file that says so for a model.
 
-A head's pattern is found offline and its positions online (MInference, arXiv 2407.02490). Three kinds of file load:
-
-* ours: named fields, a schema version and provenance (``PatternFile``);
-* MInference's list: one object per layer, ``{"head": [kind, a, b, score]}``;
-* Qwen's ``sparse_attention_config.json``: ``{"layer": {"head": [kind, a, b, score]}}``.
+A head's pattern is found offline and its positions online (MInference, arXiv 2407.02490). ``formats`` reads and writes
+the file, and the formats that others have published.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -20,12 +13,22 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 MAX_BUDGET = 1 << 24
 ESTIMATION_BLOCK = 64
 """Block size, in tokens, in which MInference counts the budget of block-sparse heads."""
+
+MAX_NUMBER = 4095
+"""The highest layer or head number in a pattern file."""
+
 Budget = Annotated[int, Field(ge=0, le=MAX_BUDGET)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class _Pattern(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __str__(self) -> str:
+        """For people: ``a_shape(sink=1024, local=4096)``."""
+        fields = dict(self)
+        kind = str(fields.pop("kind"))
+        return f"{kind}({', '.join(f'{name}={value}' for name, value in fields.items())})" if fields else kind
 
 
 class Dense(_Pattern):
@@ -170,10 +173,10 @@ class PatternFile(BaseModel):
     """Layer number -> query head number -> what ``calibrate`` measured; for people, nothing runs by it."""
 
     @model_validator(mode="after")
-    def _numbers_are_not_negative(self) -> PatternFile:
+    def _numbers_are_in_range(self) -> PatternFile:
         for layer, heads in self.layers.items():
-            if layer < 0 or any(head < 0 for head in heads):
-                raise ValueError(f"layer and head numbers start at 0 (layer {layer})")
+            if any(not 0 <= number <= MAX_NUMBER for number in (layer, *heads)):
+                raise ValueError(f"layer and head numbers start at 0 and end at {MAX_NUMBER} (layer {layer})")
         return self
 
     def check_model(self, num_layers: int, num_heads: int, source: str = "pattern file") -> None:
@@ -211,91 +214,13 @@ def parse_head_pattern(content: Any) -> HeadPattern:
     try:
         return _head_pattern.validate_python(content)
     except ValidationError as error:
-        raise PatternError(f"pattern {content!r}: {_first_problem(error)}") from None
+        raise PatternError(f"pattern {content!r}: {first_problem(error)}") from None
 
 
-def _published_head(entry: Any, place: str) -> HeadPattern:
-    """One head of a published file: ``[kind, a, b, score]``."""
-    if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) < 3:
-        raise PatternError(f"{place}: expected [kind, a, b, score], found {entry!r}")
-    kind, first, second = entry[0], entry[1], entry[2]
-    fields: dict[str, Any]
-    if kind == "vertical_and_slash":
-        fields = {"kind": "vertical_slash", "vertical": first, "slash": second}
-    elif kind == "stream_llm":
-        fields = {"kind": "a_shape", "sink": first, "local": second}
-    elif kind == "block_sparse":
-        fields = {"kind": "block_sparse", "top_k": first}
-    else:
-        raise PatternError(
-            f"{place}: unknown kind {kind!r}; published files have vertical_and_slash, stream_llm and block_sparse"
-        )
-    try:
-        return _head_pattern.validate_python(fields)
-    except ValidationError as error:
-        raise PatternError(f"{place}: {_first_problem(error)}") from None
-
-
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """Where in the content the first thing is wrong, and what is allowed."""
     item = error.errors()[0]
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "union_tag_invalid":
         return f"{where}: unknown pattern kind; allowed are {', '.join(KINDS)}"
     return f"{where} = {item['input']!r}: {item['msg']}" if where else str(item["msg"])
-
-
-def parse_patterns(content: Any, source: str) -> PatternFile:
-    """A pattern file from parsed JSON in any of the three formats.
-
-    Raises:
-        PatternError: not one of the formats, an unknown kind, or a budget out of range.
-    """
-    if isinstance(content, Mapping) and "schema_version" in content:
-        try:
-            return PatternFile.model_validate(content)
-        except ValidationError as error:
-            raise PatternError(f"{source}: {_first_problem(error)}") from None
-    if isinstance(content, Sequence) and not isinstance(content, str):
-        by_layer = {str(layer): heads for layer, heads in enumerate(content)}
-        origin = "MInference's list format"
-    elif isinstance(content, Mapping) and content and all(str(key).isdigit() for key in content):
-        by_layer = {str(layer): heads for layer, heads in content.items()}
-        origin = "sparse_attention_config.json format"
-    else:
-        raise PatternError(
-            f"{source}: neither a minference pattern file (an object with schema_version), nor MInference's list of "
-            "layers, nor an object of layers as in sparse_attention_config.json"
-        )
-    layers: dict[int, dict[int, HeadPattern]] = {}
-    for layer, heads in by_layer.items():
-        if not isinstance(heads, Mapping) or not all(str(head).isdigit() for head in heads):
-            raise PatternError(f"{source}, layer {layer}: expected an object of head numbers, found {heads!r:.80}")
-        layers[int(layer)] = {
-            int(head): _published_head(entry, f"{source}, layer {layer}, head {head}") for head, entry in heads.items()
-        }
-    return PatternFile(provenance=f"read from {source} ({origin})", layers=layers)
-
-
-def shipped_pattern_files() -> dict[str, Path]:
-    """Name -> path of the pattern files that ship with the package."""
-    folder = Path(str(resources.files("minference_vllm.pattern_configs")))
-    return {path.stem: path for path in sorted(folder.glob("*.json"))}
-
-
-def load_pattern_file(name_or_path: str) -> PatternFile:
-    """Load a pattern file by path, or by the name of a shipped one.
-
-    Raises:
-        PatternError: no such file, broken JSON, or content that ``parse_patterns`` refuses.
-    """
-    shipped = shipped_pattern_files()
-    path = shipped.get(name_or_path, Path(name_or_path))
-    if not path.is_file():
-        raise PatternError(
-            f"no pattern file at {name_or_path!r}; give a path or one of the shipped names: {', '.join(shipped)}"
-        )
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PatternError(f"{path}: not valid JSON: {error}") from None
-    return parse_patterns(content, str(path))

@@ -101,11 +101,11 @@ def distance_scores(by_offset: torch.Tensor, tiling: Tiling) -> torch.Tensor:
     """
     heads, seq_len = by_offset.shape
     scores = torch.zeros(heads, tiling.num_key_blocks, dtype=torch.float64)
-    for row in range(tiling.tile):
-        for offset in range(row + 1, seq_len):
-            distance = -((row - offset) // tiling.block_size)
-            if distance <= tiling.num_key_blocks:
-                scores[:, distance - 1] += by_offset[:, offset].double() / tiling.tile
+    for row in range(min(tiling.tile, seq_len - 1)):
+        offset = torch.arange(row + 1, seq_len)
+        distance = -((row - offset) // tiling.block_size)
+        offset, distance = offset[distance <= tiling.num_key_blocks], distance[distance <= tiling.num_key_blocks]
+        scores.index_add_(1, distance - 1, by_offset[:, offset].double() / tiling.tile)
     return scores
 
 
@@ -117,3 +117,103 @@ def pooled_scores(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale
     means = torch.stack([block.mean(1) for block in keys.double().split(tiling.block_size, dim=1)], dim=1)
     scores = queries @ repeat_heads(means, heads).transpose(1, 2) * scale
     return scores.masked_fill(~tiling.reachable(), -torch.inf).softmax(-1)
+
+
+def peak_scores(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
+    """Softmax over blocks of every single query times mean key, mean over a tile's rows, float64 ``[H, T, N]``."""
+    heads = query.shape[1]
+    means = torch.stack([block.mean(1) for block in keys.double().split(tiling.block_size, dim=1)], dim=1)
+    logits = query.double().transpose(0, 1) @ repeat_heads(means, heads).transpose(1, 2) * scale
+    reachable = tiling.reachable()
+    scores = torch.zeros(heads, tiling.num_tiles, tiling.num_key_blocks, dtype=torch.float64)
+    starts = (tiling.starts - tiling.context_len).tolist()
+    for tile, (first, end) in enumerate(itertools.pairwise(starts)):
+        rows = logits[:, first:end].masked_fill(~reachable[tile], -torch.inf)
+        scores[:, tile] = rows.softmax(-1).mean(1)
+    return scores
+
+
+def antidiagonal_scores(
+    query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, stride: int, scale: float
+) -> torch.Tensor:
+    """Attention mass of blocks, by the mean logits of antidiagonals of ``stride`` x ``stride`` squares.
+
+    Squares lie at multiples of ``stride`` in the prompt; a square's logit is the mean over its antidiagonal, in which
+    tokens outside the chunk (queries) or past its end (keys) count as zero. Softmax over the squares up to the row's
+    own, mean over the rows of squares of a tile, sum over the squares of a block.
+
+    Returns:
+        float64 ``[H, T, N]``.
+    """
+    heads, seq_len = query.shape[1], keys.shape[1]
+    logits = query.double().transpose(0, 1) @ repeat_heads(keys.double(), heads).transpose(1, 2) * scale
+    scores = torch.zeros(heads, tiling.num_tiles, tiling.num_key_blocks, dtype=torch.float64)
+    for tile, (first, end) in enumerate(itertools.pairwise(tiling.starts.tolist())):
+        square_rows = range(first // stride, -(-end // stride))
+        for square_row in square_rows:
+            means = torch.zeros(heads, square_row + 1, dtype=torch.float64)
+            for square, place in itertools.product(range(square_row + 1), range(stride)):
+                row, key = square_row * stride + place, square * stride + stride - 1 - place
+                if tiling.context_len <= row < seq_len and key < seq_len:
+                    means[:, square] += logits[:, row - tiling.context_len, key] / stride
+            for square, weight in enumerate(means.softmax(-1).unbind(-1)):
+                scores[:, tile, square * stride // tiling.block_size] += weight / len(square_rows)
+    return scores
+
+
+def coverage_worth(
+    by_column: torch.Tensor, by_offset: torch.Tensor, tiling: Tiling, forced_columns: int, forced_distances: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mass of every key, and its worth: mass per token of cost, had the cheaper way, as the last tile sees it.
+
+    As part of a page distance a key is worth the distance's mass per token; as a column, what its own mass exceeds that
+    by. The tile's own blocks, the nearest distances and the first columns are always taken: their worth is infinite.
+
+    Args:
+        by_column, by_offset: ``[H, S]``, mass of columns and diagonals.
+
+    Returns:
+        float64 ``[H, S]`` twice; the masses of a head sum to 1.
+    """
+    heads, seq_len = by_column.shape
+    total = by_column.double().sum(1, keepdim=True)
+    mass = by_column.double() / total
+    per_token = distance_scores(by_offset, tiling) / total / tiling.block_size
+    first_own = int(tiling.starts[-2]) // tiling.tile * tiling.tile // tiling.block_size
+    worth = torch.full((heads, seq_len), torch.inf, dtype=torch.float64)
+    for key in range(forced_columns, seq_len):
+        distance = first_own - key // tiling.block_size
+        if distance > forced_distances:
+            of_distance = per_token[:, distance - 1]
+            worth[:, key] = torch.maximum(of_distance, mass[:, key] - of_distance)
+    return mass, worth
+
+
+def covering_blocks(tiling: Tiling, scores: torch.Tensor, tau: float) -> torch.Tensor:
+    """bool ``[H, T, N]``: each tile's own blocks, and its best others one by one until their scores reach ``tau``."""
+    own, reachable = tiling.own(), tiling.reachable()
+    chosen = own.expand(scores.shape).clone()
+    for head, tile in itertools.product(range(scores.shape[0]), range(tiling.num_tiles)):
+        row = scores[head, tile].double()
+        others = [block for block in range(tiling.num_key_blocks) if reachable[tile, block] and not own[tile, block]]
+        for block in sorted(others, key=lambda block: -float(row[block])):
+            if float(row[chosen[head, tile]].sum()) >= tau or not row[block]:
+                break
+            chosen[head, tile, block] = True
+    return chosen
+
+
+def peak_blocks(tiling: Tiling, scores: torch.Tensor, alpha: float, sink: int, window: int) -> torch.Tensor:
+    """bool ``[H, T, N]``: blocks with at least ``alpha`` times the tile's highest score, with one of the first ``sink``
+    tokens, or with one of the last ``window`` tokens of any of the tile's rows; and the tile's own."""
+    size = tiling.block_size
+    chosen = tiling.own().expand(scores.shape).clone()
+    for tile, (first, end) in enumerate(itertools.pairwise(tiling.starts.tolist())):
+        for block in range((end - 1) // size + 1):
+            begin = block * size
+            in_window = any(begin <= row and begin + size - 1 > row - window for row in range(first, end)) and window
+            if begin < sink or in_window:
+                chosen[:, tile, block] = True
+            highest = scores[:, tile].amax(-1)
+            chosen[:, tile, block] |= scores[:, tile, block] >= alpha * highest
+    return chosen

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 ENVIRONMENT_PREFIX = "MINFERENCE_"
 
@@ -50,6 +50,13 @@ class Settings(BaseModel):
 
     log_interval: float = Field(default=10.0, ge=0.0)
     """Seconds between two lines of statistics in the log while sparse chunks are served; 0 turns them off."""
+
+    @field_validator("recall_floor")
+    @classmethod
+    def _a_floor_needs_an_audit(cls, floor: float | None, info: ValidationInfo) -> float | None:
+        if floor is not None and info.data.get("audit_rows") == 0:
+            raise ValueError("a floor needs audit_rows of at least 1")
+        return floor
 
 
 class SettingsError(ValueError):

@@ -15,11 +15,45 @@ from minference_vllm import reference
 from minference_vllm.attend import choose_engine
 from minference_vllm.engines import native
 from minference_vllm.paged_cache import PagedCache
+from minference_vllm.patterns import (
+    Antidiagonal,
+    AShape,
+    BlockSparse,
+    Coverage,
+    Dense,
+    HeadPattern,
+    PeakThreshold,
+    TriShape,
+    VerticalSlash,
+)
 
 ENGINES = ("block_table", "native")
 """Engines that every test of ``sparse_prefill`` runs with; another one needs its name here and nothing else."""
 GPU_ENGINES = ("triton", "block_table")
 """The same for tensors on a GPU."""
+
+# With fewer heads than patterns the first ones are taken, so those that differ most come first.
+PATTERNS: tuple[HeadPattern, ...] = (
+    VerticalSlash(vertical=60, slash=120),
+    BlockSparse(top_k=2),
+    AShape(sink=16, local=100),
+    VerticalSlash(vertical=300, slash=100),
+    TriShape(sink=16, local=64, last=40),
+    Dense(),
+    VerticalSlash(vertical=33, slash=0),
+    AShape(sink=0, local=1),
+)
+# The tests' attention is nearly flat: small shares of its mass leave something out.
+ADAPTIVE: tuple[HeadPattern, ...] = (
+    Coverage(gamma=0.4, min_budget=0),
+    Antidiagonal(stride=16, tau=0.4),
+    PeakThreshold(alpha=0.9, sink=16, window=40),
+    Coverage(gamma=0.9, min_budget=0),
+    Antidiagonal(stride=2, tau=0.1),
+    PeakThreshold(alpha=0.3, sink=0, window=0),
+    Coverage(gamma=0.01, min_budget=150),
+    Antidiagonal(stride=8, tau=0.9),
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -99,6 +133,16 @@ class PagedBatch:
     @property
     def scale(self) -> float:
         return float(self.query.shape[2]) ** -0.5
+
+    @property
+    def patterns(self) -> list[HeadPattern]:
+        """One per head, of the kinds whose budgets are fixed."""
+        return [PATTERNS[head % len(PATTERNS)] for head in range(self.query.shape[1])]
+
+    @property
+    def adaptive_patterns(self) -> list[HeadPattern]:
+        """One per head, of the kinds whose budgets follow the attention."""
+        return [ADAPTIVE[head % len(ADAPTIVE)] for head in range(self.query.shape[1])]
 
     def rows(self, request: int) -> slice:
         return slice(int(self.query_start_loc[request]), int(self.query_start_loc[request + 1]))

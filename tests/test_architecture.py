@@ -16,6 +16,8 @@ TRITON_KERNELS = Path(__file__).parent.parent / "triton_kernels"
 PARTS: dict[str, set[str]] = {
     "settings": {"pydantic"},
     "patterns": {"pydantic"},
+    "formats": {"pydantic"},
+    "discovery": {"huggingface_hub"},
     "plan": set(),
     "tiling": {"torch"},
     "selection": {"torch"},
@@ -32,7 +34,12 @@ PARTS: dict[str, set[str]] = {
     "backend": {"torch", "vllm"},
     "calibrate": {"torch", "tqdm", "transformers", "vllm"},
     "plugin": set(),
-    "plot": {"torch", "numpy", "matplotlib"},
+    "checkpoint": {"torch", "transformers"},
+    "capture": {"torch", "transformers"},
+    "plot": {"torch", "matplotlib"},
+    "commands": {"torch", "transformers"},
+    "cli": set(),
+    "__main__": set(),
 }
 # Beside the road: tests and benchmarks alone import it.
 REFERENCE = "reference"
@@ -92,6 +99,20 @@ def test_packages_from_outside() -> None:
             allowed -= {"vllm"}
         outside = {imported.split(".")[0] for imported in imports(path)} - allowed
         assert not outside, f"{name} imports {outside}"
+
+
+def test_help_needs_nothing_but_ourselves() -> None:
+    """The tool answers ``--help`` at once: what is heavy loads when a command runs."""
+    heavy = {"torch", "transformers", "vllm", "matplotlib"}
+    ours = dict(modules())
+    waiting, seen = {"cli", *(name for name in ours if name.startswith("commands"))}, set()
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        for imported in imports(ours[name], module_level=True):
+            assert imported.split(".")[0] not in heavy, f"{name} imports {imported}"
+            below = imported.removeprefix("minference_vllm.")
+            waiting |= {part for part in (below, below.rpartition(".")[0]) if part in ours} - seen
 
 
 def test_the_plugin_imports_nothing_until_it_is_called() -> None:

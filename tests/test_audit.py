@@ -46,3 +46,34 @@ def test_tiles_without_room_are_in_the_line() -> None:
     counters.count_layer(1.0, 2.0, 3)
     assert counters.overflowed == 3
     assert "; 3 tiles had no room" in str(counters.line_when_due(1.0, now=6000.0))
+
+
+def test_recall_is_told_on_average_and_of_the_worst_head() -> None:
+    counters = Counters()
+    counters.count_layer(1.0, 2.0)
+    counters.count_recall(3, 0, [1.0, 0.9])
+    counters.count_recall(3, 0, [0.8, 0.9])
+    counters.count_recall(4, 2, [0.5])
+    found = counters.recall[3, 0]
+    assert (found.count, found.mean, found.least) == (2, 0.9, 0.8)
+    assert set(counters.recall) == {(3, 0), (3, 1), (4, 2)}
+    line = counters.line_when_due(1.0, now=5000.0)
+    assert line is not None and line.endswith("density 0.5000, recall 0.8200 (least 0.5000, layer 4 head 2)")
+
+
+def test_raised_heads_are_counted_and_told() -> None:
+    counters = Counters()
+    counters.count_layer(1.0, 2.0)
+    counters.count_raised(0, 1, dense=False)
+    counters.count_raised(0, 1, dense=True)
+    counters.count_raised(2, 5, dense=True)
+    assert counters.raised == {(0, 1): 1} and counters.raised_to_dense == {(0, 1): 1, (2, 5): 1}
+    line = counters.line_when_due(1.0, now=5000.0)
+    assert line is not None and line.endswith("below the floor 1 times given more keys, 2 times dense")
+
+
+def test_seconds_of_attention_and_audits_are_kept_apart() -> None:
+    counters = Counters()
+    counters.count_seconds(2.0, 0.5)
+    counters.count_seconds(1.0, 0.0)
+    assert (counters.sparse_seconds, counters.audit_seconds) == (3.0, 0.5)

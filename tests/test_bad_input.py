@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from minference_vllm import discovery, formats
 from minference_vllm.backend.runtime import Runtime, runtime_for, unsupported_layer_reasons
 from minference_vllm.patterns import AShape, Coverage, Dense
 
@@ -95,7 +96,7 @@ def test_the_users_file_comes_first(tmp_path: Path) -> None:
     write_checkpoint_file(tmp_path)
     path = pattern_file(tmp_path)
     runtime = runtime_for(configuration({"patterns": path}, model=str(tmp_path)))
-    assert runtime.source == path
+    assert runtime.source == f"{path} (the setting 'patterns')"
     assert runtime.patterns.for_layer(1, HEADS) == (AShape(sink=1, local=2),) * HEADS
 
 
@@ -114,6 +115,20 @@ def test_then_the_checkpoints_own(tmp_path: Path) -> None:
     assert runtime_for(configuration(hf_config=loaded)).patterns.layers == beside.patterns.layers
 
 
+def test_the_checkpoints_own_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint_file(tmp_path)
+    asked = []
+
+    def download(*arguments: Any, **options: Any) -> str:
+        asked.append((*arguments, options["revision"]))
+        return str(tmp_path / "sparse_attention_config.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    runtime = runtime_for(configuration(model="some/model", revision="v2"))
+    assert asked == [("some/model", "sparse_attention_config.json", "v2")]
+    assert runtime.patterns.for_layer(0, 1) == (AShape(sink=7, local=8),)
+
+
 def test_a_checkpoints_file_of_another_model_is_refused(tmp_path: Path) -> None:
     write_checkpoint_file(tmp_path)
     with pytest.raises(ValueError, match="describes 2 layers, the model has 3"):
@@ -124,6 +139,46 @@ def test_then_the_shipped_default() -> None:
     runtime = runtime_for(configuration())
     assert runtime.patterns.for_layer(0, 1) == (Coverage(gamma=0.98, min_budget=3072),)
     assert "default" in runtime.source
+
+
+def ship(folder: Path, monkeypatch: pytest.MonkeyPatch, **models: str) -> None:
+    """Ship files of these names, each found on a model; beside the default."""
+    default = discovery.shipped_pattern_files()["default"]
+    shipped = {"default": default}
+    entry = {str(head): {"kind": "a_shape", "sink": 3, "local": 4} for head in range(HEADS)}
+    for name, model in models.items():
+        shipped[name] = folder / f"{name}.json"
+        content = {"schema_version": 1, "model": model, "layers": {str(layer): entry for layer in range(LAYERS)}}
+        shipped[name].write_text(json.dumps(content))
+    for module in (discovery, formats):
+        monkeypatch.setattr(module, "shipped_pattern_files", lambda: shipped)
+
+
+@pytest.mark.parametrize(
+    ("model", "found_on"),
+    [
+        ("Org/Model-7B", "Org/Model-7B"),
+        ("org/MODEL-7b", "Org/Model-7B"),
+        ("/checkpoints/model-7b", "Org/Model-7B"),
+        ("/cache/models--Org--Model-7B/snapshots/0123abcd", "Org/Model-7B"),
+        ("Someone/model-7b", "Org/Model-7B"),
+        ("some/other", "NewForCausalLM"),
+    ],
+)
+def test_a_shipped_file_by_name_or_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, found_on: str
+) -> None:
+    ship(tmp_path, monkeypatch, by_architecture="NewForCausalLM", by_name="Org/Model-7B")
+    architecture = SimpleNamespace(architectures=["NewForCausalLM"])
+    runtime = runtime_for(configuration(model=model, hf_config=architecture))
+    assert runtime.patterns.model == found_on and found_on in runtime.source
+    assert runtime.patterns.for_layer(0, 1) == (AShape(sink=3, local=4),)
+
+
+def test_a_shipped_file_of_another_size_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ship(tmp_path, monkeypatch, by_name="some/model")
+    assert runtime_for(configuration()).patterns.model == "some/model"
+    assert "default" in runtime_for(configuration(get_total_num_hidden_layers=lambda: LAYERS + 1)).source
 
 
 def test_a_preset_by_name() -> None:

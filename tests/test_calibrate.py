@@ -14,9 +14,10 @@ from minference_vllm import reference
 from minference_vllm.calibrate import command, recorder, search
 from minference_vllm.calibrate.recorder import CalibrationError, Plan, Recorder, collect
 from minference_vllm.calibrate.search import CANDIDATES, FAMILIES, Measured, choose, measure
+from minference_vllm.formats import parse_patterns
 from minference_vllm.index import build_index
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import AShape, Coverage, Dense, VerticalSlash, parse_patterns
+from minference_vllm.patterns import AShape, Coverage, Dense, VerticalSlash
 from minference_vllm.plan import Chunk
 from minference_vllm.recall import sample_rows
 from minference_vllm.tiling import Tiling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,14 @@ import torch
 
 from minference_vllm import reference
 from minference_vllm.attend import attend_chunk
+from minference_vllm.audit import Counters
+from minference_vllm.backend.runtime import Runtime
+from minference_vllm.backend.serving import audit_is_due
 from minference_vllm.index import SparseIndex
+from minference_vllm.patterns import MAX_LEVEL, PatternFile
 from minference_vllm.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
+from minference_vllm.recall import Audit
+from minference_vllm.settings import Settings
 
 HEADS, KV_HEADS, DIM, PAGE = 8, 2, 64, 64
 MIN_CONTEXT, MIN_CHUNK = 300, 100
@@ -28,6 +35,16 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "a_shape", "sink": 0, "local": 1},
     {"kind": "vertical_slash", "vertical": 100, "slash": 0},
     {"kind": "block_sparse", "top_k": 1},
+]
+ADAPTIVE_KINDS: list[dict[str, Any]] = [
+    {"kind": "coverage", "gamma": 0.4, "min_budget": 0},
+    {"kind": "antidiagonal", "stride": 16, "tau": 0.4},
+    {"kind": "peak_threshold", "alpha": 0.9, "sink": 16, "window": 40},
+    {"kind": "coverage", "gamma": 0.01, "min_budget": 250},
+    {"kind": "antidiagonal", "stride": 64, "tau": 0.1},
+    {"kind": "peak_threshold", "alpha": 0.95, "sink": 0, "window": 0},
+    {"kind": "dense"},
+    {"kind": "coverage", "gamma": 0.99, "min_budget": 0},
 ]
 MIXED = [(500, 1), (0, 400), (700, 1), (20, 30), (350, 150), (0, 120), (600, 40), (128, 300)]
 """(context, new tokens): decodes, long and short prompts, chunks of others, and the last few tokens of one."""
@@ -45,7 +62,11 @@ class Layer:
     rank: int = 0
     ranks: int = 1
     options: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     indices: list[SparseIndex] = field(default_factory=list)
+    audits: list[Audit | None] = field(default_factory=list)
+    levels_before: list[tuple[int, ...]] = field(default_factory=list)
+    """That each audit began with."""
 
     def __post_init__(self) -> None:
         from vllm.v1.attention.backends import cpu_attn
@@ -71,7 +92,12 @@ class Layer:
             parallel_config=SimpleNamespace(),
             compilation_config=SimpleNamespace(static_forward_context={}),
             additional_config={
-                "minference": {"patterns": str(path), "min_context": MIN_CONTEXT, "min_chunk": MIN_CHUNK}
+                "minference": {
+                    "patterns": str(path),
+                    "min_context": MIN_CONTEXT,
+                    "min_chunk": MIN_CHUNK,
+                    **self.settings,
+                }
             },
         )
         for module in (splitting, cpu_attn):
@@ -91,7 +117,15 @@ class Layer:
     def scale(self) -> float:
         return DIM**-0.5
 
+    @property
+    def counters(self) -> Counters:
+        return self.impl.runtime.counters
+
     def watched_attend_chunk(self, *arguments: Any, **keywords: Any) -> SparseIndex:
+        given = [*arguments, *keywords.values()]
+        audit = next((argument for argument in given if isinstance(argument, Audit)), None)
+        self.audits.append(audit)
+        self.levels_before.append(audit.levels if audit else ())
         index = attend_chunk(*arguments, **keywords)
         self.indices.append(index)
         return index
@@ -157,9 +191,9 @@ def make_layer(
 
 
 def assert_right(layer: Layer, output: torch.Tensor, sparse: Sequence[int]) -> None:
-    """Sparse requests as their index says, all others dense; in the accuracy of the type."""
+    """Sparse requests as their (latest) index says, all others dense; in the accuracy of the type."""
     batch = layer.batch
-    indices = dict(zip(sparse, layer.indices, strict=True))
+    indices = dict(zip(sparse, layer.indices[-len(sparse) :], strict=True))
     for request, context in enumerate(batch.context_lens):
         seq_len = int(batch.seq_lens[request])
         if request in indices:
@@ -176,9 +210,10 @@ def assert_right(layer: Layer, output: torch.Tensor, sparse: Sequence[int]) -> N
         assert float((found.double() - exact).abs().max()) <= budget, f"request {request}"
 
 
+@pytest.mark.parametrize("kinds", [KINDS, ADAPTIVE_KINDS], ids=["fixed", "adaptive"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_a_mixed_batch(dtype: torch.dtype, make_layer: Callable[..., Layer]) -> None:
-    layer = make_layer(MIXED, dtype=dtype)
+def test_a_mixed_batch(dtype: torch.dtype, kinds: list[dict[str, Any]], make_layer: Callable[..., Layer]) -> None:
+    layer = make_layer(MIXED, dtype=dtype, patterns=kinds)
     metadata = layer.metadata()
     assert [chunk.request for chunk, _ in metadata.sparse] == list(SPARSE)
     output = layer.run(layer.impl, metadata)
@@ -267,6 +302,15 @@ def test_a_tensor_parallel_rank_runs_its_own_heads_patterns(rank: int, make_laye
     assert kinds == [entry["kind"] for entry in KINDS[4 * rank : 4 * rank + 4]]
 
 
+@pytest.mark.parametrize("stride", [3, 24, 48])
+def test_a_stride_that_does_not_fit_the_pages_is_refused_at_the_start(
+    stride: int, make_layer: Callable[..., Layer]
+) -> None:
+    """Not at the first long prompt."""
+    with pytest.raises(ValueError, match=f"patterns.json.*: antidiagonal stride {stride} must divide the page size.* 64"):
+        make_layer([(0, 10)], patterns=[*KINDS[:7], {"kind": "antidiagonal", "stride": stride}])
+
+
 def test_warm_up_without_metadata_writes_nothing(make_layer: Callable[..., Layer]) -> None:
     layer = make_layer([(0, 400)])
     assert torch.isnan(layer.run(layer.impl, None)).all()
@@ -312,3 +356,199 @@ def test_our_classes_stand_where_vllm_looks_for_them() -> None:
     assert cpu.MInferenceCPUBackend.get_impl_cls() is cpu.MInferenceCPUImpl
     assert cpu.MInferenceCPUBackend.get_builder_cls() is cpu.MInferenceCPUMetadataBuilder
     assert cpu.MInferenceCPUBackend.get_supported_head_sizes() == CPUAttentionBackend.get_supported_head_sizes()
+
+
+# Audit and floor
+
+
+def runtime(sparse_seconds: float = 0.0, audit_seconds: float = 0.0, **settings: Any) -> Runtime:
+    counters = Counters(sparse_seconds=sparse_seconds, audit_seconds=audit_seconds)
+    return Runtime(Settings(**settings), PatternFile(), "a test", counters)
+
+
+def test_audits_keep_their_share_of_the_time() -> None:
+    assert audit_is_due(runtime()), "the first chunk, so that every short run shows some recall"
+    assert audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=0.99))
+    assert not audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=1.01))
+    assert audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=1.01, audit_share=0.02))
+    assert not audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=0.01, audit_share=0.0))
+
+
+def test_without_rows_nothing_is_audited() -> None:
+    assert not audit_is_due(runtime(audit_rows=0))
+    assert not audit_is_due(runtime(sparse_seconds=100.0, audit_rows=0, audit_share=1.0))
+
+
+def test_under_a_floor_everything_is_audited() -> None:
+    assert audit_is_due(runtime(recall_floor=0.9))
+    assert audit_is_due(runtime(sparse_seconds=1.0, audit_seconds=50.0, recall_floor=0.9, audit_share=0.0))
+
+
+def test_recall_of_audited_chunks_is_counted_per_layer_and_head(make_layer: Callable[..., Layer]) -> None:
+    layer = make_layer(MIXED, settings={"audit_share": 1.0})
+    layer.counters.sparse_seconds = 1e6
+    layer.run(layer.impl, layer.metadata())
+    assert len(layer.audits) == len(SPARSE) and all(layer.audits)
+    assert set(layer.counters.recall) == {(1, head) for head in range(HEADS)}
+    exact = torch.zeros(len(SPARSE), HEADS, dtype=torch.float64)
+    for number, (request, audit, index) in enumerate(zip(SPARSE, layer.audits, layer.indices, strict=True)):
+        assert audit is not None and audit.recall is not None and audit.levels == (0,) * HEADS
+        query, keys = layer.batch.query[layer.batch.rows(request)], layer.batch.keys(request)
+        recall = reference.attention_recall(query, keys, index.to_mask(), index.context_len, layer.scale)
+        exact[number] = recall[:, audit.rows].mean(1)
+        assert audit.recall.tolist() == pytest.approx(exact[number].tolist(), abs=0.01)
+    for (_, head), found in layer.counters.recall.items():
+        assert found.count == len(SPARSE)
+        assert found.mean == pytest.approx(float(exact[:, head].mean()), abs=0.01)
+        assert found.least == pytest.approx(float(exact[:, head].min()), abs=0.01)
+    assert layer.counters.audit_seconds > 0
+    assert not layer.counters.raised and not layer.counters.raised_to_dense, "there is no floor"
+
+
+def test_audits_stop_when_they_have_had_their_share(make_layer: Callable[..., Layer]) -> None:
+    layer = make_layer(MIXED)
+    layer.counters.audit_seconds = 1e6
+    layer.run(layer.impl, layer.metadata())
+    assert layer.audits == [None] * len(SPARSE) and not layer.counters.recall
+    assert layer.counters.sparse_seconds > 0
+
+
+def test_the_audit_changes_no_answer(make_layer: Callable[..., Layer]) -> None:
+    outputs = []
+    for rows in (0, 64):
+        layer = make_layer(MIXED, settings={"audit_rows": rows, "audit_share": 1.0})
+        layer.counters.sparse_seconds = 1e6
+        outputs.append(layer.run(layer.impl, layer.metadata()))
+        assert [audit is not None for audit in layer.audits] == [rows > 0] * len(SPARSE)
+    assert torch.equal(*outputs)
+
+
+def test_a_ranks_recall_is_counted_under_its_own_heads(make_layer: Callable[..., Layer]) -> None:
+    layer = make_layer([(0, 400)], rank=1, ranks=2)
+    layer.run(layer.impl, layer.metadata())
+    assert set(layer.counters.recall) == {(1, head) for head in range(HEADS // 2, HEADS)}
+
+
+FIRST, SECOND = (0, 420), (420, 290)
+MISFITS: list[dict[str, Any]] = [
+    {"kind": "a_shape", "sink": 0, "local": 1},
+    {"kind": "dense"},
+    {"kind": "vertical_slash", "vertical": 0, "slash": 0},
+    {"kind": "block_sparse", "top_k": 1},
+    {"kind": "a_shape", "sink": 0, "local": 100_000},
+    {"kind": "tri_shape", "sink": 0, "local": 1, "last": 0},
+    {"kind": "peak_threshold", "alpha": 0.999999, "sink": 0, "window": 0},
+    {"kind": "antidiagonal", "stride": 16, "tau": 0.01},
+]
+"""On attention that is nearly flat, all of them misfits but the second and the fifth."""
+FITTING = (1, 4)
+
+
+@pytest.fixture
+def two_chunks(paged_batch: Callable[..., Any]) -> Callable[[Layer], tuple[Any, Any]]:
+    """Both chunks of one request, as batches over the same pages; attention is nearly flat."""
+
+    def make(layer: Layer, seed: int = 0) -> tuple[Any, Any]:
+        shape = {"heads": layer.heads, "kv_heads": layer.kv_heads, "head_size": DIM, "block_size": PAGE, "seed": seed}
+        second = paged_batch(query_lens=[SECOND[1]], context_lens=[SECOND[0]], **shape)
+        query = paged_batch(query_lens=[FIRST[1]], context_lens=[0], **shape).query
+        first = dataclasses.replace(
+            second,
+            query=query / 4,
+            query_start_loc=torch.tensor([0, FIRST[1]], dtype=torch.int32),
+            seq_lens=torch.tensor([FIRST[1]], dtype=torch.int32),
+            context_lens=[0],
+        )
+        return first, dataclasses.replace(second, query=second.query / 4)
+
+    return make
+
+
+def test_heads_below_the_floor_are_served_right_and_stay_raised(
+    make_layer: Callable[..., Layer], two_chunks: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minference_vllm.backend import serving
+
+    lines: list[str] = []
+    monkeypatch.setattr(
+        serving.logger, "warning_once", lambda message, *values: lines.append(message % values), raising=False
+    )
+    layer = make_layer([FIRST], patterns=MISFITS, settings={"recall_floor": 0.98})
+    raised = tuple(head not in FITTING for head in range(HEADS))
+    for number, batch in enumerate(two_chunks(layer)):
+        layer.fill(batch)
+        output = layer.run(layer.impl, layer.metadata())
+        index, audit = layer.indices[number], layer.audits[number]
+        assert audit is not None and audit.recall is not None
+        assert tuple(level > 0 for level in audit.levels) == raised
+        assert float(audit.recall.min()) >= 0.98
+        assert_right(layer, output, [0])
+        # Flat attention has no key that may be missing: what is not dense by itself was made so.
+        dense = [head for head, level in enumerate(audit.levels) if level == MAX_LEVEL]
+        assert dense and index.density()[dense].tolist() == [1.0] * len(dense)
+        expected = layer.run(layer.parent, layer.metadata())
+        torch.testing.assert_close(output[:, dense], expected[:, dense], rtol=0.02, atol=0.01)
+    assert layer.levels_before == [(), layer.audits[0].levels]
+    # Both chunks are counted under each raised head, and the log names those heads.
+    counters = layer.counters
+    both = counters.raised + counters.raised_to_dense
+    assert both == {(1, head): 2 for head in range(HEADS) if raised[head]}
+    for head in range(HEADS):
+        assert any(f"layer 1, head {head}: recall below the floor of 0.98" in line for line in lines) == raised[head]
+    assert any("layer 1, head 2: recall below the floor of 0.98, dense for the rest" in line for line in lines)
+
+
+def test_another_request_begins_with_its_own_patterns(
+    make_layer: Callable[..., Layer], two_chunks: Callable[..., Any]
+) -> None:
+    layer = make_layer([FIRST], patterns=MISFITS, settings={"recall_floor": 0.98})
+    layer.fill(two_chunks(layer)[0])
+    layer.run(layer.impl, layer.metadata())
+    assert any(layer.audits[0].levels)
+    # The second chunk of one whose pages are others: shift every page by one place.
+    other = two_chunks(layer)[1]
+    other = dataclasses.replace(
+        other,
+        key_cache=other.key_cache.roll(1, 0),
+        value_cache=other.value_cache.roll(1, 0),
+        block_table=(other.block_table + 1) % other.key_cache.shape[0],
+    )
+    layer.fill(other)
+    layer.run(layer.impl, layer.metadata())
+    layer.fill(two_chunks(layer)[0])
+    layer.run(layer.impl, layer.metadata())
+    assert layer.levels_before == [(), (), ()], "and a request's first chunk begins anew"
+
+
+def test_the_log_line_tells_recall_and_raised_heads(
+    make_layer: Callable[..., Layer], two_chunks: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minference_vllm.backend import cpu
+
+    lines: list[str] = []
+    monkeypatch.setattr(cpu.logger, "info", lambda message, *values, **options: lines.append(message % values))
+    layer = make_layer([FIRST], patterns=MISFITS, settings={"recall_floor": 0.98, "log_interval": 1e-9})
+    for batch in two_chunks(layer):
+        layer.fill(batch)
+        layer.run(layer.impl, layer.metadata())
+    (line,) = [line for line in lines if "density" in line]
+    assert ", recall 0.9" in line or ", recall 1.0" in line
+    assert "below the floor" in line and "times dense" in line
+
+
+def test_nothing_of_ours_runs_for_decodes(make_layer: Callable[..., Layer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above all no reading of lengths, which would copy them from a GPU."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
+
+    from minference_vllm.backend import cpu
+
+    def never(*arguments: Any) -> Any:
+        raise AssertionError("called for a batch of decodes")
+
+    layer = make_layer([(500, 1), (9, 1), (700, 15)])
+    metadata = CPUAttentionMetadata.__new__(CPUAttentionMetadata)
+    monkeypatch.setattr(CPUAttentionMetadataBuilder, "build", lambda *arguments: metadata)
+    monkeypatch.setattr(cpu, "plan_batch", never)
+    monkeypatch.setattr(Counters, "count_batch", never)
+    monkeypatch.setattr(Counters, "line_when_due", never)
+    assert layer.metadata() is metadata

@@ -131,10 +131,79 @@ def test_pooled_scores(name: str, dtype: torch.dtype, block_size: int, tile: int
     assert not found[:, ~tiling.reachable()].any(), "a block out of reach has a score"
 
 
+@pytest.mark.parametrize("block_size, tile", [(16, 16), (32, 64), (64, 128)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SIZES)
+def test_peak_scores(name: str, dtype: torch.dtype, block_size: int, tile: int) -> None:
+    query, keys, context, scale = inputs(name, dtype)
+    heads = wanted_heads(query.shape[1])
+    tiling = Tiling.of(context, keys.shape[1], block_size, tile)
+    found = estimate.peak_scores(query, estimate.mean_keys(keys, block_size), heads, tiling, scale)
+    exact = reference.peak_scores(query, keys, tiling, scale)[heads]
+    # The same in low precision: means and logits are rounded once each, to the inputs' type.
+    means = torch.stack([block.mean(1) for block in keys.float().split(block_size, 1)], 1).to(dtype)
+    logits = (query.transpose(0, 1) @ reference.repeat_heads(means, query.shape[1]).transpose(1, 2)).float() * scale
+    eager = torch.zeros(found.shape)
+    for number, (first, last) in enumerate(pairwise((tiling.starts - context).tolist())):
+        rows = logits[heads, first:last].masked_fill(~tiling.reachable()[number], -torch.inf)
+        eager[:, number] = rows.softmax(-1).mean(1)
+    assert_within(found, exact, eager, FLOAT32_FLOOR)
+    assert not found[:, ~tiling.reachable()].any(), "a block out of reach has a score"
+    torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:2]))
+
+
+@pytest.mark.parametrize("block_size, tile, stride", [(16, 16, 16), (32, 64, 8), (64, 128, 4)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SIZES)
+def test_antidiagonal_scores(name: str, dtype: torch.dtype, block_size: int, tile: int, stride: int) -> None:
+    query, keys, context, scale = inputs(name, dtype)
+    heads = wanted_heads(query.shape[1])
+    tiling = Tiling.of(context, keys.shape[1], block_size, tile)
+    found = estimate.antidiagonal_scores(query, keys, heads, tiling, stride, scale)
+    exact = reference.antidiagonal_scores(query, keys, tiling, stride, scale)[heads]
+    # Every logit is rounded once, to the inputs' type: by so much may a weight be wrong, relatively. (Masses add up to
+    # 1, so an error is at most as large as that.)
+    logits = query.double().transpose(0, 1) @ reference.repeat_heads(keys.double(), query.shape[1]).transpose(1, 2)
+    rounding = torch.finfo(dtype).eps * float(logits.abs().max()) * scale
+    assert_within(found, exact, exact, FLOAT32_FLOOR + rounding * float(exact.max()))
+    assert not found[:, ~tiling.reachable()].any(), "a block out of reach has a score"
+    torch.testing.assert_close(found.sum(-1), torch.ones(found.shape[:2]))
+
+
+@pytest.mark.parametrize("stride", [2, 8, 16, 64])
+def test_antidiagonals_cross_every_column_and_the_diagonals_of_odd_distance(stride: int) -> None:
+    length, block = 512, 64
+    tiling = Tiling.of(0, length, block, block)
+    keys = torch.zeros(1, length, length + 1)
+    query = torch.zeros(length, 3, length + 1)
+    # The first head looks at one key, the others some tokens back: every key has a dimension of its own.
+    places = torch.arange(length)
+    keys[0, places, places] = query[:, 0, 130] = 30.0
+    for head, distance in ((1, 201), (2, 200)):
+        query[places[distance:], head, places[:-distance]] = 30.0
+    found = estimate.antidiagonal_scores(query, keys, [0, 1, 2], tiling, stride, 1.0)
+    for number in range(4, 8):
+        uniform = 1 / (number + 1)
+        assert float(found[0, number, 2]) > 2 * uniform
+        # Rows of the tile meet the diagonal 201 back in two blocks, most of them in the earlier one.
+        assert float(found[1, number, number - 4 : number - 2].sum()) > 4 * uniform
+        # Squares lie at even places, so an antidiagonal's cells do, too: one diagonal in two slips through.
+        assert float(found[2, number].max()) < 2 * uniform
+
+
+@pytest.mark.parametrize("stride", [3, 24, 33, 64])
+def test_a_stride_that_does_not_divide_the_page_is_refused(stride: int) -> None:
+    query, keys, context, scale = inputs("regular", torch.float32)
+    with pytest.raises(ValueError, match=f"antidiagonal stride must divide the page size 32, not {stride}"):
+        estimate.antidiagonal_scores(query, keys, [0], Tiling.of(context, keys.shape[1], 32, 64), stride, scale)
+
+
 def test_inputs_are_left_as_they_are() -> None:
     query, keys, context, scale = inputs("odd_length", torch.float32)
     before = query.clone(), keys.clone()
     estimate.last_query_scores(query, keys, [0, 1], scale)
-    means = estimate.mean_keys(keys, 32)
-    estimate.pooled_scores(query, means, [0, 1], Tiling.of(context, keys.shape[1], 32, 64), scale)
+    means, tiling = estimate.mean_keys(keys, 32), Tiling.of(context, keys.shape[1], 32, 64)
+    estimate.pooled_scores(query, means, [0, 1], tiling, scale)
+    estimate.peak_scores(query, means, [0, 1], tiling, scale)
+    estimate.antidiagonal_scores(query, keys, [0, 1], tiling, 16, scale)
     assert torch.equal(query, before[0]) and torch.equal(keys, before[1])

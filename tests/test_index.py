@@ -12,22 +12,32 @@ import pytest
 import torch
 
 from minference_vllm import reference
+from minference_vllm.estimate import Estimates
 from minference_vllm.index import SparseIndex, build_index, columns_outside_blocks, compact
 from minference_vllm.patterns import (
     ESTIMATION_BLOCK,
+    MAX_LEVEL,
+    Antidiagonal,
     AShape,
     BlockSparse,
+    Coverage,
     Dense,
     HeadPattern,
+    PeakThreshold,
     TriShape,
     VerticalSlash,
+    at_level,
 )
 from minference_vllm.reference import causal_mask
 from minference_vllm.selection import (
+    DENSE_FROM,
     FORCED_COLUMNS,
     FORCED_DIAGONALS,
     Columns,
+    covering_blocks,
     distance_scores,
+    forced_distances,
+    peak_blocks,
     slash_blocks,
     top_blocks,
 )
@@ -66,8 +76,25 @@ PATTERNS: dict[str, HeadPattern] = {
     "block_sparse": BlockSparse(top_k=3),
     "block_sparse_1": BlockSparse(top_k=1),
     "block_sparse_everything": BlockSparse(top_k=10**4),
+    "coverage": Coverage(gamma=0.3, min_budget=0),
+    "coverage_nothing": Coverage(gamma=1e-9, min_budget=0),
+    "coverage_budget": Coverage(gamma=1e-9, min_budget=170),
+    "coverage_half": Coverage(gamma=0.5, min_budget=100),
+    "coverage_gamma": Coverage(gamma=0.999_999, min_budget=0),
+    "coverage_everything": Coverage(gamma=0.5, min_budget=10**6),
+    "antidiagonal": Antidiagonal(stride=16, tau=0.5),
+    "antidiagonal_nothing": Antidiagonal(stride=2, tau=1e-9),
+    "antidiagonal_most": Antidiagonal(stride=8, tau=0.9),
+    "antidiagonal_everything": Antidiagonal(stride=16, tau=1 - 1e-9),
+    "peak_threshold": PeakThreshold(alpha=0.7, sink=40, window=100),
+    "peak_threshold_alone": PeakThreshold(alpha=0.95, sink=0, window=0),
+    "peak_threshold_highest": PeakThreshold(alpha=1 - 1e-9, sink=0, window=1),
+    "peak_threshold_everything": PeakThreshold(alpha=1e-9, sink=0, window=0),
 }
-EVERYTHING = ("dense", "a_shape_everything", "vertical_slash_everything", "block_sparse_everything")
+EVERYTHING = (
+    "dense", "a_shape_everything", "vertical_slash_everything", "block_sparse_everything", "coverage_everything",
+    "antidiagonal_everything", "peak_threshold_everything",
+)  # fmt: skip
 
 
 @dataclass
@@ -99,6 +126,16 @@ class RandomScores:
             self.blocks[head] = scores.masked_fill(~tiling.reachable(), 0)
         return torch.stack([self.blocks[head] for head in heads])
 
+    def peaks(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        """Positive in reach, and each tile's sum to 1."""
+        for head in heads:
+            scores = (self.draw(4, head, tiling.num_tiles, tiling.num_key_blocks) + 1 / 40) * tiling.reachable()
+            self.blocks[head] = scores / scores.sum(-1, keepdim=True)
+        return torch.stack([self.blocks[head] for head in heads])
+
+    def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
+        return self.peaks(heads, tiling)
+
 
 @dataclass(frozen=True)
 class OneHead:
@@ -112,6 +149,12 @@ class OneHead:
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
         return self.scores.pooled([self.head], tiling)
+
+    def peaks(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        return self.scores.peaks([self.head], tiling)
+
+    def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
+        return self.scores.antidiagonal([self.head], tiling, stride)
 
 
 @dataclass(frozen=True)
@@ -281,7 +324,107 @@ def test_block_sparse_keeps_the_best_blocks_of_each_tile(built: Built) -> None:
             assert torch.equal(scores[before].sort(descending=True).values, best), pattern
 
 
+@functools.cache
+def mass_and_worth(tiling_name: str) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """The coverage heads, and every key's mass and worth in them, float64 ``[heads, S]`` each."""
+    built = build(tiling_name, whole_pages=False)
+    heads = [head for head, _ in built.heads(Coverage)]
+    by_column = torch.stack([built.scores.columns[head] for head in heads])
+    by_offset = torch.stack([built.scores.diagonals[head] for head in heads])
+    forced = forced_distances(built.tiling)
+    return heads, *reference.coverage_worth(by_column, by_offset, built.tiling, FORCED_COLUMNS, forced)
+
+
+@pytest.mark.parametrize("tiling_name", TILINGS)
+def test_coverage_is_the_cheapest_that_reaches_mass_and_budget(tiling_name: str, whole_pages: bool) -> None:
+    """As the last tile sees it. Keys are taken in whole bins of nearly equal worth, so equality is not asked for."""
+    built, bin_width = build(tiling_name, whole_pages), 1 + 2**-7
+    tiling, seq_len = built.tiling, built.tiling.seq_len
+    tiles, blocks = torch.tensor([tiling.num_tiles - 1]), torch.arange(seq_len) // tiling.block_size
+    for head, mass, worth in zip(*mass_and_worth(tiling_name), strict=True):
+        pattern = list(PATTERNS.values())[head]
+        assert isinstance(pattern, Coverage)
+        taken = built.index.tile_mask(tiles, slice(head, head + 1))[0, 0]
+        budget = min(pattern.min_budget, seq_len)
+        assert float(mass[taken].sum()) >= pattern.gamma - 1e-5, pattern
+        assert int(taken.sum()) >= budget, pattern
+        # What the best keys hold and how many they are, by descending worth, and the worth of the last one needed.
+        ranked = worth.sort(descending=True)
+        held, count = mass[ranked.indices].cumsum(0), torch.arange(1, seq_len + 1)
+        reached = (held >= pattern.gamma + 1e-5) & (count >= budget)
+        last = float(ranked.values[reached.nonzero()[0]]) if reached.any() else 0.0
+        assert not (~taken & (worth > last * bin_width)).any(), f"{pattern}: a key worth more than the last was left"
+        if int(taken.sum()) > DENSE_FROM * seq_len or whole_pages:
+            continue
+        # No key without need: each is worth the last one's, or shares its block with one that is.
+        needed = torch.zeros(tiling.num_key_blocks, dtype=torch.bool)
+        needed[blocks[worth >= last / bin_width]] = True
+        assert not (taken & ~needed[blocks]).any(), f"{pattern}: a key worth less than the last was taken"
+
+
+def test_a_coverage_head_is_dense_for_all_tiles_or_needs_less_than_half_in_the_last(built: Built) -> None:
+    causal = causal_mask(built.tiling.context_len, built.tiling.seq_len)
+    tiles = torch.tensor([built.tiling.num_tiles - 1])
+    for head, pattern in built.heads(Coverage):
+        dense = torch.equal(built.mask[head], causal)
+        share = float(built.index.tile_mask(tiles, slice(head, head + 1)).float().mean())
+        if not dense and built.tiling.column_multiple == 1:
+            assert share <= DENSE_FROM, pattern
+        if dense and built.tiling.num_tiles > 1:
+            assert not built.index.num_columns[head].any(), pattern
+
+
+def test_antidiagonal_keeps_the_fewest_blocks_that_reach_tau(built: Built) -> None:
+    for head, pattern in built.heads(Antidiagonal):
+        assert isinstance(pattern, Antidiagonal)
+        for tile, rows in enumerate(built.rows_of_tiles()):
+            own = rows[0] // built.tiling.tile * (built.tiling.tile // built.tiling.block_size)
+            chosen = built.index.blocks[head, tile, : int(built.index.num_blocks[head, tile])].tolist()
+            scores = built.scores.blocks[head][tile].double()
+            before = [block for block in chosen if block < own]
+            held = float(scores[chosen].sum())
+            assert held >= pattern.tau - 1e-6, pattern
+            if before:
+                assert held - float(scores[before].min()) < pattern.tau + 1e-6, f"{pattern}: more than needed"
+            best = scores[:own].sort(descending=True).values[: len(before)]
+            assert torch.equal(scores[before].sort(descending=True).values, best), f"{pattern}: not the best"
+
+
+def test_peak_threshold_keeps_what_is_near_the_highest(built: Built) -> None:
+    for head, pattern in built.heads(PeakThreshold):
+        assert isinstance(pattern, PeakThreshold)
+        scores = built.scores.blocks[head][None]
+        expected = reference.peak_blocks(built.tiling, scores, pattern.alpha, pattern.sink, pattern.window)[0]
+        for tile in range(built.tiling.num_tiles):
+            chosen = built.index.blocks[head, tile, : int(built.index.num_blocks[head, tile])].tolist()
+            assert chosen == expected[tile].nonzero().view(-1).tolist(), pattern
+
+
 # The builders' own steps
+
+
+@pytest.mark.parametrize("tau", [1e-6, 0.3, 0.8, 0.999])
+@pytest.mark.parametrize("tiling_name", TILINGS)
+def test_covering_blocks_match_the_reference(tiling_name: str, tau: float) -> None:
+    """Random scores, which do not tie, and some that are zero."""
+    tiling = Tiling.of(*TILINGS[tiling_name])
+    generator = torch.Generator().manual_seed(5)
+    scores = torch.rand(3, tiling.num_tiles, tiling.num_key_blocks, generator=generator) ** 8 * tiling.reachable()
+    scores[2] *= scores[2] > 0.3
+    scores = (scores + tiling.own() * 1e-6).double()
+    scores /= scores.sum(-1, keepdim=True)
+    assert torch.equal(covering_blocks(tiling, scores, tau), reference.covering_blocks(tiling, scores, tau))
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 0.3, 0.999])
+@pytest.mark.parametrize(("sink", "window"), [(0, 0), (1, 1), (33, 100)])
+@pytest.mark.parametrize("tiling_name", TILINGS)
+def test_peak_blocks_match_the_reference(tiling_name: str, sink: int, window: int, alpha: float) -> None:
+    tiling = Tiling.of(*TILINGS[tiling_name])
+    scores = torch.rand(2, tiling.num_tiles, tiling.num_key_blocks, generator=torch.Generator().manual_seed(5))
+    scores *= tiling.reachable()
+    found = peak_blocks(tiling, scores, PeakThreshold(alpha=alpha, sink=sink, window=window))
+    assert torch.equal(found, reference.peak_blocks(tiling, scores, alpha, sink, window))
 
 
 @pytest.mark.parametrize("tiling_name", TILINGS)
@@ -404,3 +547,150 @@ def test_a_prompt_cut_in_two_has_the_same_borders(cut: int) -> None:
     pieces = tile_starts(0, cut, tile)[:-1] + tile_starts(cut, 300, tile)
     assert set(pieces) == set(whole) | {cut}
     assert pieces == sorted(set(pieces))
+
+
+# Levels: what a recall floor asks for
+
+
+@pytest.mark.parametrize("tiling_name", TILINGS)
+def test_a_higher_level_selects_no_fewer_keys_and_the_last_selects_all(tiling_name: str, whole_pages: bool) -> None:
+    start = build(tiling_name, whole_pages)
+    raised = build_index(start.tiling, [at_level(pattern, 1) for pattern in PATTERNS.values()], start.scores)
+    dense = build_index(start.tiling, [at_level(pattern, MAX_LEVEL) for pattern in PATTERNS.values()], start.scores)
+    assert dense.density().tolist() == [1.0] * len(PATTERNS)
+    for head, (name, pattern) in enumerate(PATTERNS.items()):
+        if isinstance(pattern, AShape | TriShape):
+            continue  # becomes another kind, that looks where the mass is
+        assert int(raised.to_mask()[head].sum()) >= int(start.mask[head].sum()), name
+
+
+def test_levels() -> None:
+    for pattern in PATTERNS.values():
+        assert at_level(pattern, 0) is pattern
+        assert at_level(pattern, MAX_LEVEL) == at_level(pattern, MAX_LEVEL + 5) == Dense()
+    assert at_level(Dense(), 1) == Dense()
+    assert at_level(VerticalSlash(vertical=30, slash=100), 1) == VerticalSlash(vertical=120, slash=400)
+    assert at_level(BlockSparse(top_k=3), 1) == BlockSparse(top_k=12)
+    raised = at_level(Coverage(gamma=0.92, min_budget=100), 1)
+    assert isinstance(raised, Coverage) and raised.gamma == pytest.approx(0.98) and raised.min_budget == 400
+    raised = at_level(Antidiagonal(stride=8, tau=0.8), 1)
+    assert isinstance(raised, Antidiagonal) and raised.tau == pytest.approx(0.95) and raised.stride == 8
+    assert at_level(PeakThreshold(alpha=0.2, sink=3, window=5), 1) == PeakThreshold(alpha=0.05, sink=3, window=5)
+    for blind in (AShape(sink=64, local=100), TriShape(sink=64, local=100)):
+        assert at_level(blind, 1) == Coverage(min_budget=164)
+
+
+# Coverage on attention of a known shape
+
+TOKENS, CHUNK, DIM = 4096, 1024, 64
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """Queries ``[CHUNK, 1, D]`` and keys ``[1, TOKENS, D]`` of one head; its softmax scale is 1."""
+
+    query: torch.Tensor
+    keys: torch.Tensor
+
+    def index(self, pattern: HeadPattern, rows: int = CHUNK, column_multiple: int = 1) -> SparseIndex:
+        """Of the last ``rows`` rows."""
+        tiling = Tiling.of(TOKENS - rows, TOKENS, 32, 128, column_multiple)
+        return build_index(tiling, [pattern], Estimates(self.query[-rows:], self.keys, 1.0))
+
+    def recall(self, index: SparseIndex) -> torch.Tensor:
+        """float64, of every row."""
+        rows = TOKENS - index.context_len
+        return reference.attention_recall(self.query[-rows:], self.keys, index.to_mask(), index.context_len, 1.0)[0]
+
+
+def window(distance: int, width: float) -> Shaped:
+    """Logits of about 16 within ``width`` of the key ``distance`` back, and of about 0 elsewhere."""
+    # Random frequencies make the mean of cos(w * distance) a Gaussian of the distance.
+    frequency = torch.randn(DIM // 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / width
+    angle = torch.arange(TOKENS, dtype=torch.float64)[:, None] * frequency
+    ahead = angle + distance * frequency
+    query = torch.cat([angle.cos(), angle.sin()], 1)[-CHUNK:] * 16
+    keys = torch.cat([ahead.cos(), ahead.sin()], 1) / (DIM // 2)
+    return Shaped(query[:, None].float(), keys[None].float())
+
+
+def columns(count: int) -> Shaped:
+    """As many heavy keys, at random places before the chunk."""
+    query, keys = torch.zeros(CHUNK, 1, DIM), torch.zeros(1, TOKENS, DIM)
+    heavy = torch.randperm(TOKENS - CHUNK, generator=torch.Generator().manual_seed(0))[:count]
+    query[..., 0], keys[0, heavy, 0] = 12.0, 1.0
+    return Shaped(query, keys)
+
+
+def single_diagonal(distance: int) -> Shaped:
+    """Every row looks at the one key so far back."""
+    directions = torch.nn.functional.normalize(
+        torch.randn(TOKENS, 512, generator=torch.Generator().manual_seed(0)), dim=1
+    )
+    places = torch.arange(TOKENS - CHUNK, TOKENS) - distance
+    return Shaped(30 * directions[places][:, None], directions[None])
+
+
+SHAPES: dict[str, tuple[Shaped, float]] = {
+    # name: (head, density that is enough)
+    "columns": (columns(40), 0.12),
+    "local_window": (window(0, 30), 0.15),
+    "far_window": (window(2000, 300), 0.4),
+    "far_narrow_window": (window(2000, 30), 0.2),
+    "far_diagonal": (single_diagonal(2001), 0.2),
+}
+
+
+TAKEN_AS_COLUMNS = pytest.mark.xfail(
+    strict=True,
+    reason="what the choosing rows see of a single diagonal costs less as columns, which no other row looks at",
+)
+
+
+@pytest.mark.parametrize("column_multiple", [1, 32])
+@pytest.mark.parametrize(
+    "shape", [pytest.param(shape, marks=[TAKEN_AS_COLUMNS] if shape == "far_diagonal" else []) for shape in SHAPES]
+)
+def test_coverage_finds_the_shape_at_low_density(shape: str, column_multiple: int) -> None:
+    head, budget = SHAPES[shape]
+    index = head.index(Coverage(gamma=0.95, min_budget=64), column_multiple=column_multiple)
+    recall = head.recall(index)
+    assert float(recall[-64:].mean()) >= 0.95 - 1e-3
+    assert float(recall.mean()) >= 0.94
+    assert float(index.density()) <= budget
+
+
+def test_a_flat_head_comes_out_dense_by_itself() -> None:
+    head = Shaped(torch.zeros(CHUNK, 1, DIM), torch.zeros(1, TOKENS, DIM))
+    index = head.index(Coverage(gamma=0.95, min_budget=64))
+    assert float(index.density()) == 1.0
+    assert not index.num_columns.any()
+
+
+def test_density_follows_gamma() -> None:
+    head = window(0, 30)
+    found = [float(head.index(Coverage(gamma=gamma, min_budget=0)).density()) for gamma in (0.5, 0.9, 0.99)]
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 37, 63])
+def test_coverage_of_fewer_rows_than_last_queries(rows: int) -> None:
+    head = columns(40)
+    index = head.index(Coverage(min_budget=64), rows)
+    assert not (index.to_mask()[0] & ~causal_mask(TOKENS - rows, TOKENS)).any()
+    assert float(head.recall(index).mean()) >= 0.95 - 1e-3
+    assert float(index.density()) < 0.12
+
+
+@pytest.mark.parametrize("rows", [1, 64, 200])
+@pytest.mark.parametrize(
+    "pattern",
+    [Coverage(gamma=0.5, min_budget=0), Antidiagonal(tau=0.5), PeakThreshold(window=0, sink=0)],
+    ids=lambda pattern: pattern.kind,
+)
+def test_the_strongest_key_stays_unseen_by_the_rows_before_it(pattern: HeadPattern, rows: int) -> None:
+    length = 500
+    keys, query = torch.zeros(1, length, DIM), torch.zeros(rows, 1, DIM)
+    keys[0, length - 1, 0], query[..., 0] = 50.0, 1.0
+    index = build_index(Tiling.of(length - rows, length, 32, 64), [pattern], Estimates(query, keys, 1.0))
+    assert not (index.to_mask() & ~causal_mask(length - rows, length)).any()

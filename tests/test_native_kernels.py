@@ -12,21 +12,10 @@ from minference_vllm import estimate, reference
 from minference_vllm.attend import attend_chunk, choose_engine
 from minference_vllm.engines import native
 from minference_vllm.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
-from minference_vllm.patterns import AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
 from minference_vllm.plan import Chunk
 from minference_vllm.tiling import Tiling
 
 LAYOUTS: tuple[Layout, ...] = ("rows", "transposed", "amx")
-PATTERNS: list[HeadPattern] = [
-    VerticalSlash(vertical=60, slash=120),
-    BlockSparse(top_k=2),
-    VerticalSlash(vertical=37, slash=0),
-    AShape(sink=16, local=100),
-    TriShape(sink=16, local=64, last=40),
-    Dense(),
-    VerticalSlash(vertical=300, slash=100),
-    AShape(sink=0, local=1),
-]
 built = pytest.mark.skipif(bool(native.unavailable_reason()), reason=str(native.unavailable_reason()))
 
 
@@ -50,7 +39,9 @@ def test_attention_and_log_sum_exp(
     batch = paged_batch(query_lens=[301], context_lens=[210], block_size=block_size, head_size=head_size)
     cache, pages = in_layout(batch, layout), batch.block_table[0].long()
     out = torch.full_like(batch.query, torch.nan)
-    index = attend_chunk(batch.query, cache, pages, Chunk(0, 0, 210, 511), PATTERNS, batch.scale, out, engine="native")
+    index = attend_chunk(
+        batch.query, cache, pages, Chunk(0, 0, 210, 511), batch.patterns, batch.scale, out, engine="native"
+    )
     mask, keys, values = index.to_mask(), batch.keys(0), batch.values(0)
     exact = reference.masked_attention(batch.query, keys, values, mask, batch.scale)
     # Two roundings to bf16 (of the weights and of the output) of values that are at most as large as the largest.
@@ -108,7 +99,7 @@ def test_without_the_kernels_everything_runs_through_vllms(
         choose_engine("native", torch.bfloat16, cache)
     out = torch.full_like(batch.query, torch.nan)
     index = attend_chunk(
-        batch.query, cache, batch.block_table[0].long(), Chunk(0, 0, 210, 511), PATTERNS, batch.scale, out
+        batch.query, cache, batch.block_table[0].long(), Chunk(0, 0, 210, 511), batch.patterns, batch.scale, out
     )
     exact = reference.masked_attention(batch.query, batch.keys(0), batch.values(0), index.to_mask(), batch.scale)
     torch.testing.assert_close(out.double(), exact, rtol=0.05, atol=0.02)
@@ -145,7 +136,7 @@ def test_index_and_tiling_fit_the_kernels_types(paged_batch: Callable[..., Any])
     out = torch.empty_like(batch.query)
     pages = batch.block_table[0].long()
     index = attend_chunk(
-        batch.query, in_layout(batch, "rows"), pages, Chunk(0, 0, 210, 511), PATTERNS, batch.scale, out
+        batch.query, in_layout(batch, "rows"), pages, Chunk(0, 0, 210, 511), batch.patterns, batch.scale, out
     )
     assert index.tile_starts.dtype == torch.int64
     for lists in (index.blocks, index.num_blocks, index.columns, index.num_columns):

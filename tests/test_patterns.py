@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from minference_vllm.formats import load_pattern_file, parse_patterns, shipped_pattern_files
 from minference_vllm.patterns import (
     KINDS,
     MAX_BUDGET,
@@ -20,9 +21,6 @@ from minference_vllm.patterns import (
     PatternFile,
     TriShape,
     VerticalSlash,
-    load_pattern_file,
-    parse_patterns,
-    shipped_pattern_files,
 )
 
 OURS = PatternFile(

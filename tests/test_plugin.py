@@ -104,17 +104,24 @@ print(json.dumps([before, member.get_path()]))
     assert fresh(tmp_path, script, after_plugins["pickled"]) == ["CUSTOM", OUR_CLASS]
 
 
-def test_a_taken_slot_for_custom_backends_is_left_to_its_holder(tmp_path: Path) -> None:
-    """A warning names the holder; vLLM goes on, with our name unknown: whoever did not choose us loses nothing."""
+@pytest.mark.parametrize("first", [True, False], ids=["before_us", "after_us"])
+def test_a_taken_slot_for_custom_backends_is_left_to_its_holder(first: bool, tmp_path: Path) -> None:
+    """A warning names the holder; vLLM goes on, with our name unknown: whoever did not choose us loses nothing, and
+    whoever did is not served by somebody else's backend."""
     script = """
-import json, logging, torch
+import json, logging, sys, torch
 lines = []
 handler = logging.Handler()
 handler.emit = lambda record: lines.append(record.getMessage())
 logging.getLogger("vllm.minference_vllm").addHandler(handler)
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-register_backend(AttentionBackendEnum.CUSTOM, "somebody.elses.Backend")
 from vllm.plugins import load_general_plugins
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+if sys.argv[1] == "after":
+    load_general_plugins()
+    assert AttentionBackendEnum["MINFERENCE"] is AttentionBackendEnum.CUSTOM
+    register_backend(AttentionBackendEnum.FLASH_ATTN, "somebody.elses.FlashAttention")
+    assert AttentionBackendEnum["MINFERENCE"] is AttentionBackendEnum.CUSTOM
+register_backend(AttentionBackendEnum.CUSTOM, "somebody.elses.Backend")
 load_general_plugins()
 from vllm.platforms import current_platform
 from vllm.v1.attention.selector import AttentionSelectorConfig
@@ -131,9 +138,9 @@ print(json.dumps({
     "served_by": current_platform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, asked),
 }))
 """
-    found = fresh(tmp_path, script)
+    found = fresh(tmp_path, script, "before" if first else "after")
     (line,) = found["lines"]
-    assert "somebody.elses.Backend" in line and "VLLM_PLUGINS" in line
+    assert "'minference' is no" in line and "somebody.elses.Backend" in line and "VLLM_PLUGINS" in line
     assert found["path"] == "somebody.elses.Backend"
     assert not found["known"]
     assert not found["served_by"].startswith("minference_vllm")
@@ -178,7 +185,7 @@ print(json.dumps(found))
 def test_the_pattern_files_are_installed_with_the_package(tmp_path: Path) -> None:
     script = """
 import json
-from minference_vllm.patterns import load_pattern_file
+from minference_vllm.formats import load_pattern_file
 print(json.dumps(load_pattern_file("default").default.kind))
 """
     assert fresh(tmp_path, script) == "coverage"

@@ -32,6 +32,9 @@ def test_every_field_can_be_set_from_the_environment() -> None:
         "MINFERENCE_MIN_CHUNK": "2",
         "MINFERENCE_TILE": "256",
         "MINFERENCE_ENGINE": "block_table",
+        "MINFERENCE_AUDIT_ROWS": "7",
+        "MINFERENCE_AUDIT_SHARE": "0.25",
+        "MINFERENCE_RECALL_FLOOR": "0.75",
         "MINFERENCE_LOG_INTERVAL": "0.5",
     }
     settings = load_settings(None, environment)
@@ -78,6 +81,13 @@ def test_an_unknown_field_lists_the_known_ones() -> None:
         ("log_interval", float("nan")),
         ("patterns", 5),
         ("patterns", ["dense"]),
+        ("audit_rows", -1),
+        ("audit_rows", 1025),
+        ("audit_share", -0.1),
+        ("audit_share", 1.5),
+        ("recall_floor", 0.0),
+        ("recall_floor", 1.0),
+        ("recall_floor", "high"),
     ],
 )
 def test_a_bad_value_names_its_place_and_itself(field: str, value: Any) -> None:
@@ -107,3 +117,10 @@ def test_settings_must_be_an_object(value: Any) -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().min_context = 5
+
+
+@pytest.mark.parametrize("values", [{"recall_floor": 0.9, "audit_rows": 0}, {"audit_rows": 0, "recall_floor": 0.9}])
+def test_a_floor_without_an_audit_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=r'"recall_floor"\] = 0.9: .*needs audit_rows of at least 1'):
+        load_settings(configured(**values), {})
+    assert load_settings(configured(recall_floor=0.9, audit_rows=1), {}).recall_floor == 0.9

@@ -16,20 +16,19 @@ import minference_vllm
 from minference_vllm import reference
 from minference_vllm.attend import choose_tile, sparse_prefill
 from minference_vllm.index import SparseIndex
-from minference_vllm.patterns import AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
+from minference_vllm.patterns import (
+    Antidiagonal,
+    AShape,
+    BlockSparse,
+    Coverage,
+    Dense,
+    HeadPattern,
+    PeakThreshold,
+    TriShape,
+    VerticalSlash,
+)
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
-# With fewer heads than patterns the first ones are taken, so those that differ most come first.
-PATTERNS: tuple[HeadPattern, ...] = (
-    VerticalSlash(vertical=60, slash=120),
-    BlockSparse(top_k=2),
-    AShape(sink=16, local=100),
-    VerticalSlash(vertical=300, slash=100),
-    TriShape(sink=16, local=64, last=40),
-    Dense(),
-    VerticalSlash(vertical=33, slash=0),
-    AShape(sink=0, local=1),
-)
 FULL: dict[str, HeadPattern] = {
     "dense": Dense(),
     "a_shape": AShape(sink=0, local=100_000),
@@ -37,6 +36,9 @@ FULL: dict[str, HeadPattern] = {
     "vertical": VerticalSlash(vertical=100_000, slash=100),
     "slash": VerticalSlash(vertical=30, slash=100_000),
     "block_sparse": BlockSparse(top_k=10_000),
+    "coverage": Coverage(gamma=0.01, min_budget=100_000),
+    "antidiagonal": Antidiagonal(tau=0.999_999),
+    "peak_threshold": PeakThreshold(alpha=1e-9),
 }
 CASES: dict[str, dict[str, Any]] = {
     # Regular
@@ -85,10 +87,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def patterns_for(heads: int) -> list[HeadPattern]:
-    return [PATTERNS[head % len(PATTERNS)] for head in range(heads)]
-
-
 def eager(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float) -> Any:
     """Attention as plain torch does it in the inputs' type: the yardstick for the error."""
     heads = query.shape[1]
@@ -122,14 +120,15 @@ def check(batch: Any, out: torch.Tensor, indices: Sequence[SparseIndex], scale: 
         assert_close(out[batch.rows(request)], exact, yardstick, f"request {request}")
 
 
+@pytest.mark.parametrize("adaptive", [False, True], ids=["fixed", "adaptive"])
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_attention_under_its_own_mask(
-    name: str, engine_name: str, served_batch: Callable[..., Any]
+    name: str, adaptive: bool, engine_name: str, served_batch: Callable[..., Any]
 ) -> None:
     arguments = dict(CASES[name])
     tile = arguments.pop("tile", None)
     batch = served_batch(**arguments)
-    patterns = patterns_for(batch.query.shape[1])
+    patterns = batch.adaptive_patterns if adaptive else batch.patterns
     poisoned = torch.full_like(batch.query, torch.nan)
     before = [argument.clone() for argument in batch.arguments]
     out, indices = sparse_prefill(
@@ -182,23 +181,23 @@ def test_one_pattern_serves_all_heads(engine_name: str, served_batch: Callable[.
 
 def test_the_softmax_scale_is_the_callers(engine_name: str, served_batch: Callable[..., Any]) -> None:
     batch = served_batch(query_lens=[300], context_lens=[100])
-    out, indices = sparse_prefill(*batch.arguments, patterns_for(8), scale=0.3, engine=engine_name, return_index=True)
+    out, indices = sparse_prefill(*batch.arguments, batch.patterns, scale=0.3, engine=engine_name, return_index=True)
     check(batch, out, indices, scale=0.3)
 
 
 def test_repeated_calls_agree(engine_name: str, served_batch: Callable[..., Any]) -> None:
     batch = served_batch(query_lens=[400, 130], context_lens=[0, 300])
-    first = sparse_prefill(*batch.arguments, patterns_for(8), engine=engine_name)
-    assert torch.equal(first, sparse_prefill(*batch.arguments, patterns_for(8), engine=engine_name))
+    first = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name)
+    assert torch.equal(first, sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name))
 
 
 def test_the_number_of_threads_makes_no_difference(engine_name: str, served_batch: Callable[..., Any]) -> None:
     batch = served_batch(query_lens=[400, 130], context_lens=[0, 300])
-    alone = sparse_prefill(*batch.arguments, patterns_for(8), engine=engine_name)
+    alone = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        together = sparse_prefill(*batch.arguments, patterns_for(8), engine=engine_name)
+        together = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name)
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(together, alone, rtol=0.02, atol=0.01)
@@ -207,7 +206,7 @@ def test_the_number_of_threads_makes_no_difference(engine_name: str, served_batc
 def test_auto_picks_an_engine(paged_batch: Callable[..., Any]) -> None:
     for dtype in (BFLOAT16, FLOAT16, FLOAT32):
         batch = paged_batch(dtype=dtype)
-        out, indices = sparse_prefill(*batch.arguments, patterns_for(8), return_index=True)
+        out, indices = sparse_prefill(*batch.arguments, batch.patterns, return_index=True)
         check(batch, out, indices)
 
 
@@ -221,7 +220,7 @@ def test_many_columns_need_several_rounds_of_scratch_pages(
 ) -> None:
     monkeypatch.setattr("minference_vllm.engines.block_table.SCRATCH_PAGES", 5)
     batch = served_batch(query_lens=[600], context_lens=[200])
-    out, indices = sparse_prefill(*batch.arguments, patterns_for(8), engine=engine_name, return_index=True)
+    out, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, return_index=True)
     assert any(bool(index.num_columns.any()) for index in indices)
     check(batch, out, indices)
 
@@ -261,7 +260,7 @@ def test_caches_of_any_strides(
     batch = served_batch(query_lens=[200, 90], context_lens=[100, 0], dtype=dtype)
     batch.key_cache, batch.value_cache = STRIDES[layout](batch.key_cache), STRIDES[layout](batch.value_cache)
     skip_unless_served(engine_name, batch)
-    out, indices = sparse_prefill(*batch.arguments, patterns_for(8), engine=engine_name, return_index=True)
+    out, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, return_index=True)
     check(batch, out, indices)
 
 
@@ -272,7 +271,7 @@ def test_keys_and_values_side_by_side_in_one_tensor(
     batch = served_batch(query_lens=[200, 90], context_lens=[100, 0], dtype=dtype)
     both = torch.cat([batch.key_cache, batch.value_cache], -1)
     batch.key_cache, batch.value_cache = both[..., :64], both[..., 64:]
-    out, indices = sparse_prefill(*batch.arguments, patterns_for(8), engine=engine_name, return_index=True)
+    out, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, return_index=True)
     check(batch, out, indices)
 
 
@@ -280,7 +279,7 @@ def test_keys_and_values_of_different_strides(served_batch: Callable[..., Any], 
     batch = served_batch(query_lens=[200], context_lens=[100])
     batch.value_cache = heads_before_slots(batch.value_cache)
     engine = "auto" if engine_name == "native" else engine_name
-    out, indices = sparse_prefill(*batch.arguments, patterns_for(8), engine=engine, return_index=True)
+    out, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine, return_index=True)
     check(batch, out, indices)
 
 
@@ -292,7 +291,7 @@ def test_queries_and_outputs_may_be_views(engine_name: str, served_batch: Callab
     wide = torch.full((290, 10, 80), torch.nan, dtype=BFLOAT16)
     out = wide[:, 1:9, 8:72]
     batch.query = fused[:, :8]
-    _, indices = sparse_prefill(*batch.arguments, patterns_for(8), engine=engine_name, out=out, return_index=True)
+    _, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, out=out, return_index=True)
     check(batch, out, indices)
     out.fill_(torch.nan)
     assert torch.isnan(wide).all(), "something was written beside the output"
@@ -304,7 +303,7 @@ def test_queries_and_outputs_with_the_head_dimension_outside(
     batch = served_batch(query_lens=[200, 90], context_lens=[100, 0])
     batch.query = batch.query.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     out = torch.full((64, 290, 8), torch.nan, dtype=BFLOAT16).permute(1, 2, 0)
-    _, indices = sparse_prefill(*batch.arguments, patterns_for(8), engine=engine_name, out=out, return_index=True)
+    _, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, out=out, return_index=True)
     check(batch, out, indices)
 
 
@@ -317,7 +316,7 @@ def test_block_tables_and_lengths_of_any_integer_type_and_stride(
     wide[:, ::3] = batch.block_table
     batch.block_table = wide[:, ::3]
     batch.query_start_loc, batch.seq_lens = batch.query_start_loc.to(dtype), batch.seq_lens.to(dtype)
-    out, indices = sparse_prefill(*batch.arguments, patterns_for(8), engine=engine_name, return_index=True)
+    out, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, return_index=True)
     check(batch, out, indices)
 
 

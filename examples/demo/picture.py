@@ -11,52 +11,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import tasks
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AutoTokenizer
 
-from minference_vllm.attend import choose_tile
-from minference_vllm.backend.runtime import discover_patterns
-from minference_vllm.estimate import Estimates
-from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.patterns import Dense, HeadPattern
-from minference_vllm.plan import Chunk, dense_reason
+from minference_vllm.capture import PAGE, Layer, capture_layers, chunk_indices
+from minference_vllm.checkpoint import Checkpoint, planned_patterns
 from minference_vllm.plot import draw_head, head_map
-from minference_vllm.settings import Settings
-from minference_vllm.tiling import Tiling
-
-PAGE = 128
-"""vLLM's page size on CPUs."""
-
-
-class Layer(NamedTuple):
-    """Rotated queries ``[H, S, D]``, rotated keys and values ``[HK, S, D]`` of one attention layer."""
-
-    query: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    scale: float
-
-
-def capture_layers(model_path: str, ids: torch.Tensor) -> list[Layer]:
-    """Run the model over ``ids`` (``[1, S]``) and keep what each attention layer computes its scores from."""
-    layers: list[Layer] = []
-
-    def attention(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        layers.append(Layer(query[0], key[0], value[0], kwargs["scaling"]))
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
-
-    AttentionInterface.register("capture", attention)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", attn_implementation="capture")
-    with torch.inference_mode():
-        model(ids, use_cache=False, logits_to_keep=1)
-    return layers
 
 
 def retrieval_head(layers: Sequence[Layer], first: int, last: int) -> tuple[int, int]:
@@ -69,26 +31,6 @@ def retrieval_head(layers: Sequence[Layer], first: int, last: int) -> tuple[int,
         mass = scores.softmax(-1)[:, first : last + 1].sum(-1)
         best = max(best, (float(mass.max()), number, int(mass.argmax())))
     return best[1], best[2]
-
-
-def chunk_indices(
-    layer: Layer, patterns: Sequence[HeadPattern], chunk_tokens: int, settings: Settings
-) -> list[SparseIndex]:
-    """The index of every prefill chunk of the prompt, as the backend makes them."""
-    length = layer.keys.shape[1]
-    return [
-        chunk_index(layer, patterns, begin, min(begin + chunk_tokens, length), settings)
-        for begin in range(0, length, chunk_tokens)
-    ]
-
-
-def chunk_index(layer: Layer, patterns: Sequence[HeadPattern], begin: int, end: int, settings: Settings) -> SparseIndex:
-    """The index of the chunk of rows ``begin`` to ``end``; dense where the backend would leave it to vLLM."""
-    if dense_reason(Chunk(0, begin, begin, end), settings.min_context, settings.min_chunk):
-        patterns = [Dense()] * len(patterns)
-    query, keys, scale = layer.query[:, begin:end].transpose(0, 1), layer.keys[:, :end], layer.scale
-    tiling = Tiling.of(begin, end, PAGE, choose_tile(settings.tile, PAGE))
-    return build_index(tiling, patterns, Estimates(query, keys, scale))
 
 
 def draw_retrieval_head(
@@ -108,15 +50,11 @@ def draw_retrieval_head(
     layers = capture_layers(model_path, torch.tensor([ids]))
     number, head = retrieval_head(layers, first, last)
     layer = layers[number]
-    num_heads, num_kv_heads = layer.query.shape[0], layer.keys.shape[0]
-    settings = Settings(patterns=pattern_file)
-    config = SimpleNamespace(model=model_path, hf_config=AutoConfig.from_pretrained(model_path))
-    patterns = discover_patterns(settings, config)[0].for_layer(number, num_heads)
-    indices = chunk_indices(layer, patterns, chunk_tokens, settings)
-    picture = head_map(layer.query[head], layer.keys[head // (num_heads // num_kv_heads)], indices, head, layer.scale)
-    pattern = patterns[head]
-    budget = ", ".join(f"{name} {value}" for name, value in pattern if name != "kind")
-    title = f"{Path(model_path).name}, layer {number}, head {head}: {pattern.kind} ({budget}), {len(ids)} tokens"
+    patterns, _, settings = planned_patterns(Checkpoint(model_path), pattern_file)
+    heads = patterns.for_layer(number, layer.query.shape[0])
+    indices = chunk_indices(layer, heads, chunk_tokens, settings)
+    picture = head_map(layer.query[head], layer.keys_of(head), indices, head, layer.scale)
+    title = f"{Path(model_path).name}, layer {number}, head {head}: {heads[head]}, {len(ids)} tokens"
     return draw_head(picture, title, path, PAGE, {"the secret code": (first, last)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,18 +37,40 @@ def register_name() -> None:
     A member added by ``register_backend("MINFERENCE", ...)`` would not survive the spawn of the engine process: the
     configuration is pickled by value and unpickled before plugins load. An enum *alias* of CUSTOM pickles as CUSTOM,
     which every process knows.
-    """
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    custom = AttentionBackendEnum.CUSTOM
-    paths = CLASS_PATHS.values()
-    if custom.is_overridden() and custom.get_path() not in paths:
-        raise RuntimeError(
-            f"minference-vllm needs vLLM's slot for a custom attention backend, which {custom.get_path()} has taken; "
-            "uninstall that plugin, or leave it out with VLLM_PLUGINS=minference,minference_cpu"
-        )
-    register_backend(custom, CLASS_PATHS["cpu" if is_plain_cpu_platform() else "cuda"])
-    AttentionBackendEnum._member_map_[NAME] = custom
+    Raises:
+        RuntimeError: another plugin has taken the slot. One that takes it later takes the name out of use again, with
+            a warning: the alias would stand for that plugin's backend.
+    """
+    from vllm.v1.attention.backends import registry
+
+    custom = registry.AttentionBackendEnum.CUSTOM
+    if custom.is_overridden() and custom.get_path() not in CLASS_PATHS.values():
+        raise RuntimeError(_slot_is_taken_by(custom.get_path()))
+    registry.register_backend(custom, CLASS_PATHS["cpu" if is_plain_cpu_platform() else "cuda"])
+    registry.AttentionBackendEnum._member_map_[NAME] = custom
+    if not isinstance(registry._ATTN_OVERRIDES, _WatchedOverrides):
+        registry._ATTN_OVERRIDES = _WatchedOverrides(registry._ATTN_OVERRIDES)
+
+
+def _slot_is_taken_by(path: str) -> str:
+    return (
+        f"minference-vllm needs vLLM's slot for a custom attention backend, which {path} has taken; "
+        "uninstall that plugin, or leave it out with VLLM_PLUGINS=minference,minference_cpu"
+    )
+
+
+class _WatchedOverrides(dict[Any, str]):
+    """vLLM's table of overridden backends, which gives our name up when another plugin takes the slot."""
+
+    def __setitem__(self, backend: Any, path: str) -> None:
+        super().__setitem__(backend, path)
+        if backend.name != "CUSTOM" or path in CLASS_PATHS.values():
+            return
+        if type(backend)._member_map_.pop(NAME, None) is not None:
+            logging.getLogger("vllm.minference_vllm").warning(
+                "attention backend 'minference' is no longer available: %s", _slot_is_taken_by(path)
+            )
 
 
 def is_plain_cpu_platform() -> bool:
@@ -58,6 +81,27 @@ def is_plain_cpu_platform() -> bool:
         return False
     plugins = importlib.metadata.entry_points(group="vllm.platform_plugins")
     return not any(plugin.load()() for plugin in plugins if plugin.name != "minference_cpu")
+
+
+def current_platform() -> tuple[str, bool, bool]:
+    """The class of vLLM's platform, whether it is for CPUs, and whether it is for CUDA."""
+    from vllm.platforms import current_platform
+
+    found = type(current_platform)
+    return f"{found.__module__}.{found.__qualname__}", current_platform.is_cpu(), current_platform.is_cuda()
+
+
+def resolved_class() -> str:
+    """The class that our name stands for once vLLM has loaded its plugins.
+
+    Raises:
+        KeyError: the name is unknown.
+    """
+    from vllm.plugins import load_general_plugins
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    load_general_plugins()
+    return str(AttentionBackendEnum[NAME].get_path())
 
 
 def selects_minference(vllm_config: Any) -> bool:

@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from minference_vllm.backend.compat import NAME
-from minference_vllm.backend.runtime import unsupported_layer_reasons
+from minference_vllm.backend.runtime import check_page_size, unsupported_layer_reasons
 from minference_vllm.backend.splitting import SplittingBuilder, SplittingImpl
 from minference_vllm.engines import cpu_kernel, native
 from minference_vllm.paged_cache import PagedCache
@@ -51,6 +51,7 @@ class MInferenceCPUMetadataBuilder(SplittingBuilder, CPUAttentionMetadataBuilder
 class MInferenceCPUImpl(SplittingImpl, CPUAttentionBackendImpl):
     def dense_reasons(self, vllm_config: Any) -> list[str]:
         dtype, block_size = vllm_config.model_config.dtype, vllm_config.cache_config.block_size
+        check_page_size(self.runtime, block_size)
         reasons = unsupported_layer_reasons(
             sliding_window=self.sliding_window,
             logits_soft_cap=self.logits_soft_cap,

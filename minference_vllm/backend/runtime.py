@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from minference_vllm.attend import DTYPES
 from minference_vllm.audit import Counters
+from minference_vllm.discovery import discover_patterns, total_query_heads
 from minference_vllm.engines import native
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import PatternFile, load_pattern_file, parse_patterns
+from minference_vllm.patterns import Antidiagonal, PatternFile
 from minference_vllm.plan import Chunk
 from minference_vllm.recall import RaisedLevels
 from minference_vllm.settings import Settings, load_settings
-
-DEFAULT_PATTERNS = "default"
 
 
 class Recorder(Protocol):
@@ -42,7 +40,7 @@ class Runtime:
     settings: Settings
     patterns: PatternFile
     source: str
-    """Where the patterns came from, for the log."""
+    """Where the patterns came from and why, for the log."""
     counters: Counters = field(default_factory=Counters)
     raised: RaisedLevels = field(default_factory=RaisedLevels)
     recorder: Recorder | None = None
@@ -103,21 +101,15 @@ def unsupported_model_reasons(model: Any) -> list[str]:
     return reasons
 
 
-def total_query_heads(model: Any) -> int:
-    return int(model.hf_text_config.num_attention_heads)
-
-
-def discover_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
-    """The user's file, else the checkpoint's own, else the shipped default; and where it came from."""
-    if settings.patterns is not None:
-        return load_pattern_file(settings.patterns), settings.patterns
-    dual_chunk = getattr(model.hf_config, "dual_chunk_attention_config", None) or {}
-    if dual_chunk.get("sparse_attention_config"):
-        return parse_patterns(dual_chunk["sparse_attention_config"], "the checkpoint's configuration"), "checkpoint"
-    beside = Path(model.model) / "sparse_attention_config.json"
-    if beside.is_file():
-        return load_pattern_file(str(beside)), str(beside)
-    return load_pattern_file(DEFAULT_PATTERNS), f"shipped {DEFAULT_PATTERNS!r}"
+def check_page_size(runtime: Runtime, block_size: int) -> None:
+    """Raise ValueError when a pattern cannot be estimated on pages of this size."""
+    heads = (pattern for layer in runtime.patterns.layers.values() for pattern in layer.values())
+    for pattern in (runtime.patterns.default, *heads):
+        if isinstance(pattern, Antidiagonal) and block_size % pattern.stride:
+            raise ValueError(
+                f"minference: patterns from {runtime.source}: antidiagonal stride {pattern.stride} must divide the "
+                f"page size, here {block_size}"
+            )
 
 
 def unsupported_layer_reasons(

@@ -141,6 +141,8 @@ class Answer:
     leads: list[list[list[float]]]
     cached: list[list[int]]
     log: str
+    drafts: int = 0
+    """Tokens drafted altogether."""
 
     @property
     def density(self) -> float:

@@ -2,7 +2,8 @@
 
 The request: ``llm`` (arguments of ``LLM``), ``max_tokens``, and ``batches``: prompts as token ids that are given to the
 engine together, and whether to forget cached prefixes first. The answer, for every batch and prompt: the greedy tokens,
-how far the best token led the second best (in nats), and how many tokens of the prompt were cached.
+how far the best token led the second best (in nats), and how many tokens of the prompt were cached; and how many tokens
+were drafted altogether.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
     llm = LLM(skip_tokenizer_init=True, **request["llm"])
     sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], detokenize=False, logprobs=2)
-    answer: dict[str, list[Any]] = {"tokens": [], "leads": [], "cached": []}
+    answer: dict[str, Any] = {"tokens": [], "leads": [], "cached": []}
     for batch in request["batches"]:
         if batch.get("forget_prefixes"):
             llm.reset_prefix_cache()
@@ -27,6 +28,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         answer["tokens"].append([list(completion.token_ids) for completion in completions])
         answer["leads"].append([[lead(entry) for entry in completion.logprobs or []] for completion in completions])
         answer["cached"].append([output.num_cached_tokens or 0 for output in outputs])
+    if "speculative_config" in request["llm"]:
+        name = "vllm:spec_decode_num_draft_tokens"
+        answer["drafts"] = sum(metric.value for metric in llm.get_metrics() if metric.name == name)
     return answer
 
 

@@ -176,3 +176,22 @@ def test_two_ranks_give_the_tokens_of_one(
     two = run_engine(llama, batches, {**options, "tensor_parallel_size": 2}, VLLM_CPU_OMP_THREADS_BIND=binding)
     assert two.density < 0.9
     assert_same_tokens(two, one, tie=0.005, at_least=20)
+
+
+# What we do not serve sparsely
+
+
+def test_a_quantised_cache_is_served_by_vllms_own_kernel(
+    llama: Path,
+    run_engine: Runner,
+    prompt: Callable[..., list[int]],
+    with_minference: Callable[..., Any],
+    sparse_patterns: str,
+) -> None:
+    batches = [batch(*[prompt(length, seed) for seed, length in enumerate(MIXED)])]
+    options = {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "enable_prefix_caching": False, **EAGER, **CHUNKED}
+    stock = run_engine(llama, batches, options, **IN_PROCESS)
+    answer = run_engine(llama, batches, {**options, **with_minference(sparse_patterns)}, **IN_PROCESS)
+    assert answer.tokens == stock.tokens, "the same kernel ran on the same batches"
+    assert answer.log.count("some layers run densely: KV cache of fp8") == 1
+    assert "density" not in answer.log, "nothing was sparse"

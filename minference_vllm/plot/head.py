@@ -1,6 +1,6 @@
 """One head's attention as a picture, with the keys that a sparse index computes drawn over it.
 
-Sizes: ``S`` tokens, ``D`` head size, ``W`` cells along an edge of the picture. Needs matplotlib (the ``plot`` extra).
+Sizes: ``S`` tokens, ``D`` head size, ``W`` cells along an edge of the picture.
 """
 
 from __future__ import annotations

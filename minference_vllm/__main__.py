@@ -1,0 +1,7 @@
+"""``python -m minference_vllm``: the command line tool."""
+
+import sys
+
+from minference_vllm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,180 @@
+"""What is installed, which engines can run on this machine, and whether vLLM knows the backend.
+
+Every line begins with ok, with -- (not here, and serving does without it) or with !! (serving does not work), and says
+what to do about it. Exit code 1 when serving with the attention backend minference would not work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from minference_vllm import __version__
+
+SERVE = "vllm serve MODEL --attention-backend minference"
+
+
+class Finding(NamedTuple):
+    state: Literal["ok", "--", "!!"]
+    subject: str
+    text: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        line = f"{self.state}  {self.subject:18} {self.text}"
+        return f"{line}\n{'':23}{self.remedy}" if self.remedy else line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No options."""
+
+
+def run(args: argparse.Namespace) -> int:
+    # vLLM's own lines would stand between ours.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
+    findings = []
+    for finding in examine():
+        print(finding, flush=True)
+        findings.append(finding)
+    problems = [finding.subject for finding in findings if finding.state == "!!"]
+    print()
+    if problems:
+        print(f"Serving with minference does not work here: {', '.join(problems)}.")
+        return 1
+    print(f"Ready: {SERVE}")
+    return 0
+
+
+def examine() -> Iterator[Finding]:
+    """All findings; those that need a part that is missing are left out."""
+    yield Finding("ok", "python", platform.python_version())
+    yield Finding("ok", "minference-vllm", __version__)
+    torch = package("torch", "!!", "see vllm")
+    vllm = vllm_version()
+    yield from (torch, vllm, package("triton", "--", "comes with PyTorch for NVIDIA GPUs"))
+    yield package("transformers", "!!", "comes with vLLM")
+    yield package("matplotlib", "--", "needed to plot: pip install 'minference-vllm[plot]'")
+    if torch.state != "ok" or vllm.state != "ok":
+        return
+    try:
+        yield device()
+        yield from backend()
+        yield from engines()
+    except Exception as error:
+        # A vLLM built for another torch or another machine fails in any way it likes while it is imported.
+        reason = f"cannot be used: {type(error).__name__}: {error}"
+        yield Finding("!!", "vllm", reason, "reinstall a vLLM that is built for this machine and this torch")
+
+
+def package(name: str, missing: Literal["--", "!!"], remedy: str) -> Finding:
+    try:
+        return Finding("ok", name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(missing, name, "not installed", remedy)
+
+
+def vllm_version() -> Finding:
+    from minference_vllm.backend.compat import NEWEST, OLDEST, check_vllm_version
+
+    supported = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+    install = (
+        f"pip install 'vllm>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}'; "
+        "without a GPU: python tools/install_engine.py, from a checkout"
+    )
+    found = package("vllm", "!!", install)
+    if found.state != "ok":
+        return found
+    try:
+        check_vllm_version()
+    except RuntimeError as error:
+        return Finding("!!", "vllm", str(error), install)
+    return found._replace(text=f"{found.text} (supported: {supported})")
+
+
+def device() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return Finding("ok", "device", f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}")
+    units = {
+        "AVX512-BF16": torch.cpu._is_avx512_bf16_supported(),
+        "AMX": torch.cpu._is_amx_tile_supported(),
+    }
+    described = ", ".join(name if there else f"no {name}" for name, there in units.items())
+    capability = torch.backends.cpu.get_cpu_capability()
+    return Finding("ok", "device", f"CPU: {platform.machine()}, {capability}, {described}; {os.cpu_count()} threads")
+
+
+def backend() -> Iterator[Finding]:
+    """vLLM's platform, and what our name stands for there."""
+    from minference_vllm.backend import compat
+
+    name, is_cpu, is_cuda = compat.current_platform()
+    honoured = is_cuda or (is_cpu and "minference" in name)
+    if honoured:
+        yield Finding("ok", "platform", name)
+    else:
+        text = f"{name} does not honour the name" if is_cpu else f"{name}: neither CPU nor CUDA"
+        yield Finding("!!", "platform", text, plugin_remedy("minference_cpu") if is_cpu else "")
+    try:
+        compat.register_name()
+    except RuntimeError as error:
+        yield Finding("!!", "attention backend", str(error))
+        return
+    plugins = {plugin.name for plugin in importlib.metadata.entry_points(group="vllm.general_plugins")}
+    if "minference" not in plugins or not allowed("minference"):
+        yield Finding("!!", "attention backend", "vLLM does not load our plugin", plugin_remedy("minference"))
+        return
+    path = compat.resolved_class()
+    module, _, class_name = path.rpartition(".")
+    getattr(importlib.import_module(module), class_name)
+    yield Finding("ok", "attention backend", f"minference is {path}")
+
+
+def allowed(plugin: str) -> bool:
+    """Whether the environment lets vLLM load the plugin."""
+    names = os.environ.get("VLLM_PLUGINS")
+    return names is None or plugin in names.split(",")
+
+
+def plugin_remedy(plugin: str) -> str:
+    if not allowed(plugin):
+        return f"VLLM_PLUGINS={os.environ['VLLM_PLUGINS']} leaves {plugin} out: add it, or unset the variable"
+    return "install the package into this environment: pip install . from a checkout"
+
+
+def engines() -> Iterator[Finding]:
+    """Each way to execute an index, and why it cannot run here."""
+    import torch
+
+    from minference_vllm.engines import native
+
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        no_cpu = "runs on CPUs; on CUDA every request is served densely for now"
+        yield Finding("--", "engine block_table", no_cpu)
+    else:
+        yield cpu_block_table()
+    reason = "runs on CPUs" if on_gpu else native.unavailable_reason()
+    yield Finding("--" if reason else "ok", "engine native", reason or "our kernels, for bf16")
+    if on_gpu:
+        yield Finding("ok", "engine triton", "through sparse_prefill; not served yet")
+    else:
+        yield Finding("--", "engine triton", "needs an NVIDIA GPU (for tests: TRITON_INTERPRET=1)")
+
+
+def cpu_block_table() -> Finding:
+    import torch
+
+    from minference_vllm.engines import cpu_kernel
+
+    layout = cpu_kernel.layout_for(torch.bfloat16, 128, 128)
+    if layout is None:
+        return Finding("!!", "engine block_table", "vLLM's CPU kernel keeps pages in a layout that is not known here")
+    return Finding("ok", "engine block_table", f"vLLM's own kernel; pages of layout {layout!r}")

@@ -1,0 +1,111 @@
+"""The bundled model in whole engines: right answers under adaptive patterns and under a recall floor."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+DEMO = Path(__file__).parent.parent.parent / "examples" / "demo"
+MODEL = DEMO / "model"
+PLACES = ((8192, 0.2), (8192, 0.7), (16384, 0.45))
+"""Length of each prompt, and how deep in it the needle lies."""
+COVERAGE = {"kind": "coverage", "gamma": 0.95, "min_budget": 512}
+BLIND = {"kind": "a_shape", "sink": 64, "local": 64}
+FLOOR = 0.95
+NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+
+
+def load_tasks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("demo_tasks", DEMO / "tasks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Asked:
+    """One engine's answers to the needle questions."""
+
+    def __init__(self, engine: Any, right: list[bool]) -> None:
+        self.tokens, self.log, self.right = engine.tokens, engine.log, right
+        self.density, self.drafts = engine.density, engine.drafts
+
+
+@pytest.fixture(scope="module")
+def ask(run_engine: Callable[..., Any], with_minference: Callable[..., Any], tmp_path_factory: Any) -> Callable:
+    """Start an engine whose heads all run one pattern, and ask it for every needle."""
+    from transformers import AutoTokenizer
+
+    tasks, tokenizer = load_tasks(), AutoTokenizer.from_pretrained(MODEL)
+    prompts = [tasks.needle(tokens, depth, seed=number) for number, (tokens, depth) in enumerate(PLACES)]
+    batches = [{"prompts": [tokenizer(prompt.text).input_ids]} for prompt in prompts]
+    place = tmp_path_factory.mktemp("needles")
+
+    def run(pattern: dict[str, Any], settings: dict[str, Any] | None = None, **llm: Any) -> Asked:
+        path = place / "patterns.json"
+        path.write_text(json.dumps({"schema_version": 1, "provenance": "written by a test", "default": pattern}))
+        options = {
+            "dtype": "bfloat16",
+            "max_model_len": 16384 + 64,
+            "max_num_batched_tokens": 4096,
+            "enable_prefix_caching": False,
+            "enforce_eager": True,
+            **with_minference(str(path), **(settings or {})),
+        }
+        found = run_engine(MODEL, batches, {**options, **llm}, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+        texts = [tokenizer.decode(tokens) for (tokens,) in found.tokens]
+        return Asked(found, [tasks.grade(text, prompt.answer) for text, prompt in zip(texts, prompts, strict=True)])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def covered(ask: Callable) -> Asked:
+    answers = ask(COVERAGE)
+    assert isinstance(answers, Asked)
+    return answers
+
+
+def recall_in(log: str) -> tuple[float, float]:
+    """Mean, and that of the worst head, in the last line of statistics."""
+    lines = re.findall(r"minference: .*, recall ([\d.]+) \(least ([\d.]+), layer \d head \d\)", log)
+    assert lines, "no recall in the log:\n" + log[-3000:]
+    return float(lines[-1][0]), float(lines[-1][1])
+
+
+def test_coverage_finds_every_needle(covered: Asked) -> None:
+    assert covered.right == [True] * len(PLACES)
+    assert covered.density < 0.9
+
+
+def test_recall_is_in_the_log(covered: Asked) -> None:
+    mean, least = recall_in(covered.log)
+    assert 0.9 < mean <= 1.0 and 0.5 < least <= mean
+
+
+def test_drafted_tokens_change_no_answer(covered: Asked, ask: Callable) -> None:
+    """Verification steps hold several tokens per request, and are no prefill."""
+    drafted = ask(COVERAGE, speculative_config=NGRAMS, disable_log_stats=False)
+    assert drafted.drafts > 0
+    assert drafted.tokens == covered.tokens
+
+
+def test_a_blind_pattern_loses_the_needles_and_the_log_says_so(ask: Callable) -> None:
+    answers = ask(BLIND, {"audit_share": 1.0})
+    assert not any(answers.right)
+    assert recall_in(answers.log)[1] < FLOOR
+
+
+def test_a_recall_floor_finds_them_again(ask: Callable) -> None:
+    answers = ask(BLIND, {"recall_floor": FLOOR})
+    assert answers.right == [True] * len(PLACES)
+    assert recall_in(answers.log)[1] >= FLOOR
+    assert re.search(rf"layer \d, head \d: recall below the floor of {FLOOR}", answers.log)
+    assert re.search(r"below the floor [1-9]\d* times given more keys", answers.log)
