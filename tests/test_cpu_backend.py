@@ -307,7 +307,9 @@ def test_a_stride_that_does_not_fit_the_pages_is_refused_at_the_start(
     stride: int, make_layer: Callable[..., Layer]
 ) -> None:
     """Not at the first long prompt."""
-    with pytest.raises(ValueError, match=f"patterns.json.*: antidiagonal stride {stride} must divide the page size.* 64"):
+    with pytest.raises(
+        ValueError, match=f"patterns.json.*: antidiagonal stride {stride} must divide the page size.* 64"
+    ):
         make_layer([(0, 10)], patterns=[*KINDS[:7], {"kind": "antidiagonal", "stride": stride}])
 
 
@@ -523,10 +525,10 @@ def test_another_request_begins_with_its_own_patterns(
 def test_the_log_line_tells_recall_and_raised_heads(
     make_layer: Callable[..., Layer], two_chunks: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minference_vllm.backend import cpu
+    from minference_vllm.backend import splitting
 
     lines: list[str] = []
-    monkeypatch.setattr(cpu.logger, "info", lambda message, *values, **options: lines.append(message % values))
+    monkeypatch.setattr(splitting.logger, "info", lambda message, *values, **options: lines.append(message % values))
     layer = make_layer([FIRST], patterns=MISFITS, settings={"recall_floor": 0.98, "log_interval": 1e-9})
     for batch in two_chunks(layer):
         layer.fill(batch)
@@ -540,7 +542,7 @@ def test_nothing_of_ours_runs_for_decodes(make_layer: Callable[..., Layer], monk
     """Above all no reading of lengths, which would copy them from a GPU."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
-    from minference_vllm.backend import cpu
+    from minference_vllm.backend import splitting
 
     def never(*arguments: Any) -> Any:
         raise AssertionError("called for a batch of decodes")
@@ -548,7 +550,7 @@ def test_nothing_of_ours_runs_for_decodes(make_layer: Callable[..., Layer], monk
     layer = make_layer([(500, 1), (9, 1), (700, 15)])
     metadata = CPUAttentionMetadata.__new__(CPUAttentionMetadata)
     monkeypatch.setattr(CPUAttentionMetadataBuilder, "build", lambda *arguments: metadata)
-    monkeypatch.setattr(cpu, "plan_batch", never)
+    monkeypatch.setattr(splitting, "plan_batch", never)
     monkeypatch.setattr(Counters, "count_batch", never)
     monkeypatch.setattr(Counters, "line_when_due", never)
     assert layer.metadata() is metadata
