@@ -587,8 +587,9 @@ def test_pooled_estimates_keep_the_pages_of_the_chunk_before(
             layer.builder.kv_cache_spec, [], layer.builder.vllm_config, torch.device("cpu")
         )  # fmt: skip
         layer.builder = builder
-        for batch in two_chunks(layer):
-            layer.fill(batch)
+        first, second = two_chunks(layer)
+        layer.fill(second)  # both chunks' keys; the first one's rows see no later ones
+        for layer.batch in (first, second):
             outputs.append(layer.run(layer.impl, layer.metadata()))
         assert (layer.impl.page_means is not None) == kept
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])

@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from minference_vllm.backend.compat import NAME, flash_attention_pages
-from minference_vllm.backend.runtime import unsupported_layer_reasons
+from minference_vllm.backend.runtime import check_page_size, unsupported_layer_reasons
 from minference_vllm.backend.splitting import SplittingBuilder, SplittingImpl, logger
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.plan import Chunk
@@ -60,6 +60,11 @@ class MInferenceCUDAMetadata(FlashAttentionMetadata):
 
 class MInferenceCUDAMetadataBuilder(SplittingBuilder, FlashAttentionMetadataBuilder):
     metadata_cls = MInferenceCUDAMetadata
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # The layers are made before the page size is settled.
+        check_page_size(self.runtime, kv_cache_spec.block_size)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

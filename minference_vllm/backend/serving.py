@@ -74,7 +74,7 @@ def serve_chunk(
             )  # fmt: skip
 
 
-def audit_is_due(runtime: Runtime, on_gpu: bool) -> bool:
+def audit_is_due(runtime: Runtime, on_gpu: bool = False) -> bool:
     """Every chunk and layer under a floor; else as often as audits stay below their share of the time.
 
     On a GPU only under a floor: reading what was found waits for the GPU, and the host's clock does not know the
