@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from minference_vllm import __version__
+from minference_vllm.backend import compat
 from minference_vllm.cli import COMMANDS, main
 from minference_vllm.commands import doctor
 from minference_vllm.commands.inspect import spans, table
@@ -323,6 +324,19 @@ def test_doctor_names_a_plugin_that_is_left_out(tool: Callable[..., Ended], monk
     ended = tool("doctor")
     assert ended.code == 1 and "VLLM_PLUGINS=minference_cpu leaves minference out" in ended.out
     assert "does not work here: attention backend" in ended.out
+
+
+def test_doctor_names_a_slot_that_is_taken(tool: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "resolved_class", lambda: None)
+    ended = tool("doctor")
+    assert ended.code == 1 and "another plugin has taken vLLM's slot" in ended.out
+
+    def refuse() -> None:
+        raise RuntimeError("other.Backend has taken it")
+
+    monkeypatch.setattr(compat, "register_name", refuse)
+    ended = tool("doctor")
+    assert ended.code == 1 and "other.Backend has taken it" in ended.out
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,10 @@ def backend() -> Iterator[Finding]:
         yield Finding("!!", "attention backend", "vLLM does not load our plugin", plugin_remedy("minference"))
         return
     path = compat.resolved_class()
+    if path is None:
+        leave_out = "uninstall it, or leave it out with VLLM_PLUGINS=minference,minference_cpu"
+        yield Finding("!!", "attention backend", "another plugin has taken vLLM's slot for custom backends", leave_out)
+        return
     module, _, class_name = path.rpartition(".")
     getattr(importlib.import_module(module), class_name)
     yield Finding("ok", "attention backend", f"minference is {path}")
