@@ -8,7 +8,7 @@ READY := .venv/.ready
 # Read by the demo; given on make's command line.
 export TOKENS JSON
 
-.PHONY: help setup demo test test-fast lint format kernels clean
+.PHONY: help setup demo test test-fast lint format kernels gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -48,6 +48,9 @@ format: setup ## let ruff rewrite what it can
 
 kernels: setup ## what the Triton kernels cost on NVIDIA GPUs, compiled ahead of time (no GPU needed)
 	@$(BIN)/python tools/kernel_account.py $(ARGS)
+
+gpu-check: setup ## on a machine with an NVIDIA GPU: all its tests, then benchmarks into benchmarks/results
+	@$(BIN)/python tools/gpu_check.py $(ARGS)
 
 clean: ## remove everything that make has made, the environment included
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_output minference_vllm/*.so

@@ -1,15 +1,21 @@
-"""One attention layer: estimate + index + attention against vLLM's own dense kernel, in one process.
+"""One attention layer: estimate + index + attention against a dense kernel, in one process.
+
+On CPUs the dense kernel is vLLM's own; on GPUs vLLM's FlashAttention (version 3 on Hopper) on the same pages, or, where
+vLLM is not installed for CUDA, torch's scaled dot-product attention on contiguous keys and values. GPU times are taken
+with events; the stages one after the other, each waited for, so that their sum exceeds the whole.
 
 For every context the answer is checked first: sampled rows against float64 attention under the index's own mask (error)
 and the share of the dense softmax mass that the index keeps (recall). Then dense and sparse are timed in turns and the
-medians reported. "GFLOP/s" would count 4 * head_size per query-key pair; here only seconds are compared.
+medians reported. TFLOP/s (GPU rows) count 4 * head_size per query-key pair that the index names.
 
     python benchmarks/bench_attention.py --context 32768 65536 131072 --csv benchmarks/results/attention_cpu.csv
+    python benchmarks/bench_attention.py --device cuda --heads 32 --kv-heads 8 --context 131072 --chunk 8192
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -36,18 +42,75 @@ PATTERNS: dict[str, HeadPattern] = {
 
 
 def fill_cache(keys: torch.Tensor, values: torch.Tensor, block_size: int) -> tuple[PagedCache, torch.Tensor]:
-    """The tokens in shuffled pages of the kernel's own layout, and the page of each logical block."""
+    """The tokens in shuffled pages of the dense kernel's own layout, and the page of each logical block."""
     tokens, heads, dim = keys.shape
     blocks = -(-tokens // block_size)
-    pages = torch.randperm(blocks, generator=torch.Generator().manual_seed(1))
-    cache = torch.zeros(blocks, heads, 2 * block_size, dim, dtype=keys.dtype)
+    pages = torch.randperm(blocks, generator=torch.Generator(keys.device).manual_seed(1))
     position = torch.arange(tokens)
     slots = pages[position // block_size] * block_size + position % block_size
+    if keys.is_cuda:
+        memory = torch.zeros(blocks, heads, block_size, 2 * dim, dtype=keys.dtype)
+        by_slot = memory.transpose(1, 2)
+        by_slot[slots // block_size, slots % block_size] = torch.cat([keys, values], -1)
+        return PagedCache(memory[..., :dim], memory[..., dim:], "rows"), pages
+    cache = torch.zeros(blocks, heads, 2 * block_size, dim, dtype=keys.dtype)
     layout = cpu_kernel.layout_for(keys.dtype, block_size, dim)
     assert layout is not None
     cpu_kernel.write_pages(keys, values, cache, slots, cpu_kernel.isa_for(keys.dtype, block_size, dim))
     key, value = cache.chunk(2, dim=2)
     return PagedCache(key, value, layout), pages
+
+
+def dense_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cache: PagedCache, pages: torch.Tensor, scale: float
+) -> tuple[str, Callable[[], torch.Tensor]]:
+    """The dense kernel's name, and a call that returns its output."""
+    chunk, context = query.shape[0], keys.shape[0]
+    table = pages[None].to(torch.int32)
+    starts = torch.tensor([0, chunk], dtype=torch.int32)
+    length = torch.tensor([context], dtype=torch.int32)
+    out = torch.full_like(query, torch.nan)
+    if not query.is_cuda:
+
+        def on_cpu() -> torch.Tensor:
+            cpu_kernel.attend(query, cache.key, cache.value, table, starts, length, scale, out)
+            return out
+
+        return "vLLM CPU", on_cpu
+    try:
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+    except ImportError:
+        from torch.nn.attention.bias import causal_lower_right
+
+        by_head = [rows.transpose(0, 1)[None] for rows in (query, keys, values)]
+        mask = causal_lower_right(chunk, context)
+
+        def by_torch() -> torch.Tensor:
+            found = torch.nn.functional.scaled_dot_product_attention(
+                *by_head, attn_mask=mask, scale=scale, enable_gqa=True
+            )
+            return found[0].transpose(0, 1)
+
+        return "torch SDPA", by_torch
+    version = get_flash_attn_version()
+
+    def flash() -> torch.Tensor:
+        return flash_attn_varlen_func(
+            q=query,
+            k=cache.key.transpose(1, 2),
+            v=cache.value.transpose(1, 2),
+            out=out,
+            cu_seqlens_q=starts,
+            max_seqlen_q=chunk,
+            seqused_k=length,
+            max_seqlen_k=context,
+            softmax_scale=scale,
+            causal=True,
+            block_table=table,
+            fa_version=version,
+        )
+
+    return f"FlashAttention {version}", flash
 
 
 def sampled_check(
@@ -62,29 +125,34 @@ def sampled_check(
     """Largest error over sampled rows relative to the largest output, and mean recall."""
     rows = torch.linspace(0, query.shape[0] - 1, samples).long().unique()
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+    group = query.shape[1] // keys.shape[0]
     worst, recalls = 0.0, []
     for row in rows.tolist():
         position = index.context_len + row
-        tile = int(torch.searchsorted(index.tile_starts, position, right=True)) - 1
-        whole_pages = -(-index.seq_len // index.block_size) * index.block_size
-        mask = torch.zeros(query.shape[1], 1, whole_pages, dtype=torch.bool)
-        for head in range(query.shape[1]):
-            blocks = index.blocks[head, tile, : index.num_blocks[head, tile]].long()
-            mask[head].view(-1, index.block_size)[blocks] = True
-            mask[head, 0, index.columns[head, tile, : index.num_columns[head, tile]].long()] = True
-        mask = mask[..., : index.seq_len] & (torch.arange(index.seq_len) <= position)
-        one = query[row : row + 1]
-        expected = reference.masked_attention(one, keys, values, mask, scale)
-        worst = max(worst, float((out[row : row + 1].double() - expected).abs().max() / expected.abs().max()))
-        visible = keys[:, : position + 1]
-        recalls.append(reference.attention_recall(one, visible, mask[..., : position + 1], position, scale).mean())
+        tile = torch.searchsorted(index.tile_starts, torch.tensor([position]), right=True) - 1
+        for kv_head in range(keys.shape[0]):
+            heads = slice(kv_head * group, (kv_head + 1) * group)
+            mask = index.tile_mask(tile, heads)[..., : position + 1]
+            one = query[row : row + 1, heads]
+            seen = keys[kv_head : kv_head + 1, : position + 1], values[kv_head : kv_head + 1, : position + 1]
+            expected = reference.masked_attention(one, *seen, mask, scale)
+            error = (out[row : row + 1, heads].double() - expected).abs().max() / expected.abs().max()
+            worst = max(worst, float(error))
+            recalls.append(reference.attention_recall(one, seen[0], mask, position, scale).mean())
     return worst, float(torch.stack(recalls).mean())
 
 
-def seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+def seconds(call: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
     call()
-    return time.perf_counter() - begin
+    events[1].record()
+    torch.cuda.synchronize()
+    return events[0].elapsed_time(events[1]) / 1000
 
 
 def measure(args: argparse.Namespace, context: int, pattern_name: str, engine: str) -> dict[str, object]:
@@ -97,29 +165,27 @@ def measure(args: argparse.Namespace, context: int, pattern_name: str, engine: s
     chunk = Chunk(0, 0, context - chunk_len, context)
     patterns = [PATTERNS[pattern_name]] * args.heads
     out = torch.full_like(query, torch.nan)
-    dense_out = torch.full_like(query, torch.nan)
-    table = pages[None].to(torch.int32)
-    starts = torch.tensor([0, chunk_len], dtype=torch.int32)
-    length = torch.tensor([context], dtype=torch.int32)
+    peer, dense = dense_attention(query, keys, values, cache, pages, scale)
+    on_gpu = args.device == "cuda"
 
-    def dense() -> None:
-        cpu_kernel.attend(query, cache.key, cache.value, table, starts, length, scale, dense_out)
-
-    timings: list[Timing] = []
-
-    def sparse() -> SparseIndex:
-        timings.append(Timing())
-        return attend_chunk(query, cache, pages, chunk, patterns, scale, out, engine, args.tile, timings[-1])
+    def sparse(timing: Timing | None = None) -> SparseIndex:
+        return attend_chunk(query, cache, pages, chunk, patterns, scale, out, engine, args.tile, timing)
 
     index = sparse()
     error, recall = sampled_check(query, keys, values, out, index, scale)
-    timings.clear()
-    dense_seconds, sparse_seconds = [], []
+    dense()
+    timings, dense_seconds, sparse_seconds = [], [], []
     for _ in range(args.repeat):
-        dense_seconds.append(seconds(dense))
-        sparse_seconds.append(seconds(sparse))
+        dense_seconds.append(seconds(dense, args.device))
+        timings.append(Timing(wait=on_gpu))
+        if on_gpu:
+            sparse_seconds.append(seconds(sparse, args.device))
+            sparse(timings[-1])
+        else:
+            sparse_seconds.append(seconds(functools.partial(sparse, timings[-1]), args.device))
     dense_s, sparse_s = statistics.median(dense_seconds), statistics.median(sparse_seconds)
-    return {
+    attend_s = statistics.median(t.attend for t in timings)
+    row = {
         "engine": choose_engine(engine, query.dtype, cache),
         "pattern": pattern_name,
         "context": context,
@@ -130,15 +196,27 @@ def measure(args: argparse.Namespace, context: int, pattern_name: str, engine: s
         "dense_s": dense_s,
         "estimate_s": statistics.median(t.estimate for t in timings),
         "index_s": statistics.median(t.index for t in timings),
-        "attend_s": statistics.median(t.attend for t in timings),
+        "attend_s": attend_s,
         "sparse_s": sparse_s,
         "speedup": dense_s / sparse_s,
     }
+    if on_gpu:
+        flops = 4 * args.head_size * float(index.computed_pairs().sum())
+        dense_flops = 4 * args.head_size * args.heads * index.dense_pairs()
+        row |= {
+            "dense_kernel": peer,
+            "dense_tflops": dense_flops / dense_s / 1e12,
+            "attend_tflops": flops / attend_s / 1e12,
+            "heads": args.heads,
+            "kv_heads": args.kv_heads,
+            "block_size": args.block_size,
+        }
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--context", type=int, nargs="+", default=[32768, 65536])
     parser.add_argument("--chunk", type=int, default=None, help="new tokens at the end of the context; default: all")
     parser.add_argument("--pattern", nargs="+", choices=list(PATTERNS), default=["vertical_slash"])
@@ -155,6 +233,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.set_default_device(args.device)
     for context in args.context:
         for pattern in args.pattern:
             for engine in args.engine:

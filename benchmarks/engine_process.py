@@ -39,9 +39,6 @@ def read_counters(worker: Any) -> tuple[float, float]:
     return counters.computed_pairs, counters.dense_pairs
 
 
-OURS: dict[tuple[type, str], Any] = {}
-
-
 def use_vllms_own_methods(worker: Any, yes: bool) -> None:
     """Runs in the engine's process: put vLLM's methods in the place of those that minference overrides, or ours back.
 
@@ -54,8 +51,11 @@ def use_vllms_own_methods(worker: Any, yes: bool) -> None:
 
     backend = resolve_obj_by_qualname(CLASS_PATHS[worker.vllm_config.device_config.device_type])
     for ours, name in ((backend.get_impl_cls(), "forward"), (backend.get_builder_cls(), "build")):
-        method = OURS.setdefault((ours, name), ours.__dict__[name])
-        setattr(ours, name, getattr(ours.__mro__[1], name) if yes else method)
+        if yes:
+            vllms = next(base for base in ours.__mro__ if base.__module__.startswith("vllm.") and name in vars(base))
+            setattr(ours, name, vars(vllms)[name])
+        elif name in vars(ours):
+            delattr(ours, name)  # what is inherited from our own base class is in force again
 
 
 def serve(connection: Connection, options: dict[str, Any], environment: dict[str, str], log: str) -> None:

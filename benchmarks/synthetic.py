@@ -47,10 +47,10 @@ def structured_qkv(
     """Queries ``[tokens, H, D]``, keys and values ``[tokens, HK, D]`` with the structure's attention.
 
     Half of the dimensions carry the rotating pairs of distance-dependent logits, two carry sink and columns, the rest
-    is noise.
+    is noise. All of it is drawn on torch's default device; a GPU's numbers are others than a CPU's.
     """
     structure = structure or Structure()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.empty(0).device).manual_seed(seed)
     half = head_size // 2
     pairs = half // 2
     position = torch.arange(tokens, dtype=torch.float64)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from minference_vllm import estimate
+from minference_vllm.capacity import plan_capacity
 from minference_vllm.engines import block_table as block_table_engine
-from minference_vllm.engines import native
+from minference_vllm.engines import flash, native
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import HeadPattern
@@ -26,6 +27,7 @@ from minference_vllm.tiling import Tiling
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEFAULT_TILE = 128
 """Query rows that share one selection of keys."""
+MAX_TRITON_HEAD_SIZE = 256
 ENGINES = ("auto", "block_table", "native", "triton")
 
 
@@ -37,6 +39,13 @@ class Timing:
     index: float = 0.0
     audit: float = 0.0
     attend: float = 0.0
+    wait: bool = False
+    """Whether the clock waits for a GPU to finish; without, it is the host's own time that is measured."""
+
+    def now(self, device: torch.device) -> float:
+        if self.wait and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
 
 def choose_engine(engine: str, dtype: torch.dtype, cache: PagedCache) -> str:
@@ -50,17 +59,30 @@ def choose_engine(engine: str, dtype: torch.dtype, cache: PagedCache) -> str:
     """
     on_gpu = cache.key.is_cuda
     if on_gpu or engine == "triton":
-        if engine not in ("auto", "triton"):
-            raise ValueError(f"engine {engine!r} runs on CPUs; tensors on {cache.key.device} need 'triton'")
-        if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError("engine 'triton' needs tensors on a GPU, or TRITON_INTERPRET=1 for its interpreter")
-        return "triton"
+        engine = "triton" if engine == "auto" else engine
+        reason = flash.unsupported_cache_reason(dtype, cache) if engine == "block_table" else triton_reason(cache)
+        if engine == "native":
+            reason = f"it runs on CPUs; tensors on {cache.key.device} need 'triton'"
+        if reason:
+            raise ValueError(f"engine {engine!r} cannot run: {reason}")
+        return engine
     reason = native.unsupported_cache_reason(dtype, cache)
     if engine == "native" and reason:
         raise ValueError(f"engine 'native' cannot run: {reason}")
     if engine == "auto":
         return "block_table" if reason or cache.layout == "amx" else "native"
     return engine
+
+
+def triton_reason(cache: PagedCache) -> str | None:
+    """Why the Triton kernels cannot serve this cache, or None when they can."""
+    if not cache.key.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it needs tensors on a GPU, or TRITON_INTERPRET=1 for its interpreter"
+    if cache.head_size > MAX_TRITON_HEAD_SIZE:
+        return f"heads of size {cache.head_size} are above {MAX_TRITON_HEAD_SIZE}"
+    if cache.key.stride(3) != 1 or cache.value.stride(3) != 1:
+        return "a head's elements do not lie side by side"
+    return None
 
 
 def choose_tile(tile: int | None, block_size: int) -> int:
@@ -74,8 +96,15 @@ def choose_tile(tile: int | None, block_size: int) -> int:
 def tiling_for(query: torch.Tensor, cache: PagedCache, chunk: Chunk, engine: str, tile: int | None) -> Tiling:
     """The chunk's query tiles, and the columns as the engine takes them."""
     size = cache.block_size
-    column_multiple = size if choose_engine(engine, query.dtype, cache) == "block_table" else 1
-    return Tiling.of(chunk.context_len, chunk.seq_len, size, choose_tile(tile, size), column_multiple, query.device)
+    # Of all engines only vLLM's CPU kernel must see whole pages of columns.
+    on_pages_alone = choose_engine(engine, query.dtype, cache) == "block_table" and not query.is_cuda
+    column_multiple = size if on_pages_alone else 1
+    return _tiling(chunk.context_len, chunk.seq_len, size, choose_tile(tile, size), column_multiple, query.device)
+
+
+# All layers of a batch ask for the same.
+_tiling = functools.lru_cache(maxsize=64)(Tiling.of)
+_capacity = functools.lru_cache(maxsize=256)(plan_capacity)
 
 
 def attend_chunk(
@@ -91,6 +120,8 @@ def attend_chunk(
     timing: Timing | None = None,
     audit: Audit | None = None,
     page_means: PageMeans | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> SparseIndex:
     """Sparse attention of one request's chunk, written to ``out``; returns the index that was used.
 
@@ -103,39 +134,47 @@ def attend_chunk(
         timing: is added to, when given.
         audit: rows to check, and the floor to hold, before attention runs; what was found is left in it.
         page_means: the layer's page summaries, when they are kept; else pages are pooled anew for every chunk.
+        softcap, sinks: see ``triton_kernels.sparse_attention``, the one engine that knows them. The estimates leave
+            them out: a cap keeps a row's order of keys, and a sink's share is the same for all.
     """
     timing = timing or Timing()
     engine = choose_engine(engine, query.dtype, cache)
+    if engine != "triton" and (softcap or sinks is not None or cache.key.element_size() == 1):
+        raise ValueError(f"engine {engine!r} knows no soft cap, no sinks and no FP8 caches; 'triton' does")
     tiling = tiling_for(query, cache, chunk, engine, tile)
+    planned = engine == "triton" or query.is_cuda
     # Kernels read the pages by address.
     pages = pages[: tiling.num_key_blocks].contiguous()
-    scores = PagedEstimates(query, cache, pages, chunk.seq_len, scale, page_means)
-    begin = time.perf_counter()
+    scores = PagedEstimates(query, cache, pages, chunk.seq_len, scale, page_means, planned, timing)
+    estimated, audited, begin = timing.estimate, timing.audit, timing.now(query.device)
 
     def build(patterns: Sequence[HeadPattern]) -> SparseIndex:
-        return build_index(tiling, patterns, scores)
+        sizes = tiling.context_len, tiling.seq_len, tiling.block_size, tiling.tile, tiling.column_multiple
+        capacity = _capacity(tuple(patterns), *sizes, engine == "block_table") if planned else None
+        return build_index(tiling, patterns, scores, capacity)
 
     index = build(patterns) if audit is None else audit.run(patterns, build, scores.recall)
-    timing.estimate += scores.seconds
-    timing.audit += scores.audit_seconds
-    timing.index += time.perf_counter() - begin - scores.seconds - scores.audit_seconds
-    begin = time.perf_counter()
-    _runner(engine)(query, cache, pages, index, scale, out)
-    timing.attend += time.perf_counter() - begin
+    end = timing.now(query.device)
+    timing.index += end - begin - (timing.estimate - estimated) - (timing.audit - audited)
+    options = {"softcap": softcap, "sinks": sinks} if engine == "triton" else {}
+    _runner(engine, query)(query, cache, pages, index, scale, out, **options)
+    timing.attend += timing.now(query.device) - end
     return index
 
 
-def _runner(engine: str) -> Callable[..., None]:
+def _runner(engine: str, query: torch.Tensor) -> Callable[..., None]:
     if engine == "triton":
         # Imported on first use: it takes a second, and CPU installations may have no triton.
         from minference_vllm.triton_kernels import sparse_attention
 
         return sparse_attention.run
-    return native.run if engine == "native" else block_table_engine.run
+    if engine == "native":
+        return native.run
+    return flash.run if query.is_cuda else block_table_engine.run
 
 
 class PagedEstimates(estimate.Estimates):
-    """Estimates over a paged cache, timed; the prefix is copied out of its pages at most once."""
+    """Estimates over a paged cache, timed. What no kernel reads from the pages copies the prefix out of them, once."""
 
     def __init__(
         self,
@@ -145,14 +184,18 @@ class PagedEstimates(estimate.Estimates):
         seq_len: int,
         scale: float,
         page_means: PageMeans | None = None,
+        triton: bool = False,
+        timing: Timing | None = None,
     ) -> None:
-        self.query, self.cache, self.pages, self.seq_len, self.scale = query, cache, pages, seq_len, scale
-        self.page_means = page_means
-        self.seconds = self.audit_seconds = 0.0
+        # An FP8 query serves the attention kernel alone; estimates take it as it is meant, but for its scale.
+        self.query = query.bfloat16() if query.element_size() == 1 else query
+        self.cache, self.pages, self.seq_len, self.scale = cache, pages, seq_len, scale
+        self.page_means, self.triton, self.timing = page_means, triton, timing or Timing()
 
     @functools.cached_property
     def keys(self) -> torch.Tensor:  # type: ignore[override]
-        return self.cache.keys_by_head(self.pages)[:, : self.seq_len]
+        keys = self.cache.keys_by_head(self.pages)[:, : self.seq_len]
+        return keys if keys.dtype == self.query.dtype else keys.to(self.query.dtype).mul_(self.cache.key_scale)
 
     def means(self, tiling: Tiling) -> torch.Tensor:
         if self.page_means is None:
@@ -160,35 +203,51 @@ class PagedEstimates(estimate.Estimates):
         return self.page_means.of(self.cache, self.pages, self.seq_len)
 
     def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        paged = self.query, self.cache, self.pages, self.seq_len, heads, self.scale
         with self._timed():
+            if self.triton:
+                from minference_vllm.triton_kernels import estimate as kernels
+
+                return kernels.last_query_scores(*paged)
             if native.unsupported_cache_reason(self.query.dtype, self.cache) is None:
-                return native.last_query_scores(self.query, self.cache, self.pages, self.seq_len, heads, self.scale)
+                return native.last_query_scores(*paged)
             return super().last_query(heads)
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
         with self._timed():
-            return super().pooled(heads, tiling)
+            return estimate.pooled_scores(*self._means(heads, tiling), tiling, self.scale)
 
     def peaks(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
         with self._timed():
-            return super().peaks(heads, tiling)
+            return estimate.peak_scores(*self._means(heads, tiling), tiling, self.scale)
 
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         with self._timed():
             return super().antidiagonal(heads, tiling, stride)
 
+    def _means(self, heads: Sequence[int], tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Queries, mean keys and the wanted heads' numbers, all of the KV heads that those heads need."""
+        if not self.triton:
+            return self.query, self.means(tiling), list(heads)
+        from minference_vllm.triton_kernels import estimate as kernels
+
+        group = self.query.shape[1] // self.cache.num_kv_heads
+        first, last = min(heads) // group, max(heads) // group + 1
+        means = kernels.mean_keys(self.cache, self.pages, self.seq_len, first, last)
+        return self.query[:, first * group : last * group], means, [head - first * group for head in heads]
+
     def recall(self, index: SparseIndex, rows: torch.Tensor) -> torch.Tensor:
         """See ``recall.sampled_recall``."""
-        begin = time.perf_counter()
-        found = sampled_recall(self.query, self.keys, index, rows, self.scale)
-        self.audit_seconds += time.perf_counter() - begin
+        begin = self.timing.now(self.query.device)
+        found = sampled_recall(self.query, self.keys, index, rows.to(self.query.device), self.scale)
+        self.timing.audit += self.timing.now(self.query.device) - begin
         return found
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin = self.timing.now(self.query.device)
         yield
-        self.seconds += time.perf_counter() - begin
+        self.timing.estimate += self.timing.now(self.query.device) - begin
 
 
 def sparse_prefill(
@@ -216,7 +275,7 @@ def sparse_prefill(
         seq_lens: int ``[num_requests]``, context plus new tokens.
         patterns: one per query head, or one for all.
         scale: softmax scale; default ``head_size ** -0.5``.
-        engine: ``auto``, ``block_table`` or ``native`` on CPUs, ``triton`` on GPUs.
+        engine: ``auto``; ``block_table`` or ``native`` on CPUs, ``triton`` or ``block_table`` on GPUs.
         tile: query rows per selection of keys; default 128, rounded up to whole blocks.
         out: where to write; default: a new tensor like ``query``.
         return_index: also return the index of each request.

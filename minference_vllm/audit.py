@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from minference_vllm.plan import Plan
 
@@ -36,8 +37,6 @@ class Counters:
     sparse_tokens: int = 0
     dense_chunks: Counter[str] = field(default_factory=Counter)
     """Prefill chunks left dense, by reason."""
-    computed_pairs: float = 0.0
-    """Query-key pairs computed on the sparse path, over layers and heads."""
     dense_pairs: float = 0.0
     """Pairs that dense attention would have computed there."""
     sparse_seconds: float = 0.0
@@ -48,6 +47,10 @@ class Counters:
     raised: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Chunks that ran with more keys because of the floor, by layer and head."""
     raised_to_dense: Counter[tuple[int, int]] = field(default_factory=Counter)
+    _computed_pairs: Any = 0.0
+    """A number that may live on the GPU, so that counting waits for nothing."""
+    _overflowed: Any = 0
+    """Likewise."""
     _last_line: float = 0.0
 
     def count_batch(self, plan: Plan) -> None:
@@ -55,8 +58,10 @@ class Counters:
         self.sparse_tokens += sum(chunk.query_len for chunk in plan.sparse)
         self.dense_chunks.update(plan.dense_reasons)
 
-    def count_layer(self, computed: float, dense: float) -> None:
-        self.computed_pairs += computed
+    def count_layer(self, computed: Any, dense: float, overflowed: Any = 0) -> None:
+        """Add one layer's work on one chunk; ``computed`` and ``overflowed`` are numbers or tensors of one element."""
+        self._computed_pairs = self._computed_pairs + computed
+        self._overflowed = self._overflowed + overflowed
         self.dense_pairs += dense
 
     def count_seconds(self, sparse: float, audit: float) -> None:
@@ -70,6 +75,16 @@ class Counters:
 
     def count_raised(self, layer: int, head: int, dense: bool) -> None:
         (self.raised_to_dense if dense else self.raised)[layer, head] += 1
+
+    @property
+    def computed_pairs(self) -> float:
+        """Query-key pairs computed on the sparse path, over layers and heads. Reading it waits for the GPU."""
+        return float(self._computed_pairs)
+
+    @property
+    def overflowed(self) -> int:
+        """Query tiles of one head that ran densely because their selection had no room. Reading it waits likewise."""
+        return int(self._overflowed)
 
     @property
     def density(self) -> float:
@@ -97,6 +112,8 @@ class Counters:
                 f", below the floor {self.raised.total()} times given more keys, "
                 f"{self.raised_to_dense.total()} times dense"
             )
+        if self.overflowed:
+            line += f"; {self.overflowed} tiles had no room for their selection and ran densely"
         if self.dense_chunks:
             line += "; dense: " + ", ".join(f"{count} ({reason})" for reason, count in self.dense_chunks.items())
         return line

@@ -124,11 +124,11 @@ def mean_keys(keys: torch.Tensor, block_size: int) -> torch.Tensor:
     return means
 
 
-def _tile_of_row(tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64: the tile of every row of the chunk, and every tile's number of rows."""
-    rows = tiling.starts[1:] - tiling.starts[:-1]
-    tiles = torch.arange(tiling.num_tiles, device=rows.device)
-    return torch.repeat_interleave(tiles, rows, output_size=tiling.seq_len - tiling.context_len), rows
+def _by_tile(query: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+    """One head's queries ``[chunk, D]`` as ``[T, tile, D]``, zeros where a tile begins or ends outside the chunk."""
+    before = tiling.context_len % tiling.tile
+    after = tiling.num_tiles * tiling.tile - before - query.shape[0]
+    return torch.nn.functional.pad(query, (0, 0, before, after)).view(tiling.num_tiles, tiling.tile, -1)
 
 
 def pooled_scores(
@@ -145,13 +145,16 @@ def pooled_scores(
         float32 ``[len(heads), T, N]``, zero where no key of a block is in a tile's reach.
     """
     group = query.shape[1] // means.shape[0]
-    wanted = torch.tensor(list(heads), device=query.device)
-    tile_of_row, rows = _tile_of_row(tiling)
-    queries = query.new_zeros(tiling.num_tiles, len(wanted), query.shape[2], dtype=torch.float32)
-    queries.index_add_(0, tile_of_row, query[:, wanted].float())
-    queries /= rows[:, None, None]
-    scores = torch.einsum("thd,hnd->htn", queries, means[wanted // group]).mul_(scale)
-    return scores.masked_fill_(~tiling.reachable(), -torch.inf).softmax(-1)
+    rows = tiling.starts[1:] - tiling.starts[:-1]
+    scores = torch.empty(len(heads), tiling.num_tiles, means.shape[1], device=query.device)
+    for slot, head in enumerate(heads):
+        queries = _by_tile(query[:, head].float(), tiling).sum(1) / rows[:, None]
+        torch.matmul(queries, means[head // group].T, out=scores[slot])
+    return scores.mul_(scale).masked_fill_(~tiling.reachable(), -torch.inf).softmax(-1)
+
+
+PART_BYTES = 32 << 20
+"""Scores of single queries in flight, in float32."""
 
 
 def peak_scores(
@@ -171,15 +174,20 @@ def peak_scores(
         float32 ``[len(heads), T, N]``, zero where no key of a block is in a tile's reach.
     """
     group = query.shape[1] // means.shape[0]
-    tile_of_row, rows = _tile_of_row(tiling)
+    positions = torch.arange(tiling.num_tiles * tiling.tile, device=query.device).view(tiling.num_tiles, tiling.tile)
+    positions += tiling.context_len // tiling.tile * tiling.tile
+    there = (positions >= tiling.context_len) & (positions < tiling.seq_len)
     unseen = ~tiling.reachable()
-    result = torch.zeros(len(heads), *unseen.shape, device=query.device)
-    # A head at a time: [chunk, N] is what stays in memory.
+    result = torch.empty(len(heads), *unseen.shape, device=query.device)
+    at_once = max(1, PART_BYTES // (4 * tiling.tile * tiling.num_key_blocks))
     for slot, head in enumerate(heads):
-        weights = torch.matmul(query[:, head], means[head // group].T.to(query.dtype)).float().mul_(scale)
-        weights = weights.masked_fill_(unseen[tile_of_row], -torch.inf).softmax(-1)
-        result[slot].index_add_(0, tile_of_row, weights)
-    return result.div_(rows[:, None])
+        rows, columns = _by_tile(query[:, head], tiling), means[head // group].T.to(query.dtype)
+        for first in range(0, tiling.num_tiles, at_once):
+            part = slice(first, first + at_once)
+            weights = torch.matmul(rows[part], columns).float().mul_(scale)
+            weights = weights.masked_fill_(unseen[part, None], -torch.inf).softmax(-1)
+            result[slot, part] = torch.matmul(there[part, None].float(), weights)[:, 0]
+    return result.div_((tiling.starts[1:] - tiling.starts[:-1])[:, None])
 
 
 def antidiagonal_scores(
@@ -233,4 +241,6 @@ def antidiagonal_scores(
         weights = weights.masked_fill_(future, -torch.inf).softmax(-1)
         by_block = torch.nn.functional.pad(weights, (0, missing)).view(len(rows), -1, per_block).sum(-1)
         result[slot].index_add_(0, tile_of_square, by_block)
-    return result.div_(torch.bincount(tile_of_square, minlength=tiling.num_tiles).clamp(min=1)[:, None])
+    squares_of_tile = torch.zeros(tiling.num_tiles, device=query.device)
+    squares_of_tile.index_add_(0, tile_of_square, torch.ones_like(tile_of_square, dtype=torch.float32))
+    return result.div_(squares_of_tile.clamp_(min=1)[:, None])

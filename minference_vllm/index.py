@@ -6,13 +6,15 @@ is a page of the KV cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from minference_vllm import selection
+from minference_vllm.capacity import Capacity
 from minference_vllm.patterns import (
     ESTIMATION_BLOCK,
     Antidiagonal,
@@ -40,17 +42,22 @@ class SparseIndex:
     context_len: int
     seq_len: int
     block_size: int
+    tile: int
+    """Rows of a whole tile; those at a chunk's two ends may have fewer."""
     tile_starts: torch.Tensor
     """int64 ``[T + 1]``: absolute position of each tile's first row, and the end of the last tile."""
     blocks: torch.Tensor
-    """int32 ``[H, T, max_blocks]``: logical key blocks, ascending, the tile's own last; -1 past ``num_blocks``."""
+    """int32 ``[H, T, max_blocks]``: logical key blocks, ascending, the tile's own last; -1 past ``num_blocks``. Where
+    already the first is -1 the tile attends every block up to its own, without a list (built with a ``Capacity``)."""
     num_blocks: torch.Tensor
-    """int32 ``[H, T]``."""
+    """int32 ``[H, T]``, of tiles without a list, too."""
     columns: torch.Tensor
     """int32 ``[H, T, max_columns]``: absolute positions of single keys, all before the tile; -1 past
     ``num_columns``."""
     num_columns: torch.Tensor
     """int32 ``[H, T]``."""
+    overflowed: torch.Tensor | None = None
+    """bool ``[H, T]``: tiles that wanted more than the planned ``Capacity``, and attend everything instead."""
 
     @property
     def num_heads(self) -> int:
@@ -68,6 +75,7 @@ class SparseIndex:
         by_key = torch.zeros(*blocks.shape[:2], num_blocks_total * self.block_size, dtype=torch.bool, device=device)
         _scatter_true(by_key.view(*blocks.shape[:2], num_blocks_total, self.block_size), blocks)
         _scatter_true(by_key, columns)
+        by_key |= blocks[..., :1] < 0
         return by_key[..., : self.seq_len]
 
     def to_mask(self) -> torch.Tensor:
@@ -102,20 +110,26 @@ def _scatter_true(target: torch.Tensor, positions: torch.Tensor) -> None:
     target[head, tile, positions[head, tile, slot].long()] = True
 
 
-def compact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of True along the last dimension, ascending and padded with -1, and how many there are."""
+def compact(mask: torch.Tensor, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of True along the last dimension, ascending and padded with -1, and how many there are.
+
+    Args:
+        width: room for positions; the ones after it are dropped, but counted. None: as many as there are, which waits
+            for a GPU.
+    """
     count = mask.sum(-1, dtype=torch.int32)
-    width = max(1, int(count.max())) if count.numel() else 1
+    if width is None:
+        width = max(1, int(count.max())) if count.numel() else 1
     positions = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int32, device=mask.device)
-    # False entries all land in one spare last slot, which is cut off again.
-    slots = torch.where(mask, mask.cumsum(-1) - 1, width)
+    # False entries, and those without room, all land in one spare last slot, which is cut off again.
+    slots = mask.cumsum(-1).sub_(1).masked_fill_(~mask, width).clamp_(max=width)
     source = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand_as(mask)
     positions.scatter_(-1, slots, source)
     return positions[..., :width].contiguous(), count
 
 
 def columns_outside_blocks(
-    tiling: Tiling, blocks: torch.Tensor, columns: Columns
+    tiling: Tiling, blocks: torch.Tensor, columns: Columns, wait: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The columns of each tile that its blocks do not hold already, in multiples of ``tiling.column_multiple``.
 
@@ -126,6 +140,7 @@ def columns_outside_blocks(
     Args:
         blocks: bool ``[H, T, N]``.
         columns: those asked for.
+        wait: whether a GPU may be waited for; without, the list is as wide as the columns that there could be.
 
     Returns:
         blocks (bool ``[H, T, N]``, perhaps with more set), columns (int32 ``[H, T, C]``, -1 padded), their number
@@ -146,14 +161,15 @@ def columns_outside_blocks(
     filled = torch.where(fill <= order[..., -1], fill, wanted // multiple * multiple)
     keep = outside & (order <= filled[..., None])
     short = (filled < wanted)[..., None]
-    if short.any():
+    if multiple > 1 and (not wait or short.any()):
         # A block taken whole may hold columns that were kept, and then those no longer fill pages: such a (rare) tile
         # takes the blocks of all its columns.
-        blocks = blocks.clone()
-        head, tile, rank = torch.nonzero(outside & (order <= wanted[..., None]) & short, as_tuple=True)
-        blocks[head, tile, candidates[head, tile, rank] // tiling.block_size] = True
+        whole = outside & (order <= wanted[..., None]) & short
+        # One block more than there are, for the candidates that take none.
+        target = torch.where(whole, candidates // tiling.block_size, tiling.num_key_blocks)
+        blocks = torch.nn.functional.pad(blocks, (0, 1)).scatter_(2, target, True)[..., :-1]
         keep &= ~short
-    slots, count = compact(keep)
+    slots, count = compact(keep, None if wait else keep.shape[-1])
     found = candidates.to(torch.int32).gather(2, slots.long().clamp(min=0))
     return blocks, found.masked_fill_(slots < 0, -1), count
 
@@ -189,10 +205,14 @@ class Scores(Protocol):
 
 
 def select(
-    tiling: Tiling, pattern: HeadPattern, heads: Sequence[int], scores: Scores
+    tiling: Tiling, pattern: HeadPattern, heads: Sequence[int], scores: Scores, most_columns: int | None = None
 ) -> tuple[torch.Tensor, Columns | None]:
     """Blocks (bool ``[len(heads), T, N]``, or ``[T, N]`` where they are the same for all heads) and columns that one
-    pattern selects for the named heads."""
+    pattern selects for the named heads.
+
+    Args:
+        most_columns: room for the columns of a head whose budget the data decide; None: as many as it wants.
+    """
     if isinstance(pattern, Dense):
         return tiling.reachable(), None
     if isinstance(pattern, TriShape):
@@ -209,41 +229,104 @@ def select(
     if isinstance(pattern, VerticalSlash):
         return selection.vertical_slash(tiling, *scores.last_query(heads), pattern)
     if isinstance(pattern, Coverage):
-        return selection.coverage(tiling, *scores.last_query(heads), pattern)
+        return selection.coverage(tiling, *scores.last_query(heads), pattern, most_columns)
     raise TypeError(f"no selection for pattern {pattern!r}")
 
 
-def build_index(tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores) -> SparseIndex:
+def build_index(
+    tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores, capacity: Capacity | None = None
+) -> SparseIndex:
     """The index of one chunk for all heads.
 
     Args:
         patterns: one per query head.
+        capacity: planned sizes, so that nothing waits for a GPU; None: as large as the selection turns out.
     """
-    heads = len(patterns)
-    device = tiling.starts.device
-    blocks = torch.zeros(heads, tiling.num_tiles, tiling.num_key_blocks, dtype=torch.bool, device=device)
-    columns = torch.full((heads, tiling.num_tiles, 1), -1, dtype=torch.int32, device=device)
-    num_columns = torch.zeros(heads, tiling.num_tiles, dtype=torch.int32, device=device)
-    groups: dict[HeadPattern, list[int]] = {}
-    for head, pattern in enumerate(patterns):
-        groups.setdefault(pattern, []).append(head)
-    for pattern, group in groups.items():
-        chosen, wanted = select(tiling, pattern, group, scores)
-        if wanted is not None:
-            chosen, found, count = columns_outside_blocks(tiling, chosen, wanted)
-            if found.shape[-1] > columns.shape[-1]:
-                columns = torch.nn.functional.pad(columns, (0, found.shape[-1] - columns.shape[-1]), value=-1)
-            columns[group, :, : found.shape[-1]] = found
-            num_columns[group] = count
-        blocks[group] = chosen
-    listed, num_blocks = compact(blocks)
+    parts: Iterable[_Part] = _parts(tiling, patterns, scores, capacity)
+    if capacity is None:
+        parts = list(parts)
+        widths = [max(part.blocks.shape[-1] for part in parts), max(part.columns.shape[-1] for part in parts)]
+    else:
+        widths = [capacity.blocks, capacity.columns]
+    shape, device = (len(patterns), tiling.num_tiles), tiling.starts.device
+    blocks, columns = (torch.full((*shape, width), -1, dtype=torch.int32, device=device) for width in widths)
+    num_blocks, num_columns = (torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2))
+    overflowed = torch.zeros(shape, dtype=torch.bool, device=device) if capacity else None
+    for part in parts:
+        for source, target in _runs(part.heads):
+            blocks[target, :, : part.blocks.shape[-1]] = part.blocks[source]
+            num_blocks[target] = part.num_blocks[source]
+            columns[target, :, : part.columns.shape[-1]] = part.columns[source]
+            num_columns[target] = part.num_columns[source]
+            if overflowed is not None and part.overflowed is not None:
+                overflowed[target] = part.overflowed[source]
     return SparseIndex(
         tiling.context_len,
         tiling.seq_len,
         tiling.block_size,
+        tiling.tile,
         tiling.starts,
-        listed,
+        blocks,
         num_blocks,
         columns,
         num_columns,
+        overflowed,
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The index of some heads that share a pattern; fields as ``SparseIndex`` has them."""
+
+    heads: list[int]
+    blocks: torch.Tensor
+    num_blocks: torch.Tensor
+    columns: torch.Tensor
+    num_columns: torch.Tensor
+    overflowed: torch.Tensor | None
+
+
+def _parts(
+    tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores, capacity: Capacity | None
+) -> Iterator[_Part]:
+    """As many heads at once as the capacity says: what a part needs beside its lists is gone before the next."""
+    groups: dict[HeadPattern, list[int]] = {}
+    for head, pattern in enumerate(patterns):
+        groups.setdefault(pattern, []).append(head)
+    for pattern, group in groups.items():
+        at_once = len(group) if capacity is None else capacity.heads_at_once
+        for first in range(0, len(group), at_once):
+            yield _list(tiling, pattern, group[first : first + at_once], scores, capacity)
+
+
+def _list(tiling: Tiling, pattern: HeadPattern, heads: list[int], scores: Scores, capacity: Capacity | None) -> _Part:
+    shape, device = (len(heads), tiling.num_tiles), tiling.starts.device
+    columns = torch.full((*shape, 1), -1, dtype=torch.int32, device=device)
+    num_columns = torch.zeros(shape, dtype=torch.int32, device=device)
+    chosen, wanted = select(tiling, pattern, heads, scores, capacity.columns if capacity else None)
+    if wanted is not None:
+        chosen, columns, num_columns = columns_outside_blocks(tiling, chosen, wanted, wait=capacity is None)
+    blocks, num_blocks = compact(chosen, capacity.blocks if capacity else None)
+    blocks, num_blocks = blocks.expand(*shape, -1), num_blocks.expand(shape)
+    if capacity is None:
+        return _Part(heads, blocks, num_blocks, columns, num_columns, None)
+    reach = ((tiling.starts[1:] - 1) // tiling.block_size + 1).to(torch.int32)
+    over = (num_blocks > capacity.blocks) | (num_columns > capacity.columns)
+    return _Part(
+        heads,
+        blocks.masked_fill(over[..., None], -1),
+        torch.where(over, reach, num_blocks),
+        columns[..., : capacity.columns].masked_fill(over[..., None], -1),
+        num_columns.masked_fill(over, 0),
+        # A tile that wanted everything has it, and needs no room for it.
+        over & (num_blocks < reach),
+    )
+
+
+def _runs(heads: list[int]) -> Iterator[tuple[slice, slice]]:
+    """Places and numbers of neighbouring heads. Slices, since a list as an index would be copied to a GPU, and waited
+    for."""
+    for _, run in itertools.groupby(enumerate(heads), key=lambda item: item[1] - item[0]):
+        items = list(run)
+        (place, head), count = items[0], len(items)
+        yield slice(place, place + count), slice(head, head + count)

@@ -47,6 +47,9 @@ class PagedCache:
     value: torch.Tensor
     """Like ``key``."""
     layout: Layout
+    key_scale: float = 1.0
+    """What a stored key's elements are multiplied by; other than 1 for quantised (FP8) caches only."""
+    value_scale: float = 1.0
 
     @property
     def block_size(self) -> int:

@@ -81,13 +81,3 @@ def plan_batch(query_start_loc: Sequence[int], seq_lens: Sequence[int], min_cont
         else:
             dense_runs.append((request, request + 1))
     return Plan(tuple(sparse), tuple(dense_runs), tuple(reasons))
-
-
-def tile_starts(context_len: int, seq_len: int, tile: int) -> list[int]:
-    """Absolute positions where the query tiles of a chunk begin, and the end of the last.
-
-    Borders lie at multiples of ``tile``, whatever the chunk's own start: a prompt cut into other chunks has the same
-    tiles, except for the pieces at a chunk's two ends.
-    """
-    first_border = (context_len // tile + 1) * tile
-    return [context_len, *range(first_border, seq_len, tile), seq_len]

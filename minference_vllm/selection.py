@@ -130,7 +130,11 @@ def vertical_slash(
 
 
 def coverage(
-    tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor, pattern: Coverage
+    tiling: Tiling,
+    by_column: torch.Tensor,
+    by_offset: torch.Tensor,
+    pattern: Coverage,
+    most_columns: int | None = None,
 ) -> tuple[torch.Tensor, Columns]:
     """The cheapest blocks and columns that hold a share ``gamma`` of the last queries' attention.
 
@@ -143,10 +147,11 @@ def coverage(
     Args:
         by_column: float32 ``[H, S]``, mass of each column, summed over the last queries.
         by_offset: float32 ``[H, S]``, mass of each diagonal, alike.
+        most_columns: room for columns, so that a GPU need not be waited for; None: as many as are wanted.
 
     Returns:
-        blocks (bool ``[H, T, N]``) and columns. A head that needs more than half of all keys has every reachable block
-        and no column.
+        blocks (bool ``[H, T, N]``) and columns. A head that needs more than half of all keys, or has no room for its
+        columns, has every reachable block and no column.
     """
     heads, length = by_column.shape
     size = tiling.block_size
@@ -173,9 +178,12 @@ def coverage(
     marks = torch.nn.functional.pad(per_distance >= threshold, (1, 0))
     blocks = blocks_at(tiling, marks)
     dense = taken.gather(1, lowest[:, None]) > DENSE_FROM * length
+    chosen = alone >= threshold
+    if most_columns is not None:
+        dense |= chosen.sum(1, keepdim=True) > most_columns
     blocks = torch.where(dense[..., None], tiling.reachable(), blocks)
-    chosen = (alone >= threshold) & ~dense
-    width = max(FORCED_COLUMNS, int(chosen.sum(1).max()))
+    chosen &= ~dense
+    width = max(FORCED_COLUMNS, int(chosen.sum(1).max())) if most_columns is None else most_columns
     best = torch.where(chosen, alone, -1.0).topk(min(width, length), dim=1)
     return blocks, Columns(best.indices, best.values >= 0)
 

@@ -33,9 +33,9 @@ class Settings(BaseModel):
     tile: int | None = Field(default=None, ge=32, le=4096)
     """Query rows that share one selection of keys, rounded up to whole pages. None: 128."""
 
-    engine: Literal["auto", "block_table", "native"] = "auto"
-    """How an index is executed: ``native``, our kernels for bf16 on AVX512-BF16 processors; ``block_table``, vLLM's own
-    kernel; ``auto``, the faster of those that run here."""
+    engine: Literal["auto", "block_table", "native", "triton"] = "auto"
+    """How an index is executed: ``native``, our kernels for bf16 on AVX512-BF16 processors; ``triton``, our kernel for
+    GPUs; ``block_table``, vLLM's own kernel, on both; ``auto``, the faster of those that run here."""
 
     audit_rows: int = Field(default=4, ge=0, le=1024)
     """Sampled rows per chunk and layer whose attention recall is taken; 0 turns the audit off."""

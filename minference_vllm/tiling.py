@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from minference_vllm.plan import tile_starts
-
 
 @dataclass(frozen=True)
 class Tiling:
@@ -37,7 +35,10 @@ class Tiling:
     ) -> Tiling:
         if tile % block_size:
             raise ValueError(f"tile must be a multiple of the page size {block_size}, not {tile}")
-        starts = torch.tensor(tile_starts(context_len, seq_len, tile), dtype=torch.int64, device=device)
+        # Borders lie at multiples of ``tile``, whatever the chunk's own start: a prompt cut into other chunks has the
+        # same tiles, except for the pieces at a chunk's two ends. A copy from the host would wait for a GPU.
+        first, last = context_len // tile, -(-seq_len // tile)
+        starts = torch.arange(first, last + 1, device=device).mul_(tile).clamp_(context_len, seq_len)
         return cls(context_len, seq_len, block_size, tile, starts, column_multiple)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from minference_vllm.patterns import (
 
 ENGINES = ("block_table", "native")
 """Engines that every test of ``sparse_prefill`` runs with; another one needs its name here and nothing else."""
+GPU_ENGINES = ("triton", "block_table")
+"""The same for tensors on a GPU."""
 
 # With fewer heads than patterns the first ones are taken, so those that differ most come first.
 PATTERNS: tuple[HeadPattern, ...] = (
@@ -80,12 +82,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.is_relative_to(slow))
 
 
-@pytest.fixture(params=ENGINES)
-def engine_name(request: pytest.FixtureRequest) -> str:
-    """Each engine; the test is skipped where it cannot run on this machine at all."""
-    if request.param == "native" and native.unavailable_reason():
+@pytest.fixture(
+    params=[*ENGINES, *(pytest.param(f"cuda:{name}", marks=pytest.mark.gpu) for name in GPU_ENGINES)],
+)
+def engine_name(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each engine; the test is skipped where it cannot run on this machine at all. With a GPU's engine all tensors that
+    the test makes, but for the random ones, are made on the GPU."""
+    device, _, name = str(request.param).rpartition(":")
+    if name == "native" and native.unavailable_reason():
         pytest.skip(str(native.unavailable_reason()))
-    return str(request.param)
+    if device and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here")
+    if device and name == "block_table":
+        pytest.importorskip("vllm.vllm_flash_attn")
+    with torch.device(device or "cpu"):
+        yield name
 
 
 @pytest.fixture(scope="session")
@@ -154,13 +165,14 @@ def make_batch(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> PagedBatch:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     lengths = [query + context for query, context in zip(query_lens, context_lens, strict=True)]
     blocks = [-(-length // block_size) for length in lengths]
     total = sum(blocks) + 3  # three pages that belong to nobody
     shape = (total, block_size, kv_heads, head_size)
     caches = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)]
-    order = torch.randperm(total, generator=generator).to(torch.int32)
+    here = torch.empty(0).device
+    order = torch.randperm(total, generator=generator, device="cpu").to(here, torch.int32)
     table = torch.full((len(lengths), max(blocks) + 1), int(order[-1]), dtype=torch.int32)
     first = 0
     for request, (count, length) in enumerate(zip(blocks, lengths, strict=True)):
@@ -171,10 +183,10 @@ def make_batch(
             # A kernel may load the slots behind the last token and drop them afterwards, so those are finite (they
             # are in a real cache, too), but large enough to show.
             rows = torch.full((count * block_size, kv_heads, head_size), 100.0)
-            rows[:length] = torch.randn(length, kv_heads, head_size, generator=generator)
+            rows[:length] = torch.randn(length, kv_heads, head_size, generator=generator, device="cpu")
             cache[pages.long()] = rows.view(count, block_size, kv_heads, head_size).to(dtype)
     starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    query = torch.randn(int(starts[-1]), heads, head_size, generator=generator).to(dtype)
+    query = torch.randn(int(starts[-1]), heads, head_size, generator=generator, device="cpu").to(here, dtype)
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     return PagedBatch(query, caches[0], caches[1], table, starts, seq_lens, list(context_lens))
 

@@ -21,6 +21,7 @@ PARTS: dict[str, set[str]] = {
     "plan": set(),
     "tiling": {"torch"},
     "selection": {"torch"},
+    "capacity": set(),
     "index": {"torch"},
     "estimate": {"torch"},
     "paged_cache": {"torch"},
@@ -42,8 +43,8 @@ PARTS: dict[str, set[str]] = {
 }
 # Beside the road: tests and benchmarks alone import it.
 REFERENCE = "reference"
-# Of the engines, the one file that calls vLLM.
-VLLM_CALLS = {"engines.cpu_kernel"}
+# Of the engines, the files that call vLLM.
+VLLM_CALLS = {"engines.cpu_kernel", "engines.flash"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -68,3 +68,12 @@ def test_seconds_of_attention_and_audits_are_kept_apart() -> None:
     counters.count_seconds(2.0, 0.5)
     counters.count_seconds(1.0, 0.0)
     assert (counters.sparse_seconds, counters.audit_seconds) == (3.0, 0.5)
+
+
+def test_tiles_without_room_are_in_the_line() -> None:
+    counters = Counters()
+    counters.count_layer(1.0, 2.0, 0)
+    assert "no room" not in str(counters.line_when_due(1.0, now=5000.0))
+    counters.count_layer(1.0, 2.0, 3)
+    assert counters.overflowed == 3
+    assert "; 3 tiles had no room" in str(counters.line_when_due(1.0, now=6000.0))

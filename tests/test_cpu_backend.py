@@ -72,7 +72,7 @@ class Layer:
         from vllm.v1.attention.backends import cpu_attn
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-        from minference_vllm.backend import cpu, serving
+        from minference_vllm.backend import cpu, serving, splitting
 
         path = self.folder / "patterns.json"
         heads = dict(enumerate(self.patterns))
@@ -100,9 +100,9 @@ class Layer:
                 }
             },
         )
-        for module in (cpu, cpu_attn):
+        for module in (splitting, cpu_attn):
             self.monkeypatch.setattr(module, "get_current_vllm_config", lambda: config)
-        self.monkeypatch.setattr(cpu, "get_tensor_model_parallel_rank", lambda: self.rank)
+        self.monkeypatch.setattr(splitting, "get_tensor_model_parallel_rank", lambda: self.rank)
         self.monkeypatch.setattr(serving, "attend_chunk", self.watched_attend_chunk)
         options = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto", **self.options}
         self.impl = cpu.MInferenceCPUImpl(self.heads, DIM, self.scale, self.kv_heads, **options)
@@ -215,7 +215,7 @@ def assert_right(layer: Layer, output: torch.Tensor, sparse: Sequence[int]) -> N
 def test_a_mixed_batch(dtype: torch.dtype, kinds: list[dict[str, Any]], make_layer: Callable[..., Layer]) -> None:
     layer = make_layer(MIXED, dtype=dtype, patterns=kinds)
     metadata = layer.metadata()
-    assert [chunk.request for chunk in metadata.plan.sparse] == list(SPARSE)
+    assert [chunk.request for chunk, _ in metadata.sparse] == list(SPARSE)
     output = layer.run(layer.impl, metadata)
     assert len(layer.indices) == len(SPARSE)
     assert_right(layer, output, SPARSE)
@@ -243,7 +243,7 @@ def test_batches_without_a_sparse_chunk_take_the_parents_path(
 def test_layers_whose_heads_are_all_dense_take_the_parents_path(make_layer: Callable[..., Layer]) -> None:
     layer = make_layer(MIXED, patterns=[{"kind": "dense"}] * HEADS)
     metadata = layer.metadata()
-    assert metadata.plan.sparse
+    assert metadata.sparse
     assert torch.equal(layer.run(layer.impl, metadata), layer.run(layer.parent, metadata))
     assert not layer.indices
 
@@ -261,16 +261,17 @@ def test_layers_whose_heads_are_all_dense_take_the_parents_path(make_layer: Call
 def test_layers_that_we_do_not_serve_run_as_vllms(options: dict[str, Any], make_layer: Callable[..., Layer]) -> None:
     layer = make_layer(MIXED, options=options)
     metadata = layer.metadata()
-    assert metadata.plan.sparse
+    assert metadata.sparse
     assert torch.equal(layer.run(layer.impl, metadata), layer.run(layer.parent, metadata))
     assert not layer.indices
 
 
 def test_the_reason_is_logged(monkeypatch: pytest.MonkeyPatch, make_layer: Callable[..., Layer]) -> None:
-    from minference_vllm.backend import cpu
+    from minference_vllm.backend import splitting
 
     lines: list[str] = []
-    monkeypatch.setattr(cpu.logger, "info_once", lambda message, *values: lines.append(message % values), raising=False)
+    record = lambda message, *values: lines.append(message % values)  # noqa: E731
+    monkeypatch.setattr(splitting.logger, "info_once", record, raising=False)
     make_layer([(0, 10)])
     assert not [line for line in lines if "densely" in line]
     make_layer([(0, 10)], options={"sliding_window": 128, "logits_soft_cap": 20.0})
@@ -281,10 +282,11 @@ def test_the_reason_is_logged(monkeypatch: pytest.MonkeyPatch, make_layer: Calla
 def test_the_source_of_the_patterns_is_logged(
     monkeypatch: pytest.MonkeyPatch, make_layer: Callable[..., Layer]
 ) -> None:
-    from minference_vllm.backend import cpu
+    from minference_vllm.backend import splitting
 
     lines: list[str] = []
-    monkeypatch.setattr(cpu.logger, "info_once", lambda message, *values: lines.append(message % values), raising=False)
+    record = lambda message, *values: lines.append(message % values)  # noqa: E731
+    monkeypatch.setattr(splitting.logger, "info_once", record, raising=False)
     layer = make_layer([(0, 10)])
     (line,) = [line for line in lines if "patterns from" in line]
     assert str(layer.folder / "patterns.json") in line and f"min_context = {MIN_CONTEXT}" in line
@@ -306,7 +308,7 @@ def test_a_stride_that_does_not_fit_the_pages_is_refused_at_the_start(
 ) -> None:
     """Not at the first long prompt."""
     with pytest.raises(
-        ValueError, match=f"patterns.json .*: antidiagonal stride {stride} must divide the page size.* 64"
+        ValueError, match=rf"patterns\.json.*: antidiagonal stride {stride} must divide the page size.* 64"
     ):
         make_layer([(0, 10)], patterns=[*KINDS[:7], {"kind": "antidiagonal", "stride": stride}])
 
@@ -344,7 +346,7 @@ def test_non_causal_batches_take_the_parents_path(make_layer: Callable[..., Laye
         slot_mapping=torch.zeros(400, dtype=torch.int64),
         causal=False,
     )
-    assert getattr(layer.builder.build(0, common), "plan", None) is None
+    assert getattr(layer.builder.build(0, common), "sparse", None) is None
 
 
 def test_our_classes_stand_where_vllm_looks_for_them() -> None:
@@ -367,21 +369,28 @@ def runtime(sparse_seconds: float = 0.0, audit_seconds: float = 0.0, **settings:
 
 
 def test_audits_keep_their_share_of_the_time() -> None:
-    assert audit_is_due(runtime()), "the first chunk, so that every short run shows some recall"
-    assert audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=0.99))
-    assert not audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=1.01))
-    assert audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=1.01, audit_share=0.02))
-    assert not audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=0.01, audit_share=0.0))
+    assert audit_is_due(runtime(), on_gpu=False), "the first chunk, so that every short run shows some recall"
+    assert audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=0.99), on_gpu=False)
+    assert not audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=1.01), on_gpu=False)
+    assert audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=1.01, audit_share=0.02), on_gpu=False)
+    assert not audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=0.01, audit_share=0.0), on_gpu=False)
 
 
 def test_without_rows_nothing_is_audited() -> None:
-    assert not audit_is_due(runtime(audit_rows=0))
-    assert not audit_is_due(runtime(sparse_seconds=100.0, audit_rows=0, audit_share=1.0))
+    assert not audit_is_due(runtime(audit_rows=0), on_gpu=False)
+    assert not audit_is_due(runtime(sparse_seconds=100.0, audit_rows=0, audit_share=1.0), on_gpu=False)
 
 
 def test_under_a_floor_everything_is_audited() -> None:
-    assert audit_is_due(runtime(recall_floor=0.9))
-    assert audit_is_due(runtime(sparse_seconds=1.0, audit_seconds=50.0, recall_floor=0.9, audit_share=0.0))
+    assert audit_is_due(runtime(recall_floor=0.9), on_gpu=False)
+    assert audit_is_due(
+        runtime(sparse_seconds=1.0, audit_seconds=50.0, recall_floor=0.9, audit_share=0.0), on_gpu=False
+    )
+
+
+def test_on_a_gpu_only_a_floor_audits() -> None:
+    assert not audit_is_due(runtime(sparse_seconds=100.0, audit_share=1.0), on_gpu=True)
+    assert audit_is_due(runtime(recall_floor=0.9), on_gpu=True)
 
 
 def test_recall_of_audited_chunks_is_counted_per_layer_and_head(make_layer: Callable[..., Layer]) -> None:
@@ -523,10 +532,10 @@ def test_another_request_begins_with_its_own_patterns(
 def test_the_log_line_tells_recall_and_raised_heads(
     make_layer: Callable[..., Layer], two_chunks: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minference_vllm.backend import cpu
+    from minference_vllm.backend import splitting
 
     lines: list[str] = []
-    monkeypatch.setattr(cpu.logger, "info", lambda message, *values, **options: lines.append(message % values))
+    monkeypatch.setattr(splitting.logger, "info", lambda message, *values, **options: lines.append(message % values))
     layer = make_layer([FIRST], patterns=MISFITS, settings={"recall_floor": 0.98, "log_interval": 1e-9})
     for batch in two_chunks(layer):
         layer.fill(batch)
@@ -540,7 +549,7 @@ def test_nothing_of_ours_runs_for_decodes(make_layer: Callable[..., Layer], monk
     """Above all no reading of lengths, which would copy them from a GPU."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
-    from minference_vllm.backend import cpu
+    from minference_vllm.backend import splitting
 
     def never(*arguments: Any) -> Any:
         raise AssertionError("called for a batch of decodes")
@@ -548,7 +557,7 @@ def test_nothing_of_ours_runs_for_decodes(make_layer: Callable[..., Layer], monk
     layer = make_layer([(500, 1), (9, 1), (700, 15)])
     metadata = CPUAttentionMetadata.__new__(CPUAttentionMetadata)
     monkeypatch.setattr(CPUAttentionMetadataBuilder, "build", lambda *arguments: metadata)
-    monkeypatch.setattr(cpu, "plan_batch", never)
+    monkeypatch.setattr(splitting, "plan_batch", never)
     monkeypatch.setattr(Counters, "count_batch", never)
     monkeypatch.setattr(Counters, "line_when_due", never)
     assert layer.metadata() is metadata

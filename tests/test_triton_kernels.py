@@ -28,6 +28,28 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "pages of a tile, one over the border": {"seq_len": 257, "context_len": 128, "block_size": 128, "head_size": 128},
     "float32": {"seq_len": 330, "context_len": 150, "block_size": 32, "dtype": "float32", "head_size": 32},
+    "planned sizes, dense tiles without a list": {
+        "seq_len": 405,
+        "context_len": 130,
+        "block_size": 32,
+        "planned": True,
+    },
+    "soft cap and sinks, head size 96": {
+        "seq_len": 300,
+        "context_len": 140,
+        "block_size": 64,
+        "head_size": 96,
+        "softcap": 2.0,
+        "sinks": True,
+    },
+    "FP8 cache with scales, head size 256": {
+        "seq_len": 270,
+        "context_len": 140,
+        "block_size": 32,
+        "head_size": 256,
+        "fp8": True,
+    },
+    "FP8 queries, too": {"seq_len": 270, "context_len": 140, "block_size": 32, "fp8": True, "fp8_query": True},
 }
 
 
@@ -57,6 +79,7 @@ def test_sparse_attention_matches_the_reference(interpreted: dict[str, Any], nam
     assert found["error"] <= 2 * found["eager_error"] + 1e-6, found
     assert found["lse_error"] < 2e-3 if "float32" not in name else found["lse_error"] < 1e-5, found
     assert found["columns"] > 0, "the case must exercise single columns"
+    assert (found["unlisted"] > 0) == ("without a list" in name)
 
 
 def run_case(
@@ -67,50 +90,75 @@ def run_case(
     kv_heads: int = 2,
     head_size: int = 64,
     dtype: str = "bfloat16",
+    planned: bool = False,
+    softcap: float = 0.0,
+    sinks: bool = False,
+    fp8: bool = False,
+    fp8_query: bool = False,
 ) -> dict[str, float]:
     import torch
 
-    from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash, reference
+    from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash
+    from minference_vllm.capacity import plan_capacity
     from minference_vllm.estimate import Estimates
     from minference_vllm.index import build_index
     from minference_vllm.paged_cache import PagedCache
+    from minference_vllm.reference import repeat_heads
     from minference_vllm.tiling import Tiling
     from minference_vllm.triton_kernels import sparse_attention
 
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
+    stored = torch.float8_e4m3fn if fp8 else kind
     blocks = -(-seq_len // block_size)
     pages = torch.randperm(blocks + 2)[:blocks]
-    query = torch.randn(seq_len - context_len, heads, head_size).to(kind)
-    rows = [torch.randn(seq_len, kv_heads, head_size).to(kind) for _ in range(2)]
+    query = torch.randn(seq_len - context_len, heads, head_size).to(torch.float8_e4m3fn if fp8_query else kind)
+    rows = [torch.randn(seq_len, kv_heads, head_size).to(stored) for _ in range(2)]
     caches = []
     for row in rows:
         # Everything the sequence does not own is NaN: pages of others, and the last page past the end.
-        padded = torch.full((blocks * block_size, kv_heads, head_size), torch.nan, dtype=kind)
-        padded[:seq_len] = row
-        cache = torch.full((blocks + 2, block_size, kv_heads, head_size), torch.nan, dtype=kind)
+        padded = torch.full((blocks * block_size, kv_heads, head_size), torch.nan)
+        padded[:seq_len] = row.float()
+        cache = torch.full((blocks + 2, block_size, kv_heads, head_size), torch.nan)
         cache[pages] = padded.view(blocks, block_size, kv_heads, head_size)
-        caches.append(cache.transpose(1, 2))
-    keys, values = (row.transpose(0, 1) for row in rows)
+        caches.append(cache.to(stored).transpose(1, 2))
+    query_scale, key_scale, value_scale = (0.5 if fp8_query else 1.0, *((0.75, 2.0) if fp8 else (1.0, 1.0)))
+    keys, values = (
+        (row.float() * factor).transpose(0, 1) for row, factor in zip(rows, (key_scale, value_scale), strict=True)
+    )
     scale = head_size**-0.5
     tiling = Tiling.of(context_len, seq_len, block_size, max(128, block_size))
     patterns = [VerticalSlash(vertical=40, slash=16), BlockSparse(top_k=1), AShape(sink=16, local=64), Dense()]
-    index = build_index(tiling, patterns[:heads], Estimates(query, keys, scale))
-    out = torch.full_like(query, torch.nan)
+    wide = query.float() * query_scale
+    capacity = plan_capacity(patterns, context_len, seq_len, block_size, tiling.tile) if planned else None
+    index = build_index(tiling, patterns[:heads], Estimates(wide, keys, scale), capacity)
+    sink = torch.randn(heads) if sinks else None
+    out = torch.full(query.shape, torch.nan, dtype=kind)
     lse = torch.full((heads, len(query)), torch.nan)
-    sparse_attention.run(query, PagedCache(caches[0], caches[1], "rows"), pages, index, scale, out, lse)
+    paged = PagedCache(caches[0], caches[1], "rows", key_scale, value_scale)
+    sparse_attention.run(query, paged, pages, index, scale * query_scale, out, lse, softcap, sink)
     mask = index.to_mask()
-    expected = reference.masked_attention(query, keys, values, mask, scale)
-    repeated = [reference.repeat_heads(row, heads) for row in (keys, values)]
-    logits = (query.transpose(0, 1) @ repeated[0].transpose(1, 2)) * scale
-    eager = logits.masked_fill(~mask, -torch.inf).softmax(-1) @ repeated[1]
-    exact = query.double().transpose(0, 1) @ repeated[0].double().transpose(1, 2) * scale
-    expected_lse = exact.masked_fill(~mask, -torch.inf).logsumexp(-1)
+
+    def attention(precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = wide, repeat_heads(keys, heads), repeat_heads(values, heads)
+        one, all_keys, all_values = (part.to(precision) for part in wanted)
+        logits = one.transpose(0, 1) @ all_keys.transpose(1, 2) * scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        logits = logits.masked_fill(~mask, -torch.inf)
+        total = logits.logsumexp(-1)
+        if sink is not None:
+            total = torch.logaddexp(total, sink.to(precision)[:, None])
+        weights = (logits - total[..., None]).exp()
+        return (weights @ all_values).transpose(0, 1).double(), total
+
+    expected, expected_lse = attention(torch.float64)
     return {
         "error": float((out.double() - expected).abs().max()),
-        "eager_error": float((eager.transpose(0, 1).double() - expected).abs().max()),
+        "eager_error": float((attention(kind)[0] - expected).abs().max()),
         "lse_error": float((lse.double() - expected_lse).abs().max()),
         "columns": int(index.num_columns.max()),
+        "unlisted": int((index.blocks[..., 0] < 0).sum()),
     }
 
 

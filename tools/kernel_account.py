@@ -1,9 +1,10 @@
 """What every variant of the Triton kernels costs on NVIDIA GPUs, compiled ahead of time: no GPU is needed.
 
 Prints registers, spills, shared memory, tensor-core and asynchronous-copy instructions, and blocks per multiprocessor.
-Exits with 1 when a default variant spills, does not fit, or has lost its tensor-core instructions.
+Exits with 1 when a default variant spills, does not fit, or has lost its tensor-core instructions; the other variants
+(rarer head sizes, soft cap and sinks, FP8 caches) are only shown, and only with --all.
 
-    python tools/kernel_account.py [--arch 80 90 100] [--csv FILE]
+    python tools/kernel_account.py [--arch 80 90 100] [--all] [--csv FILE]
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces the functions that are compiled here
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minference_vllm.triton_kernels import sparse_attention
+from minference_vllm.triton_kernels import estimate, sparse_attention
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Per multiprocessor: shared memory in bytes. All have 65,536 registers, 2,048 threads and 32 blocks.
@@ -37,6 +39,7 @@ TENSOR_CORES = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
 class Account:
     kernel: str
     variant: str
+    default: bool
     arch: int
     triton: str
     warps: int
@@ -53,7 +56,7 @@ class Account:
         found = []
         if self.spill_loads or self.spill_stores:
             found.append(f"spills {self.spill_loads}/{self.spill_stores}")
-        if not self.tensor_core:
+        if not self.tensor_core and self.kernel != "block_mean":
             found.append("no tensor-core instruction")
         if not self.blocks_per_sm:
             found.append("does not fit a multiprocessor")
@@ -75,7 +78,7 @@ def compile_kernel(function: Any, types: dict[str, str], constants: dict[str, An
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def account(kernel: str, variant: str, compiled: Any, arch: int) -> Account:
+def account(kernel: str, variant: str, default: bool, compiled: Any, arch: int) -> Account:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -93,6 +96,7 @@ def account(kernel: str, variant: str, compiled: Any, arch: int) -> Account:
     return Account(
         kernel,
         variant,
+        default,
         arch,
         triton.__version__,
         warps,
@@ -106,47 +110,119 @@ def account(kernel: str, variant: str, compiled: Any, arch: int) -> Account:
     )
 
 
-def sparse_attention_variants(arch: int) -> list[Account]:
-    """The shapes that models use: head sizes, page sizes, element types."""
-    function = sparse_attention.sparse_attention_kernel
-    accounts = []
-    for dtype, head_size, page in (("bf16", 64, 16), ("bf16", 128, 16), ("bf16", 128, 128), ("fp16", 128, 64)):
-        pointers = {name: f"*{dtype}" for name in ("p_query", "p_key", "p_value", "p_out")}
-        pointers |= {"p_lse": "*fp32", "p_pages": "*i64", "p_tile_starts": "*i64"}
-        pointers |= {name: "*i32" for name in ("p_blocks", "p_num_blocks", "p_columns", "p_num_columns")}
-        strides = {name: "i64!" for name in function.arg_names if name.startswith("stride_")}
-        scalars = {"num_tiles": "i32", "num_rows": "i32", "max_blocks": "i32", "max_columns": "i32"}
-        constants = {
+@dataclass(frozen=True)
+class Variant:
+    """A shape that models use."""
+
+    dtype: torch.dtype = torch.bfloat16
+    head_size: int = 128
+    page: int = 128
+    fp8: bool = False
+    extras: bool = False
+    """Soft cap, sinks and log-sum-exp."""
+
+    @property
+    def name(self) -> str:
+        cache = " fp8 cache" if self.fp8 else ""
+        extras = " cap+sinks+lse" if self.extras else ""
+        return f"{_SHORT[self.dtype]} D={self.head_size} page={self.page}{cache}{extras}"
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        compute, precision = sparse_attention.compute_type(self.dtype)
+        return {
             "GROUP": 4,
-            "HEAD_SIZE": head_size,
-            "D": head_size,
-            "PAGE": page,
-            "BLOCK_M": sparse_attention.BLOCK_M,
-            "BLOCK_N": sparse_attention.key_block(arch // 10, head_size),
-            "WITH_LSE": False,
+            "HEAD_SIZE": self.head_size,
+            "D": triton.next_power_of_2(self.head_size),
+            "PAGE": self.page,
+            "COMPUTE": compute,
+            "PRECISION": precision,
         }
+
+    def types(self, function: Any) -> dict[str, str]:
+        """Triton's names of the arguments' types; what is not listed is a length, int32."""
+        query, cache = f"*{_SHORT[self.dtype]}", "*fp8e4nv" if self.fp8 else f"*{_SHORT[self.dtype]}"
+        pointers = {"p_query": query, "p_out": query, "p_key": cache, "p_value": cache}
+        pointers |= {"p_pages": "*i64", "p_tile_starts": "*i64"}
+        pointers |= {name: "*fp32" for name in ("p_lse", "p_sinks", "p_mean")}
+        lists = ("p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads", "p_rows")
+        pointers |= {name: "*i32" for name in lists}
+        if function is estimate.column_diagonal_kernel:
+            pointers |= {"p_columns": "*fp32", "p_nearer": "*fp32", "p_farther": "*fp32"}
+        scalars = {name: "fp32" for name in ("scale_log2", "softcap_log2", "value_scale", "key_scale")}
+        strides = {name: "i64!" for name in function.arg_names if name.startswith("stride_")}
+        return {name: "i32" for name in function.arg_names} | pointers | scalars | strides
+
+
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+DEFAULT = (
+    Variant(head_size=64, page=16),
+    Variant(page=16),
+    Variant(page=128),
+    Variant(torch.float16, page=64),
+)
+OTHERS = (
+    Variant(head_size=96),
+    Variant(head_size=256),
+    Variant(extras=True),
+    Variant(fp8=True),
+    Variant(head_size=64, fp8=True),
+)
+ESTIMATES = (Variant(page=16), Variant(page=128))
+
+
+def attention_account(variant: Variant, default: bool, arch: int) -> Account:
+    function = sparse_attention.sparse_attention_kernel
+    launch = sparse_attention.launch_shape(arch // 10, variant.head_size)
+    flags = dict.fromkeys(("WITH_SOFTCAP", "WITH_SINKS", "WITH_LSE"), variant.extras)
+    blocks = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
+    compiled = compile_kernel(
+        function,
+        variant.types(function),
+        variant.constants | blocks | flags,
+        arch,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return account("sparse_attention", variant.name, default, compiled, arch)
+
+
+def estimate_accounts(variant: Variant, arch: int) -> list[Account]:
+    kernels: dict[str, tuple[Any, dict[str, Any]]] = {
+        "row_lse": (estimate.row_lse_kernel, {"BLOCK_N": estimate.BLOCK_N}),
+        "column_diagonal": (estimate.column_diagonal_kernel, {}),
+        "block_mean": (estimate.block_mean_kernel, {"SLOTS": variant.page}),
+    }
+    rows = []
+    for name, (function, own) in kernels.items():
+        constants = {key: value for key, value in variant.constants.items() if key in function.arg_names} | own
         compiled = compile_kernel(
-            function,
-            pointers | strides | scalars | {"scale_log2": "fp32"},
-            constants,
-            arch,
-            num_warps=sparse_attention.NUM_WARPS,
-            num_stages=sparse_attention.NUM_STAGES,
+            function, variant.types(function), constants, arch, num_warps=estimate.NUM_WARPS, num_stages=3
         )
-        accounts.append(account("sparse_attention", f"{dtype} D={head_size} page={page}", compiled, arch))
-    return accounts
+        rows.append(account(name, variant.name, True, compiled, arch))
+    return rows
+
+
+def accounts(arch: int, everything: bool) -> list[Account]:
+    rows = [attention_account(variant, True, arch) for variant in DEFAULT]
+    for variant in OTHERS if everything else ():
+        # Before compute capability 8.9 GPUs have no FP8 and Triton refuses it.
+        if arch >= 89 or not variant.fp8:
+            rows.append(attention_account(variant, False, arch))
+    return rows + [row for variant in ESTIMATES for row in estimate_accounts(variant, arch)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED_MEMORY), default=list(SHARED_MEMORY))
+    parser.add_argument("--all", action="store_true", help="also the variants that are only shown")
     parser.add_argument("--csv", type=Path, default=None)
     args = parser.parse_args()
-    rows = [row for arch in args.arch for row in sparse_attention_variants(arch)]
+    rows = [row for arch in args.arch for row in accounts(arch, args.all)]
     for row in rows:
         verdict = ", ".join(row.problems) or "ok"
         print(
-            f"{row.kernel:18s} {row.variant:20s} sm_{row.arch:<4d} regs {row.registers:3d} spills {row.spill_loads}/"
+            f"{row.kernel:16s} {row.variant:34s} sm_{row.arch:<4d} regs {row.registers:3d} spills {row.spill_loads}/"
             f"{row.spill_stores} smem {row.shared_kib:6.1f}K tensor {row.tensor_core:3d} async {row.async_copies:3d} "
             f"blocks/SM {row.blocks_per_sm}  {verdict}"
         )
@@ -155,7 +231,7 @@ def main() -> int:
             writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
             writer.writeheader()
             writer.writerows(map(asdict, rows))
-    return int(any(row.problems for row in rows))
+    return int(any(row.default and row.problems for row in rows))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ its single columns differ only in where the positions come from.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -34,9 +36,12 @@ def _attend_keys(
     stride_value_page,
     stride_value_slot,
     scale_log2,
+    softcap_log2,
     HEAD_SIZE: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
+    WITH_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     """One online-softmax step over BLOCK_N keys."""
@@ -47,8 +52,11 @@ def _attend_keys(
     o_key = b_page * stride_key_page + b_slot * stride_key_slot
     o_value = b_page * stride_value_page + b_slot * stride_value_slot
     m_tile = m_key[:, None] & m_dim[None, :]
-    b_key = tl.load(p_key + o_key[:, None] + o_dim[None, :], mask=m_tile, other=0.0)  # [BLOCK_N, D]
-    b_score = tl.dot(b_query, tl.trans(b_key)) * scale_log2  # [BLOCK_M, BLOCK_N]
+    b_key = tl.load(p_key + o_key[:, None] + o_dim[None, :], mask=m_tile, other=0.0).to(b_query.dtype)  # [BLOCK_N, D]
+    b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
+    if WITH_SOFTCAP:
+        # cap * tanh(score / cap), with tanh(x) = 1 - 2 / (exp(2 x) + 1); everything in powers of two.
+        b_score = softcap_log2 * (1.0 - 2.0 / (tl.exp2(b_score / softcap_log2 * (2.0 * LOG2E)) + 1.0))
     m_score = m_key[None, :]
     if CAUSAL:
         m_score = m_score & (b_position[None, :] <= o_row[:, None])
@@ -59,18 +67,20 @@ def _attend_keys(
     b_weight = tl.exp2(b_score - b_shift[:, None])
     b_decay = tl.exp2(b_max - b_shift)
     b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
-    b_value = tl.load(p_value + o_value[:, None] + o_dim[None, :], mask=m_tile, other=0.0)  # [BLOCK_N, D]
-    b_out = tl.dot(b_weight.to(b_value.dtype), b_value, b_out * b_decay[:, None])
+    b_value = tl.load(p_value + o_value[:, None] + o_dim[None, :], mask=m_tile, other=0.0).to(b_query.dtype)
+    b_out = tl.dot(b_weight.to(b_query.dtype), b_value, b_out * b_decay[:, None], input_precision=PRECISION)
     return b_out, b_sum, b_new_max
 
 
-@triton.jit
+# Sizes differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+@triton.jit(do_not_specialize=["num_tiles", "num_rows", "max_blocks", "max_columns"])
 def sparse_attention_kernel(
     p_query,
     p_key,
     p_value,
     p_out,
     p_lse,
+    p_sinks,
     p_pages,
     p_tile_starts,
     p_blocks,
@@ -92,12 +102,18 @@ def sparse_attention_kernel(
     max_blocks,
     max_columns,
     scale_log2,
+    softcap_log2,
+    value_scale,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WITH_SOFTCAP: tl.constexpr,
+    WITH_SINKS: tl.constexpr,
     WITH_LSE: tl.constexpr,
 ):
     """One program: BLOCK_M rows of one query tile, of one query head."""
@@ -113,6 +129,7 @@ def sparse_attention_kernel(
         m_tile = m_row[:, None] & (o_dim < HEAD_SIZE)[None, :]
         p_query += i_head * stride_query_head
         b_query = tl.load(p_query + o_query[:, None] * stride_query_row + o_dim[None, :], mask=m_tile, other=0.0)
+        b_query = b_query.to(COMPUTE)
         i_kv_head = (i_head // GROUP).to(tl.int64)
         p_key += i_kv_head * stride_key_head
         p_value += i_kv_head * stride_value_head
@@ -121,6 +138,8 @@ def sparse_attention_kernel(
         p_columns += i_list.to(tl.int64) * max_columns
         num_keys = tl.load(p_num_blocks + i_list) * PAGE
         num_columns = tl.load(p_num_columns + i_list)
+        # Without a list the tile attends every block, in order.
+        num_listed = tl.where(tl.load(p_blocks) >= 0, num_keys, 0)
 
         b_out = tl.zeros([BLOCK_M, D], dtype=tl.float32)
         b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -128,12 +147,13 @@ def sparse_attention_kernel(
         for i_key in range(0, num_keys, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)
             m_key = o_key < num_keys
-            b_block = tl.load(p_blocks + o_key // PAGE, mask=m_key, other=0)
+            m_listed = o_key < num_listed
+            b_block = tl.where(m_listed, tl.load(p_blocks + o_key // PAGE, mask=m_listed, other=0), o_key // PAGE)
             b_position = b_block * PAGE + o_key % PAGE
             b_out, b_sum, b_max = _attend_keys(
                 b_query, o_row, b_position, m_key & (b_position < tile_end), b_out, b_sum, b_max,
                 p_key, p_value, p_pages, stride_key_page, stride_key_slot, stride_value_page, stride_value_slot,
-                scale_log2, HEAD_SIZE, D, PAGE, True,
+                scale_log2, softcap_log2, HEAD_SIZE, D, PAGE, WITH_SOFTCAP, PRECISION, True,
             )  # fmt: skip
         for i_key in range(0, num_columns, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)
@@ -142,9 +162,12 @@ def sparse_attention_kernel(
             b_out, b_sum, b_max = _attend_keys(
                 b_query, o_row, b_position, m_key, b_out, b_sum, b_max,
                 p_key, p_value, p_pages, stride_key_page, stride_key_slot, stride_value_page, stride_value_slot,
-                scale_log2, HEAD_SIZE, D, PAGE, False,
+                scale_log2, softcap_log2, HEAD_SIZE, D, PAGE, WITH_SOFTCAP, PRECISION, False,
             )  # fmt: skip
-        b_out = b_out / b_sum[:, None]
+        if WITH_SINKS:
+            # One more key, with a score of its own and a value of zero.
+            b_sum += tl.exp2(tl.load(p_sinks + i_head).to(tl.float32) * LOG2E - b_max)
+        b_out = b_out * (value_scale / b_sum)[:, None]
         p_out += i_head * stride_out_head
         o_out = o_query[:, None] * stride_out_row + o_dim[None, :]
         tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_tile)
@@ -152,12 +175,27 @@ def sparse_attention_kernel(
             tl.store(p_lse + i_head.to(tl.int64) * num_rows + o_query, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
 
 
-BLOCK_M, NUM_WARPS, NUM_STAGES = 128, 8, 2
+@dataclass(frozen=True)
+class LaunchShape:
+    """How one variant is launched; found with ``tools/kernel_account.py``, not yet timed on a GPU."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 8
+    num_stages: int = 2
 
 
-def key_block(major: int, head_size: int) -> int:
-    """Keys per step by compute capability: before Hopper 64 of them spill registers at a head size of 128."""
-    return 32 if major < 9 and head_size > 64 else 64
+def launch_shape(major: int, head_size: int) -> LaunchShape:
+    """By compute capability and head size: the largest that does not spill registers."""
+    if head_size > 128:
+        return LaunchShape(block_m=64, block_n=32)
+    return LaunchShape(block_m=128, block_n=32 if major < 9 and head_size > 64 else 64)
+
+
+def compute_type(dtype: torch.dtype) -> tuple[tl.dtype, str]:
+    """What queries, keys and values are multiplied in, given the queries' type; and the precision of float32."""
+    types = {torch.float32: tl.float32, torch.float16: tl.float16}
+    return types.get(dtype, tl.bfloat16), "ieee" if dtype == torch.float32 else "tf32"
 
 
 def run(
@@ -168,36 +206,47 @@ def run(
     scale: float,
     out: torch.Tensor,
     lse: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attention of one chunk under ``index``, written to ``out``. The checks are ``attend``'s; these are the layouts.
 
     Args:
-        query, out: ``[chunk, H, D]`` in bf16, fp16 or fp32, elements of a head side by side; D up to 256.
-        cache: layout ``rows``, elements of a head side by side.
+        query, out: ``[chunk, H, D]`` in bf16, fp16 or fp32, elements of a head side by side; D up to 256. The query
+            may also be FP8; its scale is then part of ``scale``.
+        cache: layout ``rows``, elements of a head side by side; of the query's type, or FP8 with scales.
         pages: int64 ``[N]``, physical page of each logical block.
         index: on the device of ``query``.
-        lse: float32 ``[H, chunk]``, contiguous; receives the log-sum-exp of each row's scores.
+        lse: float32 ``[H, chunk]``, contiguous; receives the log-sum-exp of each row's scores, the sink's included.
+        softcap: scores are ``softcap * tanh(score / softcap)``; 0 leaves them as they are.
+        sinks: float ``[H]``, contiguous: a score per head that takes its share of the softmax and gives nothing.
     """
     if cache.layout != "rows":
         raise ValueError(f"the Triton kernel reads pages of plain rows, not {cache.layout!r}")
     heads = query.shape[1]
     major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
-    longest = int((index.tile_starts[1:] - index.tile_starts[:-1]).max())
-    grid = (index.num_tiles, triton.cdiv(longest, BLOCK_M), heads)
+    compute, precision = compute_type(query.dtype)
+    launch = launch_shape(major, cache.head_size)
+    grid = (index.num_tiles, triton.cdiv(min(index.tile, query.shape[0]), launch.block_m), heads)
     sparse_attention_kernel[grid](
-        query, cache.key, cache.value, out, query if lse is None else lse, pages, index.tile_starts,
-        index.blocks, index.num_blocks, index.columns, index.num_columns,
+        query, cache.key, cache.value, out, query if lse is None else lse, query if sinks is None else sinks,
+        pages, index.tile_starts, index.blocks, index.num_blocks, index.columns, index.num_columns,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         cache.key.stride(0), cache.key.stride(1), cache.key.stride(2),
         cache.value.stride(0), cache.value.stride(1), cache.value.stride(2),
-        index.num_tiles, query.shape[0], index.blocks.shape[2], index.columns.shape[2], scale * LOG2E.value,
+        index.num_tiles, query.shape[0], index.blocks.shape[2], index.columns.shape[2],
+        scale * cache.key_scale * LOG2E.value, softcap * LOG2E.value, cache.value_scale,
         GROUP=heads // cache.num_kv_heads,
         HEAD_SIZE=cache.head_size,
         D=max(16, triton.next_power_of_2(cache.head_size)),
         PAGE=cache.block_size,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=key_block(major, cache.head_size),
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        COMPUTE=compute,
+        PRECISION=precision,
+        WITH_SOFTCAP=softcap != 0.0,
+        WITH_SINKS=sinks is not None,
         WITH_LSE=lse is not None,
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
 NAME = "MINFERENCE"
@@ -134,8 +135,57 @@ def slice_requests(common: CommonAttentionMetadata, first: int, last: int) -> Co
         "block_table_tensor": common.block_table_tensor[first:last],
         "slot_mapping": common.slot_mapping[begin:end],
     }
-    for per_request in ("seq_lens_cpu_upper_bound", "is_prefilling", "dcp_local_seq_lens"):
+    for per_request in ("seq_lens_cpu_upper_bound", "_seq_lens_cpu", "is_prefilling", "dcp_local_seq_lens", "req_idx"):
         value = getattr(common, per_request, None)
         if value is not None:
             fields[per_request] = value[first:last]
+    # What vLLM has worked out from the whole batch's lengths.
+    fields |= {field.name: None for field in dataclasses.fields(common) if field.name.endswith("_cache")}
     return dataclasses.replace(common, **fields)
+
+
+def host_seq_lens(common: CommonAttentionMetadata) -> list[int] | None:
+    """The sequence length of each request, without waiting for the GPU; None when the host does not know them.
+
+    Exact for prefills; a decode that verifies drafted tokens may be shorter.
+    """
+    # The upper bound is the newer field; before 0.30 the lengths themselves were there, perhaps unfilled.
+    for name in ("seq_lens_cpu_upper_bound", "_seq_lens_cpu"):
+        lengths = getattr(common, name, None)
+        if lengths is not None:
+            return [int(length) for length in lengths[: common.num_reqs].tolist()]
+    if common.seq_lens.device.type == "cpu":
+        return [int(length) for length in common.seq_lens[: common.num_reqs].tolist()]
+    return None
+
+
+def dense_batch_reason(common: CommonAttentionMetadata) -> str | None:
+    """Why a whole batch is left to vLLM's path, or None: masks that are not plainly causal."""
+    if common.causal is not True:
+        return "not causal"
+    if getattr(common, "mm_req_doc_ranges", None):
+        return "tokens of images attend both ways"
+    if getattr(common, "rswa_prefix_lens", None) is not None:
+        return "reference sliding window"
+    return None
+
+
+def flash_attention_pages(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the keys and the values in FlashAttention's cache, each ``[num_blocks, num_kv_heads, block_size, D]``.
+
+    Args:
+        kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * D]``, keys and values side by side; or, with dimensions
+            for the two of them, ``[2, num_blocks, block_size, num_kv_heads, D]`` or ``[num_blocks, 2, block_size,
+            num_kv_heads, D]``. The strides say how the bytes lie (NHD or HND), so they may be any.
+
+    Raises:
+        ValueError: none of these.
+    """
+    shape = tuple(kv_cache.shape)
+    if len(shape) == 4 and shape[3] == 2 * head_size:
+        return kv_cache[..., :head_size], kv_cache[..., head_size:]
+    # With two blocks nobody could say which of the dimensions is which.
+    if len(shape) == 5 and shape[4] == head_size and shape[:2].count(2) == 1:
+        key, value = kv_cache.unbind(shape.index(2))
+        return key.transpose(1, 2), value.transpose(1, 2)
+    raise ValueError(f"minference does not know FlashAttention's cache of shape {shape} with heads of {head_size}")

@@ -51,8 +51,11 @@ class Runtime:
         """One line for the log: where the patterns come from, and the settings that are not at their default."""
         changed = self.settings.model_dump(exclude_defaults=True, exclude={"patterns"})
         settings = ", ".join(f"{name} = {value}" for name, value in changed.items()) or "default settings"
-        native_reason = native.unavailable_reason()
-        kernels = f"no native kernels ({native_reason})" if native_reason else "native kernels"
+        if torch.cuda.is_available():
+            kernels = "Triton kernels"
+        else:
+            native_reason = native.unavailable_reason()
+            kernels = f"no native kernels ({native_reason})" if native_reason else "native kernels"
         return f"patterns from {self.source}; {settings}; {kernels}; sparse from {self.settings.min_context} tokens"
 
 

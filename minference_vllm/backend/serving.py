@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from vllm.logger import init_logger
@@ -27,31 +28,37 @@ def serve_chunk(
     pages: torch.Tensor,
     chunk: Chunk,
     patterns: Sequence[HeadPattern],
-    scale: float,
     out: torch.Tensor,
+    **options: Any,
 ) -> None:
     """As ``attend_chunk``; audits recall when that is due, and counts what was done.
 
     Args:
         layer: the layer's number, or -1 when it has none.
         first_head: global number of the first of this rank's heads.
+        options: more arguments of ``attend_chunk``.
     """
     settings, counters = runtime.settings, runtime.counters
     if runtime.recorder is not None:
-        runtime.recorder.record(layer, first_head, query, cache, pages, chunk, scale)
-        attend_chunk(query, cache, pages, chunk, [Dense()] * query.shape[1], scale, out, settings.engine, settings.tile)
+        runtime.recorder.record(layer, first_head, query, cache, pages, chunk, options["scale"])
+        dense = [Dense()] * query.shape[1]
+        attend_chunk(
+            query, cache, pages, chunk, dense, out=out, engine=settings.engine, tile=settings.tile, **options
+        )  # fmt: skip
         return
     audit = None
-    if audit_is_due(runtime):
+    if audit_is_due(runtime, query.is_cuda):
         # Other rows in every layer and chunk, the same ones whenever the same prompt comes in the same chunks.
         seed = zlib.crc32(f"{layer} {chunk.context_len} {chunk.seq_len}".encode())
         levels = runtime.raised.at(layer, chunk.context_len, pages, cache.block_size)
         audit = Audit(sample_rows(chunk.query_len, settings.audit_rows, seed), settings.recall_floor, levels)
     timing = Timing()
     index = attend_chunk(
-        query, cache, pages, chunk, patterns, scale, out, settings.engine, settings.tile, timing, audit
+        query, cache, pages, chunk, patterns, out=out, engine=settings.engine, tile=settings.tile, timing=timing,
+        audit=audit, **options,
     )  # fmt: skip
-    counters.count_layer(float(index.computed_pairs().sum()), index.num_heads * index.dense_pairs())
+    overflowed = 0 if index.overflowed is None else index.overflowed.sum()
+    counters.count_layer(index.computed_pairs().sum(), index.num_heads * index.dense_pairs(), overflowed)
     counters.count_seconds(timing.estimate + timing.index + timing.attend, timing.audit)
     if audit is None or audit.recall is None:
         return
@@ -67,11 +74,15 @@ def serve_chunk(
             )  # fmt: skip
 
 
-def audit_is_due(runtime: Runtime) -> bool:
-    """Every chunk and layer under a floor; else as often as audits stay below their share of the time."""
+def audit_is_due(runtime: Runtime, on_gpu: bool) -> bool:
+    """Every chunk and layer under a floor; else as often as audits stay below their share of the time.
+
+    On a GPU only under a floor: reading what was found waits for the GPU, and the host's clock does not know the
+    GPU's time.
+    """
     settings, counters = runtime.settings, runtime.counters
     if not settings.audit_rows:
         return False
-    if settings.recall_floor is not None:
-        return True
+    if settings.recall_floor is not None or on_gpu:
+        return settings.recall_floor is not None
     return counters.audit_seconds <= settings.audit_share * counters.sparse_seconds

@@ -1,8 +1,6 @@
-"""Run a sparse index as a batch of short paged-attention requests on vLLM's own dense kernel.
+"""Run a sparse index as a batch of short paged-attention requests on vLLM's CPU kernel.
 
-Attention does not care about the order of keys, so "query tile I of head h attends blocks {a, b, c}" is a request with
-block table ``[a, b, c]`` whose last block is the causal one. There is one such *virtual request* per query head and
-tile. A page of one KV head is itself a page of a one-head cache, ``block * HK + kv_head``: a view, no copy. Single
+A page of one KV head is itself a page of a one-head cache, ``block * HK + kv_head``: a view, no copy. Single
 columns are first copied into scratch pages of the same layout.
 """
 
@@ -15,6 +13,7 @@ import torch
 
 from minference_vllm.engines import cpu_kernel
 from minference_vllm.engines.columns import GatheredColumns, gather_columns
+from minference_vllm.engines.virtual_requests import VirtualRequests, by_head
 from minference_vllm.index import SparseIndex
 from minference_vllm.paged_cache import PagedCache
 
@@ -34,38 +33,33 @@ def run(
         out: like ``query``.
     """
     chunk, heads, dim = query.shape
-    size, kv_heads, tiles = cache.block_size, cache.num_kv_heads, index.num_tiles
+    size, kv_heads = cache.block_size, cache.num_kv_heads
     column_pages = index.num_columns.view(-1).long() // size
     slices = _slices(column_pages)
     scratch_pages = max(int(column_pages[first:last].sum()) for first, last in slices)
     memory = _in_place(cache, pages, scratch_pages) or _copied(cache, pages, scratch_pages)
-    by_head = query.transpose(0, 1).reshape(heads * chunk, 1, dim)
-    result = torch.empty_like(by_head)
+    queries = by_head(query)
+    result = torch.empty_like(queries)
 
-    kv_head = (torch.arange(heads) // (heads // kv_heads)).repeat_interleave(tiles)
-    blocks = index.blocks.view(heads * tiles, -1)
-    num_blocks = index.num_blocks.view(-1).long()
-    physical = memory.pages[blocks.long().clamp(min=0)] * kv_heads + kv_head[:, None]
-    starts, ends = index.tile_starts[:-1], index.tile_starts[1:]
-    in_last_block = (ends - (ends - 1) // size * size).repeat(heads)
-    seq_lens = ((num_blocks - 1 + column_pages) * size + in_last_block).to(torch.int32)
-    query_start_loc = torch.zeros(heads * tiles + 1, dtype=torch.int64)
-    torch.cumsum((ends - starts).repeat(heads), 0, out=query_start_loc[1:])
+    requests = VirtualRequests.of(index, kv_heads)
+    physical = requests.physical(memory.pages, kv_heads)
+    seq_lens = requests.seq_lens(size, column_pages)
+    query_start_loc = requests.query_start_loc
     columns = gather_columns(index, cache, pages)
 
     for first, last in slices:
         page_counts = column_pages[first:last]
         most = int(page_counts.max())
-        table = torch.zeros(last - first, most + blocks.shape[1], dtype=torch.int32)
-        place = page_counts[:, None] + torch.arange(blocks.shape[1])
-        table.scatter_(1, place, physical[first:last].to(torch.int32))
+        table = torch.zeros(last - first, most + physical.shape[1], dtype=torch.int32)
+        place = page_counts[:, None] + torch.arange(physical.shape[1])
+        table.scatter_(1, place, physical[first:last])
         if most:
             _write_columns(index, columns, first, last, memory.scratch)
             own = torch.arange(most) < page_counts[:, None]
             table[:, :most][own] = memory.first_scratch + torch.arange(int(page_counts.sum()), dtype=torch.int32)
         rows = slice(int(query_start_loc[first]), int(query_start_loc[last]))
         cpu_kernel.attend(
-            by_head[rows],
+            queries[rows],
             memory.key,
             memory.value,
             table,

@@ -1,0 +1,200 @@
+"""One layer on a GPU: what the CPU's tests of ``sparse_prefill`` (run with the GPU's engines, too) do not reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from minference_vllm import reference
+from minference_vllm.attend import attend_chunk
+from minference_vllm.estimate import Estimates
+from minference_vllm.index import SparseIndex, build_index
+from minference_vllm.paged_cache import PagedCache
+from minference_vllm.patterns import AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
+from minference_vllm.plan import Chunk
+from minference_vllm.tiling import Tiling
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+]
+DIM = 128
+SCALE = DIM**-0.5
+MIXED: list[HeadPattern] = [
+    VerticalSlash(vertical=1000, slash=3096),
+    BlockSparse(top_k=64),
+    AShape(sink=1024, local=3072),
+    TriShape(sink=1024, local=3072, last=128),
+] * 2
+
+
+@pytest.fixture(params=["triton", "block_table"])
+def engine(request: pytest.FixtureRequest) -> str:
+    if request.param == "block_table":
+        pytest.importorskip("vllm.vllm_flash_attn")
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu() -> Iterator[None]:
+    with torch.device("cuda"):
+        yield
+
+
+def layer(
+    seq_len: int,
+    chunk_len: int,
+    heads: int = 8,
+    kv_heads: int = 2,
+    page: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[torch.Tensor, PagedCache, torch.Tensor, Chunk]:
+    """Queries, a cache as vLLM lays it out (keys and values side by side), pages in random order, and the chunk."""
+    torch.manual_seed(0)
+    blocks = -(-seq_len // page)
+    memory = torch.randn(blocks, kv_heads, page, 2 * DIM).to(dtype)
+    pages = torch.randperm(blocks)
+    query = torch.randn(chunk_len, heads, DIM).to(torch.bfloat16) * 2
+    return (
+        query,
+        PagedCache(memory[..., :DIM], memory[..., DIM:], "rows"),
+        pages,
+        Chunk(0, 0, seq_len - chunk_len, seq_len),
+    )
+
+
+def sampled_error(
+    query: torch.Tensor,
+    cache: PagedCache,
+    pages: torch.Tensor,
+    index: SparseIndex,
+    out: torch.Tensor,
+    rows: Sequence[int],
+) -> float:
+    """Largest error of some rows against float64 attention under the index's own selection."""
+    keys = cache.keys_by_head(pages)[:, : index.seq_len]
+    values = PagedCache(cache.value, cache.value, "rows").keys_by_head(pages)[:, : index.seq_len]
+    group = query.shape[1] // cache.num_kv_heads
+    worst = 0.0
+    for row in rows:
+        position = index.context_len + row
+        tile = int(torch.searchsorted(index.tile_starts, torch.tensor(position), right=True)) - 1
+        for head in range(query.shape[1]):
+            mask = torch.zeros(len(pages) * index.block_size, dtype=torch.bool)
+            listed = index.blocks[head, tile, : index.num_blocks[head, tile]].long()
+            if int(index.blocks[head, tile, 0]) < 0:
+                mask[:] = True
+            else:
+                mask.view(len(pages), -1)[listed] = True
+            mask[index.columns[head, tile, : index.num_columns[head, tile]].long()] = True
+            mask[position + 1 :] = False
+            kept = mask[: index.seq_len].nonzero().view(-1)
+            logits = keys[head // group, kept].double() * cache.key_scale @ query[row, head].double() * SCALE
+            exact = logits.softmax(0) @ (values[head // group, kept].double() * cache.value_scale)
+            worst = max(worst, float((out[row, head].double() - exact).abs().max()))
+    return worst
+
+
+def test_nothing_waits_for_the_gpu(engine: str) -> None:
+    """Every call after the first, which compiles and copies the few constants."""
+    query, cache, pages, chunk = layer(32768, 2048)
+    out = torch.empty_like(query)
+    attend_chunk(query, cache, pages, chunk, MIXED, SCALE, out, engine)
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        index = attend_chunk(query, cache, pages, Chunk(0, 0, 28672, 30720), MIXED, SCALE, out, engine)
+        computed = index.computed_pairs().sum()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert float(computed) > 0
+
+
+def test_the_index_is_the_torch_paths() -> None:
+    """In float32, where both score alike; selections may part only where scores tie to rounding."""
+    torch.manual_seed(0)
+    query, keys = torch.randn(2048, 8, DIM) * 2, torch.randn(2, 8192, DIM)
+    pages = torch.randperm(64)
+    memory = torch.empty(64, 2, 128, DIM)
+    memory[pages] = keys.view(2, 64, 128, DIM).transpose(0, 1)
+    cache = PagedCache(memory, memory, "rows")
+    out = torch.empty_like(query)
+    index = attend_chunk(query, cache, pages, Chunk(0, 0, 6144, 8192), MIXED, SCALE, out, "triton")
+    by_torch = build_index(Tiling.of(6144, 8192, 128, 128, device="cuda"), MIXED, Estimates(query, keys, SCALE))
+    different = (index.to_mask() != by_torch.to_mask()).float().mean()
+    assert float(different) < 1e-4
+    expected = reference.masked_attention(query, keys, keys, index.to_mask(), SCALE)
+    assert float((out.double() - expected).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("page", [16, 64, 128])
+def test_a_million_tokens(engine: str, page: int) -> None:
+    """The last 8K of 1M tokens, 32 heads over 8; the index stays within the stated memory."""
+    query, cache, pages, chunk = layer(1 << 20, 8192, heads=32, kv_heads=8, page=page)
+    patterns = [VerticalSlash(vertical=1000, slash=6096)] * 24 + [BlockSparse(top_k=100)] * 7 + [AShape()]
+    out = torch.full_like(query, torch.nan)
+    attend_chunk(query, cache, pages, chunk, patterns, SCALE, out, engine)
+    out.fill_(torch.nan)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    index = attend_chunk(query, cache, pages, chunk, patterns, SCALE, out, engine)
+    torch.cuda.synchronize()
+    # The block-table engine holds head-major queries, outputs and gathered columns beside the index.
+    allowed = (320 if engine == "triton" else 1024) << 20
+    assert torch.cuda.max_memory_allocated() - before <= allowed
+    assert bool(torch.isfinite(out).all())
+    assert sampled_error(query, cache, pages, index, out, [0, 4095, 8191]) < 0.02
+
+
+def test_dense_heads_agree_with_scaled_dot_product_attention() -> None:
+    query, cache, pages, chunk = layer(16384, 16384)
+    out = torch.full_like(query, torch.nan)
+    attend_chunk(query, cache, pages, chunk, [Dense()] * 8, SCALE, out, "triton")
+    keys = cache.keys_by_head(pages)
+    values = PagedCache(cache.value, cache.value, "rows").keys_by_head(pages)
+    repeated = (reference.repeat_heads(rows, 8)[None] for rows in (keys, values))
+    dense = torch.nn.functional.scaled_dot_product_attention(query.transpose(0, 1)[None], *repeated, is_causal=True)
+    torch.testing.assert_close(out, dense[0].transpose(0, 1), rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("fp8_query", [False, True])
+def test_fp8_caches(fp8_query: bool) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no FP8")
+    query, cache, pages, chunk = layer(16384, 2048, dtype=torch.float8_e4m3fn)
+    cache = PagedCache(cache.key, cache.value, "rows", key_scale=0.75, value_scale=2.0)
+    out = torch.full_like(query, torch.nan)
+    given = query.to(torch.float8_e4m3fn) if fp8_query else query
+    index = attend_chunk(given, cache, pages, chunk, MIXED, SCALE, out, "triton")
+    wide = PagedCache(cache.key.bfloat16(), cache.value.bfloat16(), "rows", 0.75, 2.0)
+    assert sampled_error(given.to(query.dtype), wide, pages, index, out, [0, 1000, 2047]) < 0.05
+
+
+@pytest.mark.parametrize("extras", [{"softcap": 20.0}, {"sinks": True}, {"softcap": 5.0, "sinks": True}], ids=str)
+def test_soft_caps_and_sinks(extras: dict[str, float]) -> None:
+    query, cache, pages, chunk = layer(2048, 1024, heads=4, kv_heads=1)
+    sinks = torch.randn(4) if extras.get("sinks") else None
+    softcap = extras.get("softcap", 0.0)
+    out = torch.full_like(query, torch.nan)
+    index = attend_chunk(
+        query,
+        cache,
+        pages,
+        chunk,
+        [VerticalSlash(vertical=100, slash=256)] * 4,
+        SCALE,
+        out,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    keys, values = (cache.keys_by_head(pages), PagedCache(cache.value, cache.value, "rows").keys_by_head(pages))
+    logits = query.double().transpose(0, 1) @ keys.double().transpose(1, 2) * SCALE
+    logits = (softcap * torch.tanh(logits / softcap) if softcap else logits).masked_fill(~index.to_mask(), -torch.inf)
+    total = logits.logsumexp(-1)
+    if sinks is not None:
+        total = torch.logaddexp(total, sinks.double()[:, None])
+    expected = ((logits - total[..., None]).exp() @ values.double()).transpose(0, 1)
+    assert float((out.double() - expected).abs().max()) < 0.05

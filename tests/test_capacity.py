@@ -1,0 +1,215 @@
+"""Indices of planned size: the same selection without waiting for the device, within the stated memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minference_vllm.capacity import MEMORY_LIMIT, Capacity, plan_capacity
+from minference_vllm.index import SparseIndex, build_index
+from minference_vllm.patterns import (
+    Antidiagonal,
+    AShape,
+    BlockSparse,
+    Coverage,
+    Dense,
+    HeadPattern,
+    PeakThreshold,
+    TriShape,
+    VerticalSlash,
+)
+from minference_vllm.tiling import Tiling
+
+PATTERNS: list[HeadPattern] = [
+    Dense(),
+    AShape(sink=40, local=100),
+    AShape(sink=0, local=0),
+    AShape(sink=10**6, local=10**6),
+    VerticalSlash(vertical=60, slash=150),
+    TriShape(sink=40, local=100, last=70),
+    VerticalSlash(vertical=60, slash=150),
+    VerticalSlash(vertical=300, slash=100),
+    VerticalSlash(vertical=0, slash=200),
+    VerticalSlash(vertical=10**6, slash=10**6),
+    BlockSparse(top_k=3),
+    BlockSparse(top_k=1),
+    BlockSparse(top_k=10**4),
+]
+ADAPTIVE: list[HeadPattern] = [
+    Coverage(gamma=0.3, min_budget=64),
+    Coverage(gamma=0.95, min_budget=64),
+    Antidiagonal(stride=16, tau=0.5),
+    PeakThreshold(alpha=0.5, sink=16, window=32),
+]
+TILINGS = {
+    # name: (context_len, seq_len, block_size, tile)
+    "regular": (0, 512, 32, 64),
+    "odd_length": (0, 517, 32, 64),
+    "one_token_after_context": (300, 301, 16, 32),
+    "chunk_inside_a_page": (301, 600, 32, 64),
+    "long_context_short_chunk": (2000, 2100, 32, 128),
+}
+
+
+class RandomScores:
+    """Stands for the estimates: random, the same for a head whoever is asked for together with it."""
+
+    def __init__(self, seq_len: int) -> None:
+        self.seq_len = seq_len
+
+    def draw(self, kind: int, heads: Sequence[int], *shape: int) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(100 * kind + head) for head in heads]
+        # To the eighth: some stand out, as the patterns whose budget the data decide expect.
+        return torch.stack([torch.rand(shape, generator=generator) ** 8 for generator in generators])
+
+    def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.draw(1, heads, self.seq_len), self.draw(2, heads, self.seq_len)
+
+    def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        scores = self.draw(3, heads, tiling.num_tiles, tiling.num_key_blocks) * tiling.reachable()
+        return scores / scores.sum(-1, keepdim=True)
+
+    peaks = pooled
+
+    def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
+        return self.pooled(heads, tiling)
+
+
+def planned(tiling: Tiling, patterns: Sequence[HeadPattern], **options: Any) -> Capacity:
+    lengths = tiling.context_len, tiling.seq_len, tiling.block_size, tiling.tile, tiling.column_multiple
+    return plan_capacity(patterns, *lengths, **options)
+
+
+def assert_same(found: SparseIndex, exact: SparseIndex) -> None:
+    assert torch.equal(found.to_mask(), exact.to_mask())
+    assert torch.equal(found.num_blocks, exact.num_blocks) and torch.equal(found.num_columns, exact.num_columns)
+    assert torch.equal(found.computed_pairs(), exact.computed_pairs())
+    assert found.overflowed is not None and not bool(found.overflowed.any())
+
+
+@pytest.mark.parametrize("whole_pages", [False, True])
+@pytest.mark.parametrize("name", TILINGS)
+def test_the_planned_index_selects_the_same_keys(name: str, whole_pages: bool) -> None:
+    context_len, seq_len, block_size, tile = TILINGS[name]
+    tiling = Tiling.of(context_len, seq_len, block_size, tile, column_multiple=block_size if whole_pages else 1)
+    exact = build_index(tiling, PATTERNS, RandomScores(seq_len))
+    capacity = planned(tiling, PATTERNS)
+    assert_same(build_index(tiling, PATTERNS, RandomScores(seq_len), capacity), exact)
+    one_by_one = Capacity(capacity.blocks, capacity.columns, heads_at_once=1)
+    assert_same(build_index(tiling, PATTERNS, RandomScores(seq_len), one_by_one), exact)
+
+
+@pytest.mark.parametrize("name", TILINGS)
+def test_budgets_that_the_data_decide(name: str) -> None:
+    """With room for all that they may want; what is dense is dense either way."""
+    tiling = Tiling.of(*TILINGS[name])
+    exact = build_index(tiling, ADAPTIVE, RandomScores(tiling.seq_len))
+    roomy = Capacity(tiling.num_key_blocks, tiling.seq_len, heads_at_once=2)
+    assert_same(build_index(tiling, ADAPTIVE, RandomScores(tiling.seq_len), roomy), exact)
+
+
+def test_coverage_without_room_for_its_columns_is_dense() -> None:
+    tiling = Tiling.of(0, 1024, 32, 64)
+    patterns = [Coverage(gamma=0.3, min_budget=64)]
+    exact = build_index(tiling, patterns, RandomScores(1024))
+    assert int(exact.num_columns.max()) > 35 and float(exact.density()) < 0.9
+    found = build_index(tiling, patterns, RandomScores(1024), Capacity(tiling.num_key_blocks, 35, heads_at_once=1))
+    assert float(found.density()) == 1.0
+
+
+def test_dense_tiles_are_listed_only_for_an_engine_that_reads_lists_alone() -> None:
+    tiling = Tiling.of(1000, 2000, 32, 64)
+    patterns = [Dense(), AShape(sink=32, local=64), TriShape(sink=32, local=64, last=64)]
+    short = build_index(tiling, patterns, RandomScores(2000), planned(tiling, patterns))
+    assert short.blocks.shape[2] < 10
+    assert bool((short.blocks[0] == -1).all()) and bool((short.blocks[2, -1] == -1).all())
+    assert bool((short.blocks[1, :, 0] >= 0).all()) and bool((short.blocks[2, 0, 0] >= 0).all())
+    whole = build_index(tiling, patterns, RandomScores(2000), planned(tiling, patterns, list_everything=True))
+    assert bool((whole.blocks[..., 0] >= 0).all())
+    assert torch.equal(whole.to_mask(), short.to_mask())
+
+
+@pytest.mark.parametrize(("blocks", "columns"), [(3, 1000), (1000, 20), (1, 1)])
+def test_a_selection_without_room_is_dense_and_counted_never_cut(blocks: int, columns: int) -> None:
+    tiling = Tiling.of(301, 1200, 32, 64)
+    patterns = [VerticalSlash(vertical=60, slash=150), BlockSparse(top_k=3), AShape(sink=32, local=0), Dense()]
+    exact = build_index(tiling, patterns, RandomScores(1200))
+    found = build_index(tiling, patterns, RandomScores(1200), Capacity(blocks, columns, heads_at_once=4))
+    assert found.overflowed is not None and bool(found.overflowed[:2].any())
+    assert not bool(found.overflowed[3].any()), "a dense head is dense by intent"
+    everything = build_index(tiling, [Dense()] * 4, RandomScores(1200)).to_mask()
+    rows = tiling.starts[1:] - tiling.starts[:-1]
+    dense_rows = (found.overflowed | (found.blocks[..., 0] < 0)).repeat_interleave(rows, dim=1)
+    assert torch.equal(found.to_mask(), torch.where(dense_rows[..., None], everything, exact.to_mask()))
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that live tensors have held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.references: Counter[int] = Counter()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if not self.references[storage._cdata]:
+                    self.live += storage.nbytes()
+                self.references[storage._cdata] += 1
+                weakref.finalize(tensor, self.release, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def release(self, storage: int, size: int) -> None:
+        self.references[storage] -= 1
+        if not self.references[storage]:
+            self.live -= size
+
+
+class EmptyScores(RandomScores):
+    """Of the right shapes, without data."""
+
+    def draw(self, kind: int, heads: Sequence[int], *shape: int) -> torch.Tensor:
+        return torch.empty(len(heads), *shape, device="meta")
+
+
+MIXTURES: dict[str, list[HeadPattern]] = {
+    "default": [VerticalSlash(vertical=1000, slash=6096)] * 32,
+    "many columns": [VerticalSlash(vertical=3000, slash=200)] * 32,
+    "block_sparse": [BlockSparse(top_k=100)] * 32,
+    "dense": [Dense()] * 32,
+    "coverage": [Coverage()] * 32,
+    "antidiagonal": [Antidiagonal()] * 32,
+    "peak_threshold": [PeakThreshold()] * 32,
+    "mixed": [VerticalSlash(), BlockSparse(), TriShape(), AShape()] * 8,
+}
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_memory_at_a_million_tokens(name: str, block_size: int) -> None:
+    """32 heads, an 8K chunk at the end of 1M tokens, on a device that holds no data: what waits for data fails there.
+
+    Counted are all tensors, the scores included; not the scratch that sorting takes inside a single operation.
+    """
+    seq_len = 1 << 20
+    tiling = Tiling.of(seq_len - 8192, seq_len, block_size, 128, device="meta")
+
+    capacity = planned(tiling, MIXTURES[name])
+    with LiveBytes() as memory:
+        index = build_index(tiling, MIXTURES[name], EmptyScores(seq_len), capacity)
+    # The last-query estimate, per head and token: four groups' sums in two arrays and merged, columns, diagonals.
+    lists = 4 * index.blocks.numel() + 4 * index.columns.numel()
+    assert lists + capacity.heads_at_once * seq_len * 4 * (2 * 4 + 3) <= MEMORY_LIMIT
+    assert index.blocks.shape[:2] == (32, 64)
+    assert memory.peak <= MEMORY_LIMIT, f"{memory.peak / 2**20:.0f} MiB"

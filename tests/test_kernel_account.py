@@ -1,0 +1,24 @@
+"""The default variants of the Triton kernels, compiled for Hopper: no spills, and tensor-core instructions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+TOOL = Path(__file__).parent.parent / "tools" / "kernel_account.py"
+
+
+def test_default_variants_keep_their_registers_and_tensor_cores() -> None:
+    done = subprocess.run(
+        [sys.executable, str(TOOL), "--arch", "90"], capture_output=True, text=True, timeout=600, check=False
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines, f"{done.stdout}\n{done.stderr[-4000:]}"
+    assert all(line.endswith("  ok") for line in lines)
+    for kernel in ("sparse_attention", "row_lse", "column_diagonal", "block_mean"):
+        assert any(line.startswith(kernel) for line in lines)

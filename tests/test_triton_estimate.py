@@ -1,0 +1,181 @@
+"""The Triton estimates in the interpreter, and ``sparse_prefill`` through them, against float64 and the torch path.
+
+As in ``test_triton_kernels.py`` this file is both the test and, run as a script, the process with the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+CASES: dict[str, dict[str, Any]] = {
+    "pages of 16, odd length": {"seq_len": 333, "context_len": 0, "block_size": 16},
+    "spread over the chunk": {"seq_len": 500, "context_len": 77, "block_size": 32},
+    "spread, rows at the sequence's start": {"seq_len": 256, "context_len": 0, "block_size": 64, "dtype": "float32"},
+    "chunk inside a page, GQA 7, head size 80": {
+        "seq_len": 260,
+        "context_len": 101,
+        "block_size": 48,
+        "heads": 7,
+        "kv_heads": 1,
+        "head_size": 80,
+        "dtype": "float16",
+    },
+    "fewer than 64 queries": {"seq_len": 211, "context_len": 174, "block_size": 32},
+    "two queries": {"seq_len": 130, "context_len": 128, "block_size": 32, "dtype": "float32"},
+    "one query": {"seq_len": 100, "context_len": 99, "block_size": 32},
+    "one token": {"seq_len": 1, "context_len": 0, "block_size": 32},
+    "float32, pages of 128": {"seq_len": 400, "context_len": 200, "block_size": 128, "dtype": "float32"},
+    "FP8 cache with scales": {"seq_len": 250, "context_len": 100, "block_size": 32, "fp8": True},
+}
+INDEX_CASES = [(0, 517, 16), (301, 700, 32), (200, 500, 128)]
+"""(context, length, page size) of float32 chunks whose index must be the torch path's."""
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize("score", ["columns", "diagonals", "means"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_estimates_match_the_reference(interpreted: dict[str, Any], name: str, score: str) -> None:
+    error, eager_error, largest = interpreted[name][score]
+    # Floors for sums of 64 probabilities in float32; diagonals count their smallest group four times.
+    assert error <= 2 * eager_error + 64e-6, (error, eager_error)
+    assert largest > 0
+
+
+@pytest.mark.parametrize("case", INDEX_CASES, ids=str)
+def test_the_index_is_the_torch_paths(interpreted: dict[str, Any], case: tuple[int, int, int]) -> None:
+    found = interpreted[f"index {list(case)}"]
+    assert found["different"] == [0] * 6, "by head"
+    assert found["density"] < 0.9
+    assert found["error"] < 1e-5
+
+
+def paged(rows: Any, pages: Any, block_size: int) -> Any:
+    """``[S, HK, D]`` rows as ``[num_blocks, HK, B, D]``; everything that the sequence does not own is NaN."""
+    import torch
+
+    length, kv_heads, dim = rows.shape
+    padded = torch.full((len(pages) * block_size, kv_heads, dim), torch.nan)
+    padded[:length] = rows.float()
+    cache = torch.full((len(pages) + 2, block_size, kv_heads, dim), torch.nan)
+    cache[pages] = padded.view(len(pages), block_size, kv_heads, dim)
+    return cache.to(rows.dtype).transpose(1, 2)
+
+
+def run_case(
+    seq_len: int,
+    context_len: int,
+    block_size: int,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_size: int = 64,
+    dtype: str = "bfloat16",
+    fp8: bool = False,
+) -> dict[str, tuple[float, float, float]]:
+    import torch
+
+    from minference_vllm import estimate, reference
+    from minference_vllm.paged_cache import PagedCache
+    from minference_vllm.triton_kernels import estimate as kernels
+
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    blocks = -(-seq_len // block_size)
+    pages = torch.randperm(blocks + 2)[:blocks]
+    query = (torch.randn(seq_len - context_len, heads, head_size) * 2).to(kind)
+    rows = torch.randn(seq_len, kv_heads, head_size).to(torch.float8_e4m3fn if fp8 else kind)
+    key_scale = 0.75 if fp8 else 1.0
+    memory = paged(rows, pages, block_size)
+    cache = PagedCache(memory, memory, "rows", key_scale)
+    keys = (rows.float() * key_scale).transpose(0, 1)
+    scale = head_size**-0.5
+    wanted = [heads - 1, *range(0, heads - 1, 2)]
+    found = (
+        *kernels.last_query_scores(query, cache, pages, seq_len, wanted, scale),
+        kernels.mean_keys(cache, pages, seq_len, 0, kv_heads),
+    )
+    means = torch.stack([block.mean(1) for block in keys.double().split(block_size, dim=1)], dim=1)
+    exact = (
+        *reference.last_query_scores(query, keys, scale, estimate.row_groups(len(query))),
+        means,
+    )
+    eager = (
+        *estimate.last_query_scores(query, keys.to(kind), wanted, scale),
+        estimate.mean_keys(keys, block_size),
+    )
+    errors = {}
+    for name, ours, right, plain in zip(("columns", "diagonals", "means"), found, exact, eager, strict=True):
+        right = right if name == "means" else right[wanted]
+        assert ours.shape == right.shape and torch.isfinite(ours).all()
+        differences = [float((scores.double() - right).abs().max()) for scores in (ours, plain)]
+        errors[name] = (differences[0], differences[1], float(ours.max()))
+    return errors
+
+
+def run_index_case(context_len: int, seq_len: int, block_size: int) -> dict[str, Any]:
+    """``sparse_prefill`` through every kernel, and the index that torch alone builds for it."""
+    import torch
+
+    from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash, reference, sparse_prefill
+    from minference_vllm.estimate import Estimates
+    from minference_vllm.index import build_index
+    from minference_vllm.patterns import Coverage, PeakThreshold
+    from minference_vllm.tiling import Tiling
+
+    torch.manual_seed(1)
+    heads, kv_heads, dim = 6, 2, 32
+    blocks = -(-seq_len // block_size)
+    pages = torch.randperm(blocks + 2)[:blocks]
+    query = torch.randn(seq_len - context_len, heads, dim) * 2
+    key_rows, value_rows = (torch.randn(seq_len, kv_heads, dim) for _ in range(2))
+    patterns = [VerticalSlash(vertical=40, slash=32), BlockSparse(top_k=1), AShape(sink=16, local=32), Dense()]
+    patterns += [Coverage(gamma=0.5, min_budget=64), PeakThreshold(alpha=0.5, sink=16, window=32)]
+    out, (index,) = sparse_prefill(
+        query,
+        paged(key_rows, pages, block_size).transpose(1, 2),
+        paged(value_rows, pages, block_size).transpose(1, 2),
+        pages[None].to(torch.int32),
+        torch.tensor([0, len(query)]),
+        torch.tensor([seq_len]),
+        patterns,
+        engine="triton",
+        return_index=True,
+    )
+    keys, values, scale = key_rows.transpose(0, 1), value_rows.transpose(0, 1), dim**-0.5
+    by_torch = build_index(Tiling.of(context_len, seq_len, block_size, 128), patterns, Estimates(query, keys, scale))
+    expected = reference.masked_attention(query, keys, values, by_torch.to_mask(), scale)
+    return {
+        "different": (index.to_mask() != by_torch.to_mask()).sum((1, 2)).tolist(),
+        "density": float(index.density()[0]),
+        "error": float((out.double() - expected).abs().max()),
+    }
+
+
+if __name__ == "__main__":
+    import triton_interpreter  # noqa: F401 - mends the interpreter
+
+    results: dict[str, Any] = {name: run_case(**case) for name, case in CASES.items()}
+    results |= {f"index {list(case)}": run_index_case(*case) for case in INDEX_CASES}
+    print(json.dumps(results))

@@ -1,0 +1,307 @@
+"""The estimates of ``minference_vllm.estimate`` straight from paged keys of any strides.
+
+Nothing of the size queries x context is ever stored: the chosen queries' scores are computed twice, once for each row's
+log-sum-exp and once for the sums along columns and diagonals, 64 keys at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from minference_vllm.estimate import LAST_QUERIES, ROW_GROUPS, row_groups
+from minference_vllm.paged_cache import PagedCache
+from minference_vllm.triton_kernels.sparse_attention import LN2, LOG2E, compute_type
+
+ROWS = tl.constexpr(LAST_QUERIES)
+STRIP = tl.constexpr(64)
+"""Keys that one program sums."""
+GROUPS = tl.constexpr(ROW_GROUPS)
+
+
+@triton.jit
+def _queries(
+    p_query,
+    p_rows,
+    rows,
+    stride_query_row,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The chosen rows of one head, and where they lie in the chunk: ``[ROWS, D]``, ``[ROWS]``."""
+    o_slot, o_dim = tl.arange(0, ROWS), tl.arange(0, D)
+    m_slot = o_slot < rows
+    o_row = tl.load(p_rows + o_slot, mask=m_slot, other=0)
+    m_tile = m_slot[:, None] & (o_dim < HEAD_SIZE)[None, :]
+    o_query = o_row.to(tl.int64)[:, None] * stride_query_row + o_dim[None, :]
+    return tl.load(p_query + o_query, mask=m_tile, other=0.0).to(COMPUTE), o_row
+
+
+@triton.jit
+def _scores(
+    b_query,  # [ROWS, D]
+    o_position,  # [ROWS] positions of the rows
+    b_position,  # [BLOCK_N] positions of the keys, perhaps past the end
+    p_key,
+    p_pages,
+    stride_key_page,
+    stride_key_slot,
+    seq_len,
+    scale_log2,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores in powers of two, -inf where a row does not see a key: ``[ROWS, BLOCK_N]``."""
+    o_dim = tl.arange(0, D)
+    m_key = b_position < seq_len
+    b_page = tl.load(p_pages + b_position // PAGE, mask=m_key, other=0).to(tl.int64)
+    o_key = b_page * stride_key_page + (b_position % PAGE) * stride_key_slot
+    m_tile = m_key[:, None] & (o_dim < HEAD_SIZE)[None, :]
+    b_key = tl.load(p_key + o_key[:, None] + o_dim[None, :], mask=m_tile, other=0.0).to(b_query.dtype)  # [BLOCK_N, D]
+    b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2
+    m_score = m_key[None, :] & (b_position[None, :] <= o_position[:, None])
+    return tl.where(m_score, b_score, -float("inf"))
+
+
+# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+@triton.jit(do_not_specialize=["rows", "context_len", "seq_len"])
+def row_lse_kernel(
+    p_query,
+    p_key,
+    p_pages,
+    p_heads,
+    p_rows,
+    p_lse,
+    stride_query_row,
+    stride_query_head,
+    stride_key_page,
+    stride_key_head,
+    stride_key_slot,
+    rows,
+    context_len,
+    seq_len,
+    keys_per_part,
+    scale_log2,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: each row's log-sum-exp over one part of the keys, one head. ``p_lse`` ``[heads, parts, ROWS]``."""
+    i_slot, i_part = tl.program_id(0), tl.program_id(1)
+    i_head = tl.load(p_heads + i_slot)
+    p_query += i_head * stride_query_head
+    b_query, o_row = _queries(p_query, p_rows, rows, stride_query_row, HEAD_SIZE, D, COMPUTE)
+    p_key += (i_head // GROUP).to(tl.int64) * stride_key_head
+    b_sum = tl.zeros([ROWS], dtype=tl.float32)
+    b_max = tl.full([ROWS], -float("inf"), dtype=tl.float32)
+    first = i_part * keys_per_part
+    for i_key in range(first, tl.minimum(first + keys_per_part, seq_len), BLOCK_N):
+        b_score = _scores(
+            b_query, context_len + o_row, i_key + tl.arange(0, BLOCK_N), p_key, p_pages, stride_key_page,
+            stride_key_slot, seq_len, scale_log2, HEAD_SIZE, D, PAGE, PRECISION,
+        )  # fmt: skip
+        b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
+        # A row that has seen no key yet keeps a maximum of -inf; subtracting 0 then gives weights of 0, not NaN.
+        b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
+        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_score - b_shift[:, None]), 1)
+        b_max = b_new_max
+    p_lse += (i_slot * tl.num_programs(1) + i_part) * ROWS
+    tl.store(p_lse + tl.arange(0, ROWS), (b_max + tl.log2(b_sum)) * LN2)
+
+
+@triton.jit(do_not_specialize=["rows", "context_len", "seq_len"])
+def column_diagonal_kernel(
+    p_query,
+    p_key,
+    p_pages,
+    p_heads,
+    p_rows,
+    p_lse,
+    p_columns,
+    p_nearer,
+    p_farther,
+    stride_query_row,
+    stride_query_head,
+    stride_key_page,
+    stride_key_head,
+    stride_key_slot,
+    rows,
+    context_len,
+    seq_len,
+    scale_log2,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: the masses on STRIP keys of one head, summed along columns, and along diagonals by group of rows.
+
+    Row r of a group meets key ``first_key + c`` at the distance ``first_row + r - first_key - c``. Over a group's rows
+    a strip's distances span up to two strips; the nearer and the farther one go to arrays of their own, so that each
+    sum, ``[heads, GROUPS, seq_len]`` by distance, has one writer. ``p_rows`` holds each row, its place in its group,
+    and its group.
+    """
+    i_slot, i_strip = tl.program_id(0), tl.program_id(1)
+    i_head = tl.load(p_heads + i_slot)
+    o_slot, o_key = tl.arange(0, ROWS), tl.arange(0, STRIP)
+    m_slot = o_slot < rows
+    p_query += i_head * stride_query_head
+    b_query, o_row = _queries(p_query, p_rows, rows, stride_query_row, HEAD_SIZE, D, COMPUTE)
+    p_key += (i_head // GROUP).to(tl.int64) * stride_key_head
+    b_position = i_strip * STRIP + o_key
+    b_score = _scores(
+        b_query, context_len + o_row, b_position, p_key, p_pages, stride_key_page,
+        stride_key_slot, seq_len, scale_log2, HEAD_SIZE, D, PAGE, PRECISION,
+    )  # fmt: skip
+    b_lse = tl.load(p_lse + i_slot * ROWS + o_slot, mask=m_slot, other=0.0) / LN2
+    b_weight = tl.where(m_slot[:, None], tl.exp2(b_score - b_lse[:, None]), 0.0)  # [ROWS, STRIP]
+    tl.store(p_columns + i_slot.to(tl.int64) * seq_len + b_position, tl.sum(b_weight, 0), mask=b_position < seq_len)
+
+    o_place = tl.load(p_rows + rows + o_slot, mask=m_slot, other=0)
+    b_group = tl.load(p_rows + 2 * rows + o_slot, mask=m_slot, other=GROUPS)
+    # Distance t of the nearer strip is met in key STRIP - 1 + place - t, of the farther one in key place - 1 - t.
+    o_near = STRIP - 1 + o_place[:, None] - o_key[None, :]
+    o_far = o_near - STRIP
+    b_near = tl.gather(b_weight, tl.minimum(o_near, STRIP - 1), 1)
+    b_far = tl.gather(b_weight, tl.maximum(o_far, 0), 1)
+    b_near = tl.where(o_near < STRIP, b_near, 0.0)
+    b_far = tl.where(o_far >= 0, b_far, 0.0)
+    for i_group in tl.static_range(GROUPS):
+        m_group = (b_group == i_group)[:, None]
+        # All rows of a group agree on where its first row lies; a group without rows stores zeros, which nobody reads.
+        first_row = tl.max(tl.where(b_group == i_group, context_len + o_row - o_place, -1), 0)
+        o_distance = first_row - i_strip * STRIP - (STRIP - 1) + o_key
+        p_group = (i_slot * GROUPS + i_group).to(tl.int64) * seq_len
+        m_near = (o_distance >= 0) & (o_distance < seq_len)
+        tl.store(p_nearer + p_group + o_distance, tl.sum(tl.where(m_group, b_near, 0.0), 0), mask=m_near)
+        o_distance += STRIP
+        m_far = (o_distance >= 0) & (o_distance < seq_len)
+        tl.store(p_farther + p_group + o_distance, tl.sum(tl.where(m_group, b_far, 0.0), 0), mask=m_far)
+
+
+@triton.jit(do_not_specialize=["first_kv_head", "seq_len"])
+def block_mean_kernel(
+    p_key,
+    p_pages,
+    p_mean,
+    stride_key_page,
+    stride_key_head,
+    stride_key_slot,
+    first_kv_head,
+    seq_len,
+    key_scale,
+    HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """One program: the mean key of one block of one KV head. ``p_mean`` float32 ``[heads, N, HEAD_SIZE]``."""
+    i_block, i_slot = tl.program_id(0), tl.program_id(1)
+    o_slot, o_dim = tl.arange(0, SLOTS), tl.arange(0, D)
+    count = tl.minimum(seq_len - i_block * PAGE, PAGE)
+    o_page = tl.load(p_pages + i_block).to(tl.int64) * stride_key_page
+    p_key += o_page + (first_kv_head + i_slot).to(tl.int64) * stride_key_head
+    m_tile = (o_slot < count)[:, None] & (o_dim < HEAD_SIZE)[None, :]
+    b_key = tl.load(p_key + o_slot[:, None] * stride_key_slot + o_dim[None, :], mask=m_tile, other=0.0)
+    b_mean = tl.sum(b_key.to(tl.float32), 0) * key_scale / count
+    p_mean += (i_slot.to(tl.int64) * tl.num_programs(0) + i_block) * HEAD_SIZE
+    tl.store(p_mean + o_dim, b_mean, mask=o_dim < HEAD_SIZE)
+
+
+KEYS_PER_PART, BLOCK_N, NUM_WARPS = 4096, 64, 4
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int32 heads; a copy to a GPU, which waits for it, once for all layers that ask for the same."""
+    return torch.tensor(heads, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(chunk: int, device: torch.device) -> torch.Tensor:
+    """int32 ``[3, rows]``: ``row_groups`` of a chunk as rows, their places in their groups, and their groups."""
+    groups = row_groups(chunk)
+    rows = torch.cat([torch.arange(begin, end, device=device) for begin, end in groups])
+    places = torch.cat([torch.arange(end - begin, device=device) for begin, end in groups])
+    numbers = torch.cat([torch.full((end - begin,), i, device=device) for i, (begin, end) in enumerate(groups)])
+    return torch.stack([rows, places, numbers]).to(torch.int32)
+
+
+def last_query_scores(
+    query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, seq_len: int, heads: Sequence[int], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``estimate.last_query_scores`` straight from the pages.
+
+    Args:
+        query: ``[chunk, H, D]``, elements of a head side by side.
+        cache: layout ``rows``, elements of a head side by side.
+        pages: int64 ``[N]``, contiguous.
+        heads: query heads wanted, in any order.
+
+    Returns:
+        float32 ``[len(heads), S]`` twice: columns and diagonals.
+    """
+    device, context_len = query.device, seq_len - query.shape[0]
+    wanted, rows = _on_device(tuple(heads), device), _rows(query.shape[0], device)
+    parts = triton.cdiv(seq_len, KEYS_PER_PART)
+    lse = torch.empty(len(heads), parts, LAST_QUERIES, device=device)
+    compute, precision = compute_type(query.dtype)
+    strides = query.stride(0), query.stride(1), *cache.key.stride()[:3]
+    lengths = rows.shape[1], context_len, seq_len
+    scale_log2 = scale * cache.key_scale * LOG2E.value
+    shape = {
+        "GROUP": query.shape[1] // cache.num_kv_heads,
+        "HEAD_SIZE": cache.head_size,
+        "D": max(16, triton.next_power_of_2(cache.head_size)),
+        "PAGE": cache.block_size,
+        "COMPUTE": compute,
+        "PRECISION": precision,
+        "num_warps": NUM_WARPS,
+    }
+    row_lse_kernel[(len(heads), parts)](
+        query, cache.key, pages, wanted, rows, lse, *strides, *lengths, KEYS_PER_PART, scale_log2,
+        BLOCK_N=BLOCK_N, **shape,
+    )  # fmt: skip
+    total = lse.logsumexp(1)
+    columns = torch.empty(len(heads), seq_len, device=device)
+    nearer, farther = (torch.zeros(len(heads), ROW_GROUPS, seq_len, device=device) for _ in range(2))
+    column_diagonal_kernel[(len(heads), triton.cdiv(seq_len, STRIP.value))](
+        query, cache.key, pages, wanted, rows, total, columns, nearer, farther, *strides, *lengths, scale_log2, **shape
+    )
+    agreed = torch.full((len(heads), seq_len), torch.inf, device=device)
+    for number, (begin, end) in enumerate(row_groups(query.shape[0])):
+        reach = context_len + end
+        mean = (nearer[:, number, :reach] + farther[:, number, :reach]).div_(end - begin)
+        torch.minimum(agreed[:, :reach], mean, out=agreed[:, :reach])
+    return columns, agreed.mul_(rows.shape[1])
+
+
+def mean_keys(cache: PagedCache, pages: torch.Tensor, seq_len: int, first: int, last: int) -> torch.Tensor:
+    """``estimate.mean_keys`` of KV heads ``[first, last)`` straight from the pages: float32 ``[heads, N, D]``.
+
+    Args: as ``last_query_scores``.
+    """
+    blocks = triton.cdiv(seq_len, cache.block_size)
+    means = torch.empty(last - first, blocks, cache.head_size, device=pages.device)
+    block_mean_kernel[(blocks, last - first)](
+        cache.key, pages, means, *cache.key.stride()[:3], first, seq_len, cache.key_scale,
+        HEAD_SIZE=cache.head_size,
+        D=triton.next_power_of_2(cache.head_size),
+        PAGE=cache.block_size,
+        SLOTS=triton.next_power_of_2(cache.block_size),
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return means
