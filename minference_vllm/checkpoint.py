@@ -77,8 +77,14 @@ class Checkpoint:
     def get_total_num_hidden_layers(self) -> int:
         return int(self.hf_text_config.num_hidden_layers)
 
-    def fixed_layers(self) -> dict[int, str]:
-        """Layer -> what runs whatever its patterns, and why, as far as the configuration tells."""
+    def fixed_layers(self, engine: str = "auto") -> dict[int, str]:
+        """Layer -> what runs on this machine whatever its patterns, and why, as far as the configuration tells.
+
+        Args:
+            engine: the setting of that name.
+        """
+        # Our fused kernel, which GPUs alone run, knows soft caps and sinks.
+        fused = torch.cuda.is_available() and engine != "block_table"
         config = self.hf_text_config
         window = getattr(config, "sliding_window", None)
         # Without a list of kinds, a window is every layer's.
@@ -92,9 +98,9 @@ class Checkpoint:
                 continue
             reasons = unsupported_layer_reasons(
                 sliding_window=window if kind in WINDOWED else None,
-                logits_soft_cap=getattr(config, "attn_logit_softcapping", None),
+                logits_soft_cap=None if fused else getattr(config, "attn_logit_softcapping", None),
                 alibi_slopes=True if getattr(config, "alibi", False) or config.model_type == "bloom" else None,
-                sinks=True if config.model_type == "gpt_oss" else None,
+                sinks=True if config.model_type == "gpt_oss" and not fused else None,
                 is_decoder=True,
                 kv_cache_dtype="auto",
                 dtype=self.dtype,

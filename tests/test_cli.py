@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from minference_vllm import __version__
+from minference_vllm.backend import compat
+from minference_vllm.checkpoint import Checkpoint
 from minference_vllm.cli import COMMANDS, main
 from minference_vllm.commands import doctor
 from minference_vllm.commands.inspect import spans, table
@@ -237,13 +239,25 @@ def test_inspect_says_why_a_model_is_refused(
     ],
 )
 def test_inspect_names_layers_that_run_no_pattern(
-    tool: Callable[..., Ended], tmp_path: Path, fields: dict[str, Any], rows: dict[str, str]
+    tool: Callable[..., Ended],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    rows: dict[str, str],
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     ended = tool("inspect", model(tmp_path / "model", **{**LLAMA, "architectures": ["SomeForCausalLM"], **fields}))
     assert ended.code == 0, ended.err
     table = {line.split()[0]: line.split(maxsplit=2)[2] for line in ended.out.split("\n\n")[1].splitlines()[1:]}
     found = {layers: text for layers, text in table.items() if text.startswith(("dense", "no patterns"))}
     assert found == rows
+
+
+def test_our_gpu_kernel_runs_patterns_where_the_cpu_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpt_oss = Checkpoint(str(model(tmp_path / "model", **{**LLAMA, "model_type": "gpt_oss"})))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert gpt_oss.fixed_layers() == {0: "dense: sliding window"}
+    assert gpt_oss.fixed_layers("block_table")[1] == "dense: attention sinks"
 
 
 def test_table_groups_what_is_alike() -> None:
@@ -323,6 +337,19 @@ def test_doctor_names_a_plugin_that_is_left_out(tool: Callable[..., Ended], monk
     ended = tool("doctor")
     assert ended.code == 1 and "VLLM_PLUGINS=minference_cpu leaves minference out" in ended.out
     assert "does not work here: attention backend" in ended.out
+
+
+def test_doctor_names_a_slot_that_is_taken(tool: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "resolved_class", lambda: None)
+    ended = tool("doctor")
+    assert ended.code == 1 and "another plugin has taken vLLM's slot" in ended.out
+
+    def refuse() -> None:
+        raise RuntimeError("other.Backend has taken it")
+
+    monkeypatch.setattr(compat, "register_name", refuse)
+    ended = tool("doctor")
+    assert ended.code == 1 and "other.Backend has taken it" in ended.out
 
 
 @pytest.mark.parametrize(

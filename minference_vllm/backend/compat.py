@@ -91,17 +91,14 @@ def current_platform() -> tuple[str, bool, bool]:
     return f"{found.__module__}.{found.__qualname__}", current_platform.is_cpu(), current_platform.is_cuda()
 
 
-def resolved_class() -> str:
-    """The class that our name stands for once vLLM has loaded its plugins.
-
-    Raises:
-        KeyError: the name is unknown.
-    """
+def resolved_class() -> str | None:
+    """The class that our name stands for once vLLM has loaded its plugins; None when they have left it unknown."""
     from vllm.plugins import load_general_plugins
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     load_general_plugins()
-    return str(AttentionBackendEnum[NAME].get_path())
+    member = AttentionBackendEnum.__members__.get(NAME)
+    return None if member is None else str(member.get_path())
 
 
 def selects_minference(vllm_config: Any) -> bool:

@@ -132,6 +132,10 @@ def backend() -> Iterator[Finding]:
         yield Finding("!!", "attention backend", "vLLM does not load our plugin", plugin_remedy("minference"))
         return
     path = compat.resolved_class()
+    if path is None:
+        leave_out = "uninstall it, or leave it out with VLLM_PLUGINS=minference,minference_cpu"
+        yield Finding("!!", "attention backend", "another plugin has taken vLLM's slot for custom backends", leave_out)
+        return
     module, _, class_name = path.rpartition(".")
     getattr(importlib.import_module(module), class_name)
     yield Finding("ok", "attention backend", f"minference is {path}")
@@ -157,16 +161,22 @@ def engines() -> Iterator[Finding]:
 
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        no_cpu = "runs on CPUs; on CUDA every request is served densely for now"
-        yield Finding("--", "engine block_table", no_cpu)
-    else:
-        yield cpu_block_table()
-    reason = "runs on CPUs" if on_gpu else native.unavailable_reason()
+        yield Finding("ok", "engine block_table", "vLLM's FlashAttention kernel")
+        yield Finding("--", "engine native", "runs on CPUs")
+        yield gpu_triton()
+        return
+    yield cpu_block_table()
+    reason = native.unavailable_reason()
     yield Finding("--" if reason else "ok", "engine native", reason or "our kernels, for bf16")
-    if on_gpu:
-        yield Finding("ok", "engine triton", "through sparse_prefill; not served yet")
-    else:
-        yield Finding("--", "engine triton", "needs an NVIDIA GPU (for tests: TRITON_INTERPRET=1)")
+    yield Finding("--", "engine triton", "needs an NVIDIA GPU (for tests: TRITON_INTERPRET=1)")
+
+
+def gpu_triton() -> Finding:
+    try:
+        importlib.import_module("minference_vllm.triton_kernels.sparse_attention")
+    except ImportError as error:
+        return Finding("!!", "engine triton", str(error), "install the triton that belongs to your PyTorch")
+    return Finding("ok", "engine triton", "our fused kernel")
 
 
 def cpu_block_table() -> Finding:
