@@ -17,6 +17,7 @@ from typing import Any
 
 from minference_vllm.calibrate.recorder import CalibrationError, Plan, Recorder, collect
 from minference_vllm.calibrate.search import CANDIDATES, FAMILIES, Choice, choose
+from minference_vllm.formats import to_text
 from minference_vllm.patterns import Dense, HeadPattern, Measurement, PatternFile
 
 LEAST_TOKENS = 4096
@@ -188,7 +189,8 @@ def run(args: argparse.Namespace) -> int:
         for layer, sums in sorted(measured.items())
     }
     report(choices)
-    args.output.write_text(pattern_file(args, choices, num_layers, num_heads, prompts).model_dump_json(indent=1) + "\n")
+    found_patterns = pattern_file(args, choices, num_layers, num_heads, prompts)
+    args.output.write_text(to_text(found_patterns.model_dump(mode="json")) + "\n")
     print(f"wrote {args.output}")
     for process in processes:
         plan.path(process).unlink()
