@@ -174,6 +174,30 @@ def columns_outside_blocks(
     return blocks, found.masked_fill_(slots < 0, -1), count
 
 
+MAX_PIECE = 1 << 22
+"""Heads times tiles times columns that are sorted out at once: what the caches of a processor hold."""
+
+
+def _columns_in_pieces(
+    tiling: Tiling, blocks: torch.Tensor, columns: Columns, wait: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``columns_outside_blocks``; where sizes may be read, some heads at a time, and no wider than those need."""
+    heads, widest = columns.ranked.shape
+    at_once = max(1, MAX_PIECE // (tiling.num_tiles * max(1, widest)))
+    if not wait or at_once >= heads:
+        return columns_outside_blocks(tiling, blocks, columns, wait=wait)
+    pieces = []
+    for first in range(0, heads, at_once):
+        piece = slice(first, first + at_once)
+        # The wanted ones stand in front.
+        width = int(columns.wanted[piece].sum(1).max())
+        narrow = Columns(columns.ranked[piece, :width], columns.wanted[piece, :width])
+        pieces.append(columns_outside_blocks(tiling, blocks[piece], narrow))
+    width = max(found.shape[-1] for _, found, _ in pieces)
+    padded = [torch.nn.functional.pad(found, (0, width - found.shape[-1]), value=-1) for _, found, _ in pieces]
+    return torch.cat([piece[0] for piece in pieces]), torch.cat(padded), torch.cat([piece[2] for piece in pieces])
+
+
 def _fillers(tiling: Tiling, free: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys of each tile's free block with the fewest wanted ones (int64 ``[H, T, B]``), and which may be used."""
     ranked = columns.ranked
@@ -305,7 +329,7 @@ def _list(tiling: Tiling, pattern: HeadPattern, heads: list[int], scores: Scores
     num_columns = torch.zeros(shape, dtype=torch.int32, device=device)
     chosen, wanted = select(tiling, pattern, heads, scores, capacity.columns if capacity else None)
     if wanted is not None:
-        chosen, columns, num_columns = columns_outside_blocks(tiling, chosen, wanted, wait=capacity is None)
+        chosen, columns, num_columns = _columns_in_pieces(tiling, chosen, wanted, wait=capacity is None)
     blocks, num_blocks = compact(chosen, capacity.blocks if capacity else None)
     blocks, num_blocks = blocks.expand(*shape, -1), num_blocks.expand(shape)
     if capacity is None:

@@ -75,7 +75,7 @@ class Coverage(_Pattern):
     ``min_budget`` tokens per row (after FlexPrefill, arXiv 2502.20766). A head that is not sparse comes out dense."""
 
     kind: Literal["coverage"] = "coverage"
-    gamma: Share = 0.98
+    gamma: Share = 0.95
     min_budget: Budget = 3072
 
 

@@ -137,7 +137,7 @@ def test_a_checkpoints_file_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_then_the_shipped_default() -> None:
     runtime = runtime_for(configuration())
-    assert runtime.patterns.for_layer(0, 1) == (Coverage(gamma=0.98, min_budget=3072),)
+    assert runtime.patterns.for_layer(0, 1) == (Coverage(gamma=0.95, min_budget=3072),)
     assert "default" in runtime.source
 
 
