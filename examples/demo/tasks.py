@@ -1,12 +1,15 @@
 # ruff: noqa: SIM905 - word lists are easier to read as text
 """Prompt generators of the demo model: needle in a haystack, key-value retrieval, variable tracking.
 
+    python examples/demo/tasks.py key-value --tokens 32768 > prompt.txt
+
 Pure Python.  A document is a list of words; every word is exactly one token of the demo vocabulary (the
 tokenizer lower-cases, and puts one <bos> in front), so a prompt has the number of tokens that was asked for.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 from typing import NamedTuple
 
@@ -201,3 +204,21 @@ def grade(completion_text: str, answer: str) -> bool:
     """
     words = completion_text.split(".")[0].split()
     return "".join(word for word in words if word.isdigit()) == answer.replace(" ", "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print a prompt of one of the demo's tasks.")
+    parser.add_argument("task", choices=["needle", "key-value", "variables"])
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--seed", type=int, default=5)
+    args = parser.parse_args()
+    make = {
+        "needle": lambda: needle(args.tokens, 0.35, args.seed),
+        "key-value": lambda: key_value(args.tokens, args.seed),
+        "variables": lambda: variable_tracking(args.tokens, args.seed),
+    }
+    print(make[args.task]().text)
+
+
+if __name__ == "__main__":
+    main()
