@@ -39,7 +39,7 @@ def attention(longest: int) -> list[Step]:
     for context in (length for length in CONTEXTS if length <= longest):
         for chunk in sorted({8192, 32768, context}):
             if chunk < context or context == chunk <= 262144:
-                patterns = ["vertical_slash", "block_sparse", "a_shape"] if chunk == 8192 else ["vertical_slash"]
+                patterns = ["coverage", "vertical_slash"] + ["block_sparse", "a_shape"] * (chunk == 8192)
                 size = ["--context", str(context), "--chunk", str(chunk), "--pattern", *patterns]
                 steps.append((f"attention: the last {chunk} of {context} tokens", script + size))
     return steps
