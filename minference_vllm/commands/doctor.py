@@ -7,6 +7,7 @@ what to do about it. Exit code 1 when serving with the attention backend minfere
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import os
@@ -35,12 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # vLLM's own lines would stand between ours.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
     findings = []
-    for finding in examine():
-        print(finding, flush=True)
-        findings.append(finding)
+    with vllm_is_quiet():
+        for finding in examine():
+            print(finding, flush=True)
+            findings.append(finding)
     problems = [finding.subject for finding in findings if finding.state == "!!"]
     print()
     if problems:
@@ -48,6 +48,19 @@ def run(args: argparse.Namespace) -> int:
         return 1
     print(f"Ready: {SERVE}")
     return 0
+
+
+@contextlib.contextmanager
+def vllm_is_quiet() -> Iterator[None]:
+    """vLLM's own lines would stand between ours; processes started later log as before."""
+    level = os.environ.get("VLLM_LOGGING_LEVEL")
+    os.environ["VLLM_LOGGING_LEVEL"] = level or "CRITICAL"
+    try:
+        yield
+    finally:
+        del os.environ["VLLM_LOGGING_LEVEL"]
+        if level:
+            os.environ["VLLM_LOGGING_LEVEL"] = level
 
 
 def examine() -> Iterator[Finding]:
