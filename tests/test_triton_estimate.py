@@ -6,9 +6,6 @@ As in ``test_triton_kernels.py`` this file is both the test and, run as a script
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -37,22 +34,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 INDEX_CASES = [(0, 517, 16), (301, 700, 32), (200, 500, 128)]
 """(context, length, page size) of float32 chunks whose index must be the torch path's."""
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert isinstance(found, dict)
-    return found
 
 
 @pytest.mark.parametrize("score", ["columns", "diagonals", "means"])

@@ -7,9 +7,6 @@ both the test and, run as a script, that process.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -51,22 +48,6 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "FP8 queries, too": {"seq_len": 270, "context_len": 140, "block_size": 32, "fp8": True, "fp8_query": True},
 }
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert isinstance(found, dict)
-    return found
 
 
 def test_the_interpreter_multiplies_bf16_rightly(interpreted: dict[str, Any]) -> None:

@@ -89,9 +89,15 @@ def cut(ids: list[int], tokens: int, prompt: int) -> list[int]:
             f"prompt {prompt} has {len(ids)} tokens; calibration needs at least {LEAST_TOKENS}, "
             "better as many as you serve"
         )
+    return without_middle(ids, tokens)
+
+
+def without_middle(ids: list[int], tokens: int) -> list[int]:
+    """At most ``tokens`` of them, three quarters from the beginning and the end, where the question stands."""
     if len(ids) <= tokens:
         return ids
-    return [*ids[: tokens - tokens // 4], *ids[len(ids) - tokens // 4 :]]
+    end = tokens // 4
+    return ids[: tokens - end] + ids[len(ids) - end :]
 
 
 def chunk_ends(lengths: Sequence[int]) -> tuple[int, ...]:

@@ -110,7 +110,7 @@ def _named(out: Path, what: str) -> Path:
 def _prompt_ids(args: argparse.Namespace) -> list[int]:
     from transformers import AutoTokenizer
 
-    from minference_vllm.calibrate.command import key_value_prompt
+    from minference_vllm.calibrate.command import key_value_prompt, without_middle
 
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     if args.prompt:
@@ -118,12 +118,7 @@ def _prompt_ids(args: argparse.Namespace) -> list[int]:
         if not text.strip():
             raise ValueError(f"{args.prompt} is empty")
         return list(tokenizer(text)["input_ids"])
-    ids = list(tokenizer(key_value_prompt(8 * args.tokens))["input_ids"])
-    if len(ids) <= args.tokens:
-        return ids
-    # The middle is left out: the question stands at the end.
-    end = args.tokens // 4
-    return ids[: args.tokens - end] + ids[len(ids) - end :]
+    return without_middle(list(tokenizer(key_value_prompt(8 * args.tokens))["input_ids"]), args.tokens)
 
 
 def _draw_prompt(
