@@ -40,6 +40,16 @@ def row_groups(chunk: int) -> tuple[tuple[int, int], ...]:
     return (*((end - SCOUTS, end) for end in ends), (chunk - LAST_QUERIES + SCOUTS * len(ends), chunk))
 
 
+def logits(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """float32 ``[..., R, S]``: scaled products of ``query [..., R, D]`` and ``keys [..., S, D]``.
+
+    CPUs multiply in float32, since few of them multiply bf16 or fp16 at any speed.
+    """
+    if not query.is_cuda:
+        query, keys = query.float(), keys.float()
+    return torch.matmul(query, keys.transpose(-1, -2)).float().mul_(scale)
+
+
 def last_query_scores(
     query: torch.Tensor, keys: torch.Tensor, heads: Sequence[int], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +83,7 @@ def last_query_scores(
         # left stand for keys before the first.
         padded = torch.zeros(len(heads), rows, length + rows, device=query.device)
         for slot, head in enumerate(heads):
-            scores = torch.matmul(query[begin:end, head], keys[head // group].T).float().mul_(scale)
+            scores = logits(query[begin:end, head], keys[head // group], scale)
             torch.softmax(scores.masked_fill_(future, -torch.inf), -1, out=padded[slot, :, rows:])
         columns += padded[:, :, rows:].sum(1)
         # Key first + r - d stands in row r at place first + r - d + rows: d places left of first + rows, along a step
@@ -181,10 +191,10 @@ def peak_scores(
     result = torch.empty(len(heads), *unseen.shape, device=query.device)
     at_once = max(1, PART_BYTES // (4 * tiling.tile * tiling.num_key_blocks))
     for slot, head in enumerate(heads):
-        rows, columns = _by_tile(query[:, head], tiling), means[head // group].T.to(query.dtype)
+        rows, kv_means = _by_tile(query[:, head], tiling), means[head // group].to(query.dtype)
         for first in range(0, tiling.num_tiles, at_once):
             part = slice(first, first + at_once)
-            weights = torch.matmul(rows[part], columns).float().mul_(scale)
+            weights = logits(rows[part], kv_means, scale)
             weights = weights.masked_fill_(unseen[part, None], -torch.inf).softmax(-1)
             result[slot, part] = torch.matmul(there[part, None].float(), weights)[:, 0]
     return result.div_((tiling.starts[1:] - tiling.starts[:-1])[:, None])
@@ -237,7 +247,7 @@ def antidiagonal_scores(
             padded = torch.nn.functional.pad(keys[kv_head], (0, 0, 0, after))
             long_keys = {kv_head: padded.view(squares, stride, dim).flip(1).reshape(squares, -1)}
         rows = torch.nn.functional.pad(query[:, head], (0, 0, before, after)).view(-1, stride * dim)
-        weights = torch.matmul(rows, long_keys[kv_head].T).float().mul_(scale / stride)
+        weights = logits(rows, long_keys[kv_head], scale / stride)
         weights = weights.masked_fill_(future, -torch.inf).softmax(-1)
         by_block = torch.nn.functional.pad(weights, (0, missing)).view(len(rows), -1, per_block).sum(-1)
         result[slot].index_add_(0, tile_of_square, by_block)

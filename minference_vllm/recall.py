@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from minference_vllm.estimate import logits
 from minference_vllm.index import SparseIndex
 from minference_vllm.patterns import MAX_LEVEL, HeadPattern, at_level
 
@@ -41,8 +42,7 @@ def sampled_recall(
     # A KV head at a time: its group's [R, S] weights are what stays in memory.
     for kv_head in range(keys.shape[0]):
         heads = slice(kv_head * group, (kv_head + 1) * group)
-        logits = torch.matmul(sampled[heads], keys[kv_head].T).float().mul_(scale)
-        weights = logits.masked_fill_(future, -torch.inf).softmax(-1)
+        weights = logits(sampled[heads], keys[kv_head], scale).masked_fill_(future, -torch.inf).softmax(-1)
         recall.append(weights.mul_(index.tile_mask(tiles, heads)).sum(-1))
     return torch.cat(recall)
 

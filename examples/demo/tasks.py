@@ -181,7 +181,7 @@ def key_value(tokens: int, seed: int, density: float = 0.25, depth: float | None
     return _prompt(words + question("key-value", keys[target]), codes[target])
 
 
-def variable_tracking(tokens: int, seed: int, chains: int = 4, hops: int = 1) -> Prompt:
+def variable_tracking(tokens: int, seed: int, chains: int = 4, hops: int = 1, chain: int | None = None) -> Prompt:
     """Chains "Let a = 4 8 1 5 . ... Let b = a ." of `hops` copies; the question asks for the last variable of one."""
     rng = random.Random(seed)
     keys = random_keys(rng, chains * (hops + 1))
@@ -191,7 +191,7 @@ def variable_tracking(tokens: int, seed: int, chains: int = 4, hops: int = 1) ->
     lines = [statement("variable", name[0], code) for name, code in zip(names, codes, strict=True)]
     for hop in range(hops):
         lines += [statement("variable", name[hop + 1], name[hop]) for name in names]
-    ask = rng.randrange(chains)
+    ask = rng.randrange(chains) if chain is None else chain
     end = question("variable", names[ask][-1])
     words, _ = document(rng, tokens - 1 - len(end), lines)
     return _prompt(words + end, codes[ask])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from minference_vllm.attend import PagedEstimates, tiling_for
+from minference_vllm.estimate import logits
 from minference_vllm.index import Scores, build_index
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import (
@@ -151,8 +152,8 @@ def measure(
     values = cache.values_by_head(pages)[:, : chunk.seq_len].float()
     # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
     by_kv_head = query[rows].transpose(0, 1).reshape(cache.num_kv_heads, -1, cache.head_size)
-    logits = torch.matmul(by_kv_head, estimates.keys.transpose(1, 2)).float().mul_(scale).view(heads, len(rows), -1)
-    weights = logits.masked_fill_(future, -torch.inf).softmax(-1)
+    weights = logits(by_kv_head, estimates.keys, scale).view(heads, len(rows), -1)
+    weights = weights.masked_fill_(future, -torch.inf).softmax(-1)
 
     def output(weights: torch.Tensor) -> torch.Tensor:
         return (weights.view(cache.num_kv_heads, -1, chunk.seq_len) @ values).view(heads, len(rows), -1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 Runner = Callable[..., Any]
 EAGER = {"enforce_eager": True}
@@ -181,6 +182,9 @@ def test_two_ranks_give_the_tokens_of_one(
 # What we do not serve sparsely
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "AVX2", reason="vLLM has no FP8 caches on processors without AVX-512"
+)
 def test_a_quantised_cache_is_served_by_vllms_own_kernel(
     llama: Path,
     run_engine: Runner,

@@ -1,0 +1,181 @@
+"""Answers of the bundled model to the same questions, dense and with minference, for each of some pattern files.
+
+Every text holds several facts, spread evenly over its depth, and every question is a prompt of its own. minference
+reads each prompt from its first token (prefix caching off). vLLM's dense engine keeps the text's prefix in its cache
+from one question to the next, which changes nothing but the time: the cached keys are the ones it would compute again.
+Its time to first token is therefore taken from the first question of each text alone.
+
+    python benchmarks/bench_answers.py --tokens 32768 --patterns default --csv benchmarks/results/answers_cpu.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine_process import ENVIRONMENT, Engine, Timed
+from record import emit
+
+DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
+sys.path.insert(0, str(DEMO))
+import tasks  # noqa: E402 - the demo's own tasks
+
+ANSWER_TOKENS = tasks.CODE_DIGITS + 5
+"""A variable's answer names the variable that it copies."""
+
+
+def needle_questions(tokens: int, count: int, seed: int) -> list[tasks.Prompt]:
+    """Questions for each of ``count`` secrets in one text."""
+    rng = random.Random(seed)
+    keys = tasks.random_keys(rng, count)
+    codes = [tasks.random_code(rng) for _ in keys]
+    room = tokens - 1 - len(tasks.question("needle", keys[0]))
+    statements = [tasks.statement("needle", key, code) for key, code in zip(keys, codes, strict=True)]
+    words, _ = tasks.document(rng, room, statements, [number / max(1, count - 1) for number in range(count)])
+    ends = [tasks.question("needle", key) for key in keys]
+    return [
+        tasks.Prompt(" ".join(words + end), " ".join(code), len(words) + len(end) + 1)
+        for end, code in zip(ends, codes, strict=True)
+    ]
+
+
+def key_value_questions(tokens: int, count: int, seed: int) -> list[tasks.Prompt]:
+    """Questions for ``count`` of the records of one text, a quarter of which is records."""
+    return [tasks.key_value(tokens, seed, depth=number / max(1, count - 1)) for number in range(count)]
+
+
+def variable_questions(tokens: int, count: int, seed: int) -> list[tasks.Prompt]:
+    """Questions for the copied variable of each of ``count`` chains in one text."""
+    return [tasks.variable_tracking(tokens, seed, chains=count, chain=number) for number in range(count)]
+
+
+class Task(NamedTuple):
+    questions: Callable[[int, int, int], list[tasks.Prompt]]
+    """Tokens, questions in one text, and a seed -> prompts."""
+    per_text: int
+
+
+TASKS = {
+    "needle": Task(needle_questions, 20),
+    "key-value": Task(key_value_questions, 20),
+    # As many chains as the model was trained on.
+    "variables": Task(variable_questions, 4),
+}
+
+
+def start(name: str, args: argparse.Namespace, folder: Path) -> Engine:
+    """An engine named ``dense``, or by the pattern file that it runs."""
+    options: dict[str, Any] = {
+        "model": args.model,
+        "dtype": "bfloat16",
+        "max_model_len": max(args.tokens) + ANSWER_TOKENS,
+        "max_num_batched_tokens": args.chunk,
+        "max_num_seqs": 1,
+        "enforce_eager": True,
+        "enable_prefix_caching": name == "dense",
+        "disable_log_stats": False,
+    }
+    if name != "dense":
+        options |= {"attention_backend": "minference", "additional_config": {"minference": {"patterns": name}}}
+    gib = math.ceil(max(args.tokens) * 3 * 2 * 2 * 64 * 2 * 2 / (1 << 30))
+    environment = ENVIRONMENT | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": str(gib)}
+    engine = Engine(name, options, environment, folder / f"{Path(name).name}.log")
+    engine.start()
+    return engine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(DEMO / "model"))
+    parser.add_argument("--patterns", nargs="+", default=["default"], help="shipped pattern files, or paths")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 65536], help="prompt lengths")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--questions", type=int, default=100, help="per task and length")
+    parser.add_argument("--chunk", type=int, default=2048, help="max_num_batched_tokens")
+    parser.add_argument("--json", action="store_true", help="one JSON object per row")
+    parser.add_argument("--csv", default=None, help="append rows to this file")
+    args = parser.parse_args()
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    with tempfile.TemporaryDirectory() as folder:
+        engines = {name: start(name, args, Path(folder)) for name in ("dense", *args.patterns)}
+        try:
+            for engine in engines.values():
+                engine.ask(tokenizer(tasks.needle(256, 0.5, 0).text).input_ids, ANSWER_TOKENS - 1)  # warm-up
+            for tokens in args.tokens:
+                for task in args.tasks:
+                    for row in measure(args, tokenizer, engines, task, tokens):
+                        emit(row, args.json, args.csv)
+        finally:
+            for engine in engines.values():
+                engine.stop()
+
+
+class Answers:
+    """What one engine answered."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.right = 0
+        self.ttft: list[float] = []
+        self.pairs = [0.0, 0.0]
+
+    def add(self, text: str, right: bool, timed: Timed, first: bool) -> None:
+        self.texts.append(text.split(".")[0])
+        self.right += right
+        # Whatever is not ours keeps the text's prefix, once it has read it.
+        if timed.dense_pairs or first:
+            self.ttft.append(timed.ttft)
+        self.pairs[0] += timed.computed_pairs
+        self.pairs[1] += timed.dense_pairs
+
+    @property
+    def density(self) -> float:
+        return self.pairs[0] / self.pairs[1] if self.pairs[1] else 1.0
+
+
+def measure(
+    args: argparse.Namespace, tokenizer: Any, engines: dict[str, Engine], task: str, tokens: int
+) -> list[dict[str, object]]:
+    """A row per pattern file: the same questions to all engines."""
+    found = {name: Answers() for name in engines}
+    for first in range(0, args.questions, TASKS[task].per_text):
+        count = min(TASKS[task].per_text, args.questions - first)
+        for number, prompt in enumerate(TASKS[task].questions(tokens, count, 1000 + first)):
+            ids = tokenizer(prompt.text).input_ids
+            for name, engine in engines.items():
+                timed = engine.ask(ids, ANSWER_TOKENS - 1)
+                text = tokenizer.decode(timed.tokens)
+                found[name].add(text, tasks.grade(text, prompt.answer), timed, number == 0)
+        right = ", ".join(f"{name} {answers.right}" for name, answers in found.items())
+        print(f"{task} {tokens}, right of {first + count}: {right}", file=sys.stderr, flush=True)
+    dense = found.pop("dense")
+    return [
+        {
+            "task": task,
+            "tokens": tokens,
+            "chunk": args.chunk,
+            "patterns": name,
+            "questions": args.questions,
+            "correct_dense": dense.right,
+            "correct_sparse": answers.right,
+            "same_answer": sum(a == b for a, b in zip(dense.texts, answers.texts, strict=True)),
+            "density": answers.density,
+            "ttft_dense_s": statistics.median(dense.ttft),
+            "ttft_sparse_s": statistics.median(answers.ttft),
+        }
+        for name, answers in found.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()
