@@ -6,19 +6,25 @@ middle are indexed as the backend would, and compared with float32 dense attenti
 
     python benchmarks/bench_quality.py --context 16384 32768 65536 --csv benchmarks/results/quality_cpu.csv
 
+``--queries`` compares who chooses columns and diagonals: ``spread``, the backend's own queries from all over the
+chunk; ``last``, the chunk's last 64, as in MInference; ``kv_head``, those of ``spread``, one choice for all query heads
+of a KV head.
+
 Columns: ``recall`` mean over heads, chunks and rows; ``recall_p1`` the chunk and head that 99 % of them are above;
 ``covered`` share of chunks and heads whose recall is at least 0.95; ``output_error`` relative to the dense output,
-median over heads and chunks; ``density`` share of query-key pairs computed; ``select_s`` seconds of estimate and index,
-per head and chunk, by the torch path.
+median over heads and chunks; ``corrected_error`` the same if every page without a selected key stood in the softmax
+with its mean key and mean value (mean correction, which the backend does not do); ``density`` share of query-key pairs
+computed; ``select_s`` seconds of estimate and index, per head and chunk, by the torch path.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +32,8 @@ import torch
 from record import emit
 from synthetic import SHAPES, structured_qkv
 
-from minference_vllm.capture import capture_layers
-from minference_vllm.estimate import Estimates
+from minference_vllm.capture import Layer, capture_layers
+from minference_vllm.estimate import SPREAD_FROM, Estimates, last_query_scores
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.patterns import HeadPattern, parse_head_pattern
 from minference_vllm.recall import sample_rows
@@ -50,77 +56,97 @@ PATTERNS = (
 )
 
 
-class Head(NamedTuple):
-    """Queries, keys and values of one query head, ``[S, D]`` each, and the softmax scale."""
+class SharedQueries(Estimates):
+    """One choice of columns and diagonals for all query heads of a KV head."""
 
-    name: str
-    query: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    scale: float
+    def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = super().last_query(range(self.query.shape[1]))
+        group = self.query.shape[1] // self.keys.shape[0]
+        shared = (score.unflatten(0, (-1, group)).mean(1).repeat_interleave(group, 0) for score in scores)
+        columns, diagonals = (score[list(heads)] for score in shared)
+        return columns, diagonals
 
 
-def model_heads(model: str, tokens: int) -> Iterator[Head]:
-    """Every head of the bundled model, over one prompt per task."""
+class LastQueries(Estimates):
+    """The chunk's last 64 queries choose, as in MInference."""
+
+    def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return last_query_scores(self.query[1 - SPREAD_FROM :], self.keys, heads, self.scale)
+
+
+QUERIES = {"spread": Estimates, "last": LastQueries, "kv_head": SharedQueries}
+
+
+def model_layers(model: str, tokens: int) -> Iterator[Layer]:
+    """Every layer of the bundled model, over one prompt per task."""
     import tasks
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    prompts = {
-        "needle": tasks.needle(tokens, 0.35, seed=11),
-        "key-value": tasks.key_value(tokens, seed=11),
-        "variables": tasks.variable_tracking(tokens, seed=11),
-    }
-    for task, prompt in prompts.items():
-        ids = tokenizer(prompt.text, return_tensors="pt").input_ids
-        for number, layer in enumerate(capture_layers(model, ids)):
-            group = layer.query.shape[0] // layer.keys.shape[0]
-            for head in range(layer.query.shape[0]):
-                kv = head // group
-                yield Head(
-                    f"{task}, layer {number}, head {head}",
-                    layer.query[head],
-                    layer.keys[kv],
-                    layer.values[kv],
-                    layer.scale,
-                )
+    prompts = (
+        tasks.needle(tokens, 0.35, seed=11),
+        tasks.key_value(tokens, seed=11),
+        tasks.variable_tracking(tokens, seed=11),
+    )
+    for prompt in prompts:
+        yield from capture_layers(model, tokenizer(prompt.text, return_tensors="pt").input_ids)
 
 
-def synthetic_heads(tokens: int) -> Iterator[Head]:
-    for name, structure in SHAPES.items():
-        query, keys, values = structured_qkv(tokens, 1, 1, 128, structure)
-        yield Head(name, query[:, 0], keys[:, 0], values[:, 0], 128**-0.5)
+def synthetic_layers(tokens: int) -> Iterator[Layer]:
+    """A layer of one head for each shape."""
+    for structure in SHAPES.values():
+        query, keys, values = (tensor.transpose(0, 1) for tensor in structured_qkv(tokens, 1, 1, 128, structure))
+        yield Layer(query, keys, values, 128**-0.5)
 
 
 class Found(NamedTuple):
+    """One head and chunk."""
+
     recall: float
     error: float
+    corrected_error: float
     density: float
     seconds: float
 
 
-def measure(head: Head, pattern: HeadPattern, begin: int, end: int, args: argparse.Namespace) -> Found:
-    """One head and chunk."""
-    query, keys = head.query[begin:end, None], head.keys[None, :end]
+def measure(
+    layer: Layer, pattern: HeadPattern, queries: str, begin: int, end: int, args: argparse.Namespace
+) -> list[Found]:
+    """Every head of a layer on one chunk."""
+    heads, keys = layer.query.shape[0], layer.keys[:, :end]
     tiling = Tiling.of(begin, end, args.block_size, args.tile)
     start = time.perf_counter()
-    index = build_index(tiling, [pattern], Estimates(query, keys, head.scale))
-    seconds = time.perf_counter() - start
-    recall, error = compare(head, index, sample_rows(end - begin, args.rows, seed=end))
-    return Found(recall, error, float(index.density().mean()), seconds)
+    estimates = QUERIES[queries](layer.query[:, begin:end].transpose(0, 1), keys, layer.scale)
+    index = build_index(tiling, [pattern] * heads, estimates)
+    seconds = (time.perf_counter() - start) / heads
+    rows = sample_rows(end - begin, args.rows, seed=end)
+    density = index.density().tolist()
+    return [Found(*compare(layer, head, index, rows), density[head], seconds) for head in range(heads)]
 
 
-def compare(head: Head, index: SparseIndex, rows: torch.Tensor) -> tuple[float, float]:
-    """Recall and relative output error of sampled rows against dense attention in float32."""
-    positions = rows + index.context_len
+def compare(layer: Layer, head: int, index: SparseIndex, rows: torch.Tensor) -> tuple[float, float, float]:
+    """Recall, relative output error, and that with mean correction, of sampled rows against float32 attention."""
+    positions, length, size = rows + index.context_len, index.seq_len, index.block_size
     tiles = torch.searchsorted(index.tile_starts, positions, right=True) - 1
-    keys, values = head.keys[: index.seq_len].float(), head.values[: index.seq_len].float()
-    logits = head.query[positions].float() @ keys.T * head.scale
-    weights = logits.masked_fill_(torch.arange(index.seq_len) > positions[:, None], -torch.inf).softmax(-1)
-    kept = weights * index.tile_mask(tiles)[0]
+    keys, values = layer.keys_of(head)[:length].float(), layer.values_of(head)[:length].float()
+    query = layer.query[head, positions].float()
+    logits = query @ keys.T * layer.scale
+    logits.masked_fill_(torch.arange(length) > positions[:, None], -torch.inf)
+    weights = logits.softmax(-1)
+    selected = index.tile_mask(tiles, slice(head, head + 1))[0] & (logits > -torch.inf)
+    kept = weights * selected
     recall = kept.sum(-1, keepdim=True)
-    dense, sparse = weights @ values, kept @ values / recall
-    return float(recall.mean()), float((sparse - dense).norm() / dense.norm())
+    dense = weights @ values
+
+    pages = length // size
+    mean_keys, mean_values = (x[: pages * size].unflatten(0, (pages, size)).mean(1) for x in (keys, values))
+    pruned = ~selected[:, : pages * size].unflatten(1, (pages, size)).any(-1)
+    pruned &= torch.arange(1, pages + 1) * size <= positions[:, None]
+    page_logits = (query @ mean_keys.T * layer.scale + math.log(size)).masked_fill(~pruned, -torch.inf)
+    corrected = torch.cat([logits.masked_fill(~selected, -torch.inf), page_logits], 1).softmax(-1)
+    outputs = kept @ values / recall, corrected @ torch.cat([values, mean_values])
+    error, corrected_error = (float((output - dense).norm() / dense.norm()) for output in outputs)
+    return float(recall.mean()), error, corrected_error
 
 
 def main() -> None:
@@ -130,42 +156,38 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[16384, 32768, 65536])
     parser.add_argument("--chunk", type=int, default=4096)
     parser.add_argument("--pattern", nargs="+", default=list(PATTERNS), help="as in a pattern file")
+    parser.add_argument("--queries", nargs="+", choices=list(QUERIES), default=["spread"], help="who chooses")
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--tile", type=int, default=128)
     parser.add_argument("--rows", type=int, default=64, help="sampled per chunk and head")
-    parser.add_argument("--verbose", action="store_true", help="a line per head on stderr")
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     parser.add_argument("--csv", default=None, help="append rows to this file")
     args = parser.parse_args()
     patterns = {text: parse_head_pattern(json.loads(text)) for text in args.pattern}
+    choices = [(text, queries) for text in patterns for queries in args.queries]
     for context in args.context:
         for source in args.source:
-            found: dict[str, list[Found]] = {text: [] for text in patterns}
-            for head in model_heads(args.model, context) if source == "model" else synthetic_heads(context):
-                length = len(head.query)
-                for end in {length, max(args.chunk, length // 2 // args.chunk * args.chunk)}:
-                    for text, pattern in patterns.items():
-                        result = measure(head, pattern, max(0, end - args.chunk), end, args)
-                        found[text].append(result)
-                        if args.verbose:
-                            print(f"{head.name}, to {end}, {text}: {result}", file=sys.stderr)
-            for text, results in found.items():
-                emit(summary(source, context, args.chunk, text, results), args.json, args.csv)
+            found: dict[tuple[str, str], list[Found]] = {choice: [] for choice in choices}
+            for layer in model_layers(args.model, context) if source == "model" else synthetic_layers(context):
+                for end in {context, max(args.chunk, context // 2 // args.chunk * args.chunk)}:
+                    for text, queries in choices:
+                        begin = max(0, end - args.chunk)
+                        found[text, queries] += measure(layer, patterns[text], queries, begin, end, args)
+            for (text, queries), results in found.items():
+                row = {"source": source, "context": context, "chunk": args.chunk, "pattern": text, "queries": queries}
+                emit({**row, **summary(results)}, args.json, args.csv)
 
 
-def summary(source: str, context: int, chunk: int, pattern: str, results: list[Found]) -> dict[str, object]:
-    recall = torch.tensor([result.recall for result in results])
+def summary(results: list[Found]) -> dict[str, float]:
+    recall, error, corrected, density, seconds = torch.tensor(results, dtype=torch.float64).unbind(1)
     return {
-        "source": source,
-        "context": context,
-        "chunk": chunk,
-        "pattern": pattern,
-        "density": float(torch.tensor([result.density for result in results]).mean()),
+        "density": float(density.mean()),
         "recall": float(recall.mean()),
         "recall_p1": float(recall.quantile(0.01)),
-        "covered": float((recall >= 0.95).float().mean()),
-        "output_error": float(torch.tensor([result.error for result in results]).median()),
-        "select_s": sum(result.seconds for result in results) / len(results),
+        "covered": float((recall >= 0.95).double().mean()),
+        "output_error": float(error.median()),
+        "corrected_error": float(corrected.median()),
+        "select_s": float(seconds.mean()),
     }
 
 

@@ -36,6 +36,10 @@ class Layer(NamedTuple):
         """``[S, D]``: the keys of a query head."""
         return self.keys[head // (self.query.shape[0] // self.keys.shape[0])]
 
+    def values_of(self, head: int) -> torch.Tensor:
+        """``[S, D]``: the values of a query head."""
+        return self.values[head // (self.query.shape[0] // self.keys.shape[0])]
+
 
 def visit_layers(
     model_path: str,
