@@ -8,8 +8,14 @@ For every context the answer is checked first: sampled rows against float64 atte
 and the share of the dense softmax mass that the index keeps (recall). Then dense and sparse are timed in turns and the
 medians reported. TFLOP/s (GPU rows) count 4 * head_size per query-key pair that the index names.
 
+``--peer`` adds rows of other kernels (see ``peers.py``) on the index that the first engine attended, checked in the
+same way and timed in turns with the dense kernel. Such a row says ``peer`` and, in ``computes``, what it attended; its
+seconds and its speed-up are those of attention alone, without estimate and index. A peer that cannot run is named
+before anything is measured; one that fails, or whose answer is wrong, costs its own row and the exit status.
+
     python benchmarks/bench_attention.py --context 32768 65536 131072 --csv benchmarks/results/attention_cpu.csv
     python benchmarks/bench_attention.py --device cuda --heads 32 --kv-heads 8 --context 131072 --chunk 8192
+    python benchmarks/bench_attention.py --device cuda --context 32768 --pattern block_sparse --peer flex xformers
 """
 
 from __future__ import annotations
@@ -17,15 +23,17 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from peers import PEERS, Problem, Size
 from record import emit
 from synthetic import Structure, structured_qkv
 
 from minference_vllm import reference
-from minference_vllm.attend import Timing, attend_chunk, choose_engine
+from minference_vllm.attend import Timing, attend_chunk, choose_engine, choose_tile
 from minference_vllm.engines import cpu_kernel
 from minference_vllm.index import SparseIndex
 from minference_vllm.paged_cache import PagedCache
@@ -40,6 +48,8 @@ PATTERNS: dict[str, HeadPattern] = {
     "tri_shape": TriShape(sink=1024, local=3072, last=128),
     "block_sparse": BlockSparse(top_k=64),
 }
+MAX_PEER_ERROR = 0.03
+"""Of a row's largest output: several times what rounding to bf16 makes of it."""
 
 
 def fill_cache(keys: torch.Tensor, values: torch.Tensor, block_size: int) -> tuple[PagedCache, torch.Tensor]:
@@ -156,7 +166,10 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return events[0].elapsed_time(events[1]) / 1000
 
 
-def measure(args: argparse.Namespace, context: int, pattern_name: str, engine: str) -> dict[str, object]:
+def measure(
+    args: argparse.Namespace, context: int, pattern_name: str, engine: str, peers: list[str], failed: list[str]
+) -> Iterator[dict[str, object]]:
+    """The engine's row, then those of the named peers; what a peer failed with is added to ``failed``."""
     structure = Structure()
     chunk_len = min(args.chunk or context, context)
     query, keys, values = structured_qkv(context, args.heads, args.kv_heads, args.head_size, structure)
@@ -166,7 +179,7 @@ def measure(args: argparse.Namespace, context: int, pattern_name: str, engine: s
     chunk = Chunk(0, 0, context - chunk_len, context)
     patterns = [PATTERNS[pattern_name]] * args.heads
     out = torch.full_like(query, torch.nan)
-    peer, dense = dense_attention(query, keys, values, cache, pages, scale)
+    dense_kernel, dense = dense_attention(query, keys, values, cache, pages, scale)
     on_gpu = args.device == "cuda"
 
     def sparse(timing: Timing | None = None) -> SparseIndex:
@@ -205,23 +218,78 @@ def measure(args: argparse.Namespace, context: int, pattern_name: str, engine: s
         flops = 4 * args.head_size * float(index.computed_pairs().sum())
         dense_flops = 4 * args.head_size * args.heads * index.dense_pairs()
         row |= {
-            "dense_kernel": peer,
+            "dense_kernel": dense_kernel,
             "dense_tflops": dense_flops / dense_s / 1e12,
             "attend_tflops": flops / attend_s / 1e12,
             "heads": args.heads,
             "kv_heads": args.kv_heads,
             "block_size": args.block_size,
         }
+    yield row
+    problem = Problem(query, keys, values, index, scale)
+    for name in peers:
+        try:
+            found = measure_peer(args, name, problem, dense)
+        except Exception as error:  # whatever a peer fails with, the other rows are worth having
+            failed.append(f"peer {name!r}, context {context}, {pattern_name}: {type(error).__name__}: {error}")
+        else:
+            yield {"peer": name, "pattern": pattern_name, "context": context, "chunk": chunk_len} | found
+
+
+def measure_peer(
+    args: argparse.Namespace, name: str, problem: Problem, dense: Callable[[], torch.Tensor]
+) -> dict[str, object]:
+    """What a peer adds to the row of its pattern and context.
+
+    Raises:
+        ValueError: its answer is not what it says that it computes.
+    """
+    peer = PEERS[name].prepare(problem)
+    # A copy, since a kernel may write into the same output again.
+    out = peer.attend().clone()
+    error, recall = sampled_check(problem.query, problem.keys, problem.values, out, peer.index, problem.scale)
+    if not error <= MAX_PEER_ERROR:  # NaN included
+        raise ValueError(f"its answer is off by {error:.3g} of the largest output, so it is not timed")
+    dense_seconds, peer_seconds = [], []
+    for _ in range(args.repeat):
+        dense_seconds.append(seconds(dense, args.device))
+        peer_seconds.append(seconds(peer.attend, args.device))
+    dense_s, peer_s = statistics.median(dense_seconds), statistics.median(peer_seconds)
+    row: dict[str, object] = {
+        "computes": peer.computes,
+        "density": float(peer.index.density().mean()),
+        "recall": recall,
+        "max_error": error,
+        "dense_s": dense_s,
+        "attend_s": peer_s,
+        "speedup": dense_s / peer_s,
+    }
+    if args.device == "cuda":
+        flops = 4 * args.head_size * float(peer.index.computed_pairs().sum())
+        row["attend_tflops"] = flops / peer_s / 1e12
     return row
 
 
-def main() -> None:
+def check_peers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Leave with the reason when a named peer cannot run at one of the sizes."""
+    tile = choose_tile(args.tile, args.block_size)
+    for name in args.peer:
+        for context in args.context:
+            chunk = min(args.chunk or context, context)
+            size = Size(args.device, context, chunk, args.heads, args.head_size, args.block_size, tile)
+            reason = PEERS[name].reason(size)
+            if reason:
+                parser.error(f"peer {name!r} cannot run at context {context}, chunk {chunk}: {reason}")
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--context", type=int, nargs="+", default=[32768, 65536])
     parser.add_argument("--chunk", type=int, default=None, help="new tokens at the end of the context; default: all")
     parser.add_argument("--pattern", nargs="+", choices=list(PATTERNS), default=["vertical_slash"])
     parser.add_argument("--engine", nargs="+", default=["auto"])
+    parser.add_argument("--peer", nargs="+", choices=list(PEERS), default=[], help="other kernels, see peers.py")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-size", type=int, default=128)
@@ -232,14 +300,20 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     parser.add_argument("--csv", default=None, help="append rows to this file")
     args = parser.parse_args()
+    check_peers(parser, args)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_default_device(args.device)
+    failed: list[str] = []
     for context in args.context:
         for pattern in args.pattern:
             for engine in args.engine:
-                emit(measure(args, context, pattern, engine), args.json, args.csv)
+                peers = args.peer if engine == args.engine[0] else []
+                for row in measure(args, context, pattern, engine, peers, failed):
+                    emit(row, args.json, args.csv)
+    print("\n".join(failed), file=sys.stderr, end="\n" if failed else "")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
