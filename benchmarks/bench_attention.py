@@ -214,17 +214,17 @@ def measure(
         "sparse_s": sparse_s,
         "speedup": dense_s / sparse_s,
     }
+    shape: dict[str, object] = {}
     if on_gpu:
         flops = 4 * args.head_size * float(index.computed_pairs().sum())
         dense_flops = 4 * args.head_size * args.heads * index.dense_pairs()
-        row |= {
+        shape = {
             "dense_kernel": dense_kernel,
-            "dense_tflops": dense_flops / dense_s / 1e12,
-            "attend_tflops": flops / attend_s / 1e12,
             "heads": args.heads,
             "kv_heads": args.kv_heads,
             "block_size": args.block_size,
         }
+        row |= {"dense_tflops": dense_flops / dense_s / 1e12, "attend_tflops": flops / attend_s / 1e12} | shape
     yield row
     problem = Problem(query, keys, values, index, scale)
     for name in peers:
@@ -233,7 +233,7 @@ def measure(
         except Exception as error:  # whatever a peer fails with, the other rows are worth having
             failed.append(f"peer {name!r}, context {context}, {pattern_name}: {type(error).__name__}: {error}")
         else:
-            yield {"peer": name, "pattern": pattern_name, "context": context, "chunk": chunk_len} | found
+            yield {"peer": name, "pattern": pattern_name, "context": context, "chunk": chunk_len} | found | shape
 
 
 def measure_peer(

@@ -85,7 +85,7 @@ def flex(problem: Problem) -> Peer:
     def attend() -> torch.Tensor:
         return compiled(*by_head, block_mask=mask, scale=problem.scale, enable_gqa=True)[0].transpose(0, 1)
 
-    computes = "blocks, those that hold columns whole" if problem.index.num_columns.any() else "the index"
+    computes = "the index, its columns' blocks whole" if problem.index.num_columns.any() else "the index"
     return Peer(computes, index, attend)
 
 
@@ -114,7 +114,7 @@ def xformers(problem: Problem) -> Peer:
         found = memory_efficient_attention(grouped, keys, values, attn_bias=bias, scale=problem.scale)
         return found[0].flatten(1, 2)
 
-    return Peer("everything", everything(problem.index), attend)
+    return Peer("all keys", everything(problem.index), attend)
 
 
 def xformers_reason(size: Size) -> str | None:

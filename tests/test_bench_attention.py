@@ -35,7 +35,7 @@ def dense(problem: Problem) -> Peer:
     keys, values = (rows.transpose(0, 1) for rows in (problem.keys, problem.values))
     index = everything(problem.index)
     out = reference.masked_attention(problem.query, keys, values, index.to_mask(), problem.scale)
-    return Peer("everything", index, lambda: out)
+    return Peer("all keys", index, lambda: out)
 
 
 def wrong(problem: Problem) -> Peer:
@@ -66,7 +66,7 @@ def test_a_peers_failure_costs_its_own_row_only(
     assert bench("--peer", "flex", "xformers", "vllm_sparse", "--pattern", "a_shape", "--csv", file) == 1
     ours, peer = csv.DictReader(file.open())
     assert (ours["engine"], ours["peer"]) == ("block_table", "")
-    assert (peer["engine"], peer["peer"], peer["computes"]) == ("", "xformers", "everything")
+    assert (peer["engine"], peer["peer"], peer["computes"]) == ("", "xformers", "all keys")
     assert float(peer["density"]) == float(peer["recall"]) == 1.0
     assert float(peer["speedup"]) == pytest.approx(float(peer["dense_s"]) / float(peer["attend_s"]), rel=1e-3)
     said = capsys.readouterr().err
