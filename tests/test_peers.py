@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
@@ -140,6 +141,17 @@ def test_flex_block_mask_is_the_index(given: Problem) -> None:
                 mask[head, own, seen] = allowed[own, seen] if masked else True
     torch.testing.assert_close(mask, index.to_mask())
     assert int(found.full_kv_num_blocks.sum()) > 0, "blocks of the past need no mask"
+
+
+@pytest.mark.engine  # takes as long as starting one
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with a C++ compiler")
+def test_flex_attends_whole_blocks() -> None:
+    """Compiled for a CPU: uncompiled it computes all that its mask function allows, and reads no list of blocks."""
+    given = problem(*CHUNKS["chunk of odd length"], planned=True)
+    peer = PEERS["flex"].prepare(given)
+    assert_answers(peer, given)
+    assert peer.computes == "the index, its columns' blocks whole"
+    assert float(given.index.density().mean()) < float(peer.index.density().mean()) < 1
 
 
 @pytest.fixture
