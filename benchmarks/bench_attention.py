@@ -5,13 +5,14 @@ vLLM is not installed for CUDA, torch's scaled dot-product attention on contiguo
 with events; the stages one after the other, each waited for, so that their sum exceeds the whole.
 
 For every context the answer is checked first: sampled rows against float64 attention under the index's own mask (error)
-and the share of the dense softmax mass that the index keeps (recall). Then dense and sparse are timed in turns and the
-medians reported. TFLOP/s (GPU rows) count 4 * head_size per query-key pair that the index names.
+and the share of the dense softmax mass that the index keeps (recall); the dense kernel's answer, too. One that is wrong
+is not timed: it costs the row and the exit status. Then dense and sparse are timed in turns and the medians reported.
+TFLOP/s (GPU rows) count 4 * head_size per query-key pair that the index names.
 
 ``--peer`` adds rows of other kernels (see ``peers.py``) on the index that the first engine attended, checked in the
 same way and timed in turns with the dense kernel. Such a row says ``peer`` and, in ``computes``, what it attended; its
 seconds and its speed-up are those of attention alone, without estimate and index. A peer that cannot run is named
-before anything is measured; one that fails, or whose answer is wrong, costs its own row and the exit status.
+before anything is measured; one that fails costs its own row and the exit status.
 
     python benchmarks/bench_attention.py --context 32768 65536 131072 --csv benchmarks/results/attention_cpu.csv
     python benchmarks/bench_attention.py --device cuda --heads 32 --kv-heads 8 --context 131072 --chunk 8192
@@ -28,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from peers import PEERS, Problem, Size
+from peers import PEERS, Problem, Size, everything
 from record import emit
 from synthetic import Structure, structured_qkv
 
@@ -48,7 +49,7 @@ PATTERNS: dict[str, HeadPattern] = {
     "tri_shape": TriShape(sink=1024, local=3072, last=128),
     "block_sparse": BlockSparse(top_k=64),
 }
-MAX_PEER_ERROR = 0.03
+MAX_ERROR = 0.03
 """Of a row's largest output: several times what rounding to bf16 makes of it."""
 
 
@@ -137,7 +138,7 @@ def sampled_check(
     rows = torch.linspace(0, query.shape[0] - 1, samples).long().unique()
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
     group = query.shape[1] // keys.shape[0]
-    worst, recalls = 0.0, []
+    errors, recalls = [], []
     for row in rows.tolist():
         position = index.context_len + row
         tile = torch.searchsorted(index.tile_starts, torch.tensor([position]), right=True) - 1
@@ -147,10 +148,15 @@ def sampled_check(
             one = query[row : row + 1, heads]
             seen = keys[kv_head : kv_head + 1, : position + 1], values[kv_head : kv_head + 1, : position + 1]
             expected = reference.masked_attention(one, *seen, mask, scale)
-            error = (out[row : row + 1, heads].double() - expected).abs().max() / expected.abs().max()
-            worst = max(worst, float(error))
+            errors.append((out[row : row + 1, heads].double() - expected).abs().max() / expected.abs().max())
             recalls.append(reference.attention_recall(one, seen[0], mask, position, scale).mean())
-    return worst, float(torch.stack(recalls).mean())
+    # Python's max would leave out NaN.
+    return float(torch.stack(errors).max()), float(torch.stack(recalls).mean())
+
+
+def wrong(error: float) -> str | None:
+    """Why an answer with this error, which may be NaN, is not worth timing."""
+    return None if error <= MAX_ERROR else f"its answer is off by {error:.3g} of the largest output, so it is not timed"
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
@@ -169,7 +175,7 @@ def seconds(call: Callable[[], object], device: str) -> float:
 def measure(
     args: argparse.Namespace, context: int, pattern_name: str, engine: str, peers: list[str], failed: list[str]
 ) -> Iterator[dict[str, object]]:
-    """The engine's row, then those of the named peers; what a peer failed with is added to ``failed``."""
+    """The engine's row, then those of the named peers; what is wrong or fails is added to ``failed`` instead."""
     structure = Structure()
     chunk_len = min(args.chunk or context, context)
     query, keys, values = structured_qkv(context, args.heads, args.kv_heads, args.head_size, structure)
@@ -187,7 +193,12 @@ def measure(
 
     index = sparse()
     error, recall = sampled_check(query, keys, values, out, index, scale)
-    dense()
+    dense_error, _ = sampled_check(query, keys, values, dense(), everything(index), scale)
+    reasons = {f"engine {engine!r}": wrong(error), dense_kernel: wrong(dense_error)}
+    if any(reasons.values()):
+        where = f"context {context}, {pattern_name}"
+        failed += [f"{what}, {where}: {reason}" for what, reason in reasons.items() if reason]
+        return
     timings, dense_seconds, sparse_seconds = [], [], []
     for _ in range(args.repeat):
         dense_seconds.append(seconds(dense, args.device))
@@ -248,8 +259,9 @@ def measure_peer(
     # A copy, since a kernel may write into the same output again.
     out = peer.attend().clone()
     error, recall = sampled_check(problem.query, problem.keys, problem.values, out, peer.index, problem.scale)
-    if not error <= MAX_PEER_ERROR:  # NaN included
-        raise ValueError(f"its answer is off by {error:.3g} of the largest output, so it is not timed")
+    reason = wrong(error)
+    if reason:
+        raise ValueError(reason)
     dense_seconds, peer_seconds = [], []
     for _ in range(args.repeat):
         dense_seconds.append(seconds(dense, args.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,10 @@ def wrong(problem: Problem) -> Peer:
     return Peer("the index", problem.index, lambda: torch.zeros_like(problem.query))
 
 
+def unwritten(problem: Problem) -> Peer:
+    return Peer("the index", problem.index, lambda: torch.full_like(problem.query, torch.nan))
+
+
 def broken(problem: Problem) -> Peer:
     raise RuntimeError("no such kernel")
 
@@ -60,10 +65,11 @@ def test_peers_that_cannot_run_are_named_before_anything_is_measured(
 def test_a_peers_failure_costs_its_own_row_only(
     bench: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, prepare in (("flex", broken), ("xformers", dense), ("vllm_sparse", wrong)):
+    peers = {"flex": broken, "xformers": dense, "vllm_sparse": wrong, "minference": unwritten}
+    for name, prepare in peers.items():
         monkeypatch.setitem(PEERS, name, Kind(prepare, lambda size: None))
     file = tmp_path / "rows.csv"
-    assert bench("--peer", "flex", "xformers", "vllm_sparse", "--pattern", "a_shape", "--csv", file) == 1
+    assert bench("--peer", *peers, "--pattern", "a_shape", "--csv", file) == 1
     ours, peer = csv.DictReader(file.open())
     assert (ours["engine"], ours["peer"]) == ("block_table", "")
     assert (peer["engine"], peer["peer"], peer["computes"]) == ("", "xformers", "all keys")
@@ -72,6 +78,16 @@ def test_a_peers_failure_costs_its_own_row_only(
     said = capsys.readouterr().err
     assert "peer 'flex', context 400, a_shape: RuntimeError: no such kernel" in said
     assert "peer 'vllm_sparse'" in said and "is off by 1 of the largest output" in said
+    assert "peer 'minference'" in said and "is off by nan of the largest output" in said
+
+
+def test_a_wrong_answer_of_ours_is_not_timed_either(
+    bench: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_attention, "sampled_check", lambda *arguments: (math.nan, 1.0))
+    assert bench("--pattern", "a_shape") == 1
+    printed = capsys.readouterr()
+    assert not printed.out and "engine 'block_table', context 400, a_shape: its answer is off by nan" in printed.err
 
 
 def test_rows_go_under_the_columns_that_a_file_has(tmp_path: Path) -> None:
