@@ -91,7 +91,7 @@ def has(module: str) -> bool:
 
 
 def tests(quick: bool) -> Iterator[Item]:
-    words = pytest("tests/gpu") if quick else pytest("-m", "gpu and not engine")
+    words = pytest("tests/gpu/test_layer_gpu.py") if quick else pytest("-m", "gpu and not engine")
     yield Command("tests of one layer", words)
 
 
