@@ -136,9 +136,8 @@ def attention(contexts: Sequence[int], quick: bool) -> Iterator[Item]:
 
 
 def engine() -> Iterator[Item]:
-    yield (
-        Command("tests of whole engines", pytest("-m", "engine")) if has("vllm") else no_vllm("tests of whole engines")
-    )
+    title = "tests of whole engines"
+    yield Command(title, pytest("-m", "engine")) if has("vllm") else no_vllm(title)
 
 
 def ttft(longest: int) -> Iterator[Item]:
@@ -151,7 +150,7 @@ def ttft(longest: int) -> Iterator[Item]:
     script += ["--hidden", str(HIDDEN), "--intermediate", str(INTERMEDIATE), "--layers", "4"]
     script += ["--csv", str(RESULTS / "ttft_gpu.csv")]
     contexts = [context for context in (4096, *CONTEXTS) if context <= longest]
-    # The longest take a minute for every dense prompt.
+    # By arithmetic the longest take a minute for every dense prompt.
     often = [context for context in contexts if context <= LONGEST_WHOLE]
     for few, turns in ((often, 3), (contexts[len(often) :], 1)):
         if few:
