@@ -49,7 +49,7 @@ format: setup ## let ruff rewrite what it can
 kernels: setup ## what the Triton kernels cost on NVIDIA GPUs, compiled ahead of time (no GPU needed)
 	@$(BIN)/python tools/kernel_account.py $(ARGS)
 
-gpu-check: setup ## on a machine with an NVIDIA GPU: all its tests, then benchmarks into benchmarks/results
+gpu-check: setup ## on a machine with an NVIDIA GPU: all its tests and benchmarks (hours; ARGS=--quick: 10 minutes)
 	@$(BIN)/python tools/gpu_check.py $(ARGS)
 
 clean: ## remove everything that make has made, the environment included

@@ -5,11 +5,18 @@ vLLM is not installed for CUDA, torch's scaled dot-product attention on contiguo
 with events; the stages one after the other, each waited for, so that their sum exceeds the whole.
 
 For every context the answer is checked first: sampled rows against float64 attention under the index's own mask (error)
-and the share of the dense softmax mass that the index keeps (recall). Then dense and sparse are timed in turns and the
-medians reported. TFLOP/s (GPU rows) count 4 * head_size per query-key pair that the index names.
+and the share of the dense softmax mass that the index keeps (recall); the dense kernel's answer, too. One that is wrong
+is not timed: it costs the row and the exit status. Then dense and sparse are timed in turns and the medians reported.
+TFLOP/s (GPU rows) count 4 * head_size per query-key pair that the index names.
+
+``--peer`` adds rows of other kernels (see ``peers.py``) on the index that the first engine attended, checked in the
+same way and timed in turns with the dense kernel. Such a row says ``peer`` and, in ``computes``, what it attended; its
+seconds and its speed-up are those of attention alone, without estimate and index. A peer that cannot run is named
+before anything is measured; one that fails costs its own row and the exit status.
 
     python benchmarks/bench_attention.py --context 32768 65536 131072 --csv benchmarks/results/attention_cpu.csv
     python benchmarks/bench_attention.py --device cuda --heads 32 --kv-heads 8 --context 131072 --chunk 8192
+    python benchmarks/bench_attention.py --device cuda --context 32768 --pattern block_sparse --peer flex xformers
 """
 
 from __future__ import annotations
@@ -17,15 +24,17 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from peers import PEERS, Problem, Size, everything
 from record import emit
 from synthetic import Structure, structured_qkv
 
 from minference_vllm import reference
-from minference_vllm.attend import Timing, attend_chunk, choose_engine
+from minference_vllm.attend import Timing, attend_chunk, choose_engine, choose_tile
 from minference_vllm.engines import cpu_kernel
 from minference_vllm.index import SparseIndex
 from minference_vllm.paged_cache import PagedCache
@@ -40,6 +49,8 @@ PATTERNS: dict[str, HeadPattern] = {
     "tri_shape": TriShape(sink=1024, local=3072, last=128),
     "block_sparse": BlockSparse(top_k=64),
 }
+MAX_ERROR = 0.03
+"""Of a row's largest output: several times what rounding to bf16 makes of it."""
 
 
 def fill_cache(keys: torch.Tensor, values: torch.Tensor, block_size: int) -> tuple[PagedCache, torch.Tensor]:
@@ -127,7 +138,7 @@ def sampled_check(
     rows = torch.linspace(0, query.shape[0] - 1, samples).long().unique()
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
     group = query.shape[1] // keys.shape[0]
-    worst, recalls = 0.0, []
+    errors, recalls = [], []
     for row in rows.tolist():
         position = index.context_len + row
         tile = torch.searchsorted(index.tile_starts, torch.tensor([position]), right=True) - 1
@@ -137,10 +148,15 @@ def sampled_check(
             one = query[row : row + 1, heads]
             seen = keys[kv_head : kv_head + 1, : position + 1], values[kv_head : kv_head + 1, : position + 1]
             expected = reference.masked_attention(one, *seen, mask, scale)
-            error = (out[row : row + 1, heads].double() - expected).abs().max() / expected.abs().max()
-            worst = max(worst, float(error))
+            errors.append((out[row : row + 1, heads].double() - expected).abs().max() / expected.abs().max())
             recalls.append(reference.attention_recall(one, seen[0], mask, position, scale).mean())
-    return worst, float(torch.stack(recalls).mean())
+    # Python's max would leave out NaN.
+    return float(torch.stack(errors).max()), float(torch.stack(recalls).mean())
+
+
+def wrong(error: float) -> str | None:
+    """Why an answer with this error, which may be NaN, is not worth timing."""
+    return None if error <= MAX_ERROR else f"its answer is off by {error:.3g} of the largest output, so it is not timed"
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
@@ -156,7 +172,10 @@ def seconds(call: Callable[[], object], device: str) -> float:
     return events[0].elapsed_time(events[1]) / 1000
 
 
-def measure(args: argparse.Namespace, context: int, pattern_name: str, engine: str) -> dict[str, object]:
+def measure(
+    args: argparse.Namespace, context: int, pattern_name: str, engine: str, peers: list[str], failed: list[str]
+) -> Iterator[dict[str, object]]:
+    """The engine's row, then those of the named peers; what is wrong or fails is added to ``failed`` instead."""
     structure = Structure()
     chunk_len = min(args.chunk or context, context)
     query, keys, values = structured_qkv(context, args.heads, args.kv_heads, args.head_size, structure)
@@ -166,7 +185,7 @@ def measure(args: argparse.Namespace, context: int, pattern_name: str, engine: s
     chunk = Chunk(0, 0, context - chunk_len, context)
     patterns = [PATTERNS[pattern_name]] * args.heads
     out = torch.full_like(query, torch.nan)
-    peer, dense = dense_attention(query, keys, values, cache, pages, scale)
+    dense_kernel, dense = dense_attention(query, keys, values, cache, pages, scale)
     on_gpu = args.device == "cuda"
 
     def sparse(timing: Timing | None = None) -> SparseIndex:
@@ -174,7 +193,12 @@ def measure(args: argparse.Namespace, context: int, pattern_name: str, engine: s
 
     index = sparse()
     error, recall = sampled_check(query, keys, values, out, index, scale)
-    dense()
+    dense_error, _ = sampled_check(query, keys, values, dense(), everything(index), scale)
+    reasons = {f"engine {engine!r}": wrong(error), dense_kernel: wrong(dense_error)}
+    if any(reasons.values()):
+        where = f"context {context}, {pattern_name}"
+        failed += [f"{what}, {where}: {reason}" for what, reason in reasons.items() if reason]
+        return
     timings, dense_seconds, sparse_seconds = [], [], []
     for _ in range(args.repeat):
         dense_seconds.append(seconds(dense, args.device))
@@ -201,27 +225,83 @@ def measure(args: argparse.Namespace, context: int, pattern_name: str, engine: s
         "sparse_s": sparse_s,
         "speedup": dense_s / sparse_s,
     }
+    shape: dict[str, object] = {}
     if on_gpu:
         flops = 4 * args.head_size * float(index.computed_pairs().sum())
         dense_flops = 4 * args.head_size * args.heads * index.dense_pairs()
-        row |= {
-            "dense_kernel": peer,
-            "dense_tflops": dense_flops / dense_s / 1e12,
-            "attend_tflops": flops / attend_s / 1e12,
+        shape = {
+            "dense_kernel": dense_kernel,
             "heads": args.heads,
             "kv_heads": args.kv_heads,
             "block_size": args.block_size,
         }
+        row |= {"dense_tflops": dense_flops / dense_s / 1e12, "attend_tflops": flops / attend_s / 1e12} | shape
+    yield row
+    problem = Problem(query, keys, values, index, scale)
+    for name in peers:
+        try:
+            found = measure_peer(args, name, problem, dense)
+        except Exception as error:  # whatever a peer fails with, the other rows are worth having
+            failed.append(f"peer {name!r}, context {context}, {pattern_name}: {type(error).__name__}: {error}")
+        else:
+            yield {"peer": name, "pattern": pattern_name, "context": context, "chunk": chunk_len} | found | shape
+
+
+def measure_peer(
+    args: argparse.Namespace, name: str, problem: Problem, dense: Callable[[], torch.Tensor]
+) -> dict[str, object]:
+    """What a peer adds to the row of its pattern and context.
+
+    Raises:
+        ValueError: its answer is not what it says that it computes.
+    """
+    peer = PEERS[name].prepare(problem)
+    # A copy, since a kernel may write into the same output again.
+    out = peer.attend().clone()
+    error, recall = sampled_check(problem.query, problem.keys, problem.values, out, peer.index, problem.scale)
+    reason = wrong(error)
+    if reason:
+        raise ValueError(reason)
+    dense_seconds, peer_seconds = [], []
+    for _ in range(args.repeat):
+        dense_seconds.append(seconds(dense, args.device))
+        peer_seconds.append(seconds(peer.attend, args.device))
+    dense_s, peer_s = statistics.median(dense_seconds), statistics.median(peer_seconds)
+    row: dict[str, object] = {
+        "computes": peer.computes,
+        "density": float(peer.index.density().mean()),
+        "recall": recall,
+        "max_error": error,
+        "dense_s": dense_s,
+        "attend_s": peer_s,
+        "speedup": dense_s / peer_s,
+    }
+    if args.device == "cuda":
+        flops = 4 * args.head_size * float(peer.index.computed_pairs().sum())
+        row["attend_tflops"] = flops / peer_s / 1e12
     return row
 
 
-def main() -> None:
+def check_peers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Leave with the reason when a named peer cannot run at one of the sizes."""
+    tile = choose_tile(args.tile, args.block_size)
+    for name in args.peer:
+        for context in args.context:
+            chunk = min(args.chunk or context, context)
+            size = Size(args.device, context, chunk, args.heads, args.head_size, args.block_size, tile)
+            reason = PEERS[name].reason(size)
+            if reason:
+                parser.error(f"peer {name!r} cannot run at context {context}, chunk {chunk}: {reason}")
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--context", type=int, nargs="+", default=[32768, 65536])
     parser.add_argument("--chunk", type=int, default=None, help="new tokens at the end of the context; default: all")
     parser.add_argument("--pattern", nargs="+", choices=list(PATTERNS), default=["vertical_slash"])
     parser.add_argument("--engine", nargs="+", default=["auto"])
+    parser.add_argument("--peer", nargs="+", choices=list(PEERS), default=[], help="other kernels, see peers.py")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-size", type=int, default=128)
@@ -232,14 +312,20 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     parser.add_argument("--csv", default=None, help="append rows to this file")
     args = parser.parse_args()
+    check_peers(parser, args)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_default_device(args.device)
+    failed: list[str] = []
     for context in args.context:
         for pattern in args.pattern:
             for engine in args.engine:
-                emit(measure(args, context, pattern, engine), args.json, args.csv)
+                peers = args.peer if engine == args.engine[0] else []
+                for row in measure(args, context, pattern, engine, peers, failed):
+                    emit(row, args.json, args.csv)
+    print("\n".join(failed), file=sys.stderr, end="\n" if failed else "")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

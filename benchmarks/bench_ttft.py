@@ -46,7 +46,7 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
         architectures=["LlamaForCausalLM"],
         vocab_size=VOCABULARY,
         hidden_size=args.hidden,
-        intermediate_size=2 * args.hidden,
+        intermediate_size=args.intermediate or 2 * args.hidden,
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
         num_key_value_heads=args.kv_heads,
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-size", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--intermediate", type=int, default=None, help="default: twice --hidden")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="torch.compile the model (slower start)")

@@ -49,16 +49,31 @@ def environment() -> dict[str, Any]:
 
 def emit(row: dict[str, Any], as_json: bool, csv_path: str | None) -> None:
     """Print a row, as JSON or as aligned text, and append it to a CSV file with its environment."""
-    shown = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+    # Five digits, since a stage takes seconds on a CPU and microseconds on a GPU.
+    shown = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
     print(json.dumps(shown) if as_json else "  ".join(f"{key}={value}" for key, value in shown.items()), flush=True)
-    if csv_path is None:
-        return
-    path = Path(csv_path)
-    full = shown | environment()
-    new = not path.exists()
+    if csv_path is not None:
+        append(Path(csv_path), shown | environment())
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a CSV file, under its own columns; those that the file lacks become new ones, empty before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(full))
-        if new:
-            writer.writeheader()
-        writer.writerow(full)
+    rows: list[dict[str, Any]] = []
+    columns: list[str] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), list(reader.fieldnames or [])
+    new = [name for name in row if name not in columns]
+    if not new:
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, columns).writerow(row)
+        return
+    # Beside it, then in its place: an interruption must not cost the rows that are there.
+    written = path.with_name(f"{path.name}.new")
+    with written.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *new])
+        writer.writeheader()
+        writer.writerows([*rows, row])
+    written.replace(path)
