@@ -150,6 +150,44 @@ def test_a_selection_without_room_is_dense_and_counted_never_cut(blocks: int, co
     assert torch.equal(found.to_mask(), torch.where(dense_rows[..., None], everything, exact.to_mask()))
 
 
+SHARING: list[HeadPattern] = [
+    *[Dense()] * 3,
+    *[AShape(sink=40, local=100)] * 3,
+    *[TriShape(sink=40, local=100, last=70)] * 3,
+]
+
+
+@pytest.mark.parametrize("with_capacity", [False, True])
+@pytest.mark.parametrize("name", TILINGS)
+def test_lists_that_heads_share_are_the_ones_they_would_have_alone(name: str, with_capacity: bool) -> None:
+    tiling = Tiling.of(*TILINGS[name])
+    capacity = planned(tiling, SHARING) if with_capacity else None
+    alone = build_index(tiling, SHARING, RandomScores(tiling.seq_len), capacity)
+    shared = build_index(tiling, SHARING, RandomScores(tiling.seq_len), capacity, group=3)
+    assert (shared.num_heads, shared.num_lists, shared.heads_per_list) == (9, 3, 3)
+    assert torch.equal(shared.blocks, alone.blocks[::3]) and torch.equal(shared.num_blocks, alone.num_blocks[::3])
+    assert torch.equal(shared.to_mask(), alone.to_mask())
+    assert torch.equal(shared.computed_pairs(), alone.computed_pairs())
+    tiles = torch.tensor([0, shared.num_tiles - 1, 0])
+    assert torch.equal(shared.tile_mask(tiles, slice(2, 7)), alone.tile_mask(tiles)[2:7])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "group"),
+    [
+        (SHARING, 1),
+        ([AShape(), AShape(), AShape(local=64), AShape()], 2),
+        ([VerticalSlash()] * 4, 2),
+        ([Dense(), Dense(), Coverage(), Coverage()], 2),
+    ],
+    ids=["a KV head for every head", "unequal patterns", "chosen by scores", "partly chosen by scores"],
+)
+def test_other_heads_have_lists_of_their_own(patterns: list[HeadPattern], group: int) -> None:
+    tiling = Tiling.of(0, 512, 32, 64)
+    index = build_index(tiling, patterns, RandomScores(512), group=group)
+    assert (index.num_lists, index.heads_per_list) == (len(patterns), 1)
+
+
 class LiveBytes(TorchDispatchMode):
     """The most bytes that live tensors have held at once."""
 

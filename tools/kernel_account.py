@@ -120,18 +120,23 @@ class Variant:
     fp8: bool = False
     extras: bool = False
     """Soft cap, sinks and log-sum-exp."""
+    group: int = 4
+    """Query heads per KV head."""
+    packed: bool = False
+    """Whether they share their lists."""
 
     @property
     def name(self) -> str:
         cache = " fp8 cache" if self.fp8 else ""
         extras = " cap+sinks+lse" if self.extras else ""
-        return f"{_SHORT[self.dtype]} D={self.head_size} page={self.page}{cache}{extras}"
+        packed = f" packed {self.group}" if self.packed else ""
+        return f"{_SHORT[self.dtype]} D={self.head_size} page={self.page}{cache}{extras}{packed}"
 
     @property
     def constants(self) -> dict[str, Any]:
         compute, precision = sparse_attention.compute_type(self.dtype)
         return {
-            "GROUP": 4,
+            "GROUP": self.group,
             "HEAD_SIZE": self.head_size,
             "D": triton.next_power_of_2(self.head_size),
             "PAGE": self.page,
@@ -160,6 +165,8 @@ DEFAULT = (
     Variant(page=16),
     Variant(page=128),
     Variant(torch.float16, page=64),
+    Variant(page=16, packed=True),
+    Variant(packed=True, group=7),
 )
 OTHERS = (
     Variant(head_size=96),
@@ -167,6 +174,9 @@ OTHERS = (
     Variant(extras=True),
     Variant(fp8=True),
     Variant(head_size=64, fp8=True),
+    Variant(head_size=64, packed=True),
+    Variant(head_size=256, packed=True),
+    Variant(fp8=True, packed=True),
 )
 ESTIMATES = (Variant(page=16), Variant(page=128))
 
@@ -175,7 +185,8 @@ def attention_account(variant: Variant, default: bool, arch: int) -> Account:
     function = sparse_attention.sparse_attention_kernel
     launch = sparse_attention.launch_shape(arch // 10, variant.head_size)
     flags = dict.fromkeys(("WITH_SOFTCAP", "WITH_SINKS", "WITH_LSE"), variant.extras)
-    blocks = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
+    heads_per_list = variant.group if variant.packed else 1
+    blocks = {"HEADS_PER_LIST": heads_per_list, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
     compiled = compile_kernel(
         function,
         variant.types(function),

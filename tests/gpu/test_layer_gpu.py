@@ -82,15 +82,8 @@ def sampled_error(
         position = index.context_len + row
         tile = int(torch.searchsorted(index.tile_starts, torch.tensor(position), right=True)) - 1
         for head in range(query.shape[1]):
-            mask = torch.zeros(len(pages) * index.block_size, dtype=torch.bool)
-            listed = index.blocks[head, tile, : index.num_blocks[head, tile]].long()
-            if int(index.blocks[head, tile, 0]) < 0:
-                mask[:] = True
-            else:
-                mask.view(len(pages), -1)[listed] = True
-            mask[index.columns[head, tile, : index.num_columns[head, tile]].long()] = True
-            mask[position + 1 :] = False
-            kept = mask[: index.seq_len].nonzero().view(-1)
+            mask = index.tile_mask(torch.tensor([tile]), slice(head, head + 1))[0, 0]
+            kept = mask[: position + 1].nonzero().view(-1)
             logits = keys[head // group, kept].double() * cache.key_scale @ query[row, head].double() * SCALE
             exact = logits.softmax(0) @ (values[head // group, kept].double() * cache.value_scale)
             worst = max(worst, float((out[row, head].double() - exact).abs().max()))
@@ -127,6 +120,17 @@ def test_the_index_is_the_torch_paths() -> None:
     assert float(different) < 1e-4
     expected = reference.masked_attention(query, keys, keys, index.to_mask(), SCALE)
     assert float((out.double() - expected).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("page", [16, 128])
+def test_heads_that_share_lists(engine: str, page: int, group: int) -> None:
+    query, cache, pages, chunk = layer(10000, 3001, heads=2 * group, kv_heads=2, page=page)
+    patterns = [AShape(sink=256, local=512)] * group + [TriShape(sink=256, local=512, last=100)] * group
+    out = torch.full_like(query, torch.nan)
+    index = attend_chunk(query, cache, pages, chunk, patterns, SCALE, out, engine)
+    assert (index.num_lists, index.heads_per_list) == (2, group)
+    assert sampled_error(query, cache, pages, index, out, [0, 1, 1500, 2899, 3000]) < 0.02
 
 
 @pytest.mark.parametrize("page", [16, 64, 128])
