@@ -122,18 +122,20 @@ def sparse_attention_kernel(
     The heads of a row are packed side by side, as they lie in memory: short tiles fill a program, too.
     """
     i_tile, i_part, i_heads = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tile_start = tl.load(p_tile_starts + i_tile)
-    tile_end = tl.load(p_tile_starts + i_tile + 1)
+    # Positions take 32 bits: rows keep theirs in registers.
+    tile_start = tl.load(p_tile_starts + i_tile).to(tl.int32)
+    tile_end = tl.load(p_tile_starts + i_tile + 1).to(tl.int32)
     first = tile_start + i_part * BLOCK_M // HEADS_PER_LIST
     if first < tile_end:
         o_packed = i_part * BLOCK_M + tl.arange(0, BLOCK_M)
         o_row = tile_start + o_packed // HEADS_PER_LIST
-        o_head = i_heads * HEADS_PER_LIST + o_packed % HEADS_PER_LIST
         m_row = o_row < tile_end
-        o_query = (o_row - tl.load(p_tile_starts)).to(tl.int64)
+        # Unsigned, or what addresses the output would not stay in registers beside the loops.
+        o_query = (o_row - tl.load(p_tile_starts).to(tl.int32)).to(tl.uint32)
+        o_head = (i_heads * HEADS_PER_LIST + o_packed % HEADS_PER_LIST).to(tl.uint32)
         o_dim = tl.arange(0, D)
         m_tile = m_row[:, None] & (o_dim < HEAD_SIZE)[None, :]
-        p_row = p_query + o_query * stride_query_row + o_head * stride_query_head
+        p_row = p_query + o_query.to(tl.int64) * stride_query_row + o_head.to(tl.int64) * stride_query_head
         b_query = tl.load(p_row[:, None] + o_dim[None, :], mask=m_tile, other=0.0).to(COMPUTE)
         i_kv_head = (i_heads * HEADS_PER_LIST // GROUP).to(tl.int64)
         p_key += i_kv_head * stride_key_head
@@ -143,7 +145,7 @@ def sparse_attention_kernel(
         p_columns += i_list.to(tl.int64) * max_columns
         # Of the tile's own blocks, its last, those after the program's last row are not read.
         last = tl.minimum(tile_start + ((i_part + 1) * BLOCK_M - 1) // HEADS_PER_LIST, tile_end - 1)
-        num_unseen = ((tile_end - 1) // PAGE - last // PAGE).to(tl.int32)
+        num_unseen = (tile_end - 1) // PAGE - last // PAGE
         num_keys = (tl.load(p_num_blocks + i_list) - num_unseen) * PAGE
         num_columns = tl.load(p_num_columns + i_list)
         # Without a list the tile attends every block, in order.
@@ -177,7 +179,7 @@ def sparse_attention_kernel(
             b_sum += tl.exp2(tl.load(p_sinks + o_head).to(tl.float32) * LOG2E - b_max)
         b_out = b_out * (value_scale / b_sum)[:, None]
         b_out = b_out.to(p_out.dtype.element_ty)
-        p_row = p_out + o_query * stride_out_row + o_head * stride_out_head
+        p_row = p_out + o_query.to(tl.int64) * stride_out_row + o_head.to(tl.int64) * stride_out_head
         tl.store(p_row[:, None] + o_dim[None, :], b_out, mask=m_tile)
         if WITH_LSE:
             tl.store(p_lse + o_head.to(tl.int64) * num_rows + o_query, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
