@@ -225,6 +225,11 @@ class PagedEstimates(estimate.Estimates):
 
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         with self._timed():
+            if self.triton:
+                from minference_vllm.triton_kernels import antidiagonal as kernels
+
+                paged = self.query, self.cache, self.pages
+                return kernels.antidiagonal_scores(*paged, heads, tiling, stride, self.scale)
             return super().antidiagonal(heads, tiling, stride)
 
     def _means(self, heads: Sequence[int], tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

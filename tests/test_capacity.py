@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from minference_vllm.capacity import MEMORY_LIMIT, Capacity, plan_capacity
 from minference_vllm.index import SparseIndex, build_index
+from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import (
     Antidiagonal,
     AShape,
@@ -250,4 +251,37 @@ def test_memory_at_a_million_tokens(name: str, block_size: int) -> None:
     lists = 4 * index.blocks.numel() + 4 * index.columns.numel()
     assert lists + capacity.heads_at_once * seq_len * 4 * (2 * 4 + 3) <= MEMORY_LIMIT
     assert index.blocks.shape[:2] == (32, 64)
+    assert memory.peak <= MEMORY_LIMIT, f"{memory.peak / 2**20:.0f} MiB"
+
+
+class NotLaunched:
+    """In place of a kernel."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments, **constants: None
+
+
+@pytest.mark.parametrize("stride", [2, 8, 16])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_memory_of_antidiagonal_scores_at_a_million_tokens(
+    block_size: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, with all that the estimate on a GPU allocates; its kernels have no data here."""
+    kernels = pytest.importorskip("minference_vllm.triton_kernels.antidiagonal")
+    for kernel in ("square_lse_kernel", "square_mass_kernel"):
+        monkeypatch.setattr(kernels, kernel, NotLaunched())
+    seq_len, patterns = 1 << 20, [Antidiagonal(stride=stride)] * 32
+    tiling = Tiling.of(seq_len - 8192, seq_len, block_size, 128, device="meta")
+    query = torch.empty(8192, 32, 128, dtype=torch.bfloat16, device="meta")
+    keys = torch.empty(tiling.num_key_blocks, 8, block_size, 128, dtype=torch.bfloat16, device="meta")
+    pages = torch.empty(tiling.num_key_blocks, dtype=torch.int64, device="meta")
+    paged = query, PagedCache(keys, keys, "rows"), pages
+
+    class FromPages(EmptyScores):
+        def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
+            return kernels.antidiagonal_scores(*paged, heads, tiling, stride, 0.1)
+
+    capacity = planned(tiling, patterns)
+    with LiveBytes() as memory:
+        build_index(tiling, patterns, FromPages(seq_len), capacity)
     assert memory.peak <= MEMORY_LIMIT, f"{memory.peak / 2**20:.0f} MiB"

@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minference_vllm.triton_kernels import estimate, sparse_attention
+from minference_vllm.triton_kernels import antidiagonal, estimate, sparse_attention
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Per multiprocessor: shared memory in bytes. All have 65,536 registers, 2,048 threads and 32 blocks.
@@ -149,7 +149,7 @@ class Variant:
         query, cache = f"*{_SHORT[self.dtype]}", "*fp8e4nv" if self.fp8 else f"*{_SHORT[self.dtype]}"
         pointers = {"p_query": query, "p_out": query, "p_key": cache, "p_value": cache}
         pointers |= {"p_pages": "*i64", "p_tile_starts": "*i64"}
-        pointers |= {name: "*fp32" for name in ("p_lse", "p_sinks", "p_mean")}
+        pointers |= {name: "*fp32" for name in ("p_lse", "p_sinks", "p_mean", "p_scores")}
         lists = ("p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads", "p_rows")
         pointers |= {name: "*i32" for name in lists}
         if function is estimate.column_diagonal_kernel:
@@ -179,6 +179,8 @@ OTHERS = (
     Variant(fp8=True, packed=True),
 )
 ESTIMATES = (Variant(page=16), Variant(page=128))
+TILE, STRIDE = 128, 16
+"""Rows of a query tile, and tokens of an antidiagonal's square: the defaults."""
 
 
 def attention_account(variant: Variant, default: bool, arch: int) -> Account:
@@ -199,17 +201,22 @@ def attention_account(variant: Variant, default: bool, arch: int) -> Account:
 
 
 def estimate_accounts(variant: Variant, arch: int) -> list[Account]:
-    kernels: dict[str, tuple[Any, dict[str, Any]]] = {
-        "row_lse": (estimate.row_lse_kernel, {"BLOCK_N": estimate.BLOCK_N}),
-        "column_diagonal": (estimate.column_diagonal_kernel, {}),
-        "block_mean": (estimate.block_mean_kernel, {"SLOTS": variant.page}),
+    squares = {"STRIDE": STRIDE, "BLOCK_R": antidiagonal.BLOCK_R, "BLOCK_C": antidiagonal.BLOCK_C}
+    squares |= {"BLOCK_D": antidiagonal.BLOCK_D_BYTES // variant.dtype.itemsize}
+    tiles = {"TILE": TILE} | antidiagonal.mass_slots(TILE, variant.page, STRIDE)
+    kernels: dict[str, tuple[Any, dict[str, Any], int]] = {
+        "row_lse": (estimate.row_lse_kernel, {"BLOCK_N": estimate.BLOCK_N}, estimate.NUM_WARPS),
+        "column_diagonal": (estimate.column_diagonal_kernel, {}, estimate.NUM_WARPS),
+        "block_mean": (estimate.block_mean_kernel, {"SLOTS": variant.page}, estimate.NUM_WARPS),
+        "square_lse": (antidiagonal.square_lse_kernel, squares, antidiagonal.NUM_WARPS),
+        "square_mass": (antidiagonal.square_mass_kernel, squares | tiles, antidiagonal.NUM_WARPS),
     }
     rows = []
-    for name, (function, own) in kernels.items():
+    for name, (function, own, num_warps) in kernels.items():
         constants = {key: value for key, value in variant.constants.items() if key in function.arg_names} | own
         compiled = compile_kernel(
-            function, variant.types(function), constants, arch, num_warps=estimate.NUM_WARPS, num_stages=3
-        )
+            function, variant.types(function), constants, arch, num_warps=num_warps, num_stages=3
+        )  # fmt: skip
         rows.append(account(name, variant.name, True, compiled, arch))
     return rows
 

@@ -9,10 +9,10 @@ import torch
 
 from minference_vllm import reference
 from minference_vllm.attend import attend_chunk
-from minference_vllm.estimate import Estimates
+from minference_vllm.estimate import Estimates, antidiagonal_scores
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
+from minference_vllm.patterns import Antidiagonal, AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
 from minference_vllm.plan import Chunk
 from minference_vllm.tiling import Tiling
 
@@ -120,6 +120,34 @@ def test_the_index_is_the_torch_paths() -> None:
     assert float(different) < 1e-4
     expected = reference.masked_attention(query, keys, keys, index.to_mask(), SCALE)
     assert float((out.double() - expected).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("page", [16, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_antidiagonal_scores_are_the_torch_paths(dtype: torch.dtype, page: int, stride: int) -> None:
+    """That in float32, where neither rounds its logits."""
+    from minference_vllm.triton_kernels import antidiagonal
+
+    query, cache, pages, chunk = layer(20011, 3001, page=page, dtype=dtype)
+    tiling = Tiling.of(chunk.context_len, chunk.seq_len, page, 128, device="cuda")
+    found = antidiagonal.antidiagonal_scores(query.to(dtype), cache, pages, [7, 0, 3], tiling, stride, SCALE)
+    keys = cache.keys_by_head(pages)[:, : chunk.seq_len].float()
+    right = antidiagonal_scores(query.float(), keys, [7, 0, 3], tiling, stride, SCALE)
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
+
+
+def test_antidiagonal_at_a_million_tokens() -> None:
+    """The prefix's keys stay where they are: the layer's memory is the one stated."""
+    query, cache, pages, chunk = layer(1 << 20, 8192, heads=32, kv_heads=8)
+    out = torch.full_like(query, torch.nan)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attend_chunk(query, cache, pages, chunk, [Antidiagonal()] * 32, SCALE, out, "triton")
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= 320 << 20
+    assert bool(torch.isfinite(out).all())
 
 
 @pytest.mark.parametrize("group", [1, 4, 7])
