@@ -143,6 +143,8 @@ def attend_chunk(
         raise ValueError(f"engine {engine!r} knows no soft cap, no sinks and no FP8 caches; 'triton' does")
     tiling = tiling_for(query, cache, chunk, engine, tile)
     planned = engine == "triton" or query.is_cuda
+    # What plans sizes also knows lists that the heads of a group share.
+    group = query.shape[1] // cache.num_kv_heads if planned else 1
     # Kernels read the pages by address.
     pages = pages[: tiling.num_key_blocks].contiguous()
     scores = PagedEstimates(query, cache, pages, chunk.seq_len, scale, page_means, planned, timing)
@@ -151,7 +153,7 @@ def attend_chunk(
     def build(patterns: Sequence[HeadPattern]) -> SparseIndex:
         sizes = tiling.context_len, tiling.seq_len, tiling.block_size, tiling.tile, tiling.column_multiple
         capacity = _capacity(tuple(patterns), *sizes, engine == "block_table") if planned else None
-        return build_index(tiling, patterns, scores, capacity)
+        return build_index(tiling, patterns, scores, capacity, group)
 
     index = build(patterns) if audit is None else audit.run(patterns, build, scores.recall)
     end = timing.now(query.device)
@@ -223,6 +225,11 @@ class PagedEstimates(estimate.Estimates):
 
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         with self._timed():
+            if self.triton:
+                from minference_vllm.triton_kernels import antidiagonal as kernels
+
+                paged = self.query, self.cache, self.pages
+                return kernels.antidiagonal_scores(*paged, heads, tiling, stride, self.scale)
             return super().antidiagonal(heads, tiling, stride)
 
     def _means(self, heads: Sequence[int], tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

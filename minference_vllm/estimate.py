@@ -200,6 +200,17 @@ def peak_scores(
     return result.div_((tiling.starts[1:] - tiling.starts[:-1])[:, None])
 
 
+def squares_per_block(block_size: int, stride: int) -> int:
+    """How many squares of ``stride`` tokens a block has along each edge.
+
+    Raises:
+        ValueError: ``stride`` does not divide the block size.
+    """
+    if block_size % stride:
+        raise ValueError(f"antidiagonal stride must divide the page size {block_size}, not {stride}")
+    return block_size // stride
+
+
 def antidiagonal_scores(
     query: torch.Tensor, keys: torch.Tensor, heads: Sequence[int], tiling: Tiling, stride: int, scale: float
 ) -> torch.Tensor:
@@ -224,15 +235,12 @@ def antidiagonal_scores(
     Raises:
         ValueError: ``stride`` does not divide the block size.
     """
-    size = tiling.block_size
-    if size % stride:
-        raise ValueError(f"antidiagonal stride must divide the page size {size}, not {stride}")
+    per_block = squares_per_block(tiling.block_size, stride)
     group = query.shape[1] // keys.shape[0]
     length, dim = keys.shape[1], query.shape[2]
     first = tiling.context_len // stride
     squares = -(-length // stride)
     before, after = tiling.context_len - first * stride, squares * stride - length
-    per_block = size // stride
     square_rows = torch.arange(first, squares, device=query.device)
     # The tile of a square of rows is that of its last row in the chunk: tiles, too, lie at multiples of the stride.
     last_rows = (square_rows * stride + stride - 1).clamp(max=length - 1)

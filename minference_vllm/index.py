@@ -1,7 +1,7 @@
 """``SparseIndex``: which keys each query tile of a chunk attends, and how it is built from scores.
 
-Sizes: ``H`` query heads, ``T`` query tiles, ``N`` key blocks of ``B`` tokens in the sequence, ``S`` its tokens. A block
-is a page of the KV cache.
+Sizes: ``H`` query heads, ``L`` lists per tile (as many, or fewer where heads share theirs), ``T`` query tiles, ``N``
+key blocks of ``B`` tokens in the sequence, ``S`` its tokens. A block is a page of the KV cache.
 """
 
 from __future__ import annotations
@@ -47,21 +47,27 @@ class SparseIndex:
     tile_starts: torch.Tensor
     """int64 ``[T + 1]``: absolute position of each tile's first row, and the end of the last tile."""
     blocks: torch.Tensor
-    """int32 ``[H, T, max_blocks]``: logical key blocks, ascending, the tile's own last; -1 past ``num_blocks``. Where
+    """int32 ``[L, T, max_blocks]``: logical key blocks, ascending, the tile's own last; -1 past ``num_blocks``. Where
     already the first is -1 the tile attends every block up to its own, without a list (built with a ``Capacity``)."""
     num_blocks: torch.Tensor
-    """int32 ``[H, T]``, of tiles without a list, too."""
+    """int32 ``[L, T]``, of tiles without a list, too."""
     columns: torch.Tensor
-    """int32 ``[H, T, max_columns]``: absolute positions of single keys, all before the tile; -1 past
+    """int32 ``[L, T, max_columns]``: absolute positions of single keys, all before the tile; -1 past
     ``num_columns``."""
     num_columns: torch.Tensor
-    """int32 ``[H, T]``."""
+    """int32 ``[L, T]``."""
     overflowed: torch.Tensor | None = None
-    """bool ``[H, T]``: tiles that wanted more than the planned ``Capacity``, and attend everything instead."""
+    """bool ``[L, T]``: tiles that wanted more than the planned ``Capacity``, and attend everything instead."""
+    heads_per_list: int = 1
+    """Neighbouring query heads that share each list: query head ``h`` has list ``h // heads_per_list``."""
+
+    @property
+    def num_lists(self) -> int:
+        return self.blocks.shape[0]
 
     @property
     def num_heads(self) -> int:
-        return self.blocks.shape[0]
+        return self.num_lists * self.heads_per_list
 
     @property
     def num_tiles(self) -> int:
@@ -71,7 +77,8 @@ class SparseIndex:
         """bool ``[H, R, S]``: the keys of the named tiles (int64 ``[R]``), future ones included."""
         device = self.blocks.device
         num_blocks_total = -(-self.seq_len // self.block_size)
-        blocks, columns = self.blocks[heads, tiles], self.columns[heads, tiles]
+        lists = torch.arange(self.num_heads, device=device)[heads, None] // self.heads_per_list
+        blocks, columns = self.blocks[lists, tiles], self.columns[lists, tiles]
         by_key = torch.zeros(*blocks.shape[:2], num_blocks_total * self.block_size, dtype=torch.bool, device=device)
         _scatter_true(by_key.view(*blocks.shape[:2], num_blocks_total, self.block_size), blocks)
         _scatter_true(by_key, columns)
@@ -92,7 +99,7 @@ class SparseIndex:
         last_start = (self.tile_starts[1:] - 1) // self.block_size * self.block_size
         in_last = (self.tile_starts[1:] - last_start).double()
         keys = (self.num_blocks - 1).double() * self.block_size + in_last + self.num_columns.double()
-        return ((keys - (rows - 1) / 2) * rows).sum(-1)
+        return ((keys - (rows - 1) / 2) * rows).sum(-1).repeat_interleave(self.heads_per_list)
 
     def dense_pairs(self) -> float:
         """Pairs of one head that dense causal attention computes."""
@@ -257,15 +264,28 @@ def select(
     raise TypeError(f"no selection for pattern {pattern!r}")
 
 
+def share_lists(patterns: Sequence[HeadPattern], group: int) -> bool:
+    """Whether the ``group`` query heads of every KV head are known to select the same keys, whatever the scores say."""
+    read_no_scores = all(isinstance(pattern, Dense | AShape | TriShape) for pattern in patterns)
+    return read_no_scores and all(pattern == patterns[head - head % group] for head, pattern in enumerate(patterns))
+
+
 def build_index(
-    tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores, capacity: Capacity | None = None
+    tiling: Tiling,
+    patterns: Sequence[HeadPattern],
+    scores: Scores,
+    capacity: Capacity | None = None,
+    group: int = 1,
 ) -> SparseIndex:
     """The index of one chunk for all heads.
 
     Args:
         patterns: one per query head.
         capacity: planned sizes, so that nothing waits for a GPU; None: as large as the selection turns out.
+        group: query heads of each KV head, for an engine that knows lists they share; 1: every head has its own.
     """
+    heads_per_list = group if share_lists(patterns, group) else 1
+    patterns = patterns[::heads_per_list]
     parts: Iterable[_Part] = _parts(tiling, patterns, scores, capacity)
     if capacity is None:
         parts = list(parts)
@@ -295,6 +315,7 @@ def build_index(
         columns,
         num_columns,
         overflowed,
+        heads_per_list,
     )
 
 

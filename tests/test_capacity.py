@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from minference_vllm.capacity import MEMORY_LIMIT, Capacity, plan_capacity
 from minference_vllm.index import SparseIndex, build_index
+from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import (
     Antidiagonal,
     AShape,
@@ -150,6 +151,44 @@ def test_a_selection_without_room_is_dense_and_counted_never_cut(blocks: int, co
     assert torch.equal(found.to_mask(), torch.where(dense_rows[..., None], everything, exact.to_mask()))
 
 
+SHARING: list[HeadPattern] = [
+    *[Dense()] * 3,
+    *[AShape(sink=40, local=100)] * 3,
+    *[TriShape(sink=40, local=100, last=70)] * 3,
+]
+
+
+@pytest.mark.parametrize("with_capacity", [False, True])
+@pytest.mark.parametrize("name", TILINGS)
+def test_lists_that_heads_share_are_the_ones_they_would_have_alone(name: str, with_capacity: bool) -> None:
+    tiling = Tiling.of(*TILINGS[name])
+    capacity = planned(tiling, SHARING) if with_capacity else None
+    alone = build_index(tiling, SHARING, RandomScores(tiling.seq_len), capacity)
+    shared = build_index(tiling, SHARING, RandomScores(tiling.seq_len), capacity, group=3)
+    assert (shared.num_heads, shared.num_lists, shared.heads_per_list) == (9, 3, 3)
+    assert torch.equal(shared.blocks, alone.blocks[::3]) and torch.equal(shared.num_blocks, alone.num_blocks[::3])
+    assert torch.equal(shared.to_mask(), alone.to_mask())
+    assert torch.equal(shared.computed_pairs(), alone.computed_pairs())
+    tiles = torch.tensor([0, shared.num_tiles - 1, 0])
+    assert torch.equal(shared.tile_mask(tiles, slice(2, 7)), alone.tile_mask(tiles)[2:7])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "group"),
+    [
+        (SHARING, 1),
+        ([AShape(), AShape(), AShape(local=64), AShape()], 2),
+        ([VerticalSlash()] * 4, 2),
+        ([Dense(), Dense(), Coverage(), Coverage()], 2),
+    ],
+    ids=["a KV head for every head", "unequal patterns", "chosen by scores", "partly chosen by scores"],
+)
+def test_other_heads_have_lists_of_their_own(patterns: list[HeadPattern], group: int) -> None:
+    tiling = Tiling.of(0, 512, 32, 64)
+    index = build_index(tiling, patterns, RandomScores(512), group=group)
+    assert (index.num_lists, index.heads_per_list) == (len(patterns), 1)
+
+
 class LiveBytes(TorchDispatchMode):
     """The most bytes that live tensors have held at once."""
 
@@ -212,4 +251,37 @@ def test_memory_at_a_million_tokens(name: str, block_size: int) -> None:
     lists = 4 * index.blocks.numel() + 4 * index.columns.numel()
     assert lists + capacity.heads_at_once * seq_len * 4 * (2 * 4 + 3) <= MEMORY_LIMIT
     assert index.blocks.shape[:2] == (32, 64)
+    assert memory.peak <= MEMORY_LIMIT, f"{memory.peak / 2**20:.0f} MiB"
+
+
+class NotLaunched:
+    """In place of a kernel."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments, **constants: None
+
+
+@pytest.mark.parametrize("stride", [2, 8, 16])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_memory_of_antidiagonal_scores_at_a_million_tokens(
+    block_size: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, with all that the estimate on a GPU allocates; its kernels have no data here."""
+    kernels = pytest.importorskip("minference_vllm.triton_kernels.antidiagonal")
+    for kernel in ("square_lse_kernel", "square_mass_kernel"):
+        monkeypatch.setattr(kernels, kernel, NotLaunched())
+    seq_len, patterns = 1 << 20, [Antidiagonal(stride=stride)] * 32
+    tiling = Tiling.of(seq_len - 8192, seq_len, block_size, 128, device="meta")
+    query = torch.empty(8192, 32, 128, dtype=torch.bfloat16, device="meta")
+    keys = torch.empty(tiling.num_key_blocks, 8, block_size, 128, dtype=torch.bfloat16, device="meta")
+    pages = torch.empty(tiling.num_key_blocks, dtype=torch.int64, device="meta")
+    paged = query, PagedCache(keys, keys, "rows"), pages
+
+    class FromPages(EmptyScores):
+        def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
+            return kernels.antidiagonal_scores(*paged, heads, tiling, stride, 0.1)
+
+    capacity = planned(tiling, patterns)
+    with LiveBytes() as memory:
+        build_index(tiling, patterns, FromPages(seq_len), capacity)
     assert memory.peak <= MEMORY_LIMIT, f"{memory.peak / 2**20:.0f} MiB"

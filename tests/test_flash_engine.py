@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,8 +82,16 @@ def tokens_first(rows: torch.Tensor) -> torch.Tensor:
 Built = tuple[torch.Tensor, PagedCache, torch.Tensor, SparseIndex, torch.Tensor]
 
 
-def chunk(context: int, length: int, size: int, tile: int, order: Callable[..., torch.Tensor], kv_heads: int) -> Built:
-    """Query, cache, pages, index of planned size, and the float64 answer."""
+def chunk(
+    context: int,
+    length: int,
+    size: int,
+    tile: int,
+    order: Callable[..., torch.Tensor],
+    kv_heads: int,
+    shared: bool = False,
+) -> Built:
+    """Query, cache, pages, index of planned size, and the float64 answer; ``shared``: of lists per KV head."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(length - context, HEADS, DIM, generator=generator).bfloat16()
     keys, values = (torch.randn(length, kv_heads, DIM, generator=generator).bfloat16() for _ in range(2))
@@ -100,11 +109,16 @@ def chunk(context: int, length: int, size: int, tile: int, order: Callable[..., 
     tiling = Tiling.of(context, length, size, tile)
     scale = DIM**-0.5
     capacity = plan_capacity(PATTERNS, context, length, size, tile, list_everything=True)
-    index = build_index(tiling, PATTERNS, Estimates(query, by_head, scale), capacity)
+    heads_per_list = HEADS // kv_heads if shared else 1
+    estimates = Estimates(query[:, ::heads_per_list], by_head, scale)
+    # Whatever pattern made them: to the engine lists are lists.
+    index = build_index(tiling, PATTERNS[: HEADS // heads_per_list], estimates, capacity)
+    index = replace(index, heads_per_list=heads_per_list)
     expected = reference.masked_attention(query, by_head, values.transpose(0, 1), index.to_mask(), scale)
     return query, PagedCache(key, value, "rows"), pages, index, expected
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kv_heads", [KV_HEADS, 1])
 @pytest.mark.parametrize("order", [heads_first, tokens_first])
 @pytest.mark.parametrize(
@@ -112,9 +126,9 @@ def chunk(context: int, length: int, size: int, tile: int, order: Callable[..., 
     [(0, 300, 32, 64), (150, 700, 32, 128), (301, 330, 16, 64), (100, 450, 64, 64), (64, 65, 16, 32)],
 )
 def test_virtual_requests_give_the_indexs_attention(
-    context: int, length: int, size: int, tile: int, order: Callable[..., torch.Tensor], kv_heads: int
+    context: int, length: int, size: int, tile: int, order: Callable[..., torch.Tensor], kv_heads: int, shared: bool
 ) -> None:
-    query, cache, pages, index, expected = chunk(context, length, size, tile, order, kv_heads)
+    query, cache, pages, index, expected = chunk(context, length, size, tile, order, kv_heads, shared)
     out = torch.full_like(query, torch.nan)
     flash.run(query, cache, pages, index, DIM**-0.5, out, varlen_attention)
     assert float((out.double() - expected).abs().max()) < TOLERANCE

@@ -32,6 +32,39 @@ CASES: dict[str, dict[str, Any]] = {
     "float32, pages of 128": {"seq_len": 400, "context_len": 200, "block_size": 128, "dtype": "float32"},
     "FP8 cache with scales": {"seq_len": 250, "context_len": 100, "block_size": 32, "fp8": True},
 }
+ANTIDIAGONAL_CASES: dict[str, dict[str, Any]] = {
+    "pages of 16, stride 8, odd length": {"seq_len": 333, "context_len": 0, "block_size": 16, "stride": 8},
+    "chunk inside a square, GQA 7, head size 80": {
+        "seq_len": 260,
+        "context_len": 101,
+        "block_size": 32,
+        "stride": 16,
+        "heads": 7,
+        "kv_heads": 1,
+        "head_size": 80,
+        "dtype": "float16",
+    },
+    "pages of 48 and tiles of 144, stride 24": {
+        "seq_len": 411,
+        "context_len": 150,
+        "block_size": 48,
+        "tile": 144,
+        "stride": 24,
+    },
+    "tiles and pages of more squares than one step takes": {
+        "seq_len": 600,
+        "context_len": 301,
+        "block_size": 256,
+        "tile": 512,
+        "stride": 2,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_size": 32,
+    },
+    "float32, pages of 128": {"seq_len": 400, "context_len": 200, "block_size": 128, "stride": 16, "dtype": "float32"},
+    "one token": {"seq_len": 1, "context_len": 0, "block_size": 32, "stride": 16},
+    "FP8 cache with scales": {"seq_len": 250, "context_len": 100, "block_size": 32, "stride": 16, "fp8": True},
+}
 INDEX_CASES = [(0, 517, 16), (301, 700, 32), (200, 500, 128)]
 """(context, length, page size) of float32 chunks whose index must be the torch path's."""
 
@@ -45,10 +78,19 @@ def test_estimates_match_the_reference(interpreted: dict[str, Any], name: str, s
     assert largest > 0
 
 
+@pytest.mark.parametrize("name", list(ANTIDIAGONAL_CASES))
+def test_antidiagonal_scores_match_the_reference(interpreted: dict[str, Any], name: str) -> None:
+    error, eager_error, out_of_reach, sums = interpreted[f"antidiagonal {name}"]
+    # The torch path rounds logits to the inputs' type, the kernel does not.
+    assert error <= eager_error + 2e-6, (error, eager_error)
+    assert out_of_reach == 0
+    assert sums < 1e-5, "the scores of a tile add up to 1"
+
+
 @pytest.mark.parametrize("case", INDEX_CASES, ids=str)
 def test_the_index_is_the_torch_paths(interpreted: dict[str, Any], case: tuple[int, int, int]) -> None:
     found = interpreted[f"index {list(case)}"]
-    assert found["different"] == [0] * 6, "by head"
+    assert found["different"] == [0] * 8, "by head"
     assert found["density"] < 0.9
     assert found["error"] < 1e-5
 
@@ -115,6 +157,50 @@ def run_case(
     return errors
 
 
+def run_antidiagonal_case(
+    seq_len: int,
+    context_len: int,
+    block_size: int,
+    stride: int,
+    tile: int = 128,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_size: int = 64,
+    dtype: str = "bfloat16",
+    fp8: bool = False,
+) -> tuple[float, float, float, float]:
+    import torch
+
+    from minference_vllm import estimate, reference
+    from minference_vllm.paged_cache import PagedCache
+    from minference_vllm.tiling import Tiling
+    from minference_vllm.triton_kernels import antidiagonal as kernels
+
+    # So that short sequences have several, too.
+    kernels.SQUARES_PER_PART = kernels.BLOCK_C
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    blocks = -(-seq_len // block_size)
+    pages = torch.randperm(blocks + 2)[:blocks]
+    # Means over antidiagonals are small unless neighbours are alike.
+    query = (torch.randn(seq_len - context_len, heads, head_size) + 3 * torch.randn(heads, head_size)).to(kind)
+    rows = torch.randn(seq_len, kv_heads, head_size).to(torch.float8_e4m3fn if fp8 else kind)
+    key_scale = 0.75 if fp8 else 1.0
+    memory = paged(rows, pages, block_size)
+    cache = PagedCache(memory, memory, "rows", key_scale)
+    keys = (rows.float() * key_scale).transpose(0, 1)
+    scale = head_size**-0.5
+    wanted = [heads - 1, *range(0, heads - 1, 2)]
+    tiling = Tiling.of(context_len, seq_len, block_size, tile)
+    found = kernels.antidiagonal_scores(query, cache, pages, wanted, tiling, stride, scale)
+    exact = reference.antidiagonal_scores(query, keys, tiling, stride, scale)[wanted]
+    eager = estimate.antidiagonal_scores(query, keys.to(kind), wanted, tiling, stride, scale)
+    assert found.shape == exact.shape and torch.isfinite(found).all()
+    errors = [float((scores.double() - exact).abs().max()) for scores in (found, eager)]
+    out_of_reach = float(found.masked_fill(tiling.reachable(), 0.0).abs().max())
+    return errors[0], errors[1], out_of_reach, float((found.sum(-1) - 1).abs().max())
+
+
 def run_index_case(context_len: int, seq_len: int, block_size: int) -> dict[str, Any]:
     """``sparse_prefill`` through every kernel, and the index that torch alone builds for it."""
     import torch
@@ -122,17 +208,18 @@ def run_index_case(context_len: int, seq_len: int, block_size: int) -> dict[str,
     from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash, reference, sparse_prefill
     from minference_vllm.estimate import Estimates
     from minference_vllm.index import build_index
-    from minference_vllm.patterns import Coverage, PeakThreshold
+    from minference_vllm.patterns import Antidiagonal, Coverage, PeakThreshold
     from minference_vllm.tiling import Tiling
 
     torch.manual_seed(1)
-    heads, kv_heads, dim = 6, 2, 32
+    heads, kv_heads, dim = 8, 2, 32
     blocks = -(-seq_len // block_size)
     pages = torch.randperm(blocks + 2)[:blocks]
     query = torch.randn(seq_len - context_len, heads, dim) * 2
     key_rows, value_rows = (torch.randn(seq_len, kv_heads, dim) for _ in range(2))
     patterns = [VerticalSlash(vertical=40, slash=32), BlockSparse(top_k=1), AShape(sink=16, local=32), Dense()]
     patterns += [Coverage(gamma=0.5, min_budget=64), PeakThreshold(alpha=0.5, sink=16, window=32)]
+    patterns += [Antidiagonal(stride=8, tau=0.5), Antidiagonal(stride=16, tau=0.5)]
     out, (index,) = sparse_prefill(
         query,
         paged(key_rows, pages, block_size).transpose(1, 2),
@@ -158,5 +245,6 @@ if __name__ == "__main__":
     import triton_interpreter  # noqa: F401 - mends the interpreter
 
     results: dict[str, Any] = {name: run_case(**case) for name, case in CASES.items()}
+    results |= {f"antidiagonal {name}": run_antidiagonal_case(**case) for name, case in ANTIDIAGONAL_CASES.items()}
     results |= {f"index {list(case)}": run_index_case(*case) for case in INDEX_CASES}
     print(json.dumps(results))

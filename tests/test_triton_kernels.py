@@ -47,7 +47,39 @@ CASES: dict[str, dict[str, Any]] = {
         "fp8": True,
     },
     "FP8 queries, too": {"seq_len": 270, "context_len": 140, "block_size": 32, "fp8": True, "fp8_query": True},
+    "shared lists, GQA 4, dense tiles without a list": {
+        "seq_len": 325,
+        "context_len": 130,
+        "block_size": 16,
+        "heads": 16,
+        "kv_heads": 4,
+        "head_size": 32,
+        "planned": True,
+        "shared": True,
+    },
+    "shared lists, GQA 7, chunk starts inside a page, head size 80": {
+        "seq_len": 300,
+        "context_len": 101,
+        "block_size": 32,
+        "heads": 7,
+        "kv_heads": 1,
+        "head_size": 80,
+        "dtype": "float16",
+        "shared": True,
+    },
+    "shared lists, GQA 8, soft cap and sinks": {
+        "seq_len": 257,
+        "context_len": 0,
+        "block_size": 128,
+        "heads": 8,
+        "kv_heads": 1,
+        "softcap": 2.0,
+        "sinks": True,
+        "shared": True,
+    },
 }
+SHARED_CASES = [(1, 0, 300, 16), (4, 101, 390, 32), (7, 70, 301, 16)]
+"""(query heads per KV head, context, length, page size) of ``sparse_prefill`` with patterns that need no scores."""
 
 
 def test_the_interpreter_multiplies_bf16_rightly(interpreted: dict[str, Any]) -> None:
@@ -63,6 +95,17 @@ def test_sparse_attention_matches_the_reference(interpreted: dict[str, Any], nam
     assert (found["unlisted"] > 0) == ("without a list" in name)
 
 
+@pytest.mark.parametrize("case", SHARED_CASES, ids=str)
+def test_a_group_of_heads_shares_lists_that_need_no_scores(
+    interpreted: dict[str, Any], case: tuple[int, int, int, int]
+) -> None:
+    found = interpreted[f"shared {list(case)}"]
+    assert found["heads_per_list"] == case[0]
+    assert found["different"] == 0
+    assert found["density"] < 0.95
+    assert found["error"] < 1e-5
+
+
 def run_case(
     seq_len: int,
     context_len: int,
@@ -76,7 +119,10 @@ def run_case(
     sinks: bool = False,
     fp8: bool = False,
     fp8_query: bool = False,
+    shared: bool = False,
 ) -> dict[str, float]:
+    from dataclasses import replace
+
     import torch
 
     from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash
@@ -112,7 +158,13 @@ def run_case(
     patterns = [VerticalSlash(vertical=40, slash=16), BlockSparse(top_k=1), AShape(sink=16, local=64), Dense()]
     wide = query.float() * query_scale
     capacity = plan_capacity(patterns, context_len, seq_len, block_size, tiling.tile) if planned else None
-    index = build_index(tiling, patterns[:heads], Estimates(wide, keys, scale), capacity)
+    if shared:
+        # Whatever pattern made them: to the kernel lists are lists.
+        group = heads // kv_heads
+        by_first_head = build_index(tiling, patterns[:kv_heads], Estimates(wide[:, ::group], keys, scale), capacity)
+        index = replace(by_first_head, heads_per_list=group)
+    else:
+        index = build_index(tiling, patterns[:heads], Estimates(wide, keys, scale), capacity)
     sink = torch.randn(heads) if sinks else None
     out = torch.full(query.shape, torch.nan, dtype=kind)
     lse = torch.full((heads, len(query)), torch.nan)
@@ -143,6 +195,44 @@ def run_case(
     }
 
 
+def run_shared_case(group: int, context_len: int, seq_len: int, block_size: int) -> dict[str, Any]:
+    """``sparse_prefill`` where all heads of a group select the same keys, and the index that each would have alone."""
+    import torch
+
+    from minference_vllm import AShape, Dense, TriShape, reference, sparse_prefill
+    from minference_vllm.estimate import Estimates
+    from minference_vllm.index import build_index
+    from minference_vllm.tiling import Tiling
+
+    torch.manual_seed(1)
+    kv_heads, dim = 3, 32
+    by_group = AShape(sink=32, local=64), TriShape(sink=32, local=64, last=40), Dense()
+    patterns = [pattern for pattern in by_group for _ in range(group)]
+    blocks = -(-seq_len // block_size)
+    pages = torch.randperm(blocks + 2)[:blocks]
+    query = torch.randn(seq_len - context_len, kv_heads * group, dim)
+    rows, caches = [torch.randn(seq_len, kv_heads, dim) for _ in range(2)], []
+    for row in rows:
+        padded = torch.full((blocks * block_size, kv_heads, dim), torch.nan)
+        padded[:seq_len] = row
+        cache = torch.full((blocks + 2, block_size, kv_heads, dim), torch.nan)
+        cache[pages] = padded.view(blocks, block_size, kv_heads, dim)
+        caches.append(cache)
+    requests = pages[None].int(), torch.tensor([0, len(query)]), torch.tensor([seq_len])
+    out, (index,) = sparse_prefill(query, *caches, *requests, patterns, engine="triton", return_index=True)
+    keys, values = (row.transpose(0, 1) for row in rows)
+    scale = dim**-0.5
+    tiling = Tiling.of(context_len, seq_len, block_size, index.tile)
+    alone = build_index(tiling, patterns, Estimates(query, keys, scale))
+    expected = reference.masked_attention(query, keys, values, alone.to_mask(), scale)
+    return {
+        "heads_per_list": index.heads_per_list,
+        "different": int((index.to_mask() != alone.to_mask()).sum()),
+        "density": float(index.density().mean()),
+        "error": float((out.double() - expected).abs().max()),
+    }
+
+
 def bf16_dot_error() -> float:
     import torch
     import triton
@@ -161,4 +251,6 @@ def bf16_dot_error() -> float:
 if __name__ == "__main__":
     import triton_interpreter  # noqa: F401 - mends the interpreter
 
-    print(json.dumps({name: run_case(**case) for name, case in CASES.items()} | {"bf16 dot": bf16_dot_error()}))
+    results: dict[str, Any] = {name: run_case(**case) for name, case in CASES.items()}
+    results |= {f"shared {list(case)}": run_shared_case(*case) for case in SHARED_CASES}
+    print(json.dumps(results | {"bf16 dot": bf16_dot_error()}))

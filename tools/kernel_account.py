@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minference_vllm.triton_kernels import estimate, sparse_attention
+from minference_vllm.triton_kernels import antidiagonal, estimate, sparse_attention
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Per multiprocessor: shared memory in bytes. All have 65,536 registers, 2,048 threads and 32 blocks.
@@ -120,18 +120,23 @@ class Variant:
     fp8: bool = False
     extras: bool = False
     """Soft cap, sinks and log-sum-exp."""
+    group: int = 4
+    """Query heads per KV head."""
+    packed: bool = False
+    """Whether they share their lists."""
 
     @property
     def name(self) -> str:
         cache = " fp8 cache" if self.fp8 else ""
         extras = " cap+sinks+lse" if self.extras else ""
-        return f"{_SHORT[self.dtype]} D={self.head_size} page={self.page}{cache}{extras}"
+        packed = f" packed {self.group}" if self.packed else ""
+        return f"{_SHORT[self.dtype]} D={self.head_size} page={self.page}{cache}{extras}{packed}"
 
     @property
     def constants(self) -> dict[str, Any]:
         compute, precision = sparse_attention.compute_type(self.dtype)
         return {
-            "GROUP": 4,
+            "GROUP": self.group,
             "HEAD_SIZE": self.head_size,
             "D": triton.next_power_of_2(self.head_size),
             "PAGE": self.page,
@@ -144,7 +149,7 @@ class Variant:
         query, cache = f"*{_SHORT[self.dtype]}", "*fp8e4nv" if self.fp8 else f"*{_SHORT[self.dtype]}"
         pointers = {"p_query": query, "p_out": query, "p_key": cache, "p_value": cache}
         pointers |= {"p_pages": "*i64", "p_tile_starts": "*i64"}
-        pointers |= {name: "*fp32" for name in ("p_lse", "p_sinks", "p_mean")}
+        pointers |= {name: "*fp32" for name in ("p_lse", "p_sinks", "p_mean", "p_scores")}
         lists = ("p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads", "p_rows")
         pointers |= {name: "*i32" for name in lists}
         if function is estimate.column_diagonal_kernel:
@@ -160,6 +165,8 @@ DEFAULT = (
     Variant(page=16),
     Variant(page=128),
     Variant(torch.float16, page=64),
+    Variant(page=16, packed=True),
+    Variant(packed=True, group=7),
 )
 OTHERS = (
     Variant(head_size=96),
@@ -167,15 +174,21 @@ OTHERS = (
     Variant(extras=True),
     Variant(fp8=True),
     Variant(head_size=64, fp8=True),
+    Variant(head_size=64, packed=True),
+    Variant(head_size=256, packed=True),
+    Variant(fp8=True, packed=True),
 )
 ESTIMATES = (Variant(page=16), Variant(page=128))
+TILE, STRIDE = 128, 16
+"""Rows of a query tile, and tokens of an antidiagonal's square: the defaults."""
 
 
 def attention_account(variant: Variant, default: bool, arch: int) -> Account:
     function = sparse_attention.sparse_attention_kernel
     launch = sparse_attention.launch_shape(arch // 10, variant.head_size)
     flags = dict.fromkeys(("WITH_SOFTCAP", "WITH_SINKS", "WITH_LSE"), variant.extras)
-    blocks = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
+    heads_per_list = variant.group if variant.packed else 1
+    blocks = {"HEADS_PER_LIST": heads_per_list, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
     compiled = compile_kernel(
         function,
         variant.types(function),
@@ -188,17 +201,22 @@ def attention_account(variant: Variant, default: bool, arch: int) -> Account:
 
 
 def estimate_accounts(variant: Variant, arch: int) -> list[Account]:
-    kernels: dict[str, tuple[Any, dict[str, Any]]] = {
-        "row_lse": (estimate.row_lse_kernel, {"BLOCK_N": estimate.BLOCK_N}),
-        "column_diagonal": (estimate.column_diagonal_kernel, {}),
-        "block_mean": (estimate.block_mean_kernel, {"SLOTS": variant.page}),
+    squares = {"STRIDE": STRIDE, "BLOCK_R": antidiagonal.BLOCK_R, "BLOCK_C": antidiagonal.BLOCK_C}
+    squares |= {"BLOCK_D": antidiagonal.BLOCK_D_BYTES // variant.dtype.itemsize}
+    tiles = {"TILE": TILE} | antidiagonal.mass_slots(TILE, variant.page, STRIDE)
+    kernels: dict[str, tuple[Any, dict[str, Any], int]] = {
+        "row_lse": (estimate.row_lse_kernel, {"BLOCK_N": estimate.BLOCK_N}, estimate.NUM_WARPS),
+        "column_diagonal": (estimate.column_diagonal_kernel, {}, estimate.NUM_WARPS),
+        "block_mean": (estimate.block_mean_kernel, {"SLOTS": variant.page}, estimate.NUM_WARPS),
+        "square_lse": (antidiagonal.square_lse_kernel, squares, antidiagonal.NUM_WARPS),
+        "square_mass": (antidiagonal.square_mass_kernel, squares | tiles, antidiagonal.NUM_WARPS),
     }
     rows = []
-    for name, (function, own) in kernels.items():
+    for name, (function, own, num_warps) in kernels.items():
         constants = {key: value for key, value in variant.constants.items() if key in function.arg_names} | own
         compiled = compile_kernel(
-            function, variant.types(function), constants, arch, num_warps=estimate.NUM_WARPS, num_stages=3
-        )
+            function, variant.types(function), constants, arch, num_warps=num_warps, num_stages=3
+        )  # fmt: skip
         rows.append(account(name, variant.name, True, compiled, arch))
     return rows
 

@@ -225,7 +225,7 @@ KEYS_PER_PART, BLOCK_N, NUM_WARPS = 4096, 64, 4
 
 
 @functools.lru_cache(maxsize=256)
-def _on_device(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def on_device(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """int32 heads; a copy to a GPU, which waits for it, once for all layers that ask for the same."""
     return torch.tensor(heads, dtype=torch.int32, device=device)
 
@@ -255,7 +255,7 @@ def last_query_scores(
         float32 ``[len(heads), S]`` twice: columns and diagonals.
     """
     device, context_len = query.device, seq_len - query.shape[0]
-    wanted, rows = _on_device(tuple(heads), device), _rows(query.shape[0], device)
+    wanted, rows = on_device(tuple(heads), device), _rows(query.shape[0], device)
     parts = triton.cdiv(seq_len, KEYS_PER_PART)
     lse = torch.empty(len(heads), parts, LAST_QUERIES, device=device)
     compute, precision = compute_type(query.dtype)

@@ -105,6 +105,7 @@ def sparse_attention_kernel(
     softcap_log2,
     value_scale,
     GROUP: tl.constexpr,
+    HEADS_PER_LIST: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
@@ -116,27 +117,36 @@ def sparse_attention_kernel(
     WITH_SINKS: tl.constexpr,
     WITH_LSE: tl.constexpr,
 ):
-    """One program: BLOCK_M rows of one query tile, of one query head."""
-    i_tile, i_part, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tile_start = tl.load(p_tile_starts + i_tile)
-    tile_end = tl.load(p_tile_starts + i_tile + 1)
-    first = tile_start + i_part * BLOCK_M
+    """One program: BLOCK_M packed rows of one query tile, of the query heads that share a list.
+
+    The heads of a row are packed side by side, as they lie in memory: short tiles fill a program, too.
+    """
+    i_tile, i_part, i_heads = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # Positions take 32 bits: rows keep theirs in registers.
+    tile_start = tl.load(p_tile_starts + i_tile).to(tl.int32)
+    tile_end = tl.load(p_tile_starts + i_tile + 1).to(tl.int32)
+    first = tile_start + i_part * BLOCK_M // HEADS_PER_LIST
     if first < tile_end:
-        o_row = first + tl.arange(0, BLOCK_M)
+        o_packed = i_part * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_row = tile_start + o_packed // HEADS_PER_LIST
         m_row = o_row < tile_end
-        o_query = (o_row - tl.load(p_tile_starts)).to(tl.int64)
+        # Unsigned, or what addresses the output would not stay in registers beside the loops.
+        o_query = (o_row - tl.load(p_tile_starts).to(tl.int32)).to(tl.uint32)
+        o_head = (i_heads * HEADS_PER_LIST + o_packed % HEADS_PER_LIST).to(tl.uint32)
         o_dim = tl.arange(0, D)
         m_tile = m_row[:, None] & (o_dim < HEAD_SIZE)[None, :]
-        p_query += i_head * stride_query_head
-        b_query = tl.load(p_query + o_query[:, None] * stride_query_row + o_dim[None, :], mask=m_tile, other=0.0)
-        b_query = b_query.to(COMPUTE)
-        i_kv_head = (i_head // GROUP).to(tl.int64)
+        p_row = p_query + o_query.to(tl.int64) * stride_query_row + o_head.to(tl.int64) * stride_query_head
+        b_query = tl.load(p_row[:, None] + o_dim[None, :], mask=m_tile, other=0.0).to(COMPUTE)
+        i_kv_head = (i_heads * HEADS_PER_LIST // GROUP).to(tl.int64)
         p_key += i_kv_head * stride_key_head
         p_value += i_kv_head * stride_value_head
-        i_list = i_head * num_tiles + i_tile
+        i_list = i_heads * num_tiles + i_tile
         p_blocks += i_list.to(tl.int64) * max_blocks
         p_columns += i_list.to(tl.int64) * max_columns
-        num_keys = tl.load(p_num_blocks + i_list) * PAGE
+        # Of the tile's own blocks, its last, those after the program's last row are not read.
+        last = tl.minimum(tile_start + ((i_part + 1) * BLOCK_M - 1) // HEADS_PER_LIST, tile_end - 1)
+        num_unseen = (tile_end - 1) // PAGE - last // PAGE
+        num_keys = (tl.load(p_num_blocks + i_list) - num_unseen) * PAGE
         num_columns = tl.load(p_num_columns + i_list)
         # Without a list the tile attends every block, in order.
         num_listed = tl.where(tl.load(p_blocks) >= 0, num_keys, 0)
@@ -166,13 +176,13 @@ def sparse_attention_kernel(
             )  # fmt: skip
         if WITH_SINKS:
             # One more key, with a score of its own and a value of zero.
-            b_sum += tl.exp2(tl.load(p_sinks + i_head).to(tl.float32) * LOG2E - b_max)
+            b_sum += tl.exp2(tl.load(p_sinks + o_head).to(tl.float32) * LOG2E - b_max)
         b_out = b_out * (value_scale / b_sum)[:, None]
-        p_out += i_head * stride_out_head
-        o_out = o_query[:, None] * stride_out_row + o_dim[None, :]
-        tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_tile)
+        b_out = b_out.to(p_out.dtype.element_ty)
+        p_row = p_out + o_query.to(tl.int64) * stride_out_row + o_head.to(tl.int64) * stride_out_head
+        tl.store(p_row[:, None] + o_dim[None, :], b_out, mask=m_tile)
         if WITH_LSE:
-            tl.store(p_lse + i_head.to(tl.int64) * num_rows + o_query, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
+            tl.store(p_lse + o_head.to(tl.int64) * num_rows + o_query, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
 
 
 @dataclass(frozen=True)
@@ -223,20 +233,22 @@ def run(
     """
     if cache.layout != "rows":
         raise ValueError(f"the Triton kernel reads pages of plain rows, not {cache.layout!r}")
-    heads = query.shape[1]
+    chunk, heads, _ = query.shape
     major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
     compute, precision = compute_type(query.dtype)
     launch = launch_shape(major, cache.head_size)
-    grid = (index.num_tiles, triton.cdiv(min(index.tile, query.shape[0]), launch.block_m), heads)
+    packed = min(index.tile, chunk) * index.heads_per_list
+    grid = (index.num_tiles, triton.cdiv(packed, launch.block_m), index.num_lists)
     sparse_attention_kernel[grid](
         query, cache.key, cache.value, out, query if lse is None else lse, query if sinks is None else sinks,
         pages, index.tile_starts, index.blocks, index.num_blocks, index.columns, index.num_columns,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         cache.key.stride(0), cache.key.stride(1), cache.key.stride(2),
         cache.value.stride(0), cache.value.stride(1), cache.value.stride(2),
-        index.num_tiles, query.shape[0], index.blocks.shape[2], index.columns.shape[2],
+        index.num_tiles, chunk, index.blocks.shape[2], index.columns.shape[2],
         scale * cache.key_scale * LOG2E.value, softcap * LOG2E.value, cache.value_scale,
         GROUP=heads // cache.num_kv_heads,
+        HEADS_PER_LIST=index.heads_per_list,
         HEAD_SIZE=cache.head_size,
         D=max(16, triton.next_power_of_2(cache.head_size)),
         PAGE=cache.block_size,

@@ -57,7 +57,7 @@ def serve_chunk(
         query, cache, pages, chunk, patterns, out=out, engine=settings.engine, tile=settings.tile, timing=timing,
         audit=audit, **options,
     )  # fmt: skip
-    overflowed = 0 if index.overflowed is None else index.overflowed.sum()
+    overflowed = 0 if index.overflowed is None else index.overflowed.sum() * index.heads_per_list
     counters.count_layer(index.computed_pairs().sum(), index.num_heads * index.dense_pairs(), overflowed)
     counters.count_seconds(timing.estimate + timing.index + timing.attend, timing.audit)
     if audit is None or audit.recall is None:

@@ -13,7 +13,7 @@ import torch
 
 from minference_vllm.engines import cpu_kernel
 from minference_vllm.engines.columns import GatheredColumns, gather_columns
-from minference_vllm.engines.virtual_requests import VirtualRequests, by_head
+from minference_vllm.engines.virtual_requests import VirtualRequests, by_list, by_row
 from minference_vllm.index import SparseIndex
 from minference_vllm.paged_cache import PagedCache
 
@@ -32,13 +32,12 @@ def run(
         pages: int64 ``[N]``, the physical page of each logical block.
         out: like ``query``.
     """
-    chunk, heads, dim = query.shape
     size, kv_heads = cache.block_size, cache.num_kv_heads
     column_pages = index.num_columns.view(-1).long() // size
     slices = _slices(column_pages)
     scratch_pages = max(int(column_pages[first:last].sum()) for first, last in slices)
     memory = _in_place(cache, pages, scratch_pages) or _copied(cache, pages, scratch_pages)
-    queries = by_head(query)
+    queries = by_list(query, index)
     result = torch.empty_like(queries)
 
     requests = VirtualRequests.of(index, kv_heads)
@@ -68,7 +67,7 @@ def run(
             scale,
             result[rows],
         )
-    out.copy_(result.view(heads, chunk, dim).transpose(0, 1))
+    out.unflatten(1, (index.num_lists, -1)).copy_(by_row(result, index))
 
 
 def _slices(column_pages: torch.Tensor) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from minference_vllm.engines.virtual_requests import VirtualRequests, by_head
+from minference_vllm.engines.virtual_requests import VirtualRequests, by_list, by_row
 from minference_vllm.index import SparseIndex
 from minference_vllm.paged_cache import PagedCache
 
@@ -42,10 +42,10 @@ def run(
         attend: in place of vLLM's ``flash_attn_varlen_func``.
     """
     attend = attend or _flash_attention()
-    chunk, heads, dim = query.shape
+    chunk, _, dim = query.shape
     requests = VirtualRequests.of(index, cache.num_kv_heads)
     key, value, page_step = pages_of_one_head(cache)
-    queries = by_head(query)
+    queries = by_list(query, index)
     result, lse = attend(
         q=queries,
         k=key,
@@ -62,10 +62,10 @@ def run(
     width = -(-index.columns.shape[2] // PAGE_MULTIPLE) * PAGE_MULTIPLE
     if index.columns.shape[2] > 1:
         at_once = max(1, SCRATCH_BYTES // (2 * width * dim * query.element_size()))
-        for first in range(0, heads * index.num_tiles, at_once):
-            last = min(first + at_once, heads * index.num_tiles)
-            _add_columns(queries, cache, pages, index, requests, (first, last), width, scale, result, lse[0], attend)
-    out.copy_(result.view(heads, chunk, dim).transpose(0, 1))
+        for first in range(0, index.num_lists * index.num_tiles, at_once):
+            last = min(first + at_once, index.num_lists * index.num_tiles)
+            _add_columns(queries, cache, pages, index, requests, (first, last), width, scale, result, lse, attend)
+    out.unflatten(1, (index.num_lists, -1)).copy_(by_row(result, index))
 
 
 def unsupported_cache_reason(dtype: torch.dtype, cache: PagedCache) -> str | None:
@@ -134,7 +134,7 @@ def _add_columns(
     first, last = part
     size, tiles, chunk = index.block_size, index.num_tiles, index.seq_len - index.context_len
     begin, end = _first_row(index, first), _first_row(index, last)
-    positions = index.columns.view(index.num_heads * tiles, -1)[first:last].long().clamp(min=0)
+    positions = index.columns.view(index.num_lists * tiles, -1)[first:last].long().clamp(min=0)
     positions = torch.nn.functional.pad(positions, (0, width - positions.shape[1]))
     kv_head = requests.kv_head[first:last, None].expand_as(positions)
     keys, values = cache.gather_rows(pages[positions // size], positions % size, kv_head)
@@ -154,14 +154,14 @@ def _add_columns(
         return_softmax_lse=True,
     )
     some = torch.repeat_interleave(count > 0, starts[1:] - starts[:-1], output_size=end - begin)
-    share = torch.where(some, torch.sigmoid(extra_lse[0] - lse[begin:end]), 0.0)[:, None, None]
+    share = torch.where(some, torch.sigmoid(extra_lse - lse[:, begin:end]), 0.0).T[:, :, None]
     own = result[begin:end]
     own += torch.where(some[:, None, None], (extra - own) * share, 0.0).to(own.dtype)
 
 
 def _first_row(index: SparseIndex, request: int) -> int:
     """Row of a virtual request's first query, from numbers that the host knows."""
-    head, tile = divmod(request, index.num_tiles)
+    which, tile = divmod(request, index.num_tiles)
     chunk = index.seq_len - index.context_len
     position = (index.context_len // index.tile + tile) * index.tile
-    return head * chunk + max(position, index.context_len) - index.context_len
+    return which * chunk + max(position, index.context_len) - index.context_len

@@ -1,8 +1,8 @@
 """A sparse index as a batch of short requests, for kernels that know dense causal attention over pages and no more.
 
 Attention does not care about the order of keys, so "query tile I of head h attends blocks {a, b, c}" is a request with
-block table ``[a, b, c]`` whose last block is the causal one. There is one such *virtual request* per query head and
-tile, head by head.
+block table ``[a, b, c]`` whose last block is the causal one. There is one such *virtual request* per list and tile,
+list by list: of one query head, or of all heads that share the list.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from minference_vllm.index import SparseIndex
 
 @dataclass(frozen=True)
 class VirtualRequests:
-    """Sizes: ``R`` requests, heads times tiles."""
+    """Sizes: ``R`` requests, lists times tiles."""
 
     kv_head: torch.Tensor
     """int64 ``[R]``."""
@@ -29,21 +29,21 @@ class VirtualRequests:
     in_last_block: torch.Tensor
     """int64 ``[R]``: tokens of the last block up to the request's last row."""
     query_start_loc: torch.Tensor
-    """int64 ``[R + 1]``: first row of each request in the queries, head by head, and the end."""
+    """int64 ``[R + 1]``: first row of each request in the queries, list by list, and the end."""
 
     @classmethod
     def of(cls, index: SparseIndex, num_kv_heads: int) -> VirtualRequests:
-        heads, tiles, size = index.num_heads, index.num_tiles, index.block_size
+        lists, tiles, size = index.num_lists, index.num_tiles, index.block_size
         starts, ends = index.tile_starts[:-1], index.tile_starts[1:]
         device = index.blocks.device
-        query_start_loc = torch.zeros(heads * tiles + 1, dtype=torch.int64, device=device)
-        torch.cumsum((ends - starts).repeat(heads), 0, out=query_start_loc[1:])
+        query_start_loc = torch.zeros(lists * tiles + 1, dtype=torch.int64, device=device)
+        torch.cumsum((ends - starts).repeat(lists), 0, out=query_start_loc[1:])
         return cls(
-            kv_head=torch.arange(heads * tiles, device=device) // (tiles * (heads // num_kv_heads)),
-            blocks=index.blocks.view(heads * tiles, -1),
+            kv_head=torch.arange(lists * tiles, device=device) // (tiles * (lists // num_kv_heads)),
+            blocks=index.blocks.view(lists * tiles, -1),
             num_blocks=index.num_blocks.view(-1).long(),
             num_columns=index.num_columns.view(-1).long(),
-            in_last_block=(ends - (ends - 1) // size * size).repeat(heads),
+            in_last_block=(ends - (ends - 1) // size * size).repeat(lists),
             query_start_loc=query_start_loc,
         )
 
@@ -58,6 +58,11 @@ class VirtualRequests:
         return table.to(torch.int32)
 
 
-def by_head(query: torch.Tensor) -> torch.Tensor:
-    """``[chunk, H, D]`` -> ``[H * chunk, 1, D]``, a copy: the queries of the virtual requests."""
-    return query.transpose(0, 1).reshape(-1, 1, query.shape[2])
+def by_list(query: torch.Tensor, index: SparseIndex) -> torch.Tensor:
+    """``[chunk, H, D]`` -> ``[L * chunk, heads_per_list, D]``, a copy: the queries of the virtual requests."""
+    return query.unflatten(1, (index.num_lists, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def by_row(result: torch.Tensor, index: SparseIndex) -> torch.Tensor:
+    """``[L * chunk, heads_per_list, D]`` -> ``[chunk, L, heads_per_list, D]``, a view: ``by_list`` undone."""
+    return result.unflatten(0, (index.num_lists, -1)).transpose(0, 1)

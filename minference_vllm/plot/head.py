@@ -99,11 +99,11 @@ def head_map(
 
 def _computed_keys(index: SparseIndex, head: int, tile: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """bool ``[length]`` twice: keys in the tile's blocks, and keys that are single columns."""
-    size = index.block_size
+    size, part = index.block_size, (head // index.heads_per_list, tile)
     in_block = torch.zeros(-(-length // size), size, dtype=torch.bool)
-    in_block[index.blocks[head, tile, : int(index.num_blocks[head, tile])].long()] = True
+    in_block[index.blocks[part][: int(index.num_blocks[part])].long()] = True
     in_column = torch.zeros(length, dtype=torch.bool)
-    in_column[index.columns[head, tile, : int(index.num_columns[head, tile])].long()] = True
+    in_column[index.columns[part][: int(index.num_columns[part])].long()] = True
     return in_block.view(-1)[:length], in_column
 
 

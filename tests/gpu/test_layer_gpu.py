@@ -9,10 +9,10 @@ import torch
 
 from minference_vllm import reference
 from minference_vllm.attend import attend_chunk
-from minference_vllm.estimate import Estimates
+from minference_vllm.estimate import Estimates, antidiagonal_scores
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
+from minference_vllm.patterns import Antidiagonal, AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
 from minference_vllm.plan import Chunk
 from minference_vllm.tiling import Tiling
 
@@ -82,15 +82,8 @@ def sampled_error(
         position = index.context_len + row
         tile = int(torch.searchsorted(index.tile_starts, torch.tensor(position), right=True)) - 1
         for head in range(query.shape[1]):
-            mask = torch.zeros(len(pages) * index.block_size, dtype=torch.bool)
-            listed = index.blocks[head, tile, : index.num_blocks[head, tile]].long()
-            if int(index.blocks[head, tile, 0]) < 0:
-                mask[:] = True
-            else:
-                mask.view(len(pages), -1)[listed] = True
-            mask[index.columns[head, tile, : index.num_columns[head, tile]].long()] = True
-            mask[position + 1 :] = False
-            kept = mask[: index.seq_len].nonzero().view(-1)
+            mask = index.tile_mask(torch.tensor([tile]), slice(head, head + 1))[0, 0]
+            kept = mask[: position + 1].nonzero().view(-1)
             logits = keys[head // group, kept].double() * cache.key_scale @ query[row, head].double() * SCALE
             exact = logits.softmax(0) @ (values[head // group, kept].double() * cache.value_scale)
             worst = max(worst, float((out[row, head].double() - exact).abs().max()))
@@ -127,6 +120,45 @@ def test_the_index_is_the_torch_paths() -> None:
     assert float(different) < 1e-4
     expected = reference.masked_attention(query, keys, keys, index.to_mask(), SCALE)
     assert float((out.double() - expected).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("page", [16, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_antidiagonal_scores_are_the_torch_paths(dtype: torch.dtype, page: int, stride: int) -> None:
+    """That in float32, where neither rounds its logits."""
+    from minference_vllm.triton_kernels import antidiagonal
+
+    query, cache, pages, chunk = layer(20011, 3001, page=page, dtype=dtype)
+    tiling = Tiling.of(chunk.context_len, chunk.seq_len, page, 128, device="cuda")
+    found = antidiagonal.antidiagonal_scores(query.to(dtype), cache, pages, [7, 0, 3], tiling, stride, SCALE)
+    keys = cache.keys_by_head(pages)[:, : chunk.seq_len].float()
+    right = antidiagonal_scores(query.float(), keys, [7, 0, 3], tiling, stride, SCALE)
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
+
+
+def test_antidiagonal_at_a_million_tokens() -> None:
+    """The prefix's keys stay where they are: the layer's memory is the one stated."""
+    query, cache, pages, chunk = layer(1 << 20, 8192, heads=32, kv_heads=8)
+    out = torch.full_like(query, torch.nan)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attend_chunk(query, cache, pages, chunk, [Antidiagonal()] * 32, SCALE, out, "triton")
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before <= 320 << 20
+    assert bool(torch.isfinite(out).all())
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("page", [16, 128])
+def test_heads_that_share_lists(engine: str, page: int, group: int) -> None:
+    query, cache, pages, chunk = layer(10000, 3001, heads=2 * group, kv_heads=2, page=page)
+    patterns = [AShape(sink=256, local=512)] * group + [TriShape(sink=256, local=512, last=100)] * group
+    out = torch.full_like(query, torch.nan)
+    index = attend_chunk(query, cache, pages, chunk, patterns, SCALE, out, engine)
+    assert (index.num_lists, index.heads_per_list) == (2, group)
+    assert sampled_error(query, cache, pages, index, out, [0, 1, 1500, 2899, 3000]) < 0.02
 
 
 @pytest.mark.parametrize("page", [16, 64, 128])
