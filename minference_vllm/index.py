@@ -357,14 +357,17 @@ def _list(tiling: Tiling, pattern: HeadPattern, heads: list[int], scores: Scores
         return _Part(heads, blocks, num_blocks, columns, num_columns, None)
     reach = ((tiling.starts[1:] - 1) // tiling.block_size + 1).to(torch.int32)
     over = (num_blocks > capacity.blocks) | (num_columns > capacity.columns)
+    # A tile that wanted everything has it, and needs no room for it.
+    overflowed = over & (num_blocks < reach)
+    if wanted is not None and wanted.crowded is not None:
+        overflowed |= wanted.crowded[:, None]
     return _Part(
         heads,
         blocks.masked_fill(over[..., None], -1),
         torch.where(over, reach, num_blocks),
         columns[..., : capacity.columns].masked_fill(over[..., None], -1),
         num_columns.masked_fill(over, 0),
-        # A tile that wanted everything has it, and needs no room for it.
-        over & (num_blocks < reach),
+        overflowed,
     )
 
 

@@ -28,6 +28,8 @@ class Columns:
     """int64 ``[H, V]``: positions, the most wanted first."""
     wanted: torch.Tensor
     """bool ``[H, V]``: False fills up heads that want fewer."""
+    crowded: torch.Tensor | None = None
+    """bool ``[H]``: heads that wanted more columns than there is room for, and have none. None: nobody did."""
 
 
 def a_shape_blocks(tiling: Tiling, pattern: AShape | TriShape) -> torch.Tensor:
@@ -179,13 +181,15 @@ def coverage(
     blocks = blocks_at(tiling, marks)
     dense = taken.gather(1, lowest[:, None]) > DENSE_FROM * length
     chosen = alone >= threshold
+    crowded = None
     if most_columns is not None:
-        dense |= chosen.sum(1, keepdim=True) > most_columns
+        crowded = ~dense & (chosen.sum(1, keepdim=True) > most_columns)
+        dense = dense | crowded
     blocks = torch.where(dense[..., None], tiling.reachable(), blocks)
     chosen &= ~dense
     width = max(FORCED_COLUMNS, int(chosen.sum(1).max())) if most_columns is None else most_columns
     best = torch.where(chosen, alone, -1.0).topk(min(width, length), dim=1)
-    return blocks, Columns(best.indices, best.values >= 0)
+    return blocks, Columns(best.indices, best.values >= 0, None if crowded is None else crowded[:, 0])
 
 
 def covering_blocks(tiling: Tiling, scores: torch.Tensor, tau: float) -> torch.Tensor:

@@ -116,13 +116,17 @@ def test_budgets_that_the_data_decide(name: str) -> None:
     assert_same(build_index(tiling, ADAPTIVE, RandomScores(tiling.seq_len), roomy), exact)
 
 
-def test_coverage_without_room_for_its_columns_is_dense() -> None:
+@pytest.mark.parametrize("blocks", [1, 1000])
+def test_coverage_without_room_for_its_columns_is_dense_and_counted(blocks: int) -> None:
+    """Not so a head that is dense because it wants more than half of all keys."""
     tiling = Tiling.of(0, 1024, 32, 64)
-    patterns = [Coverage(gamma=0.3, min_budget=64)]
+    patterns = [Coverage(gamma=0.3, min_budget=64), Coverage(gamma=0.999, min_budget=1024)]
     exact = build_index(tiling, patterns, RandomScores(1024))
-    assert int(exact.num_columns.max()) > 35 and float(exact.density()) < 0.9
-    found = build_index(tiling, patterns, RandomScores(1024), Capacity(tiling.num_key_blocks, 35, heads_at_once=1))
-    assert float(found.density()) == 1.0
+    assert int(exact.num_columns.max()) > 35 and float(exact.density()[0]) < 0.9 and float(exact.density()[1]) == 1.0
+    found = build_index(tiling, patterns, RandomScores(1024), Capacity(blocks, 35, heads_at_once=1))
+    assert found.density().tolist() == [1.0, 1.0]
+    assert found.overflowed is not None and found.overflowed.all(1).tolist() == [True, False]
+    assert not bool(found.overflowed[1].any())
 
 
 def test_dense_tiles_are_listed_only_for_an_engine_that_reads_lists_alone() -> None:
