@@ -283,6 +283,24 @@ def test_whole_cuda_graphs_for_uniform_batches_alone(
         assert builder.get_cudagraph_support(None, None) is AttentionCGSupport[ours]
 
 
+def test_kernels_are_compiled_with_the_builder_on_a_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, make_layer: Callable[..., Layer]
+) -> None:
+    from minference_vllm.backend import cuda, splitting
+
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(cuda, "warm_up", lambda *arguments: calls.append(arguments))
+    layer = make_layer([(0, 400)])
+    assert not calls
+    attention = SimpleNamespace(layer_name=layer.layer.layer_name, impl=layer.impl, _k_scale=torch.tensor(1.0))
+    dense = SimpleNamespace(impl=SimpleNamespace(dense_only=True))
+    layers = {"sparse": attention, "somebody else's": dense}
+    monkeypatch.setattr(splitting, "get_layers_from_vllm_config", lambda *arguments: layers)
+    spec, config = layer.builder.kv_cache_spec, layer.builder.vllm_config
+    type(layer.builder)(spec, list(layers), config, torch.device("cuda"))
+    assert calls == [([attention], spec, DTYPE, layer.impl.runtime.settings, torch.device("cuda"))]
+
+
 def test_runs_do_not_share_the_parents_schedule(
     monkeypatch: pytest.MonkeyPatch, make_layer: Callable[..., Layer]
 ) -> None:

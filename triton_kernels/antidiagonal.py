@@ -16,6 +16,7 @@ from minference_vllm.estimate import squares_per_block
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.tiling import Tiling
 from minference_vllm.triton_kernels.estimate import on_device
+from minference_vllm.triton_kernels.launch import launcher
 from minference_vllm.triton_kernels.sparse_attention import LN2, LOG2E, compute_type
 
 
@@ -255,7 +256,7 @@ def antidiagonal_scores(
     squares = triton.cdiv(tiling.seq_len, stride)
     rows, parts = squares - tiling.context_len // stride, triton.cdiv(squares, SQUARES_PER_PART)
     lse = torch.empty(len(heads), parts, rows, device=device)
-    square_lse_kernel[(triton.cdiv(rows, BLOCK_R), len(heads), parts)](
+    launcher(square_lse_kernel, (triton.cdiv(rows, BLOCK_R), len(heads), parts))(
         query, cache.key, pages, wanted, lse, *strides, *numbers, SQUARES_PER_PART, **shape
     )
     total = lse.mul_(LN2.value).logsumexp(1).div_(LN2.value)
@@ -263,7 +264,7 @@ def antidiagonal_scores(
     scores = torch.zeros(len(heads), tiling.num_tiles, tiling.num_key_blocks, device=device)
     tiles, blocks = BLOCK_R // slots["TILE_SLOTS"], BLOCK_C // slots["PAGE_SLOTS"]
     grid = triton.cdiv(tiling.num_tiles, tiles), len(heads), triton.cdiv(tiling.num_key_blocks, blocks)
-    square_mass_kernel[grid](
+    launcher(square_mass_kernel, grid)(
         query, cache.key, pages, wanted, total, scores, *strides, *numbers, tiling.num_tiles, tiling.num_key_blocks,
         TILE=tiling.tile, **slots, **shape,
     )  # fmt: skip

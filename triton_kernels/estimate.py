@@ -15,6 +15,7 @@ import triton.language as tl
 
 from minference_vllm.estimate import LAST_QUERIES, ROW_GROUPS, row_groups
 from minference_vllm.paged_cache import PagedCache
+from minference_vllm.triton_kernels.launch import launcher
 from minference_vllm.triton_kernels.sparse_attention import LN2, LOG2E, compute_type
 
 ROWS = tl.constexpr(LAST_QUERIES)
@@ -271,14 +272,14 @@ def last_query_scores(
         "PRECISION": precision,
         "num_warps": NUM_WARPS,
     }
-    row_lse_kernel[(len(heads), parts)](
+    launcher(row_lse_kernel, (len(heads), parts))(
         query, cache.key, pages, wanted, rows, lse, *strides, *lengths, KEYS_PER_PART, scale_log2,
         BLOCK_N=BLOCK_N, **shape,
     )  # fmt: skip
     total = lse.logsumexp(1)
     columns = torch.empty(len(heads), seq_len, device=device)
     nearer, farther = (torch.zeros(len(heads), ROW_GROUPS, seq_len, device=device) for _ in range(2))
-    column_diagonal_kernel[(len(heads), triton.cdiv(seq_len, STRIP.value))](
+    launcher(column_diagonal_kernel, (len(heads), triton.cdiv(seq_len, STRIP.value)))(
         query, cache.key, pages, wanted, rows, total, columns, nearer, farther, *strides, *lengths, scale_log2, **shape
     )
     agreed = torch.full((len(heads), seq_len), torch.inf, device=device)
@@ -296,7 +297,7 @@ def mean_keys(cache: PagedCache, pages: torch.Tensor, seq_len: int, first: int, 
     """
     blocks = triton.cdiv(seq_len, cache.block_size)
     means = torch.empty(last - first, blocks, cache.head_size, device=pages.device)
-    block_mean_kernel[(blocks, last - first)](
+    launcher(block_mean_kernel, (blocks, last - first))(
         cache.key, pages, means, *cache.key.stride()[:3], first, seq_len, cache.key_scale,
         HEAD_SIZE=cache.head_size,
         D=triton.next_power_of_2(cache.head_size),

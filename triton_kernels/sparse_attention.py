@@ -14,6 +14,7 @@ import triton.language as tl
 
 from minference_vllm.index import SparseIndex
 from minference_vllm.paged_cache import PagedCache
+from minference_vllm.triton_kernels.launch import launcher
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -239,7 +240,7 @@ def run(
     launch = launch_shape(major, cache.head_size)
     packed = min(index.tile, chunk) * index.heads_per_list
     grid = (index.num_tiles, triton.cdiv(packed, launch.block_m), index.num_lists)
-    sparse_attention_kernel[grid](
+    launcher(sparse_attention_kernel, grid)(
         query, cache.key, cache.value, out, query if lse is None else lse, query if sinks is None else sinks,
         pages, index.tile_starts, index.blocks, index.num_blocks, index.columns, index.num_columns,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),

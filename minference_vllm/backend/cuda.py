@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from minference_vllm.backend.compat import NAME, flash_attention_pages
 from minference_vllm.backend.runtime import check_page_size, unsupported_layer_reasons
 from minference_vllm.backend.splitting import SplittingBuilder, SplittingImpl, logger
+from minference_vllm.backend.warmup import warm_up
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.plan import Chunk
 
@@ -65,6 +66,9 @@ class MInferenceCUDAMetadataBuilder(SplittingBuilder, FlashAttentionMetadataBuil
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # The layers are made before the page size is settled.
         check_page_size(self.runtime, kv_cache_spec.block_size)
+        # Builders are made once the weights are there and before CUDA graphs are captured.
+        if device.type == "cuda":
+            warm_up(self.sparse_layers, kv_cache_spec, vllm_config.model_config.dtype, self.runtime.settings, device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

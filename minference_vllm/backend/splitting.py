@@ -41,11 +41,11 @@ class SplittingBuilder(AttentionMetadataBuilder):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
         # A group of windowed layers, say: its batches are the parent's alone, and are not counted.
         self.dense_only = bool(layers) and all(getattr(layer.impl, "dense_only", True) for layer in layers)
+        self.sparse_layers = [layer for layer in layers if _runs_sparsely(layer)]
         # Pages may also be written from outside (a KV connector); then nothing is kept.
         connected = getattr(vllm_config, "kv_transfer_config", None) is not None
-        self.page_means = (
-            [] if connected else [layer.impl.keep_page_means() for layer in layers if _wants_page_means(layer)]
-        )
+        wanting = () if connected else filter(_wants_page_means, self.sparse_layers)
+        self.page_means = [layer.impl.keep_page_means() for layer in wanting]
         speculative = getattr(vllm_config, "speculative_config", None)
         # Decodes may replay a CUDA graph of the parent's path: whatever the setting says, they are never ours.
         decode_len = 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
@@ -102,12 +102,16 @@ class SplittingBuilder(AttentionMetadataBuilder):
         return updated
 
 
+def _runs_sparsely(layer: Any) -> bool:
+    """Whether chunks of this layer may be sparse; it then knows its patterns."""
+    return isinstance(layer.impl, SplittingImpl) and not layer.impl.dense_only and not layer.impl.runs_densely(layer)
+
+
 def _wants_page_means(layer: Any) -> bool:
-    """Whether a head of this layer is estimated from mean keys, by code that can use kept ones (not on a GPU)."""
-    impl = layer.impl
-    if not isinstance(impl, SplittingImpl) or impl.dense_only or not impl.keeps_page_means or impl.runs_densely(layer):
+    """Whether a head of a sparse layer is estimated from mean keys, by code that can use kept ones (not on a GPU)."""
+    if not layer.impl.keeps_page_means:
         return False
-    return any(isinstance(pattern, BlockSparse | PeakThreshold) for pattern in impl.patterns or ())
+    return any(isinstance(pattern, BlockSparse | PeakThreshold) for pattern in layer.impl.patterns)
 
 
 def _with_pages(chunks: Any, block_table: torch.Tensor) -> tuple[tuple[Chunk, torch.Tensor], ...]:

@@ -1,0 +1,220 @@
+"""Kernels compiled at start-up: the variants that serving will meet, each once, and errors with a name.
+
+As in ``test_triton_kernels.py`` this file is both the test and, run as a script, the process with the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from minference_vllm.paged_cache import PagedCache
+from minference_vllm.patterns import Antidiagonal, AShape, BlockSparse, Coverage, Dense, HeadPattern, VerticalSlash
+from minference_vllm.settings import Settings
+from minference_vllm.triton_kernels.launch import launcher
+
+pytest.importorskip("triton")
+PAGE, DIM = 32, 64
+
+
+def make_layer(*patterns: HeadPattern, sinks: bool = False, softcap: float = 0.0, quantised: bool = False) -> Any:
+    """What warm-up reads of a layer of 4 heads over 2; patterns are repeated."""
+
+    def paged_cache(layer: Any, memory: torch.Tensor, dtype: torch.dtype) -> PagedCache:
+        memory = memory.view(torch.float8_e4m3fn) if memory.dtype == torch.uint8 else memory
+        return PagedCache(memory[..., :DIM], memory[..., DIM:], "rows")
+
+    options = {"scale": 1.0, "softcap": softcap, "sinks": torch.zeros(4) if sinks else None}
+    impl = SimpleNamespace(
+        num_heads=4,
+        num_kv_heads=2,
+        head_size=DIM,
+        patterns=(patterns * 4)[:4],
+        paged_cache=paged_cache,
+        attend_options=lambda layer, query: options,
+    )
+    return SimpleNamespace(impl=impl, query_quant=object() if quantised else None)
+
+
+def spec(dtype: torch.dtype = torch.bfloat16) -> Any:
+    return SimpleNamespace(block_size=PAGE, dtype=dtype)
+
+
+@pytest.fixture
+def warm_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
+    """``warm_up`` of layers in a process that has compiled nothing yet; returns the chunks that it would have run."""
+    from minference_vllm.backend import warmup
+
+    monkeypatch.setattr(warmup, "_ready", set())
+
+    def run(*layers: Any, cache: torch.dtype = torch.bfloat16, **settings: Any) -> list[dict[str, Any]]:
+        chunks: list[dict[str, Any]] = []
+
+        def stand_in(query: Any, cache: Any, pages: Any, chunk: Any, patterns: Any, **options: Any) -> None:
+            assert len(query) == len(options["out"]) == chunk.query_len and len(pages) * PAGE >= chunk.seq_len
+            chunks.append({"query": query, "cache": cache, "patterns": patterns, **options})
+
+        monkeypatch.setattr(warmup, "attend_chunk", stand_in)
+        warmup.warm_up(layers, spec(cache), torch.bfloat16, Settings(**settings), torch.device("cpu"))
+        return chunks
+
+    return run
+
+
+def test_each_variant_is_compiled_once(warm_up: Callable[..., list[dict[str, Any]]]) -> None:
+    layers = [
+        make_layer(Coverage()),
+        make_layer(Coverage(gamma=0.5), Coverage(min_budget=5)),
+        make_layer(Coverage(), Dense()),
+        make_layer(AShape(), AShape(local=1)),
+        make_layer(AShape()),
+        make_layer(Antidiagonal(stride=8)),
+        make_layer(Antidiagonal(stride=16)),
+        make_layer(Coverage(), sinks=True),
+        make_layer(Coverage(), softcap=30.0),
+    ]
+    # Heads of a KV head with one pattern that reads no scores share lists, and programs.
+    assert len(warm_up(*layers)) == len(layers) - 1, "budgets change no kernel"
+    assert warm_up(*layers) == [], "another builder of the same layers"
+    (fresh,) = warm_up(make_layer(Coverage(), quantised=True), cache=torch.uint8)
+    assert fresh["query"].dtype == fresh["cache"].key.dtype == torch.float8_e4m3fn
+    assert fresh["out"].dtype == torch.bfloat16
+
+
+def test_a_floor_may_raise_heads_to_other_patterns(warm_up: Callable[..., list[dict[str, Any]]]) -> None:
+    plain, raised, dense = warm_up(make_layer(AShape()), recall_floor=0.9)
+    assert plain["patterns"] == [AShape()] * 4
+    assert all(isinstance(pattern, Coverage) for pattern in raised["patterns"])
+    assert dense["patterns"] == [Dense()] * 4
+
+
+def test_a_line_says_how_long_it_took(
+    warm_up: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minference_vllm.backend import warmup
+
+    lines: list[str] = []
+    monkeypatch.setattr(warmup.logger, "info", lambda message, *values: lines.append(message % values))
+    for _ in range(2):
+        warm_up(make_layer(Coverage()), make_layer(BlockSparse()))
+    (line,) = lines
+    assert line.startswith("minference: kernels for 2 kinds of layers ready after ") and line.endswith(" s")
+
+
+def test_a_kernel_that_does_not_run_stops_the_start_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minference_vllm.backend import warmup
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("Triton kernel such_and_such cannot run")
+
+    monkeypatch.setattr(warmup, "_ready", set())
+    monkeypatch.setattr(warmup, "attend_chunk", broken)
+    layer = make_layer(Coverage(), BlockSparse(), sinks=True)
+    named = (
+        "bfloat16 over bfloat16, 4 heads over 2 of size 64, pages of 32, sinks, block_sparse, coverage .*: "
+        "Triton kernel such_and_such"
+    )
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=named):
+            warmup.warm_up([layer], spec(), torch.bfloat16, Settings(), torch.device("cpu"))
+
+
+class BrokenKernel:
+    __name__ = "some_kernel"
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def start(*arguments: Any, **constants: Any) -> None:
+            raise ValueError("out of resource: shared memory")
+
+        return start
+
+
+def test_a_launch_that_fails_names_the_kernel_and_its_shapes() -> None:
+    with pytest.raises(RuntimeError) as error:
+        launcher(BrokenKernel(), (4, 2))(torch.zeros(3, 5, dtype=torch.float16), 7, HEAD_SIZE=64, PAGE=16, num_warps=8)
+    for part in ("some_kernel", "(4, 2)", "HEAD_SIZE=64, PAGE=16, num_warps=8", "float16[3, 5]", "out of resource"):
+        assert part in str(error.value)
+
+
+def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, Any]) -> None:
+    assert {name for name, *_ in interpreted["compiled"]} == {
+        "sparse_attention_kernel",
+        "row_lse_kernel",
+        "column_diagonal_kernel",
+        "block_mean_kernel",
+        "square_lse_kernel",
+        "square_mass_kernel",
+    }
+    assert interpreted["served"]
+    for variant in interpreted["served"]:
+        assert variant in interpreted["compiled"], variant
+
+
+def interpret() -> None:
+    from minference_vllm.attend import attend_chunk
+    from minference_vllm.backend import warmup
+    from minference_vllm.plan import Chunk
+    from minference_vllm.triton_kernels import antidiagonal, estimate, sparse_attention
+
+    def kind(value: Any) -> Any:
+        """What Triton compiles anew for, as far as arguments that are not named in the kernel decide it."""
+        if isinstance(value, torch.Tensor):
+            return [str(value.dtype), value.data_ptr() % 16 == 0]
+        return [type(value).__name__, isinstance(value, int) and value % 16 == 0]
+
+    def recording(variants: list[Any]) -> Callable[..., Callable[..., None]]:
+        def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+            def run(*arguments: Any, **constants: Any) -> None:
+                free = [kernel.arg_names.index(name) for name in lengths if name in kernel.arg_names]
+                kinds = [kind(value) for place, value in enumerate(arguments) if place not in free]
+                variant = [kernel.__name__, kinds, {name: str(value) for name, value in constants.items()}]
+                if variant not in variants:
+                    variants.append(variant)
+                launcher(kernel, grid)(*arguments, **constants)
+
+            return run
+
+        return launch
+
+    lengths = (
+        "num_tiles", "num_blocks", "num_rows", "max_blocks", "max_columns", "rows", "context_len", "seq_len",
+        "first_kv_head",
+    )  # fmt: skip
+    compiled: list[Any] = []
+    served: list[Any] = []
+    layers = [
+        make_layer(VerticalSlash(vertical=40, slash=64), BlockSparse(top_k=2), Coverage(gamma=0.5), Antidiagonal()),
+        make_layer(AShape(sink=40, local=40)),
+    ]
+    settings = Settings(engine="triton", tile=32)
+
+    def record(variants: list[Any]) -> None:
+        for module in (antidiagonal, estimate, sparse_attention):
+            module.launcher = recording(variants)  # type: ignore[attr-defined]
+
+    record(compiled)
+    warmup.warm_up(layers, spec(), torch.bfloat16, settings, torch.device("cpu"))
+    record(served)
+    for context, length, heads_first in ((0, 70, True), (77, 210, False)):
+        for layer in layers:
+            memory = torch.randn(9, 2, PAGE, 2 * DIM).bfloat16()
+            if not heads_first:
+                memory = memory.transpose(1, 2).contiguous().transpose(1, 2)
+            # The queries as vLLM cuts them out of one projection, and a later request's rows.
+            query = torch.randn(5 + length - context, 8, DIM).bfloat16()[5:, :4]
+            cache = layer.impl.paged_cache(layer, memory, torch.bfloat16)
+            out = torch.empty(query.shape, dtype=query.dtype)
+            chunk = Chunk(0, 0, context, length)
+            attend_chunk(query, cache, torch.randperm(9), chunk, layer.impl.patterns, 0.1, out, "triton", 32)
+    print(json.dumps({"compiled": compiled, "served": served}))
+
+
+if __name__ == "__main__":
+    import triton_interpreter  # noqa: F401
+
+    interpret()
