@@ -1,11 +1,12 @@
-"""vLLM's FlashAttention backend with the sparse chunks taken out, driven on CPU tensors.
+"""vLLM's FlashAttention and Triton backends with the sparse chunks taken out, driven on CPU tensors.
 
-FlashAttention itself cannot run here: the parent's ``forward`` is stood in for by the float64 reference. Builder,
-metadata, cache views and everything of ours are the real ones.
+Their kernels cannot run here: the parent's ``forward`` is stood in for by the float64 reference. Builder, metadata,
+cache views and everything of ours are the real ones.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,17 +60,46 @@ def two_per_block(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.stack([key, value], 1)
 
 
+PARENTS = {
+    "FlashAttention": ("flash_attn", "cuda", "MInferenceCUDA"),
+    "TritonAttention": ("triton_attn", "triton_attn", "MInferenceTriton"),
+}
+"""What the names of vLLM's classes begin with: vLLM's module, ours, and what the names of ours begin with."""
+
+
+class Parent:
+    def __init__(self, name: str) -> None:
+        theirs, ours, prefix = PARENTS[name]
+        self.theirs = importlib.import_module(f"vllm.v1.attention.backends.{theirs}")
+        ours_module = importlib.import_module(f"minference_vllm.backend.{ours}")
+        self.backend, self.impl, self.metadata, self.builder = (
+            getattr(self.theirs, name + part) for part in ("Backend", "Impl", "Metadata", "MetadataBuilder")
+        )
+        self.our_backend, self.our_impl, self.our_builder = (
+            getattr(ours_module, prefix + part) for part in ("Backend", "Impl", "MetadataBuilder")
+        )
+
+
+@pytest.fixture(params=PARENTS)
+def parent(request: pytest.FixtureRequest) -> Parent:
+    return Parent(request.param)
+
+
+def only(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("parent", [name], indirect=True)
+
+
 LAYOUTS = (side_by_side, side_by_side_tokens_first, two_caches, two_caches_heads_first, two_per_block)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 def test_the_cache_is_viewed_as_pages(layout: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
-    from minference_vllm.backend.compat import flash_attention_pages
+    from minference_vllm.backend.compat import gpu_pages
 
     key, value = (torch.randn(5, 32, 3, 16).to(dtype) for _ in range(2))
     memory = layout(key.view(torch.int8), value.view(torch.int8)) if dtype.itemsize == 1 else layout(key, value)
-    views = flash_attention_pages(memory, 16)
+    views = gpu_pages(memory, 16)
     for view, rows in zip(views, (key, value), strict=True):
         assert view.shape == (5, 3, 32, 16) and view.stride(3) == 1
         assert torch.equal(view.view(dtype).float(), rows.transpose(1, 2).float())
@@ -78,10 +108,10 @@ def test_the_cache_is_viewed_as_pages(layout: Callable[..., torch.Tensor], dtype
 
 @pytest.mark.parametrize("shape", [(5, 3, 32, 16), (5, 32, 3, 16, 2), (2, 2, 32, 3, 16), (5, 32, 48)])
 def test_unknown_caches_are_refused(shape: tuple[int, ...]) -> None:
-    from minference_vllm.backend.compat import flash_attention_pages
+    from minference_vllm.backend.compat import gpu_pages
 
-    with pytest.raises(ValueError, match="does not know FlashAttention's cache of shape"):
-        flash_attention_pages(torch.empty(shape), 16)
+    with pytest.raises(ValueError, match="does not know a KV cache of shape"):
+        gpu_pages(torch.empty(shape), 16)
 
 
 class Layer:
@@ -91,6 +121,7 @@ class Layer:
         self,
         folder: Path,
         monkeypatch: pytest.MonkeyPatch,
+        parent: Parent,
         batch: Any,
         patterns: Sequence[dict[str, Any]] = tuple(KINDS),
         layout: Callable[..., torch.Tensor] = side_by_side,
@@ -98,10 +129,10 @@ class Layer:
         settings: dict[str, Any] | None = None,
         speculative: int = 0,
     ) -> None:
-        from vllm.v1.attention.backends import flash_attn
+        from vllm.config import CUDAGraphMode
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-        from minference_vllm.backend import cuda, serving, splitting
+        from minference_vllm.backend import serving, splitting
 
         self.batch = batch
         path = folder / "patterns.json"
@@ -115,6 +146,8 @@ class Layer:
                 hf_text_config=SimpleNamespace(num_attention_heads=HEADS),
                 get_total_num_hidden_layers=lambda: 2,
                 get_num_attention_heads=lambda parallel: HEADS,
+                get_num_kv_heads=lambda parallel: KV_HEADS,
+                get_head_size=lambda: DIM,
                 rswa_window=None,
                 is_mm_prefix_lm=False,
             ),
@@ -124,7 +157,8 @@ class Layer:
             attention_config=SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=32, flash_attn_version=None),
             compilation_config=SimpleNamespace(
                 static_forward_context={},
-                cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: True),
+                cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
+                cudagraph_capture_sizes=[1, 512],
                 max_cudagraph_capture_size=512,
             ),
             scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=8192),
@@ -137,11 +171,11 @@ class Layer:
         monkeypatch.setattr(splitting, "get_current_vllm_config", lambda: config)
         monkeypatch.setattr(splitting, "get_tensor_model_parallel_rank", lambda: 0)
         monkeypatch.setattr(serving, "attend_chunk", self.watched_attend_chunk)
-        monkeypatch.setattr(flash_attn.FlashAttentionImpl, "forward", self.dense_forward)
+        monkeypatch.setattr(parent.impl, "forward", self.dense_forward)
         arguments = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto", **(options or {})}
-        self.impl = cuda.MInferenceCUDAImpl(HEADS, DIM, DIM**-0.5, KV_HEADS, **arguments)
+        self.impl = parent.our_impl(HEADS, DIM, DIM**-0.5, KV_HEADS, **arguments)
         spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=DTYPE)
-        self.builder = cuda.MInferenceCUDAMetadataBuilder(spec, [], config, torch.device("cpu"))
+        self.builder = parent.our_builder(spec, [], config, torch.device("cpu"))
         self.layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn", _k_scale=torch.tensor(1.0))
         self.cache = layout(batch.key_cache, batch.value_cache)
         self.indices: list[SparseIndex] = []
@@ -155,7 +189,7 @@ class Layer:
     def dense_forward(
         self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, output: Any, *scales: Any
     ) -> torch.Tensor:
-        """In place of FlashAttention: dense causal attention of the metadata's requests."""
+        """In place of the parent: dense causal attention of the metadata's requests."""
         self.dense_calls.append(metadata)
         starts = metadata.query_start_loc.tolist()
         assert len(query) >= metadata.num_actual_tokens == starts[-1]
@@ -205,7 +239,7 @@ class Layer:
 
 @pytest.fixture
 def make_layer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paged_batch: Callable[..., Any]
+    parent: Parent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paged_batch: Callable[..., Any]
 ) -> Callable[..., Layer]:
     def make(requests: Sequence[tuple[int, int]], **arguments: Any) -> Layer:
         batch = paged_batch(
@@ -217,7 +251,7 @@ def make_layer(
             block_size=PAGE,
             dtype=DTYPE,
         )
-        return Layer(tmp_path, monkeypatch, batch, **arguments)
+        return Layer(tmp_path, monkeypatch, parent, batch, **arguments)
 
     return make
 
@@ -252,13 +286,11 @@ def test_a_mixed_batch(layout: Callable[..., torch.Tensor], make_layer: Callable
 
 @pytest.mark.parametrize("requests", [[(500, 1), (9, 1), (700, 1)], [(0, 50)], [(0, 299)], [(700, 99), (3, 1)]])
 def test_batches_without_a_sparse_chunk_take_the_parents_path(
-    requests: list[tuple[int, int]], make_layer: Callable[..., Layer]
+    requests: list[tuple[int, int]], parent: Parent, make_layer: Callable[..., Layer]
 ) -> None:
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
-
     layer = make_layer(requests)
     metadata = layer.builder.build(0, layer.common())
-    assert type(metadata) is FlashAttentionMetadata
+    assert type(metadata) is parent.metadata
     layer.run(metadata)
     assert layer.dense_calls == [metadata] and not layer.indices
 
@@ -272,24 +304,25 @@ def test_decodes_are_never_sparse_whatever_the_setting(make_layer: Callable[...,
 
 
 def test_whole_cuda_graphs_for_uniform_batches_alone(
-    monkeypatch: pytest.MonkeyPatch, make_layer: Callable[..., Layer]
+    monkeypatch: pytest.MonkeyPatch, parent: Parent, make_layer: Callable[..., Layer]
 ) -> None:
     from vllm.v1.attention.backend import AttentionCGSupport
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadataBuilder
 
     builder = make_layer([(0, 400)]).builder
-    for parent, ours in (("ALWAYS", "UNIFORM_BATCH"), ("UNIFORM_BATCH", "UNIFORM_BATCH"), ("NEVER", "NEVER")):
-        monkeypatch.setattr(FlashAttentionMetadataBuilder, "_cudagraph_support", AttentionCGSupport[parent])
+    for theirs, ours in (("ALWAYS", "UNIFORM_BATCH"), ("UNIFORM_BATCH", "UNIFORM_BATCH"), ("NEVER", "NEVER")):
+        monkeypatch.setattr(parent.builder, "_cudagraph_support", AttentionCGSupport[theirs])
         assert builder.get_cudagraph_support(None, None) is AttentionCGSupport[ours]
 
 
 def test_kernels_are_compiled_with_the_builder_on_a_gpu_alone(
-    monkeypatch: pytest.MonkeyPatch, make_layer: Callable[..., Layer]
+    monkeypatch: pytest.MonkeyPatch, parent: Parent, make_layer: Callable[..., Layer]
 ) -> None:
-    from minference_vllm.backend import cuda, splitting
+    from vllm.v1.attention.backend import AttentionMetadataBuilder
+
+    from minference_vllm.backend import gpu, splitting
 
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(cuda, "warm_up", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(gpu, "warm_up", lambda *arguments: calls.append(arguments))
     layer = make_layer([(0, 400)])
     assert not calls
     attention = SimpleNamespace(layer_name=layer.layer.layer_name, impl=layer.impl, _k_scale=torch.tensor(1.0))
@@ -297,22 +330,23 @@ def test_kernels_are_compiled_with_the_builder_on_a_gpu_alone(
     layers = {"sparse": attention, "somebody else's": dense}
     monkeypatch.setattr(splitting, "get_layers_from_vllm_config", lambda *arguments: layers)
     spec, config = layer.builder.kv_cache_spec, layer.builder.vllm_config
+    # The parent's would allocate.
+    monkeypatch.setattr(parent.builder, "__init__", AttentionMetadataBuilder.__init__)
     type(layer.builder)(spec, list(layers), config, torch.device("cuda"))
     assert calls == [([attention], spec, DTYPE, layer.impl.runtime.settings, torch.device("cuda"))]
 
 
+@only("FlashAttention")
 def test_runs_do_not_share_the_parents_schedule(
-    monkeypatch: pytest.MonkeyPatch, make_layer: Callable[..., Layer]
+    monkeypatch: pytest.MonkeyPatch, parent: Parent, make_layer: Callable[..., Layer]
 ) -> None:
     """FlashAttention-3's ahead-of-time schedule lies in one buffer per builder: the batch's own must survive."""
     layer = make_layer(MIXED)
     layer.builder.aot_schedule, layer.builder.scheduler_metadata = True, torch.zeros(64, dtype=torch.int32)
     layer.builder.aot_sliding_window = (-1, -1)
     schedules = iter(range(1, 9))
-    from vllm.v1.attention.backends import flash_attn
-
     monkeypatch.setattr(
-        flash_attn,
+        parent.theirs,
         "get_scheduler_metadata",
         lambda **arguments: torch.full((4,), next(schedules), dtype=torch.int32),
         raising=False,
@@ -322,6 +356,7 @@ def test_runs_do_not_share_the_parents_schedule(
     assert all(run.scheduler_metadata is None for _, _, run in metadata.dense_runs)
 
 
+@only("FlashAttention")
 def test_the_block_table_of_another_group_of_layers(make_layer: Callable[..., Layer]) -> None:
     layer = make_layer(MIXED)
     metadata = layer.builder.build(0, layer.common())
@@ -366,7 +401,6 @@ def test_batches_that_we_do_not_serve(
     [
         ({"sliding_window": 128}, {}, "sliding window"),
         ({"alibi_slopes": [2.0**-head for head in range(HEADS)]}, {}, "ALiBi"),
-        ({"logits_soft_cap": 20.0}, {"engine": "block_table"}, "soft cap on logits"),
         ({"kv_cache_dtype": "fp8_e5m2"}, {}, "KV cache of fp8_e5m2"),
         ({"head_size": 512}, {}, "head size 512 is above 256"),
     ],
@@ -388,6 +422,16 @@ def test_layers_that_we_do_not_serve_run_as_vllms(
     metadata = layer.builder.build(0, layer.common())
     layer.run(metadata)
     assert layer.dense_calls == [metadata] and not layer.indices
+
+
+@only("FlashAttention")
+def test_the_block_table_engine_knows_no_soft_cap(
+    monkeypatch: pytest.MonkeyPatch, make_layer: Callable[..., Layer]
+) -> None:
+    layer = make_layer([(0, 400)], settings={"engine": "block_table"})
+    monkeypatch.setattr(layer.impl, "logits_soft_cap", 20.0)
+    model = SimpleNamespace(model_config=SimpleNamespace(dtype=DTYPE))
+    assert layer.impl.dense_reasons(model) == ["soft cap on logits"]
 
 
 @pytest.mark.parametrize("options", [{"logits_soft_cap": 20.0}, {"kv_cache_dtype": "fp8"}], ids=str)
@@ -422,14 +466,68 @@ def test_engines_of_the_other_machine_are_refused(make_layer: Callable[..., Laye
         make_layer([(0, 400)], settings={"engine": "native"})
 
 
-def test_our_classes_stand_where_vllm_looks_for_them() -> None:
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+@only("TritonAttention")
+def test_the_block_table_engine_needs_flash_attention(make_layer: Callable[..., Layer]) -> None:
+    with pytest.raises(ValueError, match="'block_table' runs on vLLM's FlashAttention, which this GPU does not have"):
+        make_layer([(0, 400)], settings={"engine": "block_table"})
 
-    from minference_vllm.backend import cuda
 
-    backend = cuda.MInferenceCUDABackend
-    assert issubclass(backend, FlashAttentionBackend) and not backend.supports_batch_invariance()
-    assert backend.get_impl_cls() is cuda.MInferenceCUDAImpl
-    assert backend.get_builder_cls() is cuda.MInferenceCUDAMetadataBuilder
+def test_our_classes_stand_where_vllm_looks_for_them(parent: Parent, make_layer: Callable[..., Layer]) -> None:
+    backend = parent.our_backend
+    assert issubclass(backend, parent.backend) and not backend.supports_batch_invariance()
+    assert backend.get_name() == "MINFERENCE"
+    assert backend.get_impl_cls() is parent.our_impl
+    assert backend.get_builder_cls() is parent.our_builder
     assert backend.get_preferred_block_size(16) == 128 and backend.get_preferred_block_size(256) == 256
     assert all(backend.supports_block_size(size) for size in (16, 48, 64, 128))
+    assert not make_layer([(0, 400)]).impl.fused_output_quant_supported("any"), "our kernels write what they compute"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "parent", "reason"),
+    [
+        ((True, (9, 0), None), "FLASH_ATTN", "FlashAttention runs here"),
+        ((True, (8, 0), None), "FLASH_ATTN", "FlashAttention runs here"),
+        ((True, None, None), "FLASH_ATTN", "FlashAttention runs here"),
+        ((True, (7, 5), None), "TRITON_ATTN", "FlashAttention needs compute capability 8.0, this GPU has 7.5"),
+        ((True, (9, 0), "No module named 'x'"), "TRITON_ATTN", "No module named 'x'"),
+    ],
+    ids=str,
+)
+def test_which_parent(gpu: tuple[Any, ...], parent: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from minference_vllm.backend import compat, cuda, triton_attn
+
+    assert compat.choose_gpu_parent(*gpu) == (parent, reason)
+    monkeypatch.setattr(compat, "this_gpu", lambda: gpu)
+    classes = {"FLASH_ATTN": cuda.MInferenceCUDABackend, "TRITON_ATTN": triton_attn.MInferenceTritonBackend}
+    assert resolve_obj_by_qualname(compat.CLASS_PATHS["cuda"]) is classes[parent]
+
+
+@pytest.mark.parametrize(("version", "problem"), [(3, None), (None, "vLLM finds no version of FlashAttention")])
+def test_vllm_says_whether_there_is_flash_attention(
+    version: int | None, problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm.platforms
+    from vllm.platforms.interface import DeviceCapability
+    from vllm.v1.attention.backends import fa_utils
+
+    from minference_vllm.backend import compat
+
+    platform = SimpleNamespace(is_cuda=lambda: True, get_device_capability=lambda: DeviceCapability(8, 6))
+    monkeypatch.setattr(vllm.platforms, "current_platform", platform, raising=False)
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda: version)
+    is_cuda, capability, found = compat.this_gpu()
+    assert is_cuda and capability == (8, 6)
+    assert found is None if problem is None else str(found).startswith(problem)
+
+
+def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from minference_vllm.backend import compat
+
+    assert compat.this_gpu() == (False, None, None), "this is the CPU build"
+    with pytest.raises(ValueError, match="minference runs on CPUs and NVIDIA GPUs"):
+        resolve_obj_by_qualname(compat.CLASS_PATHS["cuda"])

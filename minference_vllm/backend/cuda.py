@@ -1,12 +1,10 @@
-"""The backend on CUDA: vLLM's FlashAttention backend, with the sparse chunks of a batch taken out."""
+"""The backend over vLLM's FlashAttention backend, with the sparse chunks of a batch taken out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -14,25 +12,11 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from minference_vllm.backend.compat import NAME, flash_attention_pages
-from minference_vllm.backend.runtime import check_page_size, unsupported_layer_reasons
-from minference_vllm.backend.splitting import SplittingBuilder, SplittingImpl, logger
-from minference_vllm.backend.warmup import warm_up
-from minference_vllm.paged_cache import PagedCache
+from minference_vllm.backend.gpu import GPUBackend, GPUBuilder, GPUImpl
 from minference_vllm.plan import Chunk
 
-PREFERRED_BLOCK_SIZE = 128
-"""Tokens per page when the user named none: FlashAttention-3 then copies whole pages at once, and budgets, which are
-rounded up to whole pages, cost what they cost on the CPU."""
-FP8 = ("fp8", "fp8_e4m3")
-MAX_HEAD_SIZE = 256
 
-
-class MInferenceCUDABackend(FlashAttentionBackend):
-    @staticmethod
-    def get_name() -> str:
-        return NAME
-
+class MInferenceCUDABackend(GPUBackend, FlashAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[MInferenceCUDAImpl]:
         return MInferenceCUDAImpl
@@ -40,15 +24,6 @@ class MInferenceCUDABackend(FlashAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[MInferenceCUDAMetadataBuilder]:
         return MInferenceCUDAMetadataBuilder
-
-    @classmethod
-    def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return max(super().get_preferred_block_size(default_block_size), PREFERRED_BLOCK_SIZE)
-
-    @classmethod
-    def supports_batch_invariance(cls) -> bool:
-        """No: a chunk's selection depends on where the scheduler cut the prompt."""
-        return False
 
 
 @dataclass
@@ -59,67 +34,9 @@ class MInferenceCUDAMetadata(FlashAttentionMetadata):
     dense_runs: tuple[tuple[tuple[int, int], slice, FlashAttentionMetadata], ...] = ()
 
 
-class MInferenceCUDAMetadataBuilder(SplittingBuilder, FlashAttentionMetadataBuilder):
+class MInferenceCUDAMetadataBuilder(GPUBuilder, FlashAttentionMetadataBuilder):
     metadata_cls = MInferenceCUDAMetadata
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # The layers are made before the page size is settled.
-        check_page_size(self.runtime, kv_cache_spec.block_size)
-        # Builders are made once the weights are there and before CUDA graphs are captured.
-        if device.type == "cuda":
-            warm_up(self.sparse_layers, kv_cache_spec, vllm_config.model_config.dtype, self.runtime.settings, device)
 
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Whole CUDA graphs for uniform decode batches alone: in mixed ones Python decides what is sparse."""
-        parent = super().get_cudagraph_support(vllm_config, kv_cache_spec)
-        return min(parent, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
-
-
-class MInferenceCUDAImpl(SplittingImpl, FlashAttentionImpl):
-    def dense_reasons(self, vllm_config: Any) -> list[str]:
-        dtype, engine = vllm_config.model_config.dtype, self.runtime.settings.engine
-        if engine == "native":
-            raise ValueError("minference: engine 'native' runs on CPUs; set engine to 'auto' or 'triton'")
-        # Our own kernel knows soft caps, sinks and FP8 caches; the block-table engine does not.
-        fused = engine != "block_table"
-        window = self.sliding_window[0] if self.sliding_window is not None else None
-        reasons = unsupported_layer_reasons(
-            sliding_window=window,
-            logits_soft_cap=None if fused else self.logits_soft_cap,
-            alibi_slopes=self.alibi_slopes,
-            sinks=None if fused else self.sinks,
-            is_decoder=self.attn_type == AttentionType.DECODER,
-            kv_cache_dtype="auto" if fused and self.kv_cache_dtype in FP8 else self.kv_cache_dtype,
-            dtype=dtype,
-        )
-        if self.head_size > MAX_HEAD_SIZE:
-            reasons.append(f"head size {self.head_size} is above {MAX_HEAD_SIZE}")
-        for kind in ("dcp", "pcp"):
-            if getattr(self, f"{kind}_world_size", 1) > 1:
-                reasons.append(f"context parallelism ({kind})")
-        return reasons
-
-    def runs_densely(self, layer: Any) -> bool:
-        # Known only after the weights are loaded.
-        one_scale_per_head = self.kv_cache_dtype in FP8 and layer._k_scale.numel() > 1
-        if one_scale_per_head:
-            logger.info_once("minference: some layers run densely: FP8 cache with a scale per head")
-        return one_scale_per_head or super().runs_densely(layer)
-
-    def paged_cache(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedCache:
-        key, value = flash_attention_pages(kv_cache, self.head_size)
-        if self.kv_cache_dtype not in FP8:
-            return PagedCache(key, value, "rows")
-        key, value = key.view(torch.float8_e4m3fn), value.view(torch.float8_e4m3fn)
-        return PagedCache(key, value, "rows", layer._k_scale_float, layer._v_scale_float)
-
-    def attend_options(self, layer: Any, query: torch.Tensor) -> dict[str, Any]:
-        # With an FP8 cache vLLM's attention layer may hand the queries over in FP8, too.
-        quantised = query.dtype == torch.float8_e4m3fn
-        return {
-            "scale": self.scale * layer._q_scale_float if quantised else self.scale,
-            "softcap": float(self.logits_soft_cap or 0.0),
-            "sinks": self.sinks,
-        }
+class MInferenceCUDAImpl(GPUImpl, FlashAttentionImpl):
+    """All of it is ours on any GPU, or the parent's."""

@@ -1,4 +1,4 @@
-"""What the backends on CPU and CUDA share: the sparse chunks of a batch taken out of the parent's path.
+"""What our backends share: the sparse chunks of a batch taken out of the parent's path.
 
 Both classes stand in front of vLLM's own in the order of base classes: ``super()`` is the parent backend.
 """

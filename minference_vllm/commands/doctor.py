@@ -76,8 +76,12 @@ def examine() -> Iterator[Finding]:
         return
     try:
         yield device()
-        yield from backend()
-        yield from engines()
+        findings = backend()
+        platform_found = next(findings)
+        yield platform_found
+        yield from findings
+        if platform_found.state == "ok":
+            yield from engines()
     except Exception as error:
         # A vLLM built for another torch or another machine fails in any way it likes while it is imported.
         reason = f"cannot be used: {type(error).__name__}: {error}"
@@ -132,9 +136,11 @@ def backend() -> Iterator[Finding]:
     honoured = is_cuda or (is_cpu and "minference" in name)
     if honoured:
         yield Finding("ok", "platform", name)
+    elif is_cpu:
+        yield Finding("!!", "platform", f"{name} does not honour the name", plugin_remedy("minference_cpu"))
     else:
-        text = f"{name} does not honour the name" if is_cpu else f"{name}: neither CPU nor CUDA"
-        yield Finding("!!", "platform", text, plugin_remedy("minference_cpu") if is_cpu else "")
+        yield Finding("!!", "platform", f"{name}: neither CPU nor CUDA")
+        return
     try:
         compat.register_name()
     except RuntimeError as error:
@@ -150,8 +156,9 @@ def backend() -> Iterator[Finding]:
         yield Finding("!!", "attention backend", "another plugin has taken vLLM's slot for custom backends", leave_out)
         return
     module, _, class_name = path.rpartition(".")
-    getattr(importlib.import_module(module), class_name)
-    yield Finding("ok", "attention backend", f"minference is {path}")
+    # On a GPU the class is chosen now.
+    chosen = getattr(importlib.import_module(module), class_name)
+    yield Finding("ok", "attention backend", f"minference is {chosen.__module__}.{chosen.__qualname__}")
 
 
 def allowed(plugin: str) -> bool:
@@ -170,11 +177,16 @@ def engines() -> Iterator[Finding]:
     """Each way to execute an index, and why it cannot run here."""
     import torch
 
+    from minference_vllm.backend import compat
     from minference_vllm.engines import native
 
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        yield Finding("ok", "engine block_table", "vLLM's FlashAttention kernel")
+        parent, why = compat.choose_gpu_parent(*compat.this_gpu())
+        if parent == "FLASH_ATTN":
+            yield Finding("ok", "engine block_table", "vLLM's FlashAttention kernel")
+        else:
+            yield Finding("--", "engine block_table", why)
         yield Finding("--", "engine native", "runs on CPUs")
         yield gpu_triton()
         return

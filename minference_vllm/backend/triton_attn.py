@@ -1,0 +1,49 @@
+"""The backend over vLLM's Triton backend, for GPUs on which vLLM has no FlashAttention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadata,
+    TritonAttentionMetadataBuilder,
+)
+
+from minference_vllm.backend.gpu import GPUBackend, GPUBuilder, GPUImpl
+from minference_vllm.plan import Chunk
+
+
+class MInferenceTritonBackend(GPUBackend, TritonAttentionBackend):
+    @staticmethod
+    def get_impl_cls() -> type[MInferenceTritonImpl]:
+        return MInferenceTritonImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[MInferenceTritonMetadataBuilder]:
+        return MInferenceTritonMetadataBuilder
+
+
+@dataclass
+class MInferenceTritonMetadata(TritonAttentionMetadata):
+    """Metadata of a batch with at least one sparse chunk; other batches carry the parent's class."""
+
+    sparse: tuple[tuple[Chunk, torch.Tensor], ...] = ()
+    dense_runs: tuple[tuple[tuple[int, int], slice, TritonAttentionMetadata], ...] = ()
+
+
+class MInferenceTritonMetadataBuilder(GPUBuilder, TritonAttentionMetadataBuilder):
+    metadata_cls = MInferenceTritonMetadata
+
+
+class MInferenceTritonImpl(GPUImpl, TritonAttentionImpl):
+    def dense_reasons(self, vllm_config: Any) -> list[str]:
+        if self.runtime.settings.engine == "block_table":
+            raise ValueError(
+                "minference: engine 'block_table' runs on vLLM's FlashAttention, which this GPU does not have; set "
+                "engine to 'auto' or 'triton'"
+            )
+        return super().dense_reasons(vllm_config)
