@@ -20,7 +20,7 @@ from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import HeadPattern
 from minference_vllm.plan import Chunk
-from minference_vllm.recall import Audit, sampled_recall
+from minference_vllm.recall import ROWS_AT_ONCE, Audit, keys_at_once, sampled_recall
 from minference_vllm.summaries import PageMeans
 from minference_vllm.tiling import Tiling
 
@@ -196,8 +196,25 @@ class PagedEstimates(estimate.Estimates):
 
     @functools.cached_property
     def keys(self) -> torch.Tensor:  # type: ignore[override]
-        keys = self.cache.keys_by_head(self.pages)[:, : self.seq_len]
+        return self._keys_of(self.pages)[:, : self.seq_len]
+
+    def _keys_of(self, pages: torch.Tensor) -> torch.Tensor:
+        """``[HK, n * B, D]``: keys of some pages, a copy, in the type of the queries."""
+        keys = self.cache.keys_by_head(pages)
         return keys if keys.dtype == self.query.dtype else keys.to(self.query.dtype).mul_(self.cache.key_scale)
+
+    def _key_pieces(self, rows: int) -> Iterator[torch.Tensor]:
+        """``[HK, n, D]`` each: the keys, for the recall of as many rows; on a GPU never all of them are copied."""
+        cache = self.cache
+        at_once = keys_at_once(self.query.shape[1], rows, cache.num_kv_heads, cache.head_size)
+        if not self.triton:
+            yield from self.keys.split(at_once, dim=1)
+            return
+        missing = self.seq_len
+        for pages in self.pages.split(max(1, at_once // cache.block_size)):
+            piece = self._keys_of(pages)[:, :missing]
+            missing -= piece.shape[1]
+            yield piece
 
     def means(self, tiling: Tiling) -> torch.Tensor:
         if self.page_means is None:
@@ -246,9 +263,15 @@ class PagedEstimates(estimate.Estimates):
     def recall(self, index: SparseIndex, rows: torch.Tensor) -> torch.Tensor:
         """See ``recall.sampled_recall``."""
         begin = self.timing.now(self.query.device)
-        found = sampled_recall(self.query, self.keys, index, rows.to(self.query.device), self.scale)
+        if self.query.is_cuda:
+            # From ordinary memory the copy would wait for the GPU.
+            rows = rows.pin_memory().to(self.query.device, non_blocking=True)
+        parts = [
+            sampled_recall(self.query, self._key_pieces(len(part)), index, part, self.scale)
+            for part in rows.split(ROWS_AT_ONCE)
+        ]
         self.timing.audit += self.timing.now(self.query.device) - begin
-        return found
+        return torch.cat(parts, 1)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:

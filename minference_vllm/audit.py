@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +18,9 @@ class Recall:
     total: float = 0.0
     least: float = 1.0
 
-    def add(self, found: float) -> None:
-        self.count += 1
-        self.total += found
-        self.least = min(self.least, found)
-
     @property
     def mean(self) -> float:
-        return self.total / self.count if self.count else 1.0
+        return self.total / self.count
 
 
 @dataclass
@@ -42,8 +36,6 @@ class Counters:
     sparse_seconds: float = 0.0
     """Spent on sparse attention, estimates and index included, audits not."""
     audit_seconds: float = 0.0
-    recall: dict[tuple[int, int], Recall] = field(default_factory=dict)
-    """By layer and head, of the chunks that were audited."""
     raised: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Chunks that ran with more keys because of the floor, by layer and head."""
     raised_to_dense: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -51,6 +43,9 @@ class Counters:
     """A number that may live on the GPU, so that counting waits for nothing."""
     _overflowed: Any = 0
     """Likewise."""
+    _recall: dict[tuple[int, int, int], tuple[int, Any, Any]] = field(default_factory=dict)
+    """By layer, first head and number of heads (layers of a draft model may have the same number): audited chunks, and
+    per head the sum and the least of their recall; likewise."""
     _last_line: float = 0.0
 
     def count_batch(self, plan: Plan) -> None:
@@ -68,10 +63,11 @@ class Counters:
         self.sparse_seconds += sparse
         self.audit_seconds += audit
 
-    def count_recall(self, layer: int, first_head: int, recall: Sequence[float]) -> None:
-        """Mean recall of one audited chunk, per head from ``first_head`` on."""
-        for head, found in enumerate(recall, first_head):
-            self.recall.setdefault((layer, head), Recall()).add(found)
+    def count_recall(self, layer: int, first_head: int, recall: Any) -> None:
+        """Mean recall of one audited chunk, a tensor with a number per head from ``first_head`` on."""
+        place = layer, first_head, len(recall)
+        count, total, least = self._recall.get(place, (0, 0.0, recall))
+        self._recall[place] = count + 1, total + recall, least.minimum(recall)
 
     def count_raised(self, layer: int, head: int, dense: bool) -> None:
         (self.raised_to_dense if dense else self.raised)[layer, head] += 1
@@ -85,6 +81,16 @@ class Counters:
     def overflowed(self) -> int:
         """Query tiles of one head that ran densely because their selection had no room. Reading it waits likewise."""
         return int(self._overflowed)
+
+    @property
+    def recall(self) -> dict[tuple[int, int], Recall]:
+        """By layer and head, of the chunks that were audited. Reading it waits likewise."""
+        found: dict[tuple[int, int], Recall] = {}
+        for (layer, first_head, _), (count, totals, leasts) in self._recall.items():
+            for head, (total, least) in enumerate(zip(totals.tolist(), leasts.tolist(), strict=True), first_head):
+                known = found.get((layer, head), Recall())
+                found[layer, head] = Recall(known.count + count, known.total + total, min(known.least, least))
+        return found
 
     @property
     def density(self) -> float:
@@ -101,11 +107,9 @@ class Counters:
             f"minference: {self.sparse_chunks} prefill chunks ({self.sparse_tokens} tokens) sparse, "
             f"density {self.density:.4f}"
         )
-        if self.recall:
-            mean = sum(found.total for found in self.recall.values()) / sum(
-                found.count for found in self.recall.values()
-            )
-            (layer, head), worst = min(self.recall.items(), key=lambda item: item[1].mean)
+        if recall := self.recall:
+            mean = sum(found.total for found in recall.values()) / sum(found.count for found in recall.values())
+            (layer, head), worst = min(recall.items(), key=lambda item: item[1].mean)
             line += f", recall {mean:.4f} (least {worst.mean:.4f}, layer {layer} head {head})"
         if self.raised or self.raised_to_dense:
             line += (

@@ -1,4 +1,5 @@
-"""How much room an index gets on a GPU, planned from patterns and lengths alone, so that nothing waits for the GPU.
+"""How much room an index gets on a GPU, and how often it is audited, planned from patterns and lengths alone, so that
+nothing waits for the GPU.
 
 Patterns with a fixed budget never need more than their room. What may be dense (dense heads, the last tiles of
 tri-shape heads, heads whose budget the data decide) is not listed beyond it: such a tile attends everything.
@@ -13,6 +14,7 @@ from minference_vllm.patterns import (
     ESTIMATION_BLOCK,
     AShape,
     BlockSparse,
+    Coverage,
     Dense,
     HeadPattern,
     TriShape,
@@ -27,6 +29,9 @@ ADAPTIVE_BYTES = 64 << 20
 that wants more is dense."""
 ADAPTIVE_COLUMNS = 4096
 """The most single columns that such a head has room for."""
+AUDITED_PAIR = 32
+"""Pairs that attention computes in the time of one that an audit samples: attention keeps its scores in registers, an
+audit writes them to memory, and copies keys for a few rows alone. Counted from the bytes moved, not timed."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +91,31 @@ def plan_capacity(
     lists = 4 * len(patterns) * tiles * (blocks + columns)
     at_once = max(1, (MEMORY_LIMIT * 3 // 4 - 2 * lists) // per_head)
     return Capacity(blocks, columns, min(at_once, len(patterns)))
+
+
+def audit_frequency(
+    patterns: Sequence[HeadPattern], context_len: int, seq_len: int, audit_rows: int, share: float
+) -> float:
+    """Of how many chunks one is audited, 0 to 1, for audits to cost ``share`` of what attention does.
+
+    Args:
+        patterns: one per query head.
+        audit_rows: rows that an audit samples.
+    """
+    rows, reach = seq_len - context_len, (context_len + seq_len) / 2
+    computed = sum(rows * min(reach, _planned_tokens(pattern)) for pattern in patterns)
+    sampled = len(patterns) * min(audit_rows, rows) * seq_len
+    return min(1.0, share * computed / (AUDITED_PAIR * sampled))
+
+
+def _planned_tokens(pattern: HeadPattern) -> float:
+    """Keys per row: the budget, and for heads without one the least that the default pattern takes."""
+    if isinstance(pattern, Dense):
+        return float("inf")
+    if isinstance(pattern, AShape | TriShape):
+        return pattern.sink + pattern.local
+    if isinstance(pattern, VerticalSlash):
+        return pattern.vertical + pattern.slash
+    if isinstance(pattern, BlockSparse):
+        return pattern.top_k * ESTIMATION_BLOCK
+    return pattern.min_budget if isinstance(pattern, Coverage) else Coverage().min_budget

@@ -16,7 +16,7 @@ from minference_vllm.estimate import Estimates
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.patterns import Dense, HeadPattern
 from minference_vllm.plan import Chunk, dense_reason
-from minference_vllm.recall import sample_rows, sampled_recall
+from minference_vllm.recall import keys_at_once, sample_rows, sampled_recall
 from minference_vllm.settings import Settings
 from minference_vllm.tiling import Tiling
 
@@ -128,6 +128,7 @@ def measure(layer: Layer, indices: Sequence[SparseIndex], rows: int = 16) -> tup
         chunk = index.seq_len - index.context_len
         query, keys = layer.query[:, index.context_len : index.seq_len], layer.keys[:, : index.seq_len]
         sampled = sample_rows(chunk, rows, seed=index.context_len)
-        found = sampled_recall(query.transpose(0, 1), keys, index, sampled, layer.scale)
+        pieces = keys.split(keys_at_once(len(query), rows, *keys.shape[::2]), dim=1)
+        found = sampled_recall(query.transpose(0, 1), pieces, index, sampled, layer.scale)
         recall += found.double().mean(1) * chunk / layer.keys.shape[1]
     return density, recall

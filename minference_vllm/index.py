@@ -73,17 +73,19 @@ class SparseIndex:
     def num_tiles(self) -> int:
         return self.blocks.shape[1]
 
-    def tile_mask(self, tiles: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
-        """bool ``[H, R, S]``: the keys of the named tiles (int64 ``[R]``), future ones included."""
-        device = self.blocks.device
-        num_blocks_total = -(-self.seq_len // self.block_size)
-        lists = torch.arange(self.num_heads, device=device)[heads, None] // self.heads_per_list
+    def tile_mask(
+        self, tiles: torch.Tensor, heads: slice = slice(None), first: int = 0, last: int | None = None
+    ) -> torch.Tensor:
+        """bool ``[H, R, last - first]``: which of the keys ``[first, last)`` the named tiles (int64 ``[R]``) have,
+        future ones included. ``last``: default ``seq_len``."""
+        last = self.seq_len if last is None else last
+        first_block, last_block = first // self.block_size, -(-last // self.block_size)
+        lists = torch.arange(self.num_heads, device=tiles.device)[heads, None] // self.heads_per_list
         blocks, columns = self.blocks[lists, tiles], self.columns[lists, tiles]
-        by_key = torch.zeros(*blocks.shape[:2], num_blocks_total * self.block_size, dtype=torch.bool, device=device)
-        _scatter_true(by_key.view(*blocks.shape[:2], num_blocks_total, self.block_size), blocks)
-        _scatter_true(by_key, columns)
-        by_key |= blocks[..., :1] < 0
-        return by_key[..., : self.seq_len]
+        by_block = _marks(blocks, first_block, last_block) | (blocks[..., :1] < 0)
+        begin = first - first_block * self.block_size
+        by_key = by_block.repeat_interleave(self.block_size, dim=-1)[..., begin : begin + last - first]
+        return by_key | _marks(columns, first, last)
 
     def to_mask(self) -> torch.Tensor:
         """bool ``[H, S - context_len, S]``: True where a row attends a key. For tests and plots: it is quadratic."""
@@ -111,10 +113,13 @@ class SparseIndex:
         return self.computed_pairs() / self.dense_pairs()
 
 
-def _scatter_true(target: torch.Tensor, positions: torch.Tensor) -> None:
-    """Set ``target[h, t, positions[h, t, k]]`` for every position that is not -1."""
-    head, tile, slot = torch.nonzero(positions >= 0, as_tuple=True)
-    target[head, tile, positions[head, tile, slot].long()] = True
+def _marks(positions: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """bool ``[H, R, last - first]``: the positions ``[first, last)`` that ``[H, R, K]`` names."""
+    # All others are marked in one spare last place, which is cut off again.
+    outside = (positions < first) | (positions >= last)
+    places = positions.long().sub_(first).masked_fill_(outside, last - first)
+    marks = torch.zeros(*positions.shape[:2], last - first + 1, dtype=torch.bool, device=positions.device)
+    return marks.scatter_(-1, places, True)[..., :-1]
 
 
 def compact(mask: torch.Tensor, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

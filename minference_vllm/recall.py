@@ -10,7 +10,7 @@ Sizes: ``H`` query heads over ``HK`` KV heads, ``R`` sampled rows, ``S`` tokens 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,32 +19,53 @@ from minference_vllm.estimate import logits
 from minference_vllm.index import SparseIndex
 from minference_vllm.patterns import MAX_LEVEL, HeadPattern, at_level
 
+PIECE_BYTES = 64 << 20
+"""Keys and scores that an audit holds at once: a million tokens take no more memory than some thousands."""
+ROWS_AT_ONCE = 16
+"""Rows of a large audit that are sampled together: the lists of their tiles take memory, too."""
+
+
+def keys_at_once(heads: int, rows: int, kv_heads: int, head_size: int) -> int:
+    """Tokens whose keys ``sampled_recall`` should get in one piece."""
+    # Two bytes per element, copied twice on their way; logits in both precisions, masks.
+    return max(1, PIECE_BYTES // (2 * 2 * kv_heads * head_size + 10 * heads * rows))
+
 
 def sampled_recall(
-    query: torch.Tensor, keys: torch.Tensor, index: SparseIndex, rows: torch.Tensor, scale: float
+    query: torch.Tensor, keys: Iterable[torch.Tensor], index: SparseIndex, rows: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Recall of sampled rows of a chunk.
+    """Recall of sampled rows of a chunk. Nothing waits for a GPU.
 
     Args:
         query: ``[chunk, H, D]``.
-        keys: ``[HK, S, D]``.
-        rows: int64 ``[R]``, rows of the chunk.
+        keys: ``[HK, n, D]`` each, pieces that together are the sequence.
+        rows: int64 ``[R]``, rows of the chunk, on the query's device.
 
     Returns:
         float32 ``[H, R]``.
     """
-    group = query.shape[1] // keys.shape[0]
     positions = rows + index.context_len
     tiles = torch.searchsorted(index.tile_starts, positions, right=True) - 1
-    sampled = query[rows].transpose(0, 1)
-    future = torch.arange(index.seq_len, device=rows.device) > positions[:, None]
-    recall = []
-    # A KV head at a time: its group's [R, S] weights are what stays in memory.
-    for kv_head in range(keys.shape[0]):
-        heads = slice(kv_head * group, (kv_head + 1) * group)
-        weights = logits(sampled[heads], keys[kv_head], scale).masked_fill_(future, -torch.inf).softmax(-1)
-        recall.append(weights.mul_(index.tile_mask(tiles, heads)).sum(-1))
-    return torch.cat(recall)
+    sampled = query[rows].transpose(0, 1)  # [H, R, D]
+    heads, count, dim = sampled.shape
+    # An online softmax, of all weights and of those that were kept.
+    largest = torch.full((heads, count, 1), -torch.inf, device=rows.device)
+    total, kept = torch.zeros_like(largest), torch.zeros_like(largest)
+    first = 0
+    for piece in keys:
+        # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
+        by_kv_head = sampled.reshape(piece.shape[0], -1, dim)
+        scores = logits(by_kv_head, piece, scale).view(heads, count, -1)
+        last = first + piece.shape[1]
+        scores.masked_fill_(torch.arange(first, last, device=rows.device) > positions[:, None], -torch.inf)
+        # Every row sees the first key of the sequence, so this is never -inf.
+        new_largest = torch.maximum(largest, scores.amax(-1, keepdim=True))
+        decay = (largest - new_largest).exp_()
+        weights = scores.sub_(new_largest).exp_()
+        total = total * decay + weights.sum(-1, keepdim=True)
+        kept = kept * decay + weights.mul_(index.tile_mask(tiles, first=first, last=last)).sum(-1, keepdim=True)
+        largest, first = new_largest, last
+    return (kept / total)[..., 0]
 
 
 def sample_rows(rows: int, samples: int, seed: int) -> torch.Tensor:
@@ -87,12 +108,9 @@ class Audit:
         while True:
             index = build([at_level(pattern, level) for pattern, level in zip(patterns, levels, strict=True)])
             self.recall = recall_of(index, self.rows).mean(1)
-            found = self.recall.tolist()
-            short = [
-                head
-                for head, level in enumerate(levels)
-                if self.floor is not None and found[head] < self.floor and level < MAX_LEVEL
-            ]
+            # Without a floor nobody needs to know at once, and a GPU is not waited for.
+            found = [] if self.floor is None else self.recall.tolist()
+            short = [head for head, share in enumerate(found) if share < self.floor and levels[head] < MAX_LEVEL]
             if not short:
                 self.levels = tuple(levels)
                 return index

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 from minference_vllm.audit import Counters
 from minference_vllm.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT, plan_batch
 
@@ -42,14 +45,16 @@ def test_dense_chunks_are_listed_with_their_reasons() -> None:
 def test_recall_is_told_on_average_and_of_the_worst_head() -> None:
     counters = Counters()
     counters.count_layer(1.0, 2.0)
-    counters.count_recall(3, 0, [1.0, 0.9])
-    counters.count_recall(3, 0, [0.8, 0.9])
-    counters.count_recall(4, 2, [0.5])
+    for layer, first_head, recall in ((3, 0, [1.0, 0.9]), (3, 0, [0.8, 0.9]), (4, 2, [0.5])):
+        counters.count_recall(layer, first_head, torch.tensor(recall, dtype=torch.float64))
     found = counters.recall[3, 0]
     assert (found.count, found.mean, found.least) == (2, 0.9, 0.8)
     assert set(counters.recall) == {(3, 0), (3, 1), (4, 2)}
     line = counters.line_when_due(1.0, now=5000.0)
     assert line is not None and line.endswith("density 0.5000, recall 0.8200 (least 0.5000, layer 4 head 2)")
+    counters.count_recall(3, 0, torch.tensor([0.3], dtype=torch.float64))
+    found = counters.recall[3, 0]
+    assert (found.count, found.mean, found.least) == (3, pytest.approx(0.7), 0.3), "a draft model's layer, of one head"
 
 
 def test_raised_heads_are_counted_and_told() -> None:

@@ -12,7 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minference_vllm.capacity import MEMORY_LIMIT, Capacity, plan_capacity
+from minference_vllm import recall
+from minference_vllm.attend import PagedEstimates
+from minference_vllm.capacity import AUDITED_PAIR, MEMORY_LIMIT, Capacity, audit_frequency, plan_capacity
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import (
@@ -26,6 +28,7 @@ from minference_vllm.patterns import (
     TriShape,
     VerticalSlash,
 )
+from minference_vllm.recall import PIECE_BYTES, Audit
 from minference_vllm.tiling import Tiling
 
 PATTERNS: list[HeadPattern] = [
@@ -289,3 +292,58 @@ def test_memory_of_antidiagonal_scores_at_a_million_tokens(
     with LiveBytes() as memory:
         build_index(tiling, patterns, FromPages(seq_len), capacity)
     assert memory.peak <= MEMORY_LIMIT, f"{memory.peak / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize("rows", [4, 64])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_an_audit_at_a_million_tokens_waits_for_nothing_and_stays_small(block_size: int, rows: int) -> None:
+    """On the same device without data: 32 heads over 8, and never the keys of the whole prefix."""
+    seq_len, chunk_len = 1 << 20, 8192
+    tiling = Tiling.of(seq_len - chunk_len, seq_len, block_size, 128, device="meta")
+    patterns = MIXTURES["coverage"]
+    query = torch.empty(chunk_len, 32, 128, dtype=torch.bfloat16, device="meta")
+    memory = torch.empty(seq_len // block_size, 8, block_size, 256, dtype=torch.bfloat16, device="meta")
+    cache = PagedCache(memory[..., :128], memory[..., 128:], "rows")
+    pages = torch.empty(seq_len // block_size, dtype=torch.int64, device="meta")
+    scores = PagedEstimates(query, cache, pages, seq_len, 1.0, triton=True)
+    index = build_index(tiling, patterns, EmptyScores(seq_len), planned(tiling, patterns))
+    audit = Audit(torch.empty(rows, dtype=torch.int64, device="meta"))
+    with LiveBytes() as live:
+        audit.run(patterns, lambda _: index, scores.recall)
+    assert audit.recall is not None and audit.recall.shape == (32,) and audit.levels == (0,) * 32
+    assert live.peak <= 2 * PIECE_BYTES, f"{live.peak / 2**20:.0f} MiB"
+
+
+def test_how_often_a_gpu_audits() -> None:
+    patterns = [Coverage(min_budget=3072)] * 8
+    often = audit_frequency(patterns, 24576, 32768, audit_rows=4, share=0.01)
+    # 8192 rows of 3072 keys, against 4 rows of 32768.
+    assert often == pytest.approx(0.01 * 8192 * 3072 / (AUDITED_PAIR * 4 * 32768))
+    assert audit_frequency(patterns, 24576, 32768, audit_rows=8, share=0.01) == pytest.approx(often / 2)
+    assert audit_frequency(patterns, 24576, 32768, audit_rows=4, share=0.02) == pytest.approx(often * 2)
+    assert audit_frequency(patterns, 122880, 131072, audit_rows=4, share=0.01) == pytest.approx(often / 4)
+    assert audit_frequency(patterns, 24576, 32768, audit_rows=4, share=0.0) == 0.0
+    assert audit_frequency([Dense()], 0, 8192, audit_rows=1, share=1.0) == 1.0
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, *ADAPTIVE])
+def test_every_pattern_is_audited_now_and_then(pattern: HeadPattern) -> None:
+    assert 0 <= audit_frequency([pattern], 122880, 131072, audit_rows=4, share=0.01) < 1
+    assert audit_frequency([pattern, Coverage()], 122880, 131072, audit_rows=4, share=0.01) > 0
+
+
+def test_an_audit_reads_the_pages_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same recall whether the keys come at once or a page at a time, FP8 caches with a scale included."""
+    torch.manual_seed(0)
+    seq_len, rows = 700, torch.tensor([0, 17, 130, 199])
+    tiling = Tiling.of(500, seq_len, 32, 64)
+    query = torch.randn(200, 4, 64)
+    memory = torch.randn(25, 2, 32, 128).to(torch.float8_e4m3fn)
+    cache = PagedCache(memory[..., :64], memory[..., 64:], "rows", key_scale=0.5)
+    pages = torch.randperm(25)[: tiling.num_key_blocks]
+    patterns = [AShape(sink=40, local=100), BlockSparse(top_k=3), VerticalSlash(vertical=60, slash=150), Dense()]
+    index = build_index(tiling, patterns, RandomScores(seq_len), planned(tiling, patterns))
+    whole = PagedEstimates(query, cache, pages, seq_len, 0.1).recall(index, rows)
+    monkeypatch.setattr(recall, "PIECE_BYTES", 1)
+    found = PagedEstimates(query, cache, pages, seq_len, 0.1, triton=True).recall(index, rows)
+    assert torch.allclose(found, whole, atol=1e-6) and 0.0 < float(found[:3].min()) < 0.9

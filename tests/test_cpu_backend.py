@@ -18,9 +18,10 @@ from minference_vllm.attend import attend_chunk
 from minference_vllm.audit import Counters
 from minference_vllm.backend.runtime import Runtime
 from minference_vllm.backend.serving import audit_is_due
+from minference_vllm.capacity import audit_frequency
 from minference_vllm.index import SparseIndex
-from minference_vllm.patterns import MAX_LEVEL, PatternFile
-from minference_vllm.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
+from minference_vllm.patterns import MAX_LEVEL, Coverage, PatternFile
+from minference_vllm.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT, Chunk
 from minference_vllm.recall import Audit
 from minference_vllm.settings import Settings
 
@@ -368,29 +369,47 @@ def runtime(sparse_seconds: float = 0.0, audit_seconds: float = 0.0, **settings:
     return Runtime(Settings(**settings), PatternFile(), "a test", counters)
 
 
+def is_due(runtime: Runtime, layer: int = 0, on_gpu: bool = False) -> bool:
+    chunk = Chunk(request=0, query_start=0, context_len=24576, seq_len=32768)
+    return audit_is_due(runtime, layer, chunk, [Coverage()] * HEADS, on_gpu)
+
+
 def test_audits_keep_their_share_of_the_time() -> None:
-    assert audit_is_due(runtime(), on_gpu=False), "the first chunk, so that every short run shows some recall"
-    assert audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=0.99), on_gpu=False)
-    assert not audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=1.01), on_gpu=False)
-    assert audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=1.01, audit_share=0.02), on_gpu=False)
-    assert not audit_is_due(runtime(sparse_seconds=100.0, audit_seconds=0.01, audit_share=0.0), on_gpu=False)
+    assert is_due(runtime()), "the first chunk, so that every short run shows some recall"
+    assert is_due(runtime(sparse_seconds=100.0, audit_seconds=0.99))
+    assert not is_due(runtime(sparse_seconds=100.0, audit_seconds=1.01))
+    assert is_due(runtime(sparse_seconds=100.0, audit_seconds=1.01, audit_share=0.02))
+    assert not is_due(runtime(sparse_seconds=100.0, audit_seconds=0.01, audit_share=0.0))
 
 
-def test_without_rows_nothing_is_audited() -> None:
-    assert not audit_is_due(runtime(audit_rows=0), on_gpu=False)
-    assert not audit_is_due(runtime(sparse_seconds=100.0, audit_rows=0, audit_share=1.0), on_gpu=False)
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_without_rows_nothing_is_audited(on_gpu: bool) -> None:
+    assert not is_due(runtime(audit_rows=0), on_gpu=on_gpu)
+    assert not is_due(runtime(sparse_seconds=100.0, audit_rows=0, audit_share=1.0), on_gpu=on_gpu)
 
 
-def test_under_a_floor_everything_is_audited() -> None:
-    assert audit_is_due(runtime(recall_floor=0.9), on_gpu=False)
-    assert audit_is_due(
-        runtime(sparse_seconds=1.0, audit_seconds=50.0, recall_floor=0.9, audit_share=0.0), on_gpu=False
-    )
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_under_a_floor_everything_is_audited(on_gpu: bool) -> None:
+    assert is_due(runtime(recall_floor=0.9), on_gpu=on_gpu)
+    assert is_due(runtime(sparse_seconds=1.0, audit_seconds=50.0, recall_floor=0.9, audit_share=0.0), on_gpu=on_gpu)
 
 
-def test_on_a_gpu_only_a_floor_audits() -> None:
-    assert not audit_is_due(runtime(sparse_seconds=100.0, audit_share=1.0), on_gpu=True)
-    assert audit_is_due(runtime(recall_floor=0.9), on_gpu=True)
+def test_on_a_gpu_audits_are_drawn_by_lot() -> None:
+    """As often as their share of the planned work allows, in every layer, and the same again in every rank."""
+    layers, chunks = 32, 300
+    found = torch.zeros(chunks, layers)
+    for turn in range(2):
+        served = runtime()
+        for chunk in range(chunks):
+            served.counters.sparse_chunks += 1
+            for layer in range(layers):
+                due = is_due(served, layer, on_gpu=True)
+                assert not turn or due == bool(found[chunk, layer])
+                found[chunk, layer] = due
+    expected = audit_frequency([Coverage()], 24576, 32768, 4, 0.01)
+    assert float(found.mean()) == pytest.approx(expected, rel=0.2)
+    assert bool(found.any(0).all())
+    assert not is_due(runtime(audit_share=0.0), on_gpu=True)
 
 
 def test_recall_of_audited_chunks_is_counted_per_layer_and_head(make_layer: Callable[..., Layer]) -> None:

@@ -51,10 +51,10 @@ KINDS: tuple[HeadPattern, ...] = (
 )
 
 
-@pytest.mark.parametrize("column_multiple", [1, 32])
+@pytest.mark.parametrize(("column_multiple", "piece"), [(1, 10_000), (32, 10_000), (1, 32), (1, 47)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", SIZES)
-def test_sampled_recall_is_the_references(name: str, dtype: torch.dtype, column_multiple: int) -> None:
+def test_sampled_recall_is_the_references(name: str, dtype: torch.dtype, column_multiple: int, piece: int) -> None:
     chunk, context, heads, kv_heads, dim = SIZES[name]
     generator = torch.Generator().manual_seed(2)
     query = (torch.randn(chunk, heads, dim, generator=generator) * 2).to(dtype)
@@ -64,7 +64,7 @@ def test_sampled_recall_is_the_references(name: str, dtype: torch.dtype, column_
     patterns = [KINDS[head % len(KINDS)] for head in range(heads)]
     index = build_index(tiling, patterns, Estimates(query, keys, scale))
     rows = sample_rows(chunk, 16, seed=3)
-    found = sampled_recall(query, keys, index, rows, scale)
+    found = sampled_recall(query, keys.split(piece, dim=1), index, rows, scale)
     assert found.shape == (heads, len(rows)) and found.dtype == torch.float32
     exact = reference.attention_recall(query, keys, index.to_mask(), context, scale)[:, rows]
     # The same in low precision: logits are rounded once, to the inputs' type.
@@ -141,7 +141,7 @@ class Heads:
         return build_index(Tiling.of(TOKENS - CHUNK, TOKENS, 32, 128), patterns, Estimates(self.query, self.keys, 1.0))
 
     def recall_of(self, index: SparseIndex, rows: torch.Tensor) -> torch.Tensor:
-        return sampled_recall(self.query, self.keys, index, rows, 1.0)
+        return sampled_recall(self.query, [self.keys], index, rows, 1.0)
 
     def exact_recall(self, index: SparseIndex) -> list[float]:
         """Mean over all rows, per head."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from vllm.logger import init_logger
 
 from minference_vllm.attend import Timing, attend_chunk
 from minference_vllm.backend.runtime import Runtime
+from minference_vllm.capacity import audit_frequency
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import MAX_LEVEL, Dense, HeadPattern
 from minference_vllm.plan import Chunk
@@ -47,7 +49,7 @@ def serve_chunk(
         )  # fmt: skip
         return
     audit = None
-    if audit_is_due(runtime, query.is_cuda):
+    if audit_is_due(runtime, layer, chunk, patterns, query.is_cuda):
         # Other rows in every layer and chunk, the same ones whenever the same prompt comes in the same chunks.
         seed = zlib.crc32(f"{layer} {chunk.context_len} {chunk.seq_len}".encode())
         levels = runtime.raised.at(layer, chunk.context_len, pages, cache.block_size)
@@ -62,7 +64,7 @@ def serve_chunk(
     counters.count_seconds(timing.estimate + timing.index + timing.attend, timing.audit)
     if audit is None or audit.recall is None:
         return
-    counters.count_recall(layer, first_head, audit.recall.tolist())
+    counters.count_recall(layer, first_head, audit.recall.double())
     runtime.raised.keep(layer, chunk.seq_len, pages, cache.block_size, audit.levels)
     for head, level in enumerate(audit.levels):
         if level:
@@ -74,15 +76,18 @@ def serve_chunk(
             )  # fmt: skip
 
 
-def audit_is_due(runtime: Runtime, on_gpu: bool = False) -> bool:
+def audit_is_due(runtime: Runtime, layer: int, chunk: Chunk, patterns: Sequence[HeadPattern], on_gpu: bool) -> bool:
     """Every chunk and layer under a floor; else as often as audits stay below their share of the time.
 
-    On a GPU only under a floor: reading what was found waits for the GPU, and the host's clock does not know the
-    GPU's time.
+    The host's clock does not know a GPU's time; there the share is one of planned work.
     """
     settings, counters = runtime.settings, runtime.counters
     if not settings.audit_rows:
         return False
-    if settings.recall_floor is not None or on_gpu:
-        return settings.recall_floor is not None
-    return counters.audit_seconds <= settings.audit_share * counters.sparse_seconds
+    if settings.recall_floor is not None:
+        return True
+    if not on_gpu:
+        return counters.audit_seconds <= settings.audit_share * counters.sparse_seconds
+    frequency = audit_frequency(patterns, chunk.context_len, chunk.seq_len, settings.audit_rows, settings.audit_share)
+    # By lot: at even distances audits could fall into step with the layers and never reach some.
+    return random.Random(f"{layer} {counters.sparse_chunks} {chunk.request}").random() < frequency

@@ -14,6 +14,7 @@ from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import Antidiagonal, AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
 from minference_vllm.plan import Chunk
+from minference_vllm.recall import Audit
 from minference_vllm.tiling import Tiling
 
 pytestmark = [
@@ -94,15 +95,17 @@ def test_nothing_waits_for_the_gpu(engine: str) -> None:
     """Every call after the first, which compiles and copies the few constants."""
     query, cache, pages, chunk = layer(32768, 2048)
     out = torch.empty_like(query)
-    attend_chunk(query, cache, pages, chunk, MIXED, SCALE, out, engine)
+    first, second = (Audit(torch.tensor([0, 700, 2047], device="cpu")) for _ in range(2))
+    attend_chunk(query, cache, pages, chunk, MIXED, SCALE, out, engine, audit=first)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        index = attend_chunk(query, cache, pages, Chunk(0, 0, 28672, 30720), MIXED, SCALE, out, engine)
+        index = attend_chunk(query, cache, pages, Chunk(0, 0, 28672, 30720), MIXED, SCALE, out, engine, audit=second)
         computed = index.computed_pairs().sum()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     assert float(computed) > 0
+    assert second.recall is not None and 0 < float(second.recall.min()) <= float(second.recall.max()) <= 1 + 1e-5
 
 
 def test_the_index_is_the_torch_paths() -> None:
