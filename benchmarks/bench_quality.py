@@ -14,7 +14,9 @@ Columns: ``recall`` mean over heads, chunks and rows; ``recall_p1`` the chunk an
 ``covered`` share of chunks and heads whose recall is at least 0.95; ``output_error`` relative to the dense output,
 median over heads and chunks; ``corrected_error`` the same if every page without a selected key stood in the softmax
 with its mean key and mean value (mean correction, which the backend does not do); ``density`` share of query-key pairs
-computed; ``select_s`` seconds of estimate and index, per head and chunk, by the torch path.
+computed; ``needed`` the share that would do for 95 % of each row's attention if every row had its own selection and
+knew it beforehand, median over heads and chunks; ``select_s`` seconds of estimate and index, per head and chunk, by the
+torch path.
 """
 
 from __future__ import annotations
@@ -105,6 +107,7 @@ class Found(NamedTuple):
     recall: float
     error: float
     corrected_error: float
+    needed: float
     density: float
     seconds: float
 
@@ -124,8 +127,9 @@ def measure(
     return [Found(*compare(layer, head, index, rows), density[head], seconds) for head in range(heads)]
 
 
-def compare(layer: Layer, head: int, index: SparseIndex, rows: torch.Tensor) -> tuple[float, float, float]:
-    """Recall, relative output error, and that with mean correction, of sampled rows against float32 attention."""
+def compare(layer: Layer, head: int, index: SparseIndex, rows: torch.Tensor) -> tuple[float, float, float, float]:
+    """Of sampled rows against float32 attention: recall, relative output error, that with mean correction, and the
+    share of keys that hold 95 % of it."""
     positions, length, size = rows + index.context_len, index.seq_len, index.block_size
     tiles = torch.searchsorted(index.tile_starts, positions, right=True) - 1
     keys, values = layer.keys_of(head)[:length].float(), layer.values_of(head)[:length].float()
@@ -146,7 +150,9 @@ def compare(layer: Layer, head: int, index: SparseIndex, rows: torch.Tensor) -> 
     corrected = torch.cat([logits.masked_fill(~selected, -torch.inf), page_logits], 1).softmax(-1)
     outputs = kept @ values / recall, corrected @ torch.cat([values, mean_values])
     error, corrected_error = (float((output - dense).norm() / dense.norm()) for output in outputs)
-    return float(recall.mean()), error, corrected_error
+    strongest = weights.sort(dim=1, descending=True).values.cumsum(1)
+    needed = ((strongest < 0.95).sum(1) + 1) / (positions + 1)
+    return float(recall.mean()), error, corrected_error, float(needed.mean())
 
 
 def main() -> None:
@@ -179,7 +185,7 @@ def main() -> None:
 
 
 def summary(results: list[Found]) -> dict[str, float]:
-    recall, error, corrected, density, seconds = torch.tensor(results, dtype=torch.float64).unbind(1)
+    recall, error, corrected, needed, density, seconds = torch.tensor(results, dtype=torch.float64).unbind(1)
     return {
         "density": float(density.mean()),
         "recall": float(recall.mean()),
@@ -187,6 +193,7 @@ def summary(results: list[Found]) -> dict[str, float]:
         "covered": float((recall >= 0.95).double().mean()),
         "output_error": float(error.median()),
         "corrected_error": float(corrected.median()),
+        "needed": float(needed.median()),
         "select_s": float(seconds.mean()),
     }
 
