@@ -14,7 +14,7 @@ setup(
         Extension(
             "minference_vllm._cpu_kernels",
             sources=["csrc/cpu/sparse_attention.cpp", "csrc/cpu/estimate.cpp"],
-            depends=["csrc/cpu/tiles.h"],
+            depends=["csrc/cpu/avx512bf16.h", "csrc/cpu/cache.h", "csrc/cpu/tiles.h"],
             # gcc's own intrinsics headers trip -Wmaybe-uninitialized.
             extra_compile_args=["-std=c++20", "-O3", "-fopenmp", "-Wno-maybe-uninitialized", "-mfma", *AVX512_BF16],
             extra_link_args=["-fopenmp"],
