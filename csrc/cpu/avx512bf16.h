@@ -1,4 +1,4 @@
-// Vectors and packing on processors with AVX512-F/BW/VL/DQ/BF16.
+// Vectors and packing on processors with AVX512-F/BW/VL/DQ/BF16; avx2.h has the same names for all others.
 //
 // vdpbf16ps multiplies pairs of bf16 along the reduced dimension, so the right-hand side of a product [K] x [N] is
 // kept as [K / 2][N] 32-bit pairs.

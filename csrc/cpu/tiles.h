@@ -1,10 +1,14 @@
-// Building blocks of the CPU kernels: packing keys and values from pages, small matrix products. The instructions
-// are in avx512bf16.h. No torch headers.
+// Building blocks of the CPU kernels: packing keys and values from pages, small matrix products. What differs between
+// processors is in the header that the compiler's flags choose. No torch headers.
 #pragma once
 
 #include <cstdint>
 
+#ifdef __AVX512BF16__
 #include "avx512bf16.h"
+#else
+#include "avx2.h"
+#endif
 
 namespace minference {
 
