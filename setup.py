@@ -1,24 +1,31 @@
 """Packaging of minference-vllm; the metadata lives in pyproject.toml. This file only builds ``csrc``.
 
-``csrc/cpu`` is a plain shared library without Python or torch headers, loaded with ctypes. It is optional: where it
-does not compile (no compiler, another processor family) pip prints one warning and the package works through vLLM's
-own kernels.
+``csrc/cpu`` is a plain shared library without Python or torch headers, loaded with ctypes, and built once for each
+family of x86 processors; ``engines/native.py`` takes the one that fits the machine. Both are optional: where one does
+not compile (no compiler, an old one, another architecture) pip prints a warning, and the package works with the other,
+or through vLLM's own kernels.
 """
+
+from pathlib import Path
 
 from setuptools import Extension, setup
 
-AVX512_BF16 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16")]
+INSTRUCTIONS = {
+    "avx512bf16": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16")],
+    "avx2": ["-mavx2"],
+}
 
 setup(
     ext_modules=[
         Extension(
-            "minference_vllm._cpu_kernels",
+            f"minference_vllm._cpu_kernels_{name}",
             sources=["csrc/cpu/sparse_attention.cpp", "csrc/cpu/estimate.cpp"],
-            depends=["csrc/cpu/tiles.h"],
+            depends=[str(header) for header in sorted(Path("csrc/cpu").glob("*.h"))],
             # gcc's own intrinsics headers trip -Wmaybe-uninitialized.
-            extra_compile_args=["-std=c++20", "-O3", "-fopenmp", "-Wno-maybe-uninitialized", "-mfma", *AVX512_BF16],
+            extra_compile_args=["-std=c++20", "-O3", "-fopenmp", "-Wno-maybe-uninitialized", "-mfma", *flags],
             extra_link_args=["-fopenmp"],
             optional=True,
         )
+        for name, flags in INSTRUCTIONS.items()
     ]
 )

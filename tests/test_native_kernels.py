@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,16 @@ LAYOUTS: tuple[Layout, ...] = ("rows", "transposed", "amx")
 built = pytest.mark.skipif(bool(native.unavailable_reason()), reason=str(native.unavailable_reason()))
 
 
+@pytest.fixture(params=native.INSTRUCTIONS)
+def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each build of the kernels that the processor can run, not the best alone."""
+    library = native.load(request.param)
+    if library is None:
+        pytest.skip(f"no kernels for {native.INSTRUCTIONS[request.param]} here")
+    monkeypatch.setattr(native, "_best", lambda: (request.param, library))
+    return str(request.param)
+
+
 def in_layout(batch: Any, layout: Layout) -> PagedCache:
     """The batch's pages in a layout, keys and values of a page side by side as in vLLM's cache."""
     blocks, size, heads, dim = batch.key_cache.shape
@@ -30,13 +41,16 @@ def in_layout(batch: Any, layout: Layout) -> PagedCache:
     return PagedCache(pages[:, :, 0], pages[:, :, 1], layout)
 
 
-@built
+@pytest.mark.usefixtures("build")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("block_size, head_size", [(32, 64), (32, 80), (64, 96), (128, 128), (32, 256)])
 def test_attention_and_log_sum_exp(
     layout: Layout, block_size: int, head_size: int, paged_batch: Callable[..., Any]
 ) -> None:
     batch = paged_batch(query_lens=[301], context_lens=[210], block_size=block_size, head_size=head_size)
+    last_page = batch.block_table[0, 510 // block_size]
+    for unused in (batch.key_cache[last_page, 511 % block_size :], batch.value_cache[last_page, 511 % block_size :]):
+        unused.fill_(torch.nan)
     cache, pages = in_layout(batch, layout), batch.block_table[0].long()
     out = torch.full_like(batch.query, torch.nan)
     index = attend_chunk(
@@ -53,7 +67,7 @@ def test_attention_and_log_sum_exp(
     torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-3)
 
 
-@built
+@pytest.mark.usefixtures("build")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("chunk, context", [(301, 210), (64, 0), (64, 449), (37, 100), (5, 260), (1, 70)])
 @pytest.mark.parametrize("heads, kv_heads, head_size", [(8, 2, 64), (4, 4, 80), (7, 1, 128)])
@@ -77,7 +91,7 @@ def test_last_query_scores(
         torch.testing.assert_close(scores.double(), expected[wanted], rtol=1e-3, atol=1e-5)
 
 
-@built
+@pytest.mark.usefixtures("build")
 def test_estimates_agree_with_the_portable_ones(paged_batch: Callable[..., Any]) -> None:
     batch = paged_batch([301], [210])
     pages = batch.block_table[0].long()
@@ -91,11 +105,11 @@ def test_estimates_agree_with_the_portable_ones(paged_batch: Callable[..., Any])
 def test_without_the_kernels_everything_runs_through_vllms(
     monkeypatch: pytest.MonkeyPatch, paged_batch: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr(native, "unavailable_reason", lambda: "the processor has no AVX512-BF16")
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "the processor has no AVX2")
     batch = paged_batch([301], [210])
     cache = in_layout(batch, "rows")
     assert choose_engine("auto", torch.bfloat16, cache) == "block_table"
-    with pytest.raises(ValueError, match="engine 'native' cannot run: the processor has no AVX512-BF16"):
+    with pytest.raises(ValueError, match="engine 'native' cannot run: the processor has no AVX2"):
         choose_engine("native", torch.bfloat16, cache)
     out = torch.full_like(batch.query, torch.nan)
     index = attend_chunk(
@@ -103,6 +117,16 @@ def test_without_the_kernels_everything_runs_through_vllms(
     )
     exact = reference.masked_attention(batch.query, batch.keys(0), batch.values(0), index.to_mask(), batch.scale)
     torch.testing.assert_close(out.double(), exact, rtol=0.05, atol=0.02)
+
+
+def test_the_best_build_that_the_processor_can_run_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = {"avx512bf16": ctypes.CDLL(None), "avx2": ctypes.CDLL(None)}
+    monkeypatch.setattr(native, "load", libraries.get)
+    assert native._best.__wrapped__() == ("avx512bf16", libraries["avx512bf16"])
+    del libraries["avx512bf16"]
+    assert native._best.__wrapped__() == ("avx2", libraries["avx2"])
+    del libraries["avx2"]
+    assert native._best.__wrapped__() is None
 
 
 @built

@@ -4,8 +4,12 @@
 
 #include <omp.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
+#include <limits>
+#include <numeric>
 #include <vector>
 
 namespace minference {
@@ -33,33 +37,37 @@ struct EstimateArguments {
 
 namespace {
 
-constexpr int kScoreStride = kKeyTile + 2 * kMaxLast;  // zeros on both sides, so that diagonals can be read past the tile
+// Zeros on both sides of a tile's scores, so that diagonals can be read past it.
+constexpr int kScoreStride = kKeyTile + 2 * kMaxLast;
+
+constexpr auto kPlaces = [] {  // of a tile's keys in it
+  std::array<int32_t, kKeyTile> places{};
+  std::iota(places.begin(), places.end(), 0);
+  return places;
+}();
 
 struct alignas(64) Workspace {
-  alignas(64) pair keys[kMaxHead / 2 * kKeyTile];
+  alignas(64) Packed keys[kMaxHead / kPack * kKeyTile];
   alignas(64) float scores[kMaxLast * kScoreStride];
 };
 
 // Scores (in units of log2) of one head's last queries with one key tile, into scores[r][kMaxLast + n]; keys in the
 // future or past the end score -inf.
-void score_tile(const EstimateArguments& a, const bf16* query, Workspace& w, int64_t first_key) {
-  const int pairs = a.cache.head_size / 2;
+void score_tile(const EstimateArguments& a, const Factor* query, Workspace& w, int64_t first_key) {
   for (int r = 0; r < a.rows; r += kRows) {
     with_rows(std::min(kRows, a.rows - r), [&]<int R>() {
-      product_rows<R, kQueryStride, false>(query + r * kQueryStride, w.keys, kKeyTile,
-                                           w.scores + r * kScoreStride + kMaxLast, kScoreStride, pairs, kKeyTile);
+      float* scores = w.scores + r * kScoreStride + kMaxLast;
+      product_rows<R, kQueryStride, false>(query + r * kQueryStride, w.keys, kKeyTile, scores, kScoreStride,
+                                           a.cache.head_size, kKeyTile);
     });
   }
-  const __m512 scale = _mm512_set1_ps(a.scale * kLog2e);
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const Floats scale = repeat(a.scale * kLog2e);
   for (int r = 0; r < a.rows; ++r) {
     float* row = w.scores + r * kScoreStride + kMaxLast;
     const int64_t visible = a.context_len + a.row_index[r] - first_key;  // last visible key of the tile
-    const __m512i limit = _mm512_set1_epi32(static_cast<int32_t>(std::clamp<int64_t>(visible, -1, kKeyTile)));
-    for (int n = 0; n < kKeyTile; n += 16) {
-      const __mmask16 seen = _mm512_cmple_epi32_mask(_mm512_add_epi32(lane, _mm512_set1_epi32(n)), limit);
-      const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(row + n), scale);
-      _mm512_storeu_ps(row + n, _mm512_mask_blend_ps(seen, _mm512_set1_ps(-kInfinity), x));
+    const auto limit = static_cast<int32_t>(std::clamp<int64_t>(visible, -1, kKeyTile));
+    for (int n = 0; n < kKeyTile; n += kLanes) {
+      store(row + n, hide_after(load(row + n) * scale, kPlaces.data() + n, limit));
     }
   }
 }
@@ -70,8 +78,8 @@ void load_keys(const EstimateArguments& a, Workspace& w, int kv_head, int64_t fi
   while (at < kKeyTile) {
     const int64_t key = first_key + at;
     if (key >= a.seq_len) {  // whole pages past the end: their keys are masked, but must not hold infinities
-      for (int k = 0; k < a.cache.head_size / 2; ++k) {
-        std::memset(w.keys + k * kKeyTile + at, 0, (kKeyTile - at) * sizeof(pair));
+      for (int k = 0; k < a.cache.head_size / kPack; ++k) {
+        std::memset(w.keys + k * kKeyTile + at, 0, (kKeyTile - at) * sizeof(Packed));
       }
       return;
     }
@@ -96,12 +104,11 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
   const int64_t key_tiles = (a.seq_len + kKeyTile - 1) / kKeyTile;
   const int64_t parts = (key_tiles + kTilesPerTask - 1) / kTilesPerTask;
 
-  std::vector<bf16> query(static_cast<size_t>(a.num_wanted) * a.rows * kQueryStride);
+  std::vector<Factor> query(static_cast<size_t>(a.num_wanted) * a.rows * kQueryStride);
   for (int i = 0; i < a.num_wanted; ++i) {
     for (int r = 0; r < a.rows; ++r) {
-      std::memcpy(query.data() + (static_cast<size_t>(i) * a.rows + r) * kQueryStride,
-                  a.query + a.row_index[r] * a.query_token_stride + a.heads[i] * a.query_head_stride,
-                  a.cache.head_size * sizeof(bf16));
+      copy_factors(a.query + a.row_index[r] * a.query_token_stride + a.heads[i] * a.query_head_stride,
+                   query.data() + (static_cast<size_t>(i) * a.rows + r) * kQueryStride, a.cache.head_size);
     }
   }
   // Wanted heads of one KV head stand together and share its packed keys.
@@ -141,9 +148,9 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
           score_tile(a, query.data() + static_cast<size_t>(i) * a.rows * kQueryStride, w, t * kKeyTile);
           for (int r = 0; r < a.rows; ++r) {
             const float* row = w.scores + r * kScoreStride + kMaxLast;
-            __m512 largest = _mm512_loadu_ps(row);
-            for (int n = 16; n < kKeyTile; n += 16) largest = _mm512_max_ps(largest, _mm512_loadu_ps(row + n));
-            const float found = _mm512_reduce_max_ps(largest);
+            Floats largest = load(row);
+            for (int n = kLanes; n < kKeyTile; n += kLanes) largest = max(largest, load(row + n));
+            const float found = reduce_max(largest);
             if (found == -kInfinity) continue;
             float& best = my_maximum[static_cast<size_t>(i) * a.rows + r];
             float& total = my_sum[static_cast<size_t>(i) * a.rows + r];
@@ -151,12 +158,10 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
               total *= best == -kInfinity ? 0.0f : std::exp2(best - found);
               best = found;
             }
-            const __m512 shift = _mm512_set1_ps(best);
-            __m512 added = _mm512_setzero_ps();
-            for (int n = 0; n < kKeyTile; n += 16) {
-              added = _mm512_add_ps(added, exp2(_mm512_sub_ps(_mm512_loadu_ps(row + n), shift)));
-            }
-            total += _mm512_reduce_add_ps(added);
+            const Floats shift = repeat(best);
+            Floats added = repeat(0.0f);
+            for (int n = 0; n < kKeyTile; n += kLanes) added += exp2(load(row + n) - shift);
+            total += reduce_add(added);
           }
         }
       }
@@ -181,16 +186,16 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
         for (int i = first_of_group[g]; i < first_of_group[g + 1]; ++i) {
           score_tile(a, query.data() + static_cast<size_t>(i) * a.rows * kQueryStride, w, first_key);
           alignas(64) float column[kKeyTile];
-          for (int n = 0; n < kKeyTile; n += 16) {
-            __m512 total = _mm512_setzero_ps();
+          for (int n = 0; n < kKeyTile; n += kLanes) {
+            Floats total = repeat(0.0f);
             for (int r = 0; r < a.rows; ++r) {
               float* x = w.scores + r * kScoreStride + kMaxLast + n;
-              const __m512 shift = _mm512_set1_ps(normalizer[static_cast<size_t>(i) * a.rows + r]);
-              const __m512 weight = exp2(_mm512_sub_ps(_mm512_loadu_ps(x), shift));
-              _mm512_storeu_ps(x, weight);
-              total = _mm512_add_ps(total, weight);
+              const Floats shift = repeat(normalizer[static_cast<size_t>(i) * a.rows + r]);
+              const Floats weight = exp2(load(x) - shift);
+              store(x, weight);
+              total += weight;
             }
-            _mm512_store_ps(column + n, total);
+            store(column + n, total);
           }
           const int64_t here = std::min<int64_t>(kKeyTile, a.seq_len - first_key);
           std::memcpy(a.columns + i * a.seq_len + first_key, column, here * sizeof(float));
@@ -198,15 +203,15 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
             const size_t series = static_cast<size_t>(i) * row_groups + group;
             float* place = by_place.data() + series * places;
             float* beyond = spill.data() + (series * parts + part) * kMaxLast;
-            for (int p = 0; p < kKeyTile + kMaxLast; p += 16) {
-              __m512 total = _mm512_setzero_ps();
+            for (int p = 0; p < kKeyTile + kMaxLast; p += kLanes) {
+              Floats total = repeat(0.0f);
               const int end = a.group_starts[group + 1];
               for (int r = a.group_starts[group]; r < end; ++r) {
                 const float* x = w.scores + r * kScoreStride + kMaxLast + p - (end - 1 - r);
-                total = _mm512_add_ps(total, _mm512_loadu_ps(x));
+                total += load(x);
               }
               float* target = first_key + p < end_place ? place + first_key + p : beyond + (first_key + p - end_place);
-              _mm512_storeu_ps(target, _mm512_add_ps(_mm512_loadu_ps(target), total));
+              store(target, load(target) + total);
             }
           }
         }

@@ -1,8 +1,9 @@
 // Attention under a SparseIndex: one task per query head and tile, an online softmax over key tiles of 128.
 #include "tiles.h"
 
+#include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <limits>
 #include <vector>
 
 namespace minference {
@@ -15,12 +16,12 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kRescale = 8.0f;
 
 struct alignas(64) Workspace {
-  alignas(64) pair keys[kMaxHead / 2 * kKeyTile];
-  alignas(64) pair values[kKeyTile / 2 * kMaxHead];
+  alignas(64) Packed keys[kMaxHead / kPack * kKeyTile];
+  alignas(64) Packed values[kKeyTile / kPack * kMaxHead];
   alignas(64) int32_t position[kKeyTile];
   alignas(64) float scores[kRows * kKeyTile];
-  alignas(64) bf16 weights[kRows * kKeyTile];
-  std::vector<bf16> query;
+  alignas(64) Factor weights[kRows * kKeyTile];
+  std::vector<Factor> query;
   std::vector<float> out, maximum, sum;
 };
 
@@ -73,7 +74,7 @@ class TileTask {
     for (int i = 0; i < own; ++i) add_block(blocks[i]);
     flush();
     add_columns();
-    store();
+    write_out();
   }
 
  private:
@@ -83,9 +84,8 @@ class TileTask {
     w_.maximum.assign(rows_, -kInfinity);
     w_.sum.assign(rows_, 0.0f);
     for (int r = 0; r < rows_; ++r) {
-      std::memcpy(w_.query.data() + static_cast<size_t>(r) * kQueryStride,
-                  a_.query + (row_of_query_ + r) * a_.query_token_stride + head_ * a_.query_head_stride,
-                  dim_ * sizeof(bf16));
+      copy_factors(a_.query + (row_of_query_ + r) * a_.query_token_stride + head_ * a_.query_head_stride,
+                   w_.query.data() + static_cast<size_t>(r) * kQueryStride, dim_);
     }
   }
 
@@ -106,8 +106,8 @@ class TileTask {
   }
 
   void clear_value(int key) {
-    bf16* packed = reinterpret_cast<bf16*>(w_.values + static_cast<size_t>(key / 2) * dim_) + key % 2;
-    for (int d = 0; d < dim_; ++d) packed[2 * d] = 0;
+    Factor* packed = reinterpret_cast<Factor*>(w_.values + static_cast<size_t>(key / kPack) * dim_) + key % kPack;
+    for (int d = 0; d < dim_; ++d) packed[kPack * d] = 0;
   }
 
   void add_columns() {
@@ -153,55 +153,50 @@ class TileTask {
   void attend_rows(int r, bool masked) {
     const int keys = filled_;
     product_rows<R, kQueryStride, false>(w_.query.data() + static_cast<size_t>(r) * kQueryStride, w_.keys, kKeyTile,
-                                         w_.scores, kKeyTile, dim_ / 2, keys);
+                                         w_.scores, kKeyTile, dim_, keys);
     float* out = w_.out.data() + static_cast<size_t>(r) * dim_;
     for (int i = 0; i < R; ++i) softmax_row(r + i, i, keys, masked, out + static_cast<size_t>(i) * dim_);
-    product_rows<R, kKeyTile, true>(w_.weights, w_.values, dim_, out, dim_, keys / 2, dim_);
+    product_rows<R, kKeyTile, true>(w_.weights, w_.values, dim_, out, dim_, keys, dim_);
   }
 
   void softmax_row(int row, int i, int keys, bool masked, float* out) {
     float* scores = w_.scores + i * kKeyTile;
-    bf16* weights = w_.weights + i * kKeyTile;
-    const __m512 scale = _mm512_set1_ps(a_.scale * kLog2e);
-    const __m512i limit = _mm512_set1_epi32(static_cast<int32_t>(start_ + row));
-    __m512 largest = _mm512_set1_ps(-kInfinity);
-    for (int n = 0; n < keys; n += 16) {
-      __m512 x = _mm512_mul_ps(_mm512_load_ps(scores + n), scale);
-      if (masked) {
-        const __mmask16 visible = _mm512_cmple_epi32_mask(_mm512_load_si512(w_.position + n), limit);
-        x = _mm512_mask_blend_ps(visible, _mm512_set1_ps(-kInfinity), x);
-      }
-      _mm512_store_ps(scores + n, x);
-      largest = _mm512_max_ps(largest, x);
+    Factor* weights = w_.weights + i * kKeyTile;
+    const Floats scale = repeat(a_.scale * kLog2e);
+    Floats largest = repeat(-kInfinity);
+    for (int n = 0; n < keys; n += kLanes) {
+      Floats x = load(scores + n) * scale;
+      if (masked) x = hide_after(x, w_.position + n, static_cast<int32_t>(start_ + row));
+      store(scores + n, x);
+      largest = max(largest, x);
     }
-    const float found = _mm512_reduce_max_ps(largest);
+    const float found = reduce_max(largest);
     float& maximum = w_.maximum[row];
     float& sum = w_.sum[row];
     if (found > maximum + kRescale || maximum == -kInfinity) {
       const float shrink = maximum == -kInfinity ? 0.0f : std::exp2(maximum - found);
       maximum = found;
       sum *= shrink;
-      const __m512 factor = _mm512_set1_ps(shrink);
-      for (int d = 0; d < dim_; d += 16) _mm512_storeu_ps(out + d, _mm512_mul_ps(_mm512_loadu_ps(out + d), factor));
+      const Floats factor = repeat(shrink);
+      for (int d = 0; d < dim_; d += kLanes) store(out + d, load(out + d) * factor);
     }
-    const __m512 shift = _mm512_set1_ps(maximum == -kInfinity ? 0.0f : maximum);
-    __m512 total = _mm512_setzero_ps();
-    for (int n = 0; n < keys; n += 32) {
-      const __m512 low = exp2(_mm512_sub_ps(_mm512_load_ps(scores + n), shift));
-      const __m512 high = exp2(_mm512_sub_ps(_mm512_load_ps(scores + n + 16), shift));
-      total = _mm512_add_ps(total, _mm512_add_ps(low, high));
-      _mm512_store_si512(weights + n, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    const Floats shift = repeat(maximum == -kInfinity ? 0.0f : maximum);
+    Floats total = repeat(0.0f);
+    for (int n = 0; n < keys; n += 2 * kLanes) {
+      const Floats low = exp2(load(scores + n) - shift);
+      const Floats high = exp2(load(scores + n + kLanes) - shift);
+      total += low + high;
+      store_factors(weights + n, low, high);
     }
-    sum += _mm512_reduce_add_ps(total);
+    sum += reduce_add(total);
   }
 
-  void store() {
+  void write_out() {
     for (int r = 0; r < rows_; ++r) {
-      const __m512 inverse = _mm512_set1_ps(1.0f / w_.sum[r]);
+      const Floats inverse = repeat(1.0f / w_.sum[r]);
       bf16* out = a_.out + (row_of_query_ + r) * a_.out_token_stride + head_ * a_.out_head_stride;
-      for (int d = 0; d < dim_; d += 16) {
-        const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(w_.out.data() + static_cast<size_t>(r) * dim_ + d), inverse);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + d), (__m256i)_mm512_cvtneps_pbh(x));
+      for (int d = 0; d < dim_; d += kLanes) {
+        store_bf16(out + d, load(w_.out.data() + static_cast<size_t>(r) * dim_ + d) * inverse);
       }
       if (a_.lse != nullptr) {
         const int64_t rows = a_.tile_starts[a_.tiles] - a_.tile_starts[0];
@@ -223,7 +218,7 @@ extern "C" void minference_attend(const minference::AttendArguments* arguments) 
   const int tasks = arguments->heads * arguments->tiles;
 #pragma omp parallel num_threads(arguments->threads)
   {
-    // Static per thread: 200 KiB that stay warm from call to call.
+    // Static per thread: packed keys and values stay warm from call to call.
     static thread_local minference::Workspace space;
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < tasks; ++task) {

@@ -55,7 +55,7 @@ class Runtime:
             kernels = "Triton kernels"
         else:
             native_reason = native.unavailable_reason()
-            kernels = f"no native kernels ({native_reason})" if native_reason else "native kernels"
+            kernels = f"no native kernels ({native_reason})" if native_reason else f"{native.instructions()} kernels"
         return f"patterns from {self.source}; {settings}; {kernels}; sparse from {self.settings.min_context} tokens"
 
 

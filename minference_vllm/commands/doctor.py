@@ -192,7 +192,7 @@ def engines() -> Iterator[Finding]:
         return
     yield cpu_block_table()
     reason = native.unavailable_reason()
-    yield Finding("--" if reason else "ok", "engine native", reason or "our kernels, for bf16")
+    yield Finding("--" if reason else "ok", "engine native", reason or f"our {native.instructions()} kernels, for bf16")
     yield Finding("--", "engine triton", "needs an NVIDIA GPU (for tests: TRITON_INTERPRET=1)")
 
 

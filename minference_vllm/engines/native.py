@@ -1,6 +1,7 @@
-"""Our own CPU kernels (``csrc/cpu``): bf16 on processors with AVX512-BF16, with or without vLLM.
+"""Our own CPU kernels (``csrc/cpu``): bf16 on x86 processors from AVX2 on, with or without vLLM.
 
-The library is built by ``pip install`` where a compiler is there; without it everything runs through vLLM's kernel.
+Their libraries, one for AVX512-BF16 and one for AVX2, are built by ``pip install`` where a compiler is there; without
+them everything runs through vLLM's kernel.
 """
 
 from __future__ import annotations
@@ -91,9 +92,16 @@ INTERFACE = 2
 """Counts the changes of the structures above and in ``csrc/cpu``; a library built from another one must not run."""
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    for path in Path(__file__).parent.parent.glob("_cpu_kernels*.so"):
+_SUPPORTED = {"avx512bf16": torch.cpu._is_avx512_bf16_supported, "avx2": torch.cpu._is_avx2_supported}
+INSTRUCTIONS = {"avx512bf16": "AVX512-BF16", "avx2": "AVX2"}
+"""Builds of the kernels (``setup.py``), best first, and the instructions that each needs."""
+
+
+def load(build: str) -> ctypes.CDLL | None:
+    """One of the libraries; None when the processor cannot run it, or when it was not built from this version."""
+    if not _SUPPORTED[build]():
+        return None
+    for path in Path(__file__).parent.parent.glob(f"_cpu_kernels_{build}.*so"):
         library = ctypes.CDLL(str(path))
         if getattr(library, "minference_interface", int)() != INTERFACE:
             continue
@@ -104,11 +112,28 @@ def _library() -> ctypes.CDLL | None:
 
 
 @functools.cache
+def _best() -> tuple[str, ctypes.CDLL] | None:
+    return next(((build, library) for build in INSTRUCTIONS if (library := load(build))), None)
+
+
+def _library() -> ctypes.CDLL:
+    best = _best()
+    assert best is not None, unavailable_reason()
+    return best[1]
+
+
+def instructions() -> str | None:
+    """What the kernels that run here are built for; None when none do."""
+    best = _best()
+    return INSTRUCTIONS[best[0]] if best else None
+
+
+@functools.cache
 def unavailable_reason() -> str | None:
     """Why the kernels cannot run on this machine, or None when they can."""
-    if not torch.cpu._is_avx512_bf16_supported():
-        return "the processor has no AVX512-BF16"
-    if _library() is None:
+    if not any(supported() for supported in _SUPPORTED.values()):
+        return "the processor has no AVX2"
+    if _best() is None:
         return "csrc/cpu was not built from this version: install from source with a C++20 compiler"
     return None
 
@@ -167,7 +192,6 @@ def run(
         lse: float32 ``[H, chunk]``, contiguous; receives the log-sum-exp of each row's scores.
     """
     library = _library()
-    assert library is not None, unavailable_reason()
     columns = gather_columns(index, cache, pages)
     arguments = _AttendArguments(
         _describe(cache),
@@ -211,7 +235,6 @@ def last_query_scores(
         float32 ``[len(heads), S]`` twice: columns and diagonals.
     """
     library = _library()
-    assert library is not None, unavailable_reason()
     groups = row_groups(query.shape[0])
     rows = torch.cat([torch.arange(begin, end) for begin, end in groups])
     starts = torch.tensor([0, *itertools.accumulate(end - begin for begin, end in groups)], dtype=torch.int32)
