@@ -27,9 +27,8 @@ def row_groups(chunk: int) -> tuple[tuple[int, int], ...]:
     """Rows ``[begin, end)`` of each group of the queries that choose a chunk's columns and diagonals, ascending.
 
     Three groups of 8 queries, a quarter, a half and three quarters through the chunk, and its last 40 queries. The last
-    ones alone, as in MInference, speak for a question at the prompt's end, but not for the rows before it: with scouts
-    among them the same recall on all rows takes about three quarters of the keys (docs/patterns.md). Chunks shorter
-    than 256 rows use their last 64, in four neighbouring groups.
+    ones alone, as in MInference, speak for a question at the prompt's end, but not for rows before it that look
+    elsewhere (docs/patterns.md). Chunks shorter than 256 rows use their last 64, in four neighbouring groups.
     """
     if chunk < SPREAD_FROM:
         rows = min(LAST_QUERIES, chunk)
