@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate, and write the pattern file.
 
     Raises:
-        CalibrationError: prompts, budgets or partial results that cannot be used.
+        CalibrationError: prompts, budgets or partial results that cannot be used, or a model that vLLM cannot start.
     """
     if not 0 < args.target_recall < 1:
         raise CalibrationError(f"--target-recall must lie between 0 and 1, not {args.target_recall}")
@@ -154,30 +154,14 @@ def run(args: argparse.Namespace) -> int:
     # Functions are sent to the engine's processes.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     from transformers import AutoTokenizer
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     # Before the weights load: a prompt may be too short.
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts = read_prompts(args.prompts, args.tokens)
     prompts = [cut(tokenizer.encode(text), args.tokens, number) for number, text in enumerate(texts)]
     lengths = [len(ids) for ids in prompts]
-    settings = {
-        "patterns": "vertical_slash_1000_6096", "min_context": CHUNK // 2, "min_chunk": 1, "audit_rows": 0,
-        "engine": args.engine, "log_interval": 0,
-    }  # fmt: skip
-    llm = LLM(
-        args.model,
-        dtype=args.dtype,
-        tensor_parallel_size=args.tensor_parallel_size,
-        attention_backend="minference",
-        additional_config={"minference": settings},
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        max_num_seqs=1,
-        max_num_batched_tokens=CHUNK,
-        max_model_len=max(lengths) + 1,
-        **args.engine_args,
-    )
+    llm = start(args, max(lengths) + 1)
     plan = Plan(identity(args, prompts), chunk_ends(lengths), args.engine, f"{args.output}.partial")
     found = llm.collective_rpc(install, args=dataclasses.astuple(plan))
     processes = [process for process, _, _ in found]
@@ -201,6 +185,37 @@ def run(args: argparse.Namespace) -> int:
     for process in processes:
         plan.path(process).unlink()
     return 0
+
+
+def start(args: argparse.Namespace, max_model_len: int) -> Any:
+    """vLLM with the model, every chunk of every prompt on our path."""
+    from vllm import LLM
+
+    settings = {
+        "patterns": "vertical_slash_1000_6096", "min_context": CHUNK // 2, "min_chunk": 1, "audit_rows": 0,
+        "engine": args.engine, "log_interval": 0,
+    }  # fmt: skip
+    options = {
+        "dtype": args.dtype,
+        "tensor_parallel_size": args.tensor_parallel_size,
+        "attention_backend": "minference",
+        "additional_config": {"minference": settings},
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": CHUNK,
+        "max_model_len": max_model_len,
+    }
+    taken = sorted(options.keys() & args.engine_args.keys())
+    if taken:
+        raise CalibrationError(f"--engine-args may not set {', '.join(taken)}: calibrate does")
+    try:
+        return LLM(args.model, **options, **args.engine_args)
+    except (RuntimeError, ValueError, OSError, TypeError) as error:
+        raise CalibrationError(
+            f"vLLM did not start with {args.model}: {error} (its log above may say more; --engine-args passes on what "
+            "it needs)"
+        ) from error
 
 
 def possible_ends(length: int) -> list[int]:
