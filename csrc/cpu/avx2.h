@@ -132,11 +132,12 @@ inline void transpose8(const bf16* const* rows, Packed* out, int64_t stride) {
   }
 }
 
-// `count` rows (a multiple of 16) of `dim` elements -> columns of the right-hand side.
+// `count` rows (a multiple of 16) of `dim` elements -> columns of the right-hand side. A few dimensions of all rows
+// first: each line of `out` is written in two halves, and must still be in the nearest cache for the second.
 inline void pack_columns(const bf16* const* rows, int count, int dim, Packed* out, int64_t stride) {
-  for (int n = 0; n < count; n += 8) {
-    const bf16* source[8];
-    for (int d = 0; d < dim; d += 16) {
+  for (int d = 0; d < dim; d += 16) {
+    for (int n = 0; n < count; n += 8) {
+      const bf16* source[8];
       for (int i = 0; i < 8; ++i) source[i] = rows[n + i] + d;
       transpose8(source, out + d * stride + n, stride);
     }
