@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine_process import ENVIRONMENT, Engine, Timed
+from engine_process import ENVIRONMENT, Engine, Timed, end_with_us
 from record import emit
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     parser.add_argument("--csv", default=None, help="append rows to this file")
     args = parser.parse_args()
+    end_with_us()
 
     from transformers import AutoTokenizer
 

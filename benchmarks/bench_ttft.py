@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from bench_attention import PATTERNS
-from engine_process import ENVIRONMENT, Engine, Timed
+from engine_process import ENVIRONMENT, Engine, Timed, end_with_us
 from record import emit
 
 from minference_vllm.patterns import PatternFile
@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     parser.add_argument("--csv", default=None, help="append rows to this file")
     args = parser.parse_args()
+    end_with_us()
     if args.decode < 1 or args.repeat < 1:
         parser.error("--decode and --repeat must be at least 1")
     with tempfile.TemporaryDirectory() as folder:
