@@ -31,10 +31,10 @@ $(READY): pyproject.toml setup.py tools/install_engine.py $(wildcard csrc/*/*)
 demo: setup ## a needle in a long prompt, dense and sparse, through vllm serve (TOKENS=32768, JSON=1)
 	@$(BIN)/python examples/demo/run.py $(ARGS)
 
-test: setup lint ## lint, types, and all tests (about ten minutes)
+test: setup lint ## lint, types, and all tests (ten to fifteen minutes)
 	@$(BIN)/pytest $(ARGS)
 
-test-fast: setup ## the tests that start no engine (under two minutes)
+test-fast: setup ## the tests that start no engine (two to six minutes)
 	@$(BIN)/pytest -m "not engine" $(ARGS)
 
 lint: setup ## ruff and mypy
