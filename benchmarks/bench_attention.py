@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from peers import PEERS, Problem, Size, everything
+from peers import PEERS, Problem, Size, everything, one_list_per_head
 from record import emit
 from synthetic import Structure, structured_qkv
 
@@ -193,7 +193,8 @@ def measure(
 
     index = sparse()
     error, recall = sampled_check(query, keys, values, out, index, scale)
-    dense_error, _ = sampled_check(query, keys, values, dense(), everything(index), scale)
+    problem = Problem(query, keys, values, one_list_per_head(index), scale)
+    dense_error, _ = sampled_check(query, keys, values, dense(), everything(problem.index), scale)
     reasons = {f"engine {engine!r}": wrong(error), dense_kernel: wrong(dense_error)}
     if any(reasons.values()):
         where = f"context {context}, {pattern_name}"
@@ -237,7 +238,6 @@ def measure(
         }
         row |= {"dense_tflops": dense_flops / dense_s / 1e12, "attend_tflops": flops / attend_s / 1e12} | shape
     yield row
-    problem = Problem(query, keys, values, index, scale)
     for name in peers:
         try:
             found = measure_peer(args, name, problem, dense)

@@ -59,6 +59,7 @@ class Problem:
     """``[S, HK, D]``; values alike."""
     values: torch.Tensor
     index: SparseIndex
+    """With a list for every head, see ``one_list_per_head``."""
     scale: float
 
 
@@ -212,6 +213,17 @@ def lists_reason(size: Size) -> str | None:
     if (size.context - size.chunk) % ROWS:
         return f"its {ROWS} query rows of one list would lie in two of our tiles: the chunk starts inside"
     return None
+
+
+def one_list_per_head(index: SparseIndex) -> SparseIndex:
+    """The same index without lists that heads share: peers know none."""
+    if index.heads_per_list == 1:
+        return index
+    lists = {
+        name: getattr(index, name).repeat_interleave(index.heads_per_list, 0)
+        for name in ("blocks", "num_blocks", "columns", "num_columns")
+    }
+    return dataclasses.replace(index, **lists, overflowed=None, heads_per_list=1)
 
 
 def everything(index: SparseIndex) -> SparseIndex:

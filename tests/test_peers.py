@@ -104,6 +104,22 @@ def test_lists_of_64_rows_name_the_indexs_own_keys(given: Problem) -> None:
     torch.testing.assert_close(found, given.index.to_mask())
 
 
+@pytest.mark.parametrize("pattern", [AShape(sink=64, local=128), Dense()], ids=["a_shape", "dense"])
+def test_heads_that_share_a_list_get_one_each(pattern: HeadPattern, planned: bool) -> None:
+    context_len, seq_len, block_size = CHUNKS["chunk of odd length"]
+    patterns = [pattern] * len(PATTERNS)
+    tiling = Tiling.of(context_len, seq_len, block_size, TILE)
+    capacity = plan_capacity(patterns, context_len, seq_len, block_size, TILE) if planned else None
+    scores = Estimates(torch.randn(seq_len - context_len, len(patterns), DIM), torch.randn(KV_HEADS, seq_len, DIM), 1.0)
+    shared, own = (build_index(tiling, patterns, scores, capacity, group) for group in (len(patterns) // KV_HEADS, 1))
+    assert shared.heads_per_list > 1
+    found = peers.one_list_per_head(shared)
+    for name in ("blocks", "num_blocks", "columns", "num_columns"):
+        assert getattr(found, name).equal(getattr(own, name))
+    assert peers.everything(found).density().tolist() == [1.0] * len(patterns)
+    assert [list(part.shape[:2]) for part in peers.lists_of_64_rows(found)] == [[1, len(patterns)]] * 4
+
+
 def test_columns_become_whole_blocks(given: Problem) -> None:
     whole, index = peers.columns_as_blocks(given.index), given.index
     mask, total = index.to_mask(), -(-index.seq_len // index.block_size)
