@@ -16,10 +16,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from minference_vllm.backend.compat import NAME
 from minference_vllm.backend.runtime import check_page_size, unsupported_layer_reasons
-from minference_vllm.backend.splitting import SplittingBuilder, SplittingImpl
+from minference_vllm.backend.splitting import SplittingBuilder, SplittingImpl, SplittingMetadata
 from minference_vllm.engines import cpu_kernel, native
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.plan import Chunk
 
 
 class MInferenceCPUBackend(CPUAttentionBackend):
@@ -37,11 +36,8 @@ class MInferenceCPUBackend(CPUAttentionBackend):
 
 
 @dataclass
-class MInferenceCPUMetadata(CPUAttentionMetadata):
-    """Metadata of a batch with at least one sparse chunk; other batches carry the parent's class."""
-
-    sparse: tuple[tuple[Chunk, torch.Tensor], ...] = ()
-    dense_runs: tuple[tuple[tuple[int, int], slice, CPUAttentionMetadata], ...] = ()
+class MInferenceCPUMetadata(SplittingMetadata, CPUAttentionMetadata):
+    """Of a batch with at least one sparse chunk; other batches carry the parent's class."""
 
 
 class MInferenceCPUMetadataBuilder(SplittingBuilder, CPUAttentionMetadataBuilder):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -13,7 +12,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from minference_vllm.backend.gpu import GPUBackend, GPUBuilder, GPUImpl
-from minference_vllm.plan import Chunk
+from minference_vllm.backend.splitting import SplittingMetadata
 
 
 class MInferenceCUDABackend(GPUBackend, FlashAttentionBackend):
@@ -27,11 +26,8 @@ class MInferenceCUDABackend(GPUBackend, FlashAttentionBackend):
 
 
 @dataclass
-class MInferenceCUDAMetadata(FlashAttentionMetadata):
-    """Metadata of a batch with at least one sparse chunk; other batches carry the parent's class."""
-
-    sparse: tuple[tuple[Chunk, torch.Tensor], ...] = ()
-    dense_runs: tuple[tuple[tuple[int, int], slice, FlashAttentionMetadata], ...] = ()
+class MInferenceCUDAMetadata(SplittingMetadata, FlashAttentionMetadata):
+    """Of a batch with at least one sparse chunk; other batches carry the parent's class."""
 
 
 class MInferenceCUDAMetadataBuilder(GPUBuilder, FlashAttentionMetadataBuilder):

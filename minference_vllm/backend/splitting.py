@@ -1,11 +1,11 @@
 """What our backends share: the sparse chunks of a batch taken out of the parent's path.
 
-Both classes stand in front of vLLM's own in the order of base classes: ``super()`` is the parent backend.
+Its classes stand in front of vLLM's own in the order of base classes: ``super()`` is the parent backend.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -28,12 +28,21 @@ from minference_vllm.summaries import PageMeans
 logger = init_logger(f"vllm.{__name__}")
 
 
+@dataclass
+class SplittingMetadata:
+    """What the metadata of a batch with at least one sparse chunk has beside the parent's fields."""
+
+    sparse: tuple[tuple[Chunk, torch.Tensor], ...] = ()
+    """The sparse chunks, and the physical pages (int64) of each."""
+    dense_runs: tuple[tuple[tuple[int, int], slice, Any], ...] = ()
+    """Per run of other requests: which they are, their query rows, and their metadata for the parent."""
+
+
 class SplittingBuilder(AttentionMetadataBuilder):
     """Plans each batch; one with a sparse chunk carries ``metadata_cls``, every other the parent's metadata."""
 
     metadata_cls: Any
-    """A dataclass below the parent's metadata, with two fields more: ``sparse``, the chunks and the physical pages
-    (int64) of each, and ``dense_runs``, per run its requests, its query rows and its metadata for the parent."""
+    """A dataclass below ``SplittingMetadata`` and the parent's."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)

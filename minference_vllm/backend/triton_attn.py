@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
     TritonAttentionImpl,
@@ -14,7 +13,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from minference_vllm.backend.gpu import GPUBackend, GPUBuilder, GPUImpl
-from minference_vllm.plan import Chunk
+from minference_vllm.backend.splitting import SplittingMetadata
 
 
 class MInferenceTritonBackend(GPUBackend, TritonAttentionBackend):
@@ -28,11 +27,8 @@ class MInferenceTritonBackend(GPUBackend, TritonAttentionBackend):
 
 
 @dataclass
-class MInferenceTritonMetadata(TritonAttentionMetadata):
-    """Metadata of a batch with at least one sparse chunk; other batches carry the parent's class."""
-
-    sparse: tuple[tuple[Chunk, torch.Tensor], ...] = ()
-    dense_runs: tuple[tuple[tuple[int, int], slice, TritonAttentionMetadata], ...] = ()
+class MInferenceTritonMetadata(SplittingMetadata, TritonAttentionMetadata):
+    """Of a batch with at least one sparse chunk; other batches carry the parent's class."""
 
 
 class MInferenceTritonMetadataBuilder(GPUBuilder, TritonAttentionMetadataBuilder):
