@@ -15,7 +15,7 @@ import triton.language as tl
 from minference_vllm.estimate import squares_per_block
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.tiling import Tiling
-from minference_vllm.triton_kernels.estimate import on_device
+from minference_vllm.triton_kernels.estimate import add_scores, on_device
 from minference_vllm.triton_kernels.launch import launcher
 from minference_vllm.triton_kernels.sparse_attention import LN2, LOG2E, compute_type
 
@@ -115,11 +115,7 @@ def square_lse_kernel(
             stride_key_page, stride_key_slot, context_len, seq_len, scale_log2, STRIDE, HEAD_SIZE, D, PAGE, BLOCK_R,
             BLOCK_C, BLOCK_D, COMPUTE, PRECISION,
         )  # fmt: skip
-        b_new_max = tl.maximum(b_max, tl.max(b_logit, 1))
-        # A row that has seen no key yet keeps a maximum of -inf; subtracting 0 then gives weights of 0, not NaN.
-        b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
-        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_logit - b_shift[:, None]), 1)
-        b_max = b_new_max
+        b_sum, b_max = add_scores(b_sum, b_max, b_logit)
     p_lse += (i_slot * tl.num_programs(2) + i_part).to(tl.int64) * (end - first) - first
     tl.store(p_lse + o_square, b_max + tl.log2(b_sum), mask=o_square < end)
 

@@ -71,6 +71,15 @@ def _scores(
     return tl.where(m_score, b_score, -float("inf"))
 
 
+@triton.jit
+def add_scores(b_sum, b_max, b_score):
+    """Each row's running sum of weights and maximum, ``[ROWS]``, with the scores ``[ROWS, BLOCK_N]`` added."""
+    b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
+    # A row that has seen no key yet keeps a maximum of -inf; subtracting 0 then gives weights of 0, not NaN.
+    b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
+    return b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_score - b_shift[:, None]), 1), b_new_max
+
+
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
 @triton.jit(do_not_specialize=["rows", "context_len", "seq_len"])
 def row_lse_kernel(
@@ -112,11 +121,7 @@ def row_lse_kernel(
             b_query, context_len + o_row, i_key + tl.arange(0, BLOCK_N), p_key, p_pages, stride_key_page,
             stride_key_slot, seq_len, scale_log2, HEAD_SIZE, D, PAGE, PRECISION,
         )  # fmt: skip
-        b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
-        # A row that has seen no key yet keeps a maximum of -inf; subtracting 0 then gives weights of 0, not NaN.
-        b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
-        b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_score - b_shift[:, None]), 1)
-        b_max = b_new_max
+        b_sum, b_max = add_scores(b_sum, b_max, b_score)
     p_lse += (i_slot * tl.num_programs(1) + i_part) * ROWS
     tl.store(p_lse + tl.arange(0, ROWS), (b_max + tl.log2(b_sum)) * LN2)
 
