@@ -73,7 +73,7 @@ def test_the_benchmarks_take_the_arguments(
     import bench_ttft
 
     peers_that_run(**{name: lambda size: None for name in PEERS})
-    monkeypatch.setattr(gpu_check, "has", lambda module: True)
+    monkeypatch.setattr(gpu_check, "installed", lambda module: True)
     monkeypatch.setattr(bench_attention, "measure", lambda *arguments: [])
     monkeypatch.setattr(bench_attention.torch, "set_default_device", lambda device: None)
     read: list[SimpleNamespace] = []
@@ -105,11 +105,11 @@ def test_the_sanitizer_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyP
 def test_what_needs_vllm_or_matplotlib_or_rows_is_skipped_without(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(gpu_check, "has", lambda module: False)
+    monkeypatch.setattr(gpu_check, "installed", lambda module: False)
     for step, missing in (("engine", "vLLM"), ("ttft", "vLLM"), ("plot", "matplotlib")):
         (item,) = gpu_check.items_of(step, False, CONTEXTS[-1])
         assert isinstance(item, Skipped) and f"{missing} is not installed" in item.reason
-    monkeypatch.setattr(gpu_check, "has", lambda module: True)
+    monkeypatch.setattr(gpu_check, "installed", lambda module: True)
     monkeypatch.setattr(gpu_check, "ATTENTION_ROWS", tmp_path / "rows.csv")
     (item,) = gpu_check.plot()
     assert item == Skipped("picture of the attention rows", "there are no rows")

@@ -22,7 +22,6 @@ whose minutes are over is stopped.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shutil
 import signal
@@ -38,7 +37,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from peers import PEERS, Size  # noqa: E402
+from peers import PEERS, Size, installed  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 ATTENTION_ROWS = RESULTS / "attention_gpu.csv"
@@ -86,10 +85,6 @@ def pytest(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", *arguments]
 
 
-def has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 def tests(quick: bool) -> Iterator[Item]:
     words = pytest("tests/gpu/test_layer_gpu.py") if quick else pytest("-m", "gpu and not engine")
     yield Command("tests of one layer", words)
@@ -117,7 +112,7 @@ def attention(contexts: Sequence[int], quick: bool) -> Iterator[Item]:
     """Chunks of 8K and 32K at the context's end, and the whole prompt; the quick ones without 32K."""
     script = [sys.executable, "benchmarks/bench_attention.py", "--device", "cuda", *SHAPE]
     script += ["--block-size", str(PAGE), "--tile", str(TILE), "--csv", str(ATTENTION_ROWS), "--engine", "triton"]
-    script += ["block_table"] if has("vllm") else []
+    script += ["block_table"] if installed("vllm") else []
     missing: dict[Skipped, None] = {}
     for context in contexts:
         for chunk in sorted({8192, context} if quick else {8192, 32768, context}):
@@ -137,13 +132,13 @@ def attention(contexts: Sequence[int], quick: bool) -> Iterator[Item]:
 
 def engine() -> Iterator[Item]:
     title = "tests of whole engines"
-    yield Command(title, pytest("-m", "engine")) if has("vllm") else no_vllm(title)
+    yield Command(title, pytest("-m", "engine")) if installed("vllm") else no_vllm(title)
 
 
 def ttft(longest: int) -> Iterator[Item]:
     """Four layers: their share of attention is the whole model's, their weights and caches fit beside each other."""
     title = "first token, dense and sparse"
-    if not has("vllm"):
+    if not installed("vllm"):
         yield no_vllm(title)
         return
     script = [sys.executable, "benchmarks/bench_ttft.py", "--device", "cuda", "--compile", "--chunk", "8192", *SHAPE]
@@ -160,7 +155,7 @@ def ttft(longest: int) -> Iterator[Item]:
 
 def plot() -> Iterator[Item]:
     title = "picture of the attention rows"
-    if not has("matplotlib"):
+    if not installed("matplotlib"):
         yield Skipped(title, "matplotlib is not installed (pip install 'minference-vllm[plot]')")
     elif not ATTENTION_ROWS.exists():
         yield Skipped(title, "there are no rows")
