@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minference_vllm import estimate
+from minference_vllm import estimate, low_rank
 from minference_vllm.capacity import plan_capacity
 from minference_vllm.engines import block_table as block_table_engine
 from minference_vllm.engines import flash, native
@@ -248,6 +248,13 @@ class PagedEstimates(estimate.Estimates):
                 paged = self.query, self.cache, self.pages
                 return kernels.antidiagonal_scores(*paged, heads, tiling, stride, self.scale)
             return super().antidiagonal(heads, tiling, stride)
+
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def pieces() -> Iterator[torch.Tensor]:
+            return self._key_pieces(low_rank.CALIBRATION_ROWS)
+
+        with self._timed():
+            return low_rank.estimate(self.query, pieces, heads, tiling, rank, self.scale)
 
     def _means(self, heads: Sequence[int], tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Queries, mean keys and the wanted heads' numbers, all of the KV heads that those heads need."""

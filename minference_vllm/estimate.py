@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from minference_vllm import low_rank
 from minference_vllm.tiling import Tiling
 
 LAST_QUERIES = 64
@@ -117,6 +118,9 @@ class Estimates:
 
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return antidiagonal_scores(self.query, self.keys, heads, tiling, stride, self.scale)
+
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return low_rank.estimate(self.query, lambda: (self.keys,), heads, tiling, rank, self.scale)
 
     def means(self, tiling: Tiling) -> torch.Tensor:
         """See ``mean_keys``."""

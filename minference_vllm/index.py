@@ -23,6 +23,7 @@ from minference_vllm.patterns import (
     Coverage,
     Dense,
     HeadPattern,
+    LowRank,
     PeakThreshold,
     TriShape,
     VerticalSlash,
@@ -132,6 +133,12 @@ def compact(mask: torch.Tensor, width: int | None = None) -> tuple[torch.Tensor,
     count = mask.sum(-1, dtype=torch.int32)
     if width is None:
         width = max(1, int(count.max())) if count.numel() else 1
+        positions = torch.full((*mask.shape[:-1], width), -1, dtype=torch.int32, device=mask.device)
+        row, position = torch.nonzero(mask.reshape(count.numel(), -1), as_tuple=True)
+        ends = count.flatten().cumsum(0)
+        slots = torch.arange(len(row), device=mask.device) - (ends - count.flatten())[row]
+        positions.view(-1, width)[row, slots] = position.to(torch.int32)
+        return positions, count
     positions = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int32, device=mask.device)
     # False entries, and those without room, all land in one spare last slot, which is cut off again.
     slots = mask.cumsum(-1).sub_(1).masked_fill_(~mask, width).clamp_(max=width)
@@ -210,6 +217,36 @@ def _columns_in_pieces(
     return torch.cat([piece[0] for piece in pieces]), torch.cat(padded), torch.cat([piece[2] for piece in pieces])
 
 
+def single_keys(
+    tiling: Tiling, blocks: torch.Tensor, wanted: torch.Tensor, width: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys that each tile wants for itself as its columns, in multiples of ``tiling.column_multiple``.
+
+    The last page is filled up with the first other keys that the tile does not have; a tile with too few of them takes
+    everything.
+
+    Args:
+        blocks: bool ``[H, T, N]``.
+        wanted: bool ``[H, T, S]``, none in a block of the tile.
+        width: see ``compact``.
+
+    Returns:
+        as ``columns_outside_blocks``.
+    """
+    if tiling.column_multiple > 1:
+        taken = (blocks | (tiling.distance() <= 0)).repeat_interleave(tiling.block_size, dim=2)[..., : wanted.shape[2]]
+        free = ~(taken | wanted)
+        missing = (-wanted.sum(-1) % tiling.column_multiple)[..., None]
+        order = free.cumsum(-1, dtype=torch.int32)
+        short = order[..., -1:] < missing
+        wanted = (wanted | (free & (order <= missing))) & ~short
+        blocks = torch.where(short, tiling.reachable(), blocks)
+    # Tiles at a time: places of keys take eight times the room of the keys' marks.
+    at_once = max(1, MAX_PIECE // max(1, wanted[:, 0].numel()))
+    parts = [compact(part, width) for part in wanted.split(tiling.num_tiles if width is None else at_once, dim=1)]
+    return blocks, torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
+
+
 def _fillers(tiling: Tiling, free: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys of each tile's free block with the fewest wanted ones (int64 ``[H, T, B]``), and which may be used."""
     ranked = columns.ranked
@@ -239,12 +276,16 @@ class Scores(Protocol):
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         """Block scores along antidiagonals, float32 ``[len(heads), T, N]``."""
 
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Levels of single keys, uint8 ``[len(heads), T, S]``, and the attention at each, float32 ``[len(heads),
+        256]``."""
+
 
 def select(
     tiling: Tiling, pattern: HeadPattern, heads: Sequence[int], scores: Scores, most_columns: int | None = None
-) -> tuple[torch.Tensor, Columns | None]:
+) -> tuple[torch.Tensor, Columns | torch.Tensor | None]:
     """Blocks (bool ``[len(heads), T, N]``, or ``[T, N]`` where they are the same for all heads) and columns that one
-    pattern selects for the named heads.
+    pattern selects for the named heads: of all tiles, or of each tile its own (bool ``[len(heads), T, S]``).
 
     Args:
         most_columns: room for the columns of a head whose budget the data decide; None: as many as it wants.
@@ -266,6 +307,8 @@ def select(
         return selection.vertical_slash(tiling, *scores.last_query(heads), pattern)
     if isinstance(pattern, Coverage):
         return selection.coverage(tiling, *scores.last_query(heads), pattern, most_columns)
+    if isinstance(pattern, LowRank):
+        return selection.keys_at_levels(tiling, *scores.low_rank(heads, tiling, pattern.rank), pattern.gamma)
     raise TypeError(f"no selection for pattern {pattern!r}")
 
 
@@ -345,6 +388,9 @@ def _parts(
         groups.setdefault(pattern, []).append(head)
     for pattern, group in groups.items():
         at_once = len(group) if capacity is None else capacity.heads_at_once
+        if isinstance(pattern, LowRank):
+            # A mark for every tile and key.
+            at_once = min(at_once, max(1, MAX_PIECE // (tiling.num_tiles * tiling.seq_len)))
         for first in range(0, len(group), at_once):
             yield _list(tiling, pattern, group[first : first + at_once], scores, capacity)
 
@@ -354,8 +400,10 @@ def _list(tiling: Tiling, pattern: HeadPattern, heads: list[int], scores: Scores
     columns = torch.full((*shape, 1), -1, dtype=torch.int32, device=device)
     num_columns = torch.zeros(shape, dtype=torch.int32, device=device)
     chosen, wanted = select(tiling, pattern, heads, scores, capacity.columns if capacity else None)
-    if wanted is not None:
+    if isinstance(wanted, Columns):
         chosen, columns, num_columns = _columns_in_pieces(tiling, chosen, wanted, wait=capacity is None)
+    elif wanted is not None:
+        chosen, columns, num_columns = single_keys(tiling, chosen, wanted, capacity.columns if capacity else None)
     blocks, num_blocks = compact(chosen, capacity.blocks if capacity else None)
     blocks, num_blocks = blocks.expand(*shape, -1), num_blocks.expand(shape)
     if capacity is None:
@@ -364,7 +412,7 @@ def _list(tiling: Tiling, pattern: HeadPattern, heads: list[int], scores: Scores
     over = (num_blocks > capacity.blocks) | (num_columns > capacity.columns)
     # A tile that wanted everything has it, and needs no room for it.
     overflowed = over & (num_blocks < reach)
-    if wanted is not None and wanted.crowded is not None:
+    if isinstance(wanted, Columns) and wanted.crowded is not None:
         overflowed |= wanted.crowded[:, None]
     return _Part(
         heads,

@@ -98,12 +98,23 @@ class PeakThreshold(_Pattern):
     window: Budget = 512
 
 
+class LowRank(_Pattern):
+    """Per query tile, the single keys, and pages full of them, that some row of the tile looks at, scored in ``rank``
+    dimensions (after Loki, arXiv 2406.02542); as many as hold ``gamma`` of the exact attention of sampled rows. A head
+    that is not sparse comes out dense."""
+
+    kind: Literal["low_rank"] = "low_rank"
+    rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 16
+    gamma: Share = 0.97
+
+
 HeadPattern = Annotated[
-    Dense | AShape | TriShape | VerticalSlash | BlockSparse | Coverage | Antidiagonal | PeakThreshold,
+    Dense | AShape | TriShape | VerticalSlash | BlockSparse | Coverage | Antidiagonal | PeakThreshold | LowRank,
     Field(discriminator="kind"),
 ]
 KINDS = (
     "dense", "a_shape", "tri_shape", "vertical_slash", "block_sparse", "coverage", "antidiagonal", "peak_threshold",
+    "low_rank",
 )  # fmt: skip
 _head_pattern: TypeAdapter[HeadPattern] = TypeAdapter(HeadPattern)
 
@@ -115,27 +126,16 @@ MAX_LEVEL = 2
 def at_level(pattern: HeadPattern, level: int) -> HeadPattern:
     """The pattern, strengthened: level 0 as it is, 1 with more keys, ``MAX_LEVEL`` and above dense.
 
-    More keys means four times the budget, or a quarter of the mass that may be missed. The shapes that do not look at
-    the attention (A-shape, tri-shape) cannot follow mass that has moved away: they become ``coverage``.
+    More keys means ``low_rank``, which follows the attention wherever it lies, row by row; where it is not enough
+    itself, it may miss a quarter as much.
     """
     if level <= 0 or isinstance(pattern, Dense):
         return pattern
     if level >= MAX_LEVEL:
         return Dense()
-    if isinstance(pattern, AShape | TriShape):
-        return Coverage(min_budget=min(pattern.sink + pattern.local, MAX_BUDGET))
-    changed: dict[str, float]
-    if isinstance(pattern, VerticalSlash):
-        changed = {"vertical": 4 * pattern.vertical, "slash": 4 * pattern.slash}
-    elif isinstance(pattern, BlockSparse):
-        changed = {"top_k": 4 * pattern.top_k}
-    elif isinstance(pattern, Coverage):
-        changed = {"gamma": 1 - (1 - pattern.gamma) / 4, "min_budget": 4 * pattern.min_budget}
-    elif isinstance(pattern, Antidiagonal):
-        changed = {"tau": 1 - (1 - pattern.tau) / 4}
-    else:
-        changed = {"alpha": pattern.alpha / 4}
-    return pattern.model_copy(update=changed)
+    if isinstance(pattern, LowRank):
+        return pattern.model_copy(update={"gamma": 1 - (1 - pattern.gamma) / 4})
+    return LowRank()
 
 
 class PatternError(ValueError):

@@ -17,7 +17,8 @@ FORCED_COLUMNS = 30
 FORCED_DIAGONALS = 100
 """Nearest diagonals that vertical-slash heads always keep (MInference)."""
 DENSE_FROM = 0.5
-"""A coverage head that needs this share of all keys is computed densely: listing them would cost more than it saves."""
+"""A head whose budget the data decide and that needs this share of all keys is computed densely: listing them would
+cost more than it saves."""
 
 
 @dataclass(frozen=True)
@@ -215,3 +216,30 @@ def peak_blocks(tiling: Tiling, scores: torch.Tensor, pattern: PeakThreshold) ->
     always = a_shape_blocks(tiling, AShape(sink=pattern.sink, local=pattern.window))
     peaks = scores >= pattern.alpha * scores.amax(-1, keepdim=True)
     return (peaks & tiling.reachable()) | always
+
+
+def keys_at_levels(
+    tiling: Tiling, levels: torch.Tensor, mass: torch.Tensor, gamma: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each tile's keys down to the level, one per head, above which a share ``gamma`` of the attention lies.
+
+    Pages of which half or more are wanted are taken whole: attended in place they cost less than gathered keys.
+
+    Args:
+        levels: uint8 ``[H, T, S]``, see ``low_rank.tile_levels``.
+        mass: float ``[H, 256]``, the share of the attention at each level.
+
+    Returns:
+        blocks (bool ``[H, T, N]``) and single keys (bool ``[H, T, S]``), none in a block. A head that needs more than
+        half of all keys, or keys that the levels do not tell apart, has every reachable block and no single key.
+    """
+    size, length = tiling.block_size, levels.shape[2]
+    covered = mass.flip(1).cumsum(1)
+    threshold = 255 - (covered >= gamma * covered[:, -1:]).int().argmax(1)
+    chosen = levels >= threshold[:, None, None].to(torch.uint8)
+    by_page = torch.nn.functional.pad(chosen, (0, -length % size)).unflatten(2, (-1, size)).sum(3, dtype=torch.int32)
+    blocks = (2 * by_page >= size) | tiling.own()
+    cost = torch.where(blocks, size, by_page).sum((1, 2))
+    dense = (threshold == 0) | (cost > DENSE_FROM * size * tiling.reachable().sum())
+    chosen &= ~(blocks | dense[:, None, None]).repeat_interleave(size, dim=2)[:, :, :length]
+    return torch.where(dense[:, None, None], tiling.reachable(), blocks), chosen

@@ -14,6 +14,7 @@ import torch
 from minference_vllm import reference
 from minference_vllm.estimate import Estimates
 from minference_vllm.index import SparseIndex, build_index, columns_outside_blocks, compact
+from minference_vllm.low_rank import OWN_LEVEL
 from minference_vllm.patterns import (
     ESTIMATION_BLOCK,
     MAX_LEVEL,
@@ -23,6 +24,7 @@ from minference_vllm.patterns import (
     Coverage,
     Dense,
     HeadPattern,
+    LowRank,
     PeakThreshold,
     TriShape,
     VerticalSlash,
@@ -90,10 +92,14 @@ PATTERNS: dict[str, HeadPattern] = {
     "peak_threshold_alone": PeakThreshold(alpha=0.95, sink=0, window=0),
     "peak_threshold_highest": PeakThreshold(alpha=1 - 1e-9, sink=0, window=1),
     "peak_threshold_everything": PeakThreshold(alpha=1e-9, sink=0, window=0),
+    "low_rank": LowRank(gamma=0.2),
+    "low_rank_nothing": LowRank(gamma=1e-9),
+    "low_rank_half": LowRank(gamma=0.45),
+    "low_rank_everything": LowRank(gamma=1 - 1e-9),
 }
 EVERYTHING = (
     "dense", "a_shape_everything", "vertical_slash_everything", "block_sparse_everything", "coverage_everything",
-    "antidiagonal_everything", "peak_threshold_everything",
+    "antidiagonal_everything", "peak_threshold_everything", "low_rank_everything",
 )  # fmt: skip
 
 
@@ -106,6 +112,8 @@ class RandomScores:
     columns: dict[int, torch.Tensor] = field(default_factory=dict)
     diagonals: dict[int, torch.Tensor] = field(default_factory=dict)
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)
+    levels: dict[int, torch.Tensor] = field(default_factory=dict)
+    mass: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def draw(self, kind: int, head: int, *shape: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1000 + kind * 100 + head)
@@ -136,6 +144,18 @@ class RandomScores:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.peaks(heads, tiling)
 
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        for head in heads:
+            self.levels[head] = (self.draw(5, head, tiling.num_tiles, self.seq_len) * 40).to(torch.uint8)
+            owns = tiling.own().repeat_interleave(tiling.block_size, 1)[:, : self.seq_len]
+            later = ~tiling.reachable().repeat_interleave(tiling.block_size, 1)[:, : self.seq_len]
+            self.levels[head][owns], self.levels[head][later] = OWN_LEVEL, 0
+            self.mass[head] = self.draw(6, head, 256)
+            self.mass[head][1:40] += 1
+            self.mass[head] /= self.mass[head].sum()
+        levels, mass = ([kept[head] for head in heads] for kept in (self.levels, self.mass))
+        return torch.stack(levels), torch.stack(mass)
+
 
 @dataclass(frozen=True)
 class OneHead:
@@ -155,6 +175,9 @@ class OneHead:
 
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.scores.antidiagonal([self.head], tiling, stride)
+
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.scores.low_rank([self.head] * len(heads), tiling, rank)
 
 
 @dataclass(frozen=True)
@@ -529,8 +552,8 @@ def test_a_higher_level_selects_no_fewer_keys_and_the_last_selects_all(tiling_na
     dense = build_index(start.tiling, [at_level(pattern, MAX_LEVEL) for pattern in PATTERNS.values()], start.scores)
     assert dense.density().tolist() == [1.0] * len(PATTERNS)
     for head, (name, pattern) in enumerate(PATTERNS.items()):
-        if isinstance(pattern, AShape | TriShape):
-            continue  # becomes another kind, that looks where the mass is
+        if not isinstance(pattern, LowRank):
+            continue  # becomes another kind, which follows the attention
         assert int(raised.to_mask()[head].sum()) >= int(start.mask[head].sum()), name
 
 
@@ -539,15 +562,11 @@ def test_levels() -> None:
         assert at_level(pattern, 0) is pattern
         assert at_level(pattern, MAX_LEVEL) == at_level(pattern, MAX_LEVEL + 5) == Dense()
     assert at_level(Dense(), 1) == Dense()
-    assert at_level(VerticalSlash(vertical=30, slash=100), 1) == VerticalSlash(vertical=120, slash=400)
-    assert at_level(BlockSparse(top_k=3), 1) == BlockSparse(top_k=12)
-    raised = at_level(Coverage(gamma=0.92, min_budget=100), 1)
-    assert isinstance(raised, Coverage) and raised.gamma == pytest.approx(0.98) and raised.min_budget == 400
-    raised = at_level(Antidiagonal(stride=8, tau=0.8), 1)
-    assert isinstance(raised, Antidiagonal) and raised.tau == pytest.approx(0.95) and raised.stride == 8
-    assert at_level(PeakThreshold(alpha=0.2, sink=3, window=5), 1) == PeakThreshold(alpha=0.05, sink=3, window=5)
-    for blind in (AShape(sink=64, local=100), TriShape(sink=64, local=100)):
-        assert at_level(blind, 1) == Coverage(min_budget=164)
+    for pattern in PATTERNS.values():
+        if not isinstance(pattern, Dense | LowRank):
+            assert at_level(pattern, 1) == LowRank()
+    raised = at_level(LowRank(rank=32, gamma=0.92), 1)
+    assert isinstance(raised, LowRank) and raised.gamma == pytest.approx(0.98) and raised.rank == 32
 
 
 # Coverage on attention of a known shape

@@ -14,7 +14,7 @@ import torch
 
 from minference_vllm.attend import PagedEstimates, tiling_for
 from minference_vllm.estimate import logits
-from minference_vllm.index import Scores, build_index
+from minference_vllm.index import Scores, SparseIndex, build_index
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import (
     Antidiagonal,
@@ -23,6 +23,7 @@ from minference_vllm.patterns import (
     Coverage,
     Dense,
     HeadPattern,
+    LowRank,
     PeakThreshold,
     VerticalSlash,
 )
@@ -62,6 +63,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     tuple(Antidiagonal(tau=tau) for tau in (0.8, 0.9, 0.95, 0.98)),
     tuple(PeakThreshold(alpha=alpha) for alpha in (0.3, 0.1, 0.03, 0.01)),
+    tuple(LowRank(gamma=gamma) for gamma in (0.8, 0.9, 0.95, 0.97, 0.99)),
 )
 CANDIDATES: tuple[HeadPattern, ...] = tuple(pattern for family in FAMILIES for pattern in family)
 
@@ -120,6 +122,10 @@ class _Remembered(Scores):
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self._remember("antidiagonal", heads, tiling, stride)
 
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        levels, mass = self._remember("low_rank", heads, tiling, rank, tuple(heads))
+        return levels, mass
+
 
 def measure(
     query: torch.Tensor,
@@ -167,11 +173,16 @@ def measure(
         kept = weights * index.tile_mask(tiles)
         recall = kept.sum(-1, keepdim=True)
         error = output(kept) / recall - dense
-        result.computed_pairs[number] += index.computed_pairs().cpu()
+        result.computed_pairs[number] += index.computed_pairs().cpu() + _scored_pairs(pattern, index, cache.head_size)
         result.dense_pairs[number] += index.dense_pairs()
         result.recall[number] += recall.double().sum((1, 2)).cpu()
         result.squared_error[number] += error.double().square().sum((1, 2)).cpu()
     return result
+
+
+def _scored_pairs(pattern: HeadPattern, index: SparseIndex, head_size: int) -> float:
+    """What scoring every pair in few dimensions costs, in pairs of whole queries, keys and values."""
+    return index.dense_pairs() * pattern.rank / (2 * head_size) if isinstance(pattern, LowRank) else 0.0
 
 
 @dataclass(frozen=True)
