@@ -249,12 +249,17 @@ class PagedEstimates(estimate.Estimates):
                 return kernels.antidiagonal_scores(*paged, heads, tiling, stride, self.scale)
             return super().antidiagonal(heads, tiling, stride)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def low_rank(
+        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         def pieces() -> Iterator[torch.Tensor]:
             return self._key_pieces(low_rank.CALIBRATION_ROWS)
 
+        kernels = low_rank.Kernels()
+        if not self.query.is_cuda and native.unavailable_reason() is None:
+            kernels = low_rank.Kernels(native.tile_levels, native.mass_by_level)
         with self._timed():
-            return low_rank.estimate(self.query, pieces, heads, tiling, rank, self.scale)
+            return low_rank.estimate(self.query, pieces, heads, tiling, rank, gamma, self.scale, kernels)
 
     def _means(self, heads: Sequence[int], tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Queries, mean keys and the wanted heads' numbers, all of the KV heads that those heads need."""
