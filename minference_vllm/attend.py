@@ -193,6 +193,7 @@ class PagedEstimates(estimate.Estimates):
         self.query = query.bfloat16() if query.element_size() == 1 else query
         self.cache, self.pages, self.seq_len, self.scale = cache, pages, seq_len, scale
         self.page_means, self.triton, self.timing = page_means, triton, timing or Timing()
+        self.kernels = low_rank.Kernels() if query.is_cuda else native.low_rank_kernels()
 
     @functools.cached_property
     def keys(self) -> torch.Tensor:  # type: ignore[override]
@@ -255,11 +256,8 @@ class PagedEstimates(estimate.Estimates):
         def pieces() -> Iterator[torch.Tensor]:
             return self._key_pieces(low_rank.CALIBRATION_ROWS)
 
-        kernels = low_rank.Kernels()
-        if not self.query.is_cuda and native.unavailable_reason() is None:
-            kernels = low_rank.Kernels(native.tile_levels, native.mass_by_level)
         with self._timed():
-            return low_rank.estimate(self.query, pieces, heads, tiling, rank, gamma, self.scale, kernels)
+            return low_rank.estimate(self.query, pieces, heads, tiling, rank, gamma, self.scale, self.kernels)
 
     def _means(self, heads: Sequence[int], tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Queries, mean keys and the wanted heads' numbers, all of the KV heads that those heads need."""
