@@ -119,23 +119,23 @@ KINDS = (
 _head_pattern: TypeAdapter[HeadPattern] = TypeAdapter(HeadPattern)
 
 
-MAX_LEVEL = 2
+MAX_LEVEL = 3
 """The level at which every pattern is dense."""
 
 
 def at_level(pattern: HeadPattern, level: int) -> HeadPattern:
-    """The pattern, strengthened: level 0 as it is, 1 with more keys, ``MAX_LEVEL`` and above dense.
+    """The pattern, strengthened: level 0 as it is, then with more keys each time, at ``MAX_LEVEL`` and above dense.
 
-    More keys means ``low_rank``, which follows the attention wherever it lies, row by row; where it is not enough
-    itself, it may miss a quarter as much.
+    More keys means ``low_rank``, which follows the attention wherever it lies, row by row, and then ``low_rank`` that
+    may miss a quarter as much as before.
     """
     if level <= 0 or isinstance(pattern, Dense):
         return pattern
     if level >= MAX_LEVEL:
         return Dense()
     if isinstance(pattern, LowRank):
-        return pattern.model_copy(update={"gamma": 1 - (1 - pattern.gamma) / 4})
-    return LowRank()
+        return pattern.model_copy(update={"gamma": 1 - (1 - pattern.gamma) / 4**level})
+    return at_level(LowRank(), level - 1)
 
 
 class PatternError(ValueError):

@@ -568,9 +568,13 @@ def test_levels() -> None:
     assert at_level(Dense(), 1) == Dense()
     for pattern in PATTERNS.values():
         if not isinstance(pattern, Dense | LowRank):
-            assert at_level(pattern, 1) == LowRank()
-    raised = at_level(LowRank(rank=32, gamma=0.92), 1)
-    assert isinstance(raised, LowRank) and raised.gamma == pytest.approx(0.98) and raised.rank == 32
+            assert at_level(pattern, 1) == LowRank() and at_level(pattern, 2) == at_level(LowRank(), 1)
+    gammas = []
+    for level in range(MAX_LEVEL):
+        raised = at_level(LowRank(rank=32, gamma=0.68), level)
+        assert isinstance(raised, LowRank) and raised.rank == 32
+        gammas.append(raised.gamma)
+    assert gammas == pytest.approx([0.68, 0.92, 0.98])
 
 
 # Coverage on attention of a known shape

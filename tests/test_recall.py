@@ -212,11 +212,11 @@ def test_without_a_floor_recall_is_observed_only() -> None:
 
 
 def test_levels_are_where_the_next_chunk_begins() -> None:
-    heads, checked = Heads([near(), far_columns(), flat()]), audit(levels=(1, 1, 2))
+    heads, checked = Heads([near(), far_columns(), flat()]), audit(levels=(1, 1, MAX_LEVEL))
     patterns: list[HeadPattern] = [Coverage(min_budget=64), AShape(sink=64, local=64), AShape(sink=64, local=64)]
     heads.run(checked, patterns)
     assert heads.built == [[at_level(patterns[0], 1), at_level(patterns[1], 1), Dense()]]
-    assert checked.levels == (1, 1, 2), "levels never fall within a request"
+    assert checked.levels == (1, 1, MAX_LEVEL), "levels never fall within a request"
 
 
 # Through the engine's own path
