@@ -254,7 +254,13 @@ class PagedEstimates(estimate.Estimates):
             return self._key_pieces(low_rank.CALIBRATION_ROWS)
 
         with self._timed():
-            return low_rank.estimate(self.query, pieces, heads, tiling, rank, self.scale)
+            if self.triton:
+                from minference_vllm.triton_kernels import low_rank as kernels
+
+                levels_of = kernels.tile_levels
+            else:
+                levels_of = low_rank.tile_levels
+            return low_rank.estimate(self.query, pieces, heads, tiling, rank, self.scale, levels_of)
 
     def _means(self, heads: Sequence[int], tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Queries, mean keys and the wanted heads' numbers, all of the KV heads that those heads need."""

@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minference_vllm.triton_kernels import antidiagonal, estimate, sparse_attention
+from minference_vllm.triton_kernels import antidiagonal, estimate, low_rank, sparse_attention
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Per multiprocessor: shared memory in bytes. All have 65,536 registers, 2,048 threads and 32 blocks.
@@ -148,8 +148,8 @@ class Variant:
         """Triton's names of the arguments' types; what is not listed is a length, int32."""
         query, cache = f"*{_SHORT[self.dtype]}", "*fp8e4nv" if self.fp8 else f"*{_SHORT[self.dtype]}"
         pointers = {"p_query": query, "p_out": query, "p_key": cache, "p_value": cache}
-        pointers |= {"p_pages": "*i64", "p_tile_starts": "*i64"}
-        pointers |= {name: "*fp32" for name in ("p_lse", "p_sinks", "p_mean", "p_scores")}
+        pointers |= {"p_pages": "*i64", "p_tile_starts": "*i64", "p_levels": "*u8"}
+        pointers |= {name: "*fp32" for name in ("p_lse", "p_sinks", "p_mean", "p_scores", "p_norm")}
         lists = ("p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads", "p_rows")
         pointers |= {name: "*i32" for name in lists}
         if function is estimate.column_diagonal_kernel:
@@ -179,6 +179,8 @@ OTHERS = (
     Variant(fp8=True, packed=True),
 )
 ESTIMATES = (Variant(page=16), Variant(page=128))
+RANKS = {16: True, 64: False}
+"""Ranks, and whether they are a default."""
 TILE, STRIDE = 128, 16
 """Rows of a query tile, and tokens of an antidiagonal's square: the defaults."""
 
@@ -221,13 +223,27 @@ def estimate_accounts(variant: Variant, arch: int) -> list[Account]:
     return rows
 
 
+def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
+    types = Variant().types
+    kernels = {"peak_lse": low_rank.peak_lse_kernel, "tile_levels": low_rank.tile_levels_kernel}
+    rows = []
+    for (name, function), constants in zip(kernels.items(), low_rank.launch_shape(rank, TILE), strict=True):
+        compiled = compile_kernel(
+            function, types(function), constants, arch, num_warps=low_rank.NUM_WARPS, num_stages=3
+        )
+        rows.append(account(name, f"bf16 rank={rank}", default, compiled, arch))
+    return rows
+
+
 def accounts(arch: int, everything: bool) -> list[Account]:
     rows = [attention_account(variant, True, arch) for variant in DEFAULT]
     for variant in OTHERS if everything else ():
         # Before compute capability 8.9 GPUs have no FP8 and Triton refuses it.
         if arch >= 89 or not variant.fp8:
             rows.append(attention_account(variant, False, arch))
-    return rows + [row for variant in ESTIMATES for row in estimate_accounts(variant, arch)]
+    rows += [row for variant in ESTIMATES for row in estimate_accounts(variant, arch)]
+    ranks = [rank for rank, default in RANKS.items() if default or everything]
+    return rows + [row for rank in ranks for row in low_rank_accounts(rank, RANKS[rank], arch)]
 
 
 def main() -> int:
