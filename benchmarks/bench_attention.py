@@ -38,12 +38,13 @@ from minference_vllm.attend import Timing, attend_chunk, choose_engine, choose_t
 from minference_vllm.engines import cpu_kernel
 from minference_vllm.index import SparseIndex
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import AShape, BlockSparse, Coverage, HeadPattern, TriShape, VerticalSlash
+from minference_vllm.patterns import AShape, BlockSparse, Coverage, HeadPattern, LowRank, TriShape, VerticalSlash
 from minference_vllm.plan import Chunk
 
 # Fixed budgets are about 4K tokens per row; coverage is the default that ships.
 PATTERNS: dict[str, HeadPattern] = {
     "coverage": Coverage(),
+    "low_rank": LowRank(),
     "vertical_slash": VerticalSlash(vertical=1000, slash=3096),
     "a_shape": AShape(sink=1024, local=3072),
     "tri_shape": TriShape(sink=1024, local=3072, last=128),

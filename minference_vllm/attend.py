@@ -250,18 +250,23 @@ class PagedEstimates(estimate.Estimates):
                 return kernels.antidiagonal_scores(*paged, heads, tiling, stride, self.scale)
             return super().antidiagonal(heads, tiling, stride)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        of, levels_of = self, low_rank.tile_levels
+    def low_rank(
+        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        of, kernels = self, low_rank.Kernels()
         if self.triton:
-            from minference_vllm.triton_kernels import low_rank as kernels
+            from minference_vllm.triton_kernels import low_rank as ours
 
-            of, heads, levels_of = *self._kv_heads_of(heads), kernels.tile_levels
+            of, heads = self._kv_heads_of(heads)
+            kernels = low_rank.Kernels(ours.tile_levels, ours.mass_by_level)
+        elif not self.query.is_cuda and native.unavailable_reason() is None:
+            kernels = low_rank.Kernels(native.tile_levels, native.mass_by_level)
 
         def pieces() -> Iterator[torch.Tensor]:
             return of._key_pieces(low_rank.CALIBRATION_ROWS)
 
         with self._timed():
-            return low_rank.estimate(of.query, pieces, heads, tiling, rank, self.scale, levels_of)
+            return low_rank.estimate(of.query, pieces, heads, tiling, rank, gamma, self.scale, kernels)
 
     def _kv_heads_of(self, heads: Sequence[int]) -> tuple[PagedEstimates, list[int]]:
         """What these heads need of the query and the cache, and their numbers in it."""

@@ -119,8 +119,10 @@ class Estimates:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return antidiagonal_scores(self.query, self.keys, heads, tiling, stride, self.scale)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return low_rank.estimate(self.query, lambda: (self.keys,), heads, tiling, rank, self.scale)
+    def low_rank(
+        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return low_rank.estimate(self.query, lambda: (self.keys,), heads, tiling, rank, gamma, self.scale)
 
     def means(self, tiling: Tiling) -> torch.Tensor:
         """See ``mean_keys``."""

@@ -278,9 +278,11 @@ class Scores(Protocol):
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         """Block scores along antidiagonals, float32 ``[len(heads), T, N]``."""
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Levels of single keys, uint8 ``[len(heads), T, S]``, and the attention at each, float32 ``[len(heads),
-        256]``."""
+    def low_rank(
+        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Levels of single keys, uint8 ``[len(heads), T, S]``, and from which on a share ``gamma`` of the attention
+        lies, int32 ``[len(heads)]``."""
 
 
 def select(
@@ -310,7 +312,7 @@ def select(
     if isinstance(pattern, Coverage):
         return selection.coverage(tiling, *scores.last_query(heads), pattern, most_columns)
     if isinstance(pattern, LowRank):
-        return selection.keys_at_levels(tiling, *scores.low_rank(heads, tiling, pattern.rank), pattern.gamma)
+        return selection.keys_at_levels(tiling, *scores.low_rank(heads, tiling, pattern.rank, pattern.gamma))
     raise TypeError(f"no selection for pattern {pattern!r}")
 
 

@@ -21,16 +21,22 @@ import torch
 
 from minference_vllm.tiling import Tiling
 
-PEAK_KEYS = 128
+PEAK_KEYS = 32
 """Keys whose largest score stands for all of them in the sum that a row's scores are measured by."""
-LEVELS_PER_NAT = 8
+LEVELS_PER_BIT = 6
+"""Levels between a score and twice its exponential: 254 of them span 42 bits, or 29 nats."""
+TOP_LEVEL = 254
 OWN_LEVEL = 255
-"""Level of the keys in a tile's own pages, which it always attends. 0: further below than the levels reach."""
+"""Level of the keys in a tile's own pages, which it always attends."""
 CALIBRATION_ROWS = 64
 """Rows of a chunk on which the attention at each level is measured."""
+LEAST_ROWS = 16
+"""As many at least, where their attention takes more than ``WEIGHTS_BYTES``."""
 FIT_ROWS = 4096
 """Queries, and keys, from which dimensions are fitted, at most about."""
 ITERATIONS = 8
+WEIGHTS_BYTES = 64 << 20
+"""Attention of sampled rows that is held at once."""
 
 
 class Projection(NamedTuple):
@@ -79,95 +85,123 @@ def _ridge(moment: torch.Tensor, share: float) -> torch.Tensor:
     return (moment.diagonal(dim1=1, dim2=2).mean(1) * share + 1e-30)[:, None, None]
 
 
-def tile_levels(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling) -> torch.Tensor:
-    """How near every key comes to the best of a tile's rows.
-
-    A row's scores are measured by ``norm``, the log-sum-exp of the largest score of each ``PEAK_KEYS`` keys: close to
-    its softmax's denominator, for one exponential in so many. A key counts by the row that rates it highest.
+def norms(scores: torch.Tensor) -> torch.Tensor:
+    """What rows' scores are measured by: the log-sum-exp of the largest of each ``PEAK_KEYS`` scores, close to the
+    softmax's denominator for one exponential in so many.
 
     Args:
-        query: bf16 ``[h, chunk, r]``, softmax scale included; its last row is the sequence's last token.
-        keys: bf16 ``[h, S, r]``.
+        scores: float32 ``[..., S]``, in bits; -inf where a row does not look.
 
     Returns:
-        uint8 ``[h, T, S]``: ``254 + LEVELS_PER_NAT * max over rows of (score - norm)``, rounded down, 0 to 254; of the
-        tile's own pages ``OWN_LEVEL``, of later ones 0.
+        float32 ``[..., 1]``.
+    """
+    whole = scores.shape[-1] // PEAK_KEYS * PEAK_KEYS
+    peaks = scores[..., :whole].unflatten(-1, (-1, PEAK_KEYS)).amax(-1)
+    if whole < scores.shape[-1]:
+        peaks = torch.cat([peaks, scores[..., whole:].amax(-1, keepdim=True)], -1)
+    return peaks.mul_(math.log(2)).logsumexp(-1, keepdim=True).div_(math.log(2))
+
+
+def as_levels(scores: torch.Tensor) -> torch.Tensor:
+    """uint8: levels of scores (float32, in bits, overwritten) above their row's norm."""
+    return scores.mul_(LEVELS_PER_BIT).add_(TOP_LEVEL).clamp_(0, TOP_LEVEL).to(torch.uint8)
+
+
+def tile_levels(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
+    """How near every key comes to the norm of a tile's rows; the row that rates it highest decides.
+
+    Args:
+        query: bf16 ``[h, chunk, r]``, scaled so that products are in bits; its last row is the sequence's last token.
+        keys: bf16 ``[h, S, r]``.
+        lowest: int32 ``[h]``: levels below are not wanted.
+
+    Returns:
+        uint8 ``[h, T, S]``: ``TOP_LEVEL + LEVELS_PER_BIT * (score - norm)``, rounded down, 0 if below ``lowest``; of
+        the tile's own pages ``OWN_LEVEL``, of later ones 0.
     """
     heads, length, _ = keys.shape
     levels = torch.zeros(heads, tiling.num_tiles, length, dtype=torch.uint8, device=query.device)
-    borders = borders_of(tiling)
-    for tile in range(tiling.num_tiles):
-        begin, end = borders[tile], borders[tile + 1]
+    for tile, (begin, end) in enumerate(itertools.pairwise(tiling.starts.tolist())):
         own = begin // tiling.tile * tiling.tile
         rows = query[:, begin - tiling.context_len : end - tiling.context_len].float()
+        future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=query.device).triu_(1)
         for head in range(heads):
             scores = rows[head] @ keys[head, :end].float().T
-            scores[:, begin:].masked_fill_(_future(end - begin, query.device), -torch.inf)
-            padded = torch.nn.functional.pad(scores, (0, -end % PEAK_KEYS), value=-torch.inf)
-            norm = padded.unflatten(1, (-1, PEAK_KEYS)).amax(2).logsumexp(1, keepdim=True)
-            best = (scores[:, :own] - norm).amax(0)
-            levels[head, tile, :own] = best.mul_(LEVELS_PER_NAT).add_(254).floor_().clamp_(0, 254).to(torch.uint8)
+            scores[:, begin:].masked_fill_(future, -torch.inf)
+            found = as_levels((scores[:, :own] - norms(scores)).amax(0))
+            levels[head, tile, :own] = found.masked_fill_(found < lowest[head], 0)
         levels[:, tile, own:end] = OWN_LEVEL
     return levels
 
 
-def calibration_rows(chunk: int, device: torch.device) -> torch.Tensor:
-    """int64: one row of each of up to ``CALIBRATION_ROWS`` equal parts of the chunk, at ever other places in them, and
-    its last row."""
-    count = min(CALIBRATION_ROWS, chunk)
-    part = torch.arange(count, dtype=torch.float64, device=device)
-    rows = ((part + part.mul(0.618034).frac()) * chunk / count).long()
+def row_levels(query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+    """Levels that single rows give the keys: no higher than those of their tiles.
+
+    Args:
+        query: bf16 ``[h, R, r]``. keys: bf16 ``[h, S, r]``; see ``tile_levels``.
+        positions: int64 ``[R]``, of the rows.
+
+    Returns:
+        uint8 ``[h, R, S]``.
+    """
+    places = torch.arange(keys.shape[1], device=keys.device)
+    scores = torch.matmul(query.float(), keys.float().transpose(1, 2))
+    scores.masked_fill_(places > positions[:, None], -torch.inf)
+    own = places >= (positions // tiling.tile * tiling.tile)[:, None]
+    return as_levels(scores.sub_(norms(scores))).masked_fill_(own, OWN_LEVEL)
+
+
+def calibration_rows(chunk: int, count: int, device: torch.device) -> torch.Tensor:
+    """int64: one row of each of up to ``count`` equal parts of the chunk, at ever other places in them; of the last
+    part its last row."""
+    count = min(count, chunk)
+    part = torch.arange(count, device=device)
+    begin, end = part * chunk // count, (part + 1) * chunk // count
+    rows = begin + (part.mul(0.618034).frac() * (end - begin)).long()
     rows[-1:] = chunk - 1
     return rows
 
 
-def _future(rows: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(rows, rows, dtype=torch.bool, device=device).triu_(1)
-
-
-def borders_of(tiling: Tiling) -> list[int]:
-    """``tiling.starts``, from numbers that the host knows."""
-    first = tiling.context_len // tiling.tile
-    inner = [(first + tile) * tiling.tile for tile in range(1, tiling.num_tiles)]
-    return [tiling.context_len, *inner, tiling.seq_len]
-
-
-def mass_by_level(
-    query: torch.Tensor,
-    keys: Iterable[torch.Tensor],
-    levels: torch.Tensor,
-    rows: torch.Tensor,
-    tiling: Tiling,
-    scale: float,
+def exact_weights(
+    query: torch.Tensor, keys: Iterable[torch.Tensor], positions: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """The share of sampled rows' exact attention that lies on the keys of each level.
+    """float32 ``[h, R, S]``: softmax weights of some rows.
 
     Args:
-        query: ``[h, chunk, D]``.
+        query: ``[h, R, D]``.
         keys: ``[h, n, D]`` each, pieces that together are the sequence.
-        levels: see ``tile_levels``.
-        rows: int64 ``[R]``, rows of the chunk.
-
-    Returns:
-        float32 ``[h, 256]``, summing to 1.
+        positions: int64 ``[R]``.
     """
-    positions = rows + tiling.context_len
-    tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
-    sampled = query[:, rows].float()
-    # An online softmax, of all levels at once.
-    largest = torch.full((*sampled.shape[:2], 1), -torch.inf, device=query.device)
-    mass = torch.zeros(*sampled.shape[:2], 256, device=query.device)
-    first = 0
-    for piece in keys:
-        last = first + piece.shape[1]
-        scores = torch.matmul(sampled, piece.float().transpose(1, 2)).mul_(scale)
-        scores.masked_fill_(torch.arange(first, last, device=query.device) > positions[:, None], -torch.inf)
-        # Every row sees the first key of the sequence, so this is never -inf.
-        new_largest = torch.maximum(largest, scores.amax(-1, keepdim=True))
-        mass.mul_((largest - new_largest).exp_())
-        mass.scatter_add_(2, levels[:, tiles, first:last].long(), scores.sub_(new_largest).exp_())
-        largest, first = new_largest, last
-    return (mass / mass.sum(-1, keepdim=True)).mean(1)
+    query = query.float() * scale
+    found = [torch.matmul(query, piece.float().transpose(1, 2)) for piece in keys]
+    scores = found[0] if len(found) == 1 else torch.cat(found, -1)
+    scores.masked_fill_(torch.arange(scores.shape[-1], device=query.device) > positions[:, None], -torch.inf)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """float32 ``[h, 256]``: the mean share of rows' attention that lies on the keys of each level.
+
+    Args:
+        levels: uint8 ``[h, L, S]``.
+        lists: int64 ``[R]``: which of the ``L`` holds each row's levels.
+        weights: float32 ``[h, R, S]``.
+    """
+    mass = torch.zeros(*weights.shape[:2], 256, device=weights.device)
+    return mass.scatter_add_(2, levels[:, lists].long(), weights).mean(1)
+
+
+def threshold(mass: torch.Tensor, gamma: float) -> torch.Tensor:
+    """int32 ``[h]``: the level down to which a share ``gamma`` of the attention lies; ``mass`` is ``[h, 256]``."""
+    covered = mass.flip(1).cumsum(1)
+    return 255 - (covered >= gamma * covered[:, -1:]).int().argmax(1).int()
+
+
+class Kernels(NamedTuple):
+    """What may be replaced by faster code of the same meaning."""
+
+    tile_levels: Callable[[torch.Tensor, torch.Tensor, Tiling, torch.Tensor], torch.Tensor] = tile_levels
+    mass_by_level: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = mass_by_level
 
 
 def estimate(
@@ -176,20 +210,24 @@ def estimate(
     heads: Sequence[int],
     tiling: Tiling,
     rank: int,
+    gamma: float,
     scale: float,
-    levels_of: Callable[[torch.Tensor, torch.Tensor, Tiling], torch.Tensor] = tile_levels,
+    kernels: Kernels = Kernels(),  # noqa: B008, it is immutable
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels of every key, and the attention at each level, of some heads.
+    """Levels of every key for some heads, and how far down to go.
+
+    A sampled row's keys are looked up twice: at the levels that the row itself gives them, which says what levels need
+    not be told apart, and then at those of its tile, which are no lower.
 
     Args:
         query: ``[chunk, H, D]``; its last row is the sequence's last token.
         key_pieces: ``[HK, n, D]`` each, pieces that together are the sequence; called more than once.
         heads: query heads wanted.
         rank: dimensions; no more than the head has are used.
-        levels_of: ``tile_levels``, or a kernel for it.
+        gamma: share of the sampled rows' attention that is wanted.
 
     Returns:
-        uint8 ``[len(heads), T, S]`` and float32 ``[len(heads), 256]``.
+        uint8 ``[len(heads), T, S]``, and int32 ``[len(heads)]``: the level from which on keys are wanted.
     """
     # A list as an index would be copied to a GPU, and waited for.
     by_head = torch.stack([query[:, head] for head in heads])
@@ -203,9 +241,18 @@ def estimate(
     queries = by_head[:, :: math.ceil(query.shape[0] / FIT_ROWS)]
     sample = torch.cat(list(pieces(math.ceil(tiling.seq_len / FIT_ROWS))), 1)
     projection = fit(queries, sample, min(rank, query.shape[2]))
-    low_query = torch.matmul(by_head.float(), projection.to_query).mul_(scale).bfloat16()
+    low_query = torch.matmul(by_head.float(), projection.to_query).mul_(scale / math.log(2)).bfloat16()
     centred = (piece.float() - projection.mean for piece in pieces())
     low_keys = torch.cat([torch.matmul(keys, projection.to_key).bfloat16() for keys in centred], 1)
-    levels = levels_of(low_query, low_keys, tiling)
-    rows = calibration_rows(query.shape[0], query.device)
-    return levels, mass_by_level(by_head, pieces(), levels, rows, tiling, scale)
+
+    room = WEIGHTS_BYTES // (4 * len(heads) * tiling.seq_len)
+    rows = calibration_rows(query.shape[0], min(CALIBRATION_ROWS, max(LEAST_ROWS, room)), query.device)
+    positions = rows + tiling.context_len
+    weights = exact_weights(by_head[:, rows], pieces(), positions, scale)
+    own_levels = row_levels(low_query[:, rows], low_keys, positions, tiling)
+    each_row = torch.arange(len(rows), device=query.device)
+    # One less: kernels may round otherwise.
+    lowest = threshold(kernels.mass_by_level(own_levels, each_row, weights), gamma).sub_(1).clamp_(min=0)
+    levels = kernels.tile_levels(low_query, low_keys, tiling, lowest)
+    tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
+    return levels, threshold(kernels.mass_by_level(levels, tiles, weights), gamma)

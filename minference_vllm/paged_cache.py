@@ -76,7 +76,13 @@ class PagedCache:
 
     def values_by_head(self, pages: torch.Tensor) -> torch.Tensor:
         """Values of the named pages in order, one copy, ``[HK, n * B, D]``."""
-        rows = unpack_values(self.value.index_select(0, pages), self.layout)
+        return self._by_head(unpack_values(self.value.index_select(0, pages), self.layout))
+
+    def rows_by_head(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the named pages in order, a copy of each: ``[HK, n * B, D]``, contiguous."""
+        return self._by_head(unpack_keys(self.key.index_select(0, pages), self.layout)), self.values_by_head(pages)
+
+    def _by_head(self, rows: torch.Tensor) -> torch.Tensor:
         return rows.transpose(0, 1).reshape(self.num_kv_heads, -1, self.head_size)
 
     def gather_rows(self, pages: torch.Tensor, slots: torch.Tensor, kv_heads: torch.Tensor) -> tuple[torch.Tensor, ...]:

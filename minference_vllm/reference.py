@@ -161,6 +161,25 @@ def antidiagonal_scores(
     return scores
 
 
+def low_rank_levels(
+    query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, peak_keys: int, per_bit: int
+) -> torch.Tensor:
+    """``254 + per_bit * (score - norm)`` of every key, float64 ``[H, T, S]``, of the tile's row that rates it highest.
+
+    ``norm`` is the log-sum-exp, in bits, of the largest of each ``peak_keys`` scores of a row. Keys that no row of a
+    tile sees are -inf; those of its own pages are not told apart.
+
+    Args:
+        query: ``[H, chunk, r]``. keys: ``[H, S, r]``. Their products are scores in bits.
+    """
+    scores = query.double() @ keys.double().transpose(1, 2)
+    scores.masked_fill_(~causal_mask(tiling.context_len, tiling.seq_len), -torch.inf)
+    peaks = torch.stack([part.amax(-1) for part in scores.split(peak_keys, dim=-1)], -1)
+    levels = 254 + per_bit * (scores - torch.exp2(peaks).sum(-1, keepdim=True).log2())
+    borders = (tiling.starts - tiling.context_len).tolist()
+    return torch.stack([levels[:, begin:end].amax(1) for begin, end in itertools.pairwise(borders)], 1)
+
+
 def coverage_worth(
     by_column: torch.Tensor, by_offset: torch.Tensor, tiling: Tiling, forced_columns: int, forced_distances: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

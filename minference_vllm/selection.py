@@ -218,24 +218,20 @@ def peak_blocks(tiling: Tiling, scores: torch.Tensor, pattern: PeakThreshold) ->
     return (peaks & tiling.reachable()) | always
 
 
-def keys_at_levels(
-    tiling: Tiling, levels: torch.Tensor, mass: torch.Tensor, gamma: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each tile's keys down to the level, one per head, above which a share ``gamma`` of the attention lies.
+def keys_at_levels(tiling: Tiling, levels: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each tile's keys from one level up.
 
     Pages of which half or more are wanted are taken whole: attended in place they cost less than gathered keys.
 
     Args:
         levels: uint8 ``[H, T, S]``, see ``low_rank.tile_levels``.
-        mass: float ``[H, 256]``, the share of the attention at each level.
+        threshold: int32 ``[H]``; 0 means that the levels do not tell the keys apart.
 
     Returns:
         blocks (bool ``[H, T, N]``) and single keys (bool ``[H, T, S]``), none in a block. A head that needs more than
-        half of all keys, or keys that the levels do not tell apart, has every reachable block and no single key.
+        half of all keys, or whose threshold is 0, has every reachable block and no single key.
     """
     size, length = tiling.block_size, levels.shape[2]
-    covered = mass.flip(1).cumsum(1)
-    threshold = 255 - (covered >= gamma * covered[:, -1:]).int().argmax(1)
     # The largest tensors by far: marks are made and taken back in place.
     chosen = torch.zeros(*levels.shape[:2], tiling.num_key_blocks, size, dtype=torch.bool, device=levels.device)
     torch.ge(levels, threshold[:, None, None].to(torch.uint8), out=chosen.flatten(2)[..., :length])

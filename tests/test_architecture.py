@@ -20,6 +20,7 @@ PARTS: dict[str, set[str]] = {
     "discovery": {"huggingface_hub"},
     "plan": set(),
     "tiling": {"torch"},
+    "low_rank": {"torch"},
     "selection": {"torch"},
     "capacity": set(),
     "index": {"torch"},

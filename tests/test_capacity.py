@@ -12,11 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minference_vllm import recall
+from minference_vllm import low_rank, recall
 from minference_vllm.attend import PagedEstimates
 from minference_vllm.capacity import AUDITED_PAIR, MEMORY_LIMIT, Capacity, audit_frequency, plan_capacity
 from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.low_rank import OWN_LEVEL
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import (
     Antidiagonal,
@@ -53,7 +52,7 @@ ADAPTIVE: list[HeadPattern] = [
     Coverage(gamma=0.95, min_budget=64),
     Antidiagonal(stride=16, tau=0.5),
     PeakThreshold(alpha=0.5, sink=16, window=32),
-    LowRank(gamma=0.7),
+    LowRank(gamma=0.2),
     LowRank(gamma=0.999),
 ]
 TILINGS = {
@@ -89,17 +88,17 @@ class RandomScores:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.pooled(heads, tiling)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def low_rank(
+        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         pages = self.draw(5, heads, tiling.num_tiles, tiling.num_key_blocks)
         by_page, own, reach = (
             each.repeat_interleave(tiling.block_size, -1)[..., : self.seq_len]
             for each in (pages, tiling.own(), tiling.reachable())
         )
         levels = self.draw(6, heads, tiling.num_tiles, self.seq_len).maximum(by_page).mul_(255).to(torch.uint8)
-        # Half of the attention on the tiles' own pages, the rest on high levels.
-        mass = torch.arange(256.0)
-        mass[255] = mass[:255].sum()
-        return levels.masked_fill_(own, OWN_LEVEL).mul_(reach), (mass / mass.sum()).repeat(len(heads), 1)
+        lowest = torch.full((len(heads),), round(255 * (1 - gamma)), dtype=torch.int32)
+        return levels.masked_fill_(own, low_rank.OWN_LEVEL).mul_(reach), lowest
 
 
 def planned(tiling: Tiling, patterns: Sequence[HeadPattern], **options: Any) -> Capacity:
@@ -152,7 +151,7 @@ def test_coverage_without_room_for_its_columns_is_dense_and_counted(blocks: int)
 def test_single_keys_without_room_are_dense_tile_by_tile(room: tuple[int, int]) -> None:
     """With room for all, every head has what it wanted, whoever it was scored with; listed in order or not."""
     tiling = Tiling.of(301, 1200, 32, 64)
-    patterns = [LowRank(gamma=0.7), LowRank(rank=32, gamma=0.75), LowRank(gamma=0.7)]
+    patterns = [LowRank(gamma=0.2), LowRank(rank=32, gamma=0.25), LowRank(gamma=0.2)]
     exact = build_index(tiling, patterns, RandomScores(1200))
     assert int(exact.num_columns.min()) < 20 < int(exact.num_columns.max()) and float(exact.density().max()) < 0.9
     for heads_at_once in (1, 3):
@@ -264,9 +263,11 @@ class EmptyScores(RandomScores):
     def draw(self, kind: int, heads: Sequence[int], *shape: int) -> torch.Tensor:
         return torch.empty(len(heads), *shape, device="meta")
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def low_rank(
+        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         levels = torch.empty(len(heads), tiling.num_tiles, self.seq_len, dtype=torch.uint8, device="meta")
-        return levels, torch.empty(len(heads), 256, device="meta")
+        return levels, torch.empty(len(heads), dtype=torch.int32, device="meta")
 
 
 MIXTURES: dict[str, list[HeadPattern]] = {
@@ -337,9 +338,10 @@ def test_memory_of_antidiagonal_scores_at_a_million_tokens(
 
 @pytest.mark.parametrize(("seq_len", "rank"), [(1 << 17, 16), (1 << 17, 128), (1 << 20, 16)])
 def test_memory_of_low_rank_scores(seq_len: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As above: the estimate from pages, and its index."""
+    """As above: the estimate from pages, and its index. On the longest contexts what the fewest rows need comes on
+    top."""
     kernels = pytest.importorskip("minference_vllm.triton_kernels.low_rank")
-    for kernel in ("peak_lse_kernel", "tile_levels_kernel"):
+    for kernel in ("peak_lse_kernel", "tile_levels_kernel", "mass_kernel"):
         monkeypatch.setattr(kernels, kernel, NotLaunched())
     patterns = [LowRank(rank=rank)] * 32
     tiling = Tiling.of(seq_len - 8192, seq_len, 128, 128, device="meta")
@@ -352,7 +354,8 @@ def test_memory_of_low_rank_scores(seq_len: int, rank: int, monkeypatch: pytest.
     with LiveBytes(query, keys, pages) as memory:
         scores = PagedEstimates(query, PagedCache(keys, keys, "rows"), pages, seq_len, 0.1, triton=True)
         build_index(tiling, some, scores, capacity)
-    assert memory.peak <= MEMORY_LIMIT, f"{memory.peak / 2**20:.0f} MiB"
+    beside = 2 * low_rank.WEIGHTS_BYTES if 4 * low_rank.LEAST_ROWS * seq_len >= low_rank.WEIGHTS_BYTES else 0
+    assert memory.peak <= MEMORY_LIMIT + beside, f"{memory.peak / 2**20:.0f} MiB"
 
 
 @pytest.mark.parametrize("rows", [4, 64])

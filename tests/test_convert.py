@@ -17,6 +17,7 @@ from minference_vllm.patterns import (
     Coverage,
     Dense,
     HeadPattern,
+    LowRank,
     Measurement,
     PatternError,
     PatternFile,
@@ -113,7 +114,7 @@ def test_every_kind_of_loss_has_its_line() -> None:
     ]
 
 
-INEXPRESSIBLE: list[HeadPattern] = [Dense(), TriShape(), Coverage(), Antidiagonal(), PeakThreshold()]
+INEXPRESSIBLE: list[HeadPattern] = [Dense(), TriShape(), Coverage(), Antidiagonal(), PeakThreshold(), LowRank()]
 
 
 @pytest.mark.parametrize("pattern", INEXPRESSIBLE, ids=lambda pattern: pattern.kind)

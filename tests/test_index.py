@@ -113,7 +113,6 @@ class RandomScores:
     diagonals: dict[int, torch.Tensor] = field(default_factory=dict)
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)
     levels: dict[int, torch.Tensor] = field(default_factory=dict)
-    mass: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def draw(self, kind: int, head: int, *shape: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1000 + kind * 100 + head)
@@ -144,17 +143,20 @@ class RandomScores:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.peaks(heads, tiling)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def low_rank(
+        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Levels from 0 to 40, and the lower a threshold, the more of the attention is wanted."""
         for head in heads:
             self.levels[head] = (self.draw(5, head, tiling.num_tiles, self.seq_len) * 40).to(torch.uint8)
-            owns = tiling.own().repeat_interleave(tiling.block_size, 1)[:, : self.seq_len]
-            later = ~tiling.reachable().repeat_interleave(tiling.block_size, 1)[:, : self.seq_len]
-            self.levels[head][owns], self.levels[head][later] = OWN_LEVEL, 0
-            self.mass[head] = self.draw(6, head, 256)
-            self.mass[head][1:40] += 1
-            self.mass[head] /= self.mass[head].sum()
-        levels, mass = ([kept[head] for head in heads] for kept in (self.levels, self.mass))
-        return torch.stack(levels), torch.stack(mass)
+            by_key = (
+                mask.repeat_interleave(tiling.block_size, 1)[:, : self.seq_len]
+                for mask in (tiling.own(), ~tiling.reachable())
+            )
+            own, later = by_key
+            self.levels[head][own], self.levels[head][later] = OWN_LEVEL, 0
+        thresholds = torch.full((len(heads),), int(41 * (1 - gamma)), dtype=torch.int32)
+        return torch.stack([self.levels[head] for head in heads]), thresholds
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,10 @@ class OneHead:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.scores.antidiagonal([self.head], tiling, stride)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.scores.low_rank([self.head] * len(heads), tiling, rank)
+    def low_rank(
+        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.scores.low_rank([self.head], tiling, rank, gamma)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from minference_vllm.patterns import (
     Coverage,
     Dense,
     HeadPattern,
+    LowRank,
     PeakThreshold,
     TriShape,
     VerticalSlash,
@@ -40,6 +41,7 @@ FULL: dict[str, HeadPattern] = {
     "coverage": Coverage(gamma=0.01, min_budget=100_000),
     "antidiagonal": Antidiagonal(tau=0.999_999),
     "peak_threshold": PeakThreshold(alpha=1e-9),
+    "low_rank": LowRank(gamma=1 - 1e-9),
 }
 CASES: dict[str, dict[str, Any]] = {
     # Regular

@@ -162,6 +162,7 @@ def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, A
         "square_mass_kernel",
         "peak_lse_kernel",
         "tile_levels_kernel",
+        "mass_kernel",
     }
     assert interpreted["served"]
     for variant in interpreted["served"]:
@@ -195,8 +196,8 @@ def interpret() -> None:
         return launch
 
     lengths = (
-        "num_tiles", "num_blocks", "num_rows", "max_blocks", "max_columns", "rows", "context_len", "seq_len",
-        "first_kv_head",
+        "num_tiles", "num_blocks", "num_rows", "num_lists", "max_blocks", "max_columns", "rows", "context_len",
+        "seq_len", "first_kv_head",
     )  # fmt: skip
     compiled: list[Any] = []
     served: list[Any] = []

@@ -1,6 +1,6 @@
-"""``low_rank.tile_levels``: the products are computed twice, once for what each row's scores are measured by and once
-for the levels, and never stored.
+"""What ``low_rank`` may have computed by kernels: levels of keys, and the attention at each level.
 
+Products are computed twice, once for what each row's scores are measured by and once for the levels, and never stored.
 Exponential units would be the bottleneck: there is one exponential per row and ``PEAK_KEYS`` keys, and none per key.
 """
 
@@ -14,10 +14,11 @@ from minference_vllm import low_rank
 from minference_vllm.tiling import Tiling
 from minference_vllm.triton_kernels.estimate import add_scores
 from minference_vllm.triton_kernels.launch import launcher
-from minference_vllm.triton_kernels.sparse_attention import LN2, LOG2E
+from minference_vllm.triton_kernels.sparse_attention import LN2
 
 PEAK_KEYS = tl.constexpr(low_rank.PEAK_KEYS)
-LEVELS_PER_NAT = tl.constexpr(low_rank.LEVELS_PER_NAT)
+LEVELS_PER_BIT = tl.constexpr(low_rank.LEVELS_PER_BIT)
+TOP_LEVEL = tl.constexpr(low_rank.TOP_LEVEL)
 OWN_LEVEL = tl.constexpr(low_rank.OWN_LEVEL)
 
 
@@ -51,7 +52,7 @@ def peak_lse_kernel(
     STEP: tl.constexpr,
 ):
     """One program: for BLOCK_M rows of one head, the log-sum-exp over one part of the sequence of the largest score of
-    each PEAK_KEYS keys.
+    each PEAK_KEYS keys, in bits.
 
     ``p_lse`` is float32 ``[h, parts, chunk]``. Parts are multiples of STEP, and STEP of PEAK_KEYS.
     """
@@ -72,14 +73,14 @@ def peak_lse_kernel(
     for i_key in range(begin, border, STEP):
         o_key = i_key + tl.arange(0, STEP)
         b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < end, RANK, R)))
-        b_sum, b_max = add_scores(b_sum, b_max, _peaks(b_score) * LOG2E)
+        b_sum, b_max = add_scores(b_sum, b_max, _peaks(b_score))
     for i_key in range(border, end, STEP):
         o_key = i_key + tl.arange(0, STEP)
         b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < end, RANK, R)))
         b_score = tl.where(o_key[None, :] <= context_len + o_row[:, None], b_score, -float("inf"))
-        b_sum, b_max = add_scores(b_sum, b_max, _peaks(b_score) * LOG2E)
+        b_sum, b_max = add_scores(b_sum, b_max, _peaks(b_score))
     p_lse += (i_head * tl.num_programs(2) + i_part).to(tl.int64) * chunk
-    tl.store(p_lse + o_row, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
+    tl.store(p_lse + o_row, b_max + tl.log2(b_sum), mask=m_row)
 
 
 @triton.jit
@@ -106,6 +107,7 @@ def tile_levels_kernel(
     p_query,
     p_key,
     p_norm,
+    p_lowest,
     p_levels,
     context_len,
     seq_len,
@@ -119,7 +121,8 @@ def tile_levels_kernel(
 ):
     """One program: the levels of STRIP keys for one tile of one head.
 
-    ``p_norm`` is float32 ``[h, chunk]``, ``p_levels`` uint8 ``[h, T, S]``, zeros: what comes after a tile stays so.
+    ``p_norm`` is float32 ``[h, chunk]``, ``p_lowest`` int32 ``[h]``, ``p_levels`` uint8 ``[h, T, S]``, zeros: what
+    comes after a tile stays so.
     """
     i_strip, i_tile, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     chunk = seq_len - context_len
@@ -130,7 +133,7 @@ def tile_levels_kernel(
         p_key += i_head.to(tl.int64) * seq_len * RANK
         p_norm += i_head.to(tl.int64) * chunk
         p_levels += (i_head * num_tiles + i_tile).to(tl.int64) * seq_len
-        before = tl.minimum(stop, own)
+        before, lowest = tl.minimum(stop, own), tl.load(p_lowest + i_head)
         b_query, b_norm = _tile_rows(p_query, p_norm, own, 0, context_len, seq_len, RANK, R, TILE, BLOCK_M)
         for i_key in range(begin, before, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)
@@ -141,16 +144,33 @@ def tile_levels_kernel(
                     p_query, p_norm, own, i_down, context_len, seq_len, RANK, R, TILE, BLOCK_M
                 )
                 b_best = tl.maximum(b_best, _nearest(b_key, b_more, b_their_norm))
-            b_level = tl.minimum(tl.maximum(b_best * LEVELS_PER_NAT + 254.0, 0.0), 254.0)
-            tl.store(p_levels + o_key, b_level.to(tl.int32).to(tl.uint8), mask=o_key < before)
+            b_level = tl.minimum(tl.maximum(b_best * LEVELS_PER_BIT + TOP_LEVEL, 0.0), TOP_LEVEL).to(tl.int32)
+            b_level = tl.where(b_level < lowest, 0, b_level)
+            tl.store(p_levels + o_key, b_level.to(tl.uint8), mask=o_key < before)
         for i_key in range(tl.maximum(begin, own), stop, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)
             tl.store(p_levels + o_key, tl.full([BLOCK_N], OWN_LEVEL, dtype=tl.uint8), mask=o_key < stop)
 
 
+@triton.jit(do_not_specialize=["num_lists", "seq_len"])
+def mass_kernel(p_levels, p_lists, p_weights, p_mass, num_lists, seq_len, BLOCK_N: tl.constexpr):
+    """One program: BLOCK_N weights of one row, added by level to ``p_mass``, float32 ``[h, R, 256]``."""
+    i_block, i_row, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_list = tl.load(p_lists + i_row).to(tl.int64)
+    i_mass = (i_head * tl.num_programs(1) + i_row).to(tl.int64)
+    o_key = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_weight = tl.load(p_weights + i_mass * seq_len + o_key, mask=o_key < seq_len, other=0.0)
+    # Later keys weigh nothing, and many others as good as that.
+    m_key = b_weight > 0.0
+    b_level = tl.load(p_levels + (i_head * num_lists + i_list) * seq_len + o_key, mask=m_key, other=0)
+    tl.atomic_add(p_mass + i_mass * 256 + b_level, b_weight, mask=m_key, sem="relaxed")
+
+
 BLOCK_M, STEP, BLOCK_N, NUM_WARPS = 64, 128, 64, 4
 KEYS_PER_PART, STRIP = 8192, 2048
 """Keys of one program, of either kernel."""
+WEIGHTS = 1024
+"""Weights of one program."""
 
 
 def launch_shape(rank: int, tile: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -166,11 +186,12 @@ def launch_shape(rank: int, tile: int) -> tuple[dict[str, int], dict[str, int]]:
     }
 
 
-def tile_levels(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+def tile_levels(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
     """``low_rank.tile_levels``, without waiting for the GPU.
 
     Args:
-        query: bf16 ``[h, chunk, r]``, softmax scale included. keys: bf16 ``[h, S, r]``.
+        query: bf16 ``[h, chunk, r]``, scaled so that products are in bits. keys: bf16 ``[h, S, r]``.
+        lowest: int32 ``[h]``: levels below are not wanted, and 0.
 
     Returns:
         uint8 ``[h, T, S]``.
@@ -195,8 +216,28 @@ def tile_levels(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling) -> torc
     launcher(peak_lse_kernel, (triton.cdiv(chunk, BLOCK_M), heads, parts))(
         query, keys, lse, *lengths, KEYS_PER_PART, **of_rows, num_warps=NUM_WARPS
     )
+    norms = lse.mul_(LN2.value).logsumexp(1).div_(LN2.value)
     levels = torch.zeros(heads, tiles, length, dtype=torch.uint8, device=query.device)
     launcher(tile_levels_kernel, (triton.cdiv(length, STRIP), tiles, heads))(
-        query, keys, lse.logsumexp(1), levels, *lengths, tiles, **of_tiles, num_warps=NUM_WARPS
+        query, keys, norms, lowest, levels, *lengths, tiles, **of_tiles, num_warps=NUM_WARPS
     )
     return levels
+
+
+def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """``low_rank.mass_by_level``; sums are taken in any order.
+
+    Args:
+        levels: uint8 ``[h, L, S]``.
+        lists: int64 ``[R]``.
+        weights: float32 ``[h, R, S]``; all three contiguous.
+
+    Returns:
+        float32 ``[h, 256]``.
+    """
+    heads, rows, length = weights.shape
+    mass = torch.zeros(heads, rows, 256, device=weights.device)
+    launcher(mass_kernel, (triton.cdiv(length, WEIGHTS), rows, heads))(
+        levels, lists, weights, mass, levels.shape[1], length, BLOCK_N=WEIGHTS, num_warps=NUM_WARPS
+    )
+    return mass.mean(1)

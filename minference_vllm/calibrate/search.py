@@ -122,9 +122,10 @@ class _Remembered(Scores):
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self._remember("antidiagonal", heads, tiling, stride)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        levels, mass = self._remember("low_rank", heads, tiling, rank, tuple(heads))
-        return levels, mass
+    def low_rank(
+        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._scores.low_rank(heads, tiling, rank, gamma)
 
 
 def measure(

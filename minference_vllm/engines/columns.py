@@ -9,10 +9,14 @@ import torch
 from minference_vllm.index import SparseIndex
 from minference_vllm.paged_cache import PagedCache
 
+WHOLE_FROM = 0.5
+"""Share of a sequence's keys, heads that share them counted each, from which on all of them are copied: page by page
+that is faster than key by key."""
+
 
 @dataclass(frozen=True)
 class GatheredColumns:
-    """Keys and values of every column that some tile of a head attends; tiles of a head share most of theirs."""
+    """Keys and values of every column that some tile of a head attends."""
 
     keys: torch.Tensor
     """``[n, D]``."""
@@ -34,9 +38,13 @@ def gather_columns(index: SparseIndex, cache: PagedCache, pages: torch.Tensor) -
     used = torch.zeros(heads, length + 1, dtype=torch.bool)
     used.scatter_(1, torch.where(columns < 0, length, columns).long(), True)
     used = used[:, :length].contiguous()
+    kv_head = torch.arange(heads) // (heads // cache.num_kv_heads)
+    if int(used.sum()) >= WHOLE_FROM * cache.num_kv_heads * length:
+        keys, values = (rows.flatten(0, 1) for rows in cache.rows_by_head(pages))
+        row_of = kv_head[:, None] * (len(pages) * cache.block_size) + torch.arange(length)
+        return GatheredColumns(keys, values, row_of)
     row_of = (used.view(-1).cumsum(0) - 1).view(heads, length)
     head, position = torch.nonzero(used, as_tuple=True)
     size = cache.block_size
-    page, kv_head = pages[position // size], head // (heads // cache.num_kv_heads)
-    keys, values = cache.gather_rows(page, position % size, kv_head)
+    keys, values = cache.gather_rows(pages[position // size], position % size, kv_head[head])
     return GatheredColumns(keys, values, row_of)

@@ -17,7 +17,9 @@ import torch
 from minference_vllm.engines.columns import gather_columns
 from minference_vllm.estimate import row_groups
 from minference_vllm.index import SparseIndex
+from minference_vllm.low_rank import LEVELS_PER_BIT
 from minference_vllm.paged_cache import PagedCache
+from minference_vllm.tiling import Tiling
 
 _LAYOUTS = {"rows": 0, "transposed": 1, "amx": 2}
 
@@ -88,7 +90,38 @@ class _EstimateArguments(ctypes.Structure):
     )
 
 
-INTERFACE = 2
+class _LevelArguments(ctypes.Structure):
+    _fields_ = (
+        ("query", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("lowest", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
+        ("tile_starts", ctypes.c_void_p),
+        ("seq_len", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("tiles", ctypes.c_int32),
+        ("tile", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("per_unit", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class _MassArguments(ctypes.Structure):
+    _fields_ = (
+        ("levels", ctypes.c_void_p),
+        ("list", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("mass", ctypes.c_void_p),
+        ("seq_len", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("lists", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+INTERFACE = 3
 """Counts the changes of the structures above and in ``csrc/cpu``; a library built from another one must not run."""
 
 
@@ -107,6 +140,8 @@ def load(build: str) -> ctypes.CDLL | None:
             continue
         library.minference_attend.argtypes = (ctypes.POINTER(_AttendArguments),)
         library.minference_last_query_scores.argtypes = (ctypes.POINTER(_EstimateArguments),)
+        library.minference_tile_levels.argtypes = (ctypes.POINTER(_LevelArguments),)
+        library.minference_mass_by_level.argtypes = (ctypes.POINTER(_MassArguments),)
         return library
     return None
 
@@ -263,3 +298,45 @@ def last_query_scores(
     )
     library.minference_last_query_scores(ctypes.byref(arguments))
     return columns, diagonals
+
+
+def tile_levels(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
+    """``low_rank.tile_levels``; the rank is a multiple of 16 up to 128."""
+    heads, length, rank = keys.shape
+    query, keys = query.contiguous(), keys.contiguous()
+    levels = torch.empty(heads, tiling.num_tiles, length, dtype=torch.uint8)
+    arguments = _LevelArguments(
+        query.data_ptr(),
+        keys.data_ptr(),
+        lowest.data_ptr(),
+        levels.data_ptr(),
+        tiling.starts.data_ptr(),
+        length,
+        heads,
+        tiling.num_tiles,
+        tiling.tile,
+        rank,
+        LEVELS_PER_BIT,
+        torch.get_num_threads(),
+    )
+    _library().minference_tile_levels(ctypes.byref(arguments))
+    return levels
+
+
+def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """``low_rank.mass_by_level``."""
+    heads, rows, length = weights.shape
+    mass = torch.empty(heads, 256)
+    arguments = _MassArguments(
+        levels.data_ptr(),
+        lists.data_ptr(),
+        weights.data_ptr(),
+        mass.data_ptr(),
+        length,
+        heads,
+        rows,
+        levels.shape[1],
+        torch.get_num_threads(),
+    )
+    _library().minference_mass_by_level(ctypes.byref(arguments))
+    return mass

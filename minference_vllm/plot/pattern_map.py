@@ -13,8 +13,8 @@ from minference_vllm.patterns import KINDS, HeadPattern
 if TYPE_CHECKING:
     from matplotlib.patches import Patch
 
-# Okabe and Ito's colours, which people tell apart whatever their eyes.
-_PALETTE = ("#999999", "#E69F00", "#F0E442", "#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#D55E00")
+# Okabe and Ito's colours, which people tell apart whatever their eyes, and grey.
+_PALETTE = ("#999999", "#E69F00", "#F0E442", "#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#D55E00", "#000000")
 COLOURS: dict[str, str] = dict(zip(KINDS, _PALETTE, strict=True))
 FIXED_COLOUR = "#FFFFFF"
 MOST_LABELLED = 128

@@ -1,0 +1,294 @@
+"""Low-rank scores: the fit, the levels by every implementation, and what a head that looks things up gets from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from minference_vllm import low_rank, reference
+from minference_vllm.engines import columns as columns_module
+from minference_vllm.engines import native
+from minference_vllm.engines.columns import gather_columns
+from minference_vllm.estimate import Estimates
+from minference_vllm.index import SparseIndex, build_index
+from minference_vllm.low_rank import LEVELS_PER_BIT, OWN_LEVEL, PEAK_KEYS, Kernels
+from minference_vllm.paged_cache import PagedCache
+from minference_vllm.patterns import Coverage, LowRank
+from minference_vllm.tiling import Tiling
+
+IMPLEMENTATIONS = ("torch", *native.INSTRUCTIONS)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
+    """Torch, and each build of our CPU kernels that the processor can run."""
+    if request.param == "torch":
+        yield Kernels()
+        return
+    library = native.load(request.param)
+    if library is None:
+        pytest.skip(f"no kernels for {native.INSTRUCTIONS[request.param]} here")
+    monkeypatch.setattr(native, "_best", lambda: (request.param, library))
+    yield Kernels(native.tile_levels, native.mass_by_level)
+
+
+def random_low(heads: int, chunk: int, length: int, rank: int, sharpness: float) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(length + rank)
+    query = torch.randn(heads, chunk, rank, generator=generator) * sharpness
+    return query.bfloat16(), torch.randn(heads, length, rank, generator=generator).bfloat16()
+
+
+TILINGS = {
+    # name: (context, sequence, page, tile)
+    "regular": (512, 1024, 128, 128),
+    "odd_length": (0, 517, 32, 128),
+    "starts_inside_a_tile": (333, 700, 32, 128),
+    "starts_inside_a_page": (205, 300, 32, 64),
+    "one_row": (300, 301, 32, 32),
+    "one_token": (0, 1, 32, 32),
+    "first_tile": (0, 90, 128, 128),
+    "large_tile": (700, 1500, 64, 512),
+    "pages_of_16": (100, 250, 16, 48),
+}
+
+
+@pytest.mark.parametrize("rank", [16, 32, 80])
+@pytest.mark.parametrize("sharpness", [0.01, 1.0, 8.0])
+@pytest.mark.parametrize("name", TILINGS)
+def test_levels(name: str, sharpness: float, rank: int, kernels: Kernels) -> None:
+    context, length, page, tile = TILINGS[name]
+    tiling = Tiling.of(context, length, page, tile)
+    query, keys = random_low(2, length - context, length, rank, sharpness)
+    lowest = torch.tensor([0, 200], dtype=torch.int32)
+    found = kernels.tile_levels(query, keys, tiling, lowest)
+    exact = reference.low_rank_levels(query, keys, tiling, PEAK_KEYS, LEVELS_PER_BIT).clamp(0, 254)
+    assert found.dtype == torch.uint8 and found.shape == exact.shape
+    places = torch.arange(length)
+    own = places >= (tiling.starts[:-1] // tile * tile)[:, None]
+    seen = places < tiling.starts[1:, None]
+    assert (found[:, own & seen] == OWN_LEVEL).all() and (found[:, ~seen] == 0).all()
+    before, wanted = (found[:, ~own].double(), exact[:, ~own])
+    # Rounded down, and rounding of float32 on either side of a border between two levels.
+    slack = 1e-3 * LEVELS_PER_BIT
+    right = (before <= wanted + slack) & (before > wanted - 1 - slack)
+    unwanted = (before == 0) & (wanted < lowest[:, None] + slack)
+    assert (right | unwanted)[0].all() and (before[0] == 0).sum() == (wanted[0].floor() == 0).sum()
+    assert (right | unwanted)[1].all() and ((before[1] == 0) | (before[1] >= 200)).all()
+
+
+def test_a_row_gives_no_key_a_higher_level_than_its_tile() -> None:
+    tiling = Tiling.of(333, 700, 32, 128)
+    query, keys = random_low(2, 367, 700, 16, 3.0)
+    rows = low_rank.calibration_rows(367, 64, query.device)
+    positions = rows + 333
+    own = low_rank.row_levels(query[:, rows], keys, positions, tiling)
+    tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
+    levels = low_rank.tile_levels(query, keys, tiling, torch.zeros(2, dtype=torch.int32))[:, tiles]
+    future = torch.arange(700) > positions[:, None]
+    assert ((own <= levels) | future).all()
+
+
+def test_mass_by_level(kernels: Kernels) -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(0, 256, (3, 5, 301), generator=generator).to(torch.uint8)
+    weights = torch.rand(3, 7, 301, generator=generator)
+    weights[:, :, 40:200] *= 1e-12
+    weights /= weights.sum(-1, keepdim=True)
+    lists = torch.tensor([0, 0, 1, 3, 4, 4, 2])
+    exact = torch.zeros(3, 256, dtype=torch.float64)
+    for head in range(3):
+        for row, which in enumerate(lists.tolist()):
+            exact[head].index_add_(0, levels[head, which].long(), weights[head, row].double() / 7)
+    torch.testing.assert_close(kernels.mass_by_level(levels, lists, weights).double(), exact, atol=1e-6, rtol=0)
+
+
+def test_threshold() -> None:
+    mass = torch.zeros(4, 256)
+    mass[0, 255], mass[0, 100], mass[0, 0] = 0.5, 0.4, 0.1
+    mass[1, 255] = 1.0
+    mass[2, 200:220] = 0.05
+    mass[3, 0] = 1.0
+    assert low_rank.threshold(mass, 0.85).tolist() == [100, 255, 203, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 63, 64, 65, 1000, 4096])
+def test_calibration_rows(chunk: int) -> None:
+    rows = low_rank.calibration_rows(chunk, 64, torch.device("cpu")).tolist()
+    assert len(rows) == len(set(rows)) == min(64, chunk) and rows == sorted(rows)
+    assert rows[0] >= 0 and rows[-1] == chunk - 1
+    if chunk == 4096:
+        assert len({row % 64 for row in rows}) > 30  # no regular prompt hides from them
+
+
+# The fit
+
+
+def centred(scores: torch.Tensor) -> torch.Tensor:
+    return scores - scores.mean(-1, keepdim=True)
+
+
+def products(projection: low_rank.Projection, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    low_query = query.double() @ projection.to_query.double()
+    low_keys = (keys.double() - projection.mean.double()) @ projection.to_key.double()
+    return low_query @ low_keys.transpose(1, 2)
+
+
+def spread_inputs(rows: int = 300, tokens: int = 900, dim: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of two heads whose dimensions differ in size, and are mixed; keys have a large common part."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = torch.logspace(0.5, -1.5, dim)
+    mixed = torch.linalg.qr(torch.randn(2, dim, dim, generator=generator)).Q
+    query = torch.randn(2, rows, dim, generator=generator) * sizes @ mixed
+    keys = torch.randn(2, tokens, dim, generator=generator) * sizes.flip(0).add(0.1) @ mixed + 5
+    return query, keys
+
+
+def test_at_full_rank_nothing_is_lost() -> None:
+    query, keys = spread_inputs()
+    found = centred(products(low_rank.fit(query, keys, 64), query, keys))
+    exact = centred(query.double() @ keys.double().transpose(1, 2))
+    assert float((found - exact).norm() / exact.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32])
+def test_no_other_dimensions_lose_less(rank: int) -> None:
+    query, keys = spread_inputs()
+    keys = keys.bfloat16()
+    exact = query.double() @ (keys.double() - keys.double().mean(1, keepdim=True)).transpose(1, 2)
+    error = (products(low_rank.fit(query, keys, rank), query, keys) - exact).norm(dim=(1, 2))
+    # Of all matrices of this rank, the truncated singular value decomposition is nearest.
+    least = torch.linalg.svdvals(exact)[:, rank:].norm(dim=1)
+    assert (error >= least * (1 - 1e-6)).all() and (error <= least * 1.05).all(), (error / least).tolist()
+
+
+@pytest.mark.parametrize("case", ["zeros", "constant keys", "one query", "few keys", "one dimension", "huge"])
+def test_degenerate_inputs_stay_finite(case: str) -> None:
+    query, keys = spread_inputs()
+    if case == "zeros":
+        query, keys = torch.zeros_like(query), torch.zeros_like(keys)
+    elif case == "constant keys":
+        keys = torch.ones_like(keys)
+    elif case == "one query":
+        query = query[:, :1]
+    elif case == "few keys":
+        keys = keys[:, :3]
+    elif case == "one dimension":
+        query, keys = query * (torch.arange(64) == 5), keys * (torch.arange(64) == 5)
+    elif case == "huge":
+        query, keys = query * 1e4, keys * 1e4
+    projection = low_rank.fit(query, keys, 16)
+    assert all(torch.isfinite(part).all() for part in projection)
+    if case in ("one query", "one dimension"):
+        exact = centred(query.double() @ keys.double().transpose(1, 2))
+        assert float((centred(products(projection, query, keys)) - exact).norm() / exact.norm()) < 1e-3
+
+
+# Heads
+
+CONTEXT, CHUNK, DIM, PAGE = 3072, 1024, 64, 32
+LENGTH = CONTEXT + CHUNK
+
+
+def lookups(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every row looks at one key of its own, anywhere before it; queries ``[CHUNK, 1, DIM]``, keys ``[1, S, DIM]``."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.nn.functional.normalize(torch.randn(LENGTH, DIM // 2, generator=generator), dim=1)
+    target = (torch.rand(CHUNK, generator=generator) * torch.arange(CONTEXT, LENGTH)).long()
+    noise = torch.randn(LENGTH + CHUNK, DIM // 2, generator=generator) * 0.05
+    query = torch.cat([20 * keys[target], noise[:CHUNK]], 1)
+    return query[:, None].bfloat16(), torch.cat([keys, noise[CHUNK:]], 1)[None].bfloat16()
+
+
+def recall(index: SparseIndex, query: torch.Tensor, keys: torch.Tensor) -> float:
+    return float(reference.attention_recall(query, keys, index.to_mask(), CONTEXT, 1.0).mean())
+
+
+def build(pattern: LowRank | Coverage, query: torch.Tensor, keys: torch.Tensor) -> SparseIndex:
+    return build_index(Tiling.of(CONTEXT, LENGTH, PAGE, 128), [pattern], Estimates(query, keys, 1.0))
+
+
+@pytest.mark.parametrize("gamma", [0.8, 0.9, 0.97])
+def test_a_head_that_looks_things_up(gamma: float) -> None:
+    query, keys = lookups()
+    index = build(LowRank(gamma=gamma, rank=32), query, keys)
+    assert recall(index, query, keys) >= gamma - 0.02
+    assert float(index.density()) < 0.2
+    # Which no columns and diagonals do: those that the choosing rows look at serve nobody else.
+    blind = build(Coverage(gamma=gamma, min_budget=512), query, keys)
+    assert recall(blind, query, keys) < gamma - 0.3
+
+
+def test_more_dimensions_need_fewer_keys() -> None:
+    query, keys = lookups()
+    found = [float(build(LowRank(rank=rank), query, keys).density()) for rank in (16, 32, 64)]
+    assert found == sorted(found, reverse=True)
+
+
+def test_a_flat_head_comes_out_dense() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(CHUNK, 1, DIM, generator=generator).mul(1e-3)
+    index = build(LowRank(), query, torch.randn(1, LENGTH, DIM, generator=generator))
+    assert float(index.density()) == 1.0 and not index.num_columns.any()
+
+
+def test_pages_full_of_wanted_keys_are_taken_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, LENGTH, DIM, generator=generator) * 0.05
+    keys[0, 640:704, 0] += 20
+    query = torch.zeros(CHUNK, 1, DIM)
+    query[..., 0] = 1
+    index = build(LowRank(gamma=0.9), query, keys)
+    assert recall(index, query, keys) > 0.9
+    assert not index.num_columns.any()
+    assert {20, 21} <= set(index.blocks[0, 0].tolist())
+
+
+def test_selection_is_the_same_for_keys_in_pieces_and_for_heads_apart() -> None:
+    query, keys = (
+        torch.cat(parts, dim) for parts, dim in zip(zip(lookups(1), lookups(2), strict=True), (1, 0), strict=True)
+    )
+    tiling = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
+
+    def estimate(heads: list[int], at_once: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return low_rank.estimate(query, lambda: keys.split(at_once, 1), heads, tiling, 16, 0.9, 1.0)
+
+    both, thresholds = estimate([0, 1], LENGTH)
+    for head in (0, 1):
+        alone, threshold = estimate([head], LENGTH)
+        assert torch.equal(alone[0], both[head]) and threshold[0] == thresholds[head]
+    # Other keys are sampled for the fit, so the levels are others, of the same worth.
+    pieces, _ = estimate([0, 1], 1000)
+    assert ((pieces > 0) == (both > 0)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("tile", [32, 128])
+def test_columns_fill_whole_pages_for_an_engine_that_needs_it(tile: int) -> None:
+    query, keys = lookups()
+    tiling = Tiling.of(CONTEXT, LENGTH, PAGE, tile, column_multiple=PAGE)
+    index = build_index(tiling, [LowRank(gamma=0.9)], Estimates(query, keys, 1.0))
+    exact = build_index(Tiling.of(CONTEXT, LENGTH, PAGE, tile), [LowRank(gamma=0.9)], Estimates(query, keys, 1.0))
+    assert index.num_columns.any() and not (index.num_columns % PAGE).any()
+    assert not (exact.to_mask() & ~index.to_mask()).any()
+    assert int(index.num_columns.sum()) <= int(exact.num_columns.sum()) + PAGE * tiling.num_tiles
+
+
+def test_columns_are_gathered_alike_key_by_key_and_page_by_page(
+    paged_batch: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, keys = lookups()
+    index = build(LowRank(gamma=0.9), query, keys)
+    generator = torch.Generator().manual_seed(0)
+    pages = torch.randperm(LENGTH // PAGE + 3, generator=generator)[: LENGTH // PAGE]
+    stored = torch.randn(2, LENGTH // PAGE + 3, 1, PAGE, DIM, generator=generator).bfloat16()
+    cache = PagedCache(stored[0], stored[1], "transposed")
+    gathered = []
+    for share in (0.0, 2.0):
+        monkeypatch.setattr(columns_module, "WHOLE_FROM", share)
+        found = gather_columns(index, cache, pages)
+        used = index.columns[index.columns >= 0].long().unique()
+        rows = found.row_of[0, used]
+        gathered.append((found.keys[rows], found.values[rows], len(found.keys)))
+    assert gathered[0][2] == LENGTH > gathered[1][2]
+    assert torch.equal(gathered[0][0], gathered[1][0]) and torch.equal(gathered[0][1], gathered[1][1])
