@@ -163,7 +163,7 @@ def mass_kernel(p_levels, p_lists, p_weights, p_mass, num_lists, seq_len, BLOCK_
     # Later keys weigh nothing, and many others as good as that.
     m_key = b_weight > 0.0
     b_level = tl.load(p_levels + (i_head * num_lists + i_list) * seq_len + o_key, mask=m_key, other=0)
-    tl.atomic_add(p_mass + i_mass * 256 + b_level, b_weight, mask=m_key, sem="relaxed")
+    tl.atomic_add(p_mass + i_mass * 256 + b_level.to(tl.int32), b_weight, mask=m_key, sem="relaxed")
 
 
 BLOCK_M, STEP, BLOCK_N, NUM_WARPS = 64, 128, 64, 4
@@ -178,12 +178,8 @@ def launch_shape(rank: int, tile: int) -> tuple[dict[str, int], dict[str, int]]:
     shape = {"RANK": rank, "R": max(16, triton.next_power_of_2(rank))}
     # A wide tile comes in several steps.
     rows = max(16, min(128, triton.next_power_of_2(tile)))
-    return shape | {"BLOCK_M": BLOCK_M, "STEP": STEP}, shape | {
-        "TILE": tile,
-        "STRIP": STRIP,
-        "BLOCK_M": rows,
-        "BLOCK_N": BLOCK_N,
-    }
+    of_tiles = {"TILE": tile, "STRIP": STRIP, "BLOCK_M": rows, "BLOCK_N": BLOCK_N}
+    return shape | {"BLOCK_M": BLOCK_M, "STEP": STEP}, shape | of_tiles
 
 
 def tile_levels(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
