@@ -35,6 +35,7 @@ from record import emit
 from synthetic import SHAPES, structured_qkv
 
 from minference_vllm.capture import Layer, capture_layers
+from minference_vllm.engines import native
 from minference_vllm.estimate import SPREAD_FROM, Estimates, last_query_scores
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.patterns import HeadPattern, parse_head_pattern
@@ -55,6 +56,9 @@ PATTERNS = (
     '{"kind": "coverage", "gamma": 0.98, "min_budget": 6144}',
     '{"kind": "antidiagonal", "stride": 16, "tau": 0.9}',
     '{"kind": "peak_threshold", "alpha": 0.1}',
+    '{"kind": "low_rank", "rank": 16, "gamma": 0.95}',
+    '{"kind": "low_rank", "rank": 16, "gamma": 0.97}',
+    '{"kind": "low_rank", "rank": 32, "gamma": 0.97}',
 )
 
 
@@ -119,7 +123,8 @@ def measure(
     heads, keys = layer.query.shape[0], layer.keys[:, :end]
     tiling = Tiling.of(begin, end, args.block_size, args.tile)
     start = time.perf_counter()
-    estimates = QUERIES[queries](layer.query[:, begin:end].transpose(0, 1), keys, layer.scale)
+    query = layer.query[:, begin:end].transpose(0, 1)
+    estimates = QUERIES[queries](query, keys, layer.scale, native.low_rank_kernels())
     index = build_index(tiling, [pattern] * heads, estimates)
     seconds = (time.perf_counter() - start) / heads
     rows = sample_rows(end - begin, args.rows, seed=end)

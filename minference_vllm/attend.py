@@ -194,6 +194,7 @@ class PagedEstimates(estimate.Estimates):
         self.query = query.bfloat16() if query.element_size() == 1 else query
         self.cache, self.pages, self.seq_len, self.scale = cache, pages, seq_len, scale
         self.page_means, self.triton, self.timing = page_means, triton, timing or Timing()
+        self.kernels = low_rank.Kernels() if query.is_cuda else native.low_rank_kernels()
 
     @functools.cached_property
     def keys(self) -> torch.Tensor:  # type: ignore[override]
@@ -253,14 +254,12 @@ class PagedEstimates(estimate.Estimates):
     def low_rank(
         self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        of, kernels = self, low_rank.Kernels()
+        of, kernels = self, self.kernels
         if self.triton:
             from minference_vllm.triton_kernels import low_rank as ours
 
             of, heads = self._kv_heads_of(heads)
             kernels = low_rank.Kernels(ours.tile_levels, ours.mass_by_level)
-        elif not self.query.is_cuda and native.unavailable_reason() is None:
-            kernels = low_rank.Kernels(native.tile_levels, native.mass_by_level)
 
         def pieces() -> Iterator[torch.Tensor]:
             return of._key_pieces(low_rank.CALIBRATION_ROWS)

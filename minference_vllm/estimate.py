@@ -102,10 +102,13 @@ class Estimates:
         query: ``[chunk, H, D]``; its last row is the sequence's last token.
         keys: ``[HK, S, D]``.
         scale: softmax scale.
+        kernels: faster code for ``low_rank``.
     """
 
-    def __init__(self, query: torch.Tensor, keys: torch.Tensor, scale: float) -> None:
-        self.query, self.keys, self.scale = query, keys, scale
+    def __init__(
+        self, query: torch.Tensor, keys: torch.Tensor, scale: float, kernels: low_rank.Kernels | None = None
+    ) -> None:
+        self.query, self.keys, self.scale, self.kernels = query, keys, scale, kernels or low_rank.Kernels()
 
     def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return last_query_scores(self.query, self.keys, heads, self.scale)
@@ -122,7 +125,8 @@ class Estimates:
     def low_rank(
         self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return low_rank.estimate(self.query, lambda: (self.keys,), heads, tiling, rank, gamma, self.scale)
+        pieces = (self.keys,)
+        return low_rank.estimate(self.query, lambda: pieces, heads, tiling, rank, gamma, self.scale, self.kernels)
 
     def means(self, tiling: Tiling) -> torch.Tensor:
         """See ``mean_keys``."""

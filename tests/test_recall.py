@@ -21,7 +21,6 @@ from minference_vllm.patterns import (
     Coverage,
     Dense,
     HeadPattern,
-    LowRank,
     TriShape,
     VerticalSlash,
     at_level,

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
+from minference_vllm import low_rank
 from minference_vllm.engines.columns import gather_columns
 from minference_vllm.estimate import row_groups
 from minference_vllm.index import SparseIndex
-from minference_vllm.low_rank import LEVELS_PER_BIT
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.tiling import Tiling
 
@@ -300,6 +300,11 @@ def last_query_scores(
     return columns, diagonals
 
 
+def low_rank_kernels() -> low_rank.Kernels:
+    """Ours, where they can run; else torch."""
+    return low_rank.Kernels() if unavailable_reason() else low_rank.Kernels(tile_levels, mass_by_level)
+
+
 def tile_levels(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
     """``low_rank.tile_levels``; the rank is a multiple of 16 up to 128."""
     heads, length, rank = keys.shape
@@ -316,7 +321,7 @@ def tile_levels(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, lowest:
         tiling.num_tiles,
         tiling.tile,
         rank,
-        LEVELS_PER_BIT,
+        low_rank.LEVELS_PER_BIT,
         torch.get_num_threads(),
     )
     _library().minference_tile_levels(ctypes.byref(arguments))
