@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
@@ -253,11 +254,28 @@ class PagedEstimates(estimate.Estimates):
     def low_rank(
         self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        of, kernels = self, self.kernels
+        if self.triton:
+            from minference_vllm.triton_kernels import low_rank as ours
+
+            of, heads = self._kv_heads_of(heads)
+            kernels = low_rank.Kernels(ours.tile_levels, ours.mass_by_level)
+
         def pieces() -> Iterator[torch.Tensor]:
-            return self._key_pieces(low_rank.CALIBRATION_ROWS)
+            return of._key_pieces(low_rank.CALIBRATION_ROWS)
 
         with self._timed():
-            return low_rank.estimate(self.query, pieces, heads, tiling, rank, gamma, self.scale, self.kernels)
+            return low_rank.estimate(of.query, pieces, heads, tiling, rank, gamma, self.scale, kernels)
+
+    def _kv_heads_of(self, heads: Sequence[int]) -> tuple[PagedEstimates, list[int]]:
+        """What these heads need of the query and the cache, and their numbers in it."""
+        group = self.query.shape[1] // self.cache.num_kv_heads
+        first, last = min(heads) // group, max(heads) // group + 1
+        key, value = (stored[:, first:last] for stored in (self.cache.key, self.cache.value))
+        cache = dataclasses.replace(self.cache, key=key, value=value)
+        query = self.query[:, first * group : last * group]
+        part = PagedEstimates(query, cache, self.pages, self.seq_len, self.scale, triton=self.triton)
+        return part, [head - first * group for head in heads]
 
     def _means(self, heads: Sequence[int], tiling: Tiling) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Queries, mean keys and the wanted heads' numbers, all of the KV heads that those heads need."""

@@ -130,8 +130,8 @@ def compact(mask: torch.Tensor, width: int | None = None) -> tuple[torch.Tensor,
         width: room for positions; the ones after it are dropped, but counted. None: as many as there are, which waits
             for a GPU.
     """
-    count = mask.sum(-1, dtype=torch.int32)
     if width is None:
+        count = mask.sum(-1, dtype=torch.int32)
         width = max(1, int(count.max())) if count.numel() else 1
         positions = torch.full((*mask.shape[:-1], width), -1, dtype=torch.int32, device=mask.device)
         row, position = torch.nonzero(mask.reshape(count.numel(), -1), as_tuple=True)
@@ -139,12 +139,12 @@ def compact(mask: torch.Tensor, width: int | None = None) -> tuple[torch.Tensor,
         slots = torch.arange(len(row), device=mask.device) - (ends - count.flatten())[row]
         positions.view(-1, width)[row, slots] = position.to(torch.int32)
         return positions, count
-    positions = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int32, device=mask.device)
-    # False entries, and those without room, all land in one spare last slot, which is cut off again.
-    slots = mask.cumsum(-1).sub_(1).masked_fill_(~mask, width).clamp_(max=width)
-    source = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device).expand_as(mask)
-    positions.scatter_(-1, slots, source)
-    return positions[..., :width].contiguous(), count
+    # The k-th position is where the running count reaches k.
+    order = mask.cumsum(-1, dtype=torch.int32)
+    count = order[..., -1].contiguous()
+    slots = torch.arange(1, width + 1, dtype=torch.int32, device=mask.device).repeat(*mask.shape[:-1], 1)
+    positions = torch.searchsorted(order, slots, out_int32=True)
+    return positions.masked_fill_(slots > count[..., None], -1), count
 
 
 def columns_outside_blocks(
@@ -195,6 +195,8 @@ def columns_outside_blocks(
 
 MAX_PIECE = 1 << 22
 """Heads times tiles times columns that are sorted out at once: what the caches of a processor hold."""
+PLANNED_PIECE = 1 << 23
+"""The same where sizes are planned: pieces cost a GPU more, and memory less."""
 
 
 def _columns_in_pieces(
@@ -241,9 +243,9 @@ def single_keys(
         short = order[..., -1:] < missing
         wanted = (wanted | (free & (order <= missing))) & ~short
         blocks = torch.where(short, tiling.reachable(), blocks)
-    # Tiles at a time: places of keys take eight times the room of the keys' marks.
-    at_once = max(1, MAX_PIECE // max(1, wanted[:, 0].numel()))
-    parts = [compact(part, width) for part in wanted.split(tiling.num_tiles if width is None else at_once, dim=1)]
+    # Tiles at a time: keys that are counted take four times the room of their marks, or eight.
+    at_once = max(1, (MAX_PIECE if width is None else PLANNED_PIECE) // wanted[:, 0].numel())
+    parts = [compact(part, width) for part in wanted.split(at_once, dim=1)]
     return blocks, torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
 
 
@@ -390,7 +392,7 @@ def _parts(
         groups.setdefault(pattern, []).append(head)
     for pattern, group in groups.items():
         at_once = len(group) if capacity is None else capacity.heads_at_once
-        if isinstance(pattern, LowRank):
+        if isinstance(pattern, LowRank) and capacity is None:
             # A mark for every tile and key.
             at_once = min(at_once, max(1, MAX_PIECE // (tiling.num_tiles * tiling.seq_len)))
         for first in range(0, len(group), at_once):

@@ -229,16 +229,17 @@ def estimate(
     Returns:
         uint8 ``[len(heads), T, S]``, and int32 ``[len(heads)]``: the level from which on keys are wanted.
     """
-    by_head = query[:, list(heads)].transpose(0, 1)
+    # A list as an index would be copied to a GPU, and waited for.
+    by_head = torch.stack([query[:, head] for head in heads])
 
-    def pieces() -> Iterator[torch.Tensor]:
+    def pieces(step: int = 1) -> Iterator[torch.Tensor]:
         for piece in key_pieces():
             group = query.shape[1] // piece.shape[0]
-            yield piece[[head // group for head in heads]]
+            runs = [(kv_head, len(list(run))) for kv_head, run in itertools.groupby(head // group for head in heads)]
+            yield torch.cat([piece[kv_head : kv_head + 1, ::step].expand(run, -1, -1) for kv_head, run in runs])
 
     queries = by_head[:, :: math.ceil(query.shape[0] / FIT_ROWS)]
-    step = math.ceil(tiling.seq_len / FIT_ROWS)
-    sample = torch.cat([piece[:, ::step] for piece in pieces()], 1)
+    sample = torch.cat(list(pieces(math.ceil(tiling.seq_len / FIT_ROWS))), 1)
     projection = fit(queries, sample, min(rank, query.shape[2]))
     low_query = torch.matmul(by_head.float(), projection.to_query).mul_(scale / math.log(2)).bfloat16()
     centred = (piece.float() - projection.mean for piece in pieces())

@@ -232,10 +232,13 @@ def keys_at_levels(tiling: Tiling, levels: torch.Tensor, threshold: torch.Tensor
         half of all keys, or whose threshold is 0, has every reachable block and no single key.
     """
     size, length = tiling.block_size, levels.shape[2]
-    chosen = levels >= threshold[:, None, None].to(torch.uint8)
-    by_page = torch.nn.functional.pad(chosen, (0, -length % size)).unflatten(2, (-1, size)).sum(3, dtype=torch.int32)
+    # The largest tensors by far: marks are made and taken back in place.
+    chosen = torch.zeros(*levels.shape[:2], tiling.num_key_blocks, size, dtype=torch.bool, device=levels.device)
+    torch.ge(levels, threshold[:, None, None].to(torch.uint8), out=chosen.flatten(2)[..., :length])
+    by_page = chosen.sum(3, dtype=torch.int32)
     blocks = (2 * by_page >= size) | tiling.own()
     cost = torch.where(blocks, size, by_page).sum((1, 2))
     dense = (threshold == 0) | (cost > DENSE_FROM * size * tiling.reachable().sum())
-    chosen &= ~(blocks | dense[:, None, None]).repeat_interleave(size, dim=2)[:, :, :length]
-    return torch.where(dense[:, None, None], tiling.reachable(), blocks), chosen
+    blocks = torch.where(dense[:, None, None], tiling.reachable(), blocks)
+    chosen &= ~(blocks | dense[:, None, None])[..., None]
+    return blocks, chosen.flatten(2)[..., :length]

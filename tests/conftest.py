@@ -52,6 +52,7 @@ ADAPTIVE: tuple[HeadPattern, ...] = (
     Coverage(gamma=0.4, min_budget=0),
     Antidiagonal(stride=16, tau=0.4),
     PeakThreshold(alpha=0.9, sink=16, window=40),
+    LowRank(gamma=0.3),
     Coverage(gamma=0.9, min_budget=0),
     LowRank(gamma=0.3),
     PeakThreshold(alpha=0.3, sink=0, window=0),

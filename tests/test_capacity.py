@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minference_vllm import recall
+from minference_vllm import low_rank, recall
 from minference_vllm.attend import PagedEstimates
 from minference_vllm.capacity import AUDITED_PAIR, MEMORY_LIMIT, Capacity, audit_frequency, plan_capacity
 from minference_vllm.index import SparseIndex, build_index
@@ -24,6 +24,7 @@ from minference_vllm.patterns import (
     Coverage,
     Dense,
     HeadPattern,
+    LowRank,
     PeakThreshold,
     TriShape,
     VerticalSlash,
@@ -51,6 +52,8 @@ ADAPTIVE: list[HeadPattern] = [
     Coverage(gamma=0.95, min_budget=64),
     Antidiagonal(stride=16, tau=0.5),
     PeakThreshold(alpha=0.5, sink=16, window=32),
+    LowRank(gamma=0.2),
+    LowRank(gamma=0.999),
 ]
 TILINGS = {
     # name: (context_len, seq_len, block_size, tile)
@@ -84,6 +87,18 @@ class RandomScores:
 
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.pooled(heads, tiling)
+
+    def low_rank(
+        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        pages = self.draw(5, heads, tiling.num_tiles, tiling.num_key_blocks)
+        by_page, own, reach = (
+            each.repeat_interleave(tiling.block_size, -1)[..., : self.seq_len]
+            for each in (pages, tiling.own(), tiling.reachable())
+        )
+        levels = self.draw(6, heads, tiling.num_tiles, self.seq_len).maximum(by_page).mul_(255).to(torch.uint8)
+        lowest = torch.full((len(heads),), round(255 * (1 - gamma)), dtype=torch.int32)
+        return levels.masked_fill_(own, low_rank.OWN_LEVEL).mul_(reach), lowest
 
 
 def planned(tiling: Tiling, patterns: Sequence[HeadPattern], **options: Any) -> Capacity:
@@ -130,6 +145,25 @@ def test_coverage_without_room_for_its_columns_is_dense_and_counted(blocks: int)
     assert found.density().tolist() == [1.0, 1.0]
     assert found.overflowed is not None and found.overflowed.all(1).tolist() == [True, False]
     assert not bool(found.overflowed[1].any())
+
+
+@pytest.mark.parametrize("room", [(1000, 1000), (1000, 20), (3, 1000)], ids=["enough", "columns", "blocks"])
+def test_single_keys_without_room_are_dense_tile_by_tile(room: tuple[int, int]) -> None:
+    """With room for all, every head has what it wanted, whoever it was scored with; listed in order or not."""
+    tiling = Tiling.of(301, 1200, 32, 64)
+    patterns = [LowRank(gamma=0.2), LowRank(rank=32, gamma=0.25), LowRank(gamma=0.2)]
+    exact = build_index(tiling, patterns, RandomScores(1200))
+    assert int(exact.num_columns.min()) < 20 < int(exact.num_columns.max()) and float(exact.density().max()) < 0.9
+    for heads_at_once in (1, 3):
+        found = build_index(tiling, patterns, RandomScores(1200), Capacity(*room, heads_at_once))
+        over = (exact.num_blocks > room[0]) | (exact.num_columns > room[1])
+        assert found.overflowed is not None and bool(over.any()) == (room != (1000, 1000))
+        reach = tiling.reachable().sum(1)
+        assert torch.equal(found.overflowed, over & (exact.num_blocks < reach))
+        everything = build_index(tiling, [Dense()] * 3, RandomScores(1200)).to_mask()
+        rows = tiling.starts[1:] - tiling.starts[:-1]
+        dense_rows = over.repeat_interleave(rows, dim=1)[..., None]
+        assert torch.equal(found.to_mask(), torch.where(dense_rows, everything, exact.to_mask()))
 
 
 def test_dense_tiles_are_listed_only_for_an_engine_that_reads_lists_alone() -> None:
@@ -199,9 +233,10 @@ def test_other_heads_have_lists_of_their_own(patterns: list[HeadPattern], group:
 class LiveBytes(TorchDispatchMode):
     """The most bytes that live tensors have held at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *given: torch.Tensor) -> None:
+        """``given``: tensors that do not count."""
         super().__init__()
-        self.references: Counter[int] = Counter()
+        self.references = Counter(tensor.untyped_storage()._cdata for tensor in given)
         self.live = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -228,6 +263,12 @@ class EmptyScores(RandomScores):
     def draw(self, kind: int, heads: Sequence[int], *shape: int) -> torch.Tensor:
         return torch.empty(len(heads), *shape, device="meta")
 
+    def low_rank(
+        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        levels = torch.empty(len(heads), tiling.num_tiles, self.seq_len, dtype=torch.uint8, device="meta")
+        return levels, torch.empty(len(heads), dtype=torch.int32, device="meta")
+
 
 MIXTURES: dict[str, list[HeadPattern]] = {
     "default": [VerticalSlash(vertical=1000, slash=6096)] * 32,
@@ -237,6 +278,7 @@ MIXTURES: dict[str, list[HeadPattern]] = {
     "coverage": [Coverage()] * 32,
     "antidiagonal": [Antidiagonal()] * 32,
     "peak_threshold": [PeakThreshold()] * 32,
+    "low_rank": [LowRank()] * 32,
     "mixed": [VerticalSlash(), BlockSparse(), TriShape(), AShape()] * 8,
 }
 
@@ -292,6 +334,28 @@ def test_memory_of_antidiagonal_scores_at_a_million_tokens(
     with LiveBytes() as memory:
         build_index(tiling, patterns, FromPages(seq_len), capacity)
     assert memory.peak <= MEMORY_LIMIT, f"{memory.peak / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize(("seq_len", "rank"), [(1 << 17, 16), (1 << 17, 128), (1 << 20, 16)])
+def test_memory_of_low_rank_scores(seq_len: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above: the estimate from pages, and its index. On the longest contexts what the fewest rows need comes on
+    top."""
+    kernels = pytest.importorskip("minference_vllm.triton_kernels.low_rank")
+    for kernel in ("peak_lse_kernel", "tile_levels_kernel", "mass_kernel"):
+        monkeypatch.setattr(kernels, kernel, NotLaunched())
+    patterns = [LowRank(rank=rank)] * 32
+    tiling = Tiling.of(seq_len - 8192, seq_len, 128, 128, device="meta")
+    query = torch.empty(8192, 32, 128, dtype=torch.bfloat16, device="meta")
+    keys = torch.empty(tiling.num_key_blocks, 8, 128, 128, dtype=torch.bfloat16, device="meta")
+    pages = torch.empty(tiling.num_key_blocks, dtype=torch.int64, device="meta")
+    capacity = planned(tiling, patterns)
+    # Heads are alike, and a thousand steps each are slow to count: the lists of all, the work of some.
+    some = [*patterns[: capacity.heads_at_once], *[Dense()] * (32 - capacity.heads_at_once)]
+    with LiveBytes(query, keys, pages) as memory:
+        scores = PagedEstimates(query, PagedCache(keys, keys, "rows"), pages, seq_len, 0.1, triton=True)
+        build_index(tiling, some, scores, capacity)
+    beside = 2 * low_rank.WEIGHTS_BYTES if 4 * low_rank.LEAST_ROWS * seq_len >= low_rank.WEIGHTS_BYTES else 0
+    assert memory.peak <= MEMORY_LIMIT + beside, f"{memory.peak / 2**20:.0f} MiB"
 
 
 @pytest.mark.parametrize("rows", [4, 64])

@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import Antidiagonal, AShape, BlockSparse, Coverage, Dense, HeadPattern, VerticalSlash
+from minference_vllm.patterns import (
+    Antidiagonal,
+    AShape,
+    BlockSparse,
+    Coverage,
+    Dense,
+    HeadPattern,
+    LowRank,
+    VerticalSlash,
+)
 from minference_vllm.settings import Settings
 from minference_vllm.triton_kernels.launch import launcher
 
@@ -75,6 +84,8 @@ def test_each_variant_is_compiled_once(warm_up: Callable[..., list[dict[str, Any
         make_layer(AShape()),
         make_layer(Antidiagonal(stride=8)),
         make_layer(Antidiagonal(stride=16)),
+        make_layer(LowRank(), LowRank(gamma=0.5)),
+        make_layer(LowRank(rank=32)),
         make_layer(Coverage(), sinks=True),
         make_layer(Coverage(), softcap=30.0),
     ]
@@ -89,7 +100,7 @@ def test_each_variant_is_compiled_once(warm_up: Callable[..., list[dict[str, Any
 def test_a_floor_may_raise_heads_to_other_patterns(warm_up: Callable[..., list[dict[str, Any]]]) -> None:
     plain, raised, dense = warm_up(make_layer(AShape()), recall_floor=0.9)
     assert plain["patterns"] == [AShape()] * 4
-    assert all(isinstance(pattern, Coverage) for pattern in raised["patterns"])
+    assert raised["patterns"] == [LowRank()] * 4
     assert dense["patterns"] == [Dense()] * 4
 
 
@@ -149,6 +160,9 @@ def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, A
         "block_mean_kernel",
         "square_lse_kernel",
         "square_mass_kernel",
+        "peak_lse_kernel",
+        "tile_levels_kernel",
+        "mass_kernel",
     }
     assert interpreted["served"]
     for variant in interpreted["served"]:
@@ -159,7 +173,7 @@ def interpret() -> None:
     from minference_vllm.attend import attend_chunk
     from minference_vllm.backend import warmup
     from minference_vllm.plan import Chunk
-    from minference_vllm.triton_kernels import antidiagonal, estimate, sparse_attention
+    from minference_vllm.triton_kernels import antidiagonal, estimate, low_rank, sparse_attention
 
     def kind(value: Any) -> Any:
         """What Triton compiles anew for, as far as arguments that are not named in the kernel decide it."""
@@ -182,19 +196,20 @@ def interpret() -> None:
         return launch
 
     lengths = (
-        "num_tiles", "num_blocks", "num_rows", "max_blocks", "max_columns", "rows", "context_len", "seq_len",
-        "first_kv_head",
+        "num_tiles", "num_blocks", "num_rows", "num_lists", "max_blocks", "max_columns", "rows", "context_len",
+        "seq_len", "first_kv_head",
     )  # fmt: skip
     compiled: list[Any] = []
     served: list[Any] = []
     layers = [
         make_layer(VerticalSlash(vertical=40, slash=64), BlockSparse(top_k=2), Coverage(gamma=0.5), Antidiagonal()),
+        make_layer(AShape(sink=40, local=40), LowRank(gamma=0.5)),
         make_layer(AShape(sink=40, local=40)),
     ]
     settings = Settings(engine="triton", tile=32)
 
     def record(variants: list[Any]) -> None:
-        for module in (antidiagonal, estimate, sparse_attention):
+        for module in (antidiagonal, estimate, low_rank, sparse_attention):
             module.launcher = recording(variants)  # type: ignore[attr-defined]
 
     record(compiled)

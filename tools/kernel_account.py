@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minference_vllm.triton_kernels import antidiagonal, estimate, sparse_attention
+from minference_vllm.triton_kernels import antidiagonal, estimate, low_rank, sparse_attention
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Per multiprocessor: shared memory in bytes. All have 65,536 registers, 2,048 threads and 32 blocks.
@@ -56,7 +56,7 @@ class Account:
         found = []
         if self.spill_loads or self.spill_stores:
             found.append(f"spills {self.spill_loads}/{self.spill_stores}")
-        if not self.tensor_core and self.kernel != "block_mean":
+        if not self.tensor_core and self.kernel not in ("block_mean", "mass"):
             found.append("no tensor-core instruction")
         if not self.blocks_per_sm:
             found.append("does not fit a multiprocessor")
@@ -148,9 +148,11 @@ class Variant:
         """Triton's names of the arguments' types; what is not listed is a length, int32."""
         query, cache = f"*{_SHORT[self.dtype]}", "*fp8e4nv" if self.fp8 else f"*{_SHORT[self.dtype]}"
         pointers = {"p_query": query, "p_out": query, "p_key": cache, "p_value": cache}
-        pointers |= {"p_pages": "*i64", "p_tile_starts": "*i64"}
-        pointers |= {name: "*fp32" for name in ("p_lse", "p_sinks", "p_mean", "p_scores")}
-        lists = ("p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads", "p_rows")
+        pointers |= {"p_pages": "*i64", "p_tile_starts": "*i64", "p_lists": "*i64", "p_levels": "*u8"}
+        pointers |= {
+            name: "*fp32" for name in ("p_lse", "p_sinks", "p_mean", "p_scores", "p_norm", "p_weights", "p_mass")
+        }
+        lists = ("p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads", "p_rows", "p_lowest")
         pointers |= {name: "*i32" for name in lists}
         if function is estimate.column_diagonal_kernel:
             pointers |= {"p_columns": "*fp32", "p_nearer": "*fp32", "p_farther": "*fp32"}
@@ -179,6 +181,8 @@ OTHERS = (
     Variant(fp8=True, packed=True),
 )
 ESTIMATES = (Variant(page=16), Variant(page=128))
+RANKS = {16: True, 64: False}
+"""Ranks, and whether they are a default."""
 TILE, STRIDE = 128, 16
 """Rows of a query tile, and tokens of an antidiagonal's square: the defaults."""
 
@@ -221,13 +225,32 @@ def estimate_accounts(variant: Variant, arch: int) -> list[Account]:
     return rows
 
 
+def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
+    types = Variant().types
+    of_rows, of_tiles = low_rank.launch_shape(rank, TILE)
+    kernels: dict[str, tuple[Any, dict[str, Any]]] = {
+        "peak_lse": (low_rank.peak_lse_kernel, of_rows),
+        "tile_levels": (low_rank.tile_levels_kernel, of_tiles),
+        "mass": (low_rank.mass_kernel, {"BLOCK_N": low_rank.WEIGHTS}),
+    }
+    rows = []
+    for name, (function, constants) in kernels.items():
+        compiled = compile_kernel(
+            function, types(function), constants, arch, num_warps=low_rank.NUM_WARPS, num_stages=3
+        )
+        rows.append(account(name, f"bf16 rank={rank}", default, compiled, arch))
+    return rows
+
+
 def accounts(arch: int, everything: bool) -> list[Account]:
     rows = [attention_account(variant, True, arch) for variant in DEFAULT]
     for variant in OTHERS if everything else ():
         # Before compute capability 8.9 GPUs have no FP8 and Triton refuses it.
         if arch >= 89 or not variant.fp8:
             rows.append(attention_account(variant, False, arch))
-    return rows + [row for variant in ESTIMATES for row in estimate_accounts(variant, arch)]
+    rows += [row for variant in ESTIMATES for row in estimate_accounts(variant, arch)]
+    ranks = [rank for rank, default in RANKS.items() if default or everything]
+    return rows + [row for rank in ranks for row in low_rank_accounts(rank, RANKS[rank], arch)]
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 from minference_vllm.attend import attend_chunk, choose_tile
 from minference_vllm.index import share_lists
-from minference_vllm.patterns import MAX_LEVEL, Antidiagonal, HeadPattern, at_level
+from minference_vllm.patterns import MAX_LEVEL, Antidiagonal, HeadPattern, LowRank, at_level
 from minference_vllm.plan import Chunk
 from minference_vllm.settings import Settings
 
@@ -28,7 +28,7 @@ class Variant:
     """What decides which kernels the sparse chunks of a layer run."""
 
     kinds: frozenset[tuple[str, int]]
-    """Of its patterns, with the stride of those that have one (else 0): budgets change no kernel."""
+    """Of its patterns, with the stride or rank of those that have one (else 0): budgets change no kernel."""
     heads_per_list: int
     heads: int
     kv_heads: int
@@ -44,6 +44,12 @@ class Variant:
         flags = [name for name in ("softcap", "sinks") if getattr(self, name)]
         sizes = f"{self.heads} heads over {self.kv_heads} of size {self.head_size}, pages of {self.page}"
         return ", ".join([f"{query} over {cache}", sizes, *flags, *sorted({kind for kind, _ in self.kinds})])
+
+
+def _size_in_kernels(pattern: HeadPattern) -> int:
+    if isinstance(pattern, Antidiagonal):
+        return pattern.stride
+    return pattern.rank if isinstance(pattern, LowRank) else 0
 
 
 _ready: set[Variant] = set()
@@ -88,7 +94,7 @@ def _warm_up_layer(
     query = torch.zeros(chunk.query_len, impl.num_heads, impl.head_size, dtype=query_dtype, device=device)
     options = impl.attend_options(layer, query)
     variant = Variant(
-        frozenset((p.kind, p.stride if isinstance(p, Antidiagonal) else 0) for p in patterns),
+        frozenset((pattern.kind, _size_in_kernels(pattern)) for pattern in patterns),
         group if share_lists(patterns, group) else 1,
         impl.num_heads,
         impl.num_kv_heads,

@@ -12,7 +12,16 @@ from minference_vllm.attend import attend_chunk
 from minference_vllm.estimate import Estimates, antidiagonal_scores
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import Antidiagonal, AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
+from minference_vllm.patterns import (
+    Antidiagonal,
+    AShape,
+    BlockSparse,
+    Dense,
+    HeadPattern,
+    LowRank,
+    TriShape,
+    VerticalSlash,
+)
 from minference_vllm.plan import Chunk
 from minference_vllm.recall import Audit
 from minference_vllm.tiling import Tiling
@@ -29,6 +38,7 @@ MIXED: list[HeadPattern] = [
     AShape(sink=1024, local=3072),
     TriShape(sink=1024, local=3072, last=128),
 ] * 2
+LOOKING_UP: list[HeadPattern] = [LowRank(), Dense(), LowRank(), LowRank(), *[LowRank(gamma=0.5)] * 4]
 
 
 @pytest.fixture(params=["triton", "block_table"])
@@ -91,16 +101,17 @@ def sampled_error(
     return worst
 
 
-def test_nothing_waits_for_the_gpu(engine: str) -> None:
+@pytest.mark.parametrize("patterns", [MIXED, LOOKING_UP], ids=["fixed", "low_rank"])
+def test_nothing_waits_for_the_gpu(engine: str, patterns: list[HeadPattern]) -> None:
     """Every call after the first, which compiles and copies the few constants."""
     query, cache, pages, chunk = layer(32768, 2048)
     out = torch.empty_like(query)
     first, second = (Audit(torch.tensor([0, 700, 2047], device="cpu")) for _ in range(2))
-    attend_chunk(query, cache, pages, chunk, MIXED, SCALE, out, engine, audit=first)
+    attend_chunk(query, cache, pages, chunk, patterns, SCALE, out, engine, audit=first)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        index = attend_chunk(query, cache, pages, Chunk(0, 0, 28672, 30720), MIXED, SCALE, out, engine, audit=second)
+        index = attend_chunk(query, cache, pages, Chunk(0, 0, 28672, 30720), patterns, SCALE, out, engine, audit=second)
         computed = index.computed_pairs().sum()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
@@ -123,6 +134,22 @@ def test_the_index_is_the_torch_paths() -> None:
     assert float(different) < 1e-4
     expected = reference.masked_attention(query, keys, keys, index.to_mask(), SCALE)
     assert float((out.double() - expected).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("rank", [16, 48, 128])
+@pytest.mark.parametrize("tile", [64, 128, 384])
+def test_levels_are_the_torch_paths(tile: int, rank: int) -> None:
+    """But for sums in another order, which may round a level the other way."""
+    from minference_vllm import low_rank
+    from minference_vllm.triton_kernels import low_rank as kernels
+
+    torch.manual_seed(0)
+    tiling = Tiling.of(17010, 20011, 64, tile, device="cuda")
+    query, keys = torch.randn(3, 3001, rank) * 4 * rank**-0.5, torch.randn(3, 20011, rank)
+    chosen = query.bfloat16(), keys.bfloat16(), tiling, torch.zeros(3, dtype=torch.int32)
+    found, right = kernels.tile_levels(*chosen), low_rank.tile_levels(*chosen)
+    difference = (found.int() - right.int()).abs()
+    assert int(difference.max()) <= 1 and float((difference > 0).float().mean()) < 0.01
 
 
 @pytest.mark.parametrize("stride", [8, 16])

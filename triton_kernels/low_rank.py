@@ -1,0 +1,239 @@
+"""What ``low_rank`` may have computed by kernels: levels of keys, and the attention at each level.
+
+Products are computed twice, once for what each row's scores are measured by and once for the levels, and never stored.
+Exponential units would be the bottleneck: there is one exponential per row and ``PEAK_KEYS`` keys, and none per key.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from minference_vllm import low_rank
+from minference_vllm.tiling import Tiling
+from minference_vllm.triton_kernels.estimate import add_scores
+from minference_vllm.triton_kernels.launch import launcher
+from minference_vllm.triton_kernels.sparse_attention import LN2
+
+PEAK_KEYS = tl.constexpr(low_rank.PEAK_KEYS)
+LEVELS_PER_BIT = tl.constexpr(low_rank.LEVELS_PER_BIT)
+TOP_LEVEL = tl.constexpr(low_rank.TOP_LEVEL)
+OWN_LEVEL = tl.constexpr(low_rank.OWN_LEVEL)
+
+
+@triton.jit
+def _rows(p_rows, o_row, m_row, RANK: tl.constexpr, R: tl.constexpr):
+    """Rows of RANK numbers that lie one behind the other, zeros where there are none: ``[len(o_row), R]``."""
+    o_dim = tl.arange(0, R)
+    m_tile = m_row[:, None] & (o_dim < RANK)[None, :]
+    return tl.load(p_rows + o_row[:, None] * RANK + o_dim[None, :], mask=m_tile, other=0.0)
+
+
+@triton.jit
+def _peaks(b_score):
+    """The largest score of each PEAK_KEYS: ``[BLOCK_M, STEP / PEAK_KEYS]``."""
+    STEP: tl.constexpr = b_score.shape[1]
+    return tl.max(tl.reshape(b_score, [b_score.shape[0], STEP // PEAK_KEYS, PEAK_KEYS]), 2)
+
+
+# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+@triton.jit(do_not_specialize=["context_len", "seq_len"])
+def peak_lse_kernel(
+    p_query,
+    p_key,
+    p_lse,
+    context_len,
+    seq_len,
+    keys_per_part,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One program: for BLOCK_M rows of one head, the log-sum-exp over one part of the sequence of the largest score of
+    each PEAK_KEYS keys, in bits.
+
+    ``p_lse`` is float32 ``[h, parts, chunk]``. Parts are multiples of STEP, and STEP of PEAK_KEYS.
+    """
+    i_block, i_head, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    chunk = seq_len - context_len
+    o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_row = o_row < chunk
+    p_query += i_head.to(tl.int64) * chunk * RANK
+    p_key += i_head.to(tl.int64) * seq_len * RANK
+    b_query = _rows(p_query, o_row, m_row, RANK, R)
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    begin = i_part * keys_per_part
+    first = context_len + i_block * BLOCK_M
+    end = tl.minimum(begin + keys_per_part, tl.minimum(first + BLOCK_M, seq_len))
+    # The keys that all rows see, and those that some do.
+    border = tl.maximum(begin, tl.minimum(end, first + 1) // STEP * STEP)
+    for i_key in range(begin, border, STEP):
+        o_key = i_key + tl.arange(0, STEP)
+        b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < end, RANK, R)))
+        b_sum, b_max = add_scores(b_sum, b_max, _peaks(b_score))
+    for i_key in range(border, end, STEP):
+        o_key = i_key + tl.arange(0, STEP)
+        b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < end, RANK, R)))
+        b_score = tl.where(o_key[None, :] <= context_len + o_row[:, None], b_score, -float("inf"))
+        b_sum, b_max = add_scores(b_sum, b_max, _peaks(b_score))
+    p_lse += (i_head * tl.num_programs(2) + i_part).to(tl.int64) * chunk
+    tl.store(p_lse + o_row, b_max + tl.log2(b_sum), mask=m_row)
+
+
+@triton.jit
+def _tile_rows(
+    p_query, p_norm, own, i_down, context_len, seq_len, RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Rows ``own + i_down`` and on of a tile, and their norms: ``[BLOCK_M, R]``, ``[BLOCK_M]``."""
+    o_down = i_down + tl.arange(0, BLOCK_M)
+    o_row = own - context_len + o_down
+    m_row = (o_down < TILE) & (o_row >= 0) & (o_row < seq_len - context_len)
+    # Rows that are not there come near no key.
+    return _rows(p_query, o_row, m_row, RANK, R), tl.load(p_norm + o_row, mask=m_row, other=float("inf"))
+
+
+@triton.jit
+def _nearest(b_key, b_query, b_norm):
+    """How near each key comes to the row that rates it highest: ``[BLOCK_N]``."""
+    return tl.max(tl.dot(b_key, tl.trans(b_query)) - b_norm[None, :], 1)
+
+
+@triton.jit(do_not_specialize=["context_len", "seq_len", "num_tiles"])
+def tile_levels_kernel(
+    p_query,
+    p_key,
+    p_norm,
+    p_lowest,
+    p_levels,
+    context_len,
+    seq_len,
+    num_tiles,
+    RANK: tl.constexpr,
+    R: tl.constexpr,
+    TILE: tl.constexpr,
+    STRIP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: the levels of STRIP keys for one tile of one head.
+
+    ``p_norm`` is float32 ``[h, chunk]``, ``p_lowest`` int32 ``[h]``, ``p_levels`` uint8 ``[h, T, S]``, zeros: what
+    comes after a tile stays so.
+    """
+    i_strip, i_tile, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    chunk = seq_len - context_len
+    own = (context_len // TILE + i_tile) * TILE
+    begin, stop = i_strip * STRIP, tl.minimum((i_strip + 1) * STRIP, tl.minimum(own + TILE, seq_len))
+    if begin < stop:
+        p_query += i_head.to(tl.int64) * chunk * RANK
+        p_key += i_head.to(tl.int64) * seq_len * RANK
+        p_norm += i_head.to(tl.int64) * chunk
+        p_levels += (i_head * num_tiles + i_tile).to(tl.int64) * seq_len
+        before, lowest = tl.minimum(stop, own), tl.load(p_lowest + i_head)
+        b_query, b_norm = _tile_rows(p_query, p_norm, own, 0, context_len, seq_len, RANK, R, TILE, BLOCK_M)
+        for i_key in range(begin, before, BLOCK_N):
+            o_key = i_key + tl.arange(0, BLOCK_N)
+            b_key = _rows(p_key, o_key, o_key < before, RANK, R)
+            b_best = _nearest(b_key, b_query, b_norm)
+            for i_down in range(BLOCK_M, TILE, BLOCK_M):
+                b_more, b_their_norm = _tile_rows(
+                    p_query, p_norm, own, i_down, context_len, seq_len, RANK, R, TILE, BLOCK_M
+                )
+                b_best = tl.maximum(b_best, _nearest(b_key, b_more, b_their_norm))
+            b_level = tl.minimum(tl.maximum(b_best * LEVELS_PER_BIT + TOP_LEVEL, 0.0), TOP_LEVEL).to(tl.int32)
+            b_level = tl.where(b_level < lowest, 0, b_level)
+            tl.store(p_levels + o_key, b_level.to(tl.uint8), mask=o_key < before)
+        for i_key in range(tl.maximum(begin, own), stop, BLOCK_N):
+            o_key = i_key + tl.arange(0, BLOCK_N)
+            tl.store(p_levels + o_key, tl.full([BLOCK_N], OWN_LEVEL, dtype=tl.uint8), mask=o_key < stop)
+
+
+@triton.jit(do_not_specialize=["num_lists", "seq_len"])
+def mass_kernel(p_levels, p_lists, p_weights, p_mass, num_lists, seq_len, BLOCK_N: tl.constexpr):
+    """One program: BLOCK_N weights of one row, added by level to ``p_mass``, float32 ``[h, R, 256]``."""
+    i_block, i_row, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_list = tl.load(p_lists + i_row).to(tl.int64)
+    i_mass = (i_head * tl.num_programs(1) + i_row).to(tl.int64)
+    o_key = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_weight = tl.load(p_weights + i_mass * seq_len + o_key, mask=o_key < seq_len, other=0.0)
+    # Later keys weigh nothing, and many others as good as that.
+    m_key = b_weight > 0.0
+    b_level = tl.load(p_levels + (i_head * num_lists + i_list) * seq_len + o_key, mask=m_key, other=0)
+    tl.atomic_add(p_mass + i_mass * 256 + b_level.to(tl.int32), b_weight, mask=m_key, sem="relaxed")
+
+
+BLOCK_M, STEP, BLOCK_N, NUM_WARPS = 64, 128, 64, 4
+KEYS_PER_PART, STRIP = 8192, 2048
+"""Keys of one program, of either kernel."""
+WEIGHTS = 1024
+"""Weights of one program."""
+
+
+def launch_shape(rank: int, tile: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Constants of ``peak_lse_kernel`` and of ``tile_levels_kernel``."""
+    shape = {"RANK": rank, "R": max(16, triton.next_power_of_2(rank))}
+    # A wide tile comes in several steps.
+    rows = max(16, min(128, triton.next_power_of_2(tile)))
+    of_tiles = {"TILE": tile, "STRIP": STRIP, "BLOCK_M": rows, "BLOCK_N": BLOCK_N}
+    return shape | {"BLOCK_M": BLOCK_M, "STEP": STEP}, shape | of_tiles
+
+
+def tile_levels(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
+    """``low_rank.tile_levels``, without waiting for the GPU.
+
+    Args:
+        query: bf16 ``[h, chunk, r]``, scaled so that products are in bits. keys: bf16 ``[h, S, r]``.
+        lowest: int32 ``[h]``: levels below are not wanted, and 0.
+
+    Returns:
+        uint8 ``[h, T, S]``.
+
+    Raises:
+        ValueError: the tensors are not bf16, or do not fit the tiling.
+    """
+    heads, length, rank = keys.shape
+    chunk, tiles = length - tiling.context_len, tiling.num_tiles
+    if length != tiling.seq_len or query.shape != (heads, chunk, rank):
+        raise ValueError(
+            f"queries {list(query.shape)} and keys {list(keys.shape)} do not fit a chunk of {tiling.seq_len} tokens "
+            f"after {tiling.context_len}"
+        )
+    if query.dtype != torch.bfloat16 or keys.dtype != torch.bfloat16:
+        raise ValueError(f"queries and keys must be bfloat16, not {query.dtype} and {keys.dtype}")
+    query, keys = query.contiguous(), keys.contiguous()
+    lengths = tiling.context_len, tiling.seq_len
+    of_rows, of_tiles = launch_shape(rank, tiling.tile)
+    parts = triton.cdiv(length, KEYS_PER_PART)
+    lse = torch.empty(heads, parts, chunk, device=query.device)
+    launcher(peak_lse_kernel, (triton.cdiv(chunk, BLOCK_M), heads, parts))(
+        query, keys, lse, *lengths, KEYS_PER_PART, **of_rows, num_warps=NUM_WARPS
+    )
+    norms = lse.mul_(LN2.value).logsumexp(1).div_(LN2.value)
+    levels = torch.zeros(heads, tiles, length, dtype=torch.uint8, device=query.device)
+    launcher(tile_levels_kernel, (triton.cdiv(length, STRIP), tiles, heads))(
+        query, keys, norms, lowest, levels, *lengths, tiles, **of_tiles, num_warps=NUM_WARPS
+    )
+    return levels
+
+
+def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """``low_rank.mass_by_level``; sums are taken in any order.
+
+    Args:
+        levels: uint8 ``[h, L, S]``.
+        lists: int64 ``[R]``.
+        weights: float32 ``[h, R, S]``; all three contiguous.
+
+    Returns:
+        float32 ``[h, 256]``.
+    """
+    heads, rows, length = weights.shape
+    mass = torch.zeros(heads, rows, 256, device=weights.device)
+    launcher(mass_kernel, (triton.cdiv(length, WEIGHTS), rows, heads))(
+        levels, lists, weights, mass, levels.shape[1], length, BLOCK_N=WEIGHTS, num_warps=NUM_WARPS
+    )
+    return mass.mean(1)
