@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minference_vllm.low_rank import CALIBRATION_ROWS, WEIGHTS_BYTES
 from minference_vllm.patterns import (
     ESTIMATION_BLOCK,
     AShape,
@@ -89,9 +90,11 @@ def plan_capacity(
     blocks, columns = min(blocks, key_blocks), min(columns, max(1, -(-seq_len // column_multiple) * column_multiple))
     # Per head while it is scored: float64 sums over the sequence, masks and places over tiles and blocks or columns.
     per_head = 40 * seq_len + tiles * (24 * key_blocks + 40 * (columns + column_multiple))
-    # Or a level and a mark for every tile and key, and the keys of few dimensions twice.
-    rank = max((pattern.rank for pattern in patterns if isinstance(pattern, LowRank)), default=0)
-    per_head = max(per_head, (2 * tiles + 4 * rank) * seq_len if rank else 0)
+    # Or a level and a mark for every tile and key, the keys of few dimensions twice, and the attention of some rows.
+    if rank := max((pattern.rank for pattern in patterns if isinstance(pattern, LowRank)), default=0):
+        per_head = max(
+            per_head, (2 * tiles + 4 * rank) * seq_len + min(8 * CALIBRATION_ROWS * seq_len, 2 * WEIGHTS_BYTES)
+        )
     lists = 4 * len(patterns) * tiles * (blocks + columns)
     at_once = max(1, (MEMORY_LIMIT * 3 // 4 - 2 * lists) // per_head)
     return Capacity(blocks, columns, min(at_once, len(patterns)))

@@ -196,7 +196,7 @@ def columns_outside_blocks(
 MAX_PIECE = 1 << 22
 """Heads times tiles times columns that are sorted out at once: what the caches of a processor hold."""
 PLANNED_PIECE = 1 << 23
-"""The same where sizes are planned: pieces cost a GPU more, and memory less."""
+"""Heads times tiles times keys whose marks are counted at once, where sizes are planned."""
 
 
 def _columns_in_pieces(
@@ -243,8 +243,10 @@ def single_keys(
         short = order[..., -1:] < missing
         wanted = (wanted | (free & (order <= missing))) & ~short
         blocks = torch.where(short, tiling.reachable(), blocks)
-    # Tiles at a time: keys that are counted take four times the room of their marks, or eight.
-    at_once = max(1, (MAX_PIECE if width is None else PLANNED_PIECE) // wanted[:, 0].numel())
+    if width is None:
+        return blocks, *compact(wanted)
+    # Tiles at a time: keys that are counted take four times the room of their marks.
+    at_once = max(1, PLANNED_PIECE // wanted[:, 0].numel())
     parts = [compact(part, width) for part in wanted.split(at_once, dim=1)]
     return blocks, torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
 
@@ -393,8 +395,7 @@ def _parts(
     for pattern, group in groups.items():
         at_once = len(group) if capacity is None else capacity.heads_at_once
         if isinstance(pattern, LowRank) and capacity is None:
-            # A mark for every tile and key.
-            at_once = min(at_once, max(1, MAX_PIECE // (tiling.num_tiles * tiling.seq_len)))
+            at_once = 1  # each may turn out to need no scores
         for first in range(0, len(group), at_once):
             yield _list(tiling, pattern, group[first : first + at_once], scores, capacity)
 

@@ -35,8 +35,12 @@ LEAST_ROWS = 16
 FIT_ROWS = 4096
 """Queries, and keys, from which dimensions are fitted, at most about."""
 ITERATIONS = 8
+SINK = 64
+"""First tokens that a head without far-away keys may need."""
+NEAR_SHARE = 1 / 16
+"""A head that finds what it needs in this share of the pages, the nearest and the first, is not scored."""
 WEIGHTS_BYTES = 64 << 20
-"""Attention of sampled rows that is held at once."""
+"""Attention of a head's sampled rows."""
 
 
 class Projection(NamedTuple):
@@ -216,8 +220,9 @@ def estimate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Levels of every key for some heads, and how far down to go.
 
-    A sampled row's keys are looked up twice: at the levels that the row itself gives them, which says what levels need
-    not be told apart, and then at those of its tile, which are no lower.
+    Heads that look at what is near need no scores (on CPUs, where all the heads of a call do). For others a sampled
+    row's keys are looked up twice: at the levels that the row itself gives them, which says what levels need not be
+    told apart, and then at those of its tile, which are no lower.
 
     Args:
         query: ``[chunk, H, D]``; its last row is the sequence's last token.
@@ -238,21 +243,39 @@ def estimate(
             runs = [(kv_head, len(list(run))) for kv_head, run in itertools.groupby(head // group for head in heads)]
             yield torch.cat([piece[kv_head : kv_head + 1, ::step].expand(run, -1, -1) for kv_head, run in runs])
 
+    room = WEIGHTS_BYTES // (4 * tiling.seq_len)
+    rows = calibration_rows(query.shape[0], min(CALIBRATION_ROWS, max(LEAST_ROWS, room)), query.device)
+    positions = rows + tiling.context_len
+    weights = exact_weights(by_head[:, rows], pieces(), positions, scale)
+    tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
+    if query.device.type == "cpu":  # a GPU would have to be waited for
+        levels = distance_levels(tiling).expand(len(heads), -1, -1).contiguous()
+        wanted = threshold(kernels.mass_by_level(levels, tiles, weights), gamma)
+        pages = math.ceil(SINK / tiling.block_size) + TOP_LEVEL - wanted
+        if bool((pages <= tiling.num_key_blocks * NEAR_SHARE).all()):
+            return levels, wanted
+
     queries = by_head[:, :: math.ceil(query.shape[0] / FIT_ROWS)]
     sample = torch.cat(list(pieces(math.ceil(tiling.seq_len / FIT_ROWS))), 1)
     projection = fit(queries, sample, min(rank, query.shape[2]))
     low_query = torch.matmul(by_head.float(), projection.to_query).mul_(scale / math.log(2)).bfloat16()
     centred = (piece.float() - projection.mean for piece in pieces())
     low_keys = torch.cat([torch.matmul(keys, projection.to_key).bfloat16() for keys in centred], 1)
-
-    room = WEIGHTS_BYTES // (4 * len(heads) * tiling.seq_len)
-    rows = calibration_rows(query.shape[0], min(CALIBRATION_ROWS, max(LEAST_ROWS, room)), query.device)
-    positions = rows + tiling.context_len
-    weights = exact_weights(by_head[:, rows], pieces(), positions, scale)
     own_levels = row_levels(low_query[:, rows], low_keys, positions, tiling)
     each_row = torch.arange(len(rows), device=query.device)
     # One less: kernels may round otherwise.
     lowest = threshold(kernels.mass_by_level(own_levels, each_row, weights), gamma).sub_(1).clamp_(min=0)
     levels = kernels.tile_levels(low_query, low_keys, tiling, lowest)
-    tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
     return levels, threshold(kernels.mass_by_level(levels, tiles, weights), gamma)
+
+
+def distance_levels(tiling: Tiling) -> torch.Tensor:
+    """Levels of keys by their distance alone, for heads that look at what is near and at the first tokens: uint8
+    ``[T, S]``, ``TOP_LEVEL`` for the first ``SINK`` tokens' pages, and one less for each page that a key lies before
+    the tile."""
+    distance = tiling.distance()
+    levels = (TOP_LEVEL - distance).clamp_(0, OWN_LEVEL)
+    levels[:, : math.ceil(SINK / tiling.block_size)] = TOP_LEVEL
+    levels[tiling.own()] = OWN_LEVEL
+    levels.masked_fill_(~tiling.reachable(), 0)
+    return levels.to(torch.uint8).repeat_interleave(tiling.block_size, 1)[:, : tiling.seq_len].contiguous()

@@ -209,6 +209,35 @@ def build(pattern: LowRank | Coverage, query: torch.Tensor, keys: torch.Tensor) 
     return build_index(Tiling.of(CONTEXT, LENGTH, PAGE, 128), [pattern], Estimates(query, keys, 1.0))
 
 
+def neighbours(sink: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every row looks at the 150 keys before it, and at the first one, or not."""
+    place = torch.arange(LENGTH, dtype=torch.float32)[:, None] / LENGTH * 3.0
+    angle = place * torch.randn(DIM // 2 - 1, generator=torch.Generator().manual_seed(0)) * 20
+    keys = torch.cat([angle.cos(), angle.sin(), torch.zeros(LENGTH, 2)], 1)
+    query = keys[CONTEXT:] * 3
+    if sink:
+        keys[0], query[:, -1] = 0, 1
+        keys[0, -1] = 90
+    return query[:, None], keys[None]
+
+
+@pytest.mark.parametrize("sink", [False, True])
+def test_a_head_that_looks_at_what_is_near_is_not_scored(sink: bool) -> None:
+    query, keys = neighbours(sink)
+
+    def unexpected(*_: torch.Tensor | Tiling) -> torch.Tensor:
+        raise AssertionError("scored")
+
+    tiling = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
+    estimates = Estimates(query, keys, 1.0, Kernels(tile_levels=unexpected))
+    index = build_index(tiling, [LowRank(gamma=0.9)], estimates)
+    assert recall(index, query, keys) >= 0.9 - 0.01
+    assert float(index.density()) < 0.1 and not index.num_columns.any()
+    # What is near is cheapest as pages: far-away keys are scored.
+    with pytest.raises(AssertionError, match="scored"):
+        build_index(tiling, [LowRank(gamma=0.9)], Estimates(*lookups(), 1.0, Kernels(tile_levels=unexpected)))
+
+
 @pytest.mark.parametrize("gamma", [0.8, 0.9, 0.97])
 def test_a_head_that_looks_things_up(gamma: float) -> None:
     query, keys = lookups()
