@@ -5,7 +5,7 @@ reads each prompt from its first token (prefix caching off). vLLM's dense engine
 from one question to the next, which changes nothing but the time: the cached keys are the ones it would compute again.
 Its time to first token is therefore taken from the first question of each text alone.
 
-    python benchmarks/bench_answers.py --tokens 32768 --patterns default --csv benchmarks/results/answers_cpu.csv
+    python benchmarks/bench_answers.py --tokens 32768 --patterns low_rank --csv benchmarks/results/answers_cpu.csv
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def start(name: str, args: argparse.Namespace, folder: Path) -> Engine:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEMO / "model"))
-    parser.add_argument("--patterns", nargs="+", default=["default"], help="shipped pattern files, or paths")
+    parser.add_argument("--patterns", nargs="+", default=["low_rank"], help="shipped pattern files, or paths")
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 65536], help="prompt lengths")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--questions", type=int, default=100, help="per task and length")

@@ -16,7 +16,7 @@ median over heads and chunks; ``corrected_error`` the same if every page without
 with its mean key and mean value (mean correction, which the backend does not do); ``density`` share of query-key pairs
 computed; ``needed`` the share that would do for 95 % of each row's attention if every row had its own selection and
 knew it beforehand, median over heads and chunks; ``select_s`` seconds of estimate and index, per head and chunk, by the
-torch path.
+torch path (``low_rank``: by the CPU kernels, where they run).
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ PATTERNS = (
     '{"kind": "coverage", "gamma": 0.98, "min_budget": 6144}',
     '{"kind": "antidiagonal", "stride": 16, "tau": 0.9}',
     '{"kind": "peak_threshold", "alpha": 0.1}',
-    '{"kind": "low_rank", "rank": 16, "gamma": 0.95}',
-    '{"kind": "low_rank", "rank": 16, "gamma": 0.97}',
-    '{"kind": "low_rank", "rank": 32, "gamma": 0.97}',
+    '{"kind": "low_rank", "rank": 32, "gamma": 0.95}',
+    '{"kind": "low_rank", "rank": 32, "gamma": 0.98}',
+    '{"kind": "low_rank", "rank": 16, "gamma": 0.98}',
+    '{"kind": "low_rank", "rank": 32, "gamma": 0.99}',
 )
 
 

@@ -9,11 +9,14 @@ from minference_vllm.formats import load_pattern_file, parse_patterns, shipped_p
 from minference_vllm.patterns import PatternFile
 from minference_vllm.settings import Settings
 
-DEFAULT_PATTERNS = "default"
+CPU_DEFAULT = "low_rank"
+"""What is shipped for a model that nobody has looked at."""
+GPU_DEFAULT = "coverage"
+"""The same on GPUs, where attention costs so little that scores of every pair would cost a large part of it."""
 CHECKPOINT_FILE = "sparse_attention_config.json"
 
 
-def discover_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
+def discover_patterns(settings: Settings, model: Any, on_gpu: bool) -> tuple[PatternFile, str]:
     """The patterns a model runs with, and where they came from and why, in words.
 
     The first of: the user's file; the checkpoint's own (in its configuration, or ``sparse_attention_config.json``
@@ -23,6 +26,7 @@ def discover_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]
 
     Args:
         model: vLLM's model configuration, or a ``checkpoint.Checkpoint``.
+        on_gpu: which default is meant.
 
     Raises:
         PatternError: the file that was found cannot be used.
@@ -43,8 +47,10 @@ def discover_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]
             patterns = load_pattern_file(name)
             if patterns.model and model_names(patterns.model) & wanted and _fits(patterns, model):
                 return patterns, f"shipped {name!r} (found on {kind}: {patterns.model})"
-    return load_pattern_file(DEFAULT_PATTERNS), (
-        f"shipped {DEFAULT_PATTERNS!r} (no file was set, the checkpoint has none, none ships for this model)"
+    default, device = (GPU_DEFAULT, "GPUs") if on_gpu else (CPU_DEFAULT, "CPUs")
+    return load_pattern_file(default), (
+        f"shipped {default!r}, the default on {device} (no file was set, the checkpoint has none, none ships for this "
+        "model)"
     )
 
 

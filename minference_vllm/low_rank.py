@@ -35,6 +35,8 @@ LEAST_ROWS = 16
 FIT_ROWS = 4096
 """Queries, and keys, from which dimensions are fitted, at most about."""
 ITERATIONS = 8
+ENOUGH = 1.0
+"""Error of a score, in nats, below which more dimensions would not tell keys apart much better."""
 SINK = 64
 """First tokens that a head without far-away keys may need."""
 NEAR_SHARE = 1 / 16
@@ -54,16 +56,19 @@ class Projection(NamedTuple):
     """float32 ``[h, 1, D]``. What all keys have in common changes no softmax."""
 
 
-def fit(query: torch.Tensor, keys: torch.Tensor, rank: int) -> Projection:
-    """The ``rank`` dimensions that keep the products of queries and keys best in the mean square.
+def fit(query: torch.Tensor, keys: torch.Tensor, rank: int, enough: float | None = None) -> Projection:
+    """The ``rank`` dimensions, or fewer if they are enough, that keep the products of queries and keys best in the mean
+    square.
 
     With ``A`` the second moment of the queries and ``L L'`` that of the centred keys, they are the leading eigenvectors
     ``V`` of ``L' A L``: a query becomes ``V' L' q``, a key ``V' L^-1 k``, and in that eigenspace ``L^-T V`` is
-    ``A L V (V' L' A L V)^-1``, which needs no inverse of ``L``. Nothing waits for a GPU.
+    ``A L V (V' L' A L V)^-1``, which needs no inverse of ``L``.
 
     Args:
         query: ``[h, n, D]``. keys: ``[h, m, D]``.
         rank: at most ``D``.
+        enough: root of the mean square of what products may lose; steps of 16 dimensions up to ``rank`` are tried.
+            None: always ``rank``, so that nothing waits for a GPU.
     """
     query, keys = query.float(), keys.float()
     mean = keys.mean(1, keepdim=True)
@@ -78,8 +83,13 @@ def fit(query: torch.Tensor, keys: torch.Tensor, rank: int) -> Projection:
     vectors = (places[:, None] * places[:rank] + places[:rank]).cos().expand(len(query), -1, -1)
     for _ in range(ITERATIONS):
         vectors = torch.linalg.qr(moment @ vectors).Q
-    to_query = root @ vectors
     within = vectors.transpose(1, 2) @ moment @ vectors
+    if enough is not None:
+        total = moment.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+        lost = (total - within.diagonal(dim1=1, dim2=2).cumsum(1))[:, 15:-1:16].amax(0)
+        rank = next((16 * (step + 1) for step, rest in enumerate(lost.tolist()) if rest <= enough**2), rank)
+        vectors, within = vectors[:, :, :rank], within[:, :rank, :rank]
+    to_query = root @ vectors
     inverse = torch.linalg.inv_ex(within + _ridge(within, 1e-9) * identity[:rank, :rank]).inverse
     return Projection(to_query.float(), (queries @ to_query @ inverse).float(), mean)
 
@@ -228,7 +238,7 @@ def estimate(
         query: ``[chunk, H, D]``; its last row is the sequence's last token.
         key_pieces: ``[HK, n, D]`` each, pieces that together are the sequence; called more than once.
         heads: query heads wanted.
-        rank: dimensions; no more than the head has are used.
+        rank: dimensions; no more than the head has are used, and on CPUs no more than it needs (``ENOUGH``).
         gamma: share of the sampled rows' attention that is wanted.
 
     Returns:
@@ -257,7 +267,8 @@ def estimate(
 
     queries = by_head[:, :: math.ceil(query.shape[0] / FIT_ROWS)]
     sample = torch.cat(list(pieces(math.ceil(tiling.seq_len / FIT_ROWS))), 1)
-    projection = fit(queries, sample, min(rank, query.shape[2]))
+    enough = ENOUGH / scale if query.device.type == "cpu" else None
+    projection = fit(queries, sample, min(rank, query.shape[2]), enough)
     low_query = torch.matmul(by_head.float(), projection.to_query).mul_(scale / math.log(2)).bfloat16()
     centred = (piece.float() - projection.mean for piece in pieces())
     low_keys = torch.cat([torch.matmul(keys, projection.to_key).bfloat16() for keys in centred], 1)

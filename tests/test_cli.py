@@ -100,9 +100,9 @@ def test_every_command_explains_itself(tool: Callable[..., Ended], name: str) ->
         [],
         ["calibrat"],
         ["convert"],
-        ["convert", "default"],
-        ["convert", "default", "-o", "-", "--to", "yaml"],
-        ["convert", "default", "-o", "-", "--layers", "0"],
+        ["convert", "coverage"],
+        ["convert", "coverage", "-o", "-", "--to", "yaml"],
+        ["convert", "coverage", "-o", "-", "--layers", "0"],
         ["inspect"],
         ["plot", "x", "--head", "3"],
         ["plot", "x", "-o", "picture.bmp"],
@@ -120,7 +120,7 @@ def test_wrong_usage(tool: Callable[..., Ended], arguments: list[str]) -> None:
     ("arguments", "message"),
     [
         (["convert", "no.json", "-o", "-"], "no pattern file at 'no.json'"),
-        (["convert", "default", "-o", "/no/folder/out.json"], "No such file or directory: '/no/folder/out.json'"),
+        (["convert", "coverage", "-o", "/no/folder/out.json"], "No such file or directory: '/no/folder/out.json'"),
         (["inspect", "no/model"], "no/model"),
         (["inspect", str(DEMO), "--patterns", "no.json"], "no pattern file at 'no.json'"),
         (["plot", str(DEMO), "--head", "3:0"], "no head 3:0; the model has layers 0 to 2, heads 0 to 3"),
@@ -162,7 +162,7 @@ def test_inspect_the_bundled_model(tool: Callable[..., Ended]) -> None:
     lines = ended.out.splitlines()
     assert ended.code == 0
     assert lines[0] == f"model     {DEMO} (StableLmForCausalLM, 3 layers, 4 query heads over 2, bfloat16)"
-    assert lines[1].startswith("patterns  shipped 'default' (no file was set")
+    assert lines[1].startswith("patterns  shipped 'low_rank', the default on CPUs (no file was set")
     assert "from 8192 tokens" in ended.out
     assert lines[-2].split() == ["layers", "heads", "pattern"] and lines[-1].startswith("0-2     all    ")
 

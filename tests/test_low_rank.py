@@ -163,6 +163,21 @@ def test_no_other_dimensions_lose_less(rank: int) -> None:
     assert (error >= least * (1 - 1e-6)).all() and (error <= least * 1.05).all(), (error / least).tolist()
 
 
+def test_no_more_dimensions_than_are_needed() -> None:
+    query, keys = spread_inputs()
+    exact = query.double() @ (keys.double() - keys.double().mean(1, keepdim=True)).transpose(1, 2)
+
+    def error(rank: int) -> float:
+        return float(
+            (products(low_rank.fit(query, keys, rank), query, keys) - exact).square().mean((1, 2)).max() ** 0.5
+        )
+
+    for enough, rank in ((1e9, 16), (error(16) * 1.01, 16), (error(32) * 1.01, 32), (error(48) * 0.99, 64), (0.0, 64)):
+        assert low_rank.fit(query, keys, 64, enough).to_key.shape == (2, 64, rank)
+    assert low_rank.fit(query, keys, 40, 0.0).to_key.shape == (2, 64, 40)
+    assert low_rank.fit(query, keys, 16, 0.0).to_key.shape == (2, 64, 16)
+
+
 @pytest.mark.parametrize("case", ["zeros", "constant keys", "one query", "few keys", "one dimension", "huge"])
 def test_degenerate_inputs_stay_finite(case: str) -> None:
     query, keys = spread_inputs()

@@ -186,7 +186,7 @@ def test_the_pattern_files_are_installed_with_the_package(tmp_path: Path) -> Non
     script = """
 import json
 from minference_vllm.formats import load_pattern_file
-print(json.dumps(load_pattern_file("default").default.kind))
+print(json.dumps(load_pattern_file("coverage").default.kind))
 """
     assert fresh(tmp_path, script) == "coverage"
 

@@ -81,9 +81,16 @@ def _make_runtime(vllm_config: Any) -> Runtime:
     if problems:
         raise ValueError(f"minference cannot serve {model.model}: " + "; ".join(problems))
     settings = load_settings(vllm_config.additional_config)
-    patterns, source = discover_patterns(settings, model)
+    patterns, source = discover_patterns(settings, model, _on_gpu())
     patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
     return Runtime(settings, patterns, source)
+
+
+def _on_gpu() -> bool:
+    # vLLM looks for its platform when this is imported, and asks plugins, us among them.
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
 
 
 def unsupported_model_reasons(model: Any) -> list[str]:
