@@ -254,18 +254,20 @@ class PagedEstimates(estimate.Estimates):
     def low_rank(
         self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        of, kernels = self, self.kernels
+        of, kernels, lines = self, self.kernels, None
         if self.triton:
             from minference_vllm.triton_kernels import low_rank as ours
 
             of, heads = self._kv_heads_of(heads)
             kernels = low_rank.Kernels(ours.tile_levels, ours.mass_by_level)
+        else:
+            lines = estimate.line_levels(tiling, *self.last_query(heads))
 
         def pieces() -> Iterator[torch.Tensor]:
             return of._key_pieces(low_rank.CALIBRATION_ROWS)
 
         with self._timed():
-            return low_rank.estimate(of.query, pieces, heads, tiling, rank, gamma, self.scale, kernels)
+            return low_rank.estimate(of.query, pieces, heads, tiling, rank, gamma, self.scale, kernels, lines)
 
     def _kv_heads_of(self, heads: Sequence[int]) -> tuple[PagedEstimates, list[int]]:
         """What these heads need of the query and the cache, and their numbers in it."""

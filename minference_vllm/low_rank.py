@@ -29,18 +29,16 @@ TOP_LEVEL = 254
 OWN_LEVEL = 255
 """Level of the keys in a tile's own pages, which it always attends."""
 CALIBRATION_ROWS = 64
-"""Rows of a chunk on which the attention at each level is measured."""
+"""Rows of a chunk on which the attention at each level is measured, at most."""
+ROWS_PER_SAMPLE = 16
+"""Short chunks measure one row in so many."""
 LEAST_ROWS = 16
-"""As many at least, where their attention takes more than ``WEIGHTS_BYTES``."""
+"""But as many at least, also where their attention takes more than ``WEIGHTS_BYTES``."""
 FIT_ROWS = 4096
 """Queries, and keys, from which dimensions are fitted, at most about."""
 ITERATIONS = 8
 ENOUGH = 1.0
 """Error of a score, in nats, below which more dimensions would not tell keys apart much better."""
-SINK = 64
-"""First tokens that a head without far-away keys may need."""
-NEAR_SHARE = 1 / 16
-"""A head that finds what it needs in this share of the pages, the nearest and the first, is not scored."""
 WEIGHTS_BYTES = 64 << 20
 """Attention of a head's sampled rows."""
 
@@ -165,10 +163,10 @@ def row_levels(query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor,
     return as_levels(scores.sub_(norms(scores))).masked_fill_(own, OWN_LEVEL)
 
 
-def calibration_rows(chunk: int, count: int, device: torch.device) -> torch.Tensor:
-    """int64: one row of each of up to ``count`` equal parts of the chunk, at ever other places in them; of the last
-    part its last row."""
-    count = min(count, chunk)
+def calibration_rows(chunk: int, length: int, device: torch.device) -> torch.Tensor:
+    """int64: one row of each of some equal parts of a chunk, at ever other places in them; of the last its last row."""
+    room = min(WEIGHTS_BYTES // (4 * length), chunk // ROWS_PER_SAMPLE)
+    count = min(chunk, CALIBRATION_ROWS, max(LEAST_ROWS, room))
     part = torch.arange(count, device=device)
     begin, end = part * chunk // count, (part + 1) * chunk // count
     rows = begin + (part.mul(0.618034).frac() * (end - begin)).long()
@@ -227,12 +225,12 @@ def estimate(
     gamma: float,
     scale: float,
     kernels: Kernels = Kernels(),  # noqa: B008, it is immutable
+    cheaper: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Levels of every key for some heads, and how far down to go.
 
-    Heads that look at what is near need no scores (on CPUs, where all the heads of a call do). For others a sampled
-    row's keys are looked up twice: at the levels that the row itself gives them, which says what levels need not be
-    told apart, and then at those of its tile, which are no lower.
+    A sampled row's keys are looked up twice: at the levels that the row itself gives them, which says what levels need
+    not be told apart, and then at those of its tile, which are no lower.
 
     Args:
         query: ``[chunk, H, D]``; its last row is the sequence's last token.
@@ -240,6 +238,8 @@ def estimate(
         heads: query heads wanted.
         rank: dimensions; no more than the head has are used, and on CPUs no more than it needs (``ENOUGH``).
         gamma: share of the sampled rows' attention that is wanted.
+        cheaper: levels from another source, uint8 ``[len(heads), T, S]``. They are taken where fewer keys than scoring
+            costs hold as much on every head; to know that, a GPU is waited for.
 
     Returns:
         uint8 ``[len(heads), T, S]``, and int32 ``[len(heads)]``: the level from which on keys are wanted.
@@ -253,22 +253,22 @@ def estimate(
             runs = [(kv_head, len(list(run))) for kv_head, run in itertools.groupby(head // group for head in heads)]
             yield torch.cat([piece[kv_head : kv_head + 1, ::step].expand(run, -1, -1) for kv_head, run in runs])
 
-    room = WEIGHTS_BYTES // (4 * tiling.seq_len)
-    rows = calibration_rows(query.shape[0], min(CALIBRATION_ROWS, max(LEAST_ROWS, room)), query.device)
+    rows = calibration_rows(query.shape[0], tiling.seq_len, query.device)
     positions = rows + tiling.context_len
     weights = exact_weights(by_head[:, rows], pieces(), positions, scale)
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
-    if query.device.type == "cpu":  # a GPU would have to be waited for
-        levels = distance_levels(tiling).expand(len(heads), -1, -1).contiguous()
-        wanted = threshold(kernels.mass_by_level(levels, tiles, weights), gamma)
-        pages = math.ceil(SINK / tiling.block_size) + TOP_LEVEL - wanted
-        if bool((pages <= tiling.num_key_blocks * NEAR_SHARE).all()):
-            return levels, wanted
+    rank = min(rank, query.shape[2])
+    if cheaper is not None:
+        wanted = threshold(kernels.mass_by_level(cheaper, tiles, weights), gamma)
+        keys = (cheaper >= wanted[:, None, None].to(torch.uint8)).sum((1, 2))
+        reach = tiling.reachable().sum() * tiling.block_size
+        if bool(((wanted > 0) & (keys <= reach * rank / (2 * query.shape[2]))).all()):
+            return cheaper, wanted
 
     queries = by_head[:, :: math.ceil(query.shape[0] / FIT_ROWS)]
     sample = torch.cat(list(pieces(math.ceil(tiling.seq_len / FIT_ROWS))), 1)
     enough = ENOUGH / scale if query.device.type == "cpu" else None
-    projection = fit(queries, sample, min(rank, query.shape[2]), enough)
+    projection = fit(queries, sample, rank, enough)
     low_query = torch.matmul(by_head.float(), projection.to_query).mul_(scale / math.log(2)).bfloat16()
     centred = (piece.float() - projection.mean for piece in pieces())
     low_keys = torch.cat([torch.matmul(keys, projection.to_key).bfloat16() for keys in centred], 1)
@@ -278,15 +278,3 @@ def estimate(
     lowest = threshold(kernels.mass_by_level(own_levels, each_row, weights), gamma).sub_(1).clamp_(min=0)
     levels = kernels.tile_levels(low_query, low_keys, tiling, lowest)
     return levels, threshold(kernels.mass_by_level(levels, tiles, weights), gamma)
-
-
-def distance_levels(tiling: Tiling) -> torch.Tensor:
-    """Levels of keys by their distance alone, for heads that look at what is near and at the first tokens: uint8
-    ``[T, S]``, ``TOP_LEVEL`` for the first ``SINK`` tokens' pages, and one less for each page that a key lies before
-    the tile."""
-    distance = tiling.distance()
-    levels = (TOP_LEVEL - distance).clamp_(0, OWN_LEVEL)
-    levels[:, : math.ceil(SINK / tiling.block_size)] = TOP_LEVEL
-    levels[tiling.own()] = OWN_LEVEL
-    levels.masked_fill_(~tiling.reachable(), 0)
-    return levels.to(torch.uint8).repeat_interleave(tiling.block_size, 1)[:, : tiling.seq_len].contiguous()

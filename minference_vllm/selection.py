@@ -132,6 +132,27 @@ def vertical_slash(
     return slash_blocks(tiling, by_offset, pattern.slash), Columns(ranked, torch.ones_like(ranked, dtype=torch.bool))
 
 
+def of_keys(tiling: Tiling, per_distance: torch.Tensor) -> torch.Tensor:
+    """``[H, S]``: what ``per_distance [H, N]`` says of keys, seen from the last tile; infinity for its own pages."""
+    distance = tiling.distance()[-1]
+    of_block = torch.where(distance > 0, per_distance[:, distance.clamp(min=1) - 1], torch.inf)
+    return of_block.repeat_interleave(tiling.block_size, dim=1)[:, : tiling.seq_len]
+
+
+def line_worth(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What tokens are worth, as shares of a row's attention: float32 ``[H, N]`` in a page at distance 1 to N before a
+    tile, and ``[H, S]`` as a column, beyond its diagonal.
+
+    Args:
+        by_column, by_offset: float32 ``[H, S]``, see ``coverage``.
+    """
+    rows = by_column.sum(1, keepdim=True)
+    per_distance = distance_scores(tiling, by_offset).float().div_(rows * tiling.block_size).clamp_(min=0)
+    of_key = of_keys(tiling, per_distance)
+    alone = torch.where(of_key.isinf(), 0.0, (by_column / rows - of_key).clamp_(min=0))
+    return per_distance, alone
+
+
 def coverage(
     tiling: Tiling,
     by_column: torch.Tensor,
@@ -157,16 +178,11 @@ def coverage(
         columns, has every reachable block and no column.
     """
     heads, length = by_column.shape
-    size = tiling.block_size
-    # Distance of every key's block from the last tile, and what a token at that distance is worth.
-    rows = by_column.sum(1, keepdim=True)
-    mass = by_column / rows
-    per_distance = distance_scores(tiling, by_offset).float().div_(rows * size).clamp_(min=0)
+    mass = by_column / by_column.sum(1, keepdim=True)
+    per_distance, alone = line_worth(tiling, by_column, by_offset)
     per_distance[:, : forced_distances(tiling)] = torch.inf
-    distance = tiling.distance()[-1]
-    of_block = torch.where(distance > 0, per_distance[:, distance.clamp(min=1) - 1], torch.inf)
-    of_key = of_block.repeat_interleave(size, dim=1)[:, :length]
-    alone = torch.where(of_key.isinf(), 0.0, (mass - of_key).clamp_(min=0))
+    of_key = of_keys(tiling, per_distance)
+    alone.masked_fill_(of_key.isinf(), 0.0)
     alone[:, :FORCED_COLUMNS] = torch.inf
     worth = torch.maximum(of_key, alone)
     # A positive float's bits order like an integer.

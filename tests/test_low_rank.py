@@ -81,7 +81,7 @@ def test_levels(name: str, sharpness: float, rank: int, kernels: Kernels) -> Non
 def test_a_row_gives_no_key_a_higher_level_than_its_tile() -> None:
     tiling = Tiling.of(333, 700, 32, 128)
     query, keys = random_low(2, 367, 700, 16, 3.0)
-    rows = low_rank.calibration_rows(367, 64, query.device)
+    rows = low_rank.calibration_rows(367, 700, query.device)
     positions = rows + 333
     own = low_rank.row_levels(query[:, rows], keys, positions, tiling)
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
@@ -113,12 +113,25 @@ def test_threshold() -> None:
     assert low_rank.threshold(mass, 0.85).tolist() == [100, 255, 203, 0]
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 63, 64, 65, 1000, 4096])
-def test_calibration_rows(chunk: int) -> None:
-    rows = low_rank.calibration_rows(chunk, 64, torch.device("cpu")).tolist()
-    assert len(rows) == len(set(rows)) == min(64, chunk) and rows == sorted(rows)
+@pytest.mark.parametrize(
+    ("chunk", "length", "count"),
+    [
+        (1, 9000, 1),
+        (15, 9000, 15),
+        (17, 9000, 16),
+        (256, 9000, 16),
+        (1000, 9000, 62),
+        (1024, 9000, 64),
+        (4096, 9000, 64),
+        (4096, 1 << 19, 32),
+        (4096, 1 << 22, 16),
+    ],
+)
+def test_calibration_rows(chunk: int, length: int, count: int) -> None:
+    rows = low_rank.calibration_rows(chunk, length, torch.device("cpu")).tolist()
+    assert len(rows) == len(set(rows)) == count and rows == sorted(rows)
     assert rows[0] >= 0 and rows[-1] == chunk - 1
-    if chunk == 4096:
+    if count == 64 and chunk == 4096:
         assert len({row % 64 for row in rows}) > 30  # no regular prompt hides from them
 
 
@@ -237,7 +250,7 @@ def neighbours(sink: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("sink", [False, True])
-def test_a_head_that_looks_at_what_is_near_is_not_scored(sink: bool) -> None:
+def test_a_head_that_columns_and_diagonals_serve_is_not_scored(sink: bool) -> None:
     query, keys = neighbours(sink)
 
     def unexpected(*_: torch.Tensor | Tiling) -> torch.Tensor:
@@ -247,8 +260,7 @@ def test_a_head_that_looks_at_what_is_near_is_not_scored(sink: bool) -> None:
     estimates = Estimates(query, keys, 1.0, Kernels(tile_levels=unexpected))
     index = build_index(tiling, [LowRank(gamma=0.9)], estimates)
     assert recall(index, query, keys) >= 0.9 - 0.01
-    assert float(index.density()) < 0.1 and not index.num_columns.any()
-    # What is near is cheapest as pages: far-away keys are scored.
+    assert float(index.density()) < 0.2
     with pytest.raises(AssertionError, match="scored"):
         build_index(tiling, [LowRank(gamma=0.9)], Estimates(*lookups(), 1.0, Kernels(tile_levels=unexpected)))
 
