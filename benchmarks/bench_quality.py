@@ -57,8 +57,8 @@ PATTERNS = (
     '{"kind": "antidiagonal", "stride": 16, "tau": 0.9}',
     '{"kind": "peak_threshold", "alpha": 0.1}',
     '{"kind": "low_rank", "rank": 32, "gamma": 0.95}',
-    '{"kind": "low_rank", "rank": 32, "gamma": 0.98}',
-    '{"kind": "low_rank", "rank": 16, "gamma": 0.98}',
+    '{"kind": "low_rank", "rank": 32, "gamma": 0.97}',
+    '{"kind": "low_rank", "rank": 16, "gamma": 0.97}',
     '{"kind": "low_rank", "rank": 32, "gamma": 0.99}',
 )
 

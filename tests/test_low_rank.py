@@ -11,7 +11,7 @@ from minference_vllm import low_rank, reference
 from minference_vllm.engines import columns as columns_module
 from minference_vllm.engines import native
 from minference_vllm.engines.columns import gather_columns
-from minference_vllm.estimate import Estimates
+from minference_vllm.estimate import Estimates, line_levels
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.low_rank import LEVELS_PER_BIT, OWN_LEVEL, PEAK_KEYS, Kernels
 from minference_vllm.paged_cache import PagedCache
@@ -88,6 +88,30 @@ def test_a_row_gives_no_key_a_higher_level_than_its_tile() -> None:
     levels = low_rank.tile_levels(query, keys, tiling, torch.zeros(2, dtype=torch.int32))[:, tiles]
     future = torch.arange(700) > positions[:, None]
     assert ((own <= levels) | future).all()
+
+
+@pytest.mark.parametrize("name", ["regular", "starts_inside_a_tile", "large_tile"])
+def test_levels_of_lines(name: str) -> None:
+    """Seen from the last tile they are the worth that ``coverage`` gives the keys; other tiles see pages shifted."""
+    context, length, page, tile = TILINGS[name]
+    tiling = Tiling.of(context, length, page, tile)
+    generator = torch.Generator().manual_seed(0)
+    by_column, by_offset = torch.rand(2, 2, length, generator=generator).pow(8)
+    levels = line_levels(tiling, by_column, by_offset)
+    _, worth = reference.coverage_worth(by_column, by_offset, tiling, 0, 0)
+    exact = (254 + LEVELS_PER_BIT * worth.log2()).clamp(0, 254).floor()
+    exact[worth.isinf()] = OWN_LEVEL
+    assert (levels[:, -1] - exact).abs().max() <= 1
+    own = tiling.own().repeat_interleave(page, 1)[:, :length]
+    later = ~tiling.reachable().repeat_interleave(page, 1)[:, :length]
+    assert (levels[:, own] == OWN_LEVEL).all() and (levels[:, later] == 0).all()
+    # Without columns, what is at the same distance is worth the same.
+    flat = line_levels(tiling, torch.full_like(by_column, 1e-9), by_offset)
+    for number in range(tiling.num_tiles - 1):
+        shift = (int(tiling.starts[-2]) // tile - int(tiling.starts[number]) // tile) * tile
+        before = int(tiling.starts[number]) // tile * tile
+        if before:
+            assert torch.equal(flat[:, number, :before], flat[:, -1, shift : shift + before])
 
 
 def test_mass_by_level(kernels: Kernels) -> None:
