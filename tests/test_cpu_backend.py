@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from minference_vllm import reference, selection
+from minference_vllm import patterns, recall, reference
 from minference_vllm.attend import attend_chunk
 from minference_vllm.audit import Counters
 from minference_vllm.backend.runtime import Runtime
@@ -492,17 +492,23 @@ def two_chunks(paged_batch: Callable[..., Any]) -> Callable[[Layer], tuple[Any, 
     return make
 
 
+@pytest.mark.parametrize("max_level", [1, MAX_LEVEL])
 def test_heads_below_the_floor_are_served_right_and_stay_raised(
-    make_layer: Callable[..., Layer], two_chunks: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    max_level: int,
+    make_layer: Callable[..., Layer],
+    two_chunks: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from minference_vllm.backend import serving
+
+    # With one level only, no head gets the chance to be served by low_rank.
+    for module in (patterns, recall, serving):
+        monkeypatch.setattr(module, "MAX_LEVEL", max_level)
 
     lines: list[str] = []
     monkeypatch.setattr(
         serving.logger, "warning_once", lambda message, *values: lines.append(message % values), raising=False
     )
-    # A head raised to low_rank may not find by itself that it is dense.
-    monkeypatch.setattr(selection, "DENSE_FROM", 1.0)
     layer = make_layer([FIRST], patterns=MISFITS, settings={"recall_floor": 0.999})
     raised = tuple(head not in FITTING for head in range(HEADS))
     for number, batch in enumerate(two_chunks(layer)):
@@ -514,8 +520,8 @@ def test_heads_below_the_floor_are_served_right_and_stay_raised(
         assert float(audit.recall.min()) >= 0.999
         assert_right(layer, output, [0])
         # Flat attention has no key that may be missing: what is not dense by itself was made so.
-        dense = [head for head, level in enumerate(audit.levels) if level == MAX_LEVEL]
-        assert dense and index.density()[dense].tolist() == [1.0] * len(dense)
+        dense = [head for head in range(HEADS) if raised[head]]
+        assert index.density()[dense].tolist() == [1.0] * len(dense)
         expected = layer.run(layer.parent, layer.metadata())
         torch.testing.assert_close(output[:, dense], expected[:, dense], rtol=0.02, atol=0.01)
     assert layer.levels_before == [(), layer.audits[0].levels]
@@ -525,7 +531,8 @@ def test_heads_below_the_floor_are_served_right_and_stay_raised(
     assert both == {(1, head): 2 for head in range(HEADS) if raised[head]}
     for head in range(HEADS):
         assert any(f"layer 1, head {head}: recall below the floor of 0.999" in line for line in lines) == raised[head]
-    assert any("layer 1, head 2: recall below the floor of 0.999, dense for the rest" in line for line in lines)
+    done = "dense" if max_level == 1 else "more keys"
+    assert any(f"layer 1, head 2: recall below the floor of 0.999, {done} for the rest" in line for line in lines)
 
 
 def test_another_request_begins_with_its_own_patterns(

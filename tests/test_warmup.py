@@ -85,7 +85,7 @@ def test_each_variant_is_compiled_once(warm_up: Callable[..., list[dict[str, Any
         make_layer(Antidiagonal(stride=8)),
         make_layer(Antidiagonal(stride=16)),
         make_layer(LowRank(), LowRank(gamma=0.5)),
-        make_layer(LowRank(rank=32)),
+        make_layer(LowRank(rank=16)),
         make_layer(Coverage(), sinks=True),
         make_layer(Coverage(), softcap=30.0),
     ]
