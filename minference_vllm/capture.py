@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minference_vllm.attend import choose_tile
+from minference_vllm.engines import native
 from minference_vllm.estimate import Estimates
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.patterns import Dense, HeadPattern
@@ -108,7 +109,7 @@ def chunk_index(layer: Layer, patterns: Sequence[HeadPattern], begin: int, end: 
         patterns = [Dense()] * len(patterns)
     query, keys, scale = layer.query[:, begin:end].transpose(0, 1), layer.keys[:, :end], layer.scale
     tiling = Tiling.of(begin, end, PAGE, choose_tile(settings.tile, PAGE))
-    return build_index(tiling, patterns, Estimates(query, keys, scale))
+    return build_index(tiling, patterns, Estimates(query, keys, scale, native.low_rank_kernels()))
 
 
 def measure(layer: Layer, indices: Sequence[SparseIndex], rows: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
