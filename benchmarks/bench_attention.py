@@ -41,7 +41,7 @@ from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import AShape, BlockSparse, Coverage, HeadPattern, LowRank, TriShape, VerticalSlash
 from minference_vllm.plan import Chunk
 
-# Fixed budgets are about 4K tokens per row; coverage is the default that ships.
+# Fixed budgets are about 4K tokens per row; low_rank and coverage are the defaults on CPUs and on GPUs.
 PATTERNS: dict[str, HeadPattern] = {
     "coverage": Coverage(),
     "low_rank": LowRank(),

@@ -2,7 +2,7 @@
 // minference_vllm/low_rank.py), and how much of some rows' attention lies at each level. One task per head and tile, in
 // two passes over the keys: the first for the largest score of every row and block of keys, the second for the keys of
 // the blocks in which some row comes near enough to its norm. Rows lie in the lanes, so that a row's maximum needs no
-// shuffles and no stores.
+// shuffles.
 #include "tiles.h"
 
 #include <algorithm>
