@@ -148,7 +148,7 @@ def line_levels(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor
     Returns:
         uint8 ``[H, T, S]``.
     """
-    of_page, alone = line_worth(tiling, by_column, by_offset)
+    of_page, _, alone = line_worth(tiling, by_column, by_offset)
     distance = tiling.distance()
     by_distance, of_column = (low_rank.as_levels(worth.log2()) for worth in (of_page, alone))
     pages = by_distance[:, distance.clamp(min=1) - 1]

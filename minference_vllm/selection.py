@@ -132,25 +132,27 @@ def vertical_slash(
     return slash_blocks(tiling, by_offset, pattern.slash), Columns(ranked, torch.ones_like(ranked, dtype=torch.bool))
 
 
-def of_keys(tiling: Tiling, per_distance: torch.Tensor) -> torch.Tensor:
-    """``[H, S]``: what ``per_distance [H, N]`` says of keys, seen from the last tile; infinity for its own pages."""
-    distance = tiling.distance()[-1]
-    of_block = torch.where(distance > 0, per_distance[:, distance.clamp(min=1) - 1], torch.inf)
-    return of_block.repeat_interleave(tiling.block_size, dim=1)[:, : tiling.seq_len]
-
-
-def line_worth(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What tokens are worth, as shares of a row's attention: float32 ``[H, N]`` in a page at distance 1 to N before a
-    tile, and ``[H, S]`` as a column, beyond its diagonal.
+def line_worth(
+    tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor, always: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What tokens are worth, as shares of a row's attention, and infinity where they are taken whatever they are worth.
 
     Args:
         by_column, by_offset: float32 ``[H, S]``, see ``coverage``.
+        always: the nearest distances that are taken.
+
+    Returns:
+        float32 ``[H, N]``: in a page at distance 1 to N before a tile; ``[H, S]``: the same of every key, seen from the
+        last tile, infinity for its own pages; ``[H, S]``: as a column, for what that leaves.
     """
     rows = by_column.sum(1, keepdim=True)
     per_distance = distance_scores(tiling, by_offset).float().div_(rows * tiling.block_size).clamp_(min=0)
-    of_key = of_keys(tiling, per_distance)
+    per_distance[:, :always] = torch.inf
+    distance = tiling.distance()[-1]
+    of_block = torch.where(distance > 0, per_distance[:, distance.clamp(min=1) - 1], torch.inf)
+    of_key = of_block.repeat_interleave(tiling.block_size, dim=1)[:, : tiling.seq_len]
     alone = torch.where(of_key.isinf(), 0.0, (by_column / rows - of_key).clamp_(min=0))
-    return per_distance, alone
+    return per_distance, of_key, alone
 
 
 def coverage(
@@ -179,10 +181,7 @@ def coverage(
     """
     heads, length = by_column.shape
     mass = by_column / by_column.sum(1, keepdim=True)
-    per_distance, alone = line_worth(tiling, by_column, by_offset)
-    per_distance[:, : forced_distances(tiling)] = torch.inf
-    of_key = of_keys(tiling, per_distance)
-    alone.masked_fill_(of_key.isinf(), 0.0)
+    per_distance, of_key, alone = line_worth(tiling, by_column, by_offset, forced_distances(tiling))
     alone[:, :FORCED_COLUMNS] = torch.inf
     worth = torch.maximum(of_key, alone)
     # A positive float's bits order like an integer.
