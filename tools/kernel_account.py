@@ -27,6 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from minference_vllm.patterns import LowRank
 from minference_vllm.triton_kernels import antidiagonal, estimate, low_rank, sparse_attention
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -181,8 +182,8 @@ OTHERS = (
     Variant(fp8=True, packed=True),
 )
 ESTIMATES = (Variant(page=16), Variant(page=128))
-RANKS = {16: True, 64: False}
-"""Ranks, and whether they are a default."""
+RANKS = {LowRank().rank: True, 16: False, 64: False}
+"""Ranks, and whether they are the default."""
 TILE, STRIDE = 128, 16
 """Rows of a query tile, and tokens of an antidiagonal's square: the defaults."""
 
