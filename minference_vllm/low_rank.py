@@ -34,6 +34,14 @@ ROWS_PER_SAMPLE = 16
 """Short chunks measure one row in so many."""
 LEAST_ROWS = 16
 """But as many at least, also where their attention takes more than ``WEIGHTS_BYTES``."""
+MOST_QUERY, MOST_KEY = 63, 127
+"""Largest elements of queries and keys as whole numbers: 2 * 63 * 255 fits 16 bits."""
+MOST_PRODUCT = 24576
+"""Largest product of theirs; the rest of 16 bits is for norms above it."""
+KEY_NORM = 156
+"""Length of the longest keys: near the square root of ``MOST_PRODUCT``, which makes rounding errors least."""
+LEAST_RANGE = 40
+"""Bits that ``MOST_PRODUCT`` stands for at least, also where no score comes near that."""
 FIT_ROWS = 4096
 """Queries, and keys, from which dimensions are fitted, at most about."""
 ITERATIONS = 8
@@ -52,6 +60,28 @@ class Projection(NamedTuple):
     """float32 ``[h, D, r]``."""
     mean: torch.Tensor
     """float32 ``[h, 1, D]``. What all keys have in common changes no softmax."""
+
+
+class Factors(NamedTuple):
+    """Queries and keys in ``r`` dimensions, as whole numbers, so that products take a quarter of the time.
+
+    The products have errors of a few thousandths of the largest that a row could have, at the most.
+    """
+
+    query: torch.Tensor
+    """int8 ``[h, chunk, r]``, at most ``MOST_QUERY`` in size; the last row is the sequence's last token."""
+    keys: torch.Tensor
+    """int8 ``[h, S, r]``."""
+    step: torch.Tensor
+    """int16 ``[h, chunk]``: a product of a row counts for so many levels, times ``2 ** 15``."""
+
+    def rows(self, rows: torch.Tensor) -> Factors:
+        """Those of some rows of the chunk."""
+        return Factors(self.query[:, rows], self.keys, self.step[:, rows])
+
+    def bits(self) -> torch.Tensor:
+        """float32 ``[h, chunk, 1]``: what a product of a row counts for."""
+        return self.step.float().div_(LEVELS_PER_BIT << 15)[..., None]
 
 
 def fit(query: torch.Tensor, keys: torch.Tensor, rank: int, enough: float | None = None) -> Projection:
@@ -89,7 +119,35 @@ def fit(query: torch.Tensor, keys: torch.Tensor, rank: int, enough: float | None
         vectors, within = vectors[:, :, :rank], within[:, :rank, :rank]
     to_query = root @ vectors
     inverse = torch.linalg.inv_ex(within + _ridge(within, 1e-9) * identity[:rank, :rank]).inverse
-    return Projection(to_query.float(), (queries @ to_query @ inverse).float(), mean)
+    to_key = queries @ to_query @ inverse
+    # Both are as large in every dimension, which rounding wants.
+    balance = (within.diagonal(dim1=1, dim2=2).clamp(min=0) + _ridge(within, 1e-9)[..., 0]).pow(0.25)[:, None]
+    return Projection((to_query / balance).float(), (to_key * balance).float(), mean)
+
+
+def in_units(projection: Projection, sample: torch.Tensor) -> Projection:
+    """The same products from keys of the size that ``whole_keys`` wants; ``sample`` is ``[h, n, D]``, some of them."""
+    keys = torch.matmul(sample.float() - projection.mean, projection.to_key)
+    longest = keys.norm(dim=2).amax(1) / KEY_NORM
+    unit = torch.maximum(longest, keys.abs().amax((1, 2)) / MOST_KEY).clamp_(min=1e-20)[:, None, None]
+    return Projection(projection.to_query * unit, projection.to_key / unit, projection.mean)
+
+
+def whole_keys(keys: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """int8 ``[h, n, r]`` of keys ``[h, n, D]``. Keys longer than ``KEY_NORM`` are shortened to it."""
+    low = torch.matmul(keys.float() - projection.mean, projection.to_key)
+    low *= KEY_NORM / low.norm(dim=2, keepdim=True).clamp_(min=KEY_NORM)
+    return low.round_().clamp_(-MOST_KEY, MOST_KEY).to(torch.int8)
+
+
+def whole_queries(query: torch.Tensor, projection: Projection, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """``Factors.query`` and ``Factors.step`` of queries ``[h, chunk, D]``."""
+    low = torch.matmul(query.float(), projection.to_query).mul_(scale / math.log(2))
+    most = (low.norm(dim=2) * KEY_NORM).clamp_(min=LEAST_RANGE) / MOST_PRODUCT
+    unit = torch.maximum(most, low.abs().amax(2) / MOST_QUERY)
+    step = (unit * (LEVELS_PER_BIT << 15)).ceil_()
+    low *= (LEVELS_PER_BIT << 15) / step[..., None]
+    return low.round_().to(torch.int8), step.clamp_(max=(1 << 15) - 1).to(torch.int16)
 
 
 def _ridge(moment: torch.Tensor, share: float) -> torch.Tensor:
@@ -116,48 +174,47 @@ def norms(scores: torch.Tensor) -> torch.Tensor:
 
 def as_levels(scores: torch.Tensor) -> torch.Tensor:
     """uint8: levels of scores (float32, in bits, overwritten) above their row's norm."""
-    return scores.mul_(LEVELS_PER_BIT).add_(TOP_LEVEL).clamp_(0, TOP_LEVEL).to(torch.uint8)
+    return scores.mul_(LEVELS_PER_BIT).add_(TOP_LEVEL).clamp_(0, TOP_LEVEL).round_().to(torch.uint8)
 
 
-def tile_levels(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
+def tile_levels(factors: Factors, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
     """How near every key comes to the norm of a tile's rows; the row that rates it highest decides.
 
     Args:
-        query: bf16 ``[h, chunk, r]``, scaled so that products are in bits; its last row is the sequence's last token.
-        keys: bf16 ``[h, S, r]``.
         lowest: int32 ``[h]``: levels below are not wanted.
 
     Returns:
-        uint8 ``[h, T, S]``: ``TOP_LEVEL + LEVELS_PER_BIT * (score - norm)``, rounded down, 0 if below ``lowest``; of
-        the tile's own pages ``OWN_LEVEL``, of later ones 0.
+        uint8 ``[h, T, S]``: ``TOP_LEVEL + LEVELS_PER_BIT * (score - norm)``, rounded, 0 if below ``lowest``; of the
+        tile's own pages ``OWN_LEVEL``, of later ones 0.
     """
-    heads, length, _ = keys.shape
-    levels = torch.zeros(heads, tiling.num_tiles, length, dtype=torch.uint8, device=query.device)
+    heads, length, _ = factors.keys.shape
+    device, bits = factors.keys.device, factors.bits()
+    levels = torch.zeros(heads, tiling.num_tiles, length, dtype=torch.uint8, device=device)
     for tile, (begin, end) in enumerate(itertools.pairwise(tiling.starts.tolist())):
         own = begin // tiling.tile * tiling.tile
-        rows = query[:, begin - tiling.context_len : end - tiling.context_len].float()
-        future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=query.device).triu_(1)
+        rows = slice(begin - tiling.context_len, end - tiling.context_len)
+        future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device).triu_(1)
         for head in range(heads):
-            scores = rows[head] @ keys[head, :end].float().T
-            scores[:, begin:].masked_fill_(future, -torch.inf)
+            scores = factors.query[head, rows].float() @ factors.keys[head, :end].float().T
+            scores.mul_(bits[head, rows])[:, begin:].masked_fill_(future, -torch.inf)
             found = as_levels((scores[:, :own] - norms(scores)).amax(0))
             levels[head, tile, :own] = found.masked_fill_(found < lowest[head], 0)
         levels[:, tile, own:end] = OWN_LEVEL
     return levels
 
 
-def row_levels(query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+def row_levels(factors: Factors, positions: torch.Tensor, tiling: Tiling) -> torch.Tensor:
     """Levels that single rows give the keys: no higher than those of their tiles.
 
     Args:
-        query: bf16 ``[h, R, r]``. keys: bf16 ``[h, S, r]``; see ``tile_levels``.
-        positions: int64 ``[R]``, of the rows.
+        factors: ``Factors.rows`` of ``R`` rows.
+        positions: int64 ``[R]``, theirs.
 
     Returns:
         uint8 ``[h, R, S]``.
     """
-    places = torch.arange(keys.shape[1], device=keys.device)
-    scores = torch.matmul(query.float(), keys.float().transpose(1, 2))
+    places = torch.arange(factors.keys.shape[1], device=factors.keys.device)
+    scores = torch.matmul(factors.query.float(), factors.keys.float().transpose(1, 2)).mul_(factors.bits())
     scores.masked_fill_(places > positions[:, None], -torch.inf)
     own = places >= (positions // tiling.tile * tiling.tile)[:, None]
     return as_levels(scores.sub_(norms(scores))).masked_fill_(own, OWN_LEVEL)
@@ -212,7 +269,7 @@ def threshold(mass: torch.Tensor, gamma: float) -> torch.Tensor:
 class Kernels(NamedTuple):
     """What may be replaced by faster code of the same meaning."""
 
-    tile_levels: Callable[[torch.Tensor, torch.Tensor, Tiling, torch.Tensor], torch.Tensor] = tile_levels
+    tile_levels: Callable[[Factors, Tiling, torch.Tensor], torch.Tensor] = tile_levels
     mass_by_level: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = mass_by_level
 
 
@@ -268,13 +325,13 @@ def estimate(
     queries = by_head[:, :: math.ceil(query.shape[0] / FIT_ROWS)]
     sample = torch.cat(list(pieces(math.ceil(tiling.seq_len / FIT_ROWS))), 1)
     enough = ENOUGH / scale if query.device.type == "cpu" else None
-    projection = fit(queries, sample, rank, enough)
-    low_query = torch.matmul(by_head.float(), projection.to_query).mul_(scale / math.log(2)).bfloat16()
-    centred = (piece.float() - projection.mean for piece in pieces())
-    low_keys = torch.cat([torch.matmul(keys, projection.to_key).bfloat16() for keys in centred], 1)
-    own_levels = row_levels(low_query[:, rows], low_keys, positions, tiling)
+    projection = in_units(fit(queries, sample, rank, enough), sample)
+    whole = torch.cat([whole_keys(piece, projection) for piece in pieces()], 1)
+    low_query, step = whole_queries(by_head, projection, scale)
+    factors = Factors(low_query, whole, step)
+    own_levels = row_levels(factors.rows(rows), positions, tiling)
     each_row = torch.arange(len(rows), device=query.device)
     # One less: kernels may round otherwise.
     lowest = threshold(kernels.mass_by_level(own_levels, each_row, weights), gamma).sub_(1).clamp_(min=0)
-    levels = kernels.tile_levels(low_query, low_keys, tiling, lowest)
+    levels = kernels.tile_levels(factors, tiling, lowest)
     return levels, threshold(kernels.mass_by_level(levels, tiles, weights), gamma)

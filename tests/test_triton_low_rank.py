@@ -6,6 +6,7 @@ As in ``test_triton_kernels.py`` this file is both the test and, run as a script
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -56,18 +57,20 @@ def test_the_index_is_the_torch_paths(interpreted: dict[str, Any], case: tuple[i
     assert found["error"] < 1e-5
 
 
-@pytest.mark.parametrize("name", ["length", "rows", "type"])
+@pytest.mark.parametrize("name", ["length", "rows", "steps", "type"])
 def test_tensors_that_do_not_fit_are_refused(name: str) -> None:
     import torch
 
+    from minference_vllm.low_rank import Factors
     from minference_vllm.tiling import Tiling
     from minference_vllm.triton_kernels import low_rank as kernels
 
-    query, keys = torch.zeros(1, 64, 16, dtype=torch.bfloat16), torch.zeros(1, 128, 16, dtype=torch.bfloat16)
+    query, keys = torch.zeros(1, 64, 16, dtype=torch.int8), torch.zeros(1, 128, 16, dtype=torch.int8)
+    step = torch.ones(1, 63 if name == "steps" else 64, dtype=torch.int16)
     query = query[:, 1:] if name == "rows" else query
     keys = {"length": keys[:, 1:], "type": keys.float()}.get(name, keys)
-    with pytest.raises(ValueError, match="bfloat16" if name == "type" else "do not fit"):
-        kernels.tile_levels(query, keys, Tiling.of(64, 128, 32, 32), torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="must be int8" if name == "type" else "do not fit"):
+        kernels.tile_levels(Factors(query, keys, step), Tiling.of(64, 128, 32, 32), torch.zeros(1, dtype=torch.int32))
 
 
 def run_case(
@@ -96,15 +99,18 @@ def run_case(
     if far:
         keys = torch.nn.functional.normalize(keys, dim=-1)
         query = 40 * keys[:, wanted]
-    query, keys = query.bfloat16(), keys.bfloat16()
+    same = torch.eye(rank).expand(2, -1, -1)
+    projection = low_rank.in_units(low_rank.Projection(same, same, torch.zeros(2, 1, rank)), keys)
+    whole, step = low_rank.whole_queries(query, projection, math.log(2))
+    factors = low_rank.Factors(whole, low_rank.whole_keys(keys, projection), step)
     lowest = torch.tensor([0, lowest_wanted], dtype=torch.int32)
     empty = torch.empty
     torch.empty = lambda *shape, **options: empty(*shape, **options).fill_(torch.nan)  # type: ignore[assignment]
     try:
-        found = kernels.tile_levels(query, keys, tiling, lowest)
+        found = kernels.tile_levels(factors, tiling, lowest)
     finally:
         torch.empty = empty
-    right = low_rank.tile_levels(query, keys, tiling, lowest)
+    right = low_rank.tile_levels(factors, tiling, lowest)
     assert found.shape == right.shape and found.dtype == right.dtype
     assert not ((found[1] > 0) & (found[1] < lowest_wanted)).any()
     # The lowest that is wanted may round to one that is not.

@@ -227,7 +227,9 @@ def estimate_accounts(variant: Variant, arch: int) -> list[Account]:
 
 
 def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
-    types = Variant().types
+    def types(function: Any) -> dict[str, str]:
+        return Variant().types(function) | {"p_query": "*i8", "p_key": "*i8", "p_step": "*i16"}
+
     of_rows, of_tiles = low_rank.launch_shape(rank, TILE)
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "peak_lse": (low_rank.peak_lse_kernel, of_rows),
@@ -239,7 +241,7 @@ def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
         compiled = compile_kernel(
             function, types(function), constants, arch, num_warps=low_rank.NUM_WARPS, num_stages=3
         )
-        rows.append(account(name, f"bf16 rank={rank}", default, compiled, arch))
+        rows.append(account(name, f"int8 rank={rank}", default, compiled, arch))
     return rows
 
 

@@ -20,14 +20,22 @@ PEAK_KEYS = tl.constexpr(low_rank.PEAK_KEYS)
 LEVELS_PER_BIT = tl.constexpr(low_rank.LEVELS_PER_BIT)
 TOP_LEVEL = tl.constexpr(low_rank.TOP_LEVEL)
 OWN_LEVEL = tl.constexpr(low_rank.OWN_LEVEL)
+BITS_PER_STEP = tl.constexpr(1.0 / (low_rank.LEVELS_PER_BIT << 15))
 
 
 @triton.jit
 def _rows(p_rows, o_row, m_row, RANK: tl.constexpr, R: tl.constexpr):
-    """Rows of RANK numbers that lie one behind the other, zeros where there are none: ``[len(o_row), R]``."""
+    """Rows of RANK bytes that lie one behind the other, zeros where there are none: bf16 ``[len(o_row), R]``, which
+    holds them exactly."""
     o_dim = tl.arange(0, R)
     m_tile = m_row[:, None] & (o_dim < RANK)[None, :]
-    return tl.load(p_rows + o_row[:, None] * RANK + o_dim[None, :], mask=m_tile, other=0.0)
+    return tl.load(p_rows + o_row[:, None] * RANK + o_dim[None, :], mask=m_tile, other=0).to(tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
+def _bits(p_step, o_row, m_row):
+    """What products of rows count for, in bits."""
+    return tl.load(p_step + o_row, mask=m_row, other=0).to(tl.float32) * BITS_PER_STEP
 
 
 @triton.jit
@@ -42,6 +50,7 @@ def _peaks(b_score):
 def peak_lse_kernel(
     p_query,
     p_key,
+    p_step,
     p_lse,
     context_len,
     seq_len,
@@ -63,6 +72,7 @@ def peak_lse_kernel(
     p_query += i_head.to(tl.int64) * chunk * RANK
     p_key += i_head.to(tl.int64) * seq_len * RANK
     b_query = _rows(p_query, o_row, m_row, RANK, R)
+    b_bits = _bits(p_step + i_head.to(tl.int64) * chunk, o_row, m_row)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     begin = i_part * keys_per_part
@@ -72,11 +82,11 @@ def peak_lse_kernel(
     border = tl.maximum(begin, tl.minimum(end, first + 1) // STEP * STEP)
     for i_key in range(begin, border, STEP):
         o_key = i_key + tl.arange(0, STEP)
-        b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < end, RANK, R)))
+        b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < end, RANK, R))) * b_bits[:, None]
         b_sum, b_max = add_scores(b_sum, b_max, _peaks(b_score))
     for i_key in range(border, end, STEP):
         o_key = i_key + tl.arange(0, STEP)
-        b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < end, RANK, R)))
+        b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < end, RANK, R))) * b_bits[:, None]
         b_score = tl.where(o_key[None, :] <= context_len + o_row[:, None], b_score, -float("inf"))
         b_sum, b_max = add_scores(b_sum, b_max, _peaks(b_score))
     p_lse += (i_head * tl.num_programs(2) + i_part).to(tl.int64) * chunk
@@ -85,27 +95,29 @@ def peak_lse_kernel(
 
 @triton.jit
 def _tile_rows(
-    p_query, p_norm, own, i_down, context_len, seq_len, RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+    p_query, p_step, p_norm, own, i_down, context_len, seq_len, RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``own + i_down`` and on of a tile, and their norms: ``[BLOCK_M, R]``, ``[BLOCK_M]``."""
+    """Rows ``own + i_down`` and on of a tile, ``[BLOCK_M, R]``, what their products count for, and their norms."""
     o_down = i_down + tl.arange(0, BLOCK_M)
     o_row = own - context_len + o_down
     m_row = (o_down < TILE) & (o_row >= 0) & (o_row < seq_len - context_len)
     # Rows that are not there come near no key.
-    return _rows(p_query, o_row, m_row, RANK, R), tl.load(p_norm + o_row, mask=m_row, other=float("inf"))
+    b_norm = tl.load(p_norm + o_row, mask=m_row, other=float("inf"))
+    return _rows(p_query, o_row, m_row, RANK, R), _bits(p_step, o_row, m_row), b_norm
 
 
 @triton.jit
-def _nearest(b_key, b_query, b_norm):
+def _nearest(b_key, b_query, b_bits, b_norm):
     """How near each key comes to the row that rates it highest: ``[BLOCK_N]``."""
-    return tl.max(tl.dot(b_key, tl.trans(b_query)) - b_norm[None, :], 1)
+    return tl.max(tl.dot(b_key, tl.trans(b_query)) * b_bits[None, :] - b_norm[None, :], 1)
 
 
 @triton.jit(do_not_specialize=["context_len", "seq_len", "num_tiles"])
 def tile_levels_kernel(
     p_query,
     p_key,
+    p_step,
     p_norm,
     p_lowest,
     p_levels,
@@ -131,20 +143,24 @@ def tile_levels_kernel(
     if begin < stop:
         p_query += i_head.to(tl.int64) * chunk * RANK
         p_key += i_head.to(tl.int64) * seq_len * RANK
+        p_step += i_head.to(tl.int64) * chunk
         p_norm += i_head.to(tl.int64) * chunk
         p_levels += (i_head * num_tiles + i_tile).to(tl.int64) * seq_len
         before, lowest = tl.minimum(stop, own), tl.load(p_lowest + i_head)
-        b_query, b_norm = _tile_rows(p_query, p_norm, own, 0, context_len, seq_len, RANK, R, TILE, BLOCK_M)
+        b_query, b_bits, b_norm = _tile_rows(
+            p_query, p_step, p_norm, own, 0, context_len, seq_len, RANK, R, TILE, BLOCK_M
+        )
         for i_key in range(begin, before, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)
             b_key = _rows(p_key, o_key, o_key < before, RANK, R)
-            b_best = _nearest(b_key, b_query, b_norm)
+            b_best = _nearest(b_key, b_query, b_bits, b_norm)
             for i_down in range(BLOCK_M, TILE, BLOCK_M):
-                b_more, b_their_norm = _tile_rows(
-                    p_query, p_norm, own, i_down, context_len, seq_len, RANK, R, TILE, BLOCK_M
+                b_more, b_their_bits, b_their_norm = _tile_rows(
+                    p_query, p_step, p_norm, own, i_down, context_len, seq_len, RANK, R, TILE, BLOCK_M
                 )
-                b_best = tl.maximum(b_best, _nearest(b_key, b_more, b_their_norm))
-            b_level = tl.minimum(tl.maximum(b_best * LEVELS_PER_BIT + TOP_LEVEL, 0.0), TOP_LEVEL).to(tl.int32)
+                b_best = tl.maximum(b_best, _nearest(b_key, b_more, b_their_bits, b_their_norm))
+            b_level = tl.minimum(tl.maximum(b_best * LEVELS_PER_BIT + TOP_LEVEL, 0.0), TOP_LEVEL)
+            b_level = (b_level + 0.5).to(tl.int32)
             b_level = tl.where(b_level < lowest, 0, b_level)
             tl.store(p_levels + o_key, b_level.to(tl.uint8), mask=o_key < before)
         for i_key in range(tl.maximum(begin, own), stop, BLOCK_N):
@@ -182,40 +198,39 @@ def launch_shape(rank: int, tile: int) -> tuple[dict[str, int], dict[str, int]]:
     return shape | {"BLOCK_M": BLOCK_M, "STEP": STEP}, shape | of_tiles
 
 
-def tile_levels(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
+def tile_levels(factors: low_rank.Factors, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
     """``low_rank.tile_levels``, without waiting for the GPU.
 
     Args:
-        query: bf16 ``[h, chunk, r]``, scaled so that products are in bits. keys: bf16 ``[h, S, r]``.
         lowest: int32 ``[h]``: levels below are not wanted, and 0.
 
     Returns:
         uint8 ``[h, T, S]``.
 
     Raises:
-        ValueError: the tensors are not bf16, or do not fit the tiling.
+        ValueError: the factors have other types, or do not fit the tiling.
     """
+    query, keys, step = (part.contiguous() for part in factors)
     heads, length, rank = keys.shape
     chunk, tiles = length - tiling.context_len, tiling.num_tiles
-    if length != tiling.seq_len or query.shape != (heads, chunk, rank):
+    if length != tiling.seq_len or query.shape != (heads, chunk, rank) or step.shape != (heads, chunk):
         raise ValueError(
-            f"queries {list(query.shape)} and keys {list(keys.shape)} do not fit a chunk of {tiling.seq_len} tokens "
-            f"after {tiling.context_len}"
+            f"queries {list(query.shape)}, their steps {list(step.shape)} and keys {list(keys.shape)} do not fit a "
+            f"chunk of {tiling.seq_len} tokens after {tiling.context_len}"
         )
-    if query.dtype != torch.bfloat16 or keys.dtype != torch.bfloat16:
-        raise ValueError(f"queries and keys must be bfloat16, not {query.dtype} and {keys.dtype}")
-    query, keys = query.contiguous(), keys.contiguous()
+    if (query.dtype, keys.dtype, step.dtype) != (torch.int8, torch.int8, torch.int16):
+        raise ValueError(f"types must be int8, int8 and int16, not {query.dtype}, {keys.dtype} and {step.dtype}")
     lengths = tiling.context_len, tiling.seq_len
     of_rows, of_tiles = launch_shape(rank, tiling.tile)
     parts = triton.cdiv(length, KEYS_PER_PART)
     lse = torch.empty(heads, parts, chunk, device=query.device)
     launcher(peak_lse_kernel, (triton.cdiv(chunk, BLOCK_M), heads, parts))(
-        query, keys, lse, *lengths, KEYS_PER_PART, **of_rows, num_warps=NUM_WARPS
+        query, keys, step, lse, *lengths, KEYS_PER_PART, **of_rows, num_warps=NUM_WARPS
     )
     norms = lse.mul_(LN2.value).logsumexp(1).div_(LN2.value)
     levels = torch.zeros(heads, tiles, length, dtype=torch.uint8, device=query.device)
     launcher(tile_levels_kernel, (triton.cdiv(length, STRIP), tiles, heads))(
-        query, keys, norms, lowest, levels, *lengths, tiles, **of_tiles, num_warps=NUM_WARPS
+        query, keys, step, norms, lowest, levels, *lengths, tiles, **of_tiles, num_warps=NUM_WARPS
     )
     return levels
 

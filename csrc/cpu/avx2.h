@@ -144,4 +144,47 @@ inline void pack_columns(const bf16* const* rows, int count, int dim, Packed* ou
   }
 }
 
+// Whole numbers of 16 bits.
+using Shorts = __m256i;
+
+constexpr int kShorts = 16;
+
+inline Shorts load(const int16_t* in) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)); }
+inline void store(int16_t* out, Shorts x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), x); }
+inline Shorts repeat(int16_t x) { return _mm256_set1_epi16(x); }
+inline Floats to_floats(const int16_t* in) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in))));
+}
+inline Shorts max(Shorts a, Shorts b) { return _mm256_max_epi16(a, b); }
+
+inline int reduce_max(Shorts x) {
+  const __m128i y = _mm_max_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  const __m128i turned = _mm_minpos_epu16(_mm_xor_si128(y, _mm_set1_epi16(0x7fff)));
+  return static_cast<int16_t>(_mm_extract_epi16(turned, 0) ^ 0x7fff);
+}
+
+// sum + left[0] * right[0] + left[1] * right[1], modulo 2^16: `left` are two bytes from 0 to 255, twice, and each of
+// `right` two from -64 to 63.
+inline Shorts multiply_add_bytes(int32_t left, Shorts right, Shorts sum) {
+  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_set1_epi32(left), right));
+}
+
+// (a - b) * factor / 2^15, rounded; a difference that does not fit is taken as the nearest that does.
+inline Shorts scaled_difference(Shorts a, Shorts b, Shorts factor) {
+  return _mm256_mulhrs_epi16(_mm256_subs_epi16(a, b), factor);
+}
+
+// x where place >= limit, the least number elsewhere.
+inline Shorts hide_before(Shorts x, const int16_t* place, int16_t limit) {
+  const __m256i hidden = _mm256_cmpgt_epi16(_mm256_set1_epi16(limit), load(place));
+  return _mm256_blendv_epi8(x, _mm256_set1_epi16(std::numeric_limits<int16_t>::min()), hidden);
+}
+
+// Eight times two bytes, each pair twice, with their highest bits turned: -128 to 127 become 0 to 255.
+inline void repeat_byte_pairs(const int8_t* in, int32_t* out) {
+  const __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
+  const __m256i once = _mm256_cvtepu16_epi32(bytes);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_or_si256(once, _mm256_slli_epi32(once, 16)));
+}
+
 }  // namespace minference

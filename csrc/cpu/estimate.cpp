@@ -94,7 +94,7 @@ void load_keys(const EstimateArguments& a, Workspace& w, int kv_head, int64_t fi
 }  // namespace minference
 
 // Counts the changes of the argument structures; minference_vllm/engines/native.py runs its own number only.
-extern "C" int minference_interface() { return 3; }
+extern "C" int minference_interface() { return 4; }
 
 extern "C" void minference_last_query_scores(const minference::EstimateArguments* arguments) {
   using namespace minference;

@@ -1,14 +1,15 @@
-// Levels of single keys per query tile, from queries and keys of few dimensions (tile_levels in
+// Levels of single keys per query tile, from queries and keys of few dimensions in small whole numbers (tile_levels in
 // minference_vllm/low_rank.py), and how much of some rows' attention lies at each level. One task per head and tile, in
-// two passes over the keys: the first for the largest score of every row and block of keys, the second for the keys of
-// the blocks in which some row comes near enough to its norm. Rows lie in the lanes, so that a row's maximum needs no
-// shuffles.
+// two passes over the keys: the first for the largest product of every row and block of keys, the second for the keys
+// of the blocks in which some row comes near enough to its norm. Rows lie in the lanes, so that a row's maximum needs
+// no shuffles, and stay in 16 bits from the bytes that are multiplied to the level.
 #include "tiles.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 namespace minference {
@@ -19,14 +20,15 @@ constexpr int kTop = 254;       // the highest level of a key outside the tile's
 constexpr uint8_t kOwn = 255;
 
 struct LevelArguments {
-  const bf16* query;           // [heads][chunk][rank], scores in units of log2
-  const bf16* keys;            // [heads][seq_len][rank]
+  const int8_t* query;         // [heads][chunk][rank], -63 to 63
+  const int8_t* keys;          // [heads][seq_len][rank]
+  const int16_t* step;         // [heads][chunk], levels per unit of a product, times 2^15
   const int32_t* lowest;       // [heads], levels below are reported as 0
   uint8_t* levels;             // [heads][tiles][seq_len]
   const int64_t* tile_starts;  // [tiles + 1], absolute positions
   int64_t seq_len;
   int32_t heads, tiles, tile, rank;
-  float per_unit;              // levels per unit of score
+  float levels_per_bit;
   int32_t threads;
 };
 
@@ -42,34 +44,19 @@ struct MassArguments {
 
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNothing = 1e-9f;  // a million such weights are a thousandth of a row's attention
-constexpr int kStep = 2 * kLanes;    // rows in two vectors
-constexpr int kKeyStride = 144;      // of copied keys: a constant, and not a power of two (cache sets)
+constexpr int kStep = 2 * kShorts;  // rows in two vectors
+constexpr int kKeyStride = kMaxHead / 2 + 8;  // of loaded keys: a constant, and not a power of two (cache sets)
+constexpr int16_t kLeast = std::numeric_limits<int16_t>::min();
+constexpr int16_t kMost = std::numeric_limits<int16_t>::max();
 
 struct LevelWorkspace {
-  alignas(64) Factor keys[kPeakKeys * kKeyStride];
-  alignas(64) float best[kPeakKeys * kLanes];
-  std::vector<Packed> query;  // [rank / kPack][rows]
-  std::vector<int32_t> minus_position;
-  std::vector<float> peaks, norm;  // [key blocks][rows], [rows]
+  int32_t keys[kPeakKeys * kKeyStride];  // two bytes, twice
+  alignas(64) int16_t best[kPeakKeys * kShorts];
+  // Of the tile's rows: [rank / 2][rows] pairs of bytes; what products begin with; levels per unit; places; [key
+  // blocks][rows]; the norm in units.
+  std::vector<int16_t> query, offset, step, place, peaks, norm;
 };
-
-// Scores of R keys with the rows of two vectors, handed to use(key, vector, scores).
-template <int R, typename Use>
-inline void score(const Factor* keys, const Packed* query, int64_t rows, int rank, const Use& use) {
-  Floats sum[R][2];
-  for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = repeat(0.0f);
-  for (int k = 0; k < rank / kPack; ++k) {
-    const Floats low = load_packed(query + k * rows), high = load_packed(query + k * rows + kLanes);
-    for (int i = 0; i < R; ++i) {
-      const Floats left = repeat_factors(keys + i * kKeyStride + kPack * k);
-      sum[i][0] = multiply_add(left, low, sum[i][0]);
-      sum[i][1] = multiply_add(left, high, sum[i][1]);
-    }
-  }
-  for (int i = 0; i < R; ++i) use(i, sum[i][0], sum[i][1]);
-}
 
 class LevelTask {
  public:
@@ -94,101 +81,141 @@ class LevelTask {
   // Rows past the tile's last are zeros, and have no say.
   void load_query() {
     const int64_t chunk_start = a_.tile_starts[0], chunk = a_.tile_starts[a_.tiles] - chunk_start;
-    const bf16* rows = a_.query + (head_ * chunk + start_ - chunk_start) * a_.rank;
+    const int64_t first = head_ * chunk + start_ - chunk_start;
     const int count = static_cast<int>(end_ - start_);
-    w_.query.assign(static_cast<size_t>(a_.rank / kPack) * rows_, Packed{});
-    Factor factors[kMaxHead];
+    w_.query.assign(a_.rank / 2 * rows_, 0);
+    w_.offset.assign(rows_, 0);
+    w_.step.assign(rows_, kMost);
+    std::copy(a_.step + first, a_.step + first + count, w_.step.begin());
+    w_.place.resize(rows_);
+    std::iota(w_.place.begin(), w_.place.end(), int16_t{0});
     for (int r = 0; r < count; ++r) {
-      copy_factors(rows + static_cast<int64_t>(r) * a_.rank, factors, a_.rank);
-      for (int k = 0; k < a_.rank / kPack; ++k) std::memcpy(&w_.query[k * rows_ + r], factors + kPack * k, sizeof(Packed));
+      const int8_t* row = a_.query + (first + r) * a_.rank;
+      for (int k = 0; k < a_.rank / 2; ++k) std::memcpy(&w_.query[k * rows_ + r], row + 2 * k, 2);
+      // Keys are loaded with 128 added, which this takes away. What does not fit comes back into 16 bits in the end.
+      w_.offset[r] = static_cast<int16_t>(-128 * std::accumulate(row, row + a_.rank, 0));
     }
-    w_.minus_position.resize(rows_);
-    for (int r = 0; r < rows_; ++r) w_.minus_position[r] = static_cast<int32_t>(-(start_ + r));
   }
 
   int load_keys(int64_t first) {
     const int count = static_cast<int>(std::min<int64_t>(kPeakKeys, end_ - first));
     for (int n = 0; n < count; ++n) {
-      copy_factors(a_.keys + (head_ * a_.seq_len + first + n) * a_.rank, w_.keys + n * kKeyStride, a_.rank);
+      const int8_t* key = a_.keys + (head_ * a_.seq_len + first + n) * a_.rank;
+      for (int k = 0; k < a_.rank; k += 16) repeat_byte_pairs(key + k, w_.keys + n * kKeyStride + k / 2);
     }
     return count;
   }
 
-  // Calls use(key, vector, vector) for `count` loaded keys with the rows from r on.
-  template <typename Use>
-  void score_keys(int count, int64_t r, const Use& use) {
-    for (int n = 0; n < count; n += kRows) {
-      with_rows(std::min(kRows, count - n), [&]<int R>() {
-        score<R>(w_.keys + n * kKeyStride, w_.query.data() + r, rows_, a_.rank,
-                 [&](int i, Floats low, Floats high) { use(n + i, low, high); });
-      });
+  // Products of R keys, the first of them `key`, with the rows of two vectors from r on.
+  template <int R>
+  void multiply(int key, int64_t r, Shorts (*product)[2]) {
+    const Shorts low_offset = load(w_.offset.data() + r), high_offset = load(w_.offset.data() + r + kShorts);
+    for (int i = 0; i < R; ++i) {
+      product[i][0] = low_offset;
+      product[i][1] = high_offset;
+    }
+    const int16_t* query = w_.query.data() + r;
+    const int32_t* keys = w_.keys + key * kKeyStride;
+    for (int k = 0; k < a_.rank / 2; ++k) {
+      const Shorts low = load(query + k * rows_), high = load(query + k * rows_ + kShorts);
+      for (int i = 0; i < R; ++i) {
+        product[i][0] = multiply_add_bytes(keys[i * kKeyStride + k], low, product[i][0]);
+        product[i][1] = multiply_add_bytes(keys[i * kKeyStride + k], high, product[i][1]);
+      }
     }
   }
 
   void find_norms() {
     const int64_t blocks = (end_ + kPeakKeys - 1) / kPeakKeys;
-    w_.peaks.resize(static_cast<size_t>(blocks) * rows_);
+    w_.peaks.resize(blocks * rows_);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = block * kPeakKeys;
       const int count = load_keys(first);
-      float* peaks = w_.peaks.data() + block * rows_;
-      // Kept in memory: the registers are full.
-      std::fill(peaks, peaks + rows_, -kInfinity);
+      int16_t* peaks = w_.peaks.data() + block * rows_;
       for (int64_t r = 0; r < rows_; r += kStep) {
-        const int32_t* minus = w_.minus_position.data() + r;
+        const int16_t* place = w_.place.data() + r;
         const bool causal = first + count - 1 > start_ + r;
-        score_keys(count, r, [&](int n, Floats low, Floats high) {
-          if (causal) {  // a key is seen by rows at or after it
-            const auto limit = static_cast<int32_t>(-(first + n));
-            low = hide_after(low, minus, limit);
-            high = hide_after(high, minus + kLanes, limit);
-          }
-          store(peaks + r, max(load(peaks + r), low));
-          store(peaks + r + kLanes, max(load(peaks + r + kLanes), high));
-        });
+        Shorts low_peak = repeat(kLeast), high_peak = low_peak;
+        for (int n = 0; n < count; n += kRows) {
+          with_rows(std::min(kRows, count - n), [&]<int R>() {
+            Shorts product[R][2];
+            multiply<R>(n, r, product);
+            for (int i = 0; i < R; ++i) {
+              if (causal) {  // a key is seen by rows at or after it
+                const auto limit = static_cast<int16_t>(std::max<int64_t>(first + n + i - start_, -1));
+                product[i][0] = hide_before(product[i][0], place, limit);
+                product[i][1] = hide_before(product[i][1], place + kShorts, limit);
+              }
+              low_peak = max(low_peak, product[i][0]);
+              high_peak = max(high_peak, product[i][1]);
+            }
+          });
+        }
+        store(peaks + r, low_peak);
+        store(peaks + r + kShorts, high_peak);
       }
     }
-    w_.norm.resize(rows_);
-    for (int64_t r = 0; r < rows_; r += kLanes) {
-      Floats top = repeat(-kInfinity), sum = repeat(0.0f);
-      for (int64_t block = 0; block < blocks; ++block) top = max(top, load(w_.peaks.data() + block * rows_ + r));
-      for (int64_t block = 0; block < blocks; ++block) sum += exp2(load(w_.peaks.data() + block * rows_ + r) - top);
-      store(w_.norm.data() + r, top);
-      float sums[kLanes];
+    add_peaks(blocks);
+  }
+
+  // The norm of each row, from its peaks.
+  void add_peaks(int64_t blocks) {
+    w_.norm.assign(rows_, kMost);
+    const float bits_per_step = 1.0f / (32768.0f * a_.levels_per_bit);
+    for (int64_t r = 0; r < end_ - start_; r += kLanes) {
+      const Floats bits = to_floats(w_.step.data() + r) * repeat(bits_per_step);
+      const int16_t* peaks = w_.peaks.data() + r;
+      Floats top = repeat(static_cast<float>(kLeast)), sum = repeat(0.0f);
+      for (int64_t block = 0; block < blocks; ++block) top = max(top, to_floats(peaks + block * rows_));
+      for (int64_t block = 0; block < blocks; ++block) sum += exp2((to_floats(peaks + block * rows_) - top) * bits);
+      float tops[kLanes], sums[kLanes], unit[kLanes];
+      store(tops, top);
       store(sums, sum);
-      for (int i = 0; i < kLanes; ++i) {
-        w_.norm[r + i] = start_ + r + i < end_ ? w_.norm[r + i] + std::log2(sums[i]) : kInfinity;
+      store(unit, bits);
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, end_ - start_ - r); ++i) {
+        const float norm = std::nearbyint(tops[i] + std::log2(sums[i]) / unit[i]);
+        w_.norm[r + i] = static_cast<int16_t>(std::min(norm, static_cast<float>(kMost)));
       }
     }
   }
 
   // All of these keys lie before the tile's own pages.
   void rate_keys(int64_t first) {
-    const float reach = static_cast<float>(kTop + 1 - a_.lowest[head_]) / a_.per_unit;
-    const float* peaks = w_.peaks.data() + first / kPeakKeys * rows_;
-    int count = 0;
+    const int lowest = a_.lowest[head_], here = static_cast<int>(std::min<int64_t>(kPeakKeys, own_ - first));
+    const int16_t* peaks = w_.peaks.data() + first / kPeakKeys * rows_;
+    bool loaded = false;
     for (int64_t r = 0; r < rows_; r += kStep) {
-      const float* norm = w_.norm.data() + r;
-      const Floats low_peak = load(peaks + r) - load(norm), high_peak = load(peaks + r + kLanes) - load(norm + kLanes);
-      if (reduce_max(max(low_peak, high_peak)) < -reach) continue;
-      if (count == 0) {
-        count = load_keys(first);
-        std::fill(w_.best, w_.best + kPeakKeys * kLanes, -kInfinity);
+      const int16_t *norm = w_.norm.data() + r, *step = w_.step.data() + r;
+      const Shorts low_norm = load(norm), high_norm = load(norm + kShorts);
+      const Shorts low_step = load(step), high_step = load(step + kShorts);
+      const Shorts peak = max(scaled_difference(load(peaks + r), low_norm, low_step),
+                              scaled_difference(load(peaks + r + kShorts), high_norm, high_step));
+      if (kTop + reduce_max(peak) < lowest) continue;
+      if (!loaded) {
+        load_keys(first);
+        std::fill(w_.best, w_.best + kPeakKeys * kShorts, kLeast);
+        loaded = true;
       }
-      score_keys(count, r, [&](int n, Floats low, Floats high) {
-        float* best = w_.best + n * kLanes;
-        store(best, max(load(best), max(low - load(norm), high - load(norm + kLanes))));
-      });
+      for (int n = 0; n < here; n += kRows) {
+        with_rows(std::min(kRows, here - n), [&]<int R>() {
+          Shorts product[R][2];
+          multiply<R>(n, r, product);
+          for (int i = 0; i < R; ++i) {
+            int16_t* best = w_.best + (n + i) * kShorts;
+            const Shorts nearest = max(scaled_difference(product[i][0], low_norm, low_step),
+                                       scaled_difference(product[i][1], high_norm, high_step));
+            store(best, max(load(best), nearest));
+          }
+        });
+      }
     }
-    const int here = static_cast<int>(std::min<int64_t>(kPeakKeys, own_ - first));
-    if (count == 0) {
+    if (!loaded) {
       std::memset(levels_ + first, 0, here);
       return;
     }
     for (int n = 0; n < here; ++n) {
-      const float level = static_cast<float>(kTop) + a_.per_unit * reduce_max(load(w_.best + n * kLanes));
-      const int found = static_cast<int>(std::clamp(level, 0.0f, static_cast<float>(kTop)));
-      levels_[first + n] = static_cast<uint8_t>(found < a_.lowest[head_] ? 0 : found);
+      const int level = std::clamp(kTop + reduce_max(load(w_.best + n * kShorts)), 0, kTop);
+      levels_[first + n] = static_cast<uint8_t>(level < lowest ? 0 : level);
     }
   }
 

@@ -94,6 +94,7 @@ class _LevelArguments(ctypes.Structure):
     _fields_ = (
         ("query", ctypes.c_void_p),
         ("keys", ctypes.c_void_p),
+        ("step", ctypes.c_void_p),
         ("lowest", ctypes.c_void_p),
         ("levels", ctypes.c_void_p),
         ("tile_starts", ctypes.c_void_p),
@@ -102,7 +103,7 @@ class _LevelArguments(ctypes.Structure):
         ("tiles", ctypes.c_int32),
         ("tile", ctypes.c_int32),
         ("rank", ctypes.c_int32),
-        ("per_unit", ctypes.c_float),
+        ("levels_per_bit", ctypes.c_float),
         ("threads", ctypes.c_int32),
     )
 
@@ -121,7 +122,7 @@ class _MassArguments(ctypes.Structure):
     )
 
 
-INTERFACE = 3
+INTERFACE = 4
 """Counts the changes of the structures above and in ``csrc/cpu``; a library built from another one must not run."""
 
 
@@ -305,14 +306,15 @@ def low_rank_kernels() -> low_rank.Kernels:
     return low_rank.Kernels() if unavailable_reason() else low_rank.Kernels(tile_levels, mass_by_level)
 
 
-def tile_levels(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
-    """``low_rank.tile_levels``; the rank is a multiple of 16 up to 128."""
+def tile_levels(factors: low_rank.Factors, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
+    """``low_rank.tile_levels``; the rank is a multiple of 16 up to 256."""
+    query, keys, step = (part.contiguous() for part in factors)
     heads, length, rank = keys.shape
-    query, keys = query.contiguous(), keys.contiguous()
     levels = torch.empty(heads, tiling.num_tiles, length, dtype=torch.uint8)
     arguments = _LevelArguments(
         query.data_ptr(),
         keys.data_ptr(),
+        step.data_ptr(),
         lowest.data_ptr(),
         levels.data_ptr(),
         tiling.starts.data_ptr(),
