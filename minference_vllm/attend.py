@@ -195,6 +195,9 @@ class PagedEstimates(estimate.Estimates):
         self.cache, self.pages, self.seq_len, self.scale = cache, pages, seq_len, scale
         self.page_means, self.triton, self.timing = page_means, triton, timing or Timing()
         self.kernels = low_rank.Kernels() if query.is_cuda else native.low_rank_kernels()
+        self.native = native.unsupported_cache_reason(self.query.dtype, cache) is None
+        if self.native:
+            self.kernels = self.kernels._replace(row_weights=self._row_weights)
 
     @functools.cached_property
     def keys(self) -> torch.Tensor:  # type: ignore[override]
@@ -230,9 +233,10 @@ class PagedEstimates(estimate.Estimates):
                 from minference_vllm.triton_kernels import estimate as kernels
 
                 return kernels.last_query_scores(*paged)
-            if native.unsupported_cache_reason(self.query.dtype, self.cache) is None:
-                return native.last_query_scores(*paged)
-            return super().last_query(heads)
+            return native.last_query_scores(*paged) if self.native else super().last_query(heads)
+
+    def _row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+        return native.row_weights(self.query, self.cache, self.pages, self.seq_len, rows, heads, self.scale)
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
         with self._timed():
@@ -259,7 +263,7 @@ class PagedEstimates(estimate.Estimates):
             from minference_vllm.triton_kernels import low_rank as ours
 
             of, heads = self._kv_heads_of(heads)
-            kernels = low_rank.Kernels(ours.tile_levels, ours.mass_by_level)
+            kernels = low_rank.Kernels(ours.tile_levels, ours.row_mass, ours.mass_by_level)
         else:
             lines = estimate.line_levels(tiling, *self.last_query(heads))
 

@@ -231,7 +231,7 @@ def calibration_rows(chunk: int, length: int, device: torch.device) -> torch.Ten
     return rows
 
 
-def exact_weights(
+def row_weights(
     query: torch.Tensor, keys: Iterable[torch.Tensor], positions: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """float32 ``[h, R, S]``: softmax weights of some rows.
@@ -243,7 +243,7 @@ def exact_weights(
     """
     query = query.float() * scale
     found = [torch.matmul(query, piece.float().transpose(1, 2)) for piece in keys]
-    scores = found[0] if len(found) == 1 else torch.cat(found, -1)
+    scores = joined(found, -1)
     scores.masked_fill_(torch.arange(scores.shape[-1], device=query.device) > positions[:, None], -torch.inf)
     return torch.softmax(scores, -1, out=scores)
 
@@ -260,17 +260,37 @@ def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tens
     return mass.scatter_add_(2, levels[:, lists].long(), weights).mean(1)
 
 
+def row_mass(factors: Factors, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
+    """``mass_by_level`` of some rows at the levels that they themselves give the keys.
+
+    Args:
+        rows: int64 ``[R]``, rows of the chunk, ascending.
+        weights: float32 ``[h, R, S]``.
+    """
+    own = row_levels(factors.rows(rows), rows + tiling.context_len, tiling)
+    return mass_by_level(own, torch.arange(len(rows)), weights)
+
+
 def threshold(mass: torch.Tensor, gamma: float) -> torch.Tensor:
     """int32 ``[h]``: the level down to which a share ``gamma`` of the attention lies; ``mass`` is ``[h, 256]``."""
     covered = mass.flip(1).cumsum(1)
     return 255 - (covered >= gamma * covered[:, -1:]).int().argmax(1).int()
 
 
+def joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """``torch.cat``, but one part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
 class Kernels(NamedTuple):
     """What may be replaced by faster code of the same meaning."""
 
     tile_levels: Callable[[Factors, Tiling, torch.Tensor], torch.Tensor] = tile_levels
+    row_mass: Callable[[Factors, torch.Tensor, Tiling, torch.Tensor], torch.Tensor] = row_mass
     mass_by_level: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = mass_by_level
+    row_weights: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None
+    """Of the chunk at hand: for rows (int64 ``[R]``, ascending) and query heads what ``row_weights`` gives for their
+    queries and keys."""
 
 
 def estimate(
@@ -308,11 +328,14 @@ def estimate(
         for piece in key_pieces():
             group = query.shape[1] // piece.shape[0]
             runs = [(kv_head, len(list(run))) for kv_head, run in itertools.groupby(head // group for head in heads)]
-            yield torch.cat([piece[kv_head : kv_head + 1, ::step].expand(run, -1, -1) for kv_head, run in runs])
+            yield joined([piece[kv_head : kv_head + 1, ::step].expand(run, -1, -1) for kv_head, run in runs], 0)
 
     rows = calibration_rows(query.shape[0], tiling.seq_len, query.device)
     positions = rows + tiling.context_len
-    weights = exact_weights(by_head[:, rows], pieces(), positions, scale)
+    if kernels.row_weights is None:
+        weights = row_weights(by_head[:, rows], pieces(), positions, scale)
+    else:
+        weights = kernels.row_weights(rows, heads)
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
     rank = min(rank, query.shape[2])
     if cheaper is not None:
@@ -323,15 +346,13 @@ def estimate(
             return cheaper, wanted
 
     queries = by_head[:, :: math.ceil(query.shape[0] / FIT_ROWS)]
-    sample = torch.cat(list(pieces(math.ceil(tiling.seq_len / FIT_ROWS))), 1)
+    sample = joined(list(pieces(math.ceil(tiling.seq_len / FIT_ROWS))), 1)
     enough = ENOUGH / scale if query.device.type == "cpu" else None
     projection = in_units(fit(queries, sample, rank, enough), sample)
-    whole = torch.cat([whole_keys(piece, projection) for piece in pieces()], 1)
+    whole = joined([whole_keys(piece, projection) for piece in pieces()], 1)
     low_query, step = whole_queries(by_head, projection, scale)
     factors = Factors(low_query, whole, step)
-    own_levels = row_levels(factors.rows(rows), positions, tiling)
-    each_row = torch.arange(len(rows), device=query.device)
     # One less: kernels may round otherwise.
-    lowest = threshold(kernels.mass_by_level(own_levels, each_row, weights), gamma).sub_(1).clamp_(min=0)
+    lowest = threshold(kernels.row_mass(factors, rows, tiling, weights), gamma).sub_(1).clamp_(min=0)
     levels = kernels.tile_levels(factors, tiling, lowest)
     return levels, threshold(kernels.mass_by_level(levels, tiles, weights), gamma)

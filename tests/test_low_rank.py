@@ -32,7 +32,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if library is None:
         pytest.skip(f"no kernels for {native.INSTRUCTIONS[request.param]} here")
     monkeypatch.setattr(native, "_best", lambda: (request.param, library))
-    yield Kernels(native.tile_levels, native.mass_by_level)
+    yield Kernels(native.tile_levels, native.row_mass, native.mass_by_level)
 
 
 def random_factors(heads: int, chunk: int, length: int, rank: int, sharpness: float) -> low_rank.Factors:
@@ -136,6 +136,29 @@ def test_mass_by_level(kernels: Kernels) -> None:
         for row, which in enumerate(lists.tolist()):
             exact[head].index_add_(0, levels[head, which].long(), weights[head, row].double() / 7)
     torch.testing.assert_close(kernels.mass_by_level(levels, lists, weights).double(), exact, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [16, 80])
+@pytest.mark.parametrize("name", TILINGS)
+def test_mass_of_rows(name: str, rank: int, kernels: Kernels) -> None:
+    context, length, page, tile = TILINGS[name]
+    tiling = Tiling.of(context, length, page, tile)
+    factors = random_factors(2, length - context, length, rank, 2.0)
+    rows = low_rank.calibration_rows(length - context, length, factors.keys.device)
+    positions = rows + context
+    weights = torch.rand(2, len(rows), length, generator=torch.Generator().manual_seed(0)).pow(20)
+    weights.masked_fill_(torch.arange(length) > positions[:, None], 0)
+    weights /= weights.sum(-1, keepdim=True)
+    found = kernels.row_mass(factors, rows, tiling, weights).double()
+    levels = low_rank.row_levels(factors.rows(rows), positions, tiling)
+    exact = torch.zeros(2, 256, dtype=torch.float64)
+    for head in range(2):
+        exact[head].index_add_(0, levels[head].flatten().long(), weights[head].flatten().double() / len(rows))
+    # Where the level of a key is rounded otherwise, its mass moves to the next one.
+    ours, right = found.cumsum(1), exact.cumsum(1)
+    assert (ours[:, :-1] <= right[:, 1:] + 1e-4).all() and (ours[:, 1:] >= right[:, :-1] - 1e-4).all()
+    torch.testing.assert_close(found.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[:, OWN_LEVEL], exact[:, OWN_LEVEL], atol=1e-4, rtol=0)
 
 
 def test_threshold() -> None:

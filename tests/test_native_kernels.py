@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from minference_vllm import estimate, reference
+from minference_vllm import estimate, low_rank, reference
 from minference_vllm.attend import attend_chunk, choose_engine
 from minference_vllm.engines import native
 from minference_vllm.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
@@ -89,6 +89,34 @@ def test_last_query_scores(
     for scores, expected in zip(found, exact, strict=True):
         # Products of bf16 are exact in float32; what is left is its summation and the kernel's exponential.
         torch.testing.assert_close(scores.double(), expected[wanted], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("chunk, context", [(301, 210), (64, 0), (64, 449), (5, 260), (1, 70)])
+@pytest.mark.parametrize("heads, kv_heads, head_size", [(8, 2, 64), (7, 1, 80)])
+def test_row_weights(
+    layout: Layout,
+    chunk: int,
+    context: int,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    paged_batch: Callable[..., Any],
+) -> None:
+    batch = paged_batch([chunk], [context], heads, kv_heads, head_size)
+    length = chunk + context
+    batch.key_cache[batch.block_table[0, (length - 1) // 32], (length - 1) % 32 + 1 :] = torch.nan
+    wanted, rows = list(range(1, heads, 2)), low_rank.calibration_rows(chunk, length, batch.query.device)
+    found = native.row_weights(
+        batch.query, in_layout(batch, layout), batch.block_table[0].long(), length, rows, wanted, batch.scale
+    )
+    keys = reference.repeat_heads(batch.keys(0), heads)[wanted]
+    scores = batch.query[rows].double().transpose(0, 1)[wanted] @ keys.transpose(1, 2) * batch.scale
+    future = torch.arange(length) > (rows + context)[:, None]
+    exact = scores.masked_fill(future, -torch.inf).softmax(-1)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-5)
+    assert not found[:, future].any()
 
 
 @pytest.mark.usefixtures("build")

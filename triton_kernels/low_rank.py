@@ -252,3 +252,9 @@ def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tens
         levels, lists, weights, mass, levels.shape[1], length, BLOCK_N=WEIGHTS, num_warps=NUM_WARPS
     )
     return mass.mean(1)
+
+
+def row_mass(factors: low_rank.Factors, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
+    """``low_rank.row_mass``."""
+    own = low_rank.row_levels(factors.rows(rows), rows + tiling.context_len, tiling)
+    return mass_by_level(own, torch.arange(len(rows), device=rows.device), weights)

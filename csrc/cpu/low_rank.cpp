@@ -19,17 +19,30 @@ constexpr int kLevels = 256;
 constexpr int kTop = 254;       // the highest level of a key outside the tile's own pages
 constexpr uint8_t kOwn = 255;
 
+struct Factors {
+  const int8_t* query;  // [heads][chunk][rank], -63 to 63
+  const int8_t* keys;   // [heads][seq_len][rank]
+  const int16_t* step;  // [heads][chunk], levels per unit of a product, times 2^15
+  int64_t chunk, seq_len;
+  int32_t heads, rank;
+  float levels_per_bit;
+  int32_t threads;
+};
+
 struct LevelArguments {
-  const int8_t* query;         // [heads][chunk][rank], -63 to 63
-  const int8_t* keys;          // [heads][seq_len][rank]
-  const int16_t* step;         // [heads][chunk], levels per unit of a product, times 2^15
+  Factors of;
   const int32_t* lowest;       // [heads], levels below are reported as 0
   uint8_t* levels;             // [heads][tiles][seq_len]
   const int64_t* tile_starts;  // [tiles + 1], absolute positions
-  int64_t seq_len;
-  int32_t heads, tiles, tile, rank;
-  float levels_per_bit;
-  int32_t threads;
+  int32_t tiles, tile;
+};
+
+struct RowMassArguments {
+  Factors of;
+  const int64_t* rows;   // [num_rows], rows of the chunk, ascending
+  const float* weights;  // [heads][num_rows][seq_len]
+  float* mass;           // [heads][kLevels]
+  int32_t num_rows, tile;
 };
 
 struct MassArguments {
@@ -50,63 +63,98 @@ constexpr int kKeyStride = kMaxHead / 2 + 8;  // of loaded keys: a constant, and
 constexpr int16_t kLeast = std::numeric_limits<int16_t>::min();
 constexpr int16_t kMost = std::numeric_limits<int16_t>::max();
 
-struct LevelWorkspace {
+struct Workspace {
   int32_t keys[kPeakKeys * kKeyStride];  // two bytes, twice
   alignas(64) int16_t best[kPeakKeys * kShorts];
-  // Of the tile's rows: [rank / 2][rows] pairs of bytes; what products begin with; levels per unit; places; [key
-  // blocks][rows]; the norm in units.
-  std::vector<int16_t> query, offset, step, place, peaks, norm;
+  // Of the rows at hand: [rank / 2][rows] pairs of bytes; what products begin with; levels per unit; [key blocks][rows];
+  // norms in units; how many keys of a block they see.
+  std::vector<int16_t> query, offset, step, peaks, norm, seen;
+  std::vector<int64_t> position;
 };
 
-class LevelTask {
+// Some rows of one head, in vectors, and their products with the keys.
+class Rows {
  public:
-  LevelTask(const LevelArguments& arguments, LevelWorkspace& space, int head, int tile)
-      : a_(arguments), w_(space), head_(head) {
-    start_ = a_.tile_starts[tile];
-    end_ = a_.tile_starts[tile + 1];
-    own_ = start_ / a_.tile * a_.tile;
-    rows_ = (end_ - start_ + kStep - 1) / kStep * kStep;
-    levels_ = a_.levels + (static_cast<int64_t>(head) * a_.tiles + tile) * a_.seq_len;
+  Rows(const Factors& factors, Workspace& space, int head) : f_(factors), w_(space), head_(head) {}
+
+  int count = 0;
+  int64_t padded = 0;  // rows that there is room for: those past the last are zeros, and have no say
+
+  // Takes row_of(0) .. row_of(rows - 1) of the chunk, ascending.
+  template <typename RowOf>
+  void load_rows(int rows, const RowOf& row_of) {
+    count = rows;
+    padded = (rows + kStep - 1) / kStep * kStep;
+    w_.query.assign(f_.rank / 2 * padded, 0);
+    w_.offset.assign(padded, 0);
+    w_.step.assign(padded, kMost);
+    w_.position.assign(padded, 0);
+    w_.seen.resize(padded);
+    for (int r = 0; r < count; ++r) {
+      const int64_t place = head_ * f_.chunk + row_of(r);
+      const int8_t* row = f_.query + place * f_.rank;
+      for (int k = 0; k < f_.rank / 2; ++k) std::memcpy(&w_.query[k * padded + r], row + 2 * k, 2);
+      // Keys are loaded with 128 added, which this takes away. What does not fit comes back into 16 bits in the end.
+      w_.offset[r] = static_cast<int16_t>(-128 * std::accumulate(row, row + f_.rank, 0));
+      w_.step[r] = f_.step[place];
+      w_.position[r] = f_.seq_len - f_.chunk + row_of(r);
+    }
   }
 
-  void run() {
-    load_query();
-    find_norms();
-    for (int64_t first = 0; first < own_; first += kPeakKeys) rate_keys(first);
-    std::memset(levels_ + own_, kOwn, end_ - own_);
-    std::memset(levels_ + end_, 0, a_.seq_len - end_);
+  int load_keys(int64_t first, int64_t end) {
+    const int keys = static_cast<int>(std::min<int64_t>(kPeakKeys, end - first));
+    for (int n = 0; n < keys; ++n) {
+      const int8_t* key = f_.keys + (head_ * f_.seq_len + first + n) * f_.rank;
+      for (int k = 0; k < f_.rank; k += 16) repeat_byte_pairs(key + k, w_.keys + n * kKeyStride + k / 2);
+    }
+    return keys;
+  }
+
+  // Calls use(key, product, product) with each of the loaded keys' products with the rows of two vectors from r on.
+  template <typename Use>
+  void multiply(int keys, int64_t r, const Use& use) {
+    for (int n = 0; n < keys; n += kRows) {
+      with_rows(std::min(kRows, keys - n), [&]<int R>() {
+        Shorts product[R][2];
+        multiply<R>(n, r, product);
+        for (int i = 0; i < R; ++i) use(n + i, product[i][0], product[i][1]);
+      });
+    }
+  }
+
+  // The largest product of every row and block of keys, and the rows' norms, over the keys that they see.
+  void find_norms() {
+    const int64_t end = w_.position[count - 1] + 1, blocks = (end + kPeakKeys - 1) / kPeakKeys;
+    w_.peaks.resize(blocks * padded);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = block * kPeakKeys;
+      const int keys = load_keys(first, end);
+      int16_t* peaks = w_.peaks.data() + block * padded;
+      for (int64_t r = 0; r < padded; r += kStep) {
+        Shorts low = repeat(kLeast), high = low;
+        if (first + keys - 1 <= w_.position[r]) {
+          multiply(keys, r, [&](int, Shorts low_product, Shorts high_product) {
+            low = max(low, low_product);
+            high = max(high, high_product);
+          });
+        } else {
+          int16_t* seen = w_.seen.data();
+          for (int i = 0; i < kStep; ++i) {
+            seen[i] = static_cast<int16_t>(std::clamp<int64_t>(w_.position[r + i] + 1 - first, 0, kPeakKeys));
+          }
+          multiply(keys, r, [&](int n, Shorts low_product, Shorts high_product) {
+            low = max(low, hide_before(low_product, seen, static_cast<int16_t>(n + 1)));
+            high = max(high, hide_before(high_product, seen + kShorts, static_cast<int16_t>(n + 1)));
+          });
+        }
+        store(peaks + r, low);
+        store(peaks + r + kShorts, high);
+      }
+    }
+    add_peaks(blocks);
   }
 
  private:
-  // Rows past the tile's last are zeros, and have no say.
-  void load_query() {
-    const int64_t chunk_start = a_.tile_starts[0], chunk = a_.tile_starts[a_.tiles] - chunk_start;
-    const int64_t first = head_ * chunk + start_ - chunk_start;
-    const int count = static_cast<int>(end_ - start_);
-    w_.query.assign(a_.rank / 2 * rows_, 0);
-    w_.offset.assign(rows_, 0);
-    w_.step.assign(rows_, kMost);
-    std::copy(a_.step + first, a_.step + first + count, w_.step.begin());
-    w_.place.resize(rows_);
-    std::iota(w_.place.begin(), w_.place.end(), int16_t{0});
-    for (int r = 0; r < count; ++r) {
-      const int8_t* row = a_.query + (first + r) * a_.rank;
-      for (int k = 0; k < a_.rank / 2; ++k) std::memcpy(&w_.query[k * rows_ + r], row + 2 * k, 2);
-      // Keys are loaded with 128 added, which this takes away. What does not fit comes back into 16 bits in the end.
-      w_.offset[r] = static_cast<int16_t>(-128 * std::accumulate(row, row + a_.rank, 0));
-    }
-  }
-
-  int load_keys(int64_t first) {
-    const int count = static_cast<int>(std::min<int64_t>(kPeakKeys, end_ - first));
-    for (int n = 0; n < count; ++n) {
-      const int8_t* key = a_.keys + (head_ * a_.seq_len + first + n) * a_.rank;
-      for (int k = 0; k < a_.rank; k += 16) repeat_byte_pairs(key + k, w_.keys + n * kKeyStride + k / 2);
-    }
-    return count;
-  }
-
-  // Products of R keys, the first of them `key`, with the rows of two vectors from r on.
   template <int R>
   void multiply(int key, int64_t r, Shorts (*product)[2]) {
     const Shorts low_offset = load(w_.offset.data() + r), high_offset = load(w_.offset.data() + r + kShorts);
@@ -116,8 +164,8 @@ class LevelTask {
     }
     const int16_t* query = w_.query.data() + r;
     const int32_t* keys = w_.keys + key * kKeyStride;
-    for (int k = 0; k < a_.rank / 2; ++k) {
-      const Shorts low = load(query + k * rows_), high = load(query + k * rows_ + kShorts);
+    for (int k = 0; k < f_.rank / 2; ++k) {
+      const Shorts low = load(query + k * padded), high = load(query + k * padded + kShorts);
       for (int i = 0; i < R; ++i) {
         product[i][0] = multiply_add_bytes(keys[i * kKeyStride + k], low, product[i][0]);
         product[i][1] = multiply_add_bytes(keys[i * kKeyStride + k], high, product[i][1]);
@@ -125,118 +173,147 @@ class LevelTask {
     }
   }
 
-  void find_norms() {
-    const int64_t blocks = (end_ + kPeakKeys - 1) / kPeakKeys;
-    w_.peaks.resize(blocks * rows_);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t first = block * kPeakKeys;
-      const int count = load_keys(first);
-      int16_t* peaks = w_.peaks.data() + block * rows_;
-      for (int64_t r = 0; r < rows_; r += kStep) {
-        const int16_t* place = w_.place.data() + r;
-        const bool causal = first + count - 1 > start_ + r;
-        Shorts low_peak = repeat(kLeast), high_peak = low_peak;
-        for (int n = 0; n < count; n += kRows) {
-          with_rows(std::min(kRows, count - n), [&]<int R>() {
-            Shorts product[R][2];
-            multiply<R>(n, r, product);
-            for (int i = 0; i < R; ++i) {
-              if (causal) {  // a key is seen by rows at or after it
-                const auto limit = static_cast<int16_t>(std::max<int64_t>(first + n + i - start_, -1));
-                product[i][0] = hide_before(product[i][0], place, limit);
-                product[i][1] = hide_before(product[i][1], place + kShorts, limit);
-              }
-              low_peak = max(low_peak, product[i][0]);
-              high_peak = max(high_peak, product[i][1]);
-            }
-          });
-        }
-        store(peaks + r, low_peak);
-        store(peaks + r + kShorts, high_peak);
-      }
-    }
-    add_peaks(blocks);
-  }
-
-  // The norm of each row, from its peaks.
   void add_peaks(int64_t blocks) {
-    w_.norm.assign(rows_, kMost);
-    const float bits_per_step = 1.0f / (32768.0f * a_.levels_per_bit);
-    for (int64_t r = 0; r < end_ - start_; r += kLanes) {
+    w_.norm.assign(padded, kMost);
+    const float bits_per_step = 1.0f / (32768.0f * f_.levels_per_bit);
+    for (int64_t r = 0; r < count; r += kLanes) {
       const Floats bits = to_floats(w_.step.data() + r) * repeat(bits_per_step);
       const int16_t* peaks = w_.peaks.data() + r;
       Floats top = repeat(static_cast<float>(kLeast)), sum = repeat(0.0f);
-      for (int64_t block = 0; block < blocks; ++block) top = max(top, to_floats(peaks + block * rows_));
-      for (int64_t block = 0; block < blocks; ++block) sum += exp2((to_floats(peaks + block * rows_) - top) * bits);
+      for (int64_t block = 0; block < blocks; ++block) top = max(top, to_floats(peaks + block * padded));
+      for (int64_t block = 0; block < blocks; ++block) sum += exp2((to_floats(peaks + block * padded) - top) * bits);
       float tops[kLanes], sums[kLanes], unit[kLanes];
       store(tops, top);
       store(sums, sum);
       store(unit, bits);
-      for (int64_t i = 0; i < std::min<int64_t>(kLanes, end_ - start_ - r); ++i) {
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, count - r); ++i) {
         const float norm = std::nearbyint(tops[i] + std::log2(sums[i]) / unit[i]);
         w_.norm[r + i] = static_cast<int16_t>(std::min(norm, static_cast<float>(kMost)));
       }
     }
   }
 
+  const Factors& f_;
+  Workspace& w_;
+  int head_;
+};
+
+int as_level(int nearest) { return std::clamp(kTop + nearest, 0, kTop); }
+
+class LevelTask {
+ public:
+  LevelTask(const LevelArguments& arguments, Workspace& space, int head, int tile)
+      : w_(space), rows_(arguments.of, space, head), lowest_(arguments.lowest[head]) {
+    const int64_t chunk_start = arguments.tile_starts[0], seq_len = arguments.of.seq_len;
+    const int64_t start = arguments.tile_starts[tile], end = arguments.tile_starts[tile + 1];
+    own_ = start / arguments.tile * arguments.tile;
+    levels_ = arguments.levels + (static_cast<int64_t>(head) * arguments.tiles + tile) * seq_len;
+    rows_.load_rows(static_cast<int>(end - start), [&](int r) { return start - chunk_start + r; });
+    rows_.find_norms();
+    for (int64_t first = 0; first < own_; first += kPeakKeys) rate_keys(first);
+    std::memset(levels_ + own_, kOwn, end - own_);
+    std::memset(levels_ + end, 0, seq_len - end);
+  }
+
+ private:
   // All of these keys lie before the tile's own pages.
   void rate_keys(int64_t first) {
-    const int lowest = a_.lowest[head_], here = static_cast<int>(std::min<int64_t>(kPeakKeys, own_ - first));
-    const int16_t* peaks = w_.peaks.data() + first / kPeakKeys * rows_;
+    const int here = static_cast<int>(std::min<int64_t>(kPeakKeys, own_ - first));
+    const int16_t* peaks = w_.peaks.data() + first / kPeakKeys * rows_.padded;
     bool loaded = false;
-    for (int64_t r = 0; r < rows_; r += kStep) {
+    for (int64_t r = 0; r < rows_.padded; r += kStep) {
       const int16_t *norm = w_.norm.data() + r, *step = w_.step.data() + r;
       const Shorts low_norm = load(norm), high_norm = load(norm + kShorts);
       const Shorts low_step = load(step), high_step = load(step + kShorts);
-      const Shorts peak = max(scaled_difference(load(peaks + r), low_norm, low_step),
-                              scaled_difference(load(peaks + r + kShorts), high_norm, high_step));
-      if (kTop + reduce_max(peak) < lowest) continue;
+      const auto nearest = [&](Shorts low, Shorts high) {
+        return max(scaled_difference(low, low_norm, low_step), scaled_difference(high, high_norm, high_step));
+      };
+      if (as_level(reduce_max(nearest(load(peaks + r), load(peaks + r + kShorts)))) < lowest_) continue;
       if (!loaded) {
-        load_keys(first);
+        rows_.load_keys(first, own_);
         std::fill(w_.best, w_.best + kPeakKeys * kShorts, kLeast);
         loaded = true;
       }
-      for (int n = 0; n < here; n += kRows) {
-        with_rows(std::min(kRows, here - n), [&]<int R>() {
-          Shorts product[R][2];
-          multiply<R>(n, r, product);
-          for (int i = 0; i < R; ++i) {
-            int16_t* best = w_.best + (n + i) * kShorts;
-            const Shorts nearest = max(scaled_difference(product[i][0], low_norm, low_step),
-                                       scaled_difference(product[i][1], high_norm, high_step));
-            store(best, max(load(best), nearest));
-          }
-        });
-      }
+      rows_.multiply(here, r, [&](int n, Shorts low, Shorts high) {
+        int16_t* best = w_.best + n * kShorts;
+        store(best, max(load(best), nearest(low, high)));
+      });
     }
     if (!loaded) {
       std::memset(levels_ + first, 0, here);
       return;
     }
     for (int n = 0; n < here; ++n) {
-      const int level = std::clamp(kTop + reduce_max(load(w_.best + n * kShorts)), 0, kTop);
-      levels_[first + n] = static_cast<uint8_t>(level < lowest ? 0 : level);
+      const int level = as_level(reduce_max(load(w_.best + n * kShorts)));
+      levels_[first + n] = static_cast<uint8_t>(level < lowest_ ? 0 : level);
     }
   }
 
-  const LevelArguments& a_;
-  LevelWorkspace& w_;
-  int head_;
-  int64_t start_, end_, own_, rows_;
+  Workspace& w_;
+  Rows rows_;
+  int lowest_;
+  int64_t own_;
   uint8_t* levels_;
 };
+
+// Adds the attention of some rows of one head by the levels that they themselves give the keys.
+void add_row_mass(const RowMassArguments& a, Workspace& w, int head, int first_row, int rows, float* mass) {
+  const Factors& f = a.of;
+  Rows part(f, w, head);
+  part.load_rows(rows, [&](int r) { return a.rows[first_row + r]; });
+  part.find_norms();
+  for (int r = 0; r < rows; ++r) {
+    const int64_t position = w.position[r], own = position / a.tile * a.tile;
+    const float* weights = a.weights + (static_cast<int64_t>(head) * a.num_rows + first_row + r) * f.seq_len;
+    const int8_t* query = f.query + (head * f.chunk + a.rows[first_row + r]) * f.rank;
+    for (int64_t key = 0; key <= position; ++key) {
+      if (weights[key] < kNothing) continue;
+      int level = kOwn;
+      if (key < own) {
+        const int8_t* factors = f.keys + (head * f.seq_len + key) * f.rank;
+        int product = 0;
+        for (int k = 0; k < f.rank; ++k) product += query[k] * factors[k];
+        const int above = std::clamp<int>(product - w.norm[r], kLeast, kMost);
+        level = as_level((above * w.step[r] + (1 << 14)) >> 15);
+      }
+      mass[level] += weights[key] / static_cast<float>(a.num_rows);
+    }
+  }
+}
 
 }  // namespace
 }  // namespace minference
 
 extern "C" void minference_tile_levels(const minference::LevelArguments* arguments) {
-  const int tasks = arguments->heads * arguments->tiles;
-#pragma omp parallel num_threads(arguments->threads)
+  const int heads = arguments->of.heads, tasks = heads * arguments->tiles;
+#pragma omp parallel num_threads(arguments->of.threads)
   {
-    static thread_local minference::LevelWorkspace space;
+    static thread_local minference::Workspace space;
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < tasks; ++task) {
-      minference::LevelTask(*arguments, space, task % arguments->heads, task / arguments->heads).run();
+      minference::LevelTask(*arguments, space, task % heads, task / heads);
+    }
+  }
+}
+
+extern "C" void minference_row_mass(const minference::RowMassArguments* arguments) {
+  using namespace minference;
+  const RowMassArguments& a = *arguments;
+  const int parts = (a.num_rows + kStep - 1) / kStep, tasks = a.of.heads * parts;
+  std::vector<float> by_task(static_cast<size_t>(tasks) * kLevels, 0.0f);
+#pragma omp parallel num_threads(a.of.threads)
+  {
+    static thread_local Workspace space;
+#pragma omp for schedule(dynamic, 1)
+    for (int task = 0; task < tasks; ++task) {
+      const int first_row = task % parts * kStep, rows = std::min(kStep, a.num_rows - first_row);
+      add_row_mass(a, space, task / parts, first_row, rows, by_task.data() + static_cast<size_t>(task) * kLevels);
+    }
+  }
+  for (int task = 0; task < tasks; ++task) {
+    float* mass = a.mass + task / parts * kLevels;
+    for (int level = 0; level < kLevels; ++level) {
+      mass[level] = by_task[static_cast<size_t>(task) * kLevels + level] + (task % parts ? mass[level] : 0.0f);
     }
   }
 }

@@ -67,7 +67,7 @@ class _AttendArguments(ctypes.Structure):
     )
 
 
-class _EstimateArguments(ctypes.Structure):
+class _RowArguments(ctypes.Structure):
     _fields_ = (
         ("cache", _Cache),
         ("query", ctypes.c_void_p),
@@ -75,36 +75,64 @@ class _EstimateArguments(ctypes.Structure):
         ("query_head_stride", ctypes.c_int64),
         ("pages", ctypes.c_void_p),
         ("row_index", ctypes.c_void_p),
-        ("group_starts", ctypes.c_void_p),
         ("heads", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("diagonals", ctypes.c_void_p),
         ("context_len", ctypes.c_int64),
         ("seq_len", ctypes.c_int64),
         ("num_heads", ctypes.c_int32),
         ("num_wanted", ctypes.c_int32),
         ("rows", ctypes.c_int32),
-        ("num_groups", ctypes.c_int32),
         ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class _WeightArguments(ctypes.Structure):
+    _fields_ = (("of", _RowArguments), ("weights", ctypes.c_void_p))
+
+
+class _EstimateArguments(ctypes.Structure):
+    _fields_ = (
+        ("of", _RowArguments),
+        ("group_starts", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("diagonals", ctypes.c_void_p),
+        ("num_groups", ctypes.c_int32),
+    )
+
+
+class _Factors(ctypes.Structure):
+    _fields_ = (
+        ("query", ctypes.c_void_p),
+        ("keys", ctypes.c_void_p),
+        ("step", ctypes.c_void_p),
+        ("chunk", ctypes.c_int64),
+        ("seq_len", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("levels_per_bit", ctypes.c_float),
         ("threads", ctypes.c_int32),
     )
 
 
 class _LevelArguments(ctypes.Structure):
     _fields_ = (
-        ("query", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("step", ctypes.c_void_p),
+        ("of", _Factors),
         ("lowest", ctypes.c_void_p),
         ("levels", ctypes.c_void_p),
         ("tile_starts", ctypes.c_void_p),
-        ("seq_len", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
         ("tiles", ctypes.c_int32),
         ("tile", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("levels_per_bit", ctypes.c_float),
-        ("threads", ctypes.c_int32),
+    )
+
+
+class _RowMassArguments(ctypes.Structure):
+    _fields_ = (
+        ("of", _Factors),
+        ("rows", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("mass", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int32),
+        ("tile", ctypes.c_int32),
     )
 
 
@@ -126,6 +154,14 @@ INTERFACE = 4
 """Counts the changes of the structures above and in ``csrc/cpu``; a library built from another one must not run."""
 
 
+_FUNCTIONS = {
+    "attend": _AttendArguments,
+    "row_weights": _WeightArguments,
+    "last_query_scores": _EstimateArguments,
+    "tile_levels": _LevelArguments,
+    "row_mass": _RowMassArguments,
+    "mass_by_level": _MassArguments,
+}
 _SUPPORTED = {"avx512bf16": torch.cpu._is_avx512_bf16_supported, "avx2": torch.cpu._is_avx2_supported}
 INSTRUCTIONS = {"avx512bf16": "AVX512-BF16", "avx2": "AVX2"}
 """Builds of the kernels (``setup.py``), best first, and the instructions that each needs."""
@@ -139,10 +175,8 @@ def load(build: str) -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(path))
         if getattr(library, "minference_interface", int)() != INTERFACE:
             continue
-        library.minference_attend.argtypes = (ctypes.POINTER(_AttendArguments),)
-        library.minference_last_query_scores.argtypes = (ctypes.POINTER(_EstimateArguments),)
-        library.minference_tile_levels.argtypes = (ctypes.POINTER(_LevelArguments),)
-        library.minference_mass_by_level.argtypes = (ctypes.POINTER(_MassArguments),)
+        for name, arguments in _FUNCTIONS.items():
+            getattr(library, f"minference_{name}").argtypes = (ctypes.POINTER(arguments),)
         return library
     return None
 
@@ -227,7 +261,6 @@ def run(
         pages: int64 ``[N]``, physical page of each logical block.
         lse: float32 ``[H, chunk]``, contiguous; receives the log-sum-exp of each row's scores.
     """
-    library = _library()
     columns = gather_columns(index, cache, pages)
     arguments = _AttendArguments(
         _describe(cache),
@@ -255,7 +288,61 @@ def run(
         scale,
         torch.get_num_threads(),
     )
-    library.minference_attend(ctypes.byref(arguments))
+    _library().minference_attend(ctypes.byref(arguments))
+
+
+def _rows_of(
+    query: torch.Tensor,
+    cache: PagedCache,
+    pages: torch.Tensor,
+    seq_len: int,
+    rows: torch.Tensor,
+    heads: torch.Tensor,
+    scale: float,
+) -> _RowArguments:
+    """``heads`` is int32, ascending, and ``rows`` int64; both must live as long as this is used."""
+    return _RowArguments(
+        _describe(cache),
+        query.data_ptr(),
+        query.stride(0),
+        query.stride(1),
+        pages.data_ptr(),
+        rows.data_ptr(),
+        heads.data_ptr(),
+        seq_len - query.shape[0],
+        seq_len,
+        query.shape[1],
+        len(heads),
+        len(rows),
+        scale,
+        torch.get_num_threads(),
+    )
+
+
+def row_weights(
+    query: torch.Tensor,
+    cache: PagedCache,
+    pages: torch.Tensor,
+    seq_len: int,
+    rows: torch.Tensor,
+    heads: Sequence[int],
+    scale: float,
+) -> torch.Tensor:
+    """``low_rank.row_weights`` straight from the pages.
+
+    Args:
+        query: bf16 ``[chunk, H, D]``.
+        rows: int64 ``[R]``, ascending, at most 64.
+        heads: query heads wanted, ascending.
+
+    Returns:
+        float32 ``[len(heads), R, S]``.
+    """
+    wanted = torch.tensor(list(heads), dtype=torch.int32)
+    weights = torch.empty(len(wanted), len(rows), seq_len)
+    of = _rows_of(query, cache, pages, seq_len, rows, wanted, scale)
+    _library().minference_row_weights(ctypes.byref(_WeightArguments(of, weights.data_ptr())))
+    return weights
 
 
 def last_query_scores(
@@ -270,64 +357,61 @@ def last_query_scores(
     Returns:
         float32 ``[len(heads), S]`` twice: columns and diagonals.
     """
-    library = _library()
     groups = row_groups(query.shape[0])
     rows = torch.cat([torch.arange(begin, end) for begin, end in groups])
     starts = torch.tensor([0, *itertools.accumulate(end - begin for begin, end in groups)], dtype=torch.int32)
+    wanted = torch.tensor(list(heads), dtype=torch.int32)
     columns = torch.empty(len(heads), seq_len)
     diagonals = torch.empty(len(heads), seq_len)
-    wanted = torch.tensor(list(heads), dtype=torch.int32)
-    arguments = _EstimateArguments(
-        _describe(cache),
-        query.data_ptr(),
-        query.stride(0),
-        query.stride(1),
-        pages.data_ptr(),
-        rows.data_ptr(),
-        starts.data_ptr(),
-        wanted.data_ptr(),
-        columns.data_ptr(),
-        diagonals.data_ptr(),
-        seq_len - query.shape[0],
-        seq_len,
-        query.shape[1],
-        len(heads),
-        len(rows),
-        len(groups),
-        scale,
-        torch.get_num_threads(),
-    )
-    library.minference_last_query_scores(ctypes.byref(arguments))
+    of = _rows_of(query, cache, pages, seq_len, rows, wanted, scale)
+    arguments = _EstimateArguments(of, starts.data_ptr(), columns.data_ptr(), diagonals.data_ptr(), len(groups))
+    _library().minference_last_query_scores(ctypes.byref(arguments))
     return columns, diagonals
 
 
 def low_rank_kernels() -> low_rank.Kernels:
     """Ours, where they can run; else torch."""
-    return low_rank.Kernels() if unavailable_reason() else low_rank.Kernels(tile_levels, mass_by_level)
+    return low_rank.Kernels() if unavailable_reason() else low_rank.Kernels(tile_levels, row_mass, mass_by_level)
 
 
-def tile_levels(factors: low_rank.Factors, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
-    """``low_rank.tile_levels``; the rank is a multiple of 16 up to 256."""
-    query, keys, step = (part.contiguous() for part in factors)
-    heads, length, rank = keys.shape
-    levels = torch.empty(heads, tiling.num_tiles, length, dtype=torch.uint8)
-    arguments = _LevelArguments(
-        query.data_ptr(),
-        keys.data_ptr(),
-        step.data_ptr(),
-        lowest.data_ptr(),
-        levels.data_ptr(),
-        tiling.starts.data_ptr(),
+def _describe_factors(factors: low_rank.Factors) -> _Factors:
+    """All parts contiguous; they must live as long as this is used."""
+    heads, length, rank = factors.keys.shape
+    return _Factors(
+        *(part.data_ptr() for part in factors),
+        factors.query.shape[1],
         length,
         heads,
-        tiling.num_tiles,
-        tiling.tile,
         rank,
         low_rank.LEVELS_PER_BIT,
         torch.get_num_threads(),
     )
+
+
+def tile_levels(factors: low_rank.Factors, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
+    """``low_rank.tile_levels``; the rank is a multiple of 16 up to 256."""
+    heads, length, _ = factors.keys.shape
+    levels = torch.empty(heads, tiling.num_tiles, length, dtype=torch.uint8)
+    arguments = _LevelArguments(
+        _describe_factors(factors),
+        lowest.data_ptr(),
+        levels.data_ptr(),
+        tiling.starts.data_ptr(),
+        tiling.num_tiles,
+        tiling.tile,
+    )
     _library().minference_tile_levels(ctypes.byref(arguments))
     return levels
+
+
+def row_mass(factors: low_rank.Factors, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
+    """``low_rank.row_mass``; the rank is a multiple of 16 up to 256."""
+    mass = torch.empty(len(weights), 256)
+    arguments = _RowMassArguments(
+        _describe_factors(factors), rows.data_ptr(), weights.data_ptr(), mass.data_ptr(), len(rows), tiling.tile
+    )
+    _library().minference_row_mass(ctypes.byref(arguments))
+    return mass
 
 
 def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,184 @@
+// Exact attention of some of a chunk's queries over all keys: scores by key tile, and what a softmax divides by.
+#pragma once
+
+#include "tiles.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+namespace minference {
+
+constexpr int kMaxRows = 64;
+constexpr int kTilesPerTask = 8;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct RowArguments {
+  Cache cache;
+  const bf16* query;  // the chunk's queries: row r, head h at r * token_stride + h * head_stride
+  int64_t query_token_stride, query_head_stride;
+  const int64_t* pages;
+  const int64_t* row_index;  // [rows] rows of the chunk that are used, ascending
+  const int32_t* heads;      // [num_wanted] query heads wanted, ascending
+  int64_t context_len, seq_len;
+  int32_t num_heads, num_wanted, rows;
+  float scale;
+  int32_t threads;
+};
+
+// Zeros on both sides of a tile's scores, so that diagonals can be read past it.
+constexpr int kScoreStride = kKeyTile + 2 * kMaxRows;
+
+struct alignas(64) RowWorkspace {
+  alignas(64) Packed keys[kMaxHead / kPack * kKeyTile];
+  alignas(64) float scores[kMaxRows * kScoreStride];
+
+  float* row(int r) { return scores + r * kScoreStride + kMaxRows; }
+};
+
+// The work is cut into tasks of kTilesPerTask key tiles and the wanted heads of one KV head, which share packed keys.
+class RowScores {
+ public:
+  explicit RowScores(const RowArguments& arguments)
+      : a_(arguments),
+        key_tiles((a_.seq_len + kKeyTile - 1) / kKeyTile),
+        parts((key_tiles + kTilesPerTask - 1) / kTilesPerTask),
+        query_(static_cast<size_t>(a_.num_wanted) * a_.rows * kQueryStride) {
+    for (int i = 0; i < a_.num_wanted; ++i) {
+      for (int r = 0; r < a_.rows; ++r) {
+        copy_factors(a_.query + a_.row_index[r] * a_.query_token_stride + a_.heads[i] * a_.query_head_stride,
+                     query_.data() + (static_cast<size_t>(i) * a_.rows + r) * kQueryStride, a_.cache.head_size);
+      }
+    }
+    for (int i = 0; i < a_.num_wanted; ++i) {
+      if (i == 0 || kv_head(i) != kv_head(i - 1)) first_of_group_.push_back(i);
+    }
+    first_of_group_.push_back(a_.num_wanted);
+  }
+
+  int tasks() const { return static_cast<int>((first_of_group_.size() - 1) * parts); }
+
+  // Calls use(wanted head, key tile) with the scores (in units of log2) in w.row(r)[n], for every tile of a task. Keys
+  // in the future or past the end score -inf.
+  template <typename Use>
+  void run(int task, RowWorkspace& w, const Use& use) const {
+    const int64_t group = task / parts, first_tile = task % parts * kTilesPerTask;
+    for (int64_t tile = first_tile; tile < std::min(first_tile + kTilesPerTask, key_tiles); ++tile) {
+      load_keys(w, kv_head(first_of_group_[group]), tile * kKeyTile);
+      for (int i = first_of_group_[group]; i < first_of_group_[group + 1]; ++i) {
+        score_tile(query_.data() + static_cast<size_t>(i) * a_.rows * kQueryStride, w, tile * kKeyTile);
+        use(i, tile);
+      }
+    }
+  }
+
+ private:
+  int kv_head(int wanted) const { return a_.heads[wanted] / (a_.num_heads / a_.cache.num_kv_heads); }
+
+  void load_keys(RowWorkspace& w, int kv_head, int64_t first_key) const {
+    const int size = a_.cache.block_size;
+    int at = 0;
+    while (at < kKeyTile) {
+      const int64_t key = first_key + at;
+      if (key >= a_.seq_len) {  // whole pages past the end: their keys are masked, but must not hold infinities
+        for (int k = 0; k < a_.cache.head_size / kPack; ++k) {
+          std::memset(w.keys + k * kKeyTile + at, 0, (kKeyTile - at) * sizeof(Packed));
+        }
+        return;
+      }
+      const int slot = static_cast<int>(key % size);
+      const int count = std::min(size - slot, kKeyTile - at);
+      pack_keys(a_.cache, a_.pages[key / size], kv_head, slot, count, w.keys, at);
+      at += count;
+    }
+  }
+
+  void score_tile(const Factor* query, RowWorkspace& w, int64_t first_key) const {
+    static constexpr auto kPlaces = [] {  // of a tile's keys in it
+      std::array<int32_t, kKeyTile> places{};
+      std::iota(places.begin(), places.end(), 0);
+      return places;
+    }();
+    for (int r = 0; r < a_.rows; r += kRows) {
+      with_rows(std::min(kRows, a_.rows - r), [&]<int R>() {
+        product_rows<R, kQueryStride, false>(query + r * kQueryStride, w.keys, kKeyTile, w.row(r), kScoreStride,
+                                             a_.cache.head_size, kKeyTile);
+      });
+    }
+    const Floats scale = repeat(a_.scale * kLog2e);
+    for (int r = 0; r < a_.rows; ++r) {
+      float* row = w.row(r);
+      const int64_t visible = a_.context_len + a_.row_index[r] - first_key;  // last visible key of the tile
+      const auto limit = static_cast<int32_t>(std::clamp<int64_t>(visible, -1, kKeyTile));
+      for (int n = 0; n < kKeyTile; n += kLanes) {
+        store(row + n, hide_after(load(row + n) * scale, kPlaces.data() + n, limit));
+      }
+    }
+  }
+
+  const RowArguments& a_;
+
+ public:
+  const int64_t key_tiles, parts;
+
+ private:
+  std::vector<Factor> query_;
+  std::vector<int> first_of_group_;
+};
+
+// Log-sum-exp of each wanted head's rows, gathered by several threads.
+class Normalizers {
+ public:
+  explicit Normalizers(const RowArguments& a)
+      : rows_(a.rows),
+        count_(static_cast<size_t>(a.num_wanted) * a.rows),
+        maximum_(count_ * a.threads, -kInfinity),
+        sum_(count_ * a.threads, 0.0f) {}
+
+  // Adds one tile's scores of one head.
+  void add(RowWorkspace& w, int wanted, int thread) {
+    for (int r = 0; r < rows_; ++r) {
+      const float* row = w.row(r);
+      Floats largest = load(row);
+      for (int n = kLanes; n < kKeyTile; n += kLanes) largest = max(largest, load(row + n));
+      const float found = reduce_max(largest);
+      if (found == -kInfinity) continue;
+      float& best = maximum_[count_ * thread + static_cast<size_t>(wanted) * rows_ + r];
+      float& total = sum_[count_ * thread + static_cast<size_t>(wanted) * rows_ + r];
+      if (found > best) {
+        total *= best == -kInfinity ? 0.0f : std::exp2(best - found);
+        best = found;
+      }
+      const Floats shift = repeat(best);
+      Floats added = repeat(0.0f);
+      for (int n = 0; n < kKeyTile; n += kLanes) added += exp2(load(row + n) - shift);
+      total += reduce_add(added);
+    }
+  }
+
+  // [wanted][rows], in units of log2.
+  std::vector<float> result() const {
+    std::vector<float> normalizer(count_);
+    for (size_t i = 0; i < count_; ++i) {
+      float best = -kInfinity, total = 0.0f;
+      for (size_t at = i; at < maximum_.size(); at += count_) best = std::max(best, maximum_[at]);
+      for (size_t at = i; at < maximum_.size(); at += count_) {
+        if (sum_[at] > 0.0f) total += sum_[at] * std::exp2(maximum_[at] - best);
+      }
+      normalizer[i] = best + std::log2(total);
+    }
+    return normalizer;
+  }
+
+ private:
+  int rows_;
+  size_t count_;
+  std::vector<float> maximum_, sum_;  // [threads][wanted][rows]
+};
+
+}  // namespace minference
