@@ -19,7 +19,7 @@ setup(
     ext_modules=[
         Extension(
             f"minference_vllm._cpu_kernels_{name}",
-            sources=[f"csrc/cpu/{source}.cpp" for source in ("sparse_attention", "estimate", "low_rank")],
+            sources=[f"csrc/cpu/{source}.cpp" for source in ("sparse_attention", "estimate", "low_rank", "levels")],
             depends=[str(header) for header in sorted(Path("csrc/cpu").glob("*.h"))],
             # gcc's own intrinsics headers trip -Wmaybe-uninitialized.
             extra_compile_args=["-std=c++20", "-O3", "-fopenmp", "-Wno-maybe-uninitialized", "-mfma", *flags],

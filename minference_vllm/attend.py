@@ -18,6 +18,7 @@ from minference_vllm.capacity import plan_capacity
 from minference_vllm.engines import block_table as block_table_engine
 from minference_vllm.engines import flash, native
 from minference_vllm.index import SparseIndex, build_index
+from minference_vllm.levels import Levels
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import HeadPattern
 from minference_vllm.plan import Chunk
@@ -255,23 +256,21 @@ class PagedEstimates(estimate.Estimates):
                 return kernels.antidiagonal_scores(*paged, heads, tiling, stride, self.scale)
             return super().antidiagonal(heads, tiling, stride)
 
-    def low_rank(
-        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        of, kernels, lines = self, self.kernels, None
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
+        of, kernels = self, self.kernels
         if self.triton:
             from minference_vllm.triton_kernels import low_rank as ours
 
             of, heads = self._kv_heads_of(heads)
-            kernels = low_rank.Kernels(ours.tile_levels, ours.row_mass, ours.mass_by_level)
-        else:
-            lines = estimate.line_levels(tiling, *self.last_query(heads))
+            kernels = ours.KERNELS
 
         def pieces() -> Iterator[torch.Tensor]:
             return of._key_pieces(low_rank.CALIBRATION_ROWS)
 
         with self._timed():
-            return low_rank.estimate(of.query, pieces, heads, tiling, rank, gamma, self.scale, kernels, lines)
+            return low_rank.estimate(
+                of.query, pieces, heads, tiling, rank, gamma, self.scale, kernels, wait=not self.triton
+            )
 
     def _kv_heads_of(self, heads: Sequence[int]) -> tuple[PagedEstimates, list[int]]:
         """What these heads need of the query and the cache, and their numbers in it."""

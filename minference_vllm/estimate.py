@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from minference_vllm import low_rank
-from minference_vllm.selection import line_worth
+from minference_vllm.levels import Levels
 from minference_vllm.tiling import Tiling
 
 LAST_QUERIES = 64
@@ -123,41 +123,13 @@ class Estimates:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return antidiagonal_scores(self.query, self.keys, heads, tiling, stride, self.scale)
 
-    def low_rank(
-        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, lines = (self.keys,), line_levels(tiling, *self.last_query(heads))
-        return low_rank.estimate(
-            self.query, lambda: keys, heads, tiling, rank, gamma, self.scale, self.kernels, lines
-        )  # fmt: skip
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
+        keys = (self.keys,)
+        return low_rank.estimate(self.query, lambda: keys, heads, tiling, rank, gamma, self.scale, self.kernels)
 
     def means(self, tiling: Tiling) -> torch.Tensor:
         """See ``mean_keys``."""
         return mean_keys(self.keys, tiling.block_size)
-
-
-def line_levels(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor) -> torch.Tensor:
-    """Levels of keys, as ``low_rank.tile_levels`` gives them, by columns and diagonals alone.
-
-    A key counts by what ``selection.coverage`` takes it for: its share of the attention as a token of a page at this
-    distance from the tile, or as a column, beyond its diagonal.
-
-    Args:
-        by_column, by_offset: see ``last_query_scores``.
-
-    Returns:
-        uint8 ``[H, T, S]``.
-    """
-    of_page, _, alone = line_worth(tiling, by_column, by_offset)
-    distance = tiling.distance()
-    by_distance, of_column = (low_rank.as_levels(worth.log2()) for worth in (of_page, alone))
-    pages = by_distance[:, distance.clamp(min=1) - 1]
-    pages[:, tiling.own()] = low_rank.OWN_LEVEL
-    levels = pages.repeat_interleave(tiling.block_size, 2)[..., : tiling.seq_len]
-    before = (distance > 0).repeat_interleave(tiling.block_size, 1)[:, : tiling.seq_len]
-    levels = torch.maximum(levels, of_column[:, None] * before)
-    later = ~tiling.reachable().repeat_interleave(tiling.block_size, 1)[:, : tiling.seq_len]
-    return levels.masked_fill_(later, 0)
 
 
 def mean_keys(keys: torch.Tensor, block_size: int) -> torch.Tensor:

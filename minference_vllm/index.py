@@ -15,6 +15,7 @@ import torch
 
 from minference_vllm import selection
 from minference_vllm.capacity import Capacity
+from minference_vllm.levels import Levels, keys_at_levels
 from minference_vllm.patterns import (
     ESTIMATION_BLOCK,
     Antidiagonal,
@@ -280,18 +281,16 @@ class Scores(Protocol):
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         """Block scores along antidiagonals, float32 ``[len(heads), T, N]``."""
 
-    def low_rank(
-        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Levels of single keys, uint8 ``[len(heads), T, S]``, and from which on a share ``gamma`` of the attention
-        lies, int32 ``[len(heads)]``."""
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
+        """Levels of single keys, from products in ``rank`` dimensions, at which a share ``gamma`` of the attention
+        lies."""
 
 
 def select(
     tiling: Tiling, pattern: HeadPattern, heads: Sequence[int], scores: Scores, most_columns: int | None = None
-) -> tuple[torch.Tensor, Columns | torch.Tensor | None]:
+) -> tuple[torch.Tensor, Columns | None]:
     """Blocks (bool ``[len(heads), T, N]``, or ``[T, N]`` where they are the same for all heads) and columns that one
-    pattern selects for the named heads: of all tiles, or of each tile its own (bool ``[len(heads), T, S]``).
+    pattern selects for all tiles of the named heads.
 
     Args:
         most_columns: room for the columns of a head whose budget the data decide; None: as many as it wants.
@@ -313,8 +312,6 @@ def select(
         return selection.vertical_slash(tiling, *scores.last_query(heads), pattern)
     if isinstance(pattern, Coverage):
         return selection.coverage(tiling, *scores.last_query(heads), pattern, most_columns)
-    if isinstance(pattern, LowRank):
-        return selection.keys_at_levels(tiling, *scores.low_rank(heads, tiling, pattern.rank, pattern.gamma))
     raise TypeError(f"no selection for pattern {pattern!r}")
 
 
@@ -404,11 +401,20 @@ def _list(tiling: Tiling, pattern: HeadPattern, heads: list[int], scores: Scores
     shape, device = (len(heads), tiling.num_tiles), tiling.starts.device
     columns = torch.full((*shape, 1), -1, dtype=torch.int32, device=device)
     num_columns = torch.zeros(shape, dtype=torch.int32, device=device)
-    chosen, wanted = select(tiling, pattern, heads, scores, capacity.columns if capacity else None)
-    if isinstance(wanted, Columns):
-        chosen, columns, num_columns = _columns_in_pieces(tiling, chosen, wanted, wait=capacity is None)
-    elif wanted is not None:
-        chosen, columns, num_columns = single_keys(tiling, chosen, wanted, capacity.columns if capacity else None)
+    wanted = None
+    if isinstance(pattern, LowRank):
+        levels = scores.low_rank(heads, tiling, pattern.rank, pattern.gamma)
+        if levels.lists and capacity is None and tiling.column_multiple == 1:
+            chosen, columns, num_columns = levels.lists(tiling, levels.of_keys, levels.threshold)
+        else:
+            chosen, single = keys_at_levels(tiling, levels.of_keys, levels.threshold)
+            del levels  # as large as what comes now
+            width = capacity.columns if capacity else None
+            chosen, columns, num_columns = single_keys(tiling, chosen, single, width)
+    else:
+        chosen, wanted = select(tiling, pattern, heads, scores, capacity.columns if capacity else None)
+        if wanted:
+            chosen, columns, num_columns = _columns_in_pieces(tiling, chosen, wanted, wait=capacity is None)
     blocks, num_blocks = compact(chosen, capacity.blocks if capacity else None)
     blocks, num_blocks = blocks.expand(*shape, -1), num_blocks.expand(shape)
     if capacity is None:
@@ -417,7 +423,7 @@ def _list(tiling: Tiling, pattern: HeadPattern, heads: list[int], scores: Scores
     over = (num_blocks > capacity.blocks) | (num_columns > capacity.columns)
     # A tile that wanted everything has it, and needs no room for it.
     overflowed = over & (num_blocks < reach)
-    if isinstance(wanted, Columns) and wanted.crowded is not None:
+    if wanted and wanted.crowded is not None:
         overflowed |= wanted.crowded[:, None]
     return _Part(
         heads,

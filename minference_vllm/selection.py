@@ -231,29 +231,3 @@ def peak_blocks(tiling: Tiling, scores: torch.Tensor, pattern: PeakThreshold) ->
     always = a_shape_blocks(tiling, AShape(sink=pattern.sink, local=pattern.window))
     peaks = scores >= pattern.alpha * scores.amax(-1, keepdim=True)
     return (peaks & tiling.reachable()) | always
-
-
-def keys_at_levels(tiling: Tiling, levels: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each tile's keys from one level up.
-
-    Pages of which half or more are wanted are taken whole: attended in place they cost less than gathered keys.
-
-    Args:
-        levels: uint8 ``[H, T, S]``, see ``low_rank.tile_levels``.
-        threshold: int32 ``[H]``; 0 means that the levels do not tell the keys apart.
-
-    Returns:
-        blocks (bool ``[H, T, N]``) and single keys (bool ``[H, T, S]``), none in a block. A head that needs more than
-        half of all keys, or whose threshold is 0, has every reachable block and no single key.
-    """
-    size, length = tiling.block_size, levels.shape[2]
-    # The largest tensors by far: marks are made and taken back in place.
-    chosen = torch.zeros(*levels.shape[:2], tiling.num_key_blocks, size, dtype=torch.bool, device=levels.device)
-    torch.ge(levels, threshold[:, None, None].to(torch.uint8), out=chosen.flatten(2)[..., :length])
-    by_page = chosen.sum(3, dtype=torch.int32)
-    blocks = (2 * by_page >= size) | tiling.own()
-    cost = torch.where(blocks, size, by_page).sum((1, 2))
-    dense = (threshold == 0) | (cost > DENSE_FROM * size * tiling.reachable().sum())
-    blocks = torch.where(dense[:, None, None], tiling.reachable(), blocks)
-    chosen &= ~(blocks | dense[:, None, None])[..., None]
-    return blocks, chosen.flatten(2)[..., :length]

@@ -16,6 +16,7 @@ from minference_vllm import low_rank, recall
 from minference_vllm.attend import PagedEstimates
 from minference_vllm.capacity import AUDITED_PAIR, MEMORY_LIMIT, Capacity, audit_frequency, plan_capacity
 from minference_vllm.index import SparseIndex, build_index
+from minference_vllm.levels import OWN_LEVEL, Levels
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import (
     Antidiagonal,
@@ -88,9 +89,7 @@ class RandomScores:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.pooled(heads, tiling)
 
-    def low_rank(
-        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
         pages = self.draw(5, heads, tiling.num_tiles, tiling.num_key_blocks)
         by_page, own, reach = (
             each.repeat_interleave(tiling.block_size, -1)[..., : self.seq_len]
@@ -98,7 +97,7 @@ class RandomScores:
         )
         levels = self.draw(6, heads, tiling.num_tiles, self.seq_len).maximum(by_page).mul_(255).to(torch.uint8)
         lowest = torch.full((len(heads),), round(255 * (1 - gamma)), dtype=torch.int32)
-        return levels.masked_fill_(own, low_rank.OWN_LEVEL).mul_(reach), lowest
+        return Levels(levels.masked_fill_(own, OWN_LEVEL).mul_(reach), lowest)
 
 
 def planned(tiling: Tiling, patterns: Sequence[HeadPattern], **options: Any) -> Capacity:
@@ -263,11 +262,9 @@ class EmptyScores(RandomScores):
     def draw(self, kind: int, heads: Sequence[int], *shape: int) -> torch.Tensor:
         return torch.empty(len(heads), *shape, device="meta")
 
-    def low_rank(
-        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
         levels = torch.empty(len(heads), tiling.num_tiles, self.seq_len, dtype=torch.uint8, device="meta")
-        return levels, torch.empty(len(heads), dtype=torch.int32, device="meta")
+        return Levels(levels, torch.empty(len(heads), dtype=torch.int32, device="meta"))
 
 
 MIXTURES: dict[str, list[HeadPattern]] = {

@@ -14,7 +14,7 @@ import torch
 from minference_vllm import reference
 from minference_vllm.estimate import Estimates
 from minference_vllm.index import SparseIndex, build_index, columns_outside_blocks, compact
-from minference_vllm.low_rank import OWN_LEVEL
+from minference_vllm.levels import OWN_LEVEL, Levels
 from minference_vllm.patterns import (
     ESTIMATION_BLOCK,
     MAX_LEVEL,
@@ -143,9 +143,7 @@ class RandomScores:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.peaks(heads, tiling)
 
-    def low_rank(
-        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
         """Levels from 0 to 40, and the lower a threshold, the more of the attention is wanted."""
         for head in heads:
             self.levels[head] = (self.draw(5, head, tiling.num_tiles, self.seq_len) * 40).to(torch.uint8)
@@ -156,7 +154,7 @@ class RandomScores:
             own, later = by_key
             self.levels[head][own], self.levels[head][later] = OWN_LEVEL, 0
         thresholds = torch.full((len(heads),), int(41 * (1 - gamma)), dtype=torch.int32)
-        return torch.stack([self.levels[head] for head in heads]), thresholds
+        return Levels(torch.stack([self.levels[head] for head in heads]), thresholds)
 
 
 @dataclass(frozen=True)
@@ -178,9 +176,7 @@ class OneHead:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.scores.antidiagonal([self.head], tiling, stride)
 
-    def low_rank(
-        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
         return self.scores.low_rank([self.head], tiling, rank, gamma)
 
 

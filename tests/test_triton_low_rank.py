@@ -6,7 +6,6 @@ As in ``test_triton_kernels.py`` this file is both the test and, run as a script
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import pytest
@@ -61,7 +60,7 @@ def test_the_index_is_the_torch_paths(interpreted: dict[str, Any], case: tuple[i
 def test_tensors_that_do_not_fit_are_refused(name: str) -> None:
     import torch
 
-    from minference_vllm.low_rank import Factors
+    from minference_vllm.projection import Factors
     from minference_vllm.tiling import Tiling
     from minference_vllm.triton_kernels import low_rank as kernels
 
@@ -84,8 +83,9 @@ def run_case(
     lowest_wanted: int = 0,
 ) -> dict[str, float]:
     import torch
+    from low_rank_inputs import as_factors
 
-    from minference_vllm import low_rank
+    from minference_vllm.levels import tile_levels
     from minference_vllm.tiling import Tiling
     from minference_vllm.triton_kernels import low_rank as kernels
 
@@ -99,10 +99,7 @@ def run_case(
     if far:
         keys = torch.nn.functional.normalize(keys, dim=-1)
         query = 40 * keys[:, wanted]
-    same = torch.eye(rank).expand(2, -1, -1)
-    projection = low_rank.in_units(low_rank.Projection(same, same, torch.zeros(2, 1, rank)), keys)
-    whole, step = low_rank.whole_queries(query, projection, math.log(2))
-    factors = low_rank.Factors(whole, low_rank.whole_keys(keys, projection), step)
+    factors = as_factors(query, keys)
     lowest = torch.tensor([0, lowest_wanted], dtype=torch.int32)
     empty = torch.empty
     torch.empty = lambda *shape, **options: empty(*shape, **options).fill_(torch.nan)  # type: ignore[assignment]
@@ -110,7 +107,7 @@ def run_case(
         found = kernels.tile_levels(factors, tiling, lowest)
     finally:
         torch.empty = empty
-    right = low_rank.tile_levels(factors, tiling, lowest)
+    right = tile_levels(factors, tiling, lowest)
     assert found.shape == right.shape and found.dtype == right.dtype
     assert not ((found[1] > 0) & (found[1] < lowest_wanted)).any()
     # The lowest that is wanted may round to one that is not.
@@ -131,7 +128,7 @@ def run_case(
 def run_mass_case(lists: list[int]) -> tuple[float, float]:
     import torch
 
-    from minference_vllm import low_rank
+    from minference_vllm.levels import mass_by_level
     from minference_vllm.triton_kernels import low_rank as kernels
 
     torch.manual_seed(0)
@@ -140,7 +137,7 @@ def run_mass_case(lists: list[int]) -> tuple[float, float]:
     weights[:, :, 1000:] = 0
     weights /= weights.sum(-1, keepdim=True)
     found = kernels.mass_by_level(levels, torch.tensor(lists), weights)
-    right = low_rank.mass_by_level(levels, torch.tensor(lists), weights)
+    right = mass_by_level(levels, torch.tensor(lists), weights)
     assert found.shape == right.shape
     return float((found - right).abs().max()), float((found.sum(-1) - 1).abs().max())
 
@@ -183,10 +180,12 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
     scale = dim**-0.5
 
     class Scored(Estimates):
-        """Always in few dimensions: the kernels' path does not look whether columns and diagonals would do."""
+        """As the kernels' path, which does not look whether columns and diagonals would do."""
 
         def low_rank(self, heads: Any, tiling: Tiling, rank: int, gamma: float) -> Any:
-            return low_rank.estimate(self.query, lambda: (self.keys,), heads, tiling, rank, gamma, self.scale)
+            return low_rank.estimate(
+                self.query, lambda: (self.keys,), heads, tiling, rank, gamma, self.scale, wait=False
+            )
 
     by_torch = build_index(Tiling.of(context_len, seq_len, page, 128), patterns, Scored(query, keys, scale))
     mask = index.to_mask()

@@ -10,17 +10,20 @@ import torch
 import triton
 import triton.language as tl
 
-from minference_vllm import low_rank
+from minference_vllm import levels
+from minference_vllm.low_rank import Kernels
+from minference_vllm.projection import LEVELS_PER_BIT as PER_BIT
+from minference_vllm.projection import Factors
 from minference_vllm.tiling import Tiling
 from minference_vllm.triton_kernels.estimate import add_scores
 from minference_vllm.triton_kernels.launch import launcher
 from minference_vllm.triton_kernels.sparse_attention import LN2
 
-PEAK_KEYS = tl.constexpr(low_rank.PEAK_KEYS)
-LEVELS_PER_BIT = tl.constexpr(low_rank.LEVELS_PER_BIT)
-TOP_LEVEL = tl.constexpr(low_rank.TOP_LEVEL)
-OWN_LEVEL = tl.constexpr(low_rank.OWN_LEVEL)
-BITS_PER_STEP = tl.constexpr(1.0 / (low_rank.LEVELS_PER_BIT << 15))
+PEAK_KEYS = tl.constexpr(levels.PEAK_KEYS)
+LEVELS_PER_BIT = tl.constexpr(PER_BIT)
+TOP_LEVEL = tl.constexpr(levels.TOP_LEVEL)
+OWN_LEVEL = tl.constexpr(levels.OWN_LEVEL)
+BITS_PER_STEP = tl.constexpr(1.0 / (PER_BIT << 15))
 
 
 @triton.jit
@@ -198,8 +201,8 @@ def launch_shape(rank: int, tile: int) -> tuple[dict[str, int], dict[str, int]]:
     return shape | {"BLOCK_M": BLOCK_M, "STEP": STEP}, shape | of_tiles
 
 
-def tile_levels(factors: low_rank.Factors, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
-    """``low_rank.tile_levels``, without waiting for the GPU.
+def tile_levels(factors: Factors, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
+    """``levels.tile_levels``, without waiting for the GPU.
 
     Args:
         lowest: int32 ``[h]``: levels below are not wanted, and 0.
@@ -236,7 +239,7 @@ def tile_levels(factors: low_rank.Factors, tiling: Tiling, lowest: torch.Tensor)
 
 
 def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``low_rank.mass_by_level``; sums are taken in any order.
+    """``levels.mass_by_level``; sums are taken in any order.
 
     Args:
         levels: uint8 ``[h, L, S]``.
@@ -254,7 +257,10 @@ def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tens
     return mass.mean(1)
 
 
-def row_mass(factors: low_rank.Factors, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
-    """``low_rank.row_mass``."""
-    own = low_rank.row_levels(factors.rows(rows), rows + tiling.context_len, tiling)
+def row_mass(factors: Factors, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
+    """``levels.row_mass``."""
+    own = levels.row_levels(factors.rows(rows), rows + tiling.context_len, tiling)
     return mass_by_level(own, torch.arange(len(rows), device=rows.device), weights)
+
+
+KERNELS = Kernels(tile_levels, row_mass, mass_by_level)

@@ -1,9 +1,9 @@
 // Levels of single keys per query tile, from queries and keys of few dimensions in small whole numbers (tile_levels in
-// minference_vllm/low_rank.py), and how much of some rows' attention lies at each level. One task per head and tile, in
-// two passes over the keys: the first for the largest product of every row and block of keys, the second for the keys
+// minference_vllm/levels.py), and how much of some rows' attention lies at each. One task per head and tile, in two
+// passes over the keys: the first for the largest product of every row and block of keys, the second for the keys
 // of the blocks in which some row comes near enough to its norm. Rows lie in the lanes, so that a row's maximum needs
 // no shuffles, and stay in 16 bits from the bytes that are multiplied to the level.
-#include "tiles.h"
+#include "levels.h"
 
 #include <algorithm>
 #include <cmath>
@@ -14,9 +14,8 @@
 
 namespace minference {
 
-constexpr int kPeakKeys = 32;   // low_rank.PEAK_KEYS
-constexpr int kLevels = 256;
-constexpr int kTop = 254;       // the highest level of a key outside the tile's own pages
+constexpr int kPeakKeys = 32;  // levels.PEAK_KEYS
+constexpr int kTop = 254;      // the highest level of a key outside the tile's own pages
 constexpr uint8_t kOwn = 255;
 
 struct Factors {
@@ -45,19 +44,8 @@ struct RowMassArguments {
   int32_t num_rows, tile;
 };
 
-struct MassArguments {
-  const uint8_t* levels;      // [heads][lists][seq_len]
-  const int64_t* list;        // [rows], the list of each row
-  const float* weights;       // [heads][rows][seq_len]
-  float* mass;                // [heads][kLevels]
-  int64_t seq_len;
-  int32_t heads, rows, lists;
-  int32_t threads;
-};
-
 namespace {
 
-constexpr float kNothing = 1e-9f;  // a million such weights are a thousandth of a row's attention
 constexpr int kStep = 2 * kShorts;  // rows in two vectors
 constexpr int kKeyStride = kMaxHead / 2 + 8;  // of loaded keys: a constant, and not a power of two (cache sets)
 constexpr int16_t kLeast = std::numeric_limits<int16_t>::min();
@@ -263,11 +251,10 @@ void add_row_mass(const RowMassArguments& a, Workspace& w, int head, int first_r
   part.load_rows(rows, [&](int r) { return a.rows[first_row + r]; });
   part.find_norms();
   for (int r = 0; r < rows; ++r) {
-    const int64_t position = w.position[r], own = position / a.tile * a.tile;
+    const int64_t own = w.position[r] / a.tile * a.tile;
     const float* weights = a.weights + (static_cast<int64_t>(head) * a.num_rows + first_row + r) * f.seq_len;
     const int8_t* query = f.query + (head * f.chunk + a.rows[first_row + r]) * f.rank;
-    for (int64_t key = 0; key <= position; ++key) {
-      if (weights[key] < kNothing) continue;
+    for_weights(weights, f.seq_len, [&](int64_t key, float weight) {
       int level = kOwn;
       if (key < own) {
         const int8_t* factors = f.keys + (head * f.seq_len + key) * f.rank;
@@ -276,8 +263,8 @@ void add_row_mass(const RowMassArguments& a, Workspace& w, int head, int first_r
         const int above = std::clamp<int>(product - w.norm[r], kLeast, kMost);
         level = as_level((above * w.step[r] + (1 << 14)) >> 15);
       }
-      mass[level] += weights[key] / static_cast<float>(a.num_rows);
-    }
+      mass[level] += weight / static_cast<float>(a.num_rows);
+    });
   }
 }
 
@@ -315,28 +302,5 @@ extern "C" void minference_row_mass(const minference::RowMassArguments* argument
     for (int level = 0; level < kLevels; ++level) {
       mass[level] = by_task[static_cast<size_t>(task) * kLevels + level] + (task % parts ? mass[level] : 0.0f);
     }
-  }
-}
-
-extern "C" void minference_mass_by_level(const minference::MassArguments* arguments) {
-  using namespace minference;
-  const MassArguments& a = *arguments;
-  std::vector<float> by_row(static_cast<size_t>(a.heads) * a.rows * kLevels, 0.0f);
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
-  for (int64_t task = 0; task < static_cast<int64_t>(a.heads) * a.rows; ++task) {
-    const uint8_t* levels = a.levels + (task / a.rows * a.lists + a.list[task % a.rows]) * a.seq_len;
-    const float* weights = a.weights + task * a.seq_len;
-    float* mass = by_row.data() + task * kLevels;
-    const int64_t whole = a.seq_len / kLanes * kLanes;
-    for (int64_t key = 0; key < whole; key += kLanes) {
-      if (reduce_max(load(weights + key)) < kNothing) continue;
-      for (int i = 0; i < kLanes; ++i) mass[levels[key + i]] += weights[key + i];
-    }
-    for (int64_t key = whole; key < a.seq_len; ++key) mass[levels[key]] += weights[key];
-  }
-  std::fill(a.mass, a.mass + static_cast<int64_t>(a.heads) * kLevels, 0.0f);
-  for (int64_t row = 0; row < static_cast<int64_t>(a.heads) * a.rows; ++row) {
-    float* mass = a.mass + row / a.rows * kLevels;
-    for (int level = 0; level < kLevels; ++level) mass[level] += by_row[row * kLevels + level] / a.rows;
   }
 }

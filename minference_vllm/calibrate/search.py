@@ -15,6 +15,7 @@ import torch
 from minference_vllm.attend import PagedEstimates, tiling_for
 from minference_vllm.estimate import logits
 from minference_vllm.index import Scores, SparseIndex, build_index
+from minference_vllm.levels import Levels
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import (
     Antidiagonal,
@@ -122,9 +123,7 @@ class _Remembered(Scores):
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self._remember("antidiagonal", heads, tiling, stride)
 
-    def low_rank(
-        self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
         return self._scores.low_rank(heads, tiling, rank, gamma)
 
 

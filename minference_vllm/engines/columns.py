@@ -9,7 +9,7 @@ import torch
 from minference_vllm.index import SparseIndex
 from minference_vllm.paged_cache import PagedCache
 
-WHOLE_FROM = 0.5
+WHOLE_FROM = 1 / 12
 """Share of a sequence's keys, heads that share them counted each, from which on all of them are copied: page by page
 that is faster than key by key."""
 

@@ -18,7 +18,9 @@ from minference_vllm import low_rank
 from minference_vllm.engines.columns import gather_columns
 from minference_vllm.estimate import row_groups
 from minference_vllm.index import SparseIndex
+from minference_vllm.levels import whole_pages
 from minference_vllm.paged_cache import PagedCache
+from minference_vllm.projection import LEVELS_PER_BIT, Factors
 from minference_vllm.tiling import Tiling
 
 _LAYOUTS = {"rows": 0, "transposed": 1, "amx": 2}
@@ -150,6 +152,22 @@ class _MassArguments(ctypes.Structure):
     )
 
 
+class _KeyArguments(ctypes.Structure):
+    _fields_ = (
+        ("levels", ctypes.c_void_p),
+        ("threshold", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
+        ("outside", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("seq_len", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("tiles", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("max_columns", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
 INTERFACE = 4
 """Counts the changes of the structures above and in ``csrc/cpu``; a library built from another one must not run."""
 
@@ -161,6 +179,8 @@ _FUNCTIONS = {
     "tile_levels": _LevelArguments,
     "row_mass": _RowMassArguments,
     "mass_by_level": _MassArguments,
+    "page_counts": _KeyArguments,
+    "columns_at_levels": _KeyArguments,
 }
 _SUPPORTED = {"avx512bf16": torch.cpu._is_avx512_bf16_supported, "avx2": torch.cpu._is_avx2_supported}
 INSTRUCTIONS = {"avx512bf16": "AVX512-BF16", "avx2": "AVX2"}
@@ -371,10 +391,10 @@ def last_query_scores(
 
 def low_rank_kernels() -> low_rank.Kernels:
     """Ours, where they can run; else torch."""
-    return low_rank.Kernels() if unavailable_reason() else low_rank.Kernels(tile_levels, row_mass, mass_by_level)
+    return low_rank.Kernels() if unavailable_reason() else _KERNELS
 
 
-def _describe_factors(factors: low_rank.Factors) -> _Factors:
+def _describe_factors(factors: Factors) -> _Factors:
     """All parts contiguous; they must live as long as this is used."""
     heads, length, rank = factors.keys.shape
     return _Factors(
@@ -383,13 +403,13 @@ def _describe_factors(factors: low_rank.Factors) -> _Factors:
         length,
         heads,
         rank,
-        low_rank.LEVELS_PER_BIT,
+        LEVELS_PER_BIT,
         torch.get_num_threads(),
     )
 
 
-def tile_levels(factors: low_rank.Factors, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
-    """``low_rank.tile_levels``; the rank is a multiple of 16 up to 256."""
+def tile_levels(factors: Factors, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
+    """``levels.tile_levels``; the rank is a multiple of 16 up to 256."""
     heads, length, _ = factors.keys.shape
     levels = torch.empty(heads, tiling.num_tiles, length, dtype=torch.uint8)
     arguments = _LevelArguments(
@@ -404,8 +424,8 @@ def tile_levels(factors: low_rank.Factors, tiling: Tiling, lowest: torch.Tensor)
     return levels
 
 
-def row_mass(factors: low_rank.Factors, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
-    """``low_rank.row_mass``; the rank is a multiple of 16 up to 256."""
+def row_mass(factors: Factors, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
+    """``levels.row_mass``; the rank is a multiple of 16 up to 256."""
     mass = torch.empty(len(weights), 256)
     arguments = _RowMassArguments(
         _describe_factors(factors), rows.data_ptr(), weights.data_ptr(), mass.data_ptr(), len(rows), tiling.tile
@@ -415,7 +435,8 @@ def row_mass(factors: low_rank.Factors, rows: torch.Tensor, tiling: Tiling, weig
 
 
 def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``low_rank.mass_by_level``."""
+    """``levels.mass_by_level``."""
+    levels, lists, weights = (part.contiguous() for part in (levels, lists, weights))
     heads, rows, length = weights.shape
     mass = torch.empty(heads, 256)
     arguments = _MassArguments(
@@ -431,3 +452,57 @@ def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tens
     )
     _library().minference_mass_by_level(ctypes.byref(arguments))
     return mass
+
+
+def page_counts(levels: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:
+    """``levels.page_counts``."""
+    heads, tiles, length = levels.shape
+    counts = torch.empty(heads, tiles, -(-length // block_size), dtype=torch.int32)
+    arguments = _KeyArguments(
+        levels.data_ptr(),
+        threshold.data_ptr(),
+        counts.data_ptr(),
+        None,
+        None,
+        length,
+        heads,
+        tiles,
+        block_size,
+        0,
+        torch.get_num_threads(),
+    )
+    _library().minference_page_counts(ctypes.byref(arguments))
+    return counts
+
+
+def lists(
+    tiling: Tiling, levels: torch.Tensor, threshold: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``levels.keys_at_levels`` and ``index.single_keys`` in one.
+
+    Returns:
+        blocks (bool ``[h, T, N]``), columns (int32 ``[h, T, C]``, -1 padded), their number (int32 ``[h, T]``).
+    """
+    counts = page_counts(levels, threshold, tiling.block_size)
+    blocks, dense = whole_pages(tiling, counts, threshold)
+    outside = ~(blocks | dense[:, None, None])
+    num_columns = (counts * outside).sum(2, dtype=torch.int32)
+    columns = torch.empty(*num_columns.shape, max(1, int(num_columns.max())), dtype=torch.int32)
+    arguments = _KeyArguments(
+        levels.data_ptr(),
+        threshold.data_ptr(),
+        counts.data_ptr(),
+        outside.data_ptr(),
+        columns.data_ptr(),
+        levels.shape[2],
+        levels.shape[0],
+        tiling.num_tiles,
+        tiling.block_size,
+        columns.shape[2],
+        torch.get_num_threads(),
+    )
+    _library().minference_columns_at_levels(ctypes.byref(arguments))
+    return blocks, columns, num_columns
+
+
+_KERNELS = low_rank.Kernels(tile_levels, row_mass, mass_by_level, page_counts, lists)

@@ -1,0 +1,170 @@
+"""Levels of keys by every implementation, against the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from low_rank_inputs import random_factors
+
+from minference_vllm import levels as levels_module
+from minference_vllm import reference
+from minference_vllm.engines import native
+from minference_vllm.index import single_keys
+from minference_vllm.levels import OWN_LEVEL, PEAK_KEYS, keys_at_levels, row_levels, threshold, tile_levels
+from minference_vllm.low_rank import Kernels, calibration_rows
+from minference_vllm.projection import LEVELS_PER_BIT
+from minference_vllm.tiling import Tiling
+
+IMPLEMENTATIONS = ("torch", *native.INSTRUCTIONS)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
+    """Torch, and each build of our CPU kernels that the processor can run."""
+    if request.param == "torch":
+        yield Kernels()
+        return
+    library = native.load(request.param)
+    if library is None:
+        pytest.skip(f"no kernels for {native.INSTRUCTIONS[request.param]} here")
+    monkeypatch.setattr(native, "_best", lambda: (request.param, library))
+    yield native.low_rank_kernels()
+
+
+TILINGS = {
+    # name: (context, sequence, page, tile)
+    "regular": (512, 1024, 128, 128),
+    "odd_length": (0, 517, 32, 128),
+    "starts_inside_a_tile": (333, 700, 32, 128),
+    "starts_inside_a_page": (205, 300, 32, 64),
+    "one_row": (300, 301, 32, 32),
+    "one_token": (0, 1, 32, 32),
+    "first_tile": (0, 90, 128, 128),
+    "large_tile": (700, 1500, 64, 512),
+    "pages_of_16": (100, 250, 16, 48),
+}
+
+
+@pytest.mark.parametrize("rank", [16, 32, 80])
+@pytest.mark.parametrize("sharpness", [0.01, 1.0, 8.0])
+@pytest.mark.parametrize("name", TILINGS)
+def test_levels(name: str, sharpness: float, rank: int, kernels: Kernels) -> None:
+    context, length, page, tile = TILINGS[name]
+    tiling = Tiling.of(context, length, page, tile)
+    factors = random_factors(2, length - context, length, rank, sharpness)
+    lowest = torch.tensor([0, 200], dtype=torch.int32)
+    found = kernels.tile_levels(factors, tiling, lowest)
+    query = factors.query.double() * factors.bits().double()
+    exact = reference.low_rank_levels(query, factors.keys, tiling, PEAK_KEYS, LEVELS_PER_BIT).clamp(0, 254)
+    assert found.dtype == torch.uint8 and found.shape == exact.shape
+    places = torch.arange(length)
+    own = places >= (tiling.starts[:-1] // tile * tile)[:, None]
+    seen = places < tiling.starts[1:, None]
+    assert (found[:, own & seen] == OWN_LEVEL).all() and (found[:, ~seen] == 0).all()
+    before, wanted = (found[:, ~own].double(), exact[:, ~own])
+    # To the nearest, and norms to half a unit of the products.
+    slack = 0.5 + 1e-3 * LEVELS_PER_BIT + 0.5 * LEVELS_PER_BIT * factors.bits().max().item()
+    right = (before - wanted).abs() <= slack
+    unwanted = (before == 0) & (wanted < lowest[:, None] + slack)
+    assert right[0].all()
+    assert (right | unwanted)[1].all() and ((before[1] == 0) | (before[1] >= 200)).all()
+
+
+def test_a_row_gives_no_key_a_higher_level_than_its_tile() -> None:
+    tiling = Tiling.of(333, 700, 32, 128)
+    factors = random_factors(2, 367, 700, 16, 3.0)
+    rows = calibration_rows(367, 700, factors.keys.device)
+    positions = rows + 333
+    own = row_levels(factors.rows(rows), positions, tiling)
+    tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
+    levels = tile_levels(factors, tiling, torch.zeros(2, dtype=torch.int32))[:, tiles]
+    future = torch.arange(700) > positions[:, None]
+    assert ((own <= levels) | future).all()
+
+
+def test_mass_by_level(kernels: Kernels) -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(0, 256, (3, 5, 301), generator=generator).to(torch.uint8)
+    weights = torch.rand(3, 7, 301, generator=generator)
+    weights[:, :, 40:200] *= 1e-12
+    weights /= weights.sum(-1, keepdim=True)
+    lists = torch.tensor([0, 0, 1, 3, 4, 4, 2])
+    exact = torch.zeros(3, 256, dtype=torch.float64)
+    for head in range(3):
+        for row, which in enumerate(lists.tolist()):
+            exact[head].index_add_(0, levels[head, which].long(), weights[head, row].double() / 7)
+    torch.testing.assert_close(kernels.mass_by_level(levels, lists, weights).double(), exact, atol=1e-3, rtol=0)
+    torch.testing.assert_close(kernels.mass_by_level(levels, lists, weights).sum(1), torch.ones(3), atol=1e-3, rtol=0)
+    every_other = kernels.mass_by_level(levels, lists[::2], weights[:, ::2])
+    torch.testing.assert_close(
+        every_other, levels_module.mass_by_level(levels, lists[::2], weights[:, ::2]), atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("rank", [16, 80])
+@pytest.mark.parametrize("name", TILINGS)
+def test_mass_of_rows(name: str, rank: int, kernels: Kernels) -> None:
+    context, length, page, tile = TILINGS[name]
+    tiling = Tiling.of(context, length, page, tile)
+    factors = random_factors(2, length - context, length, rank, 2.0)
+    rows = calibration_rows(length - context, length, factors.keys.device)
+    positions = rows + context
+    weights = torch.rand(2, len(rows), length, generator=torch.Generator().manual_seed(0)).pow(20)
+    weights.masked_fill_(torch.arange(length) > positions[:, None], 0)
+    weights /= weights.sum(-1, keepdim=True)
+    found = kernels.row_mass(factors, rows, tiling, weights).double()
+    levels = row_levels(factors.rows(rows), positions, tiling)
+    exact = torch.zeros(2, 256, dtype=torch.float64)
+    for head in range(2):
+        exact[head].index_add_(0, levels[head].flatten().long(), weights[head].flatten().double() / len(rows))
+    # Where the level of a key is rounded otherwise, its mass moves to the next one.
+    ours, right = found.cumsum(1), exact.cumsum(1)
+    assert (ours[:, :-1] <= right[:, 1:] + 1e-4).all() and (ours[:, 1:] >= right[:, :-1] - 1e-4).all()
+    torch.testing.assert_close(found.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[:, OWN_LEVEL], exact[:, OWN_LEVEL], atol=1e-4, rtol=0)
+
+
+def test_threshold() -> None:
+    mass = torch.zeros(4, 256)
+    mass[0, 255], mass[0, 100], mass[0, 0] = 0.5, 0.4, 0.1
+    mass[1, 255] = 1.0
+    mass[2, 200:220] = 0.05
+    mass[3, 0] = 1.0
+    assert threshold(mass, 0.85).tolist() == [100, 255, 203, 0]
+
+
+@pytest.mark.parametrize("name", TILINGS)
+def test_keys_from_one_level_up(name: str, kernels: Kernels) -> None:
+    context, length, page, tile = TILINGS[name]
+    tiling = Tiling.of(context, length, page, tile)
+    generator = torch.Generator().manual_seed(length)
+    levels = torch.randint(0, 200, (5, tiling.num_tiles, length), generator=generator).to(torch.uint8)
+    places = torch.arange(length)
+    levels[1, :, : length // 2] += 50
+    levels[:, places >= (tiling.starts[:-1] // tile * tile)[:, None]] = OWN_LEVEL
+    levels[:, places >= tiling.starts[1:, None]] = 0
+    # Few keys, half a sequence whole, nothing told apart, none, and nearly all.
+    wanted = torch.tensor([195, 199, 0, 255, 2], dtype=torch.int32)
+    marks = torch.zeros(5, tiling.num_tiles, tiling.num_key_blocks * page, dtype=torch.bool)
+    marks[..., :length] = levels >= wanted[:, None, None].to(torch.uint8)
+    counts = kernels.page_counts(levels, wanted, page)
+    assert counts.dtype == torch.int32 and torch.equal(counts.long(), marks.unflatten(2, (-1, page)).sum(3))
+    exact = single_keys(tiling, *keys_at_levels(tiling, levels, wanted), None)
+    if kernels.lists is not None:
+        for found, right in zip(kernels.lists(tiling, levels, wanted), exact, strict=True):
+            assert found.dtype == right.dtype and torch.equal(found, right)
+    blocks, columns, num_columns = exact
+    before = tiling.distance() > 0
+    for head, level in enumerate(wanted.tolist()):
+        by_page = marks[head].unflatten(1, (-1, page))
+        whole = (2 * by_page.sum(2) >= page) | tiling.own()
+        cost = torch.where(whole, page, by_page.sum(2)).sum()
+        if level == 0 or cost > page * tiling.reachable().sum() / 2:
+            assert torch.equal(blocks[head], tiling.reachable()) and not num_columns[head].any()
+            continue
+        assert torch.equal(blocks[head], whole)
+        for number in range(tiling.num_tiles):
+            single = (by_page[number] & (before & ~whole)[number][:, None]).flatten().nonzero()[:, 0]
+            assert columns[head, number, : num_columns[head, number]].tolist() == single.tolist()

@@ -1,0 +1,136 @@
+"""Few dimensions and small whole numbers: what they lose of the products of queries and keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from low_rank_inputs import as_factors
+
+from minference_vllm.projection import (
+    KEY_NORM,
+    LEAST_RANGE,
+    MOST_PRODUCT,
+    MOST_QUERY,
+    Projection,
+    fit,
+    in_units,
+    whole_keys,
+)
+
+# Whole numbers
+
+
+@pytest.mark.parametrize("rank", [16, 32, 128])
+@pytest.mark.parametrize("case", ["random", "along one dimension", "all the same", "tiny", "huge", "zeros", "outlier"])
+def test_whole_numbers_keep_the_products(case: str, rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    query, keys = torch.randn(2, 50, rank, generator=generator) * 3, torch.randn(2, 400, rank, generator=generator)
+    if case == "along one dimension":
+        query[..., 1:], keys[..., 1:] = 0, 0
+    elif case == "all the same":
+        query, keys = torch.full_like(query, 2.0), torch.full_like(keys, -1.0)
+    elif case == "tiny":
+        query *= 1e-12
+    elif case == "huge":
+        query *= 1e6
+    elif case == "zeros":
+        query, keys = query * 0, keys * 0
+    elif case == "outlier":
+        keys[:, 7] *= 4
+    factors = as_factors(query, keys)
+    assert factors.query.abs().max() <= MOST_QUERY and factors.step.min() > 0
+    products = factors.query.double() @ factors.keys.double().transpose(1, 2)
+    assert products.abs().max() <= MOST_PRODUCT * 1.1 < 1 << 15
+    if case == "huge":
+        return  # scores of a million bits are taken for smaller ones
+    exact = query.double() @ keys.double().transpose(1, 2)
+    most = query.double().norm(dim=2) * keys.double().norm(dim=2).amax(1)[:, None]
+    error = (products * factors.bits() - exact) / most.clamp(min=LEAST_RANGE)[..., None]
+    # Where all elements are rounded alike, their errors add up.
+    assert error.abs().max() < 0.04 and (error.square().mean().sqrt() < 0.004 or case == "all the same")
+
+
+def test_longer_keys_than_sampled_are_shortened() -> None:
+    keys = torch.randn(1, 100, 32, generator=torch.Generator().manual_seed(0))
+    same = torch.eye(32)[None]
+    projection = in_units(Projection(same, same, torch.zeros(1, 1, 32)), keys[:, :50])
+    keys[:, 70] *= 50
+    whole = whole_keys(keys, projection).double()
+    assert whole.norm(dim=2).max() < KEY_NORM * 1.02
+    assert torch.nn.functional.cosine_similarity(whole[0, 70], keys[0, 70].double(), dim=0) > 0.99
+
+
+# The fit
+
+
+def centred(scores: torch.Tensor) -> torch.Tensor:
+    return scores - scores.mean(-1, keepdim=True)
+
+
+def products(projection: Projection, query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    low_query = query.double() @ projection.to_query.double()
+    low_keys = (keys.double() - projection.mean.double()) @ projection.to_key.double()
+    return low_query @ low_keys.transpose(1, 2)
+
+
+def spread_inputs(rows: int = 300, tokens: int = 900, dim: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of two heads whose dimensions differ in size, and are mixed; keys have a large common part."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = torch.logspace(0.5, -1.5, dim)
+    mixed = torch.linalg.qr(torch.randn(2, dim, dim, generator=generator)).Q
+    query = torch.randn(2, rows, dim, generator=generator) * sizes @ mixed
+    keys = torch.randn(2, tokens, dim, generator=generator) * sizes.flip(0).add(0.1) @ mixed + 5
+    return query, keys
+
+
+def test_at_full_rank_nothing_is_lost() -> None:
+    query, keys = spread_inputs()
+    found = centred(products(fit(query, keys, 64), query, keys))
+    exact = centred(query.double() @ keys.double().transpose(1, 2))
+    assert float((found - exact).norm() / exact.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32])
+def test_no_other_dimensions_lose_less(rank: int) -> None:
+    query, keys = spread_inputs()
+    keys = keys.bfloat16()
+    exact = query.double() @ (keys.double() - keys.double().mean(1, keepdim=True)).transpose(1, 2)
+    error = (products(fit(query, keys, rank), query, keys) - exact).norm(dim=(1, 2))
+    # Of all matrices of this rank, the truncated singular value decomposition is nearest.
+    least = torch.linalg.svdvals(exact)[:, rank:].norm(dim=1)
+    assert (error >= least * (1 - 1e-6)).all() and (error <= least * 1.05).all(), (error / least).tolist()
+
+
+def test_no_more_dimensions_than_are_needed() -> None:
+    query, keys = spread_inputs()
+    exact = query.double() @ (keys.double() - keys.double().mean(1, keepdim=True)).transpose(1, 2)
+
+    def error(rank: int) -> float:
+        return float((products(fit(query, keys, rank), query, keys) - exact).square().mean((1, 2)).max() ** 0.5)
+
+    for enough, rank in ((1e9, 16), (error(16) * 1.01, 16), (error(32) * 1.01, 32), (error(48) * 0.99, 64), (0.0, 64)):
+        assert fit(query, keys, 64, enough).to_key.shape == (2, 64, rank)
+    assert fit(query, keys, 40, 0.0).to_key.shape == (2, 64, 40)
+    assert fit(query, keys, 16, 0.0).to_key.shape == (2, 64, 16)
+
+
+@pytest.mark.parametrize("case", ["zeros", "constant keys", "one query", "few keys", "one dimension", "huge"])
+def test_degenerate_inputs_stay_finite(case: str) -> None:
+    query, keys = spread_inputs()
+    if case == "zeros":
+        query, keys = torch.zeros_like(query), torch.zeros_like(keys)
+    elif case == "constant keys":
+        keys = torch.ones_like(keys)
+    elif case == "one query":
+        query = query[:, :1]
+    elif case == "few keys":
+        keys = keys[:, :3]
+    elif case == "one dimension":
+        query, keys = query * (torch.arange(64) == 5), keys * (torch.arange(64) == 5)
+    elif case == "huge":
+        query, keys = query * 1e4, keys * 1e4
+    projection = fit(query, keys, 16)
+    assert all(torch.isfinite(part).all() for part in projection)
+    if case in ("one query", "one dimension"):
+        exact = centred(query.double() @ keys.double().transpose(1, 2))
+        assert float((centred(products(projection, query, keys)) - exact).norm() / exact.norm()) < 1e-3
