@@ -5,6 +5,10 @@ reads each prompt from its first token (prefix caching off). vLLM's dense engine
 from one question to the next, which changes nothing but the time: the cached keys are the ones it would compute again.
 Its time to first token is therefore taken from the first question of each text alone.
 
+With ``--keep-texts`` minference keeps the prefix, too, as a server that answers many questions on one document does:
+the text's keys come from sparse attention once, and of every question only the last tokens are read, sparsely as well
+(``min_chunk`` 16). Many questions on long texts take minutes then.
+
     python benchmarks/bench_answers.py --tokens 32768 --patterns low_rank --csv benchmarks/results/answers_cpu.csv
 """
 
@@ -79,11 +83,12 @@ def start(name: str, args: argparse.Namespace, folder: Path) -> Engine:
         "max_num_batched_tokens": args.chunk,
         "max_num_seqs": 1,
         "enforce_eager": True,
-        "enable_prefix_caching": name == "dense",
+        "enable_prefix_caching": name == "dense" or args.keep_texts,
         "disable_log_stats": False,
     }
     if name != "dense":
-        options |= {"attention_backend": "minference", "additional_config": {"minference": {"patterns": name}}}
+        settings = {"patterns": name} | ({"min_chunk": 16} if args.keep_texts else {})
+        options |= {"attention_backend": "minference", "additional_config": {"minference": settings}}
     gib = math.ceil(max(args.tokens) * 3 * 2 * 2 * 64 * 2 * 2 / (1 << 30))
     environment = ENVIRONMENT | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": str(gib)}
     engine = Engine(name, options, environment, folder / f"{Path(name).name}.log")
@@ -99,6 +104,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--questions", type=int, default=100, help="per task and length")
     parser.add_argument("--chunk", type=int, default=2048, help="max_num_batched_tokens")
+    parser.add_argument("--keep-texts", action="store_true", help="with a prefix cache for minference, too")
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     parser.add_argument("--csv", default=None, help="append rows to this file")
     args = parser.parse_args()
@@ -130,11 +136,11 @@ class Answers:
         self.ttft: list[float] = []
         self.pairs = [0.0, 0.0]
 
-    def add(self, text: str, right: bool, timed: Timed, first: bool) -> None:
+    def add(self, text: str, right: bool, timed: Timed, whole: bool) -> None:
+        """``whole``: the prompt was read from its first token."""
         self.texts.append(text.split(".")[0])
         self.right += right
-        # Whatever is not ours keeps the text's prefix, once it has read it.
-        if timed.dense_pairs or first:
+        if whole:
             self.ttft.append(timed.ttft)
         self.pairs[0] += timed.computed_pairs
         self.pairs[1] += timed.dense_pairs
@@ -156,7 +162,8 @@ def measure(
             for name, engine in engines.items():
                 timed = engine.ask(ids, ANSWER_TOKENS - 1)
                 text = tokenizer.decode(timed.tokens)
-                found[name].add(text, tasks.grade(text, prompt.answer), timed, number == 0)
+                whole = number == 0 or not (name == "dense" or args.keep_texts)
+                found[name].add(text, tasks.grade(text, prompt.answer), timed, whole)
         right = ", ".join(f"{name} {answers.right}" for name, answers in found.items())
         print(f"{task} {tokens}, right of {first + count}: {right}", file=sys.stderr, flush=True)
     dense = found.pop("dense")

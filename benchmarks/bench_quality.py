@@ -11,12 +11,13 @@ chunk; ``last``, the chunk's last 64, as in MInference; ``kv_head``, those of ``
 of a KV head.
 
 Columns: ``recall`` mean over heads, chunks and rows; ``recall_p1`` the chunk and head that 99 % of them are above;
-``covered`` share of chunks and heads whose recall is at least 0.95; ``output_error`` relative to the dense output,
-median over heads and chunks; ``corrected_error`` the same if every page without a selected key stood in the softmax
-with its mean key and mean value (mean correction, which the backend does not do); ``density`` share of query-key pairs
-computed; ``needed`` the share that would do for 95 % of each row's attention if every row had its own selection and
-knew it beforehand, median over heads and chunks; ``select_s`` seconds of estimate and index, per head and chunk, by the
-torch path (``low_rank``: by the CPU kernels, where they run).
+``covered`` share of chunks and heads whose recall is at least 0.95, ``chunks`` share of the chunks, of one layer each,
+whose heads have that on average; ``output_error`` relative to the dense output, median over heads and chunks;
+``corrected_error`` the same if every page without a selected key stood in the softmax with its mean key and mean value
+(mean correction, which the backend does not do); ``density`` share of query-key pairs computed; ``needed`` the share
+that would do for 95 % of each row's attention if every row had its own selection and knew it beforehand, median over
+heads and chunks; ``select_s`` seconds of estimate and index, per head and chunk, by the torch path (``low_rank``: by the
+CPU kernels, where they run).
 """
 
 from __future__ import annotations
@@ -179,24 +180,27 @@ def main() -> None:
     choices = [(text, queries) for text in patterns for queries in args.queries]
     for context in args.context:
         for source in args.source:
-            found: dict[tuple[str, str], list[Found]] = {choice: [] for choice in choices}
+            found: dict[tuple[str, str], list[list[Found]]] = {choice: [] for choice in choices}
             for layer in model_layers(args.model, context) if source == "model" else synthetic_layers(context):
                 for end in {context, max(args.chunk, context // 2 // args.chunk * args.chunk)}:
                     for text, queries in choices:
                         begin = max(0, end - args.chunk)
-                        found[text, queries] += measure(layer, patterns[text], queries, begin, end, args)
+                        found[text, queries].append(measure(layer, patterns[text], queries, begin, end, args))
             for (text, queries), results in found.items():
                 row = {"source": source, "context": context, "chunk": args.chunk, "pattern": text, "queries": queries}
                 emit({**row, **summary(results)}, args.json, args.csv)
 
 
-def summary(results: list[Found]) -> dict[str, float]:
+def summary(chunks: list[list[Found]]) -> dict[str, float]:
+    by_chunk = torch.tensor([[one.recall for one in heads] for heads in chunks], dtype=torch.float64).mean(1)
+    results = [one for heads in chunks for one in heads]
     recall, error, corrected, needed, density, seconds = torch.tensor(results, dtype=torch.float64).unbind(1)
     return {
         "density": float(density.mean()),
         "recall": float(recall.mean()),
         "recall_p1": float(recall.quantile(0.01)),
         "covered": float((recall >= 0.95).double().mean()),
+        "chunks": float((by_chunk >= 0.95).double().mean()),
         "output_error": float(error.median()),
         "corrected_error": float(corrected.median()),
         "needed": float(needed.median()),

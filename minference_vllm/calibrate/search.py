@@ -14,8 +14,9 @@ import torch
 
 from minference_vllm.attend import PagedEstimates, tiling_for
 from minference_vllm.estimate import logits
-from minference_vllm.index import Scores, SparseIndex, build_index
+from minference_vllm.index import Scores, build_index
 from minference_vllm.levels import Levels
+from minference_vllm.low_rank import scoring_cost
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import (
     Antidiagonal,
@@ -173,16 +174,14 @@ def measure(
         kept = weights * index.tile_mask(tiles)
         recall = kept.sum(-1, keepdim=True)
         error = output(kept) / recall - dense
-        result.computed_pairs[number] += index.computed_pairs().cpu() + _scored_pairs(pattern, index, cache.head_size)
+        result.computed_pairs[number] += index.computed_pairs().cpu()
+        if isinstance(pattern, LowRank):
+            cost = scoring_cost(pattern.rank, cache.head_size, query.device)
+            result.computed_pairs[number] += index.dense_pairs() * cost
         result.dense_pairs[number] += index.dense_pairs()
         result.recall[number] += recall.double().sum((1, 2)).cpu()
         result.squared_error[number] += error.double().square().sum((1, 2)).cpu()
     return result
-
-
-def _scored_pairs(pattern: HeadPattern, index: SparseIndex, head_size: int) -> float:
-    """What scoring every pair in few dimensions costs, in pairs of whole queries, keys and values."""
-    return index.dense_pairs() * pattern.rank / (2 * head_size) if isinstance(pattern, LowRank) else 0.0
 
 
 @dataclass(frozen=True)
