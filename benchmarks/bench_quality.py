@@ -85,19 +85,22 @@ class LastQueries(Estimates):
 QUERIES = {"spread": Estimates, "last": LastQueries, "kv_head": SharedQueries}
 
 
-def model_layers(model: str, tokens: int) -> Iterator[Layer]:
+TASKS = ("needle", "key-value", "variables")
+
+
+def model_layers(model: str, tokens: int, wanted: Sequence[str] = TASKS) -> Iterator[Layer]:
     """Every layer of the bundled model, over one prompt per task."""
     import tasks
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    prompts = (
-        tasks.needle(tokens, 0.35, seed=11),
-        tasks.key_value(tokens, seed=11),
-        tasks.variable_tracking(tokens, seed=11),
-    )
-    for prompt in prompts:
-        yield from capture_layers(model, tokenizer(prompt.text, return_tensors="pt").input_ids)
+    prompts = {
+        "needle": tasks.needle(tokens, 0.35, seed=11),
+        "key-value": tasks.key_value(tokens, seed=11),
+        "variables": tasks.variable_tracking(tokens, seed=11),
+    }
+    for task in wanted:
+        yield from capture_layers(model, tokenizer(prompts[task].text, return_tensors="pt").input_ids)
 
 
 def synthetic_layers(tokens: int) -> Iterator[Layer]:
@@ -166,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEMO / "model"))
     parser.add_argument("--source", nargs="+", choices=["model", "synthetic"], default=["model", "synthetic"])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="the model's prompts")
     parser.add_argument("--context", type=int, nargs="+", default=[16384, 32768, 65536])
     parser.add_argument("--chunk", type=int, default=4096)
     parser.add_argument("--pattern", nargs="+", default=list(PATTERNS), help="as in a pattern file")
@@ -177,11 +181,12 @@ def main() -> None:
     parser.add_argument("--csv", default=None, help="append rows to this file")
     args = parser.parse_args()
     patterns = {text: parse_head_pattern(json.loads(text)) for text in args.pattern}
+    layers_of = {"model": lambda tokens: model_layers(args.model, tokens, args.tasks), "synthetic": synthetic_layers}
     choices = [(text, queries) for text in patterns for queries in args.queries]
     for context in args.context:
         for source in args.source:
             found: dict[tuple[str, str], list[list[Found]]] = {choice: [] for choice in choices}
-            for layer in model_layers(args.model, context) if source == "model" else synthetic_layers(context):
+            for layer in layers_of[source](context):
                 for end in {context, max(args.chunk, context // 2 // args.chunk * args.chunk)}:
                     for text, queries in choices:
                         begin = max(0, end - args.chunk)
