@@ -16,8 +16,8 @@ whose heads have that on average; ``output_error`` relative to the dense output,
 ``corrected_error`` the same if every page without a selected key stood in the softmax with its mean key and mean value
 (mean correction, which the backend does not do); ``density`` share of query-key pairs computed; ``needed`` the share
 that would do for 95 % of each row's attention if every row had its own selection and knew it beforehand, median over
-heads and chunks; ``select_s`` seconds of estimate and index, per head and chunk, by the torch path (``low_rank``: by the
-CPU kernels, where they run).
+heads and chunks; ``select_s`` seconds of estimate and index, per head and chunk, by the torch path (``low_rank``: by
+the CPU kernels, where they run).
 """
 
 from __future__ import annotations

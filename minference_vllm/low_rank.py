@@ -36,14 +36,19 @@ ENOUGH = 1.0
 """Error of a score, in nats, below which more dimensions would not tell keys apart much better."""
 WEIGHTS_BYTES = 64 << 20
 """Attention of a head's sampled rows."""
+ROWS_FOR_KEYS = 200
+"""Rows whose attention takes as long as the fit, the keys in few dimensions and what lies at their levels (measured on
+AVX2)."""
 LINE_GROUPS = 4
 """Neighbouring sampled rows, of which all must see a diagonal."""
 
 
-def scoring_cost(rank: int, head_size: int, device: torch.device) -> float:
-    """What scoring a pair costs, as a share of what dense attention takes for it: ``rank`` of ``2 * head_size``
-    products, but on CPUs of whole numbers, in a third of the time."""
-    return rank / (2 * head_size) * (1 / 3 if device.type == "cpu" else 1.0)
+def scoring_cost(rank: int, head_size: int, chunk: int, device: torch.device) -> float:
+    """What scoring a chunk costs, as a share of what dense attention takes for it: ``rank`` of ``2 * head_size``
+    products. On CPUs those of whole numbers take a third of the time, and what is done once for every key as long as
+    the attention of ``ROWS_FOR_KEYS`` rows."""
+    share = rank / (2 * head_size)
+    return share / 3 + min(1.0, ROWS_FOR_KEYS / chunk) if device.type == "cpu" else share
 
 
 def calibration_rows(chunk: int, length: int, device: torch.device) -> torch.Tensor:
@@ -151,8 +156,8 @@ def estimate(
 ) -> Levels:
     """Levels of every key for some heads, and how far down to go.
 
-    Columns and diagonals are tried first, as every other sampled row sees them: where fewer keys than scoring costs
-    hold the wanted share of the other rows' attention on all heads, nothing is scored.
+    Columns and diagonals are tried first, as every other sampled row sees them: where so few keys hold the wanted share
+    of the other rows' attention that scoring would cost more than it saves, on all heads, nothing is scored.
 
     A sampled row's keys are looked up twice: at the levels that the row itself gives them, which says what levels need
     not be told apart, and then at those of its tile, which are no lower.
@@ -184,7 +189,9 @@ def estimate(
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
     rank = min(rank, query.shape[2])
     if wait and len(rows) > 1:
-        most = float(tiling.reachable().sum()) * tiling.block_size * scoring_cost(rank, query.shape[2], query.device)
+        # Half of these keys would be needed with scores, too.
+        most = 2 * scoring_cost(rank, query.shape[2], query.shape[0], query.device)
+        most *= float(tiling.reachable().sum()) * tiling.block_size
         lines = line_levels(tiling, *line_scores(weights[:, ::2], positions[::2]))
         wanted = levels.threshold(kernels.mass_by_level(lines, tiles[1::2], weights[:, 1::2]), gamma)
         keys = kernels.page_counts(lines, wanted, tiling.block_size).sum((1, 2))

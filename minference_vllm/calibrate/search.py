@@ -176,7 +176,7 @@ def measure(
         error = output(kept) / recall - dense
         result.computed_pairs[number] += index.computed_pairs().cpu()
         if isinstance(pattern, LowRank):
-            cost = scoring_cost(pattern.rank, cache.head_size, query.device)
+            cost = scoring_cost(pattern.rank, cache.head_size, len(query), query.device)
             result.computed_pairs[number] += index.dense_pairs() * cost
         result.dense_pairs[number] += index.dense_pairs()
         result.recall[number] += recall.double().sum((1, 2)).cpu()
