@@ -143,6 +143,18 @@ class Kernels(NamedTuple):
     queries and keys."""
 
 
+def needed_keys(weights: torch.Tensor, gamma: float, kernels: Kernels) -> torch.Tensor:
+    """float32 ``[h]``: how many keys hold a share ``gamma`` of a row's attention, if every row has its own; the mean.
+
+    Args:
+        weights: float32 ``[h, R, S]``.
+    """
+    rows = torch.arange(weights.shape[1])
+    found = levels.as_levels(weights.clamp(min=1e-20).log2_())
+    wanted = levels.threshold(kernels.mass_by_level(found, rows, weights), gamma)
+    return kernels.page_counts(found, wanted, weights.shape[2]).sum(2).float().mean(1)
+
+
 def estimate(
     query: torch.Tensor,
     key_pieces: Callable[[], Iterable[torch.Tensor]],
@@ -157,7 +169,7 @@ def estimate(
     """Levels of every key for some heads, and how far down to go.
 
     Columns and diagonals are tried first, as every other sampled row sees them: where so few keys hold the wanted share
-    of the other rows' attention that scoring would cost more than it saves, on all heads, nothing is scored.
+    of the other rows' attention that scoring would cost more than it could save, on all heads, nothing is scored.
 
     A sampled row's keys are looked up twice: at the levels that the row itself gives them, which says what levels need
     not be told apart, and then at those of its tile, which are no lower.
@@ -189,13 +201,13 @@ def estimate(
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
     rank = min(rank, query.shape[2])
     if wait and len(rows) > 1:
-        # Half of these keys would be needed with scores, too.
-        most = 2 * scoring_cost(rank, query.shape[2], query.shape[0], query.device)
-        most *= float(tiling.reachable().sum()) * tiling.block_size
+        cost = scoring_cost(rank, query.shape[2], query.shape[0], query.device)
+        cost *= float(tiling.reachable().sum()) * tiling.block_size
         lines = line_levels(tiling, *line_scores(weights[:, ::2], positions[::2]))
         wanted = levels.threshold(kernels.mass_by_level(lines, tiles[1::2], weights[:, 1::2]), gamma)
         keys = kernels.page_counts(lines, wanted, tiling.block_size).sum((1, 2))
-        if bool(((wanted > 0) & (keys <= most)).all()):
+        most_saved = keys - tiling.num_tiles * needed_keys(weights[:, 1::8], gamma, kernels)
+        if bool(((wanted > 0) & (most_saved <= cost)).all()):
             return Levels(lines, wanted, kernels.lists)
 
     queries = by_head[:, :: math.ceil(query.shape[0] / FIT_ROWS)]

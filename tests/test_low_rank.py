@@ -70,6 +70,14 @@ def test_scores_of_lines(rows: int) -> None:
         torch.testing.assert_close(by_offset[:, distance], exact)
 
 
+def test_keys_that_single_rows_need() -> None:
+    weights = torch.zeros(3, 4, 1000)
+    weights[0, :, :50] = 1 / 50
+    weights[1, :2, 7], weights[1, 2:, 500:600] = 1.0, 0.01
+    weights[2] = 1e-3
+    assert low_rank.needed_keys(weights, 0.9, Kernels()).tolist() == [50, 50.5, 1000]
+
+
 @pytest.mark.parametrize(
     ("chunk", "length", "count"),
     [
