@@ -120,7 +120,7 @@ def row_mass(factors: Factors, rows: torch.Tensor, tiling: Tiling, weights: torc
         weights: float32 ``[h, R, S]``.
     """
     own = row_levels(factors.rows(rows), rows + tiling.context_len, tiling)
-    return mass_by_level(own, torch.arange(len(rows)), weights)
+    return mass_by_level(own, torch.arange(len(rows), device=rows.device), weights)
 
 
 def threshold(mass: torch.Tensor, gamma: float) -> torch.Tensor:

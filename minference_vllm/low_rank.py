@@ -89,9 +89,9 @@ def line_scores(weights: torch.Tensor, positions: torch.Tensor) -> tuple[torch.T
         float32 ``[h, S]`` twice.
     """
     heads, rows, length = weights.shape
-    agreed = torch.full((heads, length), torch.inf)
+    agreed = torch.full((heads, length), torch.inf, device=weights.device)
     for part in torch.arange(rows).tensor_split(min(LINE_GROUPS, rows)):
-        by_distance = torch.zeros(heads, length)
+        by_distance = torch.zeros(heads, length, device=weights.device)
         for row in part.tolist():
             end = int(positions[row]) + 1
             by_distance[:, :end] += weights[:, row, :end].flip(1)
@@ -149,7 +149,7 @@ def needed_keys(weights: torch.Tensor, gamma: float, kernels: Kernels) -> torch.
     Args:
         weights: float32 ``[h, R, S]``.
     """
-    rows = torch.arange(weights.shape[1])
+    rows = torch.arange(weights.shape[1], device=weights.device)
     found = levels.as_levels(weights.clamp(min=1e-20).log2_())
     wanted = levels.threshold(kernels.mass_by_level(found, rows, weights), gamma)
     return kernels.page_counts(found, wanted, weights.shape[2]).sum(2).float().mean(1)
