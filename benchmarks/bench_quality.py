@@ -59,7 +59,8 @@ PATTERNS = (
     '{"kind": "peak_threshold", "alpha": 0.1}',
     '{"kind": "low_rank", "rank": 32, "gamma": 0.95}',
     '{"kind": "low_rank", "rank": 32, "gamma": 0.97}',
-    '{"kind": "low_rank", "rank": 16, "gamma": 0.97}',
+    '{"kind": "low_rank", "rank": 32, "gamma": 0.98}',
+    '{"kind": "low_rank", "rank": 16, "gamma": 0.98}',
     '{"kind": "low_rank", "rank": 32, "gamma": 0.99}',
 )
 
