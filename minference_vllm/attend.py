@@ -197,8 +197,6 @@ class PagedEstimates(estimate.Estimates):
         self.page_means, self.triton, self.timing = page_means, triton, timing or Timing()
         self.kernels = low_rank.Kernels() if query.is_cuda else native.low_rank_kernels()
         self.native = native.unsupported_cache_reason(self.query.dtype, cache) is None
-        if self.native:
-            self.kernels = self.kernels._replace(row_weights=self._row_weights)
 
     @functools.cached_property
     def keys(self) -> torch.Tensor:  # type: ignore[override]
@@ -263,6 +261,8 @@ class PagedEstimates(estimate.Estimates):
 
             of, heads = self._kv_heads_of(heads)
             kernels = ours.KERNELS
+        elif self.native:
+            kernels = kernels._replace(row_weights=self._row_weights)
 
         def pieces() -> Iterator[torch.Tensor]:
             return of._key_pieces(low_rank.CALIBRATION_ROWS)

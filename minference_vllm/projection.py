@@ -38,7 +38,7 @@ class Projection(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Queries and keys in ``r`` dimensions, as whole numbers, so that products take a quarter of the time.
+    """Queries and keys in ``r`` dimensions, as whole numbers, so that products take a third of the time.
 
     The products have errors of a few thousandths of the largest that a row could have, at the most.
     """
@@ -106,11 +106,14 @@ def _ridge(moment: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def in_units(projection: Projection, sample: torch.Tensor) -> Projection:
-    """The same products from keys of the size that ``whole_keys`` wants; ``sample`` is ``[h, n, D]``, some of them."""
+    """The same products from keys of the size that ``whole_keys`` wants, in a multiple of 16 dimensions, which kernels
+    want; ``sample`` is ``[h, n, D]``, some of the keys."""
     keys = torch.matmul(sample.float() - projection.mean, projection.to_key)
     longest = keys.norm(dim=2).amax(1) / KEY_NORM
     unit = torch.maximum(longest, keys.abs().amax((1, 2)) / MOST_KEY).clamp_(min=1e-20)[:, None, None]
-    return Projection(projection.to_query * unit, projection.to_key / unit, projection.mean)
+    room = (0, -keys.shape[2] % 16)
+    to_query, to_key = projection.to_query * unit, projection.to_key / unit
+    return Projection(torch.nn.functional.pad(to_query, room), torch.nn.functional.pad(to_key, room), projection.mean)
 
 
 def whole_keys(keys: torch.Tensor, projection: Projection) -> torch.Tensor:

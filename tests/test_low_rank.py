@@ -9,6 +9,7 @@ import torch
 
 from minference_vllm import low_rank, reference
 from minference_vllm.engines import columns as columns_module
+from minference_vllm.engines import native
 from minference_vllm.engines.columns import gather_columns
 from minference_vllm.estimate import Estimates
 from minference_vllm.index import SparseIndex, build_index
@@ -167,6 +168,19 @@ def test_more_dimensions_need_fewer_keys() -> None:
     query, keys = lookups()
     found = [float(build(LowRank(rank=rank), query, keys).density()) for rank in (16, 32, 64)]
     assert found == sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize("dim", [8, 24, 40])
+def test_head_sizes_that_are_no_multiple_of_16(dim: int) -> None:
+    """By the native kernels, too: their factors are filled up with zeros."""
+    generator = torch.Generator().manual_seed(dim)
+    keys = torch.nn.functional.normalize(torch.randn(1, LENGTH, dim, generator=generator), dim=2)
+    target = (torch.rand(CHUNK, generator=generator) * torch.arange(CONTEXT, LENGTH)).long()
+    query = 40 * keys[0, target][:, None]
+    for kernels in (Kernels(), native.low_rank_kernels()):
+        estimates = Estimates(query, keys, 1.0, kernels)
+        index = build_index(Tiling.of(CONTEXT, LENGTH, PAGE, 128), [LowRank(gamma=0.9)], estimates)
+        assert recall(index, query, keys) >= 0.9 - 0.02
 
 
 def test_a_flat_head_comes_out_dense() -> None:

@@ -1,6 +1,6 @@
 // Exact attention of some of a chunk's queries: every weight, or their sums per column and per diagonal, in two passes
 // over K. What is computed, of which queries, and why diagonals take the smallest of four groups:
-// minference_vllm/estimate.py.
+// minference_vllm/estimate.py; the weights are those of minference_vllm/low_rank.py.
 #include "rows.h"
 
 #include <omp.h>

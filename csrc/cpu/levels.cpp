@@ -49,7 +49,9 @@ extern "C" void minference_mass_by_level(const minference::MassArguments* argume
   for (int64_t task = 0; task < static_cast<int64_t>(a.heads) * a.rows; ++task) {
     const uint8_t* levels = a.levels + (task / a.rows * a.lists + a.list[task % a.rows]) * a.seq_len;
     float* mass = by_row.data() + task * kLevels;
-    for_weights(a.weights + task * a.seq_len, a.seq_len, [&](int64_t key, float weight) { mass[levels[key]] += weight; });
+    // What is too little to be looked up lies at no level that is wanted.
+    mass[0] += for_weights(a.weights + task * a.seq_len, a.seq_len,
+                           [&](int64_t key, float weight) { mass[levels[key]] += weight; });
   }
   std::fill(a.mass, a.mass + static_cast<int64_t>(a.heads) * kLevels, 0.0f);
   for (int64_t row = 0; row < static_cast<int64_t>(a.heads) * a.rows; ++row) {

@@ -254,7 +254,7 @@ void add_row_mass(const RowMassArguments& a, Workspace& w, int head, int first_r
     const int64_t own = w.position[r] / a.tile * a.tile;
     const float* weights = a.weights + (static_cast<int64_t>(head) * a.num_rows + first_row + r) * f.seq_len;
     const int8_t* query = f.query + (head * f.chunk + a.rows[first_row + r]) * f.rank;
-    for_weights(weights, f.seq_len, [&](int64_t key, float weight) {
+    const float rest = for_weights(weights, f.seq_len, [&](int64_t key, float weight) {
       int level = kOwn;
       if (key < own) {
         const int8_t* factors = f.keys + (head * f.seq_len + key) * f.rank;
@@ -265,6 +265,7 @@ void add_row_mass(const RowMassArguments& a, Workspace& w, int head, int first_r
       }
       mass[level] += weight / static_cast<float>(a.num_rows);
     });
+    mass[0] += rest / static_cast<float>(a.num_rows);
   }
 }
 

@@ -176,6 +176,7 @@ def measure(
         error = output(kept) / recall - dense
         result.computed_pairs[number] += index.computed_pairs().cpu()
         if isinstance(pattern, LowRank):
+            # Also where columns and diagonals did without scores: more than it costs, at the most.
             cost = scoring_cost(pattern.rank, cache.head_size, len(query), query.device)
             result.computed_pairs[number] += index.dense_pairs() * cost
         result.dense_pairs[number] += index.dense_pairs()

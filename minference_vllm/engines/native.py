@@ -358,6 +358,7 @@ def row_weights(
     Returns:
         float32 ``[len(heads), R, S]``.
     """
+    assert len(rows) <= 64
     wanted = torch.tensor(list(heads), dtype=torch.int32)
     weights = torch.empty(len(wanted), len(rows), seq_len)
     of = _rows_of(query, cache, pages, seq_len, rows, wanted, scale)
@@ -395,8 +396,9 @@ def low_rank_kernels() -> low_rank.Kernels:
 
 
 def _describe_factors(factors: Factors) -> _Factors:
-    """All parts contiguous; they must live as long as this is used."""
+    """They must live as long as this is used."""
     heads, length, rank = factors.keys.shape
+    assert rank % 16 == 0 and all(part.is_contiguous() for part in factors)
     return _Factors(
         *(part.data_ptr() for part in factors),
         factors.query.shape[1],

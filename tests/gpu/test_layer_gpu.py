@@ -140,14 +140,16 @@ def test_the_index_is_the_torch_paths() -> None:
 @pytest.mark.parametrize("tile", [64, 128, 384])
 def test_levels_are_the_torch_paths(tile: int, rank: int) -> None:
     """But for sums in another order, which may round a level the other way."""
-    from minference_vllm import low_rank
+    from low_rank_inputs import as_factors
+
+    from minference_vllm import levels
     from minference_vllm.triton_kernels import low_rank as kernels
 
     torch.manual_seed(0)
     tiling = Tiling.of(17010, 20011, 64, tile, device="cuda")
     query, keys = torch.randn(3, 3001, rank) * 4 * rank**-0.5, torch.randn(3, 20011, rank)
-    chosen = query.bfloat16(), keys.bfloat16(), tiling, torch.zeros(3, dtype=torch.int32)
-    found, right = kernels.tile_levels(*chosen), low_rank.tile_levels(*chosen)
+    chosen = as_factors(query, keys), tiling, torch.zeros(3, dtype=torch.int32)
+    found, right = kernels.tile_levels(*chosen), levels.tile_levels(*chosen)
     difference = (found.int() - right.int()).abs()
     assert int(difference.max()) <= 1 and float((difference > 0).float().mean()) < 0.01
 
