@@ -105,7 +105,7 @@ class LowRank(_Pattern):
 
     kind: Literal["low_rank"] = "low_rank"
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
-    gamma: Share = 0.98
+    gamma: Share = 0.97
 
 
 HeadPattern = Annotated[

@@ -65,7 +65,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     tuple(Antidiagonal(tau=tau) for tau in (0.8, 0.9, 0.95, 0.98)),
     tuple(PeakThreshold(alpha=alpha) for alpha in (0.3, 0.1, 0.03, 0.01)),
-    tuple(LowRank(gamma=gamma) for gamma in (0.9, 0.95, 0.98, 0.99, 0.995)),
+    tuple(LowRank(gamma=gamma) for gamma in (0.9, 0.95, 0.97, 0.99, 0.995)),
 )
 CANDIDATES: tuple[HeadPattern, ...] = tuple(pattern for family in FAMILIES for pattern in family)
 
