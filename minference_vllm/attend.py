@@ -255,22 +255,22 @@ class PagedEstimates(estimate.Estimates):
             return super().antidiagonal(heads, tiling, stride)
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
-        of, kernels = self, self.kernels
+        of, kernels, lines = self, self.kernels, None
         if self.triton:
             from minference_vllm.triton_kernels import low_rank as ours
 
             of, heads = self._kv_heads_of(heads)
             kernels = ours.KERNELS
-        elif self.native:
-            kernels = kernels._replace(row_weights=self._row_weights)
+        else:
+            lines = self.last_query(heads)
+            if self.native:
+                kernels = kernels._replace(row_weights=self._row_weights)
 
         def pieces() -> Iterator[torch.Tensor]:
             return of._key_pieces(low_rank.CALIBRATION_ROWS)
 
         with self._timed():
-            return low_rank.estimate(
-                of.query, pieces, heads, tiling, rank, gamma, self.scale, kernels, wait=not self.triton
-            )
+            return low_rank.estimate(of.query, pieces, heads, tiling, rank, gamma, self.scale, kernels, lines)
 
     def _kv_heads_of(self, heads: Sequence[int]) -> tuple[PagedEstimates, list[int]]:
         """What these heads need of the query and the cache, and their numbers in it."""

@@ -124,8 +124,8 @@ class Estimates:
         return antidiagonal_scores(self.query, self.keys, heads, tiling, stride, self.scale)
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
-        keys = (self.keys,)
-        return low_rank.estimate(self.query, lambda: keys, heads, tiling, rank, gamma, self.scale, self.kernels)
+        keys, lines = (self.keys,), self.last_query(heads)
+        return low_rank.estimate(self.query, lambda: keys, heads, tiling, rank, gamma, self.scale, self.kernels, lines)
 
     def means(self, tiling: Tiling) -> torch.Tensor:
         """See ``mean_keys``."""

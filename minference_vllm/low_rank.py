@@ -39,8 +39,6 @@ WEIGHTS_BYTES = 64 << 20
 ROWS_FOR_KEYS = 200
 """Rows whose attention takes as long as the fit, the keys in few dimensions and what lies at their levels (measured on
 AVX2)."""
-LINE_GROUPS = 4
-"""Neighbouring sampled rows, of which all must see a diagonal."""
 
 
 def scoring_cost(rank: int, head_size: int, chunk: int, device: torch.device) -> float:
@@ -79,27 +77,6 @@ def row_weights(
     return torch.softmax(scores, -1, out=scores)
 
 
-def line_scores(weights: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of sampled rows per column and per diagonal, as ``estimate.last_query_scores`` gives it for others.
-
-    Args:
-        weights: float32 ``[h, R, S]``. positions: int64 ``[R]``.
-
-    Returns:
-        float32 ``[h, S]`` twice.
-    """
-    heads, rows, length = weights.shape
-    agreed = torch.full((heads, length), torch.inf, device=weights.device)
-    for part in torch.arange(rows).tensor_split(min(LINE_GROUPS, rows)):
-        by_distance = torch.zeros(heads, length, device=weights.device)
-        for row in part.tolist():
-            end = int(positions[row]) + 1
-            by_distance[:, :end] += weights[:, row, :end].flip(1)
-        # What lies before the sequence's first token has no say.
-        torch.minimum(agreed[:, :end], by_distance[:, :end].div_(len(part)), out=agreed[:, :end])
-    return weights.sum(1), agreed.masked_fill_(agreed.isinf(), 0).mul_(rows)
-
-
 def line_levels(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor) -> torch.Tensor:
     """Levels of keys, as ``levels.tile_levels`` gives them, by columns and diagonals alone.
 
@@ -107,7 +84,7 @@ def line_levels(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor
     distance from the tile, or as a column, beyond its diagonal.
 
     Args:
-        by_column, by_offset: float32 ``[h, S]``, mass of each column and diagonal, summed over some rows.
+        by_column, by_offset: float32 ``[h, S]``, see ``estimate.last_query_scores``.
 
     Returns:
         uint8 ``[h, T, S]``.
@@ -164,12 +141,12 @@ def estimate(
     gamma: float,
     scale: float,
     kernels: Kernels = Kernels(),  # noqa: B008, it is immutable
-    wait: bool = True,
+    lines: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Levels:
     """Levels of every key for some heads, and how far down to go.
 
-    Columns and diagonals are tried first, as every other sampled row sees them: where so few keys hold the wanted share
-    of the other rows' attention that scoring would cost more than it could save, on all heads, nothing is scored.
+    Columns and diagonals are tried first, where they are given: where so few keys hold the wanted share of the sampled
+    rows' attention that scoring would cost more than it could save, on all heads, nothing is scored.
 
     A sampled row's keys are looked up twice: at the levels that the row itself gives them, which says what levels need
     not be told apart, and then at those of its tile, which are no lower.
@@ -180,8 +157,10 @@ def estimate(
         heads: query heads wanted.
         rank: dimensions; no more than the head has are used.
         gamma: share of the sampled rows' attention that is wanted.
-        wait: whether results may be looked at, which would wait for a GPU; if not, all heads are scored, in ``rank``
-            dimensions. Otherwise no more are used than the head needs (``ENOUGH``).
+        lines: mass of every column and diagonal, see ``estimate.last_query_scores``, which hears those rows that no
+            sample may miss: the last ones, where a prompt's question stands. None: all heads are scored, in ``rank``
+            dimensions, and nothing waits for a GPU. Otherwise no more dimensions are used than the head needs
+            (``ENOUGH``).
     """
     # A list as an index would be copied to a GPU, and waited for.
     by_head = torch.stack([query[:, head] for head in heads])
@@ -200,20 +179,24 @@ def estimate(
         weights = kernels.row_weights(rows, heads)
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
     rank = min(rank, query.shape[2])
-    if wait and len(rows) > 1:
+    if lines is not None:
         cost = scoring_cost(rank, query.shape[2], query.shape[0], query.device)
         cost *= float(tiling.reachable().sum()) * tiling.block_size
-        lines = line_levels(tiling, *line_scores(weights[:, ::2], positions[::2]))
-        wanted = levels.threshold(kernels.mass_by_level(lines, tiles[1::2], weights[:, 1::2]), gamma)
-        keys = kernels.page_counts(lines, wanted, tiling.block_size).sum((1, 2))
-        most_saved = keys - tiling.num_tiles * needed_keys(weights[:, 1::8], gamma, kernels)
+        by_line = line_levels(tiling, *lines)
+        wanted = levels.threshold(kernels.mass_by_level(by_line, tiles, weights), gamma)
+        # And as much of what the choosing rows attend, seen from the last tile: a question's rows are few of the chunk.
+        heard = (lines[0] / lines[0].sum(1, keepdim=True))[:, None]
+        of_heard = kernels.mass_by_level(by_line[:, -1:], torch.zeros(1, dtype=torch.int64), heard)
+        wanted = torch.minimum(wanted, levels.threshold(of_heard, gamma))
+        keys = kernels.page_counts(by_line, wanted, tiling.block_size).sum((1, 2))
+        most_saved = keys - tiling.num_tiles * needed_keys(weights[:, ::8], gamma, kernels)
         if bool(((wanted > 0) & (most_saved <= cost)).all()):
-            return Levels(lines, wanted, kernels.lists)
+            return Levels(by_line, wanted, kernels.lists)
 
     queries = by_head[:, :: math.ceil(query.shape[0] / FIT_ROWS)]
     # Copies: views would keep all keys.
     sample = joined([piece.clone() for piece in pieces(math.ceil(tiling.seq_len / FIT_ROWS))], 1)
-    projection = in_units(fit(queries, sample, rank, ENOUGH / scale if wait else None), sample)
+    projection = in_units(fit(queries, sample, rank, None if lines is None else ENOUGH / scale), sample)
     whole = joined([whole_keys(piece, projection) for piece in pieces()], 1)
     low_query, step = whole_queries(by_head, projection, scale)
     factors = Factors(low_query, whole, step)

@@ -14,7 +14,7 @@ from minference_vllm.engines.columns import gather_columns
 from minference_vllm.estimate import Estimates
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.levels import OWN_LEVEL, Levels
-from minference_vllm.low_rank import Kernels, line_levels, line_scores
+from minference_vllm.low_rank import Kernels, line_levels
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import Coverage, LowRank
 from minference_vllm.projection import LEVELS_PER_BIT
@@ -50,25 +50,6 @@ def test_levels_of_lines(name: str) -> None:
         before = int(tiling.starts[number]) // tile * tile
         if before:
             assert torch.equal(flat[:, number, :before], flat[:, -1, shift : shift + before])
-
-
-@pytest.mark.parametrize("rows", [1, 3, 32])
-def test_scores_of_lines(rows: int) -> None:
-    length = 150
-    positions = torch.linspace(100, 149, rows).long()
-    weights = torch.rand(2, rows, length, generator=torch.Generator().manual_seed(0))
-    weights.masked_fill_(torch.arange(length) > positions[:, None], 0)
-    by_column, by_offset = line_scores(weights, positions)
-    torch.testing.assert_close(by_column, weights.sum(1))
-    for distance in range(length):
-        means = []
-        for part in torch.arange(rows).tensor_split(min(low_rank.LINE_GROUPS, rows)):
-            keys = positions[part] - distance
-            seen = keys >= 0
-            if keys[-1] >= 0:
-                means.append(weights[:, part[seen], keys[seen]].sum(1) / len(part))
-        exact = torch.stack(means).amin(0) * rows if means else torch.zeros(2)
-        torch.testing.assert_close(by_offset[:, distance], exact)
 
 
 def test_keys_that_single_rows_need() -> None:
@@ -151,6 +132,15 @@ def test_a_head_that_columns_and_diagonals_serve_is_not_scored(sink: bool) -> No
     assert float(index.density()) < 0.2
     with pytest.raises(AssertionError, match="scored"):
         build_index(tiling, [LowRank(gamma=0.9)], Estimates(*lookups(), 1.0, Kernels(tile_levels=unexpected)))
+
+
+def test_a_question_at_the_end_is_heard_where_a_head_is_not_scored() -> None:
+    """Its rows look at one key that nobody else looks at; no sampled row need be among them."""
+    query, keys = neighbours(sink=True)
+    keys[0, 777, :-1], keys[0, 777, -1] = 0, -90
+    query[-12:-1, :, :-1], query[-12:-1, :, -1] = 0, -1
+    index = build(LowRank(gamma=0.9), query, keys)
+    assert index.to_mask()[0, -12:-1, 777].all()
 
 
 @pytest.mark.parametrize("gamma", [0.8, 0.9, 0.97])

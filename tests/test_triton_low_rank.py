@@ -183,9 +183,7 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
         """As the kernels' path, which does not look whether columns and diagonals would do."""
 
         def low_rank(self, heads: Any, tiling: Tiling, rank: int, gamma: float) -> Any:
-            return low_rank.estimate(
-                self.query, lambda: (self.keys,), heads, tiling, rank, gamma, self.scale, wait=False
-            )
+            return low_rank.estimate(self.query, lambda: (self.keys,), heads, tiling, rank, gamma, self.scale)
 
     by_torch = build_index(Tiling.of(context_len, seq_len, page, 128), patterns, Scored(query, keys, scale))
     mask = index.to_mask()
