@@ -409,8 +409,7 @@ def _list(tiling: Tiling, pattern: HeadPattern, heads: list[int], scores: Scores
         else:
             chosen, single = keys_at_levels(tiling, levels.of_keys, levels.threshold)
             del levels  # as large as what comes now
-            width = capacity.columns if capacity else None
-            chosen, columns, num_columns = single_keys(tiling, chosen, single, width)
+            chosen, columns, num_columns = single_keys(tiling, chosen, single, capacity.columns if capacity else None)
     else:
         chosen, wanted = select(tiling, pattern, heads, scores, capacity.columns if capacity else None)
         if wanted:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from low_rank_inputs import random_factors
+from low_rank_inputs import TILINGS, random_factors
 
 from minference_vllm import levels as levels_module
 from minference_vllm import reference
@@ -31,20 +31,6 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(f"no kernels for {native.INSTRUCTIONS[request.param]} here")
     monkeypatch.setattr(native, "_best", lambda: (request.param, library))
     yield native.low_rank_kernels()
-
-
-TILINGS = {
-    # name: (context, sequence, page, tile)
-    "regular": (512, 1024, 128, 128),
-    "odd_length": (0, 517, 32, 128),
-    "starts_inside_a_tile": (333, 700, 32, 128),
-    "starts_inside_a_page": (205, 300, 32, 64),
-    "one_row": (300, 301, 32, 32),
-    "one_token": (0, 1, 32, 32),
-    "first_tile": (0, 90, 128, 128),
-    "large_tile": (700, 1500, 64, 512),
-    "pages_of_16": (100, 250, 16, 48),
-}
 
 
 @pytest.mark.parametrize("rank", [16, 32, 80])

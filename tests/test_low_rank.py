@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from low_rank_inputs import TILINGS
 
 from minference_vllm import low_rank, reference
 from minference_vllm.engines import columns as columns_module
@@ -20,18 +21,11 @@ from minference_vllm.patterns import Coverage, LowRank
 from minference_vllm.projection import LEVELS_PER_BIT
 from minference_vllm.tiling import Tiling
 
-LINE_TILINGS = {
-    # name: (context, sequence, page, tile)
-    "regular": (512, 1024, 128, 128),
-    "starts_inside_a_tile": (333, 700, 32, 128),
-    "large_tile": (700, 1500, 64, 512),
-}
 
-
-@pytest.mark.parametrize("name", LINE_TILINGS)
+@pytest.mark.parametrize("name", ["regular", "starts_inside_a_tile", "large_tile"])
 def test_levels_of_lines(name: str) -> None:
     """Seen from the last tile they are the worth that ``coverage`` gives the keys; other tiles see pages shifted."""
-    context, length, page, tile = LINE_TILINGS[name]
+    context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
     generator = torch.Generator().manual_seed(0)
     by_column, by_offset = torch.rand(2, 2, length, generator=generator).pow(8)

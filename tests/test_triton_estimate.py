@@ -95,18 +95,6 @@ def test_the_index_is_the_torch_paths(interpreted: dict[str, Any], case: tuple[i
     assert found["error"] < 1e-5
 
 
-def paged(rows: Any, pages: Any, block_size: int) -> Any:
-    """``[S, HK, D]`` rows as ``[num_blocks, HK, B, D]``; everything that the sequence does not own is NaN."""
-    import torch
-
-    length, kv_heads, dim = rows.shape
-    padded = torch.full((len(pages) * block_size, kv_heads, dim), torch.nan)
-    padded[:length] = rows.float()
-    cache = torch.full((len(pages) + 2, block_size, kv_heads, dim), torch.nan)
-    cache[pages] = padded.view(len(pages), block_size, kv_heads, dim)
-    return cache.to(rows.dtype).transpose(1, 2)
-
-
 def run_case(
     seq_len: int,
     context_len: int,
@@ -118,6 +106,7 @@ def run_case(
     fp8: bool = False,
 ) -> dict[str, tuple[float, float, float]]:
     import torch
+    from triton_inputs import paged
 
     from minference_vllm import estimate, reference
     from minference_vllm.paged_cache import PagedCache
@@ -170,6 +159,7 @@ def run_antidiagonal_case(
     fp8: bool = False,
 ) -> tuple[float, float, float, float]:
     import torch
+    from triton_inputs import paged
 
     from minference_vllm import estimate, reference
     from minference_vllm.paged_cache import PagedCache
@@ -203,35 +193,19 @@ def run_antidiagonal_case(
 
 def run_index_case(context_len: int, seq_len: int, block_size: int) -> dict[str, Any]:
     """``sparse_prefill`` through every kernel, and the index that torch alone builds for it."""
-    import torch
+    from triton_inputs import prefill
 
-    from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash, reference, sparse_prefill
+    from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash, reference
     from minference_vllm.estimate import Estimates
     from minference_vllm.index import build_index
     from minference_vllm.patterns import Antidiagonal, Coverage, PeakThreshold
     from minference_vllm.tiling import Tiling
 
-    torch.manual_seed(1)
-    heads, kv_heads, dim = 8, 2, 32
-    blocks = -(-seq_len // block_size)
-    pages = torch.randperm(blocks + 2)[:blocks]
-    query = torch.randn(seq_len - context_len, heads, dim) * 2
-    key_rows, value_rows = (torch.randn(seq_len, kv_heads, dim) for _ in range(2))
     patterns = [VerticalSlash(vertical=40, slash=32), BlockSparse(top_k=1), AShape(sink=16, local=32), Dense()]
     patterns += [Coverage(gamma=0.5, min_budget=64), PeakThreshold(alpha=0.5, sink=16, window=32)]
     patterns += [Antidiagonal(stride=8, tau=0.5), Antidiagonal(stride=16, tau=0.5)]
-    out, (index,) = sparse_prefill(
-        query,
-        paged(key_rows, pages, block_size).transpose(1, 2),
-        paged(value_rows, pages, block_size).transpose(1, 2),
-        pages[None].to(torch.int32),
-        torch.tensor([0, len(query)]),
-        torch.tensor([seq_len]),
-        patterns,
-        engine="triton",
-        return_index=True,
-    )
-    keys, values, scale = key_rows.transpose(0, 1), value_rows.transpose(0, 1), dim**-0.5
+    query, keys, values, out, index = prefill(context_len, seq_len, block_size, patterns, sharpness=2)
+    scale = query.shape[2] ** -0.5
     by_torch = build_index(Tiling.of(context_len, seq_len, block_size, 128), patterns, Estimates(query, keys, scale))
     expected = reference.masked_attention(query, keys, values, by_torch.to_mask(), scale)
     return {

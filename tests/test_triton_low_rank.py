@@ -144,40 +144,17 @@ def run_mass_case(lists: list[int]) -> tuple[float, float]:
 
 def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
     """``sparse_prefill`` through the kernels, and the index that torch alone builds for it."""
-    import torch
+    from triton_inputs import prefill
 
-    from minference_vllm import LowRank, low_rank, reference, sparse_prefill
+    from minference_vllm import LowRank, low_rank, reference
     from minference_vllm.estimate import Estimates
     from minference_vllm.index import build_index
     from minference_vllm.tiling import Tiling
 
-    torch.manual_seed(1)
-    heads, kv_heads, dim = 4, 2, 32
-    blocks = -(-seq_len // page)
-    pages = torch.randperm(blocks + 2)[:blocks]
-    query = torch.randn(seq_len - context_len, heads, dim) * 4
-    keys, values = (torch.randn(kv_heads, seq_len, dim) for _ in range(2))
-
-    def paged(rows: torch.Tensor) -> torch.Tensor:
-        cache = torch.full((blocks + 2, page, kv_heads, dim), torch.nan)
-        padded = torch.nn.functional.pad(rows.transpose(0, 1), (0, 0, 0, 0, 0, blocks * page - seq_len))
-        cache[pages] = padded.reshape(blocks, page, kv_heads, dim)
-        return cache
-
     # Heads that are estimated together are not all neighbours.
     patterns = [LowRank(gamma=0.5), LowRank(gamma=0.5), LowRank(rank=32, gamma=0.5), LowRank(gamma=0.5)]
-    out, (index,) = sparse_prefill(
-        query,
-        paged(keys),
-        paged(values),
-        pages[None].to(torch.int32),
-        torch.tensor([0, len(query)]),
-        torch.tensor([seq_len]),
-        patterns,
-        engine="triton",
-        return_index=True,
-    )
-    scale = dim**-0.5
+    query, keys, values, out, index = prefill(context_len, seq_len, page, patterns, sharpness=4)
+    scale = query.shape[2] ** -0.5
 
     class Scored(Estimates):
         """As the kernels' path, which does not look whether columns and diagonals would do."""

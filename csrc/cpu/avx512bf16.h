@@ -175,11 +175,4 @@ inline Shorts hide_before(Shorts x, const int16_t* place, int16_t limit) {
   return _mm512_mask_blend_epi16(visible, _mm512_set1_epi16(std::numeric_limits<int16_t>::min()), x);
 }
 
-// Eight times two bytes, each pair twice, with their highest bits turned: -128 to 127 become 0 to 255.
-inline void repeat_byte_pairs(const int8_t* in, int32_t* out) {
-  const __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
-  const __m256i once = _mm256_cvtepu16_epi32(bytes);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_or_si256(once, _mm256_slli_epi32(once, 16)));
-}
-
 }  // namespace minference

@@ -99,6 +99,13 @@ inline void product_rows(const Factor* a, const Packed* b, int64_t ldb, float* c
   if (n < width) product<R, 1, LDA, kAdd>(a, b + n, ldb, c + n, ldc, depth);
 }
 
+// Eight times two bytes, each pair twice, with their highest bits turned: -128 to 127 become 0 to 255.
+inline void repeat_byte_pairs(const int8_t* in, int32_t* out) {
+  const __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
+  const __m256i once = _mm256_cvtepu16_epi32(bytes);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_or_si256(once, _mm256_slli_epi32(once, 16)));
+}
+
 // Calls body.template operator()<R>() for the run-time number of rows 1 .. kRows.
 template <int R = kRows, typename Body>
 inline void with_rows(int rows, const Body& body) {

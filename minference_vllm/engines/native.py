@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from minference_vllm import low_rank
+from minference_vllm.engines import native_arguments as arguments
 from minference_vllm.engines.columns import gather_columns
 from minference_vllm.estimate import row_groups
 from minference_vllm.index import SparseIndex
@@ -25,163 +26,6 @@ from minference_vllm.tiling import Tiling
 
 _LAYOUTS = {"rows": 0, "transposed": 1, "amx": 2}
 
-
-class _Cache(ctypes.Structure):
-    _fields_ = (
-        ("key", ctypes.c_void_p),
-        ("value", ctypes.c_void_p),
-        ("page_stride", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
-        ("block_size", ctypes.c_int32),
-        ("head_size", ctypes.c_int32),
-        ("num_kv_heads", ctypes.c_int32),
-        ("layout", ctypes.c_int32),
-    )
-
-
-class _AttendArguments(ctypes.Structure):
-    _fields_ = (
-        ("cache", _Cache),
-        ("query", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("query_token_stride", ctypes.c_int64),
-        ("query_head_stride", ctypes.c_int64),
-        ("out_token_stride", ctypes.c_int64),
-        ("out_head_stride", ctypes.c_int64),
-        ("pages", ctypes.c_void_p),
-        ("tile_starts", ctypes.c_void_p),
-        ("blocks", ctypes.c_void_p),
-        ("num_blocks", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("num_columns", ctypes.c_void_p),
-        ("column_keys", ctypes.c_void_p),
-        ("column_values", ctypes.c_void_p),
-        ("column_row", ctypes.c_void_p),
-        ("seq_len", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
-        ("tiles", ctypes.c_int32),
-        ("max_blocks", ctypes.c_int32),
-        ("max_columns", ctypes.c_int32),
-        ("scale", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-    )
-
-
-class _RowArguments(ctypes.Structure):
-    _fields_ = (
-        ("cache", _Cache),
-        ("query", ctypes.c_void_p),
-        ("query_token_stride", ctypes.c_int64),
-        ("query_head_stride", ctypes.c_int64),
-        ("pages", ctypes.c_void_p),
-        ("row_index", ctypes.c_void_p),
-        ("heads", ctypes.c_void_p),
-        ("context_len", ctypes.c_int64),
-        ("seq_len", ctypes.c_int64),
-        ("num_heads", ctypes.c_int32),
-        ("num_wanted", ctypes.c_int32),
-        ("rows", ctypes.c_int32),
-        ("scale", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-    )
-
-
-class _WeightArguments(ctypes.Structure):
-    _fields_ = (("of", _RowArguments), ("weights", ctypes.c_void_p))
-
-
-class _EstimateArguments(ctypes.Structure):
-    _fields_ = (
-        ("of", _RowArguments),
-        ("group_starts", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("diagonals", ctypes.c_void_p),
-        ("num_groups", ctypes.c_int32),
-    )
-
-
-class _Factors(ctypes.Structure):
-    _fields_ = (
-        ("query", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("step", ctypes.c_void_p),
-        ("chunk", ctypes.c_int64),
-        ("seq_len", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("levels_per_bit", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-    )
-
-
-class _LevelArguments(ctypes.Structure):
-    _fields_ = (
-        ("of", _Factors),
-        ("lowest", ctypes.c_void_p),
-        ("levels", ctypes.c_void_p),
-        ("tile_starts", ctypes.c_void_p),
-        ("tiles", ctypes.c_int32),
-        ("tile", ctypes.c_int32),
-    )
-
-
-class _RowMassArguments(ctypes.Structure):
-    _fields_ = (
-        ("of", _Factors),
-        ("rows", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
-        ("mass", ctypes.c_void_p),
-        ("num_rows", ctypes.c_int32),
-        ("tile", ctypes.c_int32),
-    )
-
-
-class _MassArguments(ctypes.Structure):
-    _fields_ = (
-        ("levels", ctypes.c_void_p),
-        ("list", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
-        ("mass", ctypes.c_void_p),
-        ("seq_len", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
-        ("rows", ctypes.c_int32),
-        ("lists", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    )
-
-
-class _KeyArguments(ctypes.Structure):
-    _fields_ = (
-        ("levels", ctypes.c_void_p),
-        ("threshold", ctypes.c_void_p),
-        ("counts", ctypes.c_void_p),
-        ("outside", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("seq_len", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
-        ("tiles", ctypes.c_int32),
-        ("block_size", ctypes.c_int32),
-        ("max_columns", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    )
-
-
-INTERFACE = 4
-"""Counts the changes of the structures above and in ``csrc/cpu``; a library built from another one must not run."""
-
-
-_FUNCTIONS = {
-    "attend": _AttendArguments,
-    "row_weights": _WeightArguments,
-    "last_query_scores": _EstimateArguments,
-    "tile_levels": _LevelArguments,
-    "row_mass": _RowMassArguments,
-    "mass_by_level": _MassArguments,
-    "page_counts": _KeyArguments,
-    "columns_at_levels": _KeyArguments,
-}
 _SUPPORTED = {"avx512bf16": torch.cpu._is_avx512_bf16_supported, "avx2": torch.cpu._is_avx2_supported}
 INSTRUCTIONS = {"avx512bf16": "AVX512-BF16", "avx2": "AVX2"}
 """Builds of the kernels (``setup.py``), best first, and the instructions that each needs."""
@@ -193,10 +37,10 @@ def load(build: str) -> ctypes.CDLL | None:
         return None
     for path in Path(__file__).parent.parent.glob(f"_cpu_kernels_{build}.*so"):
         library = ctypes.CDLL(str(path))
-        if getattr(library, "minference_interface", int)() != INTERFACE:
+        if getattr(library, "minference_interface", int)() != arguments.INTERFACE:
             continue
-        for name, arguments in _FUNCTIONS.items():
-            getattr(library, f"minference_{name}").argtypes = (ctypes.POINTER(arguments),)
+        for name, structure in arguments.FUNCTIONS.items():
+            getattr(library, f"minference_{name}").argtypes = (ctypes.POINTER(structure),)
         return library
     return None
 
@@ -250,8 +94,8 @@ def unsupported_cache_reason(dtype: torch.dtype, cache: PagedCache) -> str | Non
     return unsupported_reason(dtype, cache.block_size, cache.head_size)
 
 
-def _describe(cache: PagedCache) -> _Cache:
-    return _Cache(
+def _describe(cache: PagedCache) -> arguments.Cache:
+    return arguments.Cache(
         cache.key.data_ptr(),
         cache.value.data_ptr(),
         cache.key.stride(0),
@@ -282,7 +126,7 @@ def run(
         lse: float32 ``[H, chunk]``, contiguous; receives the log-sum-exp of each row's scores.
     """
     columns = gather_columns(index, cache, pages)
-    arguments = _AttendArguments(
+    call = arguments.AttendArguments(
         _describe(cache),
         query.data_ptr(),
         out.data_ptr(),
@@ -308,7 +152,7 @@ def run(
         scale,
         torch.get_num_threads(),
     )
-    _library().minference_attend(ctypes.byref(arguments))
+    _library().minference_attend(ctypes.byref(call))
 
 
 def _rows_of(
@@ -319,9 +163,9 @@ def _rows_of(
     rows: torch.Tensor,
     heads: torch.Tensor,
     scale: float,
-) -> _RowArguments:
+) -> arguments.RowArguments:
     """``heads`` is int32, ascending, and ``rows`` int64; both must live as long as this is used."""
-    return _RowArguments(
+    return arguments.RowArguments(
         _describe(cache),
         query.data_ptr(),
         query.stride(0),
@@ -362,7 +206,7 @@ def row_weights(
     wanted = torch.tensor(list(heads), dtype=torch.int32)
     weights = torch.empty(len(wanted), len(rows), seq_len)
     of = _rows_of(query, cache, pages, seq_len, rows, wanted, scale)
-    _library().minference_row_weights(ctypes.byref(_WeightArguments(of, weights.data_ptr())))
+    _library().minference_row_weights(ctypes.byref(arguments.WeightArguments(of, weights.data_ptr())))
     return weights
 
 
@@ -385,8 +229,8 @@ def last_query_scores(
     columns = torch.empty(len(heads), seq_len)
     diagonals = torch.empty(len(heads), seq_len)
     of = _rows_of(query, cache, pages, seq_len, rows, wanted, scale)
-    arguments = _EstimateArguments(of, starts.data_ptr(), columns.data_ptr(), diagonals.data_ptr(), len(groups))
-    _library().minference_last_query_scores(ctypes.byref(arguments))
+    call = arguments.EstimateArguments(of, starts.data_ptr(), columns.data_ptr(), diagonals.data_ptr(), len(groups))
+    _library().minference_last_query_scores(ctypes.byref(call))
     return columns, diagonals
 
 
@@ -395,11 +239,11 @@ def low_rank_kernels() -> low_rank.Kernels:
     return low_rank.Kernels() if unavailable_reason() else _KERNELS
 
 
-def _describe_factors(factors: Factors) -> _Factors:
+def _describe_factors(factors: Factors) -> arguments.FactorArguments:
     """They must live as long as this is used."""
     heads, length, rank = factors.keys.shape
     assert rank % 16 == 0 and all(part.is_contiguous() for part in factors)
-    return _Factors(
+    return arguments.FactorArguments(
         *(part.data_ptr() for part in factors),
         factors.query.shape[1],
         length,
@@ -414,7 +258,7 @@ def tile_levels(factors: Factors, tiling: Tiling, lowest: torch.Tensor) -> torch
     """``levels.tile_levels``; the rank is a multiple of 16 up to 256."""
     heads, length, _ = factors.keys.shape
     levels = torch.empty(heads, tiling.num_tiles, length, dtype=torch.uint8)
-    arguments = _LevelArguments(
+    call = arguments.LevelArguments(
         _describe_factors(factors),
         lowest.data_ptr(),
         levels.data_ptr(),
@@ -422,17 +266,17 @@ def tile_levels(factors: Factors, tiling: Tiling, lowest: torch.Tensor) -> torch
         tiling.num_tiles,
         tiling.tile,
     )
-    _library().minference_tile_levels(ctypes.byref(arguments))
+    _library().minference_tile_levels(ctypes.byref(call))
     return levels
 
 
 def row_mass(factors: Factors, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
     """``levels.row_mass``; the rank is a multiple of 16 up to 256."""
     mass = torch.empty(len(weights), 256)
-    arguments = _RowMassArguments(
+    call = arguments.RowMassArguments(
         _describe_factors(factors), rows.data_ptr(), weights.data_ptr(), mass.data_ptr(), len(rows), tiling.tile
     )
-    _library().minference_row_mass(ctypes.byref(arguments))
+    _library().minference_row_mass(ctypes.byref(call))
     return mass
 
 
@@ -441,7 +285,7 @@ def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tens
     levels, lists, weights = (part.contiguous() for part in (levels, lists, weights))
     heads, rows, length = weights.shape
     mass = torch.empty(heads, 256)
-    arguments = _MassArguments(
+    call = arguments.MassArguments(
         levels.data_ptr(),
         lists.data_ptr(),
         weights.data_ptr(),
@@ -452,28 +296,41 @@ def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tens
         levels.shape[1],
         torch.get_num_threads(),
     )
-    _library().minference_mass_by_level(ctypes.byref(arguments))
+    _library().minference_mass_by_level(ctypes.byref(call))
     return mass
+
+
+def _call_keys(
+    function: str,
+    levels: torch.Tensor,
+    threshold: torch.Tensor,
+    block_size: int,
+    counts: torch.Tensor,
+    outside: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
+) -> None:
+    heads, tiles, length = levels.shape
+    call = arguments.KeyArguments(
+        levels.data_ptr(),
+        threshold.data_ptr(),
+        counts.data_ptr(),
+        None if outside is None else outside.data_ptr(),
+        None if columns is None else columns.data_ptr(),
+        length,
+        heads,
+        tiles,
+        block_size,
+        0 if columns is None else columns.shape[2],
+        torch.get_num_threads(),
+    )
+    getattr(_library(), f"minference_{function}")(ctypes.byref(call))
 
 
 def page_counts(levels: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:
     """``levels.page_counts``."""
     heads, tiles, length = levels.shape
     counts = torch.empty(heads, tiles, -(-length // block_size), dtype=torch.int32)
-    arguments = _KeyArguments(
-        levels.data_ptr(),
-        threshold.data_ptr(),
-        counts.data_ptr(),
-        None,
-        None,
-        length,
-        heads,
-        tiles,
-        block_size,
-        0,
-        torch.get_num_threads(),
-    )
-    _library().minference_page_counts(ctypes.byref(arguments))
+    _call_keys("page_counts", levels, threshold, block_size, counts)
     return counts
 
 
@@ -490,20 +347,7 @@ def lists(
     outside = ~(blocks | dense[:, None, None])
     num_columns = (counts * outside).sum(2, dtype=torch.int32)
     columns = torch.empty(*num_columns.shape, max(1, int(num_columns.max())), dtype=torch.int32)
-    arguments = _KeyArguments(
-        levels.data_ptr(),
-        threshold.data_ptr(),
-        counts.data_ptr(),
-        outside.data_ptr(),
-        columns.data_ptr(),
-        levels.shape[2],
-        levels.shape[0],
-        tiling.num_tiles,
-        tiling.block_size,
-        columns.shape[2],
-        torch.get_num_threads(),
-    )
-    _library().minference_columns_at_levels(ctypes.byref(arguments))
+    _call_keys("columns_at_levels", levels, threshold, tiling.block_size, counts, outside, columns)
     return blocks, columns, num_columns
 
 
