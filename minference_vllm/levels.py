@@ -101,7 +101,7 @@ def row_levels(factors: Factors, positions: torch.Tensor, tiling: Tiling) -> tor
 
 
 def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """float32 ``[h, 256]``: the mean share of rows' attention that lies on the keys of each level.
+    """float32 ``[h, R, 256]``: the share of each row's attention that lies on the keys of each level.
 
     Args:
         levels: uint8 ``[h, L, S]``.
@@ -109,7 +109,7 @@ def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tens
         weights: float32 ``[h, R, S]``.
     """
     mass = torch.zeros(*weights.shape[:2], 256, device=weights.device)
-    return mass.scatter_add_(2, levels[:, lists].long(), weights).mean(1)
+    return mass.scatter_add_(2, levels[:, lists].long(), weights)
 
 
 def row_mass(factors: Factors, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
@@ -123,10 +123,18 @@ def row_mass(factors: Factors, rows: torch.Tensor, tiling: Tiling, weights: torc
     return mass_by_level(own, torch.arange(len(rows), device=rows.device), weights)
 
 
-def threshold(mass: torch.Tensor, gamma: float) -> torch.Tensor:
-    """int32 ``[h]``: the level down to which a share ``gamma`` of the attention lies; ``mass`` is ``[h, 256]``."""
-    covered = mass.flip(1).cumsum(1)
-    return 255 - (covered >= gamma * covered[:, -1:]).int().argmax(1).int()
+def threshold(mass: torch.Tensor, gamma: float, errors: float = 0.0) -> torch.Tensor:
+    """int32 ``[h]``: the level down to which rows have a share ``gamma`` of their attention, in the mean.
+
+    Args:
+        mass: float32 ``[h, R, 256]``, see ``mass_by_level``.
+        errors: the mean less so many of its standard errors must reach ``gamma``, where the rows are a sample.
+    """
+    covered = mass.flip(2).cumsum(2)
+    covered /= covered[..., -1:].clone()
+    bound = covered.mean(1) - errors / math.sqrt(covered.shape[1]) * covered.std(1, correction=0)
+    bound[:, -1] = 1.0
+    return 255 - (bound >= gamma).int().argmax(1).int()
 
 
 def page_counts(levels: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -30,6 +30,10 @@ ROWS_PER_SAMPLE = 16
 """Short chunks measure one row in so many."""
 LEAST_ROWS = 16
 """But as many at least, also where their attention takes more than ``WEIGHTS_BYTES``."""
+LAST_ROWS = 16
+"""Of these rows so many, but no more than a quarter, are among the chunk's last, where a prompt's question stands."""
+STANDARD_ERRORS = 3.0
+"""How far the mean of the other rows, which are a sample, must lie above what is wanted."""
 FIT_ROWS = 4096
 """Queries, and keys, from which dimensions are fitted, at most about."""
 ENOUGH = 1.0
@@ -49,15 +53,36 @@ def scoring_cost(rank: int, head_size: int, chunk: int, device: torch.device) ->
     return share / 3 + min(1.0, ROWS_FOR_KEYS / chunk) if device.type == "cpu" else share
 
 
-def calibration_rows(chunk: int, length: int, device: torch.device) -> torch.Tensor:
-    """int64: one row of each of some equal parts of a chunk, at ever other places in them; of the last its last row."""
+class CalibrationRows(NamedTuple):
+    """Rows of a chunk whose attention is measured."""
+
+    rows: torch.Tensor
+    """int64 ``[R]``, ascending; the last one is the chunk's last."""
+    last: int
+    """So many in the end speak for the chunk's last rows, the others for all."""
+
+    def threshold(self, mass: torch.Tensor, gamma: float) -> torch.Tensor:
+        """int32 ``[h]``: the level down to which both groups have a share ``gamma`` of their attention.
+
+        Args:
+            mass: float32 ``[h, R, 256]``, see ``levels.mass_by_level``.
+        """
+        spread = mass.shape[1] - self.last
+        found = levels.threshold(mass[:, :spread], gamma, STANDARD_ERRORS)
+        return torch.minimum(found, levels.threshold(mass[:, spread:], gamma)) if self.last else found
+
+
+def calibration_rows(chunk: int, length: int, device: torch.device) -> CalibrationRows:
+    """One row of each of some equal parts of a chunk, at ever other places in them, and every second of its last."""
     room = min(WEIGHTS_BYTES // (4 * length), chunk // ROWS_PER_SAMPLE)
     count = min(chunk, CALIBRATION_ROWS, max(LEAST_ROWS, room))
-    part = torch.arange(count, device=device)
-    begin, end = part * chunk // count, (part + 1) * chunk // count
-    rows = begin + (part.mul(0.618034).frac() * (end - begin)).long()
-    rows[-1:] = chunk - 1
-    return rows
+    last = min(LAST_ROWS, count // 4)
+    before = chunk - 2 * last
+    parts = min(count - last, before)
+    part = torch.arange(parts, device=device)
+    begin, end = part * before // parts, (part + 1) * before // parts
+    spread = begin + (part.mul(0.618034).frac() * (end - begin)).long()
+    return CalibrationRows(torch.cat([spread, before + 1 + 2 * torch.arange(last, device=device)]), last)
 
 
 def row_weights(
@@ -156,10 +181,9 @@ def estimate(
         key_pieces: ``[HK, n, D]`` each, pieces that together are the sequence; called more than once.
         heads: query heads wanted.
         rank: dimensions; no more than the head has are used.
-        gamma: share of the sampled rows' attention that is wanted.
-        lines: mass of every column and diagonal, see ``estimate.last_query_scores``, which hears those rows that no
-            sample may miss: the last ones, where a prompt's question stands. None: all heads are scored, in ``rank``
-            dimensions, and nothing waits for a GPU. Otherwise no more dimensions are used than the head needs
+        gamma: share of the rows' attention that is wanted; ``CalibrationRows`` says of which rows.
+        lines: mass of every column and diagonal, see ``estimate.last_query_scores``. None: all heads are scored, in
+            ``rank`` dimensions, and nothing waits for a GPU. Otherwise no more dimensions are used than the head needs
             (``ENOUGH``).
     """
     # A list as an index would be copied to a GPU, and waited for.
@@ -171,7 +195,8 @@ def estimate(
             runs = [(kv_head, len(list(run))) for kv_head, run in itertools.groupby(head // group for head in heads)]
             yield joined([piece[kv_head : kv_head + 1, ::step].expand(run, -1, -1) for kv_head, run in runs], 0)
 
-    rows = calibration_rows(query.shape[0], tiling.seq_len, query.device)
+    sample = calibration_rows(query.shape[0], tiling.seq_len, query.device)
+    rows = sample.rows
     positions = rows + tiling.context_len
     if kernels.row_weights is None:
         weights = row_weights(by_head[:, rows], pieces(), positions, scale)
@@ -183,11 +208,7 @@ def estimate(
         cost = scoring_cost(rank, query.shape[2], query.shape[0], query.device)
         cost *= float(tiling.reachable().sum()) * tiling.block_size
         by_line = line_levels(tiling, *lines)
-        wanted = levels.threshold(kernels.mass_by_level(by_line, tiles, weights), gamma)
-        # And as much of what the choosing rows attend, seen from the last tile: a question's rows are few of the chunk.
-        heard = (lines[0] / lines[0].sum(1, keepdim=True))[:, None]
-        of_heard = kernels.mass_by_level(by_line[:, -1:], torch.zeros(1, dtype=torch.int64), heard)
-        wanted = torch.minimum(wanted, levels.threshold(of_heard, gamma))
+        wanted = sample.threshold(kernels.mass_by_level(by_line, tiles, weights), gamma)
         keys = kernels.page_counts(by_line, wanted, tiling.block_size).sum((1, 2))
         most_saved = keys - tiling.num_tiles * needed_keys(weights[:, ::8], gamma, kernels)
         if bool(((wanted > 0) & (most_saved <= cost)).all()):
@@ -195,12 +216,14 @@ def estimate(
 
     queries = by_head[:, :: math.ceil(query.shape[0] / FIT_ROWS)]
     # Copies: views would keep all keys.
-    sample = joined([piece.clone() for piece in pieces(math.ceil(tiling.seq_len / FIT_ROWS))], 1)
-    projection = in_units(fit(queries, sample, rank, None if lines is None else ENOUGH / scale), sample)
+    some_keys = joined([piece.clone() for piece in pieces(math.ceil(tiling.seq_len / FIT_ROWS))], 1)
+    projection = in_units(fit(queries, some_keys, rank, None if lines is None else ENOUGH / scale), some_keys)
     whole = joined([whole_keys(piece, projection) for piece in pieces()], 1)
     low_query, step = whole_queries(by_head, projection, scale)
     factors = Factors(low_query, whole, step)
     # One less: kernels may round otherwise.
-    lowest = levels.threshold(kernels.row_mass(factors, rows, tiling, weights), gamma).sub_(1).clamp_(min=0)
+    lowest = sample.threshold(kernels.row_mass(factors, rows, tiling, weights), gamma).sub_(1).clamp_(min=0)
     found = kernels.tile_levels(factors, tiling, lowest)
-    return Levels(found, levels.threshold(kernels.mass_by_level(found, tiles, weights), gamma), kernels.lists)
+    wanted = sample.threshold(kernels.mass_by_level(found, tiles, weights), gamma)
+    # Standard errors need not fall where every row has more: but what suffices the rows themselves does.
+    return Levels(found, torch.maximum(wanted, lowest), kernels.lists)

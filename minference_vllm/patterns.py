@@ -100,12 +100,12 @@ class PeakThreshold(_Pattern):
 
 class LowRank(_Pattern):
     """Per query tile, the single keys, and pages full of them, that some row of the tile looks at, scored in up to
-    ``rank`` dimensions (after Loki, arXiv 2406.02542); as many as hold ``gamma`` of the exact attention of sampled
-    rows. A head that is not sparse comes out dense."""
+    ``rank`` dimensions (after Loki, arXiv 2406.02542); as many as hold ``gamma`` of the exact attention of the chunk's
+    last rows, and of sampled rows less three standard errors. A head that is not sparse comes out dense."""
 
     kind: Literal["low_rank"] = "low_rank"
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
-    gamma: Share = 0.97
+    gamma: Share = 0.95
 
 
 HeadPattern = Annotated[

@@ -136,7 +136,7 @@ def test_a_checkpoints_file_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("on_gpu", "pattern"), [(False, LowRank(rank=32, gamma=0.97)), (True, Coverage(gamma=0.95, min_budget=3072))]
+    ("on_gpu", "pattern"), [(False, LowRank(rank=32, gamma=0.95)), (True, Coverage(gamma=0.95, min_budget=3072))]
 )
 def test_then_the_shipped_default(on_gpu: bool, pattern: HeadPattern, monkeypatch: pytest.MonkeyPatch) -> None:
     from minference_vllm.backend import runtime as runtime_module

@@ -8,7 +8,6 @@ import pytest
 import torch
 from low_rank_inputs import TILINGS, random_factors
 
-from minference_vllm import levels as levels_module
 from minference_vllm import reference
 from minference_vllm.engines import native
 from minference_vllm.index import single_keys
@@ -61,7 +60,7 @@ def test_levels(name: str, sharpness: float, rank: int, kernels: Kernels) -> Non
 def test_a_row_gives_no_key_a_higher_level_than_its_tile() -> None:
     tiling = Tiling.of(333, 700, 32, 128)
     factors = random_factors(2, 367, 700, 16, 3.0)
-    rows = calibration_rows(367, 700, factors.keys.device)
+    rows = calibration_rows(367, 700, factors.keys.device).rows
     positions = rows + 333
     own = row_levels(factors.rows(rows), positions, tiling)
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
@@ -77,16 +76,14 @@ def test_mass_by_level(kernels: Kernels) -> None:
     weights[:, :, 40:200] *= 1e-12
     weights /= weights.sum(-1, keepdim=True)
     lists = torch.tensor([0, 0, 1, 3, 4, 4, 2])
-    exact = torch.zeros(3, 256, dtype=torch.float64)
+    exact = torch.zeros(3, 7, 256, dtype=torch.float64)
     for head in range(3):
         for row, which in enumerate(lists.tolist()):
-            exact[head].index_add_(0, levels[head, which].long(), weights[head, row].double() / 7)
-    torch.testing.assert_close(kernels.mass_by_level(levels, lists, weights).double(), exact, atol=1e-3, rtol=0)
-    torch.testing.assert_close(kernels.mass_by_level(levels, lists, weights).sum(1), torch.ones(3), atol=1e-3, rtol=0)
-    every_other = kernels.mass_by_level(levels, lists[::2], weights[:, ::2])
-    torch.testing.assert_close(
-        every_other, levels_module.mass_by_level(levels, lists[::2], weights[:, ::2]), atol=1e-3, rtol=0
-    )
+            exact[head, row].index_add_(0, levels[head, which].long(), weights[head, row].double())
+    found = kernels.mass_by_level(levels, lists, weights)
+    torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.sum(2), torch.ones(3, 7), atol=1e-5, rtol=0)
+    assert torch.equal(kernels.mass_by_level(levels, lists[::2], weights[:, ::2]), found[:, ::2])
 
 
 @pytest.mark.parametrize("rank", [16, 80])
@@ -95,21 +92,19 @@ def test_mass_of_rows(name: str, rank: int, kernels: Kernels) -> None:
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
     factors = random_factors(2, length - context, length, rank, 2.0)
-    rows = calibration_rows(length - context, length, factors.keys.device)
+    rows = calibration_rows(length - context, length, factors.keys.device).rows
     positions = rows + context
     weights = torch.rand(2, len(rows), length, generator=torch.Generator().manual_seed(0)).pow(20)
     weights.masked_fill_(torch.arange(length) > positions[:, None], 0)
     weights /= weights.sum(-1, keepdim=True)
     found = kernels.row_mass(factors, rows, tiling, weights).double()
     levels = row_levels(factors.rows(rows), positions, tiling)
-    exact = torch.zeros(2, 256, dtype=torch.float64)
-    for head in range(2):
-        exact[head].index_add_(0, levels[head].flatten().long(), weights[head].flatten().double() / len(rows))
+    exact = torch.zeros(2, len(rows), 256, dtype=torch.float64).scatter_add_(2, levels.long(), weights.double())
     # Where the level of a key is rounded otherwise, its mass moves to the next one.
-    ours, right = found.cumsum(1), exact.cumsum(1)
-    assert (ours[:, :-1] <= right[:, 1:] + 1e-4).all() and (ours[:, 1:] >= right[:, :-1] - 1e-4).all()
-    torch.testing.assert_close(found.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-4, rtol=0)
-    torch.testing.assert_close(found[:, OWN_LEVEL], exact[:, OWN_LEVEL], atol=1e-4, rtol=0)
+    ours, right = found.cumsum(2), exact.cumsum(2)
+    assert (ours[..., :-1] <= right[..., 1:] + 1e-3).all() and (ours[..., 1:] >= right[..., :-1] - 1e-3).all()
+    torch.testing.assert_close(found.sum(2), torch.ones(2, len(rows), dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[..., OWN_LEVEL], exact[..., OWN_LEVEL], atol=1e-3, rtol=0)
 
 
 def test_threshold() -> None:
@@ -118,7 +113,22 @@ def test_threshold() -> None:
     mass[1, 255] = 1.0
     mass[2, 200:220] = 0.05
     mass[3, 0] = 1.0
-    assert threshold(mass, 0.85).tolist() == [100, 255, 203, 0]
+    assert threshold(mass[:, None], 0.85).tolist() == [100, 255, 203, 0]
+    assert threshold(mass[:, None].expand(-1, 5, -1), 0.85, errors=3.0).tolist() == [100, 255, 203, 0]
+
+
+def test_threshold_of_a_sample() -> None:
+    """The mean less standard errors decides: where rows differ, more levels are needed than the mean alone says."""
+    mass = torch.zeros(1, 16, 256)
+    mass[0, :, 200] = 0.9
+    mass[0, ::2, 200] = 1.0
+    mass[0, 1::2, 100] = 0.1
+    error = 0.05 / 4
+    for errors, wanted in ((0.0, 0.949), (2.0, 0.949 - 2 * error)):
+        assert threshold(mass, wanted, errors).tolist() == [200]
+        assert threshold(mass, wanted + 0.002, errors).tolist() == [100]
+    # All of the attention, which no sum of floats quite reaches.
+    assert threshold(torch.full((1, 16, 256), 0.1), 1 - 1e-9, errors=3.0).tolist() == [0]
 
 
 @pytest.mark.parametrize("name", TILINGS)

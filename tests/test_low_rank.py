@@ -55,25 +55,41 @@ def test_keys_that_single_rows_need() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chunk", "length", "count"),
+    ("chunk", "length", "count", "last"),
     [
-        (1, 9000, 1),
-        (15, 9000, 15),
-        (17, 9000, 16),
-        (256, 9000, 16),
-        (1000, 9000, 62),
-        (1024, 9000, 64),
-        (4096, 9000, 64),
-        (4096, 1 << 19, 32),
-        (4096, 1 << 22, 16),
+        (1, 9000, 1, 0),
+        (3, 9000, 3, 0),
+        (15, 9000, 12, 3),
+        (17, 9000, 13, 4),
+        (256, 9000, 16, 4),
+        (1000, 9000, 62, 15),
+        (1024, 9000, 64, 16),
+        (4096, 9000, 64, 16),
+        (4096, 1 << 19, 32, 8),
+        (4096, 1 << 22, 16, 4),
     ],
 )
-def test_calibration_rows(chunk: int, length: int, count: int) -> None:
-    rows = low_rank.calibration_rows(chunk, length, torch.device("cpu")).tolist()
+def test_calibration_rows(chunk: int, length: int, count: int, last: int) -> None:
+    found = low_rank.calibration_rows(chunk, length, torch.device("cpu"))
+    rows = found.rows.tolist()
     assert len(rows) == len(set(rows)) == count and rows == sorted(rows)
+    assert found.last == last and rows[count - last :] == list(range(chunk - 2 * last + 1, chunk, 2))
     assert rows[0] >= 0 and rows[-1] == chunk - 1
     if count == 64 and chunk == 4096:
-        assert len({row % 64 for row in rows}) > 30  # no regular prompt hides from them
+        assert len({row % 64 for row in rows[:48]}) > 24  # no regular prompt hides from them
+
+
+def test_the_last_rows_and_the_others_each_get_their_share() -> None:
+    rows = low_rank.CalibrationRows(torch.arange(64), 16)
+    mass = torch.zeros(3, 64, 256)
+    mass[0, :48, 200], mass[0, 48:, 150] = 1, 1
+    mass[1, :48, 150], mass[1, 48:, 200] = 1, 1
+    mass[2, :, 200], mass[2, 50, 200], mass[2, 50, 90] = 1, 0.5, 0.5
+    assert rows.threshold(mass, 0.95).tolist() == [150, 150, 200]
+    # Of a sample one row counts for more than its share of the mean.
+    mass[2, 40, 200], mass[2, 40, 90] = 0.0, 1.0
+    assert rows.threshold(mass, 0.95).tolist() == [150, 150, 90]
+    assert rows._replace(last=0).threshold(mass[2:], 0.9).tolist() == [200]
 
 
 # Heads
@@ -152,6 +168,23 @@ def test_more_dimensions_need_fewer_keys() -> None:
     query, keys = lookups()
     found = [float(build(LowRank(rank=rank), query, keys).density()) for rank in (16, 32, 64)]
     assert found == sorted(found, reverse=True)
+
+
+def test_what_suffices_the_rows_themselves_suffices() -> None:
+    """Also where rows of a tile, which have no less, differ more."""
+
+    def uneven(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        mass = torch.zeros(*weights.shape[:2], 256)
+        mass[..., 0] = 1.0
+        return mass
+
+    query, keys = lookups()
+    tiling = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
+    found, other = (
+        low_rank.estimate(query, lambda: (keys,), [0], tiling, 16, 0.9, 1.0, kernels)
+        for kernels in (Kernels(), Kernels(mass_by_level=uneven))
+    )
+    assert 0 < int(other.threshold) <= int(found.threshold)
 
 
 @pytest.mark.parametrize("dim", [8, 24, 40])

@@ -107,7 +107,7 @@ def test_row_weights(
     batch = paged_batch([chunk], [context], heads, kv_heads, head_size)
     length = chunk + context
     batch.key_cache[batch.block_table[0, (length - 1) // 32], (length - 1) % 32 + 1 :] = torch.nan
-    wanted, rows = list(range(1, heads, 2)), low_rank.calibration_rows(chunk, length, batch.query.device)
+    wanted, rows = list(range(1, heads, 2)), low_rank.calibration_rows(chunk, length, batch.query.device).rows
     found = native.row_weights(
         batch.query, in_layout(batch, layout), batch.block_table[0].long(), length, rows, wanted, batch.scale
     )

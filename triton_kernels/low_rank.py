@@ -247,14 +247,14 @@ def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tens
         weights: float32 ``[h, R, S]``; all three contiguous.
 
     Returns:
-        float32 ``[h, 256]``.
+        float32 ``[h, R, 256]``.
     """
     heads, rows, length = weights.shape
     mass = torch.zeros(heads, rows, 256, device=weights.device)
     launcher(mass_kernel, (triton.cdiv(length, WEIGHTS), rows, heads))(
         levels, lists, weights, mass, levels.shape[1], length, BLOCK_N=WEIGHTS, num_warps=NUM_WARPS
     )
-    return mass.mean(1)
+    return mass
 
 
 def row_mass(factors: Factors, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ struct MassArguments {
   const uint8_t* levels;  // [heads][lists][seq_len]
   const int64_t* list;    // [rows], the list of each row
   const float* weights;   // [heads][rows][seq_len]
-  float* mass;            // [heads][kLevels]
+  float* mass;            // [heads][rows][kLevels]
   int64_t seq_len;
   int32_t heads, rows, lists;
   int32_t threads;
@@ -44,19 +44,14 @@ void for_tiles(const KeyArguments& a, const Use& use) {
 extern "C" void minference_mass_by_level(const minference::MassArguments* arguments) {
   using namespace minference;
   const MassArguments& a = *arguments;
-  std::vector<float> by_row(static_cast<size_t>(a.heads) * a.rows * kLevels, 0.0f);
 #pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
   for (int64_t task = 0; task < static_cast<int64_t>(a.heads) * a.rows; ++task) {
     const uint8_t* levels = a.levels + (task / a.rows * a.lists + a.list[task % a.rows]) * a.seq_len;
-    float* mass = by_row.data() + task * kLevels;
+    float* mass = a.mass + task * kLevels;
+    std::fill(mass, mass + kLevels, 0.0f);
     // What is too little to be looked up lies at no level that is wanted.
     mass[0] += for_weights(a.weights + task * a.seq_len, a.seq_len,
                            [&](int64_t key, float weight) { mass[levels[key]] += weight; });
-  }
-  std::fill(a.mass, a.mass + static_cast<int64_t>(a.heads) * kLevels, 0.0f);
-  for (int64_t row = 0; row < static_cast<int64_t>(a.heads) * a.rows; ++row) {
-    float* mass = a.mass + row / a.rows * kLevels;
-    for (int level = 0; level < kLevels; ++level) mass[level] += by_row[row * kLevels + level] / a.rows;
   }
 }
 

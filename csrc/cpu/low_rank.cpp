@@ -40,7 +40,7 @@ struct RowMassArguments {
   Factors of;
   const int64_t* rows;   // [num_rows], rows of the chunk, ascending
   const float* weights;  // [heads][num_rows][seq_len]
-  float* mass;           // [heads][kLevels]
+  float* mass;           // [heads][num_rows][kLevels]
   int32_t num_rows, tile;
 };
 
@@ -244,15 +244,17 @@ class LevelTask {
   uint8_t* levels_;
 };
 
-// Adds the attention of some rows of one head by the levels that they themselves give the keys.
-void add_row_mass(const RowMassArguments& a, Workspace& w, int head, int first_row, int rows, float* mass) {
+// The attention of some rows of one head by the levels that they themselves give the keys.
+void find_row_mass(const RowMassArguments& a, Workspace& w, int head, int first_row, int rows) {
   const Factors& f = a.of;
   Rows part(f, w, head);
   part.load_rows(rows, [&](int r) { return a.rows[first_row + r]; });
   part.find_norms();
   for (int r = 0; r < rows; ++r) {
-    const int64_t own = w.position[r] / a.tile * a.tile;
-    const float* weights = a.weights + (static_cast<int64_t>(head) * a.num_rows + first_row + r) * f.seq_len;
+    const int64_t own = w.position[r] / a.tile * a.tile, place = static_cast<int64_t>(head) * a.num_rows + first_row + r;
+    const float* weights = a.weights + place * f.seq_len;
+    float* mass = a.mass + place * kLevels;
+    std::fill(mass, mass + kLevels, 0.0f);
     const int8_t* query = f.query + (head * f.chunk + a.rows[first_row + r]) * f.rank;
     const float rest = for_weights(weights, f.seq_len, [&](int64_t key, float weight) {
       int level = kOwn;
@@ -263,9 +265,9 @@ void add_row_mass(const RowMassArguments& a, Workspace& w, int head, int first_r
         const int above = std::clamp<int>(product - w.norm[r], kLeast, kMost);
         level = as_level((above * w.step[r] + (1 << 14)) >> 15);
       }
-      mass[level] += weight / static_cast<float>(a.num_rows);
+      mass[level] += weight;
     });
-    mass[0] += rest / static_cast<float>(a.num_rows);
+    mass[0] += rest;
   }
 }
 
@@ -287,21 +289,14 @@ extern "C" void minference_tile_levels(const minference::LevelArguments* argumen
 extern "C" void minference_row_mass(const minference::RowMassArguments* arguments) {
   using namespace minference;
   const RowMassArguments& a = *arguments;
-  const int parts = (a.num_rows + kStep - 1) / kStep, tasks = a.of.heads * parts;
-  std::vector<float> by_task(static_cast<size_t>(tasks) * kLevels, 0.0f);
+  const int parts = (a.num_rows + kStep - 1) / kStep;
 #pragma omp parallel num_threads(a.of.threads)
   {
     static thread_local Workspace space;
 #pragma omp for schedule(dynamic, 1)
-    for (int task = 0; task < tasks; ++task) {
-      const int first_row = task % parts * kStep, rows = std::min(kStep, a.num_rows - first_row);
-      add_row_mass(a, space, task / parts, first_row, rows, by_task.data() + static_cast<size_t>(task) * kLevels);
-    }
-  }
-  for (int task = 0; task < tasks; ++task) {
-    float* mass = a.mass + task / parts * kLevels;
-    for (int level = 0; level < kLevels; ++level) {
-      mass[level] = by_task[static_cast<size_t>(task) * kLevels + level] + (task % parts ? mass[level] : 0.0f);
+    for (int task = 0; task < a.of.heads * parts; ++task) {
+      const int first_row = task % parts * kStep;
+      find_row_mass(a, space, task / parts, first_row, std::min(kStep, a.num_rows - first_row));
     }
   }
 }

@@ -272,7 +272,7 @@ def tile_levels(factors: Factors, tiling: Tiling, lowest: torch.Tensor) -> torch
 
 def row_mass(factors: Factors, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
     """``levels.row_mass``; the rank is a multiple of 16 up to 256."""
-    mass = torch.empty(len(weights), 256)
+    mass = torch.empty(*weights.shape[:2], 256)
     call = arguments.RowMassArguments(
         _describe_factors(factors), rows.data_ptr(), weights.data_ptr(), mass.data_ptr(), len(rows), tiling.tile
     )
@@ -284,7 +284,7 @@ def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tens
     """``levels.mass_by_level``."""
     levels, lists, weights = (part.contiguous() for part in (levels, lists, weights))
     heads, rows, length = weights.shape
-    mass = torch.empty(heads, 256)
+    mass = torch.empty(heads, rows, 256)
     call = arguments.MassArguments(
         levels.data_ptr(),
         lists.data_ptr(),

@@ -147,7 +147,7 @@ class KeyArguments(ctypes.Structure):
     )
 
 
-INTERFACE = 4
+INTERFACE = 5
 """Counts the changes of the structures above and in ``csrc/cpu``; a library built from another one must not run."""
 FUNCTIONS = {
     "attend": AttendArguments,
