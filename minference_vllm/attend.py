@@ -10,17 +10,18 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from minference_vllm import estimate, low_rank
+from minference_vllm import estimate, low_rank, mean_correction
 from minference_vllm.capacity import plan_capacity
 from minference_vllm.engines import block_table as block_table_engine
 from minference_vllm.engines import flash, native
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.levels import Levels
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import HeadPattern
+from minference_vllm.patterns import HeadPattern, at_level
 from minference_vllm.plan import Chunk
 from minference_vllm.recall import ROWS_AT_ONCE, Audit, keys_at_once, sampled_recall
 from minference_vllm.summaries import PageMeans
@@ -31,6 +32,7 @@ DEFAULT_TILE = 128
 """Query rows that share one selection of keys."""
 MAX_TRITON_HEAD_SIZE = 256
 ENGINES = ("auto", "block_table", "native", "triton")
+NO_LSE = "mean correction needs every row's log-sum-exp, which vLLM's CPU kernel does not give and engine 'native' does"
 
 
 @dataclass
@@ -50,11 +52,14 @@ class Timing:
         return time.perf_counter()
 
 
-def choose_engine(engine: str, dtype: torch.dtype, cache: PagedCache) -> str:
+def choose_engine(engine: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = False) -> str:
     """The engine that runs: the named one, or for ``auto`` the fastest that can serve this cache.
 
     On processors with AMX vLLM's own kernel is faster than ours, which has no AMX path. ``triton`` runs on GPUs, and on
     CPUs in Triton's interpreter, for tests.
+
+    Args:
+        with_lse: whether the engine must say the log-sum-exp of every row, for mean correction.
 
     Raises:
         ValueError: the named engine cannot run; the message says why.
@@ -72,7 +77,9 @@ def choose_engine(engine: str, dtype: torch.dtype, cache: PagedCache) -> str:
     if engine == "native" and reason:
         raise ValueError(f"engine 'native' cannot run: {reason}")
     if engine == "auto":
-        return "block_table" if reason or cache.layout == "amx" else "native"
+        engine = "block_table" if reason or (cache.layout == "amx" and not with_lse) else "native"
+    if engine == "block_table" and with_lse:
+        raise ValueError(f"engine 'block_table' cannot run: {NO_LSE}{f', but {reason}' if reason else ''}")
     return engine
 
 
@@ -140,7 +147,7 @@ def attend_chunk(
             them out: a cap keeps a row's order of keys, and a sink's share is the same for all.
     """
     timing = timing or Timing()
-    engine = choose_engine(engine, query.dtype, cache)
+    engine = choose_engine(engine, query.dtype, cache, with_lse=bool(mean_correction.heads_with(patterns)))
     if engine != "triton" and (softcap or sinks is not None or cache.key.element_size() == 1):
         raise ValueError(f"engine {engine!r} knows no soft cap, no sinks and no FP8 caches; 'triton' does")
     tiling = tiling_for(query, cache, chunk, engine, tile)
@@ -149,6 +156,8 @@ def attend_chunk(
     group = query.shape[1] // cache.num_kv_heads if planned else 1
     # Kernels read the pages by address.
     pages = pages[: tiling.num_key_blocks].contiguous()
+    if page_means is None and not planned and mean_correction.heads_with(patterns):
+        page_means = PageMeans()
     scores = PagedEstimates(query, cache, pages, chunk.seq_len, scale, page_means, planned, timing)
     estimated, audited, begin = timing.estimate, timing.audit, timing.now(query.device)
 
@@ -160,8 +169,16 @@ def attend_chunk(
     index = build(patterns) if audit is None else audit.run(patterns, build, scores.recall)
     end = timing.now(query.device)
     timing.index += end - begin - (timing.estimate - estimated) - (timing.audit - audited)
-    options = {"softcap": softcap, "sinks": sinks} if engine == "triton" else {}
+    options: dict[str, Any] = {"softcap": softcap, "sinks": sinks} if engine == "triton" else {}
+    if audit is not None:
+        patterns = [at_level(pattern, level) for pattern, level in zip(patterns, audit.levels, strict=True)]
+    corrected = mean_correction.heads_with(patterns)
+    if corrected:
+        options["lse"] = query.new_empty(query.shape[1], len(query), dtype=torch.float32)
     _runner(engine, query)(query, cache, pages, index, scale, out, **options)
+    if corrected:
+        means = mean_correction.page_means(cache, pages, chunk.seq_len, None if planned else page_means)
+        mean_correction.add(scores.query, *means, index, corrected, scale, out, options["lse"], softcap)
     timing.attend += timing.now(query.device) - end
     return index
 

@@ -82,12 +82,19 @@ class SparseIndex:
         future ones included. ``last``: default ``seq_len``."""
         last = self.seq_len if last is None else last
         first_block, last_block = first // self.block_size, -(-last // self.block_size)
-        lists = torch.arange(self.num_heads, device=tiles.device)[heads, None] // self.heads_per_list
-        blocks, columns = self.blocks[lists, tiles], self.columns[lists, tiles]
-        by_block = _marks(blocks, first_block, last_block) | (blocks[..., :1] < 0)
+        by_block = self.block_mask(tiles, heads, first_block, last_block)
         begin = first - first_block * self.block_size
         by_key = by_block.repeat_interleave(self.block_size, dim=-1)[..., begin : begin + last - first]
-        return by_key | _marks(columns, first, last)
+        return by_key | _marks(self.columns[self._lists(tiles, heads), tiles], first, last)
+
+    def block_mask(self, tiles: torch.Tensor, heads: slice, first: int, last: int) -> torch.Tensor:
+        """bool ``[H, R, last - first]``: which of the key blocks ``[first, last)`` the named tiles (int64 ``[R]``)
+        have, their columns apart."""
+        blocks = self.blocks[self._lists(tiles, heads), tiles]
+        return _marks(blocks, first, last) | (blocks[..., :1] < 0)
+
+    def _lists(self, tiles: torch.Tensor, heads: slice) -> torch.Tensor:
+        return torch.arange(self.num_heads, device=tiles.device)[heads, None] // self.heads_per_list
 
     def to_mask(self) -> torch.Tensor:
         """bool ``[H, S - context_len, S]``: True where a row attends a key. For tests and plots: it is quadratic."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError, model_validator
 
 MAX_BUDGET = 1 << 24
 ESTIMATION_BLOCK = 64
@@ -90,12 +90,14 @@ class Antidiagonal(_Pattern):
 
 class PeakThreshold(_Pattern):
     """Per query tile, the key blocks whose pooled score is at least ``alpha`` times the tile's highest, the first
-    ``sink`` and the last ``window`` tokens (FlashPrefill, arXiv 2603.06199)."""
+    ``sink`` and the last ``window`` tokens (FlashPrefill, arXiv 2603.06199). With ``mean_correction`` every page that
+    is left out stands in the softmax as its mean key and mean value."""
 
     kind: Literal["peak_threshold"] = "peak_threshold"
     alpha: Share = 0.1
     sink: Budget = 256
     window: Budget = 512
+    mean_correction: StrictBool = False
 
 
 class LowRank(_Pattern):

@@ -31,6 +31,7 @@ PARTS: dict[str, set[str]] = {
     "summaries": {"torch"},
     "engines": {"torch", "vllm"},
     "triton_kernels": {"torch", "triton"},
+    "mean_correction": {"torch"},
     "recall": {"torch"},
     "attend": {"torch"},
     "audit": set(),

@@ -130,8 +130,12 @@ def test_virtual_requests_give_the_indexs_attention(
 ) -> None:
     query, cache, pages, index, expected = chunk(context, length, size, tile, order, kv_heads, shared)
     out = torch.full_like(query, torch.nan)
-    flash.run(query, cache, pages, index, DIM**-0.5, out, varlen_attention)
+    lse = torch.full((HEADS, len(query)), torch.nan)
+    flash.run(query, cache, pages, index, DIM**-0.5, out, lse, varlen_attention)
     assert float((out.double() - expected).abs().max()) < TOLERANCE
+    keys = reference.repeat_heads(reference.gather_sequence(cache.key.transpose(1, 2), pages, length), HEADS)
+    scores = query.double().transpose(0, 1) @ keys.transpose(1, 2) * DIM**-0.5
+    torch.testing.assert_close(lse.double(), scores.masked_fill(~index.to_mask(), -torch.inf).logsumexp(-1))
 
 
 @pytest.mark.parametrize("scratch", [1, 1 << 16])
@@ -146,7 +150,7 @@ def test_columns_are_gathered_piece_by_piece(scratch: int, monkeypatch: pytest.M
         return varlen_attention(**arguments)
 
     out = torch.full_like(query, torch.nan)
-    flash.run(query, cache, pages, index, DIM**-0.5, out, watched)
+    flash.run(query, cache, pages, index, DIM**-0.5, out, attend=watched)
     assert float((out.double() - expected).abs().max()) < TOLERANCE
     requests = index.num_heads * index.num_tiles
     assert sizes[0] == requests == sum(sizes[1:]) and len(sizes) > 2

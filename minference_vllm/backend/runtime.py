@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,8 +12,9 @@ from minference_vllm.attend import DTYPES
 from minference_vllm.audit import Counters
 from minference_vllm.discovery import discover_patterns, total_query_heads
 from minference_vllm.engines import native
+from minference_vllm.mean_correction import heads_with
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import Antidiagonal, PatternFile
+from minference_vllm.patterns import Antidiagonal, HeadPattern, PatternFile
 from minference_vllm.plan import Chunk
 from minference_vllm.recall import RaisedLevels
 from minference_vllm.settings import Settings, load_settings
@@ -110,13 +112,24 @@ def unsupported_model_reasons(model: Any) -> list[str]:
 
 def check_page_size(runtime: Runtime, block_size: int) -> None:
     """Raise ValueError when a pattern cannot be estimated on pages of this size."""
-    heads = (pattern for layer in runtime.patterns.layers.values() for pattern in layer.values())
-    for pattern in (runtime.patterns.default, *heads):
+    for pattern in _all_patterns(runtime.patterns):
         if isinstance(pattern, Antidiagonal) and block_size % pattern.stride:
             raise ValueError(
                 f"minference: patterns from {runtime.source}: antidiagonal stride {pattern.stride} must divide the "
                 f"page size, here {block_size}"
             )
+
+
+def check_mean_correction(runtime: Runtime, reason: str | None) -> None:
+    """Raise ValueError when a pattern asks for mean correction and there is a reason why it cannot be had."""
+    if reason and heads_with(list(_all_patterns(runtime.patterns))):
+        raise ValueError(f"minference: patterns from {runtime.source}: mean_correction cannot run here: {reason}")
+
+
+def _all_patterns(file: PatternFile) -> Iterator[HeadPattern]:
+    yield file.default
+    for heads in file.layers.values():
+        yield from heads.values()
 
 
 def unsupported_layer_reasons(

@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 from minference_vllm.attend import attend_chunk, choose_tile
 from minference_vllm.index import share_lists
-from minference_vllm.patterns import MAX_LEVEL, Antidiagonal, HeadPattern, LowRank, at_level
+from minference_vllm.patterns import MAX_LEVEL, Antidiagonal, HeadPattern, LowRank, PeakThreshold, at_level
 from minference_vllm.plan import Chunk
 from minference_vllm.settings import Settings
 
@@ -28,7 +28,8 @@ class Variant:
     """What decides which kernels the sparse chunks of a layer run."""
 
     kinds: frozenset[tuple[str, int]]
-    """Of its patterns, with the stride or rank of those that have one (else 0): budgets change no kernel."""
+    """Of its patterns, with the stride or rank of those that have one, and 1 for mean correction (else 0): budgets
+    change no kernel."""
     heads_per_list: int
     heads: int
     kv_heads: int
@@ -49,6 +50,8 @@ class Variant:
 def _size_in_kernels(pattern: HeadPattern) -> int:
     if isinstance(pattern, Antidiagonal):
         return pattern.stride
+    if isinstance(pattern, PeakThreshold):
+        return int(pattern.mean_correction)
     return pattern.rank if isinstance(pattern, LowRank) else 0
 
 

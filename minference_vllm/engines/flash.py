@@ -29,6 +29,7 @@ def run(
     index: SparseIndex,
     scale: float,
     out: torch.Tensor,
+    lse: torch.Tensor | None = None,
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> None:
     """Attention of one chunk under ``index``, written to ``out``.
@@ -39,6 +40,7 @@ def run(
         pages: int64 ``[N]``, the physical page of each logical block.
         index: with a list for every tile (``plan_capacity(list_everything=True)``).
         out: like ``query``.
+        lse: float32 ``[H, chunk]``; receives the log-sum-exp of each row's scores.
         attend: in place of vLLM's ``flash_attn_varlen_func``.
     """
     attend = attend or _flash_attention()
@@ -46,7 +48,7 @@ def run(
     requests = VirtualRequests.of(index, cache.num_kv_heads)
     key, value, page_step = pages_of_one_head(cache)
     queries = by_list(query, index)
-    result, lse = attend(
+    result, found_lse = attend(
         q=queries,
         k=key,
         v=value,
@@ -64,8 +66,10 @@ def run(
         at_once = max(1, SCRATCH_BYTES // (2 * width * dim * query.element_size()))
         for first in range(0, index.num_lists * index.num_tiles, at_once):
             last = min(first + at_once, index.num_lists * index.num_tiles)
-            _add_columns(queries, cache, pages, index, requests, (first, last), width, scale, result, lse, attend)
+            _add_columns(queries, cache, pages, index, requests, (first, last), width, scale, result, found_lse, attend)
     out.unflatten(1, (index.num_lists, -1)).copy_(by_row(result, index))
+    if lse is not None:
+        lse.unflatten(0, (index.num_lists, -1)).copy_(found_lse.unflatten(1, (index.num_lists, -1)).transpose(0, 1))
 
 
 def unsupported_cache_reason(dtype: torch.dtype, cache: PagedCache) -> str | None:
@@ -130,7 +134,7 @@ def _add_columns(
     lse: torch.Tensor,
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor]],
 ) -> None:
-    """Merge the single columns of requests ``[first, last)`` into ``result``, in place."""
+    """Merge the single columns of requests ``[first, last)`` into ``result`` and ``lse``, in place."""
     first, last = part
     size, tiles, chunk = index.block_size, index.num_tiles, index.seq_len - index.context_len
     begin, end = _first_row(index, first), _first_row(index, last)
@@ -157,6 +161,8 @@ def _add_columns(
     share = torch.where(some, torch.sigmoid(extra_lse - lse[:, begin:end]), 0.0).T[:, :, None]
     own = result[begin:end]
     own += torch.where(some[:, None, None], (extra - own) * share, 0.0).to(own.dtype)
+    own_lse = lse[:, begin:end]
+    own_lse.copy_(torch.where(some, torch.logaddexp(own_lse, extra_lse), own_lse))
 
 
 def _first_row(index: SparseIndex, request: int) -> int:
