@@ -1,8 +1,8 @@
 """Mean correction: pages that a tile leaves out still take part in its softmax, each as its mean key and mean value.
 
 A page ``J`` of ``B`` keys that is left out adds ``B * exp(scale * q.kbar_J) * (vbar_J, 1)`` to the numerator and the
-denominator of every row ``q`` of the tile (FlashPrefill, arXiv 2603.06199). The products are made for whole layers of
-pages and merged with what an engine computed under the index by log-sum-exp, so that engines know nothing of it.
+denominator of every row ``q`` of the tile (FlashPrefill, arXiv 2603.06199). That is computed apart, and
+merged by log-sum-exp with what an engine computed under the index, so that engines know nothing of it.
 
 Sizes: ``H`` query heads over ``HK`` KV heads of size ``D``, ``N`` pages of ``B`` tokens in the sequence.
 """
@@ -15,13 +15,11 @@ from collections.abc import Sequence
 
 import torch
 
+from minference_vllm.estimate import PART_BYTES
 from minference_vllm.index import SparseIndex
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import HeadPattern, PeakThreshold
 from minference_vllm.summaries import PageMeans
-
-PART_BYTES = 4 << 20
-"""Scores of single queries and pages in flight, in float32."""
 
 
 def heads_with(patterns: Sequence[HeadPattern]) -> list[int]:
@@ -62,8 +60,8 @@ def add(
 ) -> None:
     """Add the pages that tiles leave out to the attention of some heads, in place.
 
-    Left out are the pages before a tile's own that none of its blocks is; a tile without a list leaves none out. Such
-    pages are whole. Nothing waits for a GPU.
+    Left out are the pages before a tile's own that are none of its blocks, all of them whole; a tile without a list
+    leaves none out. Beside the means, scores of ``PART_BYTES`` are in memory at once. Nothing waits for a GPU.
 
     Args:
         query: ``[chunk, H, D]``.

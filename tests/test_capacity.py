@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minference_vllm import low_rank, recall
+from minference_vllm import low_rank, mean_correction, recall
 from minference_vllm.attend import PagedEstimates
 from minference_vllm.capacity import AUDITED_PAIR, MEMORY_LIMIT, Capacity, audit_frequency, plan_capacity
 from minference_vllm.index import SparseIndex, build_index
@@ -373,6 +373,22 @@ def test_an_audit_at_a_million_tokens_waits_for_nothing_and_stays_small(block_si
         audit.run(patterns, lambda _: index, scores.recall)
     assert audit.recall is not None and audit.recall.shape == (32,) and audit.levels == (0,) * 32
     assert live.peak <= 2 * PIECE_BYTES, f"{live.peak / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_mean_correction_at_a_million_tokens_waits_for_nothing_and_stays_small(block_size: int) -> None:
+    """On the same device without data: scores of one head and of the one before, and their marks."""
+    seq_len, chunk_len = 1 << 20, 8192
+    tiling = Tiling.of(seq_len - chunk_len, seq_len, block_size, 128, device="meta")
+    patterns: list[HeadPattern] = [PeakThreshold(mean_correction=True)] * 32
+    index = build_index(tiling, patterns, EmptyScores(seq_len), planned(tiling, patterns))
+    query = torch.empty(chunk_len, 32, 128, dtype=torch.bfloat16, device="meta")
+    means = torch.empty(8, seq_len // block_size, 128, device="meta")
+    lse = torch.empty(32, chunk_len, device="meta")
+    out = torch.empty_like(query)
+    with LiveBytes(query, means, lse, out) as live:
+        mean_correction.add(query, means, means, index, [0, 31], 0.1, out, lse, softcap=30.0)
+    assert live.peak <= 2.5 * mean_correction.PART_BYTES, f"{live.peak / 2**20:.0f} MiB"
 
 
 def test_how_often_a_gpu_audits() -> None:

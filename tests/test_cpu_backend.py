@@ -19,6 +19,7 @@ from minference_vllm.audit import Counters
 from minference_vllm.backend.runtime import Runtime
 from minference_vllm.backend.serving import audit_is_due
 from minference_vllm.capacity import audit_frequency
+from minference_vllm.engines import native
 from minference_vllm.index import SparseIndex
 from minference_vllm.patterns import MAX_LEVEL, Coverage, PatternFile
 from minference_vllm.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT, Chunk
@@ -589,6 +590,42 @@ def test_nothing_of_ours_runs_for_decodes(make_layer: Callable[..., Layer], monk
     monkeypatch.setattr(Counters, "count_batch", never)
     monkeypatch.setattr(Counters, "line_when_due", never)
     assert layer.metadata() is metadata
+
+
+# Mean correction
+
+CORRECTED = {"kind": "peak_threshold", "alpha": 0.99, "sink": 0, "window": 0, "mean_correction": True}
+
+
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
+def test_heads_with_mean_correction_are_served(make_layer: Callable[..., Layer]) -> None:
+    kinds = [CORRECTED, *KINDS[1:]]
+    plain = [{**CORRECTED, "mean_correction": False}, *KINDS[1:]]
+    outputs = []
+    for chosen in (kinds, plain):
+        layer = make_layer(MIXED, patterns=chosen)
+        outputs.append(layer.run(layer.impl, layer.metadata()))
+        assert len(layer.indices) == len(SPARSE)
+    starts, served = layer.batch.query_start_loc.tolist(), torch.zeros(len(outputs[0]), dtype=torch.bool)
+    for request in SPARSE:
+        served[starts[request] : starts[request + 1]] = True
+    differs = (outputs[0] != outputs[1]).any(-1)
+    assert not differs[:, 1:].any() and not differs[~served].any() and differs[served, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "message"),
+    [
+        ({"engine": "block_table"}, torch.bfloat16, "vLLM's CPU kernel does not give"),
+        ({}, torch.float32, "engine 'native' does, but .*"),
+    ],
+    ids=["block_table", "auto without native kernels for the dtype"],
+)
+def test_mean_correction_without_its_engine_is_refused_at_the_start(
+    settings: dict[str, Any], dtype: torch.dtype, message: str, make_layer: Callable[..., Layer]
+) -> None:
+    with pytest.raises(ValueError, match=rf"patterns\.json.*: mean_correction cannot run here: .*{message}"):
+        make_layer(MIXED, patterns=[CORRECTED, *KINDS[1:]], settings=settings, dtype=dtype)
 
 
 # Page summaries

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from minference_vllm import summaries
 from minference_vllm.estimate import mean_keys
 from minference_vllm.paged_cache import Layout, PagedCache
 from minference_vllm.summaries import PageMeans
@@ -21,9 +22,28 @@ def cache(layout: Layout, seed: int = 0) -> PagedCache:
 @pytest.mark.parametrize("seq_len", [1, 31, 32, 100, 5 * SIZE])
 def test_means_of_shuffled_pages(layout: Layout, seq_len: int) -> None:
     paged, pages = cache(layout), torch.tensor([7, 2, 11, 0, 5])[: -(-seq_len // SIZE)]
-    found = PageMeans().of(paged, pages, seq_len)
-    expected = mean_keys(paged.keys_by_head(pages)[:, :seq_len], SIZE)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    means = PageMeans()
+    for found, rows in (
+        (means.of(paged, pages, seq_len), paged.keys_by_head(pages)),
+        (means.values_of(paged, pages, seq_len), paged.values_by_head(pages)),
+    ):
+        torch.testing.assert_close(found, mean_keys(rows[:, :seq_len], SIZE), rtol=1e-5, atol=1e-6)
+
+
+def test_values_are_read_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(summaries, "unpack_values", lambda stored, layout: read.append(len(stored)) or stored)
+    paged, pages, means = cache("rows"), torch.tensor([7, 2, 11]), PageMeans()
+    means.of(paged, pages, 3 * SIZE)
+    assert read == []
+    means.values_of(paged, pages[:2], 2 * SIZE)
+    means.values_of(paged, pages, 3 * SIZE)
+    assert read == [2, 1]
+    paged.value[2, :, 3] += 10.0
+    means.forget(torch.tensor([2 * SIZE + 3]), SIZE)
+    found = means.values_of(paged, pages, 3 * SIZE)
+    assert read == [2, 1, 1]
+    torch.testing.assert_close(found, mean_keys(paged.values_by_head(pages), SIZE))
 
 
 def test_pages_are_read_again_after_they_were_written_and_not_before() -> None:

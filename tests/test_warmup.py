@@ -22,6 +22,7 @@ from minference_vllm.patterns import (
     Dense,
     HeadPattern,
     LowRank,
+    PeakThreshold,
     VerticalSlash,
 )
 from minference_vllm.settings import Settings
@@ -86,6 +87,8 @@ def test_each_variant_is_compiled_once(warm_up: Callable[..., list[dict[str, Any
         make_layer(Antidiagonal(stride=16)),
         make_layer(LowRank(), LowRank(gamma=0.5)),
         make_layer(LowRank(rank=16)),
+        make_layer(PeakThreshold()),
+        make_layer(PeakThreshold(mean_correction=True), PeakThreshold(alpha=0.5, mean_correction=True)),
         make_layer(Coverage(), sinks=True),
         make_layer(Coverage(), softcap=30.0),
     ]
@@ -205,6 +208,7 @@ def interpret() -> None:
         make_layer(VerticalSlash(vertical=40, slash=64), BlockSparse(top_k=2), Coverage(gamma=0.5), Antidiagonal()),
         make_layer(AShape(sink=40, local=40), LowRank(gamma=0.5)),
         make_layer(AShape(sink=40, local=40)),
+        make_layer(PeakThreshold(sink=0, window=0, mean_correction=True)),
     ]
     settings = Settings(engine="triton", tile=32)
 
