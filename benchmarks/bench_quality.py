@@ -12,12 +12,12 @@ of a KV head.
 
 Columns: ``recall`` mean over heads, chunks and rows; ``recall_p1`` the chunk and head that 99 % of them are above;
 ``covered`` share of chunks and heads whose recall is at least 0.95, ``chunks`` share of the chunks, of one layer each,
-whose heads have that on average; ``output_error`` relative to the dense output, median over heads and chunks;
-``corrected_error`` the same if every page without a selected key stood in the softmax with its mean key and mean value
-(mean correction, which the backend does not do); ``density`` share of query-key pairs computed; ``needed`` the share
-that would do for 95 % of each row's attention if every row had its own selection and knew it beforehand, median over
-heads and chunks; ``select_s`` seconds of estimate and index, per head and chunk, by the torch path (``low_rank``: by
-the CPU kernels, where they run).
+whose heads have that on average; ``output_error`` relative to the dense output, median over heads and chunks, with mean
+correction where the pattern asks for it; ``corrected_error`` the same for any pattern, if every page without a selected
+key stood in the softmax with its mean key and mean value; ``density`` share of query-key pairs computed; ``needed`` the
+share that would do for 95 % of each row's attention if every row had its own selection and knew it beforehand, median
+over heads and chunks; ``select_s`` seconds of estimate and index, per head and chunk, by the torch path (``low_rank``:
+by the CPU kernels, where they run).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from minference_vllm.capture import Layer, capture_layers
 from minference_vllm.engines import native
 from minference_vllm.estimate import SPREAD_FROM, Estimates, last_query_scores
 from minference_vllm.index import SparseIndex, build_index
+from minference_vllm.mean_correction import heads_with
 from minference_vllm.patterns import HeadPattern, parse_head_pattern
 from minference_vllm.recall import sample_rows
 from minference_vllm.tiling import Tiling
@@ -135,7 +136,8 @@ def measure(
     seconds = (time.perf_counter() - start) / heads
     rows = sample_rows(end - begin, args.rows, seed=end)
     density = index.density().tolist()
-    return [Found(*compare(layer, head, index, rows), density[head], seconds) for head in range(heads)]
+    found = [Found(*compare(layer, head, index, rows), density[head], seconds) for head in range(heads)]
+    return [one._replace(error=one.corrected_error) for one in found] if heads_with([pattern]) else found
 
 
 def compare(layer: Layer, head: int, index: SparseIndex, rows: torch.Tensor) -> tuple[float, float, float, float]:
