@@ -1,21 +1,17 @@
-"""``sparse_prefill`` against float64 attention under the mask of the index that it used.
-
-Budget: an engine may be twice as far from float64 as plain eager attention in the inputs' type is, plus one rounding of
-the largest output.
-"""
+"""``sparse_prefill`` against float64 attention under the mask of the index that it used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from prefill_checks import BFLOAT16, FLOAT16, FLOAT32, check
 
 import minference_vllm
 from minference_vllm import reference
 from minference_vllm.attend import choose_tile, sparse_prefill
-from minference_vllm.engines import native
 from minference_vllm.index import SparseIndex
 from minference_vllm.patterns import (
     Antidiagonal,
@@ -30,7 +26,6 @@ from minference_vllm.patterns import (
     VerticalSlash,
 )
 
-BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 FULL: dict[str, HeadPattern] = {
     "dense": Dense(),
     "a_shape": AShape(sink=0, local=100_000),
@@ -88,39 +83,6 @@ CASES: dict[str, dict[str, Any]] = {
         for size in (64, 80)
     },
 }
-
-
-def eager(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float) -> Any:
-    """Attention as plain torch does it in the inputs' type: the yardstick for the error."""
-    heads = query.shape[1]
-    scores = query.transpose(0, 1) @ reference.repeat_heads(keys.to(query.dtype), heads).transpose(1, 2) * scale
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    return (weights @ reference.repeat_heads(values.to(query.dtype), heads)).transpose(0, 1)
-
-
-def assert_close(found: torch.Tensor, exact: torch.Tensor, yardstick: torch.Tensor, what: str) -> None:
-    finite = torch.isfinite(found)
-    assert finite.all(), f"{what}: not finite at (row, head, dim) {(~finite).nonzero()[0].tolist()}"
-    error = (found.double() - exact).abs()
-    rounding = torch.finfo(found.dtype).eps * float(exact.abs().max())
-    budget = 2 * float((yardstick.double() - exact).abs().max()) + rounding
-    worst = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
-    assert float(error.max()) <= budget, (
-        f"{what}: error {float(error.max()):.3g} at (row, head, dim) {worst}, budget {budget:.3g}"
-    )
-
-
-def check(batch: Any, out: torch.Tensor, indices: Sequence[SparseIndex], scale: float | None = None) -> None:
-    """Every request's output against attention under the mask of its index."""
-    scale = batch.scale if scale is None else scale
-    assert len(indices) == len(batch.seq_lens)
-    for request, index in enumerate(indices):
-        assert (index.context_len, index.seq_len) == (batch.context_lens[request], int(batch.seq_lens[request]))
-        query, mask = batch.query[batch.rows(request)], index.to_mask()
-        keys, values = batch.keys(request), batch.values(request)
-        exact = reference.masked_attention(query, keys, values, mask, scale)
-        yardstick = eager(query, keys, values, mask, scale)
-        assert_close(out[batch.rows(request)], exact, yardstick, f"request {request}")
 
 
 @pytest.mark.parametrize("adaptive", [False, True], ids=["fixed", "adaptive"])
@@ -226,179 +188,3 @@ def test_many_columns_need_several_rounds_of_scratch_pages(
     out, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, return_index=True)
     assert any(bool(index.num_columns.any()) for index in indices)
     check(batch, out, indices)
-
-
-# Memory layouts
-
-
-def heads_before_slots(cache: torch.Tensor) -> torch.Tensor:
-    return cache.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def with_gaps(cache: torch.Tensor) -> torch.Tensor:
-    """Every dimension but the last has room between its elements, and the room is NaN."""
-    blocks, size, heads, dim = cache.shape
-    wide = torch.full((blocks, 2 * size, heads + 1, dim + 16), torch.nan, dtype=cache.dtype)
-    view = wide[:, ::2, 1:, 8 : 8 + dim]
-    view.copy_(cache)
-    return view
-
-
-def dimensions_before_slots(cache: torch.Tensor) -> torch.Tensor:
-    return cache.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-
-
-STRIDES = {
-    "heads_before_slots": heads_before_slots,
-    "gaps": with_gaps,
-    "dimensions_before_slots": dimensions_before_slots,
-}
-
-
-@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
-@pytest.mark.parametrize("layout", STRIDES)
-def test_caches_of_any_strides(
-    layout: str, dtype: torch.dtype, engine_name: str, served_batch: Callable[..., Any], skip_unless_served: Any
-) -> None:
-    batch = served_batch(query_lens=[200, 90], context_lens=[100, 0], dtype=dtype)
-    batch.key_cache, batch.value_cache = STRIDES[layout](batch.key_cache), STRIDES[layout](batch.value_cache)
-    skip_unless_served(engine_name, batch)
-    out, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, return_index=True)
-    check(batch, out, indices)
-
-
-@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
-def test_keys_and_values_side_by_side_in_one_tensor(
-    dtype: torch.dtype, engine_name: str, served_batch: Callable[..., Any]
-) -> None:
-    batch = served_batch(query_lens=[200, 90], context_lens=[100, 0], dtype=dtype)
-    both = torch.cat([batch.key_cache, batch.value_cache], -1)
-    batch.key_cache, batch.value_cache = both[..., :64], both[..., 64:]
-    out, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, return_index=True)
-    check(batch, out, indices)
-
-
-def test_keys_and_values_of_different_strides(served_batch: Callable[..., Any], engine_name: str) -> None:
-    batch = served_batch(query_lens=[200], context_lens=[100])
-    batch.value_cache = heads_before_slots(batch.value_cache)
-    engine = "auto" if engine_name == "native" else engine_name
-    out, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine, return_index=True)
-    check(batch, out, indices)
-
-
-def test_queries_and_outputs_may_be_views(engine_name: str, served_batch: Callable[..., Any]) -> None:
-    """Queries as a slice of a fused QKV projection, outputs as a slice of a wider buffer."""
-    batch = served_batch(query_lens=[200, 90], context_lens=[100, 0])
-    fused = torch.full((290, 12, 64), torch.nan, dtype=BFLOAT16)
-    fused[:, :8] = batch.query
-    wide = torch.full((290, 10, 80), torch.nan, dtype=BFLOAT16)
-    out = wide[:, 1:9, 8:72]
-    batch.query = fused[:, :8]
-    _, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, out=out, return_index=True)
-    check(batch, out, indices)
-    out.fill_(torch.nan)
-    assert torch.isnan(wide).all(), "something was written beside the output"
-
-
-def test_queries_and_outputs_with_the_head_dimension_outside(
-    engine_name: str, served_batch: Callable[..., Any]
-) -> None:
-    batch = served_batch(query_lens=[200, 90], context_lens=[100, 0])
-    batch.query = batch.query.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    out = torch.full((64, 290, 8), torch.nan, dtype=BFLOAT16).permute(1, 2, 0)
-    _, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, out=out, return_index=True)
-    check(batch, out, indices)
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_block_tables_and_lengths_of_any_integer_type_and_stride(
-    dtype: torch.dtype, engine_name: str, served_batch: Callable[..., Any]
-) -> None:
-    batch = served_batch(query_lens=[200, 90], context_lens=[100, 0])
-    wide = torch.full((2, 3 * batch.block_table.shape[1]), -7, dtype=dtype)
-    wide[:, ::3] = batch.block_table
-    batch.block_table = wide[:, ::3]
-    batch.query_start_loc, batch.seq_lens = batch.query_start_loc.to(dtype), batch.seq_lens.to(dtype)
-    out, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, return_index=True)
-    check(batch, out, indices)
-
-
-# Bad arguments: each is a ValueError that names the argument
-
-NAMES = ("query", "key_cache", "value_cache", "block_table", "query_start_loc", "seq_lens")
-
-
-def cut_heads(query: torch.Tensor) -> torch.Tensor:
-    return query[:, :7]
-
-
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    # what is wrong: (argument -> value or function of the good value, message)
-    "engine": ({"engine": "cuda"}, "engine must be one of auto, block_table"),
-    "query_flat": ({"query": lambda q: q.flatten(1)}, r"query must be \[num_tokens, num_heads, head_size\]"),
-    "query_heads": ({"query": cut_heads, "patterns": [Dense()] * 7}, "query has 7 heads.*multiple of KV heads"),
-    "query_head_size": ({"query": lambda q: q[..., :32]}, "query has 8 heads of size 32, the cache 2 of size 64"),
-    "query_dtype": ({"query": lambda q: q.double()}, "query and caches must share one of .*bfloat16.* not .*float64"),
-    "cache_dtype": ({"key_cache": lambda k: k.half()}, "query and caches must share one of"),
-    "value_dtype": ({"value_cache": lambda v: v.half()}, "query and caches must share one of"),
-    "cache_flat": ({"key_cache": lambda k: k.flatten(2)}, "key_cache and value_cache must both be"),
-    "cache_shapes": ({"value_cache": lambda v: v[:-1]}, "key_cache and value_cache must both be"),
-    "patterns_too_few": ({"patterns": [Dense()] * 7}, "7 patterns for 8 query heads"),
-    "patterns_too_many": ({"patterns": [Dense()] * 9}, "9 patterns for 8 query heads"),
-    "patterns_none": ({"patterns": []}, "0 patterns for 8 query heads"),
-    "out_shape": ({"out": torch.empty(289, 8, 64, dtype=BFLOAT16)}, "out must be like query"),
-    "out_dtype": ({"out": torch.empty(290, 8, 64)}, "out must be like query"),
-    "starts_too_few": ({"query_start_loc": lambda s: s[:-1]}, "2 seq_lens need 3 query_start_loc entries"),
-    "starts_not_at_0": ({"query_start_loc": torch.tensor([1, 200, 290])}, "query_start_loc must rise from 0 to 290"),
-    "starts_end_early": ({"query_start_loc": torch.tensor([0, 200, 280])}, "query_start_loc must rise from 0 to 290"),
-    "starts_fall": ({"query_start_loc": torch.tensor([0, 300, 290])}, "query_start_loc must rise"),
-    "no_new_tokens": ({"query_start_loc": torch.tensor([0, 290, 290])}, "request 1 has no new tokens"),
-    "seq_len_short": ({"seq_lens": torch.tensor([300, 89])}, r"seq_lens\[1\] = 89 is less than"),
-    "seq_len_long": ({"seq_lens": torch.tensor([300, 900])}, "request 1 needs 29 blocks, block_table has"),
-    "seq_len_0": (
-        {"seq_lens": torch.tensor([300, 0]), "query_start_loc": torch.tensor([0, 290, 290])},
-        "request 1 has no new tokens",
-    ),
-    "table_rows": ({"block_table": lambda t: t[:1]}, "as many block_table rows as requests"),
-    "table_flat": ({"block_table": lambda t: t[0]}, "as many block_table rows as requests"),
-    "table_negative": ({"block_table": lambda t: -1 - t}, r"block_table\[0\] names blocks outside the cache's"),
-    "table_too_large": ({"block_table": lambda t: t + 1000}, r"block_table\[0\] names blocks outside the cache's"),
-    "tile_0": ({"tile": 0}, "tile"),
-    "tile_negative": ({"tile": -128}, "tile"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_arguments_are_named(name: str, paged_batch: Callable[..., Any]) -> None:
-    changes, message = BAD[name]
-    batch = paged_batch(query_lens=[200, 90], context_lens=[100, 0])
-    arguments: dict[str, Any] = {**dict(zip(NAMES, batch.arguments, strict=True)), "patterns": Dense()}
-    for argument, change in changes.items():
-        arguments[argument] = change(arguments[argument]) if callable(change) else change
-    with pytest.raises(ValueError, match=message):
-        sparse_prefill(**arguments)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [{"head_size": 72}, {"head_size": 8}, {"block_size": 8}, {"block_size": 24}, {"block_size": 1}],
-    ids=str,
-)
-@pytest.mark.parametrize("engine", ["auto", "block_table", "native"])
-def test_sizes_that_no_engine_serves_are_refused(
-    engine: str, arguments: dict[str, int], paged_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Whether or not this machine could run it.
-    monkeypatch.setattr(native, "unavailable_reason", lambda: None)
-    batch = paged_batch(**arguments)
-    with pytest.raises(ValueError, match=r"pages? .*|head size|heads of size"):
-        sparse_prefill(*batch.arguments, Dense(), engine=engine)
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"dtype": FLOAT32}, {"dtype": FLOAT16}, {"block_size": 16}], ids=["float32", "float16", "pages_of_16"]
-)
-def test_native_says_why_it_cannot(arguments: dict[str, Any], paged_batch: Callable[..., Any]) -> None:
-    batch = paged_batch(**arguments)
-    with pytest.raises(ValueError, match=r"engine 'native' cannot run: .+"):
-        sparse_prefill(*batch.arguments, Dense(), engine="native")

@@ -1,0 +1,174 @@
+"""One layer of vLLM's CPU backend with ours in it, driven without an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from layer_inputs import DIM, HEADS, KINDS, KV_HEADS, MIN_CHUNK, MIN_CONTEXT, PAGE
+from paged_inputs import make_batch
+
+from minference_vllm.attend import attend_chunk
+from minference_vllm.audit import Counters
+from minference_vllm.index import SparseIndex
+from minference_vllm.recall import Audit
+
+
+@dataclass
+class Layer:
+    """One attention layer with its builder and cache, and a batch in it."""
+
+    folder: Path
+    monkeypatch: pytest.MonkeyPatch
+    requests: Sequence[tuple[int, int]]
+    """Context and new tokens of each."""
+    dtype: torch.dtype = torch.bfloat16
+    patterns: Sequence[dict[str, Any]] = tuple(KINDS)
+    rank: int = 0
+    ranks: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    indices: list[SparseIndex] = field(default_factory=list)
+    audits: list[Audit | None] = field(default_factory=list)
+    levels_before: list[tuple[int, ...]] = field(default_factory=list)
+    """That each audit began with."""
+
+    def __post_init__(self) -> None:
+        from vllm.v1.attention.backends import cpu_attn
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+        from minference_vllm.backend import cpu, serving, splitting
+
+        path = self.folder / "patterns.json"
+        heads = dict(enumerate(self.patterns))
+        path.write_text(json.dumps({"schema_version": 1, "layers": {0: {}, 1: heads}}))
+        self.heads, self.kv_heads = HEADS // self.ranks, KV_HEADS // self.ranks
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(
+                model="some/model",
+                dtype=self.dtype,
+                runner_type="generate",
+                hf_config=SimpleNamespace(),
+                hf_text_config=SimpleNamespace(num_attention_heads=HEADS),
+                get_total_num_hidden_layers=lambda: 2,
+                get_num_attention_heads=lambda parallel: self.heads,
+            ),
+            cache_config=SimpleNamespace(block_size=PAGE, cache_dtype="auto"),
+            parallel_config=SimpleNamespace(),
+            compilation_config=SimpleNamespace(static_forward_context={}),
+            additional_config={
+                "minference": {
+                    "patterns": str(path),
+                    "min_context": MIN_CONTEXT,
+                    "min_chunk": MIN_CHUNK,
+                    **self.settings,
+                }
+            },
+        )
+        for module in (splitting, cpu_attn):
+            self.monkeypatch.setattr(module, "get_current_vllm_config", lambda: config)
+        self.monkeypatch.setattr(splitting, "get_tensor_model_parallel_rank", lambda: self.rank)
+        self.monkeypatch.setattr(serving, "attend_chunk", self.watched_attend_chunk)
+        options = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto", **self.options}
+        self.impl = cpu.MInferenceCPUImpl(self.heads, DIM, self.scale, self.kv_heads, **options)
+        self.parent = cpu_attn.CPUAttentionBackendImpl(self.heads, DIM, self.scale, self.kv_heads, **options)
+        spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=self.kv_heads, head_size=DIM, dtype=self.dtype)
+        self.builder = cpu.MInferenceCPUMetadataBuilder(spec, [], config, torch.device("cpu"))
+        self.layer = SimpleNamespace(
+            layer_name="model.layers.1.self_attn.attn", isa=self.builder.isa, _k_scale_float=1.0, _v_scale_float=1.0
+        )
+        batch = make_batch(
+            query_lens=[new for _, new in self.requests],
+            context_lens=[context for context, _ in self.requests],
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_size=DIM,
+            block_size=PAGE,
+            dtype=self.dtype,
+        )
+        self.fill(batch)
+
+    @property
+    def scale(self) -> float:
+        return DIM**-0.5
+
+    @property
+    def counters(self) -> Counters:
+        return self.impl.runtime.counters
+
+    def watched_attend_chunk(self, *arguments: Any, **keywords: Any) -> SparseIndex:
+        given = [*arguments, *keywords.values()]
+        audit = next((argument for argument in given if isinstance(argument, Audit)), None)
+        self.audits.append(audit)
+        self.levels_before.append(audit.levels if audit else ())
+        index = attend_chunk(*arguments, **keywords)
+        self.indices.append(index)
+        return index
+
+    def fill(self, batch: Any) -> None:
+        """Put a batch's keys and values into a cache of vLLM's own layout, with vLLM's own function."""
+        blocks = batch.key_cache.shape[0]
+        self.batch = batch
+        self.cache = torch.zeros(blocks, self.kv_heads, PAGE, 2 * DIM, dtype=self.dtype)
+        rows = batch.key_cache.nan_to_num().flatten(0, 1), batch.value_cache.nan_to_num().flatten(0, 1)
+        self.impl.do_kv_cache_update(self.layer, *rows, self.cache, torch.arange(blocks * PAGE))
+
+    def metadata(self) -> Any:
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        batch = self.batch
+        starts = batch.query_start_loc
+        common = CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=batch.seq_lens,
+            num_reqs=len(batch.seq_lens),
+            num_actual_tokens=int(starts[-1]),
+            max_query_len=int((starts[1:] - starts[:-1]).max()),
+            max_seq_len=int(batch.seq_lens.max()),
+            block_table_tensor=batch.block_table,
+            slot_mapping=torch.zeros(int(starts[-1]), dtype=torch.int64),
+        )
+        return self.builder.build(0, common)
+
+    def run(self, impl: Any, metadata: Any, padding: int = 5) -> torch.Tensor:
+        """Forward, with rows behind the batch as vLLM pads it, and an output full of NaN."""
+        tokens = self.batch.query.shape[0] + padding
+        query = torch.full((tokens, self.heads, DIM), torch.nan, dtype=self.dtype)
+        query[: tokens - padding] = self.batch.query
+        key = torch.zeros(tokens, self.kv_heads, DIM, dtype=self.dtype)
+        output = torch.full_like(query, torch.nan)
+        assert impl.forward(self.layer, query, key, key, self.cache, metadata, output) is output
+        assert torch.isnan(output[tokens - padding :]).all(), "rows behind the batch were written"
+        return output[: tokens - padding]
+
+
+FIRST, SECOND = (0, 420), (420, 290)
+"""(context, new tokens) of the two chunks of one request."""
+
+
+def two_chunks(layer: Layer) -> tuple[Any, Any]:
+    """Both chunks of one request, as batches over the same pages; attention is nearly flat."""
+    shape: dict[str, Any] = {
+        "heads": layer.heads,
+        "kv_heads": layer.kv_heads,
+        "head_size": DIM,
+        "block_size": PAGE,
+    }
+    second = make_batch(query_lens=[SECOND[1]], context_lens=[SECOND[0]], **shape)
+    query = make_batch(query_lens=[FIRST[1]], context_lens=[0], **shape).query
+    first = dataclasses.replace(
+        second,
+        query=query / 4,
+        query_start_loc=torch.tensor([0, FIRST[1]], dtype=torch.int32),
+        seq_lens=torch.tensor([FIRST[1]], dtype=torch.int32),
+        context_lens=[0],
+    )
+    return first, dataclasses.replace(second, query=second.query / 4)

@@ -1,0 +1,57 @@
+"""Patterns and batches for one layer of a backend, on a CPU or a GPU, and what its output should be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from minference_vllm import reference
+
+HEADS, KV_HEADS, DIM, PAGE = 8, 2, 64, 64
+MIN_CONTEXT, MIN_CHUNK = 300, 100
+KINDS: list[dict[str, Any]] = [
+    {"kind": "vertical_slash", "vertical": 40, "slash": 110},
+    {"kind": "block_sparse", "top_k": 2},
+    {"kind": "a_shape", "sink": 16, "local": 100},
+    {"kind": "tri_shape", "sink": 16, "local": 64, "last": 40},
+    {"kind": "dense"},
+    {"kind": "a_shape", "sink": 0, "local": 1},
+    {"kind": "vertical_slash", "vertical": 100, "slash": 0},
+    {"kind": "block_sparse", "top_k": 1},
+]
+GPU_KINDS: list[dict[str, Any]] = [*KINDS[:3], {"kind": "dense"}] * 2
+ADAPTIVE_KINDS: list[dict[str, Any]] = [
+    {"kind": "coverage", "gamma": 0.4, "min_budget": 0},
+    {"kind": "antidiagonal", "stride": 16, "tau": 0.4},
+    {"kind": "peak_threshold", "alpha": 0.9, "sink": 16, "window": 40},
+    {"kind": "low_rank", "gamma": 0.1},
+    {"kind": "antidiagonal", "stride": 64, "tau": 0.1},
+    {"kind": "peak_threshold", "alpha": 0.95, "sink": 0, "window": 0},
+    {"kind": "dense"},
+    {"kind": "coverage", "gamma": 0.99, "min_budget": 0},
+]
+MIXED = [(500, 1), (0, 400), (700, 1), (20, 30), (350, 150), (0, 120), (600, 40), (128, 300)]
+"""(context, new tokens): decodes, long and short prompts, chunks of others, and the last few tokens of one."""
+SPARSE = (1, 4, 7)
+
+
+def assert_right(layer: Any, output: torch.Tensor, sparse: Sequence[int]) -> None:
+    """Sparse requests as their (latest) index says, all others dense; in the accuracy of the type."""
+    batch = layer.batch
+    indices = dict(zip(sparse, layer.indices[-len(sparse) :], strict=True))
+    for request, context in enumerate(batch.context_lens):
+        seq_len = int(batch.seq_lens[request])
+        if request in indices:
+            index = indices[request]
+            assert (index.context_len, index.seq_len) == (context, seq_len)
+            mask = index.to_mask()
+        else:
+            mask = reference.causal_mask(context, seq_len).expand(layer.heads, -1, -1)
+        query = batch.query[batch.rows(request)]
+        exact = reference.masked_attention(query, batch.keys(request), batch.values(request), mask, layer.scale)
+        found = output[batch.rows(request)]
+        assert torch.isfinite(found).all(), f"request {request}"
+        budget = 3 * max(torch.finfo(layer.dtype).eps, 1e-6) * float(exact.abs().max())
+        assert float((found.double() - exact).abs().max()) <= budget, f"request {request}"

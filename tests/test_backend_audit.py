@@ -1,0 +1,206 @@
+"""Which chunks are audited, and what comes of it: recall in the counters, and heads raised to the floor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cpu_layer import FIRST, Layer, two_chunks
+from layer_inputs import HEADS, MIXED, SPARSE, assert_right
+
+from minference_vllm import patterns, recall, reference
+from minference_vllm.audit import Counters
+from minference_vllm.backend.runtime import Runtime
+from minference_vllm.backend.serving import audit_is_due
+from minference_vllm.capacity import audit_frequency
+from minference_vllm.patterns import MAX_LEVEL, Coverage, PatternFile
+from minference_vllm.plan import Chunk
+from minference_vllm.settings import Settings
+
+
+def runtime(sparse_seconds: float = 0.0, audit_seconds: float = 0.0, **settings: Any) -> Runtime:
+    counters = Counters(sparse_seconds=sparse_seconds, audit_seconds=audit_seconds)
+    return Runtime(Settings(**settings), PatternFile(), "a test", counters)
+
+
+def is_due(runtime: Runtime, layer: int = 0, on_gpu: bool = False) -> bool:
+    chunk = Chunk(request=0, query_start=0, context_len=24576, seq_len=32768)
+    return audit_is_due(runtime, layer, chunk, [Coverage()] * HEADS, on_gpu)
+
+
+def test_audits_keep_their_share_of_the_time() -> None:
+    assert is_due(runtime()), "the first chunk, so that every short run shows some recall"
+    assert is_due(runtime(sparse_seconds=100.0, audit_seconds=0.99))
+    assert not is_due(runtime(sparse_seconds=100.0, audit_seconds=1.01))
+    assert is_due(runtime(sparse_seconds=100.0, audit_seconds=1.01, audit_share=0.02))
+    assert not is_due(runtime(sparse_seconds=100.0, audit_seconds=0.01, audit_share=0.0))
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_without_rows_nothing_is_audited(on_gpu: bool) -> None:
+    assert not is_due(runtime(audit_rows=0), on_gpu=on_gpu)
+    assert not is_due(runtime(sparse_seconds=100.0, audit_rows=0, audit_share=1.0), on_gpu=on_gpu)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_under_a_floor_everything_is_audited(on_gpu: bool) -> None:
+    assert is_due(runtime(recall_floor=0.9), on_gpu=on_gpu)
+    assert is_due(runtime(sparse_seconds=1.0, audit_seconds=50.0, recall_floor=0.9, audit_share=0.0), on_gpu=on_gpu)
+
+
+def test_on_a_gpu_audits_are_drawn_by_lot() -> None:
+    """As often as their share of the planned work allows, in every layer, and the same again in every rank."""
+    layers, chunks = 32, 300
+    found = torch.zeros(chunks, layers)
+    for turn in range(2):
+        served = runtime()
+        for chunk in range(chunks):
+            served.counters.sparse_chunks += 1
+            for layer in range(layers):
+                due = is_due(served, layer, on_gpu=True)
+                assert not turn or due == bool(found[chunk, layer])
+                found[chunk, layer] = due
+    expected = audit_frequency([Coverage()], 24576, 32768, 4, 0.01)
+    assert float(found.mean()) == pytest.approx(expected, rel=0.2)
+    assert bool(found.any(0).all())
+    assert not is_due(runtime(audit_share=0.0), on_gpu=True)
+
+
+def test_recall_of_audited_chunks_is_counted_per_layer_and_head(make_cpu_layer: Callable[..., Layer]) -> None:
+    layer = make_cpu_layer(MIXED, settings={"audit_share": 1.0})
+    layer.counters.sparse_seconds = 1e6
+    layer.run(layer.impl, layer.metadata())
+    assert len(layer.audits) == len(SPARSE) and all(layer.audits)
+    assert set(layer.counters.recall) == {(1, head) for head in range(HEADS)}
+    exact = torch.zeros(len(SPARSE), HEADS, dtype=torch.float64)
+    for number, (request, audit, index) in enumerate(zip(SPARSE, layer.audits, layer.indices, strict=True)):
+        assert audit is not None and audit.recall is not None and audit.levels == (0,) * HEADS
+        query, keys = layer.batch.query[layer.batch.rows(request)], layer.batch.keys(request)
+        recall = reference.attention_recall(query, keys, index.to_mask(), index.context_len, layer.scale)
+        exact[number] = recall[:, audit.rows].mean(1)
+        assert audit.recall.tolist() == pytest.approx(exact[number].tolist(), abs=0.01)
+    for (_, head), found in layer.counters.recall.items():
+        assert found.count == len(SPARSE)
+        assert found.mean == pytest.approx(float(exact[:, head].mean()), abs=0.01)
+        assert found.least == pytest.approx(float(exact[:, head].min()), abs=0.01)
+    assert layer.counters.audit_seconds > 0
+    assert not layer.counters.raised and not layer.counters.raised_to_dense, "there is no floor"
+
+
+def test_audits_stop_when_they_have_had_their_share(make_cpu_layer: Callable[..., Layer]) -> None:
+    layer = make_cpu_layer(MIXED)
+    layer.counters.audit_seconds = 1e6
+    layer.run(layer.impl, layer.metadata())
+    assert layer.audits == [None] * len(SPARSE) and not layer.counters.recall
+    assert layer.counters.sparse_seconds > 0
+
+
+def test_the_audit_changes_no_answer(make_cpu_layer: Callable[..., Layer]) -> None:
+    outputs = []
+    for rows in (0, 64):
+        layer = make_cpu_layer(MIXED, settings={"audit_rows": rows, "audit_share": 1.0})
+        layer.counters.sparse_seconds = 1e6
+        outputs.append(layer.run(layer.impl, layer.metadata()))
+        assert [audit is not None for audit in layer.audits] == [rows > 0] * len(SPARSE)
+    assert torch.equal(*outputs)
+
+
+def test_a_ranks_recall_is_counted_under_its_own_heads(make_cpu_layer: Callable[..., Layer]) -> None:
+    layer = make_cpu_layer([(0, 400)], rank=1, ranks=2)
+    layer.run(layer.impl, layer.metadata())
+    assert set(layer.counters.recall) == {(1, head) for head in range(HEADS // 2, HEADS)}
+
+
+MISFITS: list[dict[str, Any]] = [
+    {"kind": "a_shape", "sink": 0, "local": 1},
+    {"kind": "dense"},
+    {"kind": "vertical_slash", "vertical": 0, "slash": 0},
+    {"kind": "block_sparse", "top_k": 1},
+    {"kind": "a_shape", "sink": 0, "local": 100_000},
+    {"kind": "tri_shape", "sink": 0, "local": 1, "last": 0},
+    {"kind": "peak_threshold", "alpha": 0.999999, "sink": 0, "window": 0},
+    {"kind": "antidiagonal", "stride": 16, "tau": 0.01},
+]
+"""On attention that is nearly flat, all of them misfits but the second and the fifth."""
+FITTING = (1, 4)
+
+
+@pytest.mark.parametrize("max_level", [1, MAX_LEVEL])
+def test_heads_below_the_floor_are_served_right_and_stay_raised(
+    max_level: int,
+    make_cpu_layer: Callable[..., Layer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from minference_vllm.backend import serving
+
+    # With one level only, no head gets the chance to be served by low_rank.
+    for module in (patterns, recall, serving):
+        monkeypatch.setattr(module, "MAX_LEVEL", max_level)
+
+    lines: list[str] = []
+    monkeypatch.setattr(
+        serving.logger, "warning_once", lambda message, *values: lines.append(message % values), raising=False
+    )
+    layer = make_cpu_layer([FIRST], patterns=MISFITS, settings={"recall_floor": 0.999})
+    raised = tuple(head not in FITTING for head in range(HEADS))
+    for number, batch in enumerate(two_chunks(layer)):
+        layer.fill(batch)
+        output = layer.run(layer.impl, layer.metadata())
+        index, audit = layer.indices[number], layer.audits[number]
+        assert audit is not None and audit.recall is not None
+        assert tuple(level > 0 for level in audit.levels) == raised
+        assert float(audit.recall.min()) >= 0.999
+        assert_right(layer, output, [0])
+        # Flat attention has no key that may be missing: what is not dense by itself was made so.
+        dense = [head for head in range(HEADS) if raised[head]]
+        assert index.density()[dense].tolist() == [1.0] * len(dense)
+        expected = layer.run(layer.parent, layer.metadata())
+        torch.testing.assert_close(output[:, dense], expected[:, dense], rtol=0.02, atol=0.01)
+    assert layer.levels_before == [(), layer.audits[0].levels]
+    # Both chunks are counted under each raised head, and the log names those heads.
+    counters = layer.counters
+    both = counters.raised + counters.raised_to_dense
+    assert both == {(1, head): 2 for head in range(HEADS) if raised[head]}
+    for head in range(HEADS):
+        assert any(f"layer 1, head {head}: recall below the floor of 0.999" in line for line in lines) == raised[head]
+    done = "dense" if max_level == 1 else "more keys"
+    assert any(f"layer 1, head 2: recall below the floor of 0.999, {done} for the rest" in line for line in lines)
+
+
+def test_another_request_begins_with_its_own_patterns(make_cpu_layer: Callable[..., Layer]) -> None:
+    layer = make_cpu_layer([FIRST], patterns=MISFITS, settings={"recall_floor": 0.98})
+    layer.fill(two_chunks(layer)[0])
+    layer.run(layer.impl, layer.metadata())
+    assert any(layer.audits[0].levels)
+    # The second chunk of one whose pages are others: shift every page by one place.
+    other = two_chunks(layer)[1]
+    other = dataclasses.replace(
+        other,
+        key_cache=other.key_cache.roll(1, 0),
+        value_cache=other.value_cache.roll(1, 0),
+        block_table=(other.block_table + 1) % other.key_cache.shape[0],
+    )
+    layer.fill(other)
+    layer.run(layer.impl, layer.metadata())
+    layer.fill(two_chunks(layer)[0])
+    layer.run(layer.impl, layer.metadata())
+    assert layer.levels_before == [(), (), ()], "and a request's first chunk begins anew"
+
+
+def test_the_log_line_tells_recall_and_raised_heads(
+    make_cpu_layer: Callable[..., Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minference_vllm.backend import splitting
+
+    lines: list[str] = []
+    monkeypatch.setattr(splitting.logger, "info", lambda message, *values, **options: lines.append(message % values))
+    layer = make_cpu_layer([FIRST], patterns=MISFITS, settings={"recall_floor": 0.98, "log_interval": 1e-9})
+    for batch in two_chunks(layer):
+        layer.fill(batch)
+        layer.run(layer.impl, layer.metadata())
+    (line,) = [line for line in lines if "density" in line]
+    assert ", recall 0.9" in line or ", recall 1.0" in line
+    assert "below the floor" in line and "times dense" in line

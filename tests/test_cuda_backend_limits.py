@@ -1,0 +1,94 @@
+"""What vLLM's FlashAttention and Triton backends keep to themselves, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from gpu_layer import DTYPE, Layer, only
+from layer_inputs import HEADS, MIXED
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"causal": False}, "not causal"),
+        ({"mm_req_doc_ranges": {0: [(3, 9)]}}, "both ways"),
+        ({"rswa_prefix_lens": torch.zeros(1, dtype=torch.int32)}, "reference sliding window"),
+        ({"seq_lens_cpu_upper_bound": None, "seq_lens": torch.zeros(1, device="meta")}, "on the GPU only"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_batches_that_we_do_not_serve(
+    change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
+) -> None:
+    from minference_vllm.backend import splitting
+
+    layer = make_gpu_layer([(0, 400)])
+    lines: list[str] = []
+    record = lambda message, *values: lines.append(message % values)  # noqa: E731
+    monkeypatch.setattr(splitting.logger, "info_once", record, raising=False)
+    assert not getattr(layer.builder.build(0, layer.common(**change)), "sparse", ())
+    assert len(lines) == 1 and reason in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "reason"),
+    [
+        ({"sliding_window": 128}, {}, "sliding window"),
+        ({"alibi_slopes": [2.0**-head for head in range(HEADS)]}, {}, "ALiBi"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, {}, "KV cache of fp8_e5m2"),
+        ({"head_size": 512}, {}, "head size 512 is above 256"),
+    ],
+    ids=str,
+)
+def test_layers_that_we_do_not_serve_run_as_vllms(
+    options: dict[str, Any],
+    settings: dict[str, Any],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    make_gpu_layer: Callable[..., Layer],
+) -> None:
+    layer = make_gpu_layer(MIXED, settings=settings)
+    for name, value in options.items():
+        monkeypatch.setattr(layer.impl, name, (value - 1, 0) if name == "sliding_window" else value)
+    reasons = layer.impl.dense_reasons(SimpleNamespace(model_config=SimpleNamespace(dtype=DTYPE)))
+    assert [reason] == reasons
+    layer.impl.dense_only = True
+    metadata = layer.builder.build(0, layer.common())
+    layer.run(metadata)
+    assert layer.dense_calls == [metadata] and not layer.indices
+
+
+@only("FlashAttention")
+def test_the_block_table_engine_knows_no_soft_cap(
+    monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
+) -> None:
+    layer = make_gpu_layer([(0, 400)], settings={"engine": "block_table"})
+    monkeypatch.setattr(layer.impl, "logits_soft_cap", 20.0)
+    model = SimpleNamespace(model_config=SimpleNamespace(dtype=DTYPE))
+    assert layer.impl.dense_reasons(model) == ["soft cap on logits"]
+
+
+@pytest.mark.parametrize("options", [{"logits_soft_cap": 20.0}, {"kv_cache_dtype": "fp8"}], ids=str)
+def test_our_kernel_knows_soft_caps_and_fp8_caches(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
+) -> None:
+    layer = make_gpu_layer([(0, 400)])
+    for name, value in options.items():
+        monkeypatch.setattr(layer.impl, name, value)
+    assert not layer.impl.dense_reasons(SimpleNamespace(model_config=SimpleNamespace(dtype=DTYPE)))
+
+
+def test_engines_of_the_other_machine_are_refused(make_gpu_layer: Callable[..., Layer]) -> None:
+    with pytest.raises(ValueError, match="engine 'native' runs on CPUs"):
+        make_gpu_layer([(0, 400)], settings={"engine": "native"})
+
+
+@only("TritonAttention")
+def test_the_block_table_engine_needs_flash_attention(make_gpu_layer: Callable[..., Layer]) -> None:
+    with pytest.raises(ValueError, match="'block_table' runs on vLLM's FlashAttention, which this GPU does not have"):
+        make_gpu_layer([(0, 400)], settings={"engine": "block_table"})
