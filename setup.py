@@ -6,16 +6,29 @@ not compile (no compiler, an old one, another architecture) pip prints a warning
 or through vLLM's own kernels.
 """
 
+from copy import copy
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 INSTRUCTIONS = {
     "avx512bf16": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16")],
     "avx2": ["-mavx2"],
 }
 
+
+class BuildExtensions(build_ext):
+    """Each family's objects in a folder of its own: they come from the same sources, and ``-j`` builds them at once."""
+
+    def build_extension(self, ext: Extension) -> None:
+        alone = copy(self)
+        alone.build_temp = str(Path(self.build_temp, ext.name))
+        build_ext.build_extension(alone, ext)
+
+
 setup(
+    cmdclass={"build_ext": BuildExtensions},
     ext_modules=[
         Extension(
             f"minference_vllm._cpu_kernels_{name}",
@@ -27,5 +40,5 @@ setup(
             optional=True,
         )
         for name, flags in INSTRUCTIONS.items()
-    ]
+    ],
 )
