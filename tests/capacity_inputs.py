@@ -46,14 +46,6 @@ ADAPTIVE: list[HeadPattern] = [
     LowRank(gamma=0.2),
     LowRank(gamma=0.999),
 ]
-TILINGS = {
-    # name: (context_len, seq_len, block_size, tile)
-    "regular": (0, 512, 32, 64),
-    "odd_length": (0, 517, 32, 64),
-    "one_token_after_context": (300, 301, 16, 32),
-    "chunk_inside_a_page": (301, 600, 32, 64),
-    "long_context_short_chunk": (2000, 2100, 32, 128),
-}
 
 
 class RandomScores:

@@ -8,16 +8,7 @@ from capacity_inputs import ADAPTIVE, PATTERNS, RandomScores, planned
 
 from minference_vllm.capacity import AUDITED_PAIR, Capacity, audit_frequency
 from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.patterns import (
-    AShape,
-    BlockSparse,
-    Coverage,
-    Dense,
-    HeadPattern,
-    LowRank,
-    TriShape,
-    VerticalSlash,
-)
+from minference_vllm.patterns import AShape, BlockSparse, Coverage, Dense, HeadPattern, LowRank, TriShape, VerticalSlash
 from minference_vllm.tiling import Tiling
 
 TILINGS = {

@@ -10,12 +10,7 @@ import torch
 from minference_vllm import reference
 from minference_vllm.estimate import Estimates
 from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.patterns import (
-    Antidiagonal,
-    Coverage,
-    HeadPattern,
-    PeakThreshold,
-)
+from minference_vllm.patterns import Antidiagonal, Coverage, HeadPattern, PeakThreshold
 from minference_vllm.reference import causal_mask
 from minference_vllm.tiling import Tiling
 

@@ -7,12 +7,7 @@ import torch
 from index_inputs import EVERYTHING, PATTERNS, TILINGS, Built, OneHead, RandomScores, build
 
 from minference_vllm.index import build_index
-from minference_vllm.patterns import (
-    MAX_LEVEL,
-    Dense,
-    LowRank,
-    at_level,
-)
+from minference_vllm.patterns import MAX_LEVEL, Dense, LowRank, at_level
 from minference_vllm.reference import causal_mask
 from minference_vllm.tiling import Tiling
 

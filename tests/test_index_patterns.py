@@ -22,13 +22,7 @@ from minference_vllm.patterns import (
     VerticalSlash,
 )
 from minference_vllm.reference import causal_mask
-from minference_vllm.selection import (
-    DENSE_FROM,
-    FORCED_COLUMNS,
-    FORCED_DIAGONALS,
-    distance_scores,
-    forced_distances,
-)
+from minference_vllm.selection import DENSE_FROM, FORCED_COLUMNS, FORCED_DIAGONALS, distance_scores, forced_distances
 
 
 def at_least(scores: torch.Tensor, count: int) -> torch.Tensor:

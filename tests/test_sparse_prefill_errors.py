@@ -11,9 +11,7 @@ from prefill_checks import BFLOAT16, FLOAT16, FLOAT32
 
 from minference_vllm.attend import sparse_prefill
 from minference_vllm.engines import native
-from minference_vllm.patterns import (
-    Dense,
-)
+from minference_vllm.patterns import Dense
 
 NAMES = ("query", "key_cache", "value_cache", "block_table", "query_start_loc", "seq_lens")
 
