@@ -11,6 +11,7 @@ from cpu_layer import FIRST, PAGE, SECOND, Layer, two_chunks
 from layer_inputs import ADAPTIVE_KINDS, HEADS, KINDS, MIN_CONTEXT, MIXED, SPARSE, assert_right
 
 from minference_vllm.audit import Counters
+from minference_vllm.engines import native
 from minference_vllm.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
 
 
@@ -216,3 +217,39 @@ def test_pooled_estimates_keep_the_pages_of_the_chunk_before(
     whole, partial = divmod(FIRST[1], PAGE)
     assert read[0] == whole and read[1] == bool(partial), "all pages of the first chunk"
     assert sum(read[2:]) <= -(-(SECOND[0] + SECOND[1]) // PAGE) - whole + 2, "of the second chunk's, the new ones"
+
+
+# Mean correction
+
+CORRECTED = {"kind": "peak_threshold", "alpha": 0.99, "sink": 0, "window": 0, "mean_correction": True}
+
+
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
+def test_heads_with_mean_correction_are_served(make_cpu_layer: Callable[..., Layer]) -> None:
+    kinds = [CORRECTED, *KINDS[1:]]
+    plain = [{**CORRECTED, "mean_correction": False}, *KINDS[1:]]
+    outputs = []
+    for chosen in (kinds, plain):
+        layer = make_cpu_layer(MIXED, patterns=chosen)
+        outputs.append(layer.run(layer.impl, layer.metadata()))
+        assert len(layer.indices) == len(SPARSE)
+    starts, served = layer.batch.query_start_loc.tolist(), torch.zeros(len(outputs[0]), dtype=torch.bool)
+    for request in SPARSE:
+        served[starts[request] : starts[request + 1]] = True
+    differs = (outputs[0] != outputs[1]).any(-1)
+    assert not differs[:, 1:].any() and not differs[~served].any() and differs[served, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "message"),
+    [
+        ({"engine": "block_table"}, torch.bfloat16, "vLLM's CPU kernel does not give"),
+        ({}, torch.float32, "engine 'native' does, but .*"),
+    ],
+    ids=["block_table", "auto without native kernels for the dtype"],
+)
+def test_mean_correction_without_its_engine_is_refused_at_the_start(
+    settings: dict[str, Any], dtype: torch.dtype, message: str, make_cpu_layer: Callable[..., Layer]
+) -> None:
+    with pytest.raises(ValueError, match=rf"patterns\.json.*: mean_correction cannot run here: .*{message}"):
+        make_cpu_layer(MIXED, patterns=[CORRECTED, *KINDS[1:]], settings=settings, dtype=dtype)

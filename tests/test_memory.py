@@ -1,4 +1,4 @@
-"""Indices and audits at a million tokens wait for no data, and stay within the stated memory."""
+"""Indices, audits and mean correction at a million tokens wait for no data, and stay within the stated memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from capacity_inputs import RandomScores, planned
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minference_vllm import low_rank, recall
+from minference_vllm import low_rank, mean_correction, recall
 from minference_vllm.attend import PagedEstimates
 from minference_vllm.capacity import MEMORY_LIMIT
 from minference_vllm.index import build_index
@@ -196,3 +196,19 @@ def test_an_audit_reads_the_pages_piece_by_piece(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(recall, "PIECE_BYTES", 1)
     found = PagedEstimates(query, cache, pages, seq_len, 0.1, triton=True).recall(index, rows)
     assert torch.allclose(found, whole, atol=1e-6) and 0.0 < float(found[:3].min()) < 0.9
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_mean_correction_at_a_million_tokens_waits_for_nothing_and_stays_small(block_size: int) -> None:
+    """On the same device without data: scores of one head and of the one before, and their marks."""
+    seq_len, chunk_len = 1 << 20, 8192
+    tiling = Tiling.of(seq_len - chunk_len, seq_len, block_size, 128, device="meta")
+    patterns: list[HeadPattern] = [PeakThreshold(mean_correction=True)] * 32
+    index = build_index(tiling, patterns, EmptyScores(seq_len), planned(tiling, patterns))
+    query = torch.empty(chunk_len, 32, 128, dtype=torch.bfloat16, device="meta")
+    means = torch.empty(8, seq_len // block_size, 128, device="meta")
+    lse = torch.empty(32, chunk_len, device="meta")
+    out = torch.empty_like(query)
+    with LiveBytes(query, means, lse, out) as live:
+        mean_correction.add(query, means, means, index, [0, 31], 0.1, out, lse, softcap=30.0)
+    assert live.peak <= 2.5 * mean_correction.PART_BYTES, f"{live.peak / 2**20:.0f} MiB"
