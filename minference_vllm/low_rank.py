@@ -47,10 +47,10 @@ AVX2)."""
 
 def scoring_cost(rank: int, head_size: int, chunk: int, device: torch.device) -> float:
     """What scoring a chunk costs, as a share of what dense attention takes for it: ``rank`` of ``2 * head_size``
-    products. On CPUs those of whole numbers take a third of the time, and what is done once for every key as long as
-    the attention of ``ROWS_FOR_KEYS`` rows."""
+    products. On CPUs those of whole numbers take half of the time, and what is done once for every key as long as the
+    attention of ``ROWS_FOR_KEYS`` rows."""
     share = rank / (2 * head_size)
-    return share / 3 + min(1.0, ROWS_FOR_KEYS / chunk) if device.type == "cpu" else share
+    return share / 2 + min(1.0, ROWS_FOR_KEYS / chunk) if device.type == "cpu" else share
 
 
 class CalibrationRows(NamedTuple):
