@@ -37,7 +37,7 @@ from synthetic import SHAPES, structured_qkv
 
 from minference_vllm.capture import Layer, capture_layers
 from minference_vllm.engines import native
-from minference_vllm.estimate import SPREAD_FROM, Estimates, last_query_scores
+from minference_vllm.estimate import SPREAD_FROM, Estimates
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.mean_correction import heads_with
 from minference_vllm.patterns import HeadPattern, parse_head_pattern
@@ -81,7 +81,7 @@ class LastQueries(Estimates):
     """The chunk's last 64 queries choose, as in MInference."""
 
     def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return last_query_scores(self.query[1 - SPREAD_FROM :], self.keys, heads, self.scale)
+        return Estimates(self.query[1 - SPREAD_FROM :], self.keys, self.scale).last_query(heads)
 
 
 QUERIES = {"spread": Estimates, "last": LastQueries, "kv_head": SharedQueries}

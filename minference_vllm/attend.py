@@ -243,13 +243,16 @@ class PagedEstimates(estimate.Estimates):
         return self.page_means.of(self.cache, self.pages, self.seq_len)
 
     def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        paged = self.query, self.cache, self.pages, self.seq_len, heads, self.scale
         with self._timed():
-            if self.triton:
-                from minference_vllm.triton_kernels import estimate as kernels
+            return super().last_query(heads)
 
-                return kernels.last_query_scores(*paged)
-            return native.last_query_scores(*paged) if self.native else super().last_query(heads)
+    def last_query_scores(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        paged = self.query, self.cache, self.pages, self.seq_len, heads, self.scale
+        if self.triton:
+            from minference_vllm.triton_kernels import estimate as kernels
+
+            return kernels.last_query_scores(*paged)
+        return native.last_query_scores(*paged) if self.native else super().last_query_scores(heads)
 
     def _row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
         return native.row_weights(self.query, self.cache, self.pages, self.seq_len, rows, heads, self.scale)

@@ -96,6 +96,28 @@ def last_query_scores(
     return columns, agreed.mul_(sum(end - begin for begin, end in groups))
 
 
+def beyond_diagonals(
+    columns: torch.Tensor, diagonals: torch.Tensor, groups: Sequence[tuple[int, int]], context_len: int
+) -> torch.Tensor:
+    """float32 ``[h, S]``: the mass of columns without what the diagonals explain.
+
+    A diagonal crosses each of the queries in another key, and the mass there would make a column of it, which no other
+    row looks at. What all groups agree on is a diagonal's; what is left is a column's.
+
+    Args:
+        columns, diagonals: float32 ``[h, S]``, see ``last_query_scores``.
+        groups: the queries that they come from, see ``row_groups``.
+        context_len: tokens before the chunk.
+    """
+    # Key j is crossed, in the rows from begin to end, by their diagonals: a difference of cumulative sums, backwards.
+    nearer = (diagonals / sum(end - begin for begin, end in groups)).cumsum(1)
+    rest = columns.clone()
+    for begin, end in groups:
+        rest[:, : context_len + end] -= nearer[:, : context_len + end].flip(1)
+        rest[:, : context_len + begin] += nearer[:, : context_len + begin].flip(1)
+    return rest.clamp_(min=0)
+
+
 class Estimates:
     """The estimates of one chunk (``index.Scores``) from its queries and the sequence's keys.
 
@@ -112,6 +134,15 @@ class Estimates:
         self.query, self.keys, self.scale, self.kernels = query, keys, scale, kernels or low_rank.Kernels()
 
     def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        columns, diagonals = self.last_query_scores(heads)
+        groups, context_len = row_groups(self.query.shape[0]), columns.shape[1] - self.query.shape[0]
+        if len(groups) == 1:
+            # One row cannot tell a column from a diagonal, and needs no other row's keys.
+            return columns, diagonals.zero_()
+        return beyond_diagonals(columns, diagonals, groups, context_len), diagonals
+
+    def last_query_scores(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See the function of that name."""
         return last_query_scores(self.query, self.keys, heads, self.scale)
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:

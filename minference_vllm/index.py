@@ -277,7 +277,7 @@ class Scores(Protocol):
     """Estimates of one chunk, each computed only when a head's pattern asks for it. ``S``: tokens in the sequence."""
 
     def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Column scores and diagonal scores, float32 ``[len(heads), S]`` each, summed over the last queries."""
+        """Mass of columns, beyond what diagonals explain, and of diagonals: float32 ``[len(heads), S]`` each."""
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
         """Block scores of mean queries and mean keys, float32 ``[len(heads), T, N]``."""

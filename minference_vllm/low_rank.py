@@ -106,17 +106,17 @@ def line_levels(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor
     """Levels of keys, as ``levels.tile_levels`` gives them, by columns and diagonals alone.
 
     A key counts by what ``selection.coverage`` takes it for: its share of the attention as a token of a page at this
-    distance from the tile, or as a column, beyond its diagonal.
+    distance from the tile, or as a column.
 
     Args:
-        by_column, by_offset: float32 ``[h, S]``, see ``estimate.last_query_scores``.
+        by_column, by_offset: float32 ``[h, S]``, see ``index.Scores.last_query``.
 
     Returns:
         uint8 ``[h, T, S]``.
     """
-    of_page, _, alone = line_worth(tiling, by_column, by_offset)
+    worth = line_worth(tiling, by_column, by_offset)
     distance = tiling.distance()
-    by_distance, of_column = (levels.as_levels(worth.log2()) for worth in (of_page, alone))
+    by_distance, of_column = (levels.as_levels(part.log2()) for part in (worth.of_distance, worth.alone))
     pages = by_distance[:, distance.clamp(min=1) - 1]
     pages[:, tiling.own()] = levels.OWN_LEVEL
     found = pages.repeat_interleave(tiling.block_size, 2)[..., : tiling.seq_len]
@@ -182,7 +182,7 @@ def estimate(
         heads: query heads wanted.
         rank: dimensions; no more than the head has are used.
         gamma: share of the rows' attention that is wanted; ``CalibrationRows`` says of which rows.
-        lines: mass of every column and diagonal, see ``estimate.last_query_scores``. None: all heads are scored, in
+        lines: mass of every column and diagonal, see ``index.Scores.last_query``. None: all heads are scored, in
             ``rank`` dimensions, and nothing waits for a GPU. Otherwise no more dimensions are used than the head needs
             (``ENOUGH``).
     """

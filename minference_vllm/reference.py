@@ -211,32 +211,47 @@ def low_rank_levels(
     return torch.stack([levels[:, begin:end].amax(1) for begin, end in itertools.pairwise(borders)], 1)
 
 
+def beyond_diagonals(
+    columns: torch.Tensor, diagonals: torch.Tensor, groups: Sequence[tuple[int, int]], context_len: int
+) -> torch.Tensor:
+    """float64 ``[H, S]``: mass of columns without the mean mass of the diagonals that cross them in some row."""
+    rest = columns.double().clone()
+    for row in (row for begin, end in groups for row in range(begin, end)):
+        seen = context_len + row + 1
+        rest[:, :seen] -= diagonals.double()[:, :seen].flip(1) / sum(end - begin for begin, end in groups)
+    return rest.clamp(min=0)
+
+
 def coverage_worth(
     by_column: torch.Tensor, by_offset: torch.Tensor, tiling: Tiling, forced_columns: int, forced_distances: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mass of every key, and its worth: mass per token of cost, had the cheaper way, as the last tile sees it.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What keys and page distances hold, and their worth: mass per token of cost, the keys' as the last tile sees them.
 
-    As part of a page distance a key is worth the distance's mass per token; as a column, what its own mass exceeds that
-    by. The tile's own blocks, the nearest distances and the first columns are always taken: their worth is infinite.
+    A page distance holds what lies on its diagonals, and its tokens are worth that per token; a column holds its own
+    mass; a key is worth the larger one. The tile's own blocks, the nearest distances and the first columns are always
+    taken: their worth is infinite.
 
     Args:
         by_column, by_offset: ``[H, S]``, mass of columns and diagonals.
 
     Returns:
-        float64 ``[H, S]`` twice; the masses of a head sum to 1.
+        float64: mass of columns and worth of keys ``[H, S]``, mass and worth of distances ``[H, N + 1]``, of which the
+        first is the tile's own pages. The masses of a head sum to 1.
     """
     heads, seq_len = by_column.shape
-    total = by_column.double().sum(1, keepdim=True)
-    mass = by_column.double() / total
-    per_token = distance_scores(by_offset, tiling) / total / tiling.block_size
+    total = (by_column.double() + by_offset.double()).sum(1, keepdim=True)
+    mass = distance_scores(by_offset, tiling) / total
+    own = 1 - by_column.double().sum(1, keepdim=True) / total - mass.sum(1, keepdim=True)
+    of_distance = mass / tiling.block_size
+    of_distance[:, :forced_distances] = torch.inf
     first_own = int(tiling.starts[-2]) // tiling.tile * tiling.tile // tiling.block_size
     worth = torch.full((heads, seq_len), torch.inf, dtype=torch.float64)
     for key in range(forced_columns, seq_len):
         distance = first_own - key // tiling.block_size
         if distance > forced_distances:
-            of_distance = per_token[:, distance - 1]
-            worth[:, key] = torch.maximum(of_distance, mass[:, key] - of_distance)
-    return mass, worth
+            worth[:, key] = torch.maximum(of_distance[:, distance - 1], by_column[:, key].double() / total[:, 0])
+    always = torch.full((heads, 1), torch.inf, dtype=torch.float64)
+    return by_column.double() / total, worth, torch.cat([own, mass], 1), torch.cat([always, of_distance], 1)
 
 
 def covering_blocks(tiling: Tiling, scores: torch.Tensor, tau: float) -> torch.Tensor:

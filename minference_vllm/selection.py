@@ -6,6 +6,7 @@ Sizes: ``H`` query heads, ``T`` query tiles, ``N`` key blocks of ``B`` tokens in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -132,27 +133,38 @@ def vertical_slash(
     return slash_blocks(tiling, by_offset, pattern.slash), Columns(ranked, torch.ones_like(ranked, dtype=torch.bool))
 
 
-def line_worth(
-    tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor, always: int = 0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What tokens are worth, as shares of a row's attention, and infinity where they are taken whatever they are worth.
+class LineWorth(NamedTuple):
+    """What tokens are worth, as shares of a row's attention, and infinity where they are taken whatever they are worth;
+    and the share that is had with them."""
+
+    of_distance: torch.Tensor
+    """float32 ``[H, N]``: in a page at distance 1 to N before a tile."""
+    of_key: torch.Tensor
+    """float32 ``[H, S]``: the same of every key, seen from the last tile, infinity for its own pages."""
+    alone: torch.Tensor
+    """float32 ``[H, S]``: as a column."""
+    distances: torch.Tensor
+    """float32 ``[H, N]``: the share on the diagonals at each distance."""
+    columns: torch.Tensor
+    """float32 ``[H, S]``: the share on each column; with ``distances`` and the tile's own pages all sum to 1."""
+
+
+def line_worth(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor, always: int = 0) -> LineWorth:
+    """What columns and page distances hold, per token of their cost.
 
     Args:
         by_column, by_offset: float32 ``[H, S]``, see ``coverage``.
         always: the nearest distances that are taken.
-
-    Returns:
-        float32 ``[H, N]``: in a page at distance 1 to N before a tile; ``[H, S]``: the same of every key, seen from the
-        last tile, infinity for its own pages; ``[H, S]``: as a column, for what that leaves.
     """
-    rows = by_column.sum(1, keepdim=True)
-    per_distance = distance_scores(tiling, by_offset).float().div_(rows * tiling.block_size).clamp_(min=0)
-    per_distance[:, :always] = torch.inf
+    total = by_column.sum(1, keepdim=True) + by_offset.sum(1, keepdim=True)
+    distances = distance_scores(tiling, by_offset).float().div_(total).clamp_(min=0)
+    of_distance = distances / tiling.block_size
+    of_distance[:, :always] = torch.inf
     distance = tiling.distance()[-1]
-    of_block = torch.where(distance > 0, per_distance[:, distance.clamp(min=1) - 1], torch.inf)
+    of_block = torch.where(distance > 0, of_distance[:, distance.clamp(min=1) - 1], torch.inf)
     of_key = of_block.repeat_interleave(tiling.block_size, dim=1)[:, : tiling.seq_len]
-    alone = torch.where(of_key.isinf(), 0.0, (by_column / rows - of_key).clamp_(min=0))
-    return per_distance, of_key, alone
+    columns = by_column / total
+    return LineWorth(of_distance, of_key, columns.masked_fill(of_key.isinf(), 0.0), distances, columns)
 
 
 def coverage(
@@ -164,14 +176,14 @@ def coverage(
 ) -> tuple[torch.Tensor, Columns]:
     """The cheapest blocks and columns that hold a share ``gamma`` of the last queries' attention.
 
-    A key can be had in two ways: as part of a page distance, which every tile pays for in all its tokens, or as a
-    column, for what it holds beyond its diagonal. Either way its worth is mass per token of cost, and keys are taken in
-    the order of it, down to one threshold per head, until their mass reaches ``gamma`` and their number
-    ``min_budget``. The threshold is found from a histogram over the worth's leading 16 bits: no sort, and whole bins
-    are taken, so that the mass is reached or exceeded.
+    A key can be had in two ways: as part of a page distance, for what lies on its diagonals, which every tile pays for
+    in all its tokens, or as a column. Either way its worth is mass per token of cost, and keys are taken in the order
+    of it, down to one threshold per head, until what is had reaches ``gamma`` and their number ``min_budget``. The
+    threshold is found from a histogram over the worth's leading 16 bits: no sort, and whole bins are taken, so that the
+    mass is reached or exceeded.
 
     Args:
-        by_column: float32 ``[H, S]``, mass of each column, summed over the last queries.
+        by_column: float32 ``[H, S]``, mass of each column beyond the diagonals, summed over the last queries.
         by_offset: float32 ``[H, S]``, mass of each diagonal, alike.
         most_columns: room for columns, so that a GPU need not be waited for; None: as many as are wanted.
 
@@ -180,20 +192,19 @@ def coverage(
         columns, has every reachable block and no column.
     """
     heads, length = by_column.shape
-    mass = by_column / by_column.sum(1, keepdim=True)
-    per_distance, of_key, alone = line_worth(tiling, by_column, by_offset, forced_distances(tiling))
+    of_distance, of_key, alone, distances, columns = line_worth(tiling, by_column, by_offset, forced_distances(tiling))
     alone[:, :FORCED_COLUMNS] = torch.inf
-    worth = torch.maximum(of_key, alone)
-    # A positive float's bits order like an integer.
-    bins = worth.view(torch.int32).long() >> 16
-    zeros = torch.zeros(heads, 1 << 15, device=mass.device)
-    covered = zeros.scatter_add(1, bins, mass).flip(1).cumsum(1)
-    taken = zeros.scatter_add(1, bins, torch.ones_like(mass)).flip(1).cumsum(1)
+    of_keys, of_distances = _bins(torch.maximum(of_key, alone)), _bins(of_distance)
+    zeros = torch.zeros(heads, 1 << 15, device=columns.device)
+    covered = zeros.scatter_add(1, of_keys, columns).scatter_add_(1, of_distances, distances).flip(1).cumsum(1)
+    # The rest lies on the tile's own pages.
+    covered += (1.0 - covered[:, -1:]).clamp(min=0)
+    taken = zeros.scatter_add(1, of_keys, torch.ones_like(columns)).flip(1).cumsum(1)
     goal = covered[:, -1:] * pattern.gamma
     enough = (covered >= goal) & (taken >= min(pattern.min_budget, length))
     lowest = enough.int().argmax(1)
     threshold = ((1 << 15) - 1 - lowest).to(torch.int32).mul_(1 << 16).view(torch.float32)[:, None]
-    marks = torch.nn.functional.pad(per_distance >= threshold, (1, 0))
+    marks = torch.nn.functional.pad(of_distance >= threshold, (1, 0))
     blocks = blocks_at(tiling, marks)
     dense = taken.gather(1, lowest[:, None]) > DENSE_FROM * length
     chosen = alone >= threshold
@@ -206,6 +217,11 @@ def coverage(
     width = max(FORCED_COLUMNS, int(chosen.sum(1).max())) if most_columns is None else most_columns
     best = torch.where(chosen, alone, -1.0).topk(min(width, length), dim=1)
     return blocks, Columns(best.indices, best.values >= 0, None if crowded is None else crowded[:, 0])
+
+
+def _bins(worth: torch.Tensor) -> torch.Tensor:
+    """int64: the leading bits of positive floats, which order like integers."""
+    return worth.contiguous().view(torch.int32).long() >> 16
 
 
 def covering_blocks(tiling: Tiling, scores: torch.Tensor, tau: float) -> torch.Tensor:

@@ -73,16 +73,8 @@ SHAPES: dict[str, tuple[Shaped, float]] = {
 }
 
 
-TAKEN_AS_COLUMNS = pytest.mark.xfail(
-    strict=True,
-    reason="what the choosing rows see of a single diagonal costs less as columns, which no other row looks at",
-)
-
-
 @pytest.mark.parametrize("column_multiple", [1, 32])
-@pytest.mark.parametrize(
-    "shape", [pytest.param(shape, marks=[TAKEN_AS_COLUMNS] if shape == "far_diagonal" else []) for shape in SHAPES]
-)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_coverage_finds_the_shape_at_low_density(shape: str, column_multiple: int) -> None:
     head, budget = SHAPES[shape]
     index = head.index(Coverage(gamma=0.95, min_budget=64), column_multiple=column_multiple)

@@ -93,6 +93,36 @@ def test_every_query_spends_its_whole_mass(name: str) -> None:
     assert (diagonals >= 0).all() and (diagonals.sum(-1) <= rows * 1.0001).all()
 
 
+@pytest.mark.parametrize("name", SIZES)
+def test_columns_beyond_diagonals(name: str) -> None:
+    query, keys, _, scale = inputs(name, torch.float32)
+    heads, context = range(query.shape[1]), keys.shape[1] - len(query)
+    columns, diagonals = estimate.last_query_scores(query, keys, heads, scale)
+    groups = estimate.row_groups(len(query))
+    before = columns.clone()
+    found = estimate.beyond_diagonals(columns, diagonals, groups, context)
+    assert torch.equal(columns, before)
+    exact = reference.beyond_diagonals(columns, diagonals, groups, context)
+    torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=0)
+    ours, same = estimate.Estimates(query, keys, scale).last_query(heads)
+    if len(groups) == 1:
+        assert torch.equal(ours, columns) and not same.any()
+    else:
+        assert torch.equal(ours, found) and torch.equal(same, diagonals)
+
+
+def test_a_diagonal_makes_no_columns_and_a_column_stays_one() -> None:
+    groups, context, length = estimate.row_groups(1024), 1024, 2048
+    columns, diagonals = torch.zeros(1, length), torch.zeros(1, length)
+    rows = [row for begin, end in groups for row in range(begin, end)]
+    diagonals[0, 700] = 0.75 * len(rows)
+    for row in rows:
+        columns[0, context + row - 700] += 0.75
+    columns[0, 30] = 0.25 * len(rows)
+    rest = estimate.beyond_diagonals(columns, diagonals, groups, context)
+    assert float(rest[0, 30]) == pytest.approx(16.0) and float(rest.sum()) == pytest.approx(16.0, abs=1e-3)
+
+
 def test_a_strong_column_leaves_no_trace_in_the_diagonals() -> None:
     """Plain sums would spread it over 64 of them; a true diagonal keeps nearly all of its mass."""
     length, dim, column, offset = 1024, 64, 300, 700

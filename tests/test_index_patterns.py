@@ -98,14 +98,14 @@ def test_block_sparse_keeps_the_best_blocks_of_each_tile(built: Built) -> None:
 
 
 @functools.cache
-def mass_and_worth(tiling_name: str) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-    """The coverage heads, and every key's mass and worth in them, float64 ``[heads, S]`` each."""
+def mass_and_worth(tiling_name: str) -> tuple[list[int], tuple[torch.Tensor, ...]]:
+    """The coverage heads, and what ``reference.coverage_worth`` gives for them."""
     built = build(tiling_name, whole_pages=False)
     heads = [head for head, _ in built.heads(Coverage)]
     by_column = torch.stack([built.scores.columns[head] for head in heads])
     by_offset = torch.stack([built.scores.diagonals[head] for head in heads])
     forced = forced_distances(built.tiling)
-    return heads, *reference.coverage_worth(by_column, by_offset, built.tiling, FORCED_COLUMNS, forced)
+    return heads, reference.coverage_worth(by_column, by_offset, built.tiling, FORCED_COLUMNS, forced)
 
 
 @pytest.mark.parametrize("tiling_name", TILINGS)
@@ -114,18 +114,28 @@ def test_coverage_is_the_cheapest_that_reaches_mass_and_budget(tiling_name: str,
     built, bin_width = build(tiling_name, whole_pages), 1 + 2**-7
     tiling, seq_len = built.tiling, built.tiling.seq_len
     tiles, blocks = torch.tensor([tiling.num_tiles - 1]), torch.arange(seq_len) // tiling.block_size
-    for head, mass, worth in zip(*mass_and_worth(tiling_name), strict=True):
+    first_own = int(tiling.starts[-2]) // tiling.tile * (tiling.tile // tiling.block_size)
+    heads, found = mass_and_worth(tiling_name)
+    for slot, head in enumerate(heads):
+        mass, worth, at_distance, of_distance = (part[slot] for part in found)
         pattern = list(PATTERNS.values())[head]
         assert isinstance(pattern, Coverage)
         taken = built.index.tile_mask(tiles, slice(head, head + 1))[0, 0]
         budget = min(pattern.min_budget, seq_len)
-        assert float(mass[taken].sum()) >= pattern.gamma - 1e-5, pattern
+        # Distances beyond the first block are seen by no tile.
+        by_block = taken.clone().logical_or_(torch.arange(seq_len) > int(tiling.starts[-1]))
+        whole = torch.stack([part.all() for part in by_block.split(tiling.block_size)])
+        distance = (first_own - torch.arange(len(whole))).clamp(min=0)
+        at_hand = torch.ones(len(at_distance), dtype=torch.bool)
+        at_hand[distance] = whole
+        assert float(mass[taken].sum() + at_distance[at_hand].sum()) >= pattern.gamma - 1e-5, pattern
         assert int(taken.sum()) >= budget, pattern
-        # What the best keys hold and how many they are, by descending worth, and the worth of the last one needed.
-        ranked = worth.sort(descending=True)
-        held, count = mass[ranked.indices].cumsum(0), torch.arange(1, seq_len + 1)
-        reached = (held >= pattern.gamma + 1e-5) & (count >= budget)
-        last = float(ranked.values[reached.nonzero()[0]]) if reached.any() else 0.0
+        # What is held from each worth up, and how many keys it takes: the highest that reaches both was needed.
+        levels = torch.cat([worth, of_distance]).unique().flip(0)
+        held = torch.stack([mass[worth >= x].sum() + at_distance[of_distance >= x].sum() for x in levels])
+        count = torch.stack([(worth >= x).sum() for x in levels])
+        reached = ((held >= pattern.gamma + 1e-5) & (count >= budget)).nonzero()
+        last = float(levels[reached[0]]) if len(reached) else 0.0
         assert not (~taken & (worth > last * bin_width)).any(), f"{pattern}: a key worth more than the last was left"
         if int(taken.sum()) > DENSE_FROM * seq_len or whole_pages:
             continue

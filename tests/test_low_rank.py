@@ -30,7 +30,7 @@ def test_levels_of_lines(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     by_column, by_offset = torch.rand(2, 2, length, generator=generator).pow(8)
     levels = line_levels(tiling, by_column, by_offset)
-    _, worth = reference.coverage_worth(by_column, by_offset, tiling, 0, 0)
+    _, worth, *_ = reference.coverage_worth(by_column, by_offset, tiling, 0, 0)
     exact = (254 + LEVELS_PER_BIT * worth.log2()).clamp(0, 254).floor()
     exact[worth.isinf()] = OWN_LEVEL
     assert (levels[:, -1] - exact).abs().max() <= 1
