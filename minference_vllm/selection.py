@@ -20,6 +20,8 @@ FORCED_DIAGONALS = 100
 DENSE_FROM = 0.5
 """A head whose budget the data decide and that needs this share of all keys is computed densely: listing them would
 cost more than it saves."""
+ALWAYS = (1 << 15) - 1 - (0x7F800000 >> 16)
+"""Place of infinite worth in ``coverage``'s histogram, highest first; what would stand before it is no number."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ def coverage(
     in all its tokens, or as a column. Either way its worth is mass per token of cost, and keys are taken in the order
     of it, down to one threshold per head, until what is had reaches ``gamma`` and their number ``min_budget``. The
     threshold is found from a histogram over the worth's leading 16 bits: no sort, and whole bins are taken, so that the
-    mass is reached or exceeded.
+    mass is reached or exceeded. A head whose budget would take a bin of half of all keys fills it up with the nearest
+    pages instead.
 
     Args:
         by_column: float32 ``[H, S]``, mass of each column beyond the diagonals, summed over the last queries.
@@ -197,16 +200,22 @@ def coverage(
     of_keys, of_distances = _bins(torch.maximum(of_key, alone)), _bins(of_distance)
     zeros = torch.zeros(heads, 1 << 15, device=columns.device)
     covered = zeros.scatter_add(1, of_keys, columns).scatter_add_(1, of_distances, distances).flip(1).cumsum(1)
-    # The rest lies on the tile's own pages.
-    covered += (1.0 - covered[:, -1:]).clamp(min=0)
+    # The rest lies on the tile's own pages, which are taken with the first bin that counts.
+    covered[:, ALWAYS:] += (1.0 - covered[:, -1:]).clamp(min=0)
     taken = zeros.scatter_add(1, of_keys, torch.ones_like(columns)).flip(1).cumsum(1)
-    goal = covered[:, -1:] * pattern.gamma
-    enough = (covered >= goal) & (taken >= min(pattern.min_budget, length))
-    lowest = enough.int().argmax(1)
+    held, budget = covered >= covered[:, -1:] * pattern.gamma, min(pattern.min_budget, length)
+    needed = held.int().argmax(1)
+    lowest = (held & (taken >= budget)).int().argmax(1)
+    most = DENSE_FROM * length
+    # Where the budget asks for keys that are all worth the same, those nearest to the tile are as good as any.
+    alike = taken.gather(1, lowest[:, None]) > most
+    alike &= taken.gather(1, needed[:, None]) + budget + tiling.block_size <= most
+    lowest = torch.where(alike[:, 0], needed, lowest)
     threshold = ((1 << 15) - 1 - lowest).to(torch.int32).mul_(1 << 16).view(torch.float32)[:, None]
-    marks = torch.nn.functional.pad(of_distance >= threshold, (1, 0))
-    blocks = blocks_at(tiling, marks)
-    dense = taken.gather(1, lowest[:, None]) > DENSE_FROM * length
+    marks = of_distance >= threshold
+    marks[:, : -(-budget // tiling.block_size)] |= alike
+    blocks = blocks_at(tiling, torch.nn.functional.pad(marks, (1, 0)))
+    dense = taken.gather(1, lowest[:, None]) > most
     chosen = alone >= threshold
     crowded = None
     if most_columns is not None:

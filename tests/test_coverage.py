@@ -84,11 +84,31 @@ def test_coverage_finds_the_shape_at_low_density(shape: str, column_multiple: in
     assert float(index.density()) <= budget
 
 
+@pytest.mark.parametrize("shape", ["columns", "local_window", "far_diagonal"])
+def test_a_budget_beyond_what_is_attended_takes_the_nearest_keys(shape: str) -> None:
+    """Where all other keys are looked at alike, or not at all, as beside an attention sink."""
+    head, budget = SHAPES[shape][0], 1024
+    index = head.index(Coverage(gamma=0.95, min_budget=budget))
+    assert float(head.recall(index).mean()) >= 0.94
+    assert float(index.density()) < 0.4
+    tiles = torch.tensor([index.num_tiles - 1])
+    assert int(index.tile_mask(tiles)[0, 0].sum()) >= budget
+    # A budget of half of all keys is better computed densely.
+    assert float(head.index(Coverage(gamma=0.95, min_budget=TOKENS // 2 + 1)).density()) == 1.0
+
+
 def test_a_flat_head_comes_out_dense_by_itself() -> None:
     head = Shaped(torch.zeros(CHUNK, 1, DIM), torch.zeros(1, TOKENS, DIM))
     index = head.index(Coverage(gamma=0.95, min_budget=64))
     assert float(index.density()) == 1.0
     assert not index.num_columns.any()
+
+
+def test_what_is_always_taken_is_taken_where_the_tiles_own_pages_suffice() -> None:
+    head = window(0, 5)
+    mask = head.index(Coverage(gamma=0.01, min_budget=0)).to_mask()[0]
+    row, key = torch.arange(TOKENS - CHUNK, TOKENS)[:, None], torch.arange(TOKENS)
+    assert mask[:, :30].all() and mask[(row - key < 100) & (key <= row)].all()
 
 
 def test_density_follows_gamma() -> None:
