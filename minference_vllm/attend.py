@@ -21,7 +21,7 @@ from minference_vllm.engines import flash, native
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.levels import Levels
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import HeadPattern, at_level
+from minference_vllm.patterns import HeadPattern
 from minference_vllm.plan import Chunk
 from minference_vllm.recall import ROWS_AT_ONCE, Audit, keys_at_once, sampled_recall
 from minference_vllm.summaries import PageMeans
@@ -79,8 +79,13 @@ def choose_engine(engine: str, dtype: torch.dtype, cache: PagedCache, with_lse: 
     if engine == "auto":
         engine = "block_table" if reason or (cache.layout == "amx" and not with_lse) else "native"
     if engine == "block_table" and with_lse:
-        raise ValueError(f"engine 'block_table' cannot run: {NO_LSE}{f', but {reason}' if reason else ''}")
+        raise ValueError(f"engine 'block_table' cannot run: {no_lse_reason(reason)}")
     return engine
+
+
+def no_lse_reason(native_reason: str | None) -> str:
+    """Why vLLM's CPU kernel cannot serve mean correction, and why ``native`` cannot either, if so."""
+    return f"{NO_LSE}, but {native_reason}" if native_reason else NO_LSE
 
 
 def triton_reason(cache: PagedCache) -> str | None:
@@ -147,7 +152,8 @@ def attend_chunk(
             them out: a cap keeps a row's order of keys, and a sink's share is the same for all.
     """
     timing = timing or Timing()
-    engine = choose_engine(engine, query.dtype, cache, with_lse=bool(mean_correction.heads_with(patterns)))
+    corrected = mean_correction.heads_with(patterns)
+    engine = choose_engine(engine, query.dtype, cache, with_lse=bool(corrected))
     if engine != "triton" and (softcap or sinks is not None or cache.key.element_size() == 1):
         raise ValueError(f"engine {engine!r} knows no soft cap, no sinks and no FP8 caches; 'triton' does")
     tiling = tiling_for(query, cache, chunk, engine, tile)
@@ -156,7 +162,7 @@ def attend_chunk(
     group = query.shape[1] // cache.num_kv_heads if planned else 1
     # Kernels read the pages by address.
     pages = pages[: tiling.num_key_blocks].contiguous()
-    if page_means is None and not planned and mean_correction.heads_with(patterns):
+    if page_means is None and not planned and corrected:
         page_means = PageMeans()
     scores = PagedEstimates(query, cache, pages, chunk.seq_len, scale, page_means, planned, timing)
     estimated, audited, begin = timing.estimate, timing.audit, timing.now(query.device)
@@ -171,8 +177,8 @@ def attend_chunk(
     timing.index += end - begin - (timing.estimate - estimated) - (timing.audit - audited)
     options: dict[str, Any] = {"softcap": softcap, "sinks": sinks} if engine == "triton" else {}
     if audit is not None:
-        patterns = [at_level(pattern, level) for pattern, level in zip(patterns, audit.levels, strict=True)]
-    corrected = mean_correction.heads_with(patterns)
+        # A head that was given more keys has another pattern.
+        corrected = [head for head in corrected if not audit.levels[head]]
     if corrected:
         options["lse"] = query.new_empty(query.shape[1], len(query), dtype=torch.float32)
     _runner(engine, query)(query, cache, pages, index, scale, out, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import index_inputs
 import pytest
 import torch
 from capacity_inputs import ADAPTIVE, PATTERNS, RandomScores, planned
@@ -11,14 +12,8 @@ from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.patterns import AShape, BlockSparse, Coverage, Dense, HeadPattern, LowRank, TriShape, VerticalSlash
 from minference_vllm.tiling import Tiling
 
-TILINGS = {
-    # name: (context_len, seq_len, block_size, tile)
-    "regular": (0, 512, 32, 64),
-    "odd_length": (0, 517, 32, 64),
-    "one_token_after_context": (300, 301, 16, 32),
-    "chunk_inside_a_page": (301, 600, 32, 64),
-    "long_context_short_chunk": (2000, 2100, 32, 128),
-}
+NAMES = ("regular", "odd_length", "one_token_after_context", "chunk_inside_a_page", "long_context_short_chunk")
+TILINGS = {name: index_inputs.TILINGS[name] for name in NAMES}
 
 
 def assert_same(found: SparseIndex, exact: SparseIndex) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from minference_vllm import attend, mean_correction, reference
+from minference_vllm import mean_correction, reference
 from minference_vllm.attend import Timing, attend_chunk, choose_engine, sparse_prefill
 from minference_vllm.capacity import Capacity
 from minference_vllm.engines import native
@@ -29,6 +29,7 @@ from minference_vllm.patterns import (
     PatternError,
     PeakThreshold,
     VerticalSlash,
+    at_level,
     parse_head_pattern,
 )
 from minference_vllm.plan import Chunk
@@ -180,7 +181,7 @@ def test_heads_that_a_floor_raised_are_not_corrected(paged_batch: Callable[..., 
     found, raised = torch.empty_like(batch.query), torch.empty_like(batch.query)
     attend_chunk(batch.query, *given, [CORRECTED] * 8, batch.scale, found, audit=audit, timing=timing)
     assert min(audit.levels) >= 1
-    patterns = [attend.at_level(CORRECTED, level) for level in audit.levels]
+    patterns = [at_level(CORRECTED, level) for level in audit.levels]
     assert all(isinstance(pattern, LowRank | Dense) for pattern in patterns)
     attend_chunk(batch.query, *given, patterns, batch.scale, raised)
     assert torch.equal(found, raised)

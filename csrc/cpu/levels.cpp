@@ -2,7 +2,6 @@
 #include "levels.h"
 
 #include <algorithm>
-#include <vector>
 
 namespace minference {
 

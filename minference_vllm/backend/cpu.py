@@ -14,9 +14,9 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from minference_vllm.attend import NO_LSE
+from minference_vllm.attend import no_lse_reason
 from minference_vllm.backend.compat import NAME
-from minference_vllm.backend.runtime import check_mean_correction, check_page_size, unsupported_layer_reasons
+from minference_vllm.backend.runtime import check_page_size, refuse_mean_correction, unsupported_layer_reasons
 from minference_vllm.backend.splitting import SplittingBuilder, SplittingImpl, SplittingMetadata
 from minference_vllm.engines import cpu_kernel, native
 from minference_vllm.paged_cache import PagedCache
@@ -70,8 +70,8 @@ class MInferenceCPUImpl(SplittingImpl, CPUAttentionBackendImpl):
             reason = native.unsupported_reason(dtype, block_size, self.head_size)
             if reason and engine == "native":
                 raise ValueError(f"minference: engine 'native' cannot run here: {reason}; set engine to 'auto'")
-            missing = f"{NO_LSE}, but {reason}" if reason else NO_LSE if engine == "block_table" else None
-            check_mean_correction(self.runtime, missing)
+            if reason or engine == "block_table":
+                refuse_mean_correction(self.runtime, no_lse_reason(reason))
         return reasons
 
     def paged_cache(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedCache:

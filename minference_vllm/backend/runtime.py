@@ -120,9 +120,9 @@ def check_page_size(runtime: Runtime, block_size: int) -> None:
             )
 
 
-def check_mean_correction(runtime: Runtime, reason: str | None) -> None:
-    """Raise ValueError when a pattern asks for mean correction and there is a reason why it cannot be had."""
-    if reason and heads_with(list(_all_patterns(runtime.patterns))):
+def refuse_mean_correction(runtime: Runtime, reason: str) -> None:
+    """Raise ValueError when a pattern asks for mean correction, which cannot be had here."""
+    if heads_with(list(_all_patterns(runtime.patterns))):
         raise ValueError(f"minference: patterns from {runtime.source}: mean_correction cannot run here: {reason}")
 
 
