@@ -212,7 +212,7 @@ def estimate(
         keys = kernels.page_counts(by_line, wanted, tiling.block_size).sum((1, 2))
         most_saved = keys - tiling.num_tiles * needed_keys(weights[:, ::8], gamma, kernels)
         if bool(((wanted > 0) & (most_saved <= cost)).all()):
-            return Levels(by_line, wanted, kernels.lists)
+            return Levels(by_line, wanted, kernels.lists, scored=False)
 
     queries = by_head[:, :: math.ceil(query.shape[0] / FIT_ROWS)]
     # Copies: views would keep all keys.

@@ -1,4 +1,4 @@
-"""Tilings, and queries and keys in few dimensions, for tests."""
+"""Tilings, queries and keys in few dimensions, and heads that need scores and that do not, for tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import math
 import torch
 
 from minference_vllm.projection import Factors, Projection, in_units, whole_keys, whole_queries
+
+CONTEXT, CHUNK, DIM, PAGE = 3072, 1024, 64, 32
+LENGTH = CONTEXT + CHUNK
 
 TILINGS = {
     # name: (context, sequence, page, tile)
@@ -34,3 +37,25 @@ def as_factors(query: torch.Tensor, keys: torch.Tensor) -> Factors:
     projection = in_units(Projection(same, same, torch.zeros(len(query), 1, query.shape[2])), keys)
     whole, step = whole_queries(query, projection, math.log(2))
     return Factors(whole, whole_keys(keys, projection), step)
+
+
+def lookups(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every row looks at one key of its own, anywhere before it; queries ``[CHUNK, 1, DIM]``, keys ``[1, S, DIM]``."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.nn.functional.normalize(torch.randn(LENGTH, DIM // 2, generator=generator), dim=1)
+    target = (torch.rand(CHUNK, generator=generator) * torch.arange(CONTEXT, LENGTH)).long()
+    noise = torch.randn(LENGTH + CHUNK, DIM // 2, generator=generator) * 0.05
+    query = torch.cat([20 * keys[target], noise[:CHUNK]], 1)
+    return query[:, None].bfloat16(), torch.cat([keys, noise[CHUNK:]], 1)[None].bfloat16()
+
+
+def neighbours(sink: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every row looks at the 150 keys before it, and at the first one, or not."""
+    place = torch.arange(LENGTH, dtype=torch.float32)[:, None] / LENGTH * 3.0
+    angle = place * torch.randn(DIM // 2 - 1, generator=torch.Generator().manual_seed(0)) * 20
+    keys = torch.cat([angle.cos(), angle.sin(), torch.zeros(LENGTH, 2)], 1)
+    query = keys[CONTEXT:] * 3
+    if sink:
+        keys[0], query[:, -1] = 0, 1
+        keys[0, -1] = 90
+    return query[:, None], keys[None]

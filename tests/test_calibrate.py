@@ -9,15 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from low_rank_inputs import lookups, neighbours
 
 from minference_vllm import reference
 from minference_vllm.calibrate import command, recorder, search
 from minference_vllm.calibrate.recorder import CalibrationError, Plan, Recorder, collect
 from minference_vllm.calibrate.search import CANDIDATES, FAMILIES, Measured, choose, measure
+from minference_vllm.engines import native
+from minference_vllm.estimate import Estimates
 from minference_vllm.formats import parse_patterns
 from minference_vllm.index import build_index
+from minference_vllm.low_rank import scoring_cost
 from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import AShape, Coverage, Dense, VerticalSlash
+from minference_vllm.patterns import AShape, Coverage, Dense, LowRank, VerticalSlash
 from minference_vllm.plan import Chunk
 from minference_vllm.recall import sample_rows
 from minference_vllm.tiling import Tiling
@@ -54,6 +58,20 @@ def test_measured_recall_error_and_cost_are_those_of_the_reference() -> None:
         torch.testing.assert_close(found.recall[number], recall, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.squared_output[number], dense.square().sum((0, 2)), rtol=1e-3, atol=1e-6)
         assert found.rows[number].tolist() == [len(rows)] * HEADS
+
+
+def test_low_rank_costs_its_scoring_where_it_scores() -> None:
+    """Of two heads, one looks things up and the other at its neighbours and the first key."""
+    (query, keys), (other_query, other_keys) = lookups(), neighbours(sink=True)
+    both = torch.cat([query, other_query.bfloat16()], 1)
+    stored = torch.cat([keys, other_keys.bfloat16()]).unflatten(1, (-1, SIZE)).transpose(0, 1)
+    cache, pages = PagedCache(stored, stored, "rows"), torch.arange(len(stored))
+    begin, end, pattern = keys.shape[1] - len(query), keys.shape[1], LowRank(gamma=0.9)
+    found = measure(both, cache, pages, Chunk(0, 0, begin, end), 1.0, [pattern], engine="block_table", tile=128)
+    scores = Estimates(both, cache.keys_by_head(pages), 1.0, native.low_rank_kernels())
+    index = build_index(Tiling.of(begin, end, SIZE, 128, SIZE), [pattern] * 2, scores)
+    scoring = scoring_cost(pattern.rank, keys.shape[2], len(query), keys.device) * index.dense_pairs()
+    assert (found.computed_pairs[0] - index.computed_pairs()).tolist() == [pytest.approx(scoring), 0]
 
 
 FAMILY_A = (AShape(sink=1, local=1), AShape(sink=2, local=2), AShape(sink=3, local=3))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from low_rank_inputs import TILINGS
+from low_rank_inputs import CHUNK, CONTEXT, DIM, LENGTH, PAGE, TILINGS, lookups, neighbours
 
 from minference_vllm import low_rank, reference
 from minference_vllm.engines import columns as columns_module
@@ -94,19 +94,6 @@ def test_the_last_rows_and_the_others_each_get_their_share() -> None:
 
 # Heads
 
-CONTEXT, CHUNK, DIM, PAGE = 3072, 1024, 64, 32
-LENGTH = CONTEXT + CHUNK
-
-
-def lookups(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every row looks at one key of its own, anywhere before it; queries ``[CHUNK, 1, DIM]``, keys ``[1, S, DIM]``."""
-    generator = torch.Generator().manual_seed(seed)
-    keys = torch.nn.functional.normalize(torch.randn(LENGTH, DIM // 2, generator=generator), dim=1)
-    target = (torch.rand(CHUNK, generator=generator) * torch.arange(CONTEXT, LENGTH)).long()
-    noise = torch.randn(LENGTH + CHUNK, DIM // 2, generator=generator) * 0.05
-    query = torch.cat([20 * keys[target], noise[:CHUNK]], 1)
-    return query[:, None].bfloat16(), torch.cat([keys, noise[CHUNK:]], 1)[None].bfloat16()
-
 
 def recall(index: SparseIndex, query: torch.Tensor, keys: torch.Tensor) -> float:
     return float(reference.attention_recall(query, keys, index.to_mask(), CONTEXT, 1.0).mean())
@@ -114,18 +101,6 @@ def recall(index: SparseIndex, query: torch.Tensor, keys: torch.Tensor) -> float
 
 def build(pattern: LowRank | Coverage, query: torch.Tensor, keys: torch.Tensor) -> SparseIndex:
     return build_index(Tiling.of(CONTEXT, LENGTH, PAGE, 128), [pattern], Estimates(query, keys, 1.0))
-
-
-def neighbours(sink: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every row looks at the 150 keys before it, and at the first one, or not."""
-    place = torch.arange(LENGTH, dtype=torch.float32)[:, None] / LENGTH * 3.0
-    angle = place * torch.randn(DIM // 2 - 1, generator=torch.Generator().manual_seed(0)) * 20
-    keys = torch.cat([angle.cos(), angle.sin(), torch.zeros(LENGTH, 2)], 1)
-    query = keys[CONTEXT:] * 3
-    if sink:
-        keys[0], query[:, -1] = 0, 1
-        keys[0, -1] = 90
-    return query[:, None], keys[None]
 
 
 @pytest.mark.parametrize("sink", [False, True])

@@ -101,8 +101,10 @@ class Measured:
 class _Remembered(Scores):
     """Estimates that many candidates ask for, each computed once for all heads."""
 
-    def __init__(self, scores: Scores) -> None:
+    def __init__(self, scores: Scores, heads: int) -> None:
         self._scores = scores
+        self.scored = torch.zeros(heads, dtype=torch.bool)
+        """Whether the last ``low_rank`` of each head has scored its keys."""
         self._known: dict[tuple[object, ...], Any] = {}
 
     def _remember(self, name: str, heads: Sequence[int], *arguments: Any) -> Any:
@@ -125,7 +127,9 @@ class _Remembered(Scores):
         return self._remember("antidiagonal", heads, tiling, stride)
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
-        return self._scores.low_rank(heads, tiling, rank, gamma)
+        levels = self._scores.low_rank(heads, tiling, rank, gamma)
+        self.scored[list(heads)] = levels.scored
+        return levels
 
 
 def measure(
@@ -150,7 +154,7 @@ def measure(
     tiling = tiling_for(query, cache, chunk, engine, tile)
     pages = pages[: tiling.num_key_blocks].contiguous()
     estimates = PagedEstimates(query, cache, pages, chunk.seq_len, scale)
-    scores = _Remembered(estimates)
+    scores = _Remembered(estimates, heads)
     samples = max(1, min(MAX_SAMPLES, MAX_WEIGHTS // (heads * chunk.seq_len)))
     rows = sample_rows(chunk.query_len, samples, seed).to(query.device)
     positions = rows + chunk.context_len
@@ -176,9 +180,8 @@ def measure(
         error = output(kept) / recall - dense
         result.computed_pairs[number] += index.computed_pairs().cpu()
         if isinstance(pattern, LowRank):
-            # Also where columns and diagonals did without scores: more than it costs, at the most.
             cost = scoring_cost(pattern.rank, cache.head_size, len(query), query.device)
-            result.computed_pairs[number] += index.dense_pairs() * cost
+            result.computed_pairs[number] += index.dense_pairs() * cost * scores.scored
         result.dense_pairs[number] += index.dense_pairs()
         result.recall[number] += recall.double().sum((1, 2)).cpu()
         result.squared_error[number] += error.double().square().sum((1, 2)).cpu()
