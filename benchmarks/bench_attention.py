@@ -34,10 +34,11 @@ from record import emit
 from synthetic import Structure, structured_qkv
 
 from minference_vllm import reference
-from minference_vllm.attend import Timing, attend_chunk, choose_engine, choose_tile
+from minference_vllm.attend import attend_chunk, choose_engine, choose_tile
 from minference_vllm.engines import cpu_kernel
 from minference_vllm.index import SparseIndex
 from minference_vllm.paged_cache import PagedCache
+from minference_vllm.paged_estimates import Timing
 from minference_vllm.patterns import AShape, BlockSparse, Coverage, HeadPattern, LowRank, TriShape, VerticalSlash
 from minference_vllm.plan import Chunk
 

@@ -32,7 +32,7 @@ class Levels(NamedTuple):
     threshold: torch.Tensor
     """int32 ``[h]``: the level from which on keys are wanted; 0 means that levels do not tell them apart."""
     lists: Callable[[Tiling, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
-    """Faster code for ``keys_at_levels`` and ``index.single_keys`` in one, where columns need not fill pages."""
+    """Faster code for ``keys_at_levels`` and ``lists.single_keys`` in one, where columns need not fill pages."""
     scored: bool = True
     """Whether keys were scored, as ``low_rank.scoring_cost`` counts; else columns and diagonals sufficed."""
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from minference_vllm import mean_correction, reference
-from minference_vllm.attend import Timing, attend_chunk, choose_engine, sparse_prefill
+from minference_vllm.attend import attend_chunk, choose_engine, sparse_prefill
 from minference_vllm.capacity import Capacity
 from minference_vllm.engines import native
 from minference_vllm.estimate import Estimates, mean_keys
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.paged_cache import Layout, PagedCache
+from minference_vllm.paged_estimates import Timing
 from minference_vllm.patterns import (
     AShape,
     Dense,

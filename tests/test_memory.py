@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minference_vllm import low_rank, mean_correction, recall
-from minference_vllm.attend import PagedEstimates
 from minference_vllm.capacity import MEMORY_LIMIT
 from minference_vllm.index import build_index
 from minference_vllm.levels import Levels
 from minference_vllm.paged_cache import PagedCache
+from minference_vllm.paged_estimates import PagedEstimates
 from minference_vllm.patterns import (
     Antidiagonal,
     AShape,

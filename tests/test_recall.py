@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from minference_vllm import reference
-from minference_vllm.attend import Timing, attend_chunk
+from minference_vllm.attend import attend_chunk
 from minference_vllm.estimate import Estimates
 from minference_vllm.index import SparseIndex, build_index
 from minference_vllm.paged_cache import PagedCache
+from minference_vllm.paged_estimates import Timing
 from minference_vllm.patterns import (
     MAX_LEVEL,
     AShape,

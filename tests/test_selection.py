@@ -7,7 +7,7 @@ import torch
 from index_inputs import TILINGS
 
 from minference_vllm import reference
-from minference_vllm.index import columns_outside_blocks, compact
+from minference_vllm.lists import columns_outside_blocks, compact
 from minference_vllm.patterns import PeakThreshold
 from minference_vllm.selection import (
     FORCED_DIAGONALS,

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from minference_vllm.attend import PagedEstimates, tiling_for
+from minference_vllm.attend import tiling_for
 from minference_vllm.estimate import logits
 from minference_vllm.index import Scores, build_index
 from minference_vllm.levels import Levels
 from minference_vllm.low_rank import scoring_cost
 from minference_vllm.paged_cache import PagedCache
+from minference_vllm.paged_estimates import PagedEstimates
 from minference_vllm.patterns import (
     Antidiagonal,
     AShape,

@@ -337,7 +337,7 @@ def page_counts(levels: torch.Tensor, threshold: torch.Tensor, block_size: int) 
 def lists(
     tiling: Tiling, levels: torch.Tensor, threshold: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``levels.keys_at_levels`` and ``index.single_keys`` in one.
+    """``levels.keys_at_levels`` and ``lists.single_keys`` in one.
 
     Returns:
         blocks (bool ``[h, T, N]``), columns (int32 ``[h, T, C]``, -1 padded), their number (int32 ``[h, T]``).
