@@ -78,7 +78,7 @@ def start(name: str, args: argparse.Namespace, folder: Path) -> Engine:
     """An engine named ``dense``, or by the pattern file that it runs."""
     options: dict[str, Any] = {
         "model": args.model,
-        "dtype": "bfloat16",
+        "dtype": args.dtype,
         "max_model_len": max(args.tokens) + ANSWER_TOKENS,
         "max_num_batched_tokens": args.chunk,
         "max_num_seqs": 1,
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--questions", type=int, default=100, help="per task and length")
     parser.add_argument("--chunk", type=int, default=2048, help="max_num_batched_tokens")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--keep-texts", action="store_true", help="with a prefix cache for minference, too")
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
     parser.add_argument("--csv", default=None, help="append rows to this file")

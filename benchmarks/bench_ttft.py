@@ -64,12 +64,12 @@ def longest(args: argparse.Namespace) -> int:
 def engine_options(args: argparse.Namespace, model: Path, pattern: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Arguments of ``LLM`` and environment variables for one engine; ``pattern`` is a name in PATTERNS."""
     pages = math.ceil(longest(args) / 128) + 2
-    cache_bytes = pages * 128 * 2 * args.layers * args.kv_heads * args.head_size * 2
+    cache_bytes = pages * 128 * 2 * args.layers * args.kv_heads * args.head_size * 4
     options: dict[str, Any] = {
         "model": str(model),
         "load_format": "dummy",
         "skip_tokenizer_init": True,
-        "dtype": "bfloat16",
+        "dtype": args.dtype,
         "max_model_len": longest(args),
         "max_num_batched_tokens": args.chunk,
         "max_num_seqs": 1,
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=4096, help="max_num_batched_tokens")
     parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=["a_shape", "vertical_slash"])
     parser.add_argument("--engine", default="auto", help="the setting of that name")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--min-context", type=int, default=8192, help="the setting of that name")
     parser.add_argument("--decode", type=int, default=32, help="tokens decoded after each prompt")
     parser.add_argument("--heads", type=int, default=8)

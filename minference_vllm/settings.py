@@ -35,8 +35,9 @@ class Settings(BaseModel):
     """Query rows that share one selection of keys, rounded up to whole pages. None: 128."""
 
     engine: Literal["auto", "block_table", "native", "triton"] = "auto"
-    """How an index is executed: ``native``, our kernels for bf16 on x86 processors from AVX2 on; ``triton``, our kernel
-    for GPUs; ``block_table``, vLLM's own kernel, on both; ``auto``, the faster of those that run here."""
+    """How an index is executed: ``native``, our kernels for bf16 and float32 on x86 processors from AVX2 on;
+    ``triton``, our kernel for GPUs; ``block_table``, vLLM's own kernel, on both; ``auto``, the faster of those that run
+    here."""
 
     audit_rows: int = Field(default=4, ge=0, le=1024)
     """Sampled rows per chunk and layer whose attention recall is taken; 0 turns the audit off."""

@@ -244,7 +244,7 @@ def test_heads_with_mean_correction_are_served(make_cpu_layer: Callable[..., Lay
     ("settings", "dtype", "message"),
     [
         ({"engine": "block_table"}, torch.bfloat16, "vLLM's CPU kernel does not give"),
-        ({}, torch.float32, "engine 'native' does, but .*"),
+        ({}, torch.float16, "engine 'native' does, but .*"),
     ],
     ids=["block_table", "auto without native kernels for the dtype"],
 )

@@ -28,7 +28,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     library = native.load(request.param)
     if library is None:
         pytest.skip(f"no kernels for {native.INSTRUCTIONS[request.param]} here")
-    monkeypatch.setattr(native, "_best", lambda: (request.param, library))
+    monkeypatch.setattr(native, "_best", lambda dtype: (request.param, library))
     yield native.low_rank_kernels()
 
 

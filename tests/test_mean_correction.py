@@ -274,7 +274,7 @@ def test_an_engine_without_a_log_sum_exp_is_refused(
     batch = paged_batch(query_lens=[200], context_lens=[300])
     with pytest.raises(ValueError, match="'block_table' cannot run: mean correction needs every row's log-sum-exp"):
         sparse_prefill(*batch.arguments, CORRECTED, engine="block_table")
-    monkeypatch.setattr(native, "unavailable_reason", lambda: "the processor has no AVX2")
+    monkeypatch.setattr(native, "unavailable_reason", lambda dtype=None: "the processor has no AVX2")
     with pytest.raises(ValueError, match="engine 'native' does, but the processor has no AVX2"):
         sparse_prefill(*batch.arguments, CORRECTED)
 

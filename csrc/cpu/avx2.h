@@ -1,6 +1,7 @@
 // Vectors and packing on processors with AVX2 and FMA (x86-64-v3); avx512bf16.h has the same names for newer ones.
 //
-// bf16 become float32, which is exact, as they are packed; products and weights stay in float32.
+// bf16 become float32, which is exact, as they are packed; products and weights stay in float32. Caches of float32 are
+// served as well.
 #pragma once
 
 #include <immintrin.h>
@@ -72,7 +73,10 @@ inline Floats widen(const bf16* in) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
 }
 
-inline void copy_factors(const bf16* in, Factor* out, int count) {
+inline Floats widen(const float* in) { return load(in); }
+
+template <typename T>
+inline void copy_factors(const T* in, Factor* out, int count) {
   for (int i = 0; i < count; i += 8) store(out + i, widen(in + i));
 }
 
@@ -83,7 +87,7 @@ inline void store_factors(Factor* out, Floats low, Floats high) {
 }
 
 // To the nearest, ties to even. No NaN turns into something else: those that come from bf16 end in zeros.
-inline void store_bf16(bf16* out, Floats x) {
+inline void store_element(bf16* out, Floats x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -92,8 +96,11 @@ inline void store_bf16(bf16* out, Floats x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
 }
 
+inline void store_element(float* out, Floats x) { store(out, x); }
+
 // Two neighbouring rows of the right-hand side. `count` is a multiple of 8.
-inline void pack_two_rows(const bf16* low, const bf16* high, Packed* out, int64_t stride, int count) {
+template <typename T>
+inline void pack_two_rows(const T* low, const T* high, Packed* out, int64_t stride, int count) {
   copy_factors(low, out, count);
   copy_factors(high, out + stride, count);
 }
@@ -111,7 +118,7 @@ inline void pack_pairs(const pair* in, Packed* out, int64_t stride) {
   }
 }
 
-// 8 rows of 8 pairs each -> 16 rows (stride `stride`) of 8 factors.
+// 8 rows of 8 pairs of bf16 each -> 16 rows (stride `stride`) of 8 factors.
 inline void transpose8(const bf16* const* rows, Packed* out, int64_t stride) {
   __m256i r[8], t[8];
   for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[i]));
@@ -132,15 +139,49 @@ inline void transpose8(const bf16* const* rows, Packed* out, int64_t stride) {
   }
 }
 
+// 8 rows of 16 elements each -> 16 rows (stride `stride`) of 8.
+inline void transpose8(const float* const* rows, Packed* out, int64_t stride) {
+  for (int d = 0; d < 16; d += 8) {
+    __m256 r[8], t[8];
+    for (int i = 0; i < 8; ++i) r[i] = load(rows[i] + d);
+    for (int i = 0; i < 8; i += 2) {
+      t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    // r[4 a + b] holds, in 128-bit lane c, element 4 c + b of rows 4 a .. 4 a + 3.
+    for (int b = 0; b < 4; ++b) {
+      store(out + (d + b) * stride, _mm256_permute2f128_ps(r[b], r[4 + b], 0x20));
+      store(out + (d + 4 + b) * stride, _mm256_permute2f128_ps(r[b], r[4 + b], 0x31));
+    }
+  }
+}
+
 // `count` rows (a multiple of 16) of `dim` elements -> columns of the right-hand side. A few dimensions of all rows
 // first: each line of `out` is written in two halves, and must still be in the nearest cache for the second.
-inline void pack_columns(const bf16* const* rows, int count, int dim, Packed* out, int64_t stride) {
+template <typename T>
+inline void pack_columns(const T* const* rows, int count, int dim, Packed* out, int64_t stride) {
   for (int d = 0; d < dim; d += 16) {
     for (int n = 0; n < count; n += 8) {
-      const bf16* source[8];
+      const T* source[8];
       for (int i = 0; i < 8; ++i) source[i] = rows[n + i] + d;
       transpose8(source, out + d * stride + n, stride);
     }
+  }
+}
+
+// Calls body.template operator()<T>() for the elements of a cache.
+template <typename Body>
+inline void with_element(Element element, const Body& body) {
+  if (element == Element::float32) {
+    body.template operator()<float>();
+  } else {
+    body.template operator()<bf16>();
   }
 }
 

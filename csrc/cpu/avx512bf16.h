@@ -70,7 +70,7 @@ inline void store_factors(Factor* out, Floats low, Floats high) {
   _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-inline void store_bf16(bf16* out, Floats x) {
+inline void store_element(bf16* out, Floats x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(x));
 }
 
@@ -136,6 +136,12 @@ inline void pack_columns(const bf16* const* rows, int count, int dim, Packed* ou
       transpose16(source, dim / 2 - k, out + k * stride + n, stride);
     }
   }
+}
+
+// Calls body.template operator()<T>() for the elements of a cache: of bf16 alone, since products here are.
+template <typename Body>
+inline void with_element(Element, const Body& body) {
+  body.template operator()<bf16>();
 }
 
 // Whole numbers of 16 bits.

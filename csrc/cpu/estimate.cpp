@@ -23,7 +23,7 @@ struct EstimateArguments {
 }  // namespace minference
 
 // Counts the changes of the argument structures; minference_vllm/engines/native_arguments.py has the only one that runs.
-extern "C" int minference_interface() { return 5; }
+extern "C" int minference_interface() { return 6; }
 
 extern "C" void minference_row_weights(const minference::WeightArguments* arguments) {
   using namespace minference;

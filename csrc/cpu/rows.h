@@ -20,7 +20,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct RowArguments {
   Cache cache;
-  const bf16* query;  // the chunk's queries: row r, head h at r * token_stride + h * head_stride
+  const void* query;  // the chunk's queries: row r, head h at r * token_stride + h * head_stride
   int64_t query_token_stride, query_head_stride;
   const int64_t* pages;
   const int64_t* row_index;  // [rows] rows of the chunk that are used, ascending
@@ -49,12 +49,7 @@ class RowScores {
         key_tiles((a_.seq_len + kKeyTile - 1) / kKeyTile),
         parts((key_tiles + kTilesPerTask - 1) / kTilesPerTask),
         query_(static_cast<size_t>(a_.num_wanted) * a_.rows * kQueryStride) {
-    for (int i = 0; i < a_.num_wanted; ++i) {
-      for (int r = 0; r < a_.rows; ++r) {
-        copy_factors(a_.query + a_.row_index[r] * a_.query_token_stride + a_.heads[i] * a_.query_head_stride,
-                     query_.data() + (static_cast<size_t>(i) * a_.rows + r) * kQueryStride, a_.cache.head_size);
-      }
-    }
+    with_element(a_.cache.element, [&]<typename T>() { copy_queries(static_cast<const T*>(a_.query)); });
     for (int i = 0; i < a_.num_wanted; ++i) {
       if (i == 0 || kv_head(i) != kv_head(i - 1)) first_of_group_.push_back(i);
     }
@@ -78,6 +73,16 @@ class RowScores {
   }
 
  private:
+  template <typename T>
+  void copy_queries(const T* query) {
+    for (int i = 0; i < a_.num_wanted; ++i) {
+      for (int r = 0; r < a_.rows; ++r) {
+        copy_factors(query + a_.row_index[r] * a_.query_token_stride + a_.heads[i] * a_.query_head_stride,
+                     query_.data() + (static_cast<size_t>(i) * a_.rows + r) * kQueryStride, a_.cache.head_size);
+      }
+    }
+  }
+
   int kv_head(int wanted) const { return a_.heads[wanted] / (a_.num_heads / a_.cache.num_kv_heads); }
 
   void load_keys(RowWorkspace& w, int kv_head, int64_t first_key) const {
@@ -93,7 +98,9 @@ class RowScores {
       }
       const int slot = static_cast<int>(key % size);
       const int count = std::min(size - slot, kKeyTile - at);
-      pack_keys(a_.cache, a_.pages[key / size], kv_head, slot, count, w.keys, at);
+      with_element(a_.cache.element, [&]<typename T>() {
+        pack_keys<T>(a_.cache, a_.pages[key / size], kv_head, slot, count, w.keys, at);
+      });
       at += count;
     }
   }

@@ -29,8 +29,8 @@ struct alignas(64) Workspace {
 
 struct AttendArguments {
   Cache cache;
-  const bf16* query;   // row r, head h at r * query_token_stride + h * query_head_stride
-  bf16* out;
+  const void* query;   // row r, head h at r * query_token_stride + h * query_head_stride
+  void* out;
   float* lse;          // [heads][rows], natural logarithm; may be null
   int64_t query_token_stride, query_head_stride, out_token_stride, out_head_stride;
   const int64_t* pages;          // physical page of each logical block
@@ -39,8 +39,8 @@ struct AttendArguments {
   const int32_t* num_blocks;     // [heads][tiles]
   const int32_t* columns;        // [heads][tiles][max_columns], absolute positions
   const int32_t* num_columns;    // [heads][tiles]
-  const bf16* column_keys;       // rows [*][head_size]: gathered columns
-  const bf16* column_values;
+  const void* column_keys;       // rows [*][head_size]: gathered columns
+  const void* column_values;
   const int64_t* column_row;     // [heads][seq_len] -> row of column_keys
   int64_t seq_len;
   int32_t heads, tiles, max_blocks, max_columns;
@@ -50,6 +50,8 @@ struct AttendArguments {
 
 namespace {
 
+// T: elements of the cache, the queries and the output.
+template <typename T>
 class TileTask {
  public:
   TileTask(const AttendArguments& arguments, Workspace& space, int head, int tile)
@@ -83,8 +85,9 @@ class TileTask {
     w_.out.assign(static_cast<size_t>(rows_) * dim_, 0.0f);
     w_.maximum.assign(rows_, -kInfinity);
     w_.sum.assign(rows_, 0.0f);
+    const T* query = static_cast<const T*>(a_.query);
     for (int r = 0; r < rows_; ++r) {
-      copy_factors(a_.query + (row_of_query_ + r) * a_.query_token_stride + head_ * a_.query_head_stride,
+      copy_factors(query + (row_of_query_ + r) * a_.query_token_stride + head_ * a_.query_head_stride,
                    w_.query.data() + static_cast<size_t>(r) * kQueryStride, dim_);
     }
   }
@@ -93,8 +96,8 @@ class TileTask {
     const int size = a_.cache.block_size;
     for (int slot = 0; slot < size;) {
       const int count = std::min(size - slot, kKeyTile - filled_);
-      pack_keys(a_.cache, a_.pages[block], kv_head_, slot, count, w_.keys, filled_);
-      pack_values(a_.cache, a_.pages[block], kv_head_, slot, count, w_.values, filled_);
+      pack_keys<T>(a_.cache, a_.pages[block], kv_head_, slot, count, w_.keys, filled_);
+      pack_values<T>(a_.cache, a_.pages[block], kv_head_, slot, count, w_.values, filled_);
       for (int i = 0; i < count; ++i) w_.position[filled_ + i] = block * size + slot + i;
       // Slots past the sequence's end hold anything, NaN included, which a weight of zero would not cancel.
       const int64_t valid = a_.seq_len - (static_cast<int64_t>(block) * size + slot);
@@ -114,15 +117,17 @@ class TileTask {
     const int32_t* columns = a_.columns + slot_ * a_.max_columns;
     const int64_t* row = a_.column_row + static_cast<int64_t>(head_) * a_.seq_len;
     const int count = a_.num_columns[slot_];
-    const bf16 *keys[kKeyTile], *values[kKeyTile];
+    const T* column_keys = static_cast<const T*>(a_.column_keys);
+    const T* column_values = static_cast<const T*>(a_.column_values);
+    const T *keys[kKeyTile], *values[kKeyTile];
     for (int first = 0; first < count; first += kKeyTile) {
       const int here = std::min(kKeyTile, count - first);
       const int padded = (here + 31) / 32 * 32;
       for (int i = 0; i < padded; ++i) {
         // Past the end the last column stands in; its position masks it.
         const int32_t column = columns[first + std::min(i, here - 1)];
-        keys[i] = a_.column_keys + row[column] * dim_;
-        values[i] = a_.column_values + row[column] * dim_;
+        keys[i] = column_keys + row[column] * dim_;
+        values[i] = column_values + row[column] * dim_;
         w_.position[i] = i < here ? column : std::numeric_limits<int32_t>::max();
       }
       pack_key_rows(keys, padded, dim_, w_.keys, 0);
@@ -194,9 +199,9 @@ class TileTask {
   void write_out() {
     for (int r = 0; r < rows_; ++r) {
       const Floats inverse = repeat(1.0f / w_.sum[r]);
-      bf16* out = a_.out + (row_of_query_ + r) * a_.out_token_stride + head_ * a_.out_head_stride;
+      T* out = static_cast<T*>(a_.out) + (row_of_query_ + r) * a_.out_token_stride + head_ * a_.out_head_stride;
       for (int d = 0; d < dim_; d += kLanes) {
-        store_bf16(out + d, load(w_.out.data() + static_cast<size_t>(r) * dim_ + d) * inverse);
+        store_element(out + d, load(w_.out.data() + static_cast<size_t>(r) * dim_ + d) * inverse);
       }
       if (a_.lse != nullptr) {
         const int64_t rows = a_.tile_starts[a_.tiles] - a_.tile_starts[0];
@@ -224,7 +229,9 @@ extern "C" void minference_attend(const minference::AttendArguments* arguments) 
     for (int task = 0; task < tasks; ++task) {
       // Later tiles have more keys: they go first, so that threads end together.
       const int tile = arguments->tiles - 1 - task / arguments->heads;
-      minference::TileTask(*arguments, space, task % arguments->heads, tile).run();
+      minference::with_element(arguments->cache.element, [&]<typename T>() {
+        minference::TileTask<T>(*arguments, space, task % arguments->heads, tile).run();
+      });
     }
   }
 }

@@ -17,24 +17,27 @@ constexpr int kMaxHead = 256;      // largest head size
 constexpr int kQueryStride = 288;  // row stride of copied queries: a constant, and not a power of two (cache sets)
 
 // Keys as rows -> packed[d / kPack][kKeyTile] from column `at` on. `count` is a multiple of 16.
-inline void pack_key_rows(const bf16* const* rows, int count, int dim, Packed* packed, int at) {
+template <typename T>
+inline void pack_key_rows(const T* const* rows, int count, int dim, Packed* packed, int at) {
   pack_columns(rows, count, dim, packed + at, kKeyTile);
 }
 
 // Values as rows -> packed[(at + n) / kPack][dim]. `count` and `at` are even.
-inline void pack_value_rows(const bf16* const* rows, int count, int dim, Packed* packed, int at) {
+template <typename T>
+inline void pack_value_rows(const T* const* rows, int count, int dim, Packed* packed, int at) {
   for (int n = 0; n < count; n += 2) {
     pack_two_rows(rows[n], rows[n + 1], packed + (at + n) / kPack * dim, dim, dim);
   }
 }
 
 // Keys of slots [slot, slot + count) of one page; count and slot are multiples of 32.
+template <typename T>
 inline void pack_keys(const Cache& cache, int64_t page, int head, int slot, int count, Packed* packed, int at) {
-  const bf16* base = cache.key + page * cache.page_stride + head * cache.head_stride;
+  const T* base = static_cast<const T*>(cache.key) + page * cache.page_stride + head * cache.head_stride;
   const int size = cache.block_size, dim = cache.head_size;
   if (cache.layout == Layout::transposed) {
     for (int d = 0; d < dim; d += 2) {
-      const bf16* row = base + d * size + slot;
+      const T* row = base + d * size + slot;
       pack_two_rows(row, row + size, packed + d / kPack * kKeyTile + at, kKeyTile, count);
     }
   } else if (cache.layout == Layout::amx) {
@@ -46,14 +49,15 @@ inline void pack_keys(const Cache& cache, int64_t page, int head, int slot, int 
       }
     }
   } else {
-    const bf16* rows[kKeyTile];
+    const T* rows[kKeyTile];
     for (int n = 0; n < count; ++n) rows[n] = base + (slot + n) * cache.row_stride;
     pack_key_rows(rows, count, dim, packed, at);
   }
 }
 
+template <typename T>
 inline void pack_values(const Cache& cache, int64_t page, int head, int slot, int count, Packed* packed, int at) {
-  const bf16* base = cache.value + page * cache.page_stride + head * cache.head_stride;
+  const T* base = static_cast<const T*>(cache.value) + page * cache.page_stride + head * cache.head_stride;
   const int size = cache.block_size, dim = cache.head_size;
   if (cache.layout == Layout::amx) {
     const pair* source = reinterpret_cast<const pair*>(base);
@@ -65,7 +69,7 @@ inline void pack_values(const Cache& cache, int64_t page, int head, int slot, in
     }
   } else {
     const int64_t stride = cache.layout == Layout::rows ? cache.row_stride : dim;
-    const bf16* rows[kKeyTile];
+    const T* rows[kKeyTile];
     for (int n = 0; n < count; ++n) rows[n] = base + (slot + n) * stride;
     pack_value_rows(rows, count, dim, packed, at);
   }

@@ -64,7 +64,7 @@ def main() -> None:
     prompt = tasks.needle(args.tokens, DEPTH, args.seed)
     print(f"prompt: {prompt.tokens} tokens, the code stands at {DEPTH:.0%} of the text", file=out, flush=True)
 
-    flags = ["--max-num-batched-tokens", str(args.chunk)]
+    flags = ["--max-num-batched-tokens", str(args.chunk), "--dtype", args.dtype or fast_dtype()]
     dense = ask_server("dense", args.model, prompt, flags, out)
     selected = [*flags, "--attention-backend", "minference"]
     # An interval this short has a line written for every step: the last one has the whole prompt's density.
@@ -113,6 +113,7 @@ def parse_arguments() -> argparse.Namespace:
     tokens = os.environ.get("TOKENS") or "32768"
     parser.add_argument("--tokens", type=int, default=tokens, help="length of the prompt (environment: TOKENS)")
     parser.add_argument("--chunk", type=int, default=2048, help="max_num_batched_tokens; 2048 is vLLM's own on CPUs")
+    parser.add_argument("--dtype", help="as for vllm serve; default: float32 where that is much faster")
     parser.add_argument("--patterns", help="pattern file, as in the setting of that name")
     parser.add_argument("--seed", type=int, default=7, help="of the text and the code in it")
     parser.add_argument("--no-picture", dest="picture", action="store_false", help="draw nothing")
@@ -122,6 +123,14 @@ def parse_arguments() -> argparse.Namespace:
     if not 256 <= args.tokens <= 131072 - ANSWER_TOKENS:
         parser.error(f"--tokens must be 256 to {131072 - ANSWER_TOKENS}, not {args.tokens}")
     return args
+
+
+def fast_dtype() -> str:
+    """Processors without AVX-512 multiply bfloat16 many times more slowly than float32."""
+    import torch
+
+    slow = torch.backends.cpu.get_cpu_capability() == "AVX2" and not torch.cuda.is_available()
+    return "float32" if slow else "auto"
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
@@ -265,7 +274,7 @@ def free_port() -> int:
 
 
 def kv_cache_gib(model: str, tokens: int) -> int:
-    """Whole GiB that hold the keys and values of two such prompts; 8 for a model that is not a folder here."""
+    """Whole GiB for the keys and values of two such prompts in float32; 8 for a model that is not a folder here."""
     config = Path(model) / "config.json"
     if not config.is_file():
         return 8
@@ -273,7 +282,7 @@ def kv_cache_gib(model: str, tokens: int) -> int:
     heads = shape["num_attention_heads"]
     head_size = shape.get("head_dim") or shape["hidden_size"] // heads
     elements = 2 * shape["num_hidden_layers"] * (shape.get("num_key_value_heads") or heads) * head_size
-    return max(1, math.ceil(2 * tokens * elements * 2 / (1 << 30)))
+    return max(1, math.ceil(2 * tokens * elements * 4 / (1 << 30)))
 
 
 def shown(path: Path) -> str:

@@ -75,7 +75,7 @@ def examine() -> Iterator[Finding]:
     if torch.state != "ok" or vllm.state != "ok":
         return
     try:
-        yield device()
+        yield from device()
         findings = backend()
         platform_found = next(findings)
         yield platform_found
@@ -113,19 +113,22 @@ def vllm_version() -> Finding:
     return found._replace(text=f"{found.text} (supported: {supported})")
 
 
-def device() -> Finding:
+def device() -> Iterator[Finding]:
     import torch
 
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        return Finding("ok", "device", f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}")
+        yield Finding("ok", "device", f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}")
+        return
     units = {
         "AVX512-BF16": torch.cpu._is_avx512_bf16_supported(),
         "AMX": torch.cpu._is_amx_tile_supported(),
     }
     described = ", ".join(name if there else f"no {name}" for name, there in units.items())
     capability = torch.backends.cpu.get_cpu_capability()
-    return Finding("ok", "device", f"CPU: {platform.machine()}, {capability}, {described}; {os.cpu_count()} threads")
+    yield Finding("ok", "device", f"CPU: {platform.machine()}, {capability}, {described}; {os.cpu_count()} threads")
+    if capability == "AVX2":
+        yield Finding("--", "bfloat16", "products take many times as long as float32's here: try --dtype float32")
 
 
 def backend() -> Iterator[Finding]:
@@ -192,7 +195,8 @@ def engines() -> Iterator[Finding]:
         return
     yield cpu_block_table()
     reason = native.unavailable_reason()
-    yield Finding("--" if reason else "ok", "engine native", reason or f"our {native.instructions()} kernels, for bf16")
+    instructions = f"bf16 ({native.instructions()}) and float32 (AVX2)"
+    yield Finding("--" if reason else "ok", "engine native", reason or f"our kernels for {instructions}")
     yield Finding("--", "engine triton", "needs an NVIDIA GPU (for tests: TRITON_INTERPRET=1)")
 
 

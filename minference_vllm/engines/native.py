@@ -1,7 +1,8 @@
-"""Our own CPU kernels (``csrc/cpu``): bf16 on x86 processors from AVX2 on, with or without vLLM.
+"""Our own CPU kernels (``csrc/cpu``): bf16 and float32 on x86 processors from AVX2 on, with or without vLLM.
 
 Their libraries, one for AVX512-BF16 and one for AVX2, are built by ``pip install`` where a compiler is there; without
-them everything runs through vLLM's kernel.
+them everything runs through vLLM's kernel. float32 is served by the one for AVX2, on newer processors too: the
+instructions that the other one is for multiply bf16.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from minference_vllm.projection import LEVELS_PER_BIT, Factors
 from minference_vllm.tiling import Tiling
 
 _LAYOUTS = {"rows": 0, "transposed": 1, "amx": 2}
+_ELEMENTS = {torch.bfloat16: 0, torch.float32: 1}
 
 _SUPPORTED = {"avx512bf16": torch.cpu._is_avx512_bf16_supported, "avx2": torch.cpu._is_avx2_supported}
 INSTRUCTIONS = {"avx512bf16": "AVX512-BF16", "avx2": "AVX2"}
@@ -46,38 +48,39 @@ def load(build: str) -> ctypes.CDLL | None:
 
 
 @functools.cache
-def _best() -> tuple[str, ctypes.CDLL] | None:
-    return next(((build, library) for build in INSTRUCTIONS if (library := load(build))), None)
+def _best(dtype: torch.dtype) -> tuple[str, ctypes.CDLL] | None:
+    builds = ["avx2"] if dtype == torch.float32 else INSTRUCTIONS
+    return next(((build, library) for build in builds if (library := load(build))), None)
 
 
-def _library() -> ctypes.CDLL:
-    best = _best()
-    assert best is not None, unavailable_reason()
+def _library(dtype: torch.dtype = torch.bfloat16) -> ctypes.CDLL:
+    best = _best(dtype)
+    assert best is not None, unavailable_reason(dtype)
     return best[1]
 
 
 def instructions() -> str | None:
-    """What the kernels that run here are built for; None when none do."""
-    best = _best()
+    """What the kernels for bf16 that run here are built for; None when none do."""
+    best = _best(torch.bfloat16)
     return INSTRUCTIONS[best[0]] if best else None
 
 
 @functools.cache
-def unavailable_reason() -> str | None:
+def unavailable_reason(dtype: torch.dtype = torch.bfloat16) -> str | None:
     """Why the kernels cannot run on this machine, or None when they can."""
     if not any(supported() for supported in _SUPPORTED.values()):
         return "the processor has no AVX2"
-    if _best() is None:
+    if _best(dtype) is None:
         return "csrc/cpu was not built from this version: install from source with a C++20 compiler"
     return None
 
 
 def unsupported_reason(dtype: torch.dtype, block_size: int, head_size: int) -> str | None:
     """Why the kernels cannot serve caches of this shape, or None when they can."""
-    if unavailable_reason():
-        return unavailable_reason()
-    if dtype != torch.bfloat16:
-        return f"{dtype} is not bfloat16"
+    if dtype not in _ELEMENTS:
+        return f"{dtype} is neither bfloat16 nor float32"
+    if unavailable_reason(dtype):
+        return unavailable_reason(dtype)
     if block_size % 32:
         return f"page size {block_size} is not a multiple of 32"
     if head_size % 16 or head_size > 256:
@@ -91,6 +94,8 @@ def unsupported_cache_reason(dtype: torch.dtype, cache: PagedCache) -> str | Non
         return f"the cache is on {cache.key.device}"
     if cache.key.stride() != cache.value.stride() or cache.key.stride(3) != 1:
         return "keys and values differ in strides, or a head's elements do not lie side by side"
+    if cache.layout == "amx" and dtype != torch.bfloat16:
+        return f"pages in tiles of the AMX unit hold bfloat16, not {dtype}"
     return unsupported_reason(dtype, cache.block_size, cache.head_size)
 
 
@@ -105,6 +110,7 @@ def _describe(cache: PagedCache) -> arguments.Cache:
         cache.head_size,
         cache.num_kv_heads,
         _LAYOUTS[cache.layout],
+        _ELEMENTS[cache.key.dtype],
     )
 
 
@@ -120,7 +126,7 @@ def run(
     """Attention of one chunk under ``index``, written to ``out``.
 
     Args:
-        query, out: bf16 ``[chunk, H, D]``, elements of a head side by side.
+        query, out: ``[chunk, H, D]``, in the cache's type, elements of a head side by side.
         cache: any layout, see ``unsupported_cache_reason``.
         pages: int64 ``[N]``, physical page of each logical block.
         lse: float32 ``[H, chunk]``, contiguous; receives the log-sum-exp of each row's scores.
@@ -152,7 +158,7 @@ def run(
         scale,
         torch.get_num_threads(),
     )
-    _library().minference_attend(ctypes.byref(call))
+    _library(cache.key.dtype).minference_attend(ctypes.byref(call))
 
 
 def _rows_of(
@@ -195,7 +201,7 @@ def row_weights(
     """``low_rank.row_weights`` straight from the pages.
 
     Args:
-        query: bf16 ``[chunk, H, D]``.
+        query: ``[chunk, H, D]``, in the cache's type.
         rows: int64 ``[R]``, ascending, at most 64.
         heads: query heads wanted, ascending.
 
@@ -206,7 +212,7 @@ def row_weights(
     wanted = torch.tensor(list(heads), dtype=torch.int32)
     weights = torch.empty(len(wanted), len(rows), seq_len)
     of = _rows_of(query, cache, pages, seq_len, rows, wanted, scale)
-    _library().minference_row_weights(ctypes.byref(arguments.WeightArguments(of, weights.data_ptr())))
+    _library(cache.key.dtype).minference_row_weights(ctypes.byref(arguments.WeightArguments(of, weights.data_ptr())))
     return weights
 
 
@@ -216,7 +222,7 @@ def last_query_scores(
     """``estimate.last_query_scores`` straight from the pages.
 
     Args:
-        query: bf16 ``[chunk, H, D]``.
+        query: ``[chunk, H, D]``, in the cache's type.
         heads: query heads wanted, ascending.
 
     Returns:
@@ -230,7 +236,7 @@ def last_query_scores(
     diagonals = torch.empty(len(heads), seq_len)
     of = _rows_of(query, cache, pages, seq_len, rows, wanted, scale)
     call = arguments.EstimateArguments(of, starts.data_ptr(), columns.data_ptr(), diagonals.data_ptr(), len(groups))
-    _library().minference_last_query_scores(ctypes.byref(call))
+    _library(cache.key.dtype).minference_last_query_scores(ctypes.byref(call))
     return columns, diagonals
 
 

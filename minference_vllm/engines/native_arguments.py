@@ -16,6 +16,7 @@ class Cache(ctypes.Structure):
         ("head_size", ctypes.c_int32),
         ("num_kv_heads", ctypes.c_int32),
         ("layout", ctypes.c_int32),
+        ("element", ctypes.c_int32),
     )
 
 
@@ -147,7 +148,7 @@ class KeyArguments(ctypes.Structure):
     )
 
 
-INTERFACE = 5
+INTERFACE = 6
 """Counts the changes of the structures above and in ``csrc/cpu``; a library built from another one must not run."""
 FUNCTIONS = {
     "attend": AttendArguments,
