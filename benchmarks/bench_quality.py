@@ -112,6 +112,31 @@ def synthetic_layers(tokens: int) -> Iterator[Layer]:
         yield Layer(query, keys, values, 128**-0.5)
 
 
+class Rows(NamedTuple):
+    """Float32 attention of one head's sampled rows."""
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    logits: torch.Tensor
+    """``[R, S]``, -inf where a row does not look."""
+    weights: torch.Tensor
+    output: torch.Tensor
+    needed: float
+    """Share of a row's keys that hold 95 % of it, mean."""
+
+
+def exact(layer: Layer, head: int, positions: torch.Tensor, length: int) -> Rows:
+    keys, values = layer.keys_of(head)[:length].float(), layer.values_of(head)[:length].float()
+    query = layer.query[head, positions].float()
+    logits = query @ keys.T * layer.scale
+    logits.masked_fill_(torch.arange(length) > positions[:, None], -torch.inf)
+    weights = logits.softmax(-1)
+    strongest = weights.sort(dim=1, descending=True).values.cumsum(1)
+    needed = ((strongest < 0.95).sum(1) + 1) / (positions + 1)
+    return Rows(query, keys, values, logits, weights, weights @ values, float(needed.mean()))
+
+
 class Found(NamedTuple):
     """One head and chunk."""
 
@@ -124,48 +149,46 @@ class Found(NamedTuple):
 
 
 def measure(
-    layer: Layer, pattern: HeadPattern, queries: str, begin: int, end: int, args: argparse.Namespace
-) -> list[Found]:
-    """Every head of a layer on one chunk."""
-    heads, keys = layer.query.shape[0], layer.keys[:, :end]
+    layer: Layer, choices: Sequence[tuple[HeadPattern, str]], begin: int, end: int, args: argparse.Namespace
+) -> list[list[Found]]:
+    """Every head of a layer on one chunk, for each pattern and who chooses."""
+    heads, keys = range(layer.query.shape[0]), layer.keys[:, :end]
     tiling = Tiling.of(begin, end, args.block_size, args.tile)
-    start = time.perf_counter()
     query = layer.query[:, begin:end].transpose(0, 1)
-    estimates = QUERIES[queries](query, keys, layer.scale, native.low_rank_kernels())
-    index = build_index(tiling, [pattern] * heads, estimates)
-    seconds = (time.perf_counter() - start) / heads
     rows = sample_rows(end - begin, args.rows, seed=end)
-    density = index.density().tolist()
-    found = [Found(*compare(layer, head, index, rows), density[head], seconds) for head in range(heads)]
-    return [one._replace(error=one.corrected_error) for one in found] if heads_with([pattern]) else found
+    dense = [exact(layer, head, rows + begin, end) for head in heads]
+    found = []
+    for pattern, queries in choices:
+        start = time.perf_counter()
+        estimates = QUERIES[queries](query, keys, layer.scale, native.low_rank_kernels())
+        index = build_index(tiling, [pattern] * len(heads), estimates)
+        seconds = (time.perf_counter() - start) / len(heads)
+        density = index.density().tolist()
+        one = [Found(*compare(dense[head], head, index, rows, layer.scale), density[head], seconds) for head in heads]
+        corrected = bool(heads_with([pattern]))
+        found.append([head._replace(error=head.corrected_error) for head in one] if corrected else one)
+    return found
 
 
-def compare(layer: Layer, head: int, index: SparseIndex, rows: torch.Tensor) -> tuple[float, float, float, float]:
-    """Of sampled rows against float32 attention: recall, relative output error, that with mean correction, and the
-    share of keys that hold 95 % of it."""
-    positions, length, size = rows + index.context_len, index.seq_len, index.block_size
+def compare(
+    of: Rows, head: int, index: SparseIndex, rows: torch.Tensor, scale: float
+) -> tuple[float, float, float, float]:
+    """Recall, relative output error, that with mean correction, and the share of keys that 95 % need."""
+    positions, size = rows + index.context_len, index.block_size
     tiles = torch.searchsorted(index.tile_starts, positions, right=True) - 1
-    keys, values = layer.keys_of(head)[:length].float(), layer.values_of(head)[:length].float()
-    query = layer.query[head, positions].float()
-    logits = query @ keys.T * layer.scale
-    logits.masked_fill_(torch.arange(length) > positions[:, None], -torch.inf)
-    weights = logits.softmax(-1)
-    selected = index.tile_mask(tiles, slice(head, head + 1))[0] & (logits > -torch.inf)
-    kept = weights * selected
+    selected = index.tile_mask(tiles, slice(head, head + 1))[0] & (of.logits > -torch.inf)
+    kept = of.weights * selected
     recall = kept.sum(-1, keepdim=True)
-    dense = weights @ values
 
-    pages = length // size
-    mean_keys, mean_values = (x[: pages * size].unflatten(0, (pages, size)).mean(1) for x in (keys, values))
+    pages = index.seq_len // size
+    mean_keys, mean_values = (x[: pages * size].unflatten(0, (pages, size)).mean(1) for x in (of.keys, of.values))
     pruned = ~selected[:, : pages * size].unflatten(1, (pages, size)).any(-1)
     pruned &= torch.arange(1, pages + 1) * size <= positions[:, None]
-    page_logits = (query @ mean_keys.T * layer.scale + math.log(size)).masked_fill(~pruned, -torch.inf)
-    corrected = torch.cat([logits.masked_fill(~selected, -torch.inf), page_logits], 1).softmax(-1)
-    outputs = kept @ values / recall, corrected @ torch.cat([values, mean_values])
-    error, corrected_error = (float((output - dense).norm() / dense.norm()) for output in outputs)
-    strongest = weights.sort(dim=1, descending=True).values.cumsum(1)
-    needed = ((strongest < 0.95).sum(1) + 1) / (positions + 1)
-    return float(recall.mean()), error, corrected_error, float(needed.mean())
+    page_logits = (of.query @ mean_keys.T * scale + math.log(size)).masked_fill(~pruned, -torch.inf)
+    corrected = torch.cat([of.logits.masked_fill(~selected, -torch.inf), page_logits], 1).softmax(-1)
+    outputs = kept @ of.values / recall, corrected @ torch.cat([of.values, mean_values])
+    error, corrected_error = (float((output - of.output).norm() / of.output.norm()) for output in outputs)
+    return float(recall.mean()), error, corrected_error, of.needed
 
 
 def main() -> None:
@@ -191,9 +214,10 @@ def main() -> None:
             found: dict[tuple[str, str], list[list[Found]]] = {choice: [] for choice in choices}
             for layer in layers_of[source](context):
                 for end in {context, max(args.chunk, context // 2 // args.chunk * args.chunk)}:
-                    for text, queries in choices:
-                        begin = max(0, end - args.chunk)
-                        found[text, queries].append(measure(layer, patterns[text], queries, begin, end, args))
+                    begin = max(0, end - args.chunk)
+                    wanted = [(patterns[text], queries) for text, queries in choices]
+                    for choice, heads in zip(choices, measure(layer, wanted, begin, end, args), strict=True):
+                        found[choice].append(heads)
             for (text, queries), results in found.items():
                 row = {"source": source, "context": context, "chunk": args.chunk, "pattern": text, "queries": queries}
                 emit({**row, **summary(results)}, args.json, args.csv)
