@@ -54,14 +54,9 @@ PATTERNS = (
     '{"kind": "block_sparse", "top_k": 100}',
     '{"kind": "coverage", "gamma": 0.95, "min_budget": 1024}',
     '{"kind": "coverage", "gamma": 0.95, "min_budget": 3072}',
-    '{"kind": "coverage", "gamma": 0.98, "min_budget": 3072}',
-    '{"kind": "coverage", "gamma": 0.98, "min_budget": 6144}',
     '{"kind": "antidiagonal", "stride": 16, "tau": 0.9}',
     '{"kind": "peak_threshold", "alpha": 0.1}',
     '{"kind": "low_rank", "rank": 32, "gamma": 0.95}',
-    '{"kind": "low_rank", "rank": 32, "gamma": 0.97}',
-    '{"kind": "low_rank", "rank": 32, "gamma": 0.98}',
-    '{"kind": "low_rank", "rank": 16, "gamma": 0.98}',
     '{"kind": "low_rank", "rank": 32, "gamma": 0.99}',
 )
 
