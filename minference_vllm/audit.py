@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +98,32 @@ class Counters:
         """Computed pairs as a share of the dense ones; 1 before any sparse chunk."""
         return self.computed_pairs / self.dense_pairs if self.dense_pairs else 1.0
 
+    def report(self) -> dict[str, Any]:
+        """Everything that was counted, ready for JSON; ``merged`` puts the reports of several processes together."""
+        recall = self.recall
+        heads = sorted({*recall, *self.raised, *self.raised_to_dense})
+        return {
+            "sparse_chunks": self.sparse_chunks,
+            "sparse_tokens": self.sparse_tokens,
+            "dense_chunks": dict(self.dense_chunks),
+            "computed_pairs": self.computed_pairs,
+            "dense_pairs": self.dense_pairs,
+            "density": self.density,
+            "overflowed_tiles": self.overflowed,
+            "heads": [
+                {
+                    "layer": layer,
+                    "head": head,
+                    "audited_chunks": recall[layer, head].count if (layer, head) in recall else 0,
+                    "recall": recall[layer, head].mean if (layer, head) in recall else None,
+                    "least_recall": recall[layer, head].least if (layer, head) in recall else None,
+                    "chunks_with_more_keys": self.raised[layer, head],
+                    "chunks_run_densely": self.raised_to_dense[layer, head],
+                }
+                for layer, head in heads
+            ],
+        }
+
     def line_when_due(self, interval: float, now: float | None = None) -> str | None:
         """One line of statistics, if there was sparse work and the last line is ``interval`` seconds old."""
         now = time.monotonic() if now is None else now
@@ -121,3 +148,18 @@ class Counters:
         if self.dense_chunks:
             line += "; dense: " + ", ".join(f"{count} ({reason})" for reason, count in self.dense_chunks.items())
         return line
+
+
+def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One report of the processes that serve a model together: each has seen every chunk, with its own heads or layers.
+
+    Args:
+        reports: of ``Counters.report``, at least one.
+    """
+    first = max(reports, key=lambda report: int(report["sparse_chunks"]))
+    totals = {
+        name: sum(report[name] for report in reports) for name in ("computed_pairs", "dense_pairs", "overflowed_tiles")
+    }
+    density = totals["computed_pairs"] / totals["dense_pairs"] if totals["dense_pairs"] else 1.0
+    heads = sorted((head for report in reports for head in report["heads"]), key=lambda at: (at["layer"], at["head"]))
+    return {**first, **totals, "density": density, "heads": heads}

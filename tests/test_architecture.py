@@ -37,7 +37,7 @@ PARTS: dict[str, set[str]] = {
     "paged_estimates": {"torch"},
     "attend": {"torch"},
     "audit": set(),
-    "backend": {"torch", "vllm"},
+    "backend": {"torch", "vllm", "fastapi", "prometheus_client"},
     "calibrate": {"torch", "tqdm", "transformers", "vllm"},
     "plugin": set(),
     "checkpoint": {"torch", "transformers"},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from minference_vllm.audit import Counters
+from minference_vllm.audit import Counters, merged
 from minference_vllm.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT, plan_batch
 
 
@@ -82,3 +84,35 @@ def test_tiles_without_room_are_in_the_line() -> None:
     counters.count_layer(1.0, 2.0, 3)
     assert counters.overflowed == 3
     assert "; 3 tiles had no room" in str(counters.line_when_due(1.0, now=6000.0))
+
+
+def counted(first_head: int, recall: list[float]) -> Counters:
+    """Of one rank: two heads from ``first_head`` on, a chunk of which one layer was audited."""
+    counters = Counters()
+    counters.count_batch(plan_batch([0, 600, 700], [600, 100], min_context=300, min_chunk=1))
+    counters.count_layer(25.0, 100.0, overflowed=3)
+    counters.count_recall(1, first_head, torch.tensor(recall, dtype=torch.float64))
+    return counters
+
+
+def test_a_report_is_json_and_has_everything() -> None:
+    counters = counted(2, [0.5, 1.0])
+    counters.count_raised(1, 2, dense=False)
+    counters.count_raised(0, 3, dense=True)
+    report = counters.report()
+    assert json.loads(json.dumps(report)) == report
+    assert (report["sparse_chunks"], report["sparse_tokens"], report["density"]) == (1, 600, 0.25)
+    assert report["dense_chunks"] == {BELOW_MIN_CONTEXT: 1} and report["overflowed_tiles"] == 3
+    heads = {(head["layer"], head["head"]): head for head in report["heads"]}
+    assert set(heads) == {(0, 3), (1, 2), (1, 3)}
+    assert heads[0, 3]["recall"] is None and heads[0, 3]["chunks_run_densely"] == 1
+    assert heads[1, 2]["recall"] == heads[1, 2]["least_recall"] == 0.5 and heads[1, 2]["chunks_with_more_keys"] == 1
+
+
+def test_reports_of_ranks_become_one() -> None:
+    idle = Counters().report()
+    report = merged([idle, counted(2, [0.5, 1.0]).report(), counted(0, [0.9, 0.8]).report()])
+    assert (report["sparse_chunks"], report["sparse_tokens"]) == (1, 600), "every rank sees every chunk"
+    assert (report["computed_pairs"], report["dense_pairs"], report["density"]) == (50.0, 200.0, 0.25)
+    assert [(head["head"], head["recall"]) for head in report["heads"]] == [(0, 0.9), (1, 0.8), (2, 0.5), (3, 1.0)]
+    assert merged([idle]) == idle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -160,6 +161,13 @@ def is_minference(backend: Any) -> bool:
         and backend.is_overridden()
         and backend.get_path() in CLASS_PATHS.values()
     )
+
+
+def add_worker_method(name: str, method: Callable[[Any], Any]) -> None:
+    """Let ``collective_rpc(name)`` call ``method(worker)`` in this process, if it is a worker's. Idempotent."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    setattr(WorkerBase, name, method)
 
 
 def slice_requests(common: CommonAttentionMetadata, first: int, last: int) -> CommonAttentionMetadata:

@@ -10,6 +10,7 @@ import torch
 
 from minference_vllm.attend import DTYPES
 from minference_vllm.audit import Counters
+from minference_vllm.backend.compat import add_worker_method
 from minference_vllm.discovery import discover_patterns, total_query_heads
 from minference_vllm.engines import native
 from minference_vllm.mean_correction import heads_with
@@ -18,6 +19,9 @@ from minference_vllm.patterns import Antidiagonal, HeadPattern, PatternFile
 from minference_vllm.plan import Chunk
 from minference_vllm.recall import RaisedLevels
 from minference_vllm.settings import Settings, load_settings
+
+STATS_METHOD = "minference_stats"
+"""What workers are asked for their ``Counters.report`` by: ``LLM.collective_rpc("minference_stats")``."""
 
 
 class Recorder(Protocol):
@@ -74,6 +78,7 @@ def runtime_for(vllm_config: Any) -> Runtime:
     known = _runtimes.get(id(vllm_config))
     if known is None:
         known = _runtimes[id(vllm_config)] = (vllm_config, _make_runtime(vllm_config))
+        add_worker_method(STATS_METHOD, lambda worker: runtime_for(worker.vllm_config).counters.report())
     return known[1]
 
 

@@ -32,7 +32,8 @@ def server(
     command = [*vllm_command, "serve", str(llama), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", "tiny", "--max-model-len", "4096", "--max-num-batched-tokens", "1024"]
     command += ["--attention-backend", "minference", "--additional-config", additional]
-    with process_group(command, log) as process:
+    # Without this vLLM adds no routes of plugins.
+    with process_group(command, log, VLLM_PLUGINS="minference,minference_cpu") as process:
         address = f"http://127.0.0.1:{port}"
         give_up = time.monotonic() + 400
         while True:
@@ -109,3 +110,13 @@ def test_the_log_tells_what_ran(server: tuple[str, Path], client: Any, density_i
     log = server[1].read_text()
     assert "Using MINFERENCE attention backend on CPU" in log
     assert 0.05 < density_in(log) < 0.9
+
+
+def test_what_was_served_can_be_asked_for(server: tuple[str, Path], client: Any) -> None:
+    with urllib.request.urlopen(f"{server[0]}/minference/stats", timeout=60) as answer:
+        stats = json.load(answer)
+    assert stats["sparse_chunks"] > 0 and 0.05 < stats["density"] < 0.9 and stats["dense_chunks"]
+    assert {head["layer"] for head in stats["heads"]} <= {0, 1, 2}
+    assert stats["heads"] and all(0 < head["recall"] <= 1 for head in stats["heads"] if head["audited_chunks"])
+    with urllib.request.urlopen(f"{server[0]}/minference/metrics", timeout=60) as answer:
+        assert f"minference_sparse_chunks_total {stats['sparse_chunks']:.1f}" in answer.read().decode()
