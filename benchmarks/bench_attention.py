@@ -180,7 +180,8 @@ def measure(
     """The engine's row, then those of the named peers; what is wrong or fails is added to ``failed`` instead."""
     structure = Structure()
     chunk_len = min(args.chunk or context, context)
-    query, keys, values = structured_qkv(context, args.heads, args.kv_heads, args.head_size, structure)
+    dtype = getattr(torch, args.dtype)
+    query, keys, values = structured_qkv(context, args.heads, args.kv_heads, args.head_size, structure, dtype=dtype)
     query = query[context - chunk_len :].contiguous()
     cache, pages = fill_cache(keys, values, args.block_size)
     scale = args.head_size**-0.5
@@ -307,6 +308,7 @@ def main() -> int:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--head-size", type=int, default=128)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--tile", type=int, default=None)
     parser.add_argument("--repeat", type=int, default=3)
