@@ -152,7 +152,7 @@ class Measurement(BaseModel):
     recall: float
     """Mean share of the dense attention that lies on the selected keys."""
     density: float
-    """Computed query-key pairs as a share of the dense ones, with what ``low_rank`` spends on scores where it scores."""
+    """Computed query-key pairs as a share of the dense ones, with what ``low_rank`` spends where it scores keys."""
     output_error: float
     """Of the attention output, relative to the dense output."""
 
