@@ -33,7 +33,7 @@ class StatsEndpoint:
 
 
 async def stats(request: Request) -> dict[str, Any]:
-    """Totals since the server's start, see ``Counters.report``."""
+    """Totals since the server's start, see ``Counters.report``. Of data-parallel engines vLLM asks the first alone."""
     engine = request.app.state.minference_engine
     if engine is None or not selects_minference(engine.vllm_config):
         raise HTTPException(404, "this server does not run the attention backend minference")
