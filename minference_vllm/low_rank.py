@@ -115,15 +115,15 @@ def line_levels(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor
         uint8 ``[h, T, S]``.
     """
     worth = line_worth(tiling, by_column, by_offset)
-    distance = tiling.distance()
+    distance, size = tiling.distance(), tiling.block_size
+    before = (distance > 0).to(torch.uint8)
     by_distance, of_column = (levels.as_levels(part.log2()) for part in (worth.of_distance, worth.alone))
-    pages = by_distance[:, distance.clamp(min=1) - 1]
+    pages = by_distance[:, distance.clamp(min=1) - 1] * before
     pages[:, tiling.own()] = levels.OWN_LEVEL
-    found = pages.repeat_interleave(tiling.block_size, 2)[..., : tiling.seq_len]
-    before = (distance > 0).repeat_interleave(tiling.block_size, 1)[:, : tiling.seq_len]
-    found = torch.maximum(found, of_column[:, None] * before)
-    later = ~tiling.reachable().repeat_interleave(tiling.block_size, 1)[:, : tiling.seq_len]
-    return found.masked_fill_(later, 0)
+    missing = tiling.num_key_blocks * size - tiling.seq_len
+    columns = torch.nn.functional.pad(of_column, (0, missing)).view(len(of_column), 1, -1, size)
+    found = torch.maximum(pages[..., None], columns * before[..., None])
+    return found.flatten(2)[..., : tiling.seq_len].contiguous()
 
 
 def joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
