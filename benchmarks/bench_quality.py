@@ -159,16 +159,17 @@ def measure(
         index = build_index(tiling, [pattern] * len(heads), estimates)
         seconds = (time.perf_counter() - start) / len(heads)
         density = index.density().tolist()
-        one = [Found(*compare(dense[head], head, index, rows, layer.scale), density[head], seconds) for head in heads]
+        one = [
+            Found(*compare(dense[head], head, index, rows, layer.scale), dense[head].needed, density[head], seconds)
+            for head in heads
+        ]
         corrected = bool(heads_with([pattern]))
         found.append([head._replace(error=head.corrected_error) for head in one] if corrected else one)
     return found
 
 
-def compare(
-    of: Rows, head: int, index: SparseIndex, rows: torch.Tensor, scale: float
-) -> tuple[float, float, float, float]:
-    """Recall, relative output error, that with mean correction, and the share of keys that 95 % need."""
+def compare(of: Rows, head: int, index: SparseIndex, rows: torch.Tensor, scale: float) -> tuple[float, float, float]:
+    """Recall, relative output error, and that with mean correction."""
     positions, size = rows + index.context_len, index.block_size
     tiles = torch.searchsorted(index.tile_starts, positions, right=True) - 1
     selected = index.tile_mask(tiles, slice(head, head + 1))[0] & (of.logits > -torch.inf)
@@ -183,7 +184,7 @@ def compare(
     corrected = torch.cat([of.logits.masked_fill(~selected, -torch.inf), page_logits], 1).softmax(-1)
     outputs = kept @ of.values / recall, corrected @ torch.cat([of.values, mean_values])
     error, corrected_error = (float((output - of.output).norm() / of.output.norm()) for output in outputs)
-    return float(recall.mean()), error, corrected_error, of.needed
+    return float(recall.mean()), error, corrected_error
 
 
 def main() -> None:

@@ -96,12 +96,25 @@ class Counters:
     @property
     def density(self) -> float:
         """Computed pairs as a share of the dense ones; 1 before any sparse chunk."""
-        return self.computed_pairs / self.dense_pairs if self.dense_pairs else 1.0
+        return _density(self.computed_pairs, self.dense_pairs)
 
     def report(self) -> dict[str, Any]:
         """Everything that was counted, ready for JSON; ``merged`` puts the reports of several processes together."""
         recall = self.recall
-        heads = sorted({*recall, *self.raised, *self.raised_to_dense})
+        heads = []
+        for layer, head in sorted({*recall, *self.raised, *self.raised_to_dense}):
+            found = recall.get((layer, head))
+            heads.append(
+                {
+                    "layer": layer,
+                    "head": head,
+                    "audited_chunks": found.count if found else 0,
+                    "recall": found.mean if found else None,
+                    "least_recall": found.least if found else None,
+                    "chunks_with_more_keys": self.raised[layer, head],
+                    "chunks_run_densely": self.raised_to_dense[layer, head],
+                }
+            )
         return {
             "sparse_chunks": self.sparse_chunks,
             "sparse_tokens": self.sparse_tokens,
@@ -110,18 +123,7 @@ class Counters:
             "dense_pairs": self.dense_pairs,
             "density": self.density,
             "overflowed_tiles": self.overflowed,
-            "heads": [
-                {
-                    "layer": layer,
-                    "head": head,
-                    "audited_chunks": recall[layer, head].count if (layer, head) in recall else 0,
-                    "recall": recall[layer, head].mean if (layer, head) in recall else None,
-                    "least_recall": recall[layer, head].least if (layer, head) in recall else None,
-                    "chunks_with_more_keys": self.raised[layer, head],
-                    "chunks_run_densely": self.raised_to_dense[layer, head],
-                }
-                for layer, head in heads
-            ],
+            "heads": heads,
         }
 
     def line_when_due(self, interval: float, now: float | None = None) -> str | None:
@@ -150,6 +152,10 @@ class Counters:
         return line
 
 
+def _density(computed: float, dense: float) -> float:
+    return computed / dense if dense else 1.0
+
+
 def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One report of the processes that serve a model together: each has seen every chunk, with its own heads or layers.
 
@@ -160,6 +166,6 @@ def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     totals = {
         name: sum(report[name] for report in reports) for name in ("computed_pairs", "dense_pairs", "overflowed_tiles")
     }
-    density = totals["computed_pairs"] / totals["dense_pairs"] if totals["dense_pairs"] else 1.0
+    density = _density(totals["computed_pairs"], totals["dense_pairs"])
     heads = sorted((head for report in reports for head in report["heads"]), key=lambda at: (at["layer"], at["head"]))
     return {**first, **totals, "density": density, "heads": heads}

@@ -126,11 +126,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def fast_dtype() -> str:
-    """Processors without AVX-512 multiply bfloat16 many times more slowly than float32."""
-    import torch
+    # Imports torch, for which an answer to --help need not wait.
+    from minference_vllm.commands.doctor import bfloat16_is_slow
 
-    slow = torch.backends.cpu.get_cpu_capability() == "AVX2" and not torch.cuda.is_available()
-    return "float32" if slow else "auto"
+    return "float32" if bfloat16_is_slow() else "auto"
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:

@@ -127,8 +127,15 @@ def device() -> Iterator[Finding]:
     described = ", ".join(name if there else f"no {name}" for name, there in units.items())
     capability = torch.backends.cpu.get_cpu_capability()
     yield Finding("ok", "device", f"CPU: {platform.machine()}, {capability}, {described}; {os.cpu_count()} threads")
-    if capability == "AVX2":
+    if bfloat16_is_slow():
         yield Finding("--", "bfloat16", "products take many times as long as float32's here: try --dtype float32")
+
+
+def bfloat16_is_slow() -> bool:
+    """Whether models run on a processor without AVX-512: it multiplies bfloat16 many times more slowly than float32."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and not torch.cuda.is_available()
 
 
 def backend() -> Iterator[Finding]:
@@ -195,8 +202,9 @@ def engines() -> Iterator[Finding]:
         return
     yield cpu_block_table()
     reason = native.unavailable_reason()
-    instructions = f"bf16 ({native.instructions()}) and float32 (AVX2)"
-    yield Finding("--" if reason else "ok", "engine native", reason or f"our kernels for {instructions}")
+    kernels = {"bf16": native.instructions(), "float32": native.instructions(torch.float32)}
+    served = " and ".join(f"{dtype} ({found})" for dtype, found in kernels.items() if found)
+    yield Finding("--" if reason else "ok", "engine native", reason or f"our kernels for {served}")
     yield Finding("--", "engine triton", "needs an NVIDIA GPU (for tests: TRITON_INTERPRET=1)")
 
 

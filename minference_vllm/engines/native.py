@@ -59,9 +59,9 @@ def _library(dtype: torch.dtype = torch.bfloat16) -> ctypes.CDLL:
     return best[1]
 
 
-def instructions() -> str | None:
-    """What the kernels for bf16 that run here are built for; None when none do."""
-    best = _best(torch.bfloat16)
+def instructions(dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """What the kernels for this type that run here are built for; None when none do."""
+    best = _best(dtype)
     return INSTRUCTIONS[best[0]] if best else None
 
 
