@@ -34,13 +34,13 @@ from record import emit
 from synthetic import Structure, structured_qkv
 
 from minference_vllm import reference
-from minference_vllm.attend import attend_chunk, choose_engine, choose_tile
-from minference_vllm.engines import cpu_kernel
-from minference_vllm.index import SparseIndex
-from minference_vllm.paged_cache import PagedCache
-from minference_vllm.paged_estimates import Timing
-from minference_vllm.patterns import AShape, BlockSparse, Coverage, HeadPattern, LowRank, TriShape, VerticalSlash
-from minference_vllm.plan import Chunk
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
+from minference_vllm.kernels.block_table import cpu_ops as cpu_kernel
+from minference_vllm.patterns.kinds import AShape, BlockSparse, Coverage, HeadPattern, LowRank, TriShape, VerticalSlash
+from minference_vllm.prefill.attend import attend_chunk, choose_engine, choose_tile
+from minference_vllm.selection.build import SparseIndex
+from minference_vllm.selection.scores import Timing
 
 # Fixed budgets are about 4K tokens per row; low_rank and coverage are the defaults on CPUs and on GPUs.
 PATTERNS: dict[str, HeadPattern] = {

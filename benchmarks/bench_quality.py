@@ -35,14 +35,14 @@ import torch
 from record import emit
 from synthetic import SHAPES, structured_qkv
 
-from minference_vllm.capture import Layer, capture_layers
-from minference_vllm.engines import native
-from minference_vllm.estimate import SPREAD_FROM, Estimates
-from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.mean_correction import heads_with
-from minference_vllm.patterns import HeadPattern, parse_head_pattern
-from minference_vllm.recall import sample_rows
-from minference_vllm.tiling import Tiling
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.native import attention as native
+from minference_vllm.offline.capture import Layer, capture_layers
+from minference_vllm.patterns.kinds import HeadPattern, parse_head_pattern
+from minference_vllm.prefill.mean_correction import heads_with
+from minference_vllm.prefill.recall import sample_rows
+from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.probe_queries import SPREAD_FROM, Estimates
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
 sys.path.insert(0, str(DEMO))

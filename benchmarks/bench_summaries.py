@@ -14,9 +14,9 @@ import time
 import torch
 from record import emit
 
-from minference_vllm.estimate import mean_keys
-from minference_vllm.paged_cache import PagedCache
-from minference_vllm.summaries import PageMeans
+from minference_vllm.core.page_means import PageMeans
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.selection.probe_queries import mean_keys
 
 
 def main() -> None:

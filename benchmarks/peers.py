@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from minference_vllm.index import SparseIndex
-from minference_vllm.lists import compact
+from minference_vllm.selection.build import SparseIndex
+from minference_vllm.selection.compaction import compact
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

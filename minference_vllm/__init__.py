@@ -4,8 +4,8 @@
 parts themselves.
 """
 
-from minference_vllm.formats import load_pattern_file
-from minference_vllm.patterns import (
+from minference_vllm.patterns.file import load_pattern_file
+from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
     BlockSparse,
@@ -46,11 +46,11 @@ def __getattr__(name: str) -> object:
     # torch loads only when something that computes is asked for: vLLM imports this package in every process to look
     # for plugins, whether or not the backend was selected.
     if name == "sparse_prefill":
-        from minference_vllm.attend import sparse_prefill
+        from minference_vllm.prefill.attend import sparse_prefill
 
         return sparse_prefill
     if name == "SparseIndex":
-        from minference_vllm.index import SparseIndex
+        from minference_vllm.selection.build import SparseIndex
 
         return SparseIndex
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,6 @@
 
 import sys
 
-from minference_vllm.cli import main
+from minference_vllm.commands.cli import main
 
 sys.exit(main())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from minference_vllm.tiling import Tiling
+from minference_vllm.core.tiling import Tiling
 
 
 def gather_sequence(cache: torch.Tensor, block_table: torch.Tensor, seq_len: int) -> torch.Tensor:

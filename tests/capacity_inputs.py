@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from minference_vllm.capacity import Capacity, plan_capacity
-from minference_vllm.levels import OWN_LEVEL, Levels
-from minference_vllm.patterns import (
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
     BlockSparse,
@@ -21,7 +20,8 @@ from minference_vllm.patterns import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.tiling import Tiling
+from minference_vllm.selection.capacity import Capacity, plan_capacity
+from minference_vllm.selection.score_bins import OWN_LEVEL, Levels
 
 PATTERNS: list[HeadPattern] = [
     Dense(),

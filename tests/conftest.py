@@ -16,9 +16,9 @@ import pytest
 import torch
 from paged_inputs import PagedBatch, make_batch
 
-from minference_vllm.attend import choose_engine
-from minference_vllm.engines import native
-from minference_vllm.paged_cache import PagedCache
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.kernels.native import attention as native
+from minference_vllm.prefill.attend import choose_engine
 
 ENGINES = ("block_table", "native")
 """Engines that every test of ``sparse_prefill`` runs with; another one needs its name here and nothing else."""

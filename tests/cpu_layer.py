@@ -15,10 +15,10 @@ import torch
 from layer_inputs import DIM, HEADS, KINDS, KV_HEADS, MIN_CHUNK, MIN_CONTEXT, PAGE
 from paged_inputs import make_batch
 
-from minference_vllm.attend import attend_chunk
-from minference_vllm.audit import Counters
-from minference_vllm.index import SparseIndex
-from minference_vllm.recall import Audit
+from minference_vllm.backend.counters import Counters
+from minference_vllm.prefill.attend import attend_chunk
+from minference_vllm.prefill.recall import Audit
+from minference_vllm.selection.build import SparseIndex
 
 
 @dataclass

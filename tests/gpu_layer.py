@@ -19,8 +19,8 @@ from layer_inputs import DIM, GPU_KINDS, HEADS, KV_HEADS, MIN_CHUNK, MIN_CONTEXT
 from paged_inputs import make_batch
 
 from minference_vllm import reference
-from minference_vllm.attend import attend_chunk
-from minference_vllm.index import SparseIndex
+from minference_vllm.prefill.attend import attend_chunk
+from minference_vllm.selection.build import SparseIndex
 
 DTYPE = torch.bfloat16
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.levels import OWN_LEVEL, Levels
-from minference_vllm.patterns import (
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
     BlockSparse,
@@ -23,7 +22,8 @@ from minference_vllm.patterns import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.tiling import Tiling
+from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.score_bins import OWN_LEVEL, Levels
 
 TILINGS = {
     # name: (context_len, seq_len, block_size, tile)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from minference_vllm.projection import Factors, Projection, in_units, whole_keys, whole_queries
+from minference_vllm.selection.projection import Factors, Projection, in_units, whole_keys, whole_queries
 
 CONTEXT, CHUNK, DIM, PAGE = 3072, 1024, 64, 32
 LENGTH = CONTEXT + CHUNK

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from minference_vllm import reference
-from minference_vllm.patterns import (
+from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
     BlockSparse,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from minference_vllm import reference
-from minference_vllm.index import SparseIndex
+from minference_vllm.selection.build import SparseIndex
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 

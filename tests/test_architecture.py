@@ -72,7 +72,7 @@ def imports(path: Path, module_level: bool = False) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide the arrows"
-            # ``from minference_vllm.engines import native`` imports the module minference_vllm.engines.native.
+            # ``from minference_vllm.engines import native`` imports the module minference_vllm.kernels.native.attention.
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from minference_vllm.audit import Counters, merged
-from minference_vllm.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT, plan_batch
+from minference_vllm.backend.counters import Counters, merged
+from minference_vllm.core.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT, plan_batch
 
 
 def test_batches_and_layers_add_up() -> None:

@@ -11,13 +11,15 @@ import torch
 from cpu_layer import FIRST, Layer, two_chunks
 from layer_inputs import HEADS, MIXED, SPARSE, assert_right
 
-from minference_vllm import patterns, recall, reference
-from minference_vllm.audit import Counters
+from minference_vllm import reference
+from minference_vllm.backend.counters import Counters
 from minference_vllm.backend.runtime import Runtime
 from minference_vllm.backend.serving import audit_is_due
-from minference_vllm.capacity import audit_frequency
-from minference_vllm.patterns import MAX_LEVEL, Coverage, PatternFile
-from minference_vllm.plan import Chunk
+from minference_vllm.core.plan import Chunk
+from minference_vllm.patterns import kinds as patterns
+from minference_vllm.patterns.kinds import MAX_LEVEL, Coverage, PatternFile
+from minference_vllm.prefill import recall
+from minference_vllm.selection.capacity import audit_frequency
 from minference_vllm.settings import Settings
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from minference_vllm import discovery, formats
 from minference_vllm.backend.runtime import Runtime, runtime_for, unsupported_layer_reasons
-from minference_vllm.patterns import AShape, Coverage, Dense, HeadPattern, LowRank
+from minference_vllm.patterns import discovery
+from minference_vllm.patterns import file as formats
+from minference_vllm.patterns.kinds import AShape, Coverage, Dense, HeadPattern, LowRank
 
 LAYERS, HEADS = 2, 4
 

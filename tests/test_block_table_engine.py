@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from minference_vllm import reference
-from minference_vllm.engines import block_table, cpu_kernel
-from minference_vllm.estimate import Estimates
-from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import VerticalSlash
-from minference_vllm.tiling import Tiling
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.block_table import cpu as block_table
+from minference_vllm.kernels.block_table import cpu_ops as cpu_kernel
+from minference_vllm.patterns.kinds import VerticalSlash
+from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.probe_queries import Estimates
 
 SIZE, HEADS, KV_HEADS, DIM, CONTEXT, LENGTH = 32, 4, 2, 64, 150, 700
 SCALE = DIM**-0.5

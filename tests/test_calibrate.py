@@ -12,19 +12,20 @@ import torch
 from low_rank_inputs import lookups, neighbours
 
 from minference_vllm import reference
-from minference_vllm.calibrate import command, recorder, search
-from minference_vllm.calibrate.recorder import CalibrationError, Plan, Recorder, collect
-from minference_vllm.calibrate.search import CANDIDATES, FAMILIES, Measured, choose, measure
-from minference_vllm.engines import native
-from minference_vllm.estimate import Estimates
-from minference_vllm.formats import parse_patterns
-from minference_vllm.index import build_index
-from minference_vllm.low_rank import scoring_cost
-from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import AShape, Coverage, Dense, LowRank, VerticalSlash
-from minference_vllm.plan import Chunk
-from minference_vllm.recall import sample_rows
-from minference_vllm.tiling import Tiling
+from minference_vllm.commands import calibrate as command
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.native import attention as native
+from minference_vllm.offline.calibrate import recorder, search
+from minference_vllm.offline.calibrate.recorder import CalibrationError, Plan, Recorder, collect
+from minference_vllm.offline.calibrate.search import CANDIDATES, FAMILIES, Measured, choose, measure
+from minference_vllm.patterns.file import parse_patterns
+from minference_vllm.patterns.kinds import AShape, Coverage, Dense, LowRank, VerticalSlash
+from minference_vllm.prefill.recall import sample_rows
+from minference_vllm.selection.build import build_index
+from minference_vllm.selection.low_rank import scoring_cost
+from minference_vllm.selection.probe_queries import Estimates
 
 SIZE, DIM, HEADS, KV_HEADS, CONTEXT, LENGTH = 32, 64, 4, 2, 300, 620
 SCALE = DIM**-0.5

@@ -7,10 +7,19 @@ import pytest
 import torch
 from capacity_inputs import ADAPTIVE, PATTERNS, RandomScores, planned
 
-from minference_vllm.capacity import AUDITED_PAIR, Capacity, audit_frequency
-from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.patterns import AShape, BlockSparse, Coverage, Dense, HeadPattern, LowRank, TriShape, VerticalSlash
-from minference_vllm.tiling import Tiling
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import (
+    AShape,
+    BlockSparse,
+    Coverage,
+    Dense,
+    HeadPattern,
+    LowRank,
+    TriShape,
+    VerticalSlash,
+)
+from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.capacity import AUDITED_PAIR, Capacity, audit_frequency
 
 NAMES = ("regular", "odd_length", "one_token_after_context", "chunk_inside_a_page", "long_context_short_chunk")
 TILINGS = {name: index_inputs.TILINGS[name] for name in NAMES}

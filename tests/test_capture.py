@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from minference_vllm.capture import Layer, capture_layers, chunk_indices, measure, visit_layers
-from minference_vllm.patterns import AShape, Dense, HeadPattern, VerticalSlash
-from minference_vllm.plot import head_map
+from minference_vllm.offline.capture import Layer, capture_layers, chunk_indices, measure, visit_layers
+from minference_vllm.offline.plot import head_map
+from minference_vllm.patterns.kinds import AShape, Dense, HeadPattern, VerticalSlash
 from minference_vllm.settings import Settings
 
 LENGTH, HEADS, KV_HEADS, DIM = 700, 4, 2, 16

@@ -14,10 +14,10 @@ import pytest
 
 from minference_vllm import __version__
 from minference_vllm.backend import compat
-from minference_vllm.checkpoint import Checkpoint
-from minference_vllm.cli import COMMANDS, main
 from minference_vllm.commands import doctor
+from minference_vllm.commands.cli import COMMANDS, main
 from minference_vllm.commands.inspect import spans, table
+from minference_vllm.offline.checkpoint import Checkpoint
 
 DEMO = Path(__file__).parent.parent / "examples" / "demo" / "model"
 LAYERS, HEADS = 3, 4
@@ -78,7 +78,7 @@ def test_the_tool_is_installed_and_runs_as_a_module() -> None:
     )
     assert done.stdout.strip() == f"minference-vllm {__version__}"
     declared = (Path(__file__).parent.parent / "pyproject.toml").read_text()
-    assert 'minference-vllm = "minference_vllm.cli:main"' in declared
+    assert 'minference-vllm = "minference_vllm.commands.cli:main"' in declared
 
 
 def test_help_names_every_command(tool: Callable[..., Ended]) -> None:

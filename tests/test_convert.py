@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from minference_vllm.commands.convert import convert
-from minference_vllm.formats import parse_patterns, published_entry, read_pattern_json, to_text
-from minference_vllm.patterns import (
+from minference_vllm.patterns.file import parse_patterns, published_entry, read_pattern_json, to_text
+from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
     BlockSparse,

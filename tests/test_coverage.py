@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from minference_vllm import reference
-from minference_vllm.estimate import Estimates
-from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.patterns import Antidiagonal, Coverage, HeadPattern, PeakThreshold
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import Antidiagonal, Coverage, HeadPattern, PeakThreshold
 from minference_vllm.reference import causal_mask
-from minference_vllm.tiling import Tiling
+from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.probe_queries import Estimates
 
 TOKENS, CHUNK, DIM = 4096, 1024, 64
 

@@ -10,9 +10,9 @@ import torch
 from cpu_layer import FIRST, PAGE, SECOND, Layer, two_chunks
 from layer_inputs import ADAPTIVE_KINDS, HEADS, KINDS, MIN_CONTEXT, MIXED, SPARSE, assert_right
 
-from minference_vllm.audit import Counters
-from minference_vllm.engines import native
-from minference_vllm.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
+from minference_vllm.backend.counters import Counters
+from minference_vllm.core.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
+from minference_vllm.kernels.native import attention as native
 
 
 @pytest.mark.parametrize("kinds", [KINDS, ADAPTIVE_KINDS], ids=["fixed", "adaptive"])
@@ -190,8 +190,8 @@ def test_nothing_of_ours_runs_for_decodes(
 def test_pooled_estimates_keep_the_pages_of_the_chunk_before(
     make_cpu_layer: Callable[..., Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minference_vllm import summaries
     from minference_vllm.backend import splitting
+    from minference_vllm.core import page_means as summaries
 
     read: list[int] = []
     unpack = summaries.unpack_keys

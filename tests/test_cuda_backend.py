@@ -11,7 +11,7 @@ import torch
 from gpu_layer import DTYPE, LAYOUTS, Layer, Parent, only
 from layer_inputs import DIM, HEADS, KV_HEADS, MIXED, PAGE, SPARSE, assert_right
 
-from minference_vllm.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
+from minference_vllm.core.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -12,8 +12,8 @@ import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from minference_vllm.audit import Counters
 from minference_vllm.backend import compat
+from minference_vllm.backend.counters import Counters
 from minference_vllm.backend.endpoint import StatsEndpoint
 
 vllm_interface = pytest.importorskip("vllm.plugins.endpoint_plugins.interface")

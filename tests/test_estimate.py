@@ -10,8 +10,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from minference_vllm import estimate, reference
-from minference_vllm.tiling import Tiling
+from minference_vllm import reference
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.selection import probe_queries as estimate
 
 SIZES = {
     # name: (chunk, context, heads, KV heads, head size)

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from minference_vllm import reference
-from minference_vllm.capacity import plan_capacity
-from minference_vllm.engines import flash
-from minference_vllm.estimate import Estimates
-from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
-from minference_vllm.tiling import Tiling
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.block_table import flash
+from minference_vllm.patterns.kinds import AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
+from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.capacity import plan_capacity
+from minference_vllm.selection.probe_queries import Estimates
 
 HEADS, KV_HEADS, DIM = 6, 2, 32
 TOLERANCE = 0.03

@@ -6,10 +6,10 @@ import pytest
 import torch
 from index_inputs import EVERYTHING, PATTERNS, TILINGS, Built, OneHead, RandomScores, build
 
-from minference_vllm.index import build_index
-from minference_vllm.patterns import MAX_LEVEL, Dense, LowRank, at_level
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import MAX_LEVEL, Dense, LowRank, at_level
 from minference_vllm.reference import causal_mask
-from minference_vllm.tiling import Tiling
+from minference_vllm.selection.build import build_index
 
 
 def test_lists_are_in_order_and_name_no_key_twice(built: Built) -> None:

@@ -10,8 +10,7 @@ import torch
 from index_inputs import PATTERNS, TILINGS, Built, build
 
 from minference_vllm import reference
-from minference_vllm.index import build_index
-from minference_vllm.patterns import (
+from minference_vllm.patterns.kinds import (
     ESTIMATION_BLOCK,
     Antidiagonal,
     AShape,
@@ -22,7 +21,14 @@ from minference_vllm.patterns import (
     VerticalSlash,
 )
 from minference_vllm.reference import causal_mask
-from minference_vllm.selection import DENSE_FROM, FORCED_COLUMNS, FORCED_DIAGONALS, distance_scores, forced_distances
+from minference_vllm.selection.build import build_index
+from minference_vllm.selection.vertical_slash import (
+    DENSE_FROM,
+    FORCED_COLUMNS,
+    FORCED_DIAGONALS,
+    distance_scores,
+    forced_distances,
+)
 
 
 def at_least(scores: torch.Tensor, count: int) -> torch.Tensor:

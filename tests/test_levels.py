@@ -9,12 +9,19 @@ import torch
 from low_rank_inputs import TILINGS, random_factors
 
 from minference_vllm import reference
-from minference_vllm.engines import native
-from minference_vllm.levels import OWN_LEVEL, PEAK_KEYS, keys_at_levels, row_levels, threshold, tile_levels
-from minference_vllm.lists import single_keys
-from minference_vllm.low_rank import Kernels, calibration_rows
-from minference_vllm.projection import LEVELS_PER_BIT
-from minference_vllm.tiling import Tiling
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.native import attention as native
+from minference_vllm.selection.compaction import single_keys
+from minference_vllm.selection.low_rank import Kernels, calibration_rows
+from minference_vllm.selection.projection import LEVELS_PER_BIT
+from minference_vllm.selection.score_bins import (
+    OWN_LEVEL,
+    PEAK_KEYS,
+    keys_at_levels,
+    row_levels,
+    threshold,
+    tile_levels,
+)
 
 IMPLEMENTATIONS = ("torch", *native.INSTRUCTIONS)
 

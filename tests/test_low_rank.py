@@ -8,18 +8,19 @@ import pytest
 import torch
 from low_rank_inputs import CHUNK, CONTEXT, DIM, LENGTH, PAGE, TILINGS, lookups, neighbours
 
-from minference_vllm import low_rank, reference
-from minference_vllm.engines import columns as columns_module
-from minference_vllm.engines import native
-from minference_vllm.engines.columns import gather_columns
-from minference_vllm.estimate import Estimates
-from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.levels import OWN_LEVEL, Levels
-from minference_vllm.low_rank import Kernels, line_levels
-from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import Coverage, LowRank
-from minference_vllm.projection import LEVELS_PER_BIT
-from minference_vllm.tiling import Tiling
+from minference_vllm import reference
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels import gathered_columns as columns_module
+from minference_vllm.kernels.gathered_columns import gather_columns
+from minference_vllm.kernels.native import attention as native
+from minference_vllm.patterns.kinds import Coverage, LowRank
+from minference_vllm.selection import low_rank
+from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.low_rank import Kernels, line_levels
+from minference_vllm.selection.probe_queries import Estimates
+from minference_vllm.selection.projection import LEVELS_PER_BIT
+from minference_vllm.selection.score_bins import OWN_LEVEL, Levels
 
 
 @pytest.mark.parametrize("name", ["regular", "starts_inside_a_tile", "large_tile"])

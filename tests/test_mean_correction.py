@@ -14,15 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from minference_vllm import mean_correction, reference
-from minference_vllm.attend import attend_chunk, choose_engine, sparse_prefill
-from minference_vllm.capacity import Capacity
-from minference_vllm.engines import native
-from minference_vllm.estimate import Estimates, mean_keys
-from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.paged_cache import Layout, PagedCache
-from minference_vllm.paged_estimates import Timing
-from minference_vllm.patterns import (
+from minference_vllm import reference
+from minference_vllm.core.page_means import PageMeans
+from minference_vllm.core.paged_cache import Layout, PagedCache
+from minference_vllm.core.plan import Chunk
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.native import attention as native
+from minference_vllm.patterns.kinds import (
     AShape,
     Dense,
     HeadPattern,
@@ -33,10 +31,13 @@ from minference_vllm.patterns import (
     at_level,
     parse_head_pattern,
 )
-from minference_vllm.plan import Chunk
-from minference_vllm.recall import Audit
-from minference_vllm.summaries import PageMeans
-from minference_vllm.tiling import Tiling
+from minference_vllm.prefill import mean_correction
+from minference_vllm.prefill.attend import attend_chunk, choose_engine, sparse_prefill
+from minference_vllm.prefill.recall import Audit
+from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.capacity import Capacity
+from minference_vllm.selection.probe_queries import Estimates, mean_keys
+from minference_vllm.selection.scores import Timing
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 

@@ -13,13 +13,9 @@ from capacity_inputs import RandomScores, planned
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minference_vllm import low_rank, mean_correction, recall
-from minference_vllm.capacity import MEMORY_LIMIT
-from minference_vllm.index import build_index
-from minference_vllm.levels import Levels
-from minference_vllm.paged_cache import PagedCache
-from minference_vllm.paged_estimates import PagedEstimates
-from minference_vllm.patterns import (
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
     BlockSparse,
@@ -31,8 +27,13 @@ from minference_vllm.patterns import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.recall import PIECE_BYTES, Audit
-from minference_vllm.tiling import Tiling
+from minference_vllm.prefill import mean_correction, recall
+from minference_vllm.prefill.recall import PIECE_BYTES, Audit
+from minference_vllm.selection import low_rank
+from minference_vllm.selection.build import build_index
+from minference_vllm.selection.capacity import MEMORY_LIMIT
+from minference_vllm.selection.score_bins import Levels
+from minference_vllm.selection.scores import PagedEstimates
 
 
 class LiveBytes(TorchDispatchMode):

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from minference_vllm import estimate, low_rank, reference
-from minference_vllm.attend import attend_chunk, choose_engine
-from minference_vllm.engines import native
-from minference_vllm.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
-from minference_vllm.plan import Chunk
-from minference_vllm.tiling import Tiling
+from minference_vllm import reference
+from minference_vllm.core.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
+from minference_vllm.core.plan import Chunk
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.native import attention as native
+from minference_vllm.prefill.attend import attend_chunk, choose_engine
+from minference_vllm.selection import low_rank
+from minference_vllm.selection import probe_queries as estimate
 
 LAYOUTS: tuple[Layout, ...] = ("rows", "transposed", "amx")
 BUILDS = (("avx512bf16", torch.bfloat16), ("avx2", torch.bfloat16), ("avx2", torch.float32))

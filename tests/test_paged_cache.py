@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minference_vllm.engines import cpu_kernel
-from minference_vllm.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
+from minference_vllm.core.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
+from minference_vllm.kernels.block_table import cpu_ops as cpu_kernel
 
 LAYOUTS: tuple[Layout, ...] = ("rows", "transposed", "amx")
 SIZE, DIM = 32, 48

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from minference_vllm.formats import load_pattern_file, parse_patterns, shipped_pattern_files
-from minference_vllm.patterns import (
+from minference_vllm.patterns.file import load_pattern_file, parse_patterns, shipped_pattern_files
+from minference_vllm.patterns.kinds import (
     KINDS,
     MAX_BUDGET,
     AShape,

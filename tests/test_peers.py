@@ -14,11 +14,11 @@ import torch
 from peers import PEERS, Lists, Peer, Problem, Size
 
 from minference_vllm import reference
-from minference_vllm.capacity import plan_capacity
-from minference_vllm.estimate import Estimates
-from minference_vllm.index import build_index
-from minference_vllm.patterns import AShape, BlockSparse, Dense, HeadPattern, VerticalSlash
-from minference_vllm.tiling import Tiling
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import AShape, BlockSparse, Dense, HeadPattern, VerticalSlash
+from minference_vllm.selection.build import build_index
+from minference_vllm.selection.capacity import plan_capacity
+from minference_vllm.selection.probe_queries import Estimates
 
 DIM, KV_HEADS, TILE = 16, 2, 128
 SCALE = DIM**-0.5

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import pytest
 
-from minference_vllm.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT, Chunk, Plan, plan_batch
+from minference_vllm.core.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT, Chunk, Plan, plan_batch
 
 MIN_CONTEXT, MIN_CHUNK = 1000, 100
 

@@ -8,11 +8,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from minference_vllm.estimate import Estimates
-from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.patterns import AShape, Coverage, Dense, HeadPattern, VerticalSlash
-from minference_vllm.plot import HeadMap, draw_head, draw_layers, draw_pattern_map, head_map
-from minference_vllm.tiling import Tiling
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.offline.plot import HeadMap, draw_head, draw_layers, draw_pattern_map, head_map
+from minference_vllm.patterns.kinds import AShape, Coverage, Dense, HeadPattern, VerticalSlash
+from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.probe_queries import Estimates
 
 pytest.importorskip("matplotlib")
 

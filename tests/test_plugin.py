@@ -161,7 +161,7 @@ print(json.dumps([type(current_platform).__qualname__, "MINFERENCE" in Attention
 def test_importing_the_package_imports_neither_torch_nor_vllm(tmp_path: Path) -> None:
     script = """
 import json, sys
-import minference_vllm, minference_vllm.plugin, minference_vllm.plan, minference_vllm.backend.compat
+import minference_vllm, minference_vllm.plugin, minference_vllm.core.plan, minference_vllm.backend.compat
 print(json.dumps(sorted({"torch", "vllm", "numpy", "transformers"} & set(sys.modules))))
 """
     assert fresh(tmp_path, script) == []
@@ -185,7 +185,7 @@ print(json.dumps(found))
 def test_the_pattern_files_are_installed_with_the_package(tmp_path: Path) -> None:
     script = """
 import json
-from minference_vllm.formats import load_pattern_file
+from minference_vllm.patterns.file import load_pattern_file
 print(json.dumps(load_pattern_file("coverage").default.kind))
 """
     assert fresh(tmp_path, script) == "coverage"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from low_rank_inputs import as_factors
 
-from minference_vllm.projection import (
+from minference_vllm.selection.projection import (
     KEY_NORM,
     LEAST_RANGE,
     MOST_PRODUCT,

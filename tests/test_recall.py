@@ -10,12 +10,10 @@ import pytest
 import torch
 
 from minference_vllm import reference
-from minference_vllm.attend import attend_chunk
-from minference_vllm.estimate import Estimates
-from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.paged_cache import PagedCache
-from minference_vllm.paged_estimates import Timing
-from minference_vllm.patterns import (
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import (
     MAX_LEVEL,
     AShape,
     BlockSparse,
@@ -26,9 +24,11 @@ from minference_vllm.patterns import (
     VerticalSlash,
     at_level,
 )
-from minference_vllm.plan import Chunk
-from minference_vllm.recall import Audit, RaisedLevels, sample_rows, sampled_recall
-from minference_vllm.tiling import Tiling
+from minference_vllm.prefill.attend import attend_chunk
+from minference_vllm.prefill.recall import Audit, RaisedLevels, sample_rows, sampled_recall
+from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.probe_queries import Estimates
+from minference_vllm.selection.scores import Timing
 
 SIZES = {
     # name: (chunk, context, heads, KV heads, head size)

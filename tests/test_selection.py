@@ -7,9 +7,10 @@ import torch
 from index_inputs import TILINGS
 
 from minference_vllm import reference
-from minference_vllm.lists import columns_outside_blocks, compact
-from minference_vllm.patterns import PeakThreshold
-from minference_vllm.selection import (
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import PeakThreshold
+from minference_vllm.selection.compaction import columns_outside_blocks, compact
+from minference_vllm.selection.vertical_slash import (
     FORCED_DIAGONALS,
     Columns,
     covering_blocks,
@@ -18,7 +19,6 @@ from minference_vllm.selection import (
     slash_blocks,
     top_blocks,
 )
-from minference_vllm.tiling import Tiling
 
 
 @pytest.mark.parametrize("tau", [1e-6, 0.3, 0.8, 0.999])

@@ -11,9 +11,7 @@ from prefill_checks import BFLOAT16, FLOAT16, FLOAT32, check
 
 import minference_vllm
 from minference_vllm import reference
-from minference_vllm.attend import choose_tile, sparse_prefill
-from minference_vllm.index import SparseIndex
-from minference_vllm.patterns import (
+from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
     BlockSparse,
@@ -25,6 +23,8 @@ from minference_vllm.patterns import (
     TriShape,
     VerticalSlash,
 )
+from minference_vllm.prefill.attend import choose_tile, sparse_prefill
+from minference_vllm.selection.build import SparseIndex
 
 FULL: dict[str, HeadPattern] = {
     "dense": Dense(),
@@ -183,7 +183,7 @@ def test_the_package_offers_it() -> None:
 def test_many_columns_need_several_rounds_of_scratch_pages(
     monkeypatch: pytest.MonkeyPatch, engine_name: str, served_batch: Callable[..., Any]
 ) -> None:
-    monkeypatch.setattr("minference_vllm.engines.block_table.SCRATCH_PAGES", 5)
+    monkeypatch.setattr("minference_vllm.kernels.block_table.cpu.SCRATCH_PAGES", 5)
     batch = served_batch(query_lens=[600], context_lens=[200])
     out, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, return_index=True)
     assert any(bool(index.num_columns.any()) for index in indices)

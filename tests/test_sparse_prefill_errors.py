@@ -9,9 +9,9 @@ import pytest
 import torch
 from prefill_checks import BFLOAT16, FLOAT16
 
-from minference_vllm.attend import sparse_prefill
-from minference_vllm.engines import native
-from minference_vllm.patterns import Dense
+from minference_vllm.kernels.native import attention as native
+from minference_vllm.patterns.kinds import Dense
+from minference_vllm.prefill.attend import sparse_prefill
 
 NAMES = ("query", "key_cache", "value_cache", "block_table", "query_start_loc", "seq_lens")
 

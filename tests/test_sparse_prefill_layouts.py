@@ -9,7 +9,7 @@ import pytest
 import torch
 from prefill_checks import BFLOAT16, FLOAT32, check
 
-from minference_vllm.attend import sparse_prefill
+from minference_vllm.prefill.attend import sparse_prefill
 
 
 def heads_before_slots(cache: torch.Tensor) -> torch.Tensor:

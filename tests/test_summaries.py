@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minference_vllm import summaries
-from minference_vllm.estimate import mean_keys
-from minference_vllm.paged_cache import Layout, PagedCache
-from minference_vllm.summaries import PageMeans
+from minference_vllm.core import page_means as summaries
+from minference_vllm.core.page_means import PageMeans
+from minference_vllm.core.paged_cache import Layout, PagedCache
+from minference_vllm.selection.probe_queries import mean_keys
 
 HEADS, SIZE, DIM, PAGES = 2, 32, 64, 12
 

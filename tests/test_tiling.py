@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minference_vllm.tiling import Tiling
+from minference_vllm.core.tiling import Tiling
 
 
 def test_a_tile_is_whole_pages() -> None:

@@ -108,8 +108,9 @@ def run_case(
     import torch
     from triton_inputs import paged
 
-    from minference_vllm import estimate, reference
-    from minference_vllm.paged_cache import PagedCache
+    from minference_vllm import reference
+    from minference_vllm.core.paged_cache import PagedCache
+    from minference_vllm.selection import probe_queries as estimate
     from minference_vllm.triton_kernels import estimate as kernels
 
     torch.manual_seed(0)
@@ -161,9 +162,10 @@ def run_antidiagonal_case(
     import torch
     from triton_inputs import paged
 
-    from minference_vllm import estimate, reference
-    from minference_vllm.paged_cache import PagedCache
-    from minference_vllm.tiling import Tiling
+    from minference_vllm import reference
+    from minference_vllm.core.paged_cache import PagedCache
+    from minference_vllm.core.tiling import Tiling
+    from minference_vllm.selection import probe_queries as estimate
     from minference_vllm.triton_kernels import antidiagonal as kernels
 
     # So that short sequences have several, too.
@@ -196,10 +198,10 @@ def run_index_case(context_len: int, seq_len: int, block_size: int) -> dict[str,
     from triton_inputs import prefill
 
     from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash, reference
-    from minference_vllm.estimate import Estimates
-    from minference_vllm.index import build_index
-    from minference_vllm.patterns import Antidiagonal, Coverage, PeakThreshold
-    from minference_vllm.tiling import Tiling
+    from minference_vllm.core.tiling import Tiling
+    from minference_vllm.patterns.kinds import Antidiagonal, Coverage, PeakThreshold
+    from minference_vllm.selection.build import build_index
+    from minference_vllm.selection.probe_queries import Estimates
 
     patterns = [VerticalSlash(vertical=40, slash=32), BlockSparse(top_k=1), AShape(sink=16, local=32), Dense()]
     patterns += [Coverage(gamma=0.5, min_budget=64), PeakThreshold(alpha=0.5, sink=16, window=32)]

@@ -126,12 +126,12 @@ def run_case(
     import torch
 
     from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash
-    from minference_vllm.capacity import plan_capacity
-    from minference_vllm.estimate import Estimates
-    from minference_vllm.index import build_index
-    from minference_vllm.paged_cache import PagedCache
+    from minference_vllm.core.paged_cache import PagedCache
+    from minference_vllm.core.tiling import Tiling
     from minference_vllm.reference import repeat_heads
-    from minference_vllm.tiling import Tiling
+    from minference_vllm.selection.build import build_index
+    from minference_vllm.selection.capacity import plan_capacity
+    from minference_vllm.selection.probe_queries import Estimates
     from minference_vllm.triton_kernels import sparse_attention
 
     torch.manual_seed(0)
@@ -200,9 +200,9 @@ def run_shared_case(group: int, context_len: int, seq_len: int, block_size: int)
     import torch
 
     from minference_vllm import AShape, Dense, TriShape, reference, sparse_prefill
-    from minference_vllm.estimate import Estimates
-    from minference_vllm.index import build_index
-    from minference_vllm.tiling import Tiling
+    from minference_vllm.core.tiling import Tiling
+    from minference_vllm.selection.build import build_index
+    from minference_vllm.selection.probe_queries import Estimates
 
     torch.manual_seed(1)
     kv_heads, dim = 3, 32

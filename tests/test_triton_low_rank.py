@@ -60,8 +60,8 @@ def test_the_index_is_the_torch_paths(interpreted: dict[str, Any], case: tuple[i
 def test_tensors_that_do_not_fit_are_refused(name: str) -> None:
     import torch
 
-    from minference_vllm.projection import Factors
-    from minference_vllm.tiling import Tiling
+    from minference_vllm.core.tiling import Tiling
+    from minference_vllm.selection.projection import Factors
     from minference_vllm.triton_kernels import low_rank as kernels
 
     query, keys = torch.zeros(1, 64, 16, dtype=torch.int8), torch.zeros(1, 128, 16, dtype=torch.int8)
@@ -85,8 +85,8 @@ def run_case(
     import torch
     from low_rank_inputs import as_factors
 
-    from minference_vllm.levels import tile_levels
-    from minference_vllm.tiling import Tiling
+    from minference_vllm.core.tiling import Tiling
+    from minference_vllm.selection.score_bins import tile_levels
     from minference_vllm.triton_kernels import low_rank as kernels
 
     # So that short sequences have several, too.
@@ -128,7 +128,7 @@ def run_case(
 def run_mass_case(lists: list[int]) -> tuple[float, float]:
     import torch
 
-    from minference_vllm.levels import mass_by_level
+    from minference_vllm.selection.score_bins import mass_by_level
     from minference_vllm.triton_kernels import low_rank as kernels
 
     torch.manual_seed(0)
@@ -146,10 +146,11 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
     """``sparse_prefill`` through the kernels, and the index that torch alone builds for it."""
     from triton_inputs import prefill
 
-    from minference_vllm import LowRank, low_rank, reference
-    from minference_vllm.estimate import Estimates
-    from minference_vllm.index import build_index
-    from minference_vllm.tiling import Tiling
+    from minference_vllm import LowRank, reference
+    from minference_vllm.core.tiling import Tiling
+    from minference_vllm.selection import low_rank
+    from minference_vllm.selection.build import build_index
+    from minference_vllm.selection.probe_queries import Estimates
 
     # Heads that are estimated together are not all neighbours.
     patterns = [LowRank(gamma=0.5), LowRank(gamma=0.5), LowRank(rank=32, gamma=0.5), LowRank(gamma=0.5)]

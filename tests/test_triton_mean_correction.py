@@ -66,11 +66,12 @@ def run_case(
     import torch
     from triton_inputs import paged
 
-    from minference_vllm import attend, reference
-    from minference_vllm.paged_cache import PagedCache
-    from minference_vllm.patterns import Dense, HeadPattern, PeakThreshold
-    from minference_vllm.plan import Chunk
-    from minference_vllm.tiling import Tiling
+    from minference_vllm import reference
+    from minference_vllm.core.paged_cache import PagedCache
+    from minference_vllm.core.plan import Chunk
+    from minference_vllm.core.tiling import Tiling
+    from minference_vllm.patterns.kinds import Dense, HeadPattern, PeakThreshold
+    from minference_vllm.prefill import attend
 
     if room is not None:
         plan = attend.plan_capacity

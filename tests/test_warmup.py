@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import (
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
     BlockSparse,
@@ -173,9 +173,9 @@ def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, A
 
 
 def interpret() -> None:
-    from minference_vllm.attend import attend_chunk
     from minference_vllm.backend import warmup
-    from minference_vllm.plan import Chunk
+    from minference_vllm.core.plan import Chunk
+    from minference_vllm.prefill.attend import attend_chunk
     from minference_vllm.triton_kernels import antidiagonal, estimate, low_rank, sparse_attention
 
     def kind(value: Any) -> Any:

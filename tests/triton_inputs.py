@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from minference_vllm import SparseIndex, sparse_prefill
-from minference_vllm.patterns import HeadPattern
+from minference_vllm.patterns.kinds import HeadPattern
 
 
 def paged(rows: torch.Tensor, pages: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minference_vllm.patterns import LowRank
+from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.triton_kernels import antidiagonal, estimate, low_rank, sparse_attention
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"

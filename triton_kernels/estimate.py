@@ -1,4 +1,4 @@
-"""The estimates of ``minference_vllm.estimate`` straight from paged keys of any strides.
+"""The estimates of ``minference_vllm.selection.probe_queries`` straight from paged keys of any strides.
 
 Nothing of the size queries x context is ever stored: the chosen queries' scores are computed twice, once for each row's
 log-sum-exp and once for the sums along columns and diagonals, 64 keys at a time.
@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from minference_vllm.estimate import LAST_QUERIES, ROW_GROUPS, row_groups
-from minference_vllm.paged_cache import PagedCache
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.selection.probe_queries import LAST_QUERIES, ROW_GROUPS, row_groups
 from minference_vllm.triton_kernels.launch import launcher
 from minference_vllm.triton_kernels.sparse_attention import LN2, LOG2E, compute_type
 

@@ -10,11 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from minference_vllm import levels
-from minference_vllm.low_rank import Kernels
-from minference_vllm.projection import LEVELS_PER_BIT as PER_BIT
-from minference_vllm.projection import Factors
-from minference_vllm.tiling import Tiling
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.selection import score_bins as levels
+from minference_vllm.selection.low_rank import Kernels
+from minference_vllm.selection.projection import LEVELS_PER_BIT as PER_BIT
+from minference_vllm.selection.projection import Factors
 from minference_vllm.triton_kernels.estimate import add_scores
 from minference_vllm.triton_kernels.launch import launcher
 from minference_vllm.triton_kernels.sparse_attention import LN2

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from minference_vllm.index import SparseIndex
-from minference_vllm.paged_cache import PagedCache
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.selection.build import SparseIndex
 from minference_vllm.triton_kernels.launch import launcher
 
 LOG2E = tl.constexpr(1.4426950408889634)

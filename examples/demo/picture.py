@@ -16,9 +16,9 @@ import tasks
 import torch
 from transformers import AutoTokenizer
 
-from minference_vllm.capture import PAGE, Layer, capture_layers, chunk_indices
-from minference_vllm.checkpoint import Checkpoint, planned_patterns
-from minference_vllm.plot import draw_head, head_map
+from minference_vllm.offline.capture import PAGE, Layer, capture_layers, chunk_indices
+from minference_vllm.offline.checkpoint import Checkpoint, planned_patterns
+from minference_vllm.offline.plot import draw_head, head_map
 
 
 def retrieval_head(layers: Sequence[Layer], first: int, last: int) -> tuple[int, int]:

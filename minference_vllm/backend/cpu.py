@@ -14,12 +14,13 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from minference_vllm.attend import no_lse_reason
 from minference_vllm.backend.compat import NAME
 from minference_vllm.backend.runtime import check_page_size, refuse_mean_correction, unsupported_layer_reasons
 from minference_vllm.backend.splitting import SplittingBuilder, SplittingImpl, SplittingMetadata
-from minference_vllm.engines import cpu_kernel, native
-from minference_vllm.paged_cache import PagedCache
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.kernels.block_table import cpu_ops as cpu_kernel
+from minference_vllm.kernels.native import attention as native
+from minference_vllm.prefill.attend import no_lse_reason
 
 
 class MInferenceCPUBackend(CPUAttentionBackend):

@@ -13,8 +13,8 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from minference_vllm.audit import merged
 from minference_vllm.backend.compat import selects_minference
+from minference_vllm.backend.counters import merged
 from minference_vllm.backend.runtime import STATS_METHOD
 
 

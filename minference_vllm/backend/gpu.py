@@ -14,7 +14,7 @@ from minference_vllm.backend import compat
 from minference_vllm.backend.runtime import check_page_size, unsupported_layer_reasons
 from minference_vllm.backend.splitting import SplittingBuilder, SplittingImpl, logger
 from minference_vllm.backend.warmup import warm_up
-from minference_vllm.paged_cache import PagedCache
+from minference_vllm.core.paged_cache import PagedCache
 
 PREFERRED_BLOCK_SIZE = 128
 """Tokens per page when the user named none: FlashAttention-3 then copies whole pages at once, and budgets, which are

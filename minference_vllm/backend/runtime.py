@@ -8,16 +8,16 @@ from typing import Any, Protocol
 
 import torch
 
-from minference_vllm.attend import DTYPES
-from minference_vllm.audit import Counters
 from minference_vllm.backend.compat import add_worker_method
-from minference_vllm.discovery import discover_patterns, total_query_heads
-from minference_vllm.engines import native
-from minference_vllm.mean_correction import heads_with
-from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import Antidiagonal, HeadPattern, PatternFile
-from minference_vllm.plan import Chunk
-from minference_vllm.recall import RaisedLevels
+from minference_vllm.backend.counters import Counters
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
+from minference_vllm.kernels.native import attention as native
+from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
+from minference_vllm.patterns.kinds import Antidiagonal, HeadPattern, PatternFile
+from minference_vllm.prefill.attend import DTYPES
+from minference_vllm.prefill.mean_correction import heads_with
+from minference_vllm.prefill.recall import RaisedLevels
 from minference_vllm.settings import Settings, load_settings
 
 STATS_METHOD = "minference_stats"

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
-from minference_vllm.attend import attend_chunk
 from minference_vllm.backend.runtime import Runtime
-from minference_vllm.capacity import audit_frequency
-from minference_vllm.paged_cache import PagedCache
-from minference_vllm.paged_estimates import Timing
-from minference_vllm.patterns import MAX_LEVEL, Dense, HeadPattern
-from minference_vllm.plan import Chunk
-from minference_vllm.recall import Audit, sample_rows
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
+from minference_vllm.patterns.kinds import MAX_LEVEL, Dense, HeadPattern
+from minference_vllm.prefill.attend import attend_chunk
+from minference_vllm.prefill.recall import Audit, sample_rows
+from minference_vllm.selection.capacity import audit_frequency
+from minference_vllm.selection.scores import Timing
 
 logger = init_logger(f"vllm.{__name__}")
 

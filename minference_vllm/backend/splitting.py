@@ -19,10 +19,10 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, C
 from minference_vllm.backend.compat import dense_batch_reason, host_seq_lens, slice_requests
 from minference_vllm.backend.runtime import runtime_for
 from minference_vllm.backend.serving import serve_chunk
-from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import BlockSparse, Dense, HeadPattern, PeakThreshold
-from minference_vllm.plan import PREFILL_FROM, Chunk, plan_batch
-from minference_vllm.summaries import PageMeans
+from minference_vllm.core.page_means import PageMeans
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import PREFILL_FROM, Chunk, plan_batch
+from minference_vllm.patterns.kinds import BlockSparse, Dense, HeadPattern, PeakThreshold
 
 # A child of vLLM's own logger, so that our lines appear where vLLM's do.
 logger = init_logger(f"vllm.{__name__}")

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
-from minference_vllm.attend import attend_chunk, choose_tile
-from minference_vllm.index import share_lists
-from minference_vllm.patterns import MAX_LEVEL, Antidiagonal, HeadPattern, LowRank, PeakThreshold, at_level
-from minference_vllm.plan import Chunk
+from minference_vllm.core.plan import Chunk
+from minference_vllm.patterns.kinds import MAX_LEVEL, Antidiagonal, HeadPattern, LowRank, PeakThreshold, at_level
+from minference_vllm.prefill.attend import attend_chunk, choose_tile
+from minference_vllm.selection.build import share_lists
 from minference_vllm.settings import Settings
 
 logger = init_logger(f"vllm.{__name__}")

@@ -1,1 +1,1 @@
-"""The commands of ``minference-vllm``, one per module: its options (``add_arguments``) and what it does (``run``)."""
+"""The command line tool ``minference-vllm``, one file a command."""

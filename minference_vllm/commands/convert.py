@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minference_vllm.formats import (
+from minference_vllm.patterns.file import (
     FORMATS,
     PUBLISHED_KINDS,
     Format,
@@ -23,7 +23,7 @@ from minference_vllm.formats import (
     read_pattern_json,
     to_text,
 )
-from minference_vllm.patterns import MAX_NUMBER, PatternError, PatternFile
+from minference_vllm.patterns.kinds import MAX_NUMBER, PatternError, PatternFile
 
 MAX_NAMED = 5
 """Heads named in one error; the others are counted."""

@@ -188,7 +188,7 @@ def engines() -> Iterator[Finding]:
     import torch
 
     from minference_vllm.backend import compat
-    from minference_vllm.engines import native
+    from minference_vllm.kernels.native import attention as native
 
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -219,7 +219,7 @@ def gpu_triton() -> Finding:
 def cpu_block_table() -> Finding:
     import torch
 
-    from minference_vllm.engines import cpu_kernel
+    from minference_vllm.kernels.block_table import cpu_ops as cpu_kernel
 
     layout = cpu_kernel.layout_for(torch.bfloat16, 128, 128)
     if layout is None:

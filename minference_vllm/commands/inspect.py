@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
-from minference_vllm.patterns import HeadPattern, PatternFile
+from minference_vllm.patterns.kinds import HeadPattern, PatternFile
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     # Both load torch and transformers, which --help does not need.
     from minference_vllm.backend.runtime import unsupported_model_reasons
-    from minference_vllm.checkpoint import Checkpoint, planned_patterns
+    from minference_vllm.offline.checkpoint import Checkpoint, planned_patterns
 
     checkpoint = Checkpoint(args.model, args.trust_remote_code)
     print(f"model     {checkpoint}")

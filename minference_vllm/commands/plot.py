@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minference_vllm.patterns import HeadPattern
+from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.settings import Settings
 
 if TYPE_CHECKING:
-    from minference_vllm.checkpoint import Checkpoint
+    from minference_vllm.offline.checkpoint import Checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +74,8 @@ def _count(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from minference_vllm.checkpoint import Checkpoint, planned_patterns
-    from minference_vllm.plot import draw_pattern_map
+    from minference_vllm.offline.checkpoint import Checkpoint, planned_patterns
+    from minference_vllm.offline.plot import draw_pattern_map
 
     checkpoint = Checkpoint(args.model, args.trust_remote_code)
     patterns, source, settings = planned_patterns(checkpoint, args.patterns)
@@ -110,7 +110,7 @@ def _named(out: Path, what: str) -> Path:
 def _prompt_ids(args: argparse.Namespace) -> list[int]:
     from transformers import AutoTokenizer
 
-    from minference_vllm.calibrate.command import key_value_prompt, without_middle
+    from minference_vllm.commands.calibrate import key_value_prompt, without_middle
 
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     if args.prompt:
@@ -127,8 +127,8 @@ def _draw_prompt(
     """Run the model over the prompt; density and recall of all layers, and the attention of the chosen heads."""
     import torch
 
-    from minference_vllm.capture import PAGE, Layer, chunk_indices, measure, visit_layers
-    from minference_vllm.plot import HeadMap, draw_head, draw_layers, head_map
+    from minference_vllm.offline.capture import PAGE, Layer, chunk_indices, measure, visit_layers
+    from minference_vllm.offline.plot import HeadMap, draw_head, draw_layers, head_map
 
     ids = _prompt_ids(args)
     if len(ids) < settings.min_context:

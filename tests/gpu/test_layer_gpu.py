@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from minference_vllm import reference
-from minference_vllm.attend import attend_chunk
-from minference_vllm.estimate import Estimates, antidiagonal_scores
-from minference_vllm.index import SparseIndex, build_index
-from minference_vllm.paged_cache import PagedCache
-from minference_vllm.patterns import (
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
     BlockSparse,
@@ -22,9 +21,10 @@ from minference_vllm.patterns import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.plan import Chunk
-from minference_vllm.recall import Audit
-from minference_vllm.tiling import Tiling
+from minference_vllm.prefill.attend import attend_chunk
+from minference_vllm.prefill.recall import Audit
+from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.probe_queries import Estimates, antidiagonal_scores
 
 pytestmark = [
     pytest.mark.gpu,
@@ -142,7 +142,7 @@ def test_levels_are_the_torch_paths(tile: int, rank: int) -> None:
     """But for sums in another order, which may round a level the other way."""
     from low_rank_inputs import as_factors
 
-    from minference_vllm import levels
+    from minference_vllm.selection import score_bins as levels
     from minference_vllm.triton_kernels import low_rank as kernels
 
     torch.manual_seed(0)

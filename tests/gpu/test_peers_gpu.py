@@ -9,9 +9,9 @@ import torch
 from bench_attention import MAX_ERROR, fill_cache, sampled_check
 from peers import PEERS, Problem, Size
 
-from minference_vllm.attend import attend_chunk
-from minference_vllm.patterns import BlockSparse, Dense, HeadPattern, VerticalSlash
-from minference_vllm.plan import Chunk
+from minference_vllm.core.plan import Chunk
+from minference_vllm.patterns.kinds import BlockSparse, Dense, HeadPattern, VerticalSlash
+from minference_vllm.prefill.attend import attend_chunk
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,0 +1,1 @@
+"""What every part stands on: chunks, tiles, pages, and the sparse index. No pattern, no kernel, no vLLM."""

@@ -1,0 +1,1 @@
+"""vLLM's own paged kernels, driven with an index as block tables."""

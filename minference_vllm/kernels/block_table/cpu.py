@@ -1,0 +1,149 @@
+"""Run a sparse index as a batch of short paged-attention requests on vLLM's CPU kernel.
+
+A page of one KV head is itself a page of a one-head cache, ``block * HK + kv_head``: a view, no copy. Single
+columns are first copied into scratch pages of the same layout.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.kernels.block_table import cpu_ops as cpu_kernel
+from minference_vllm.kernels.block_table.virtual_requests import VirtualRequests, by_list, by_row
+from minference_vllm.kernels.gathered_columns import GatheredColumns, gather_columns
+from minference_vllm.selection.build import SparseIndex
+
+SCRATCH_PAGES = 512
+"""Pages of gathered columns in flight; more would fall out of the last-level cache between writing and reading."""
+
+
+def run(
+    query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, index: SparseIndex, scale: float, out: torch.Tensor
+) -> None:
+    """Attention of one chunk under ``index``, written to ``out``.
+
+    Args:
+        query: ``[chunk, H, D]``.
+        cache: the layer's cache, in any layout.
+        pages: int64 ``[N]``, the physical page of each logical block.
+        out: like ``query``.
+    """
+    size, kv_heads = cache.block_size, cache.num_kv_heads
+    column_pages = index.num_columns.view(-1).long() // size
+    slices = _slices(column_pages)
+    scratch_pages = max(int(column_pages[first:last].sum()) for first, last in slices)
+    memory = _in_place(cache, pages, scratch_pages) or _copied(cache, pages, scratch_pages)
+    queries = by_list(query, index)
+    result = torch.empty_like(queries)
+
+    requests = VirtualRequests.of(index, kv_heads)
+    physical = requests.physical(memory.pages, kv_heads)
+    seq_lens = requests.seq_lens(size, column_pages)
+    query_start_loc = requests.query_start_loc
+    columns = gather_columns(index, cache, pages)
+
+    for first, last in slices:
+        page_counts = column_pages[first:last]
+        most = int(page_counts.max())
+        table = torch.zeros(last - first, most + physical.shape[1], dtype=torch.int32)
+        place = page_counts[:, None] + torch.arange(physical.shape[1])
+        table.scatter_(1, place, physical[first:last])
+        if most:
+            _write_columns(index, columns, first, last, memory.scratch)
+            own = torch.arange(most) < page_counts[:, None]
+            table[:, :most][own] = memory.first_scratch + torch.arange(int(page_counts.sum()), dtype=torch.int32)
+        rows = slice(int(query_start_loc[first]), int(query_start_loc[last]))
+        cpu_kernel.attend(
+            queries[rows],
+            memory.key,
+            memory.value,
+            table,
+            (query_start_loc[first : last + 1] - query_start_loc[first]).to(torch.int32),
+            seq_lens[first:last],
+            scale,
+            result[rows],
+        )
+    out.unflatten(1, (index.num_lists, -1)).copy_(by_row(result, index))
+
+
+def _slices(column_pages: torch.Tensor) -> list[tuple[int, int]]:
+    """Ranges of virtual requests whose gathered columns fit into the scratch pages together."""
+    group = (column_pages.cumsum(0) - 1).clamp(min=0) // SCRATCH_PAGES
+    borders = [0, *(torch.nonzero(group[1:] != group[:-1]).view(-1) + 1).tolist(), len(column_pages)]
+    return list(itertools.pairwise(borders))
+
+
+def _write_columns(index: SparseIndex, columns: GatheredColumns, first: int, last: int, scratch: torch.Tensor) -> None:
+    """Write the columns of virtual requests ``[first, last)``, one after the other, into scratch pages."""
+    tiles = index.num_tiles
+    wanted = index.columns.view(index.num_heads * tiles, -1)[first:last]
+    head = torch.arange(first, last) // tiles
+    rows = columns.row_of[head[:, None], wanted.long().clamp(min=0)][wanted >= 0]
+    _, _, twice_size, dim = scratch.shape
+    cpu_kernel.write_pages(
+        columns.keys.index_select(0, rows).unsqueeze(1),
+        columns.values.index_select(0, rows).unsqueeze(1),
+        scratch,
+        torch.arange(len(rows)),
+        cpu_kernel.isa_for(scratch.dtype, twice_size // 2, dim),
+    )
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """A cache as the kernel is shown it: pages of one head each, and scratch pages that its page numbers reach."""
+
+    key: torch.Tensor
+    """``[num_blocks * HK, 1, B, D]``: page ``b * HK + h``."""
+    value: torch.Tensor
+    pages: torch.Tensor
+    """int64 ``[N]``, physical page of each logical block."""
+    scratch: torch.Tensor
+    """``[count, 1, 2 * B, D]``."""
+    first_scratch: int
+    """Number of the first scratch page, counted from ``key``'s first."""
+
+
+MAX_PAGE_NUMBER = 1 << 31
+_scratch: dict[torch.dtype, torch.Tensor] = {}
+
+
+def _in_place(cache: PagedCache, pages: torch.Tensor, count: int) -> _Memory | None:
+    """The cache where it lies, or None when the kernel cannot address it so.
+
+    The kernel computes a page's address as base + number * stride, with signed 32-bit numbers and 64-bit strides, so
+    scratch memory outside the cache is addressable too, provided that it starts a whole number of pages away.
+    """
+    blocks, heads, size, dim = cache.key.shape
+    stride = 2 * size * dim
+    dtype, width = cache.key.dtype, cache.key.element_size()
+    side_by_side = cache.value.data_ptr() - cache.key.data_ptr() == size * dim * width
+    if cache.layout != cpu_kernel.layout_for(dtype, size, dim) or not side_by_side:
+        return None
+    if cache.key.stride() != (heads * stride, stride, dim, 1):
+        return None
+    buffer = _scratch.get(dtype)
+    if buffer is None or buffer.numel() < (count + 1) * stride:
+        buffer = _scratch[dtype] = torch.empty((count + 1) * stride, dtype=dtype)
+    base = cache.key.data_ptr()
+    skip = -(buffer.data_ptr() - base) % (stride * width) // width
+    number = (buffer.data_ptr() + skip * width - base) // (stride * width)
+    if not -MAX_PAGE_NUMBER <= number < MAX_PAGE_NUMBER - count:
+        return None
+    shape, strides = (blocks * heads, 1, size, dim), (stride, stride, dim, 1)
+    scratch = buffer[skip : skip + count * stride].view(count, 1, 2 * size, dim)
+    return _Memory(cache.key.as_strided(shape, strides), cache.value.as_strided(shape, strides), pages, scratch, number)
+
+
+def _copied(cache: PagedCache, pages: torch.Tensor, count: int) -> _Memory:
+    """A copy of the sequence's pages in the kernel's layout, with the scratch pages behind them."""
+    _, heads, size, dim = cache.key.shape
+    memory = torch.empty(len(pages) * heads + count, 1, 2 * size, dim, dtype=cache.key.dtype)
+    own, scratch = memory.split([len(pages) * heads, count])
+    cpu_kernel.pack(PagedCache(cache.key[pages], cache.value[pages], cache.layout), own.view(-1, heads, 2 * size, dim))
+    key, value = memory.chunk(2, dim=2)
+    return _Memory(key, value, torch.arange(len(pages)), scratch, len(pages) * heads)

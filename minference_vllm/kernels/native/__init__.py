@@ -1,0 +1,1 @@
+"""Our CPU kernels (``csrc/cpu``): attention and scores."""

@@ -1,0 +1,1 @@
+"""What runs outside of serving: a checkpoint's configuration, captured layers, calibration, plots."""

@@ -1,0 +1,135 @@
+"""Queries and keys of a model's layers over a prompt, and the indices that the backend would make from them.
+
+The model runs with transformers, in this process and in one piece. Sizes: ``H`` query heads over ``HK`` KV heads, ``S``
+tokens, ``D`` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from minference_vllm.core.plan import Chunk, dense_reason
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.native import attention as native
+from minference_vllm.patterns.kinds import Dense, HeadPattern
+from minference_vllm.prefill.attend import choose_tile
+from minference_vllm.prefill.recall import keys_at_once, sample_rows, sampled_recall
+from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.probe_queries import Estimates
+from minference_vllm.settings import Settings
+
+PAGE = 128
+"""vLLM's page size on CPUs."""
+
+
+class Layer(NamedTuple):
+    """Rotated queries ``[H, S, D]``, rotated keys and values ``[HK, S, D]`` of one attention layer."""
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    scale: float
+
+    def keys_of(self, head: int) -> torch.Tensor:
+        """``[S, D]``: the keys of a query head."""
+        return self.keys[head // (self.query.shape[0] // self.keys.shape[0])]
+
+    def values_of(self, head: int) -> torch.Tensor:
+        """``[S, D]``: the values of a query head."""
+        return self.values[head // (self.query.shape[0] // self.keys.shape[0])]
+
+
+def visit_layers(
+    model_path: str,
+    ids: torch.Tensor,
+    visit: Callable[[int, Layer], None],
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> None:
+    """Run a model over a prompt and show each attention layer's queries, keys and values as it is computed.
+
+    Args:
+        model_path: a folder, or a name on the Hugging Face hub.
+        ids: int64 ``[1, S]``.
+        visit: called with the layer's number and tensors on the CPU, in the model's order.
+        device: where the model runs.
+
+    Raises:
+        OSError: no such model.
+        ValueError: a model that transformers cannot run this way.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        visit(module.layer_idx, Layer(query[0].cpu(), key[0].cpu(), value[0].cpu(), kwargs["scaling"]))
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+    AttentionInterface.register("capture", attention)
+    AttentionMaskInterface.register("capture", sdpa_mask)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_path, dtype="auto", attn_implementation="capture", trust_remote_code=trust_remote_code
+    ).to(device)
+    with torch.inference_mode():
+        model(ids.to(device), use_cache=False, logits_to_keep=1)
+
+
+def capture_layers(model_path: str, ids: torch.Tensor) -> list[Layer]:
+    """All layers that ``visit_layers`` shows, kept: their memory is that of a KV cache in which queries have theirs."""
+    layers: list[Layer] = []
+    visit_layers(model_path, ids, lambda number, layer: layers.append(layer))
+    return layers
+
+
+def chunk_indices(
+    layer: Layer, patterns: Sequence[HeadPattern], chunk_tokens: int, settings: Settings
+) -> list[SparseIndex]:
+    """The index of every prefill chunk of the prompt, as the backend makes them: each from its own last queries.
+
+    Args:
+        patterns: one per query head.
+        chunk_tokens: the server's ``max_num_batched_tokens``.
+    """
+    length = layer.keys.shape[1]
+    return [
+        chunk_index(layer, patterns, begin, min(begin + chunk_tokens, length), settings)
+        for begin in range(0, length, chunk_tokens)
+    ]
+
+
+def chunk_index(layer: Layer, patterns: Sequence[HeadPattern], begin: int, end: int, settings: Settings) -> SparseIndex:
+    """The index of the chunk of rows ``begin`` to ``end``; dense where the backend would leave it to vLLM."""
+    if dense_reason(Chunk(0, begin, begin, end), settings.min_context, settings.min_chunk):
+        patterns = [Dense()] * len(patterns)
+    query, keys, scale = layer.query[:, begin:end].transpose(0, 1), layer.keys[:, :end], layer.scale
+    tiling = Tiling.of(begin, end, PAGE, choose_tile(settings.tile, PAGE))
+    return build_index(tiling, patterns, Estimates(query, keys, scale, native.low_rank_kernels()))
+
+
+def measure(layer: Layer, indices: Sequence[SparseIndex], rows: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Density and recall of every head over a prompt.
+
+    Args:
+        indices: of all chunks, as ``chunk_indices`` makes them.
+        rows: sampled per chunk for the recall.
+
+    Returns:
+        float64 ``[H]`` twice.
+    """
+    pairs = sum(index.dense_pairs() for index in indices)
+    density = torch.stack([index.computed_pairs() for index in indices]).sum(0) / pairs
+    recall = torch.zeros_like(density)
+    for index in indices:
+        chunk = index.seq_len - index.context_len
+        query, keys = layer.query[:, index.context_len : index.seq_len], layer.keys[:, : index.seq_len]
+        sampled = sample_rows(chunk, rows, seed=index.context_len)
+        pieces = keys.split(keys_at_once(len(query), rows, *keys.shape[::2]), dim=1)
+        found = sampled_recall(query.transpose(0, 1), pieces, index, sampled, layer.scale)
+        recall += found.double().mean(1) * chunk / layer.keys.shape[1]
+    return density, recall

@@ -1,0 +1,133 @@
+"""What a checkpoint's configuration tells about a model, read without its weights and without starting vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from minference_vllm.backend.runtime import unsupported_layer_reasons
+from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
+from minference_vllm.patterns.kinds import PatternFile
+from minference_vllm.settings import Settings, load_settings
+
+GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel")
+"""How the names of architectures end that vLLM serves as text generation."""
+
+FULL, WINDOWED = ("full_attention", "attention", "hybrid"), ("sliding_attention", "hybrid_sliding")
+"""Kinds of layers, as transformers names them, that have softmax attention; in hybrid ones it stands beside another."""
+
+
+class Checkpoint:
+    """A model's configuration, with the attributes of vLLM's own that pattern discovery and support checks read.
+
+    Args:
+        model: a folder, or a name on the Hugging Face hub.
+        trust_remote_code: as vLLM's option.
+
+    Raises:
+        OSError: no such model, or no configuration in it.
+        ValueError: a model that transformers does not know, or one without attention heads.
+    """
+
+    def __init__(self, model: str, trust_remote_code: bool = False) -> None:
+        from transformers import AutoConfig
+
+        self.model = model
+        try:
+            self.hf_config: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        except OSError as error:
+            raise OSError(f"{model}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{model}: {error}") from None
+        self.hf_text_config: Any = self.hf_config.get_text_config()
+        for field in ("num_hidden_layers", "num_attention_heads"):
+            if not isinstance(getattr(self.hf_text_config, field, None), int):
+                raise ValueError(f"{model}: the configuration has no {field}")
+
+    @property
+    def use_mla(self) -> bool:
+        return getattr(self.hf_text_config, "kv_lora_rank", None) is not None
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(getattr(self.hf_config, "is_encoder_decoder", False))
+
+    @property
+    def runner_type(self) -> str:
+        return "generate" if not self.architectures or self.architectures[0].endswith(GENERATES) else "pooling"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are stored as; vLLM serves float32 checkpoints in bfloat16 unless told otherwise."""
+        return getattr(self.hf_text_config, "dtype", None) or getattr(self.hf_config, "dtype", None) or torch.float32
+
+    @property
+    def architectures(self) -> list[str]:
+        return list(getattr(self.hf_config, "architectures", None) or [])
+
+    @property
+    def num_heads(self) -> int:
+        return total_query_heads(self)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(getattr(self.hf_text_config, "num_key_value_heads", None) or self.num_heads)
+
+    def get_total_num_hidden_layers(self) -> int:
+        return int(self.hf_text_config.num_hidden_layers)
+
+    def fixed_layers(self, engine: str = "auto") -> dict[int, str]:
+        """Layer -> what runs on this machine whatever its patterns, and why, as far as the configuration tells.
+
+        Args:
+            engine: the setting of that name.
+        """
+        # Our fused kernel, which GPUs alone run, knows soft caps and sinks.
+        fused = torch.cuda.is_available() and engine != "block_table"
+        config = self.hf_text_config
+        window = getattr(config, "sliding_window", None)
+        # Without a list of kinds, a window is every layer's.
+        unlisted = "full_attention" if window is None else "sliding_attention"
+        num_layers = self.get_total_num_hidden_layers()
+        kinds = getattr(config, "layer_types", None) or [unlisted] * num_layers
+        found = {}
+        for layer, kind in enumerate(kinds[:num_layers]):
+            if kind not in (*FULL, *WINDOWED):
+                found[layer] = f"no patterns: {kind.replace('_', ' ')}"
+                continue
+            reasons = unsupported_layer_reasons(
+                sliding_window=window if kind in WINDOWED else None,
+                logits_soft_cap=None if fused else getattr(config, "attn_logit_softcapping", None),
+                alibi_slopes=True if getattr(config, "alibi", False) or config.model_type == "bloom" else None,
+                sinks=True if config.model_type == "gpt_oss" and not fused else None,
+                is_decoder=True,
+                kv_cache_dtype="auto",
+                dtype=self.dtype,
+            )
+            if reasons:
+                found[layer] = f"dense: {', '.join(reasons)}"
+        return found
+
+    def __str__(self) -> str:
+        architecture = self.architectures[0] if self.architectures else self.hf_config.model_type
+        return (
+            f"{self.model} ({architecture}, {self.get_total_num_hidden_layers()} layers, {self.num_heads} query "
+            f"heads over {self.num_kv_heads}, {str(self.dtype).removeprefix('torch.')})"
+        )
+
+
+def planned_patterns(checkpoint: Checkpoint, pattern_file: str | None = None) -> tuple[PatternFile, str, Settings]:
+    """What serving the model would run with: patterns, where they came from and why, and the settings.
+
+    Args:
+        pattern_file: the setting ``patterns``; None: the environment's.
+
+    Raises:
+        PatternError: the file cannot be used, or describes another model.
+        SettingsError: the environment sets what cannot be used.
+    """
+    settings = load_settings({"minference": {} if pattern_file is None else {"patterns": pattern_file}})
+    patterns, source = discover_patterns(settings, checkpoint, torch.cuda.is_available())
+    patterns.check_model(checkpoint.get_total_num_hidden_layers(), checkpoint.num_heads, source)
+    return patterns, source, settings

@@ -1,0 +1,91 @@
+"""Which pattern file a model runs with when several could be meant, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minference_vllm.patterns.file import load_pattern_file, parse_patterns, shipped_pattern_files
+from minference_vllm.patterns.kinds import PatternFile
+from minference_vllm.settings import Settings
+
+CPU_DEFAULT = "low_rank"
+"""What is shipped for a model that nobody has looked at."""
+GPU_DEFAULT = "coverage"
+"""The same on GPUs, where attention costs so little that scores of every pair would cost a large part of it."""
+CHECKPOINT_FILE = "sparse_attention_config.json"
+
+
+def discover_patterns(settings: Settings, model: Any, on_gpu: bool) -> tuple[PatternFile, str]:
+    """The patterns a model runs with, and where they came from and why, in words.
+
+    The first of: the user's file; the checkpoint's own (in its configuration, or ``sparse_attention_config.json``
+    beside its weights); a shipped file found on this model, else on its architecture; the shipped default. The first
+    two are taken as they are: whoever wrote them meant this model. A shipped file is taken only when it describes as
+    many layers and heads as the model has.
+
+    Args:
+        model: vLLM's model configuration, or a ``checkpoint.Checkpoint``.
+        on_gpu: which default is meant.
+
+    Raises:
+        PatternError: the file that was found cannot be used.
+    """
+    if settings.patterns is not None:
+        return load_pattern_file(settings.patterns), f"{settings.patterns} (the setting 'patterns')"
+    dual_chunk = getattr(model.hf_config, "dual_chunk_attention_config", None) or {}
+    if dual_chunk.get("sparse_attention_config"):
+        source = "the checkpoint's configuration"
+        return parse_patterns(dual_chunk["sparse_attention_config"], source), source
+    beside = _file_beside_weights(model)
+    if beside is not None:
+        return load_pattern_file(str(beside)), f"{beside} (the checkpoint's own)"
+    names = model_names(model.model)
+    architectures = {name.lower() for name in getattr(model.hf_config, "architectures", None) or ()}
+    for wanted, kind in ((names, "this model"), (architectures, "this architecture")):
+        for name in shipped_pattern_files():
+            patterns = load_pattern_file(name)
+            if patterns.model and model_names(patterns.model) & wanted and _fits(patterns, model):
+                return patterns, f"shipped {name!r} (found on {kind}: {patterns.model})"
+    default, device = (GPU_DEFAULT, "GPUs") if on_gpu else (CPU_DEFAULT, "CPUs")
+    return load_pattern_file(default), (
+        f"shipped {default!r}, the default on {device} (no file was set, the checkpoint has none, none ships for this "
+        "model)"
+    )
+
+
+def model_names(model: str) -> set[str]:
+    """The names by which a model may be meant, in lower case: as it stands (``organisation/name``), and without folders
+    or organisation. A folder of the Hugging Face cache stands for the model it holds."""
+    parts = Path(model).parts
+    for part in parts:
+        if part.startswith("models--"):
+            return model_names(part.removeprefix("models--").replace("--", "/"))
+    return {model.lower(), parts[-1].lower()} if parts else {model.lower()}
+
+
+def _fits(patterns: PatternFile, model: Any) -> bool:
+    try:
+        patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model))
+    except ValueError:
+        return False
+    return True
+
+
+def total_query_heads(model: Any) -> int:
+    """Query heads per layer, before tensor parallelism."""
+    return int(model.hf_text_config.num_attention_heads)
+
+
+def _file_beside_weights(model: Any) -> Path | None:
+    """The checkpoint's own pattern file: in its folder, or on the Hugging Face hub."""
+    if Path(model.model).is_dir():
+        path = Path(model.model) / CHECKPOINT_FILE
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model.model, CHECKPOINT_FILE, revision=getattr(model, "revision", None)))
+    except (OSError, ValueError):
+        # The usual case: most checkpoints have none. Offline, the hub's cache has been asked.
+        return None

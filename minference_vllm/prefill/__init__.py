@@ -1,0 +1,1 @@
+"""One chunk, from its queries to its attention output: select, index, run."""
