@@ -12,6 +12,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+SOURCES = ("interface", "sparse_attention", "estimate", "low_rank", "score_bins")
 INSTRUCTIONS = {
     "avx512bf16": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16")],
     "avx2": ["-mavx2"],
@@ -32,7 +33,7 @@ setup(
     ext_modules=[
         Extension(
             f"minference_vllm._cpu_kernels_{name}",
-            sources=[f"csrc/cpu/{source}.cpp" for source in ("sparse_attention", "estimate", "low_rank", "levels")],
+            sources=[f"csrc/cpu/{source}.cpp" for source in SOURCES],
             depends=[str(header) for header in sorted(Path("csrc/cpu").glob("*.h"))],
             # gcc's own intrinsics headers trip -Wmaybe-uninitialized.
             extra_compile_args=["-std=c++20", "-O3", "-fopenmp", "-Wno-maybe-uninitialized", "-mfma", *flags],

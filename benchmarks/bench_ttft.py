@@ -32,7 +32,7 @@ from bench_attention import PATTERNS
 from engine_process import ENVIRONMENT, Engine, Timed, end_with_us
 from record import emit
 
-from minference_vllm.patterns.kinds import PatternFile
+from minference_vllm.patterns.file import PatternFile
 
 VOCABULARY = 512
 CHECK_TOKENS = 300

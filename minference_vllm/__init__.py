@@ -4,7 +4,7 @@
 parts themselves.
 """
 
-from minference_vllm.patterns.file import load_pattern_file
+from minference_vllm.patterns.file import PatternFile, load_pattern_file
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
@@ -13,7 +13,6 @@ from minference_vllm.patterns.kinds import (
     Dense,
     HeadPattern,
     LowRank,
-    PatternFile,
     PeakThreshold,
     TriShape,
     VerticalSlash,
@@ -46,11 +45,11 @@ def __getattr__(name: str) -> object:
     # torch loads only when something that computes is asked for: vLLM imports this package in every process to look
     # for plugins, whether or not the backend was selected.
     if name == "sparse_prefill":
-        from minference_vllm.prefill.attend import sparse_prefill
+        from minference_vllm.prefill.api import sparse_prefill
 
         return sparse_prefill
     if name == "SparseIndex":
-        from minference_vllm.selection.build import SparseIndex
+        from minference_vllm.core.sparse_index import SparseIndex
 
         return SparseIndex
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

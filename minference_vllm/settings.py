@@ -13,6 +13,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 ENVIRONMENT_PREFIX = "MINFERENCE_"
+RENAMED = {"engine": "kernel"}
+"""Settings that had another name once: old -> new."""
 
 
 class Settings(BaseModel):
@@ -34,8 +36,8 @@ class Settings(BaseModel):
     tile: int | None = Field(default=None, ge=32, le=4096)
     """Query rows that share one selection of keys, rounded up to whole pages. None: 128."""
 
-    engine: Literal["auto", "block_table", "native", "triton"] = "auto"
-    """How an index is executed: ``native``, our kernels for bf16 and float32 on x86 processors from AVX2 on;
+    kernel: Literal["auto", "block_table", "native", "triton"] = "auto"
+    """What runs attention under an index: ``native``, our kernels for bf16 and float32 on x86 processors from AVX2 on;
     ``triton``, our kernel for GPUs; ``block_table``, vLLM's own kernel, on both; ``auto``, the faster of those that run
     here."""
 
@@ -78,7 +80,7 @@ def load_settings(additional_config: Any = None, environment: Mapping[str, str] 
     environment = os.environ if environment is None else environment
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
-    for field in Settings.model_fields:
+    for field in (*Settings.model_fields, *RENAMED):
         variable = ENVIRONMENT_PREFIX + field.upper()
         if environment.get(variable):
             values[field] = environment[variable]
@@ -99,7 +101,9 @@ def load_settings(additional_config: Any = None, environment: Mapping[str, str] 
         for item in error.errors():
             field = str(item["loc"][0])
             place = places.get(field, field)
-            if item["type"] == "extra_forbidden":
+            if field in RENAMED:
+                problems.append(f"{place}: this setting is now named {RENAMED[field]!r}")
+            elif item["type"] == "extra_forbidden":
                 problems.append(f"{place}: unknown setting; known ones are {known}")
             else:
                 problems.append(f"{place} = {item['input']!r}: {item['msg']}")

@@ -14,10 +14,10 @@ import triton.language as tl
 
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.selection.probe_queries import squares_per_block
-from minference_vllm.triton_kernels.estimate import add_scores, on_device
+from minference_vllm.selection.antidiagonal import squares_per_block
+from minference_vllm.triton_kernels.attention import LN2, LOG2E, compute_type
+from minference_vllm.triton_kernels.column_diagonal import add_scores, on_device
 from minference_vllm.triton_kernels.launch import launcher
-from minference_vllm.triton_kernels.sparse_attention import LN2, LOG2E, compute_type
 
 
 @triton.jit

@@ -1,6 +1,6 @@
-"""What ``low_rank`` may have computed by kernels: levels of keys, and the attention at each level.
+"""What ``low_rank`` may have computed by kernels: bins of keys, and the attention at each bin.
 
-Products are computed twice, once for what each row's scores are measured by and once for the levels, and never stored.
+Products are computed twice, once for what each row's scores are measured by and once for the bins, and never stored.
 Exponential units would be the bottleneck: there is one exponential per row and ``PEAK_KEYS`` keys, and none per key.
 """
 
@@ -11,19 +11,17 @@ import triton
 import triton.language as tl
 
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.selection import score_bins as levels
-from minference_vllm.selection.low_rank import Kernels
-from minference_vllm.selection.projection import LEVELS_PER_BIT as PER_BIT
-from minference_vllm.selection.projection import Factors
-from minference_vllm.triton_kernels.estimate import add_scores
+from minference_vllm.selection import projection, score_bins
+from minference_vllm.selection.projection import QuantizedQK
+from minference_vllm.triton_kernels.attention import LN2
+from minference_vllm.triton_kernels.column_diagonal import add_scores
 from minference_vllm.triton_kernels.launch import launcher
-from minference_vllm.triton_kernels.sparse_attention import LN2
 
-PEAK_KEYS = tl.constexpr(levels.PEAK_KEYS)
-LEVELS_PER_BIT = tl.constexpr(PER_BIT)
-TOP_LEVEL = tl.constexpr(levels.TOP_LEVEL)
-OWN_LEVEL = tl.constexpr(levels.OWN_LEVEL)
-BITS_PER_STEP = tl.constexpr(1.0 / (PER_BIT << 15))
+PEAK_KEYS = tl.constexpr(score_bins.PEAK_KEYS)
+BINS_PER_BIT = tl.constexpr(projection.BINS_PER_BIT)
+TOP_BIN = tl.constexpr(score_bins.TOP_BIN)
+LOCAL_BIN = tl.constexpr(score_bins.LOCAL_BIN)
+BITS_PER_SCALE = tl.constexpr(1.0 / (projection.BINS_PER_BIT << 15))
 
 
 @triton.jit
@@ -36,9 +34,9 @@ def _rows(p_rows, o_row, m_row, RANK: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def _bits(p_step, o_row, m_row):
+def _bits(p_scale, o_row, m_row):
     """What products of rows count for, in bits."""
-    return tl.load(p_step + o_row, mask=m_row, other=0).to(tl.float32) * BITS_PER_STEP
+    return tl.load(p_scale + o_row, mask=m_row, other=0).to(tl.float32) * BITS_PER_SCALE
 
 
 @triton.jit
@@ -53,7 +51,7 @@ def _peaks(b_score):
 def peak_lse_kernel(
     p_query,
     p_key,
-    p_step,
+    p_scale,
     p_lse,
     context_len,
     seq_len,
@@ -75,7 +73,7 @@ def peak_lse_kernel(
     p_query += i_head.to(tl.int64) * chunk * RANK
     p_key += i_head.to(tl.int64) * seq_len * RANK
     b_query = _rows(p_query, o_row, m_row, RANK, R)
-    b_bits = _bits(p_step + i_head.to(tl.int64) * chunk, o_row, m_row)
+    b_bits = _bits(p_scale + i_head.to(tl.int64) * chunk, o_row, m_row)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     begin = i_part * keys_per_part
@@ -98,32 +96,32 @@ def peak_lse_kernel(
 
 @triton.jit
 def _tile_rows(
-    p_query, p_step, p_norm, own, i_down, context_len, seq_len, RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+    p_query, p_scale, p_lse, own, i_down, context_len, seq_len, RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``own + i_down`` and on of a tile, ``[BLOCK_M, R]``, what their products count for, and their norms."""
+    """Rows ``own + i_down`` and on of a tile, ``[BLOCK_M, R]``, what their products count for, and their lse."""
     o_down = i_down + tl.arange(0, BLOCK_M)
     o_row = own - context_len + o_down
     m_row = (o_down < TILE) & (o_row >= 0) & (o_row < seq_len - context_len)
     # Rows that are not there come near no key.
-    b_norm = tl.load(p_norm + o_row, mask=m_row, other=float("inf"))
-    return _rows(p_query, o_row, m_row, RANK, R), _bits(p_step, o_row, m_row), b_norm
+    b_lse = tl.load(p_lse + o_row, mask=m_row, other=float("inf"))
+    return _rows(p_query, o_row, m_row, RANK, R), _bits(p_scale, o_row, m_row), b_lse
 
 
 @triton.jit
-def _nearest(b_key, b_query, b_bits, b_norm):
+def _nearest(b_key, b_query, b_bits, b_lse):
     """How near each key comes to the row that rates it highest: ``[BLOCK_N]``."""
-    return tl.max(tl.dot(b_key, tl.trans(b_query)) * b_bits[None, :] - b_norm[None, :], 1)
+    return tl.max(tl.dot(b_key, tl.trans(b_query)) * b_bits[None, :] - b_lse[None, :], 1)
 
 
 @triton.jit(do_not_specialize=["context_len", "seq_len", "num_tiles"])
-def tile_levels_kernel(
+def tile_bins_kernel(
     p_query,
     p_key,
-    p_step,
-    p_norm,
+    p_scale,
+    p_lse,
     p_lowest,
-    p_levels,
+    p_bins,
     context_len,
     seq_len,
     num_tiles,
@@ -134,9 +132,9 @@ def tile_levels_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: the levels of STRIP keys for one tile of one head.
+    """One program: the bins of STRIP keys for one tile of one head.
 
-    ``p_norm`` is float32 ``[h, chunk]``, ``p_lowest`` int32 ``[h]``, ``p_levels`` uint8 ``[h, T, S]``, zeros: what
+    ``p_lse`` is float32 ``[h, chunk]``, ``p_lowest`` int32 ``[h]``, ``p_bins`` uint8 ``[h, T, S]``, zeros: what
     comes after a tile stays so.
     """
     i_strip, i_tile, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -146,43 +144,43 @@ def tile_levels_kernel(
     if begin < stop:
         p_query += i_head.to(tl.int64) * chunk * RANK
         p_key += i_head.to(tl.int64) * seq_len * RANK
-        p_step += i_head.to(tl.int64) * chunk
-        p_norm += i_head.to(tl.int64) * chunk
-        p_levels += (i_head * num_tiles + i_tile).to(tl.int64) * seq_len
+        p_scale += i_head.to(tl.int64) * chunk
+        p_lse += i_head.to(tl.int64) * chunk
+        p_bins += (i_head * num_tiles + i_tile).to(tl.int64) * seq_len
         before, lowest = tl.minimum(stop, own), tl.load(p_lowest + i_head)
-        b_query, b_bits, b_norm = _tile_rows(
-            p_query, p_step, p_norm, own, 0, context_len, seq_len, RANK, R, TILE, BLOCK_M
+        b_query, b_bits, b_lse = _tile_rows(
+            p_query, p_scale, p_lse, own, 0, context_len, seq_len, RANK, R, TILE, BLOCK_M
         )
         for i_key in range(begin, before, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)
             b_key = _rows(p_key, o_key, o_key < before, RANK, R)
-            b_best = _nearest(b_key, b_query, b_bits, b_norm)
+            b_best = _nearest(b_key, b_query, b_bits, b_lse)
             for i_down in range(BLOCK_M, TILE, BLOCK_M):
-                b_more, b_their_bits, b_their_norm = _tile_rows(
-                    p_query, p_step, p_norm, own, i_down, context_len, seq_len, RANK, R, TILE, BLOCK_M
+                b_more, b_their_bits, b_their_lse = _tile_rows(
+                    p_query, p_scale, p_lse, own, i_down, context_len, seq_len, RANK, R, TILE, BLOCK_M
                 )
-                b_best = tl.maximum(b_best, _nearest(b_key, b_more, b_their_bits, b_their_norm))
-            b_level = tl.minimum(tl.maximum(b_best * LEVELS_PER_BIT + TOP_LEVEL, 0.0), TOP_LEVEL)
-            b_level = (b_level + 0.5).to(tl.int32)
-            b_level = tl.where(b_level < lowest, 0, b_level)
-            tl.store(p_levels + o_key, b_level.to(tl.uint8), mask=o_key < before)
+                b_best = tl.maximum(b_best, _nearest(b_key, b_more, b_their_bits, b_their_lse))
+            b_bin = tl.minimum(tl.maximum(b_best * BINS_PER_BIT + TOP_BIN, 0.0), TOP_BIN)
+            b_bin = (b_bin + 0.5).to(tl.int32)
+            b_bin = tl.where(b_bin < lowest, 0, b_bin)
+            tl.store(p_bins + o_key, b_bin.to(tl.uint8), mask=o_key < before)
         for i_key in range(tl.maximum(begin, own), stop, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)
-            tl.store(p_levels + o_key, tl.full([BLOCK_N], OWN_LEVEL, dtype=tl.uint8), mask=o_key < stop)
+            tl.store(p_bins + o_key, tl.full([BLOCK_N], LOCAL_BIN, dtype=tl.uint8), mask=o_key < stop)
 
 
-@triton.jit(do_not_specialize=["num_lists", "seq_len"])
-def mass_kernel(p_levels, p_lists, p_weights, p_mass, num_lists, seq_len, BLOCK_N: tl.constexpr):
-    """One program: BLOCK_N weights of one row, added by level to ``p_mass``, float32 ``[h, R, 256]``."""
+@triton.jit(do_not_specialize=["num_bin_rows", "seq_len"])
+def mass_kernel(p_bins, p_bin_row, p_weights, p_mass, num_bin_rows, seq_len, BLOCK_N: tl.constexpr):
+    """One program: BLOCK_N weights of one row, added by bin to ``p_mass``, float32 ``[h, R, 256]``."""
     i_block, i_row, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_list = tl.load(p_lists + i_row).to(tl.int64)
+    i_bin_row = tl.load(p_bin_row + i_row).to(tl.int64)
     i_mass = (i_head * tl.num_programs(1) + i_row).to(tl.int64)
     o_key = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
     b_weight = tl.load(p_weights + i_mass * seq_len + o_key, mask=o_key < seq_len, other=0.0)
     # Later keys weigh nothing, and many others as good as that.
     m_key = b_weight > 0.0
-    b_level = tl.load(p_levels + (i_head * num_lists + i_list) * seq_len + o_key, mask=m_key, other=0)
-    tl.atomic_add(p_mass + i_mass * 256 + b_level.to(tl.int32), b_weight, mask=m_key, sem="relaxed")
+    b_bin = tl.load(p_bins + (i_head * num_bin_rows + i_bin_row) * seq_len + o_key, mask=m_key, other=0)
+    tl.atomic_add(p_mass + i_mass * 256 + b_bin.to(tl.int32), b_weight, mask=m_key, sem="relaxed")
 
 
 BLOCK_M, STEP, BLOCK_N, NUM_WARPS = 64, 128, 64, 4
@@ -193,7 +191,7 @@ WEIGHTS = 1024
 
 
 def launch_shape(rank: int, tile: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Constants of ``peak_lse_kernel`` and of ``tile_levels_kernel``."""
+    """Constants of ``peak_lse_kernel`` and of ``tile_bins_kernel``."""
     shape = {"RANK": rank, "R": max(16, triton.next_power_of_2(rank))}
     # A wide tile comes in several steps.
     rows = max(16, min(128, triton.next_power_of_2(tile)))
@@ -201,49 +199,50 @@ def launch_shape(rank: int, tile: int) -> tuple[dict[str, int], dict[str, int]]:
     return shape | {"BLOCK_M": BLOCK_M, "STEP": STEP}, shape | of_tiles
 
 
-def tile_levels(factors: Factors, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
-    """``levels.tile_levels``, without waiting for the GPU.
+def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
+    """``score_bins.tile_bins``, without waiting for the GPU.
 
     Args:
-        lowest: int32 ``[h]``: levels below are not wanted, and 0.
+        lowest: int32 ``[h]``: bins below are not wanted, and 0.
 
     Returns:
         uint8 ``[h, T, S]``.
 
     Raises:
-        ValueError: the factors have other types, or do not fit the tiling.
+        ValueError: the quantized have other types, or do not fit the tiling.
     """
-    query, keys, step = (part.contiguous() for part in factors)
+    query, keys, dequant_scale = (part.contiguous() for part in quantized)
     heads, length, rank = keys.shape
     chunk, tiles = length - tiling.context_len, tiling.num_tiles
-    if length != tiling.seq_len or query.shape != (heads, chunk, rank) or step.shape != (heads, chunk):
+    if length != tiling.seq_len or query.shape != (heads, chunk, rank) or dequant_scale.shape != (heads, chunk):
         raise ValueError(
-            f"queries {list(query.shape)}, their steps {list(step.shape)} and keys {list(keys.shape)} do not fit a "
-            f"chunk of {tiling.seq_len} tokens after {tiling.context_len}"
+            f"queries {list(query.shape)}, their scales {list(dequant_scale.shape)} and keys {list(keys.shape)} do not "
+            f"fit a chunk of {tiling.seq_len} tokens after {tiling.context_len}"
         )
-    if (query.dtype, keys.dtype, step.dtype) != (torch.int8, torch.int8, torch.int16):
-        raise ValueError(f"types must be int8, int8 and int16, not {query.dtype}, {keys.dtype} and {step.dtype}")
+    types = query.dtype, keys.dtype, dequant_scale.dtype
+    if types != (torch.int8, torch.int8, torch.int16):
+        raise ValueError(f"types must be int8, int8 and int16, not {', '.join(map(str, types))}")
     lengths = tiling.context_len, tiling.seq_len
     of_rows, of_tiles = launch_shape(rank, tiling.tile)
     parts = triton.cdiv(length, KEYS_PER_PART)
     lse = torch.empty(heads, parts, chunk, device=query.device)
     launcher(peak_lse_kernel, (triton.cdiv(chunk, BLOCK_M), heads, parts))(
-        query, keys, step, lse, *lengths, KEYS_PER_PART, **of_rows, num_warps=NUM_WARPS
+        query, keys, dequant_scale, lse, *lengths, KEYS_PER_PART, **of_rows, num_warps=NUM_WARPS
     )
-    norms = lse.mul_(LN2.value).logsumexp(1).div_(LN2.value)
-    levels = torch.zeros(heads, tiles, length, dtype=torch.uint8, device=query.device)
-    launcher(tile_levels_kernel, (triton.cdiv(length, STRIP), tiles, heads))(
-        query, keys, step, norms, lowest, levels, *lengths, tiles, **of_tiles, num_warps=NUM_WARPS
+    lse = lse.mul_(LN2.value).logsumexp(1).div_(LN2.value)
+    bins = torch.zeros(heads, tiles, length, dtype=torch.uint8, device=query.device)
+    launcher(tile_bins_kernel, (triton.cdiv(length, STRIP), tiles, heads))(
+        query, keys, dequant_scale, lse, lowest, bins, *lengths, tiles, **of_tiles, num_warps=NUM_WARPS
     )
-    return levels
+    return bins
 
 
-def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``levels.mass_by_level``; sums are taken in any order.
+def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """``score_bins.mass_by_bin``; sums are taken in any order.
 
     Args:
-        levels: uint8 ``[h, L, S]``.
-        lists: int64 ``[R]``.
+        bins: uint8 ``[h, L, S]``.
+        bin_row: int64 ``[R]``.
         weights: float32 ``[h, R, S]``; all three contiguous.
 
     Returns:
@@ -252,15 +251,12 @@ def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tens
     heads, rows, length = weights.shape
     mass = torch.zeros(heads, rows, 256, device=weights.device)
     launcher(mass_kernel, (triton.cdiv(length, WEIGHTS), rows, heads))(
-        levels, lists, weights, mass, levels.shape[1], length, BLOCK_N=WEIGHTS, num_warps=NUM_WARPS
+        bins, bin_row, weights, mass, bins.shape[1], length, BLOCK_N=WEIGHTS, num_warps=NUM_WARPS
     )
     return mass
 
 
-def row_mass(factors: Factors, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
-    """``levels.row_mass``."""
-    own = levels.row_levels(factors.rows(rows), rows + tiling.context_len, tiling)
-    return mass_by_level(own, torch.arange(len(rows), device=rows.device), weights)
-
-
-KERNELS = Kernels(tile_levels, row_mass, mass_by_level)
+def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
+    """``score_bins.row_mass``."""
+    own = score_bins.row_bins(quantized.rows(rows), rows + tiling.context_len, tiling)
+    return mass_by_bin(own, torch.arange(len(rows), device=rows.device), weights)

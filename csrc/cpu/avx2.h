@@ -1,20 +1,20 @@
 // Vectors and packing on processors with AVX2 and FMA (x86-64-v3); avx512bf16.h has the same names for newer ones.
 //
-// bf16 become float32, which is exact, as they are packed; products and weights stay in float32. Caches of float32 are
-// served as well.
+// bf16 is converted to float32, which is exact, when keys and values are packed; products and weights are float32.
+// Caches of float32 are supported too.
 #pragma once
 
 #include <immintrin.h>
 
 #include <limits>
 
-#include "cache.h"
+#include "interface.h"
 
 namespace minference {
 
 using Floats = __m256;
-using Factor = float;  // what products multiply
-using Packed = float;  // one factor: nothing is gained by pairs here
+using Factor = float;  // element of the matrices that are multiplied
+using Packed = float;  // one factor: float32 has no instruction for pairs
 
 constexpr int kLanes = 8;
 constexpr int kPack = 1;  // factors in one Packed
@@ -44,7 +44,7 @@ inline Floats hide_after(Floats x, const int32_t* position, int32_t limit) {
   return _mm256_blendv_ps(x, _mm256_set1_ps(-std::numeric_limits<float>::infinity()), hidden);
 }
 
-// 2^x to 2e-7 relative for x < 128; below 2^-126, where float32 loses digits, it gives 0.
+// 2^x for x < 128, relative error 2e-7; 0 where the result is below 2^-126 (subnormal).
 inline Floats exp2(Floats x) {
   x = _mm256_max_ps(x, _mm256_set1_ps(-127.0f));
   const __m256 whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -86,7 +86,8 @@ inline void store_factors(Factor* out, Floats low, Floats high) {
   store(out + kLanes, high);
 }
 
-// To the nearest, ties to even. No NaN turns into something else: those that come from bf16 end in zeros.
+// Rounds to nearest, ties to even. A NaN that comes from a bf16 stays NaN: the lower half of its bits is zero, so that
+// rounding cannot overflow into the sign.
 inline void store_element(bf16* out, Floats x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -105,13 +106,13 @@ inline void pack_two_rows(const T* low, const T* high, Packed* out, int64_t stri
   copy_factors(high, out + stride, count);
 }
 
-// The same from 8 pairs.
+// The same from 8 pairs of a page.
 inline void pack_eight_pairs(__m256i pairs, Packed* out, int64_t stride) {
   store(out, _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)));
   store(out + stride, _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000))));
 }
 
-// The same from 16 pairs.
+// The same from 16 pairs of a page.
 inline void pack_pairs(const pair* in, Packed* out, int64_t stride) {
   for (int i = 0; i < 16; i += 8) {
     pack_eight_pairs(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + i)), out + i, stride);
@@ -162,8 +163,9 @@ inline void transpose8(const float* const* rows, Packed* out, int64_t stride) {
   }
 }
 
-// `count` rows (a multiple of 16) of `dim` elements -> columns of the right-hand side. A few dimensions of all rows
-// first: each line of `out` is written in two halves, and must still be in the nearest cache for the second.
+// `count` rows (a multiple of 16) of `dim` elements -> columns of the right-hand side. The outer loop is over
+// dimensions: each cache line of `out` is written in two halves, by successive steps of the inner loop, while it is
+// still in L1.
 template <typename T>
 inline void pack_columns(const T* const* rows, int count, int dim, Packed* out, int64_t stride) {
   for (int d = 0; d < dim; d += 16) {
@@ -175,7 +177,7 @@ inline void pack_columns(const T* const* rows, int count, int dim, Packed* out, 
   }
 }
 
-// Calls body.template operator()<T>() for the elements of a cache.
+// Calls body.template operator()<T>() with the type of a cache's elements.
 template <typename Body>
 inline void with_element(Element element, const Body& body) {
   if (element == Element::float32) {
@@ -185,7 +187,7 @@ inline void with_element(Element element, const Body& body) {
   }
 }
 
-// Whole numbers of 16 bits.
+// Vectors of int16.
 using Shorts = __m256i;
 
 constexpr int kShorts = 16;
@@ -204,18 +206,18 @@ inline int reduce_max(Shorts x) {
   return static_cast<int16_t>(_mm_extract_epi16(turned, 0) ^ 0x7fff);
 }
 
-// sum + left[0] * right[0] + left[1] * right[1], modulo 2^16: `left` are two bytes from 0 to 255, twice, and each of
-// `right` two from -64 to 63.
+// sum + left[0] * right[0] + left[1] * right[1] in every 16-bit lane, modulo 2^16. `left` is the same two uint8 in both
+// halves; each lane of `right` is two int8 from -64 to 63, whose products with uint8 do not saturate.
 inline Shorts multiply_add_bytes(int32_t left, Shorts right, Shorts sum) {
   return _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_set1_epi32(left), right));
 }
 
-// (a - b) * factor / 2^15, rounded; a difference that does not fit is taken as the nearest that does.
+// (a - b) * factor / 2^15, rounded; the difference saturates.
 inline Shorts scaled_difference(Shorts a, Shorts b, Shorts factor) {
   return _mm256_mulhrs_epi16(_mm256_subs_epi16(a, b), factor);
 }
 
-// x where place >= limit, the least number elsewhere.
+// x where place >= limit, INT16_MIN elsewhere.
 inline Shorts hide_before(Shorts x, const int16_t* place, int16_t limit) {
   const __m256i hidden = _mm256_cmpgt_epi16(_mm256_set1_epi16(limit), load(place));
   return _mm256_blendv_epi8(x, _mm256_set1_epi16(std::numeric_limits<int16_t>::min()), hidden);

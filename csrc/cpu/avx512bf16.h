@@ -10,12 +10,12 @@
 #include <cstring>
 #include <limits>
 
-#include "cache.h"
+#include "interface.h"
 
 namespace minference {
 
 using Floats = __m512;
-using Factor = bf16;  // what products multiply
+using Factor = bf16;  // element of the matrices that are multiplied
 using Packed = pair;  // neighbouring factors along the reduced dimension
 
 constexpr int kLanes = 16;
@@ -35,7 +35,7 @@ inline Floats hide_after(Floats x, const int32_t* position, int32_t limit) {
   return _mm512_mask_blend_ps(visible, _mm512_set1_ps(-std::numeric_limits<float>::infinity()), x);
 }
 
-// 2^x to 2e-7 relative; -inf gives 0.
+// 2^x, relative error 2e-7; -inf gives 0.
 inline Floats exp2(Floats x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 least = _mm512_set1_ps(-200.0f);
@@ -93,7 +93,7 @@ inline void pack_two_rows(const bf16* low, const bf16* high, Packed* out, int64_
   }
 }
 
-// The same from 16 pairs.
+// The same from 16 pairs of a page.
 inline void pack_pairs(const pair* in, Packed* out, int64_t /*stride*/) {
   _mm512_storeu_si512(out, _mm512_loadu_si512(in));
 }
@@ -138,13 +138,14 @@ inline void pack_columns(const bf16* const* rows, int count, int dim, Packed* ou
   }
 }
 
-// Calls body.template operator()<T>() for the elements of a cache: of bf16 alone, since products here are.
+// Calls body.template operator()<T>() with the type of a cache's elements: always bf16, the only type that this build
+// multiplies.
 template <typename Body>
 inline void with_element(Element, const Body& body) {
   body.template operator()<bf16>();
 }
 
-// Whole numbers of 16 bits.
+// Vectors of int16.
 using Shorts = __m512i;
 
 constexpr int kShorts = 32;
@@ -164,18 +165,18 @@ inline int reduce_max(Shorts x) {
   return static_cast<int16_t>(_mm_extract_epi16(turned, 0) ^ 0x7fff);
 }
 
-// sum + left[0] * right[0] + left[1] * right[1], modulo 2^16: `left` are two bytes from 0 to 255, twice, and each of
-// `right` two from -64 to 63.
+// sum + left[0] * right[0] + left[1] * right[1] in every 16-bit lane, modulo 2^16. `left` is the same two uint8 in both
+// halves; each lane of `right` is two int8 from -64 to 63, whose products with uint8 do not saturate.
 inline Shorts multiply_add_bytes(int32_t left, Shorts right, Shorts sum) {
   return _mm512_add_epi16(sum, _mm512_maddubs_epi16(_mm512_set1_epi32(left), right));
 }
 
-// (a - b) * factor / 2^15, rounded; a difference that does not fit is taken as the nearest that does.
+// (a - b) * factor / 2^15, rounded; the difference saturates.
 inline Shorts scaled_difference(Shorts a, Shorts b, Shorts factor) {
   return _mm512_mulhrs_epi16(_mm512_subs_epi16(a, b), factor);
 }
 
-// x where place >= limit, the least number elsewhere.
+// x where place >= limit, INT16_MIN elsewhere.
 inline Shorts hide_before(Shorts x, const int16_t* place, int16_t limit) {
   const __mmask32 visible = _mm512_cmpge_epi16_mask(load(place), _mm512_set1_epi16(limit));
   return _mm512_mask_blend_epi16(visible, _mm512_set1_epi16(std::numeric_limits<int16_t>::min()), x);

@@ -1,33 +1,12 @@
-// Exact attention of some of a chunk's queries: every weight, or their sums per column and per diagonal, in two passes
-// over K. What is computed, of which queries, and why diagonals take the smallest of four groups:
-// minference_vllm/estimate.py; the weights are those of minference_vllm/low_rank.py.
+// Exact attention of some of a chunk's queries: every weight, or the weights summed per column and per diagonal, in two
+// passes over K. minference_vllm/low_rank.py and minference_vllm/estimate.py say which queries and what for.
 #include "rows.h"
 
 #include <omp.h>
 
-namespace minference {
-
-struct WeightArguments {
-  RowArguments of;
-  float* weights;  // [num_wanted][rows][seq_len]
-};
-
-struct EstimateArguments {
-  RowArguments of;
-  const int32_t* group_starts;  // [num_groups + 1] neighbouring rows that form a group, as places in row_index
-  float* columns;               // [num_wanted][seq_len]
-  float* diagonals;             // [num_wanted][seq_len], by distance
-  int32_t num_groups;
-};
-
-}  // namespace minference
-
-// Counts the changes of the argument structures; minference_vllm/engines/native_arguments.py has the only one that runs.
-extern "C" int minference_interface() { return 6; }
-
-extern "C" void minference_row_weights(const minference::WeightArguments* arguments) {
+extern "C" void minference_row_weights(const minference::RowWeightArguments* arguments) {
   using namespace minference;
-  const RowArguments& a = arguments->of;
+  const RowArguments& a = arguments->row_arguments;
   const RowScores scores(a);
   Normalizers normalizers(a);
   std::vector<float> normalizer;
@@ -59,17 +38,18 @@ extern "C" void minference_row_weights(const minference::WeightArguments* argume
   }
 }
 
-extern "C" void minference_last_query_scores(const minference::EstimateArguments* arguments) {
+extern "C" void minference_column_diagonal_scores(const minference::ColumnDiagonalArguments* arguments) {
   using namespace minference;
-  const RowArguments& a = arguments->of;
+  const RowArguments& a = arguments->row_arguments;
   const RowScores scores(a);
   Normalizers normalizers(a);
   std::vector<float> normalizer;
   const int row_groups = arguments->num_groups;
   const int32_t* group_starts = arguments->group_starts;
   const int64_t parts = scores.parts;
-  // Diagonals by place: key n of a group's row r lies at place n + (last row of the group) - r. A task's last places
-  // reach into the next one's range and are kept apart.
+  // Diagonals are first summed by place: for key n and row r of a group, n + (last row of the group) - r. The keys of
+  // one part reach up to kMaxRows places into the next part's range. Another thread may be writing there, so that these
+  // sums go to `spill` and are added at the end.
   const int64_t places = scores.key_tiles * kKeyTile;
   std::vector<float> by_place(static_cast<size_t>(a.num_wanted) * row_groups * places, 0.0f);
   std::vector<float> spill(static_cast<size_t>(a.num_wanted) * row_groups * parts * kMaxRows, 0.0f);
@@ -127,7 +107,8 @@ extern "C" void minference_last_query_scores(const minference::EstimateArguments
           const float* beyond = spill.data() + (series * parts + part) * kMaxRows;
           for (int n = 0; n < kMaxRows; ++n) place[(part + 1) * kTilesPerTask * kKeyTile + n] += beyond[n];
         }
-        // Groups that do not reach that far back have no say.
+        // The smallest of the groups' diagonals; groups whose last row is nearer to the start than `distance` are left
+        // out. Weights are scaled as if the group had all rows.
         const int rows = group_starts[group + 1] - group_starts[group];
         const int64_t last = a.context_len + a.row_index[group_starts[group + 1] - 1];
         const float weight = static_cast<float>(a.rows) / static_cast<float>(rows);

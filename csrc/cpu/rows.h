@@ -1,4 +1,4 @@
-// Exact attention of some of a chunk's queries over all keys: scores by key tile, and what a softmax divides by.
+// Exact attention of some of a chunk's queries over all keys: scores by key tile, and the log-sum-exp of each row.
 #pragma once
 
 #include "tiles.h"
@@ -18,19 +18,6 @@ constexpr int kTilesPerTask = 8;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-struct RowArguments {
-  Cache cache;
-  const void* query;  // the chunk's queries: row r, head h at r * token_stride + h * head_stride
-  int64_t query_token_stride, query_head_stride;
-  const int64_t* pages;
-  const int64_t* row_index;  // [rows] rows of the chunk that are used, ascending
-  const int32_t* heads;      // [num_wanted] query heads wanted, ascending
-  int64_t context_len, seq_len;
-  int32_t num_heads, num_wanted, rows;
-  float scale;
-  int32_t threads;
-};
-
 // Zeros on both sides of a tile's scores, so that diagonals can be read past it.
 constexpr int kScoreStride = kKeyTile + 2 * kMaxRows;
 
@@ -41,7 +28,7 @@ struct alignas(64) RowWorkspace {
   float* row(int r) { return scores + r * kScoreStride + kMaxRows; }
 };
 
-// The work is cut into tasks of kTilesPerTask key tiles and the wanted heads of one KV head, which share packed keys.
+// Scores of all rows. A task is kTilesPerTask key tiles for the wanted heads of one KV head, which share packed keys.
 class RowScores {
  public:
   explicit RowScores(const RowArguments& arguments)
@@ -90,7 +77,7 @@ class RowScores {
     int at = 0;
     while (at < kKeyTile) {
       const int64_t key = first_key + at;
-      if (key >= a_.seq_len) {  // whole pages past the end: their keys are masked, but must not hold infinities
+      if (key >= a_.seq_len) {  // past the last page: masked later, but scores must not become NaN
         for (int k = 0; k < a_.cache.head_size / kPack; ++k) {
           std::memset(w.keys + k * kKeyTile + at, 0, (kKeyTile - at) * sizeof(Packed));
         }
@@ -106,7 +93,7 @@ class RowScores {
   }
 
   void score_tile(const Factor* query, RowWorkspace& w, int64_t first_key) const {
-    static constexpr auto kPlaces = [] {  // of a tile's keys in it
+    static constexpr auto kPlaces = [] {  // 0, 1, .. kKeyTile - 1
       std::array<int32_t, kKeyTile> places{};
       std::iota(places.begin(), places.end(), 0);
       return places;
@@ -138,7 +125,7 @@ class RowScores {
   std::vector<int> first_of_group_;
 };
 
-// Log-sum-exp of each wanted head's rows, gathered by several threads.
+// Log-sum-exp of each wanted head's rows; every thread adds the tiles that it scores.
 class Normalizers {
  public:
   explicit Normalizers(const RowArguments& a)

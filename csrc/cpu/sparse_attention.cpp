@@ -12,7 +12,7 @@ namespace {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Sums are rescaled only when a row's maximum grows by more than this power of two; until then the old one serves.
+// Sums are rescaled only when a row's maximum (in units of log2) has grown by more than this since the last time.
 constexpr float kRescale = 8.0f;
 
 struct alignas(64) Workspace {
@@ -24,31 +24,6 @@ struct alignas(64) Workspace {
   std::vector<Factor> query;
   std::vector<float> out, maximum, sum;
 };
-
-}  // namespace
-
-struct AttendArguments {
-  Cache cache;
-  const void* query;   // row r, head h at r * query_token_stride + h * query_head_stride
-  void* out;
-  float* lse;          // [heads][rows], natural logarithm; may be null
-  int64_t query_token_stride, query_head_stride, out_token_stride, out_head_stride;
-  const int64_t* pages;          // physical page of each logical block
-  const int64_t* tile_starts;    // [tiles + 1], absolute positions
-  const int32_t* blocks;         // [heads][tiles][max_blocks], ascending
-  const int32_t* num_blocks;     // [heads][tiles]
-  const int32_t* columns;        // [heads][tiles][max_columns], absolute positions
-  const int32_t* num_columns;    // [heads][tiles]
-  const void* column_keys;       // rows [*][head_size]: gathered columns
-  const void* column_values;
-  const int64_t* column_row;     // [heads][seq_len] -> row of column_keys
-  int64_t seq_len;
-  int32_t heads, tiles, max_blocks, max_columns;
-  float scale;
-  int32_t threads;
-};
-
-namespace {
 
 // T: elements of the cache, the queries and the output.
 template <typename T>
@@ -68,7 +43,8 @@ class TileTask {
     const int32_t* blocks = a_.blocks + slot_ * a_.max_blocks;
     const int count = a_.num_blocks[slot_];
     const int size = a_.cache.block_size;
-    int own = count;  // the tile's own blocks come last; they go first, so that every row has a finite maximum
+    // The tile's own blocks are the last. They are attended first, so that every row has a finite maximum.
+    int own = count;
     while (own > 0 && static_cast<int64_t>(blocks[own - 1] + 1) * size > start_) --own;
     filled_ = 0;
     for (int i = own; i < count; ++i) add_block(blocks[i]);
@@ -99,7 +75,7 @@ class TileTask {
       pack_keys<T>(a_.cache, a_.pages[block], kv_head_, slot, count, w_.keys, filled_);
       pack_values<T>(a_.cache, a_.pages[block], kv_head_, slot, count, w_.values, filled_);
       for (int i = 0; i < count; ++i) w_.position[filled_ + i] = block * size + slot + i;
-      // Slots past the sequence's end hold anything, NaN included, which a weight of zero would not cancel.
+      // Slots past the sequence's end can hold anything, NaN included, and a weight of zero times NaN is NaN.
       const int64_t valid = a_.seq_len - (static_cast<int64_t>(block) * size + slot);
       for (int i = static_cast<int>(std::clamp<int64_t>(valid, 0, count)); i < count; ++i) clear_value(filled_ + i);
       filled_ += count;
@@ -124,7 +100,7 @@ class TileTask {
       const int here = std::min(kKeyTile, count - first);
       const int padded = (here + 31) / 32 * 32;
       for (int i = 0; i < padded; ++i) {
-        // Past the end the last column stands in; its position masks it.
+        // Padding repeats the last column, at a position that no row sees.
         const int32_t column = columns[first + std::min(i, here - 1)];
         keys[i] = column_keys + row[column] * dim_;
         values[i] = column_values + row[column] * dim_;
@@ -223,11 +199,11 @@ extern "C" void minference_attend(const minference::AttendArguments* arguments) 
   const int tasks = arguments->heads * arguments->tiles;
 #pragma omp parallel num_threads(arguments->threads)
   {
-    // Static per thread: packed keys and values stay warm from call to call.
+    // Static per thread: its memory stays in the core's caches from call to call.
     static thread_local minference::Workspace space;
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < tasks; ++task) {
-      // Later tiles have more keys: they go first, so that threads end together.
+      // Later tiles have more keys. They are started first, so that threads finish at about the same time.
       const int tile = arguments->tiles - 1 - task / arguments->heads;
       minference::with_element(arguments->cache.element, [&]<typename T>() {
         minference::TileTask<T>(*arguments, space, task % arguments->heads, tile).run();

@@ -1,8 +1,10 @@
-// Building blocks of the CPU kernels: packing keys and values from pages, small matrix products. What differs between
-// processors is in the header that the compiler's flags choose. No torch headers.
+// Building blocks of the CPU kernels: packing keys and values from pages, small matrix products. The compiler's flags
+// choose the header with the vector instructions. No Python or torch headers.
 #pragma once
 
 #include <cstdint>
+
+#include "interface.h"
 
 #ifdef __AVX512BF16__
 #include "avx512bf16.h"
@@ -103,7 +105,7 @@ inline void product_rows(const Factor* a, const Packed* b, int64_t ldb, float* c
   if (n < width) product<R, 1, LDA, kAdd>(a, b + n, ldb, c + n, ldc, depth);
 }
 
-// Eight times two bytes, each pair twice, with their highest bits turned: -128 to 127 become 0 to 255.
+// 16 int8 -> 8 pairs of uint8, each with 128 added and each pair in both halves of its int32.
 inline void repeat_byte_pairs(const int8_t* in, int32_t* out) {
   const __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
   const __m256i once = _mm256_cvtepu16_epi32(bytes);

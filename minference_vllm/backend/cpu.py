@@ -15,12 +15,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from minference_vllm.backend.compat import NAME
-from minference_vllm.backend.runtime import check_page_size, refuse_mean_correction, unsupported_layer_reasons
-from minference_vllm.backend.splitting import SplittingBuilder, SplittingImpl, SplittingMetadata
+from minference_vllm.backend.runtime import unsupported_layer_reasons
+from minference_vllm.backend.sparse_prefill import SparsePrefillBuilder, SparsePrefillImpl, SparsePrefillMetadata
 from minference_vllm.core.paged_cache import PagedCache
-from minference_vllm.kernels.block_table import cpu_ops as cpu_kernel
-from minference_vllm.kernels.native import attention as native
-from minference_vllm.prefill.attend import no_lse_reason
+from minference_vllm.kernels.block_table import cpu_ops
+from minference_vllm.kernels.native import library
 
 
 class MInferenceCPUBackend(CPUAttentionBackend):
@@ -38,20 +37,17 @@ class MInferenceCPUBackend(CPUAttentionBackend):
 
 
 @dataclass
-class MInferenceCPUMetadata(SplittingMetadata, CPUAttentionMetadata):
+class MInferenceCPUMetadata(SparsePrefillMetadata, CPUAttentionMetadata):
     """Of a batch with at least one sparse chunk; other batches carry the parent's class."""
 
 
-class MInferenceCPUMetadataBuilder(SplittingBuilder, CPUAttentionMetadataBuilder):
+class MInferenceCPUMetadataBuilder(SparsePrefillBuilder, CPUAttentionMetadataBuilder):
     metadata_cls = MInferenceCPUMetadata
 
 
-class MInferenceCPUImpl(SplittingImpl, CPUAttentionBackendImpl):
-    keeps_page_means = True
-
+class MInferenceCPUImpl(SparsePrefillImpl, CPUAttentionBackendImpl):
     def dense_reasons(self, vllm_config: Any) -> list[str]:
-        dtype, block_size = vllm_config.model_config.dtype, vllm_config.cache_config.block_size
-        check_page_size(self.runtime, block_size)
+        dtype, kernel = vllm_config.model_config.dtype, self.runtime.settings.kernel
         reasons = unsupported_layer_reasons(
             sliding_window=self.sliding_window,
             logits_soft_cap=self.logits_soft_cap,
@@ -61,23 +57,22 @@ class MInferenceCPUImpl(SplittingImpl, CPUAttentionBackendImpl):
             kv_cache_dtype=self.kv_cache_dtype,
             dtype=dtype,
         )
-        if not reasons and cpu_kernel.layout_for(dtype, block_size, self.head_size) is None:
-            isa = cpu_kernel.isa_for(dtype, block_size, self.head_size)
-            reasons.append(f"unknown page layout of vLLM's CPU kernel ({isa})")
-        engine = self.runtime.settings.engine
-        if engine == "triton":
-            raise ValueError("minference: engine 'triton' needs an NVIDIA GPU; set engine to 'auto'")
-        if not reasons:
-            reason = native.unsupported_reason(dtype, block_size, self.head_size)
-            if reason and engine == "native":
-                raise ValueError(f"minference: engine 'native' cannot run here: {reason}; set engine to 'auto'")
-            if reason or engine == "block_table":
-                refuse_mean_correction(self.runtime, no_lse_reason(reason))
+        if kernel == "triton":
+            raise ValueError("minference: kernel 'triton' needs an NVIDIA GPU; set kernel to 'auto'")
+        if kernel == "native" and not reasons:
+            reason = library.unsupported_reason(dtype, self.head_size)
+            if reason:
+                raise ValueError(f"minference: kernel 'native' cannot run here: {reason}; set kernel to 'auto'")
         return reasons
+
+    def cache_reasons(self, layer: Any, block_size: int, dtype: torch.dtype) -> list[str]:
+        if cpu_ops.layout_for(dtype, block_size, self.head_size) is not None:
+            return []
+        return [f"unknown page layout of vLLM's CPU kernel ({cpu_ops.isa_for(dtype, block_size, self.head_size)})"]
 
     def paged_cache(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedCache:
         num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
         key, value = kv_cache.view(num_blocks, num_kv_heads, 2 * block_size, -1).chunk(2, dim=2)
-        layout = cpu_kernel.layout_for(dtype, block_size, self.head_size)
+        layout = cpu_ops.layout_for(dtype, block_size, self.head_size)
         assert layout is not None
         return PagedCache(key, value, layout)

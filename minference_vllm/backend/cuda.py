@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from minference_vllm.backend.gpu import GPUBackend, GPUBuilder, GPUImpl
-from minference_vllm.backend.splitting import SplittingMetadata
+from minference_vllm.backend.sparse_prefill import SparsePrefillMetadata
 
 
 class MInferenceCUDABackend(GPUBackend, FlashAttentionBackend):
@@ -26,7 +26,7 @@ class MInferenceCUDABackend(GPUBackend, FlashAttentionBackend):
 
 
 @dataclass
-class MInferenceCUDAMetadata(SplittingMetadata, FlashAttentionMetadata):
+class MInferenceCUDAMetadata(SparsePrefillMetadata, FlashAttentionMetadata):
     """Of a batch with at least one sparse chunk; other batches carry the parent's class."""
 
 

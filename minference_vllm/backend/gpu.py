@@ -1,6 +1,6 @@
-"""What our backends on NVIDIA GPUs share, and which of them ``minference`` stands for on this one.
+"""What our backends on NVIDIA GPUs share.
 
-Each class stands in front of vLLM's own in the order of base classes, as those of ``splitting`` do.
+Each class stands in front of vLLM's own in the order of base classes, as those of ``sparse_prefill`` do.
 """
 
 from __future__ import annotations
@@ -11,32 +11,18 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionType
 
 from minference_vllm.backend import compat
-from minference_vllm.backend.runtime import check_page_size, unsupported_layer_reasons
-from minference_vllm.backend.splitting import SplittingBuilder, SplittingImpl, logger
+from minference_vllm.backend.runtime import unsupported_layer_reasons
+from minference_vllm.backend.sparse_prefill import SparsePrefillBuilder, SparsePrefillImpl
 from minference_vllm.backend.warmup import warm_up
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
 
 PREFERRED_BLOCK_SIZE = 128
 """Tokens per page when the user named none: FlashAttention-3 then copies whole pages at once, and budgets, which are
 rounded up to whole pages, cost what they cost on the CPU."""
 FP8 = ("fp8", "fp8_e4m3")
 MAX_HEAD_SIZE = 256
-
-
-def __getattr__(name: str) -> type[AttentionBackend]:
-    """The class that is registered, chosen when vLLM asks for it and not when it loads its plugins: those it loads in
-    every process, whether minference was selected or not, and choosing asks the GPU."""
-    if name != "MInferenceGPUBackend":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    parent, reason = compat.choose_gpu_parent(*compat.this_gpu())
-    logger.info_once("minference: over vLLM's %s backend: %s", parent, reason)
-    if parent == "FLASH_ATTN":
-        from minference_vllm.backend.cuda import MInferenceCUDABackend
-
-        return MInferenceCUDABackend
-    from minference_vllm.backend.triton_attn import MInferenceTritonBackend
-
-    return MInferenceTritonBackend
 
 
 class GPUBackend(AttentionBackend):
@@ -54,11 +40,9 @@ class GPUBackend(AttentionBackend):
         return False
 
 
-class GPUBuilder(SplittingBuilder):
+class GPUBuilder(SparsePrefillBuilder):
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # The layers are made before the page size is settled.
-        check_page_size(self.runtime, kv_cache_spec.block_size)
         # Builders are made once the weights are there and before CUDA graphs are captured.
         if device.type == "cuda":
             warm_up(self.sparse_layers, kv_cache_spec, vllm_config.model_config.dtype, self.runtime.settings, device)
@@ -70,13 +54,13 @@ class GPUBuilder(SplittingBuilder):
         return min(parent, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
 
 
-class GPUImpl(SplittingImpl):
+class GPUImpl(SparsePrefillImpl):
     def dense_reasons(self, vllm_config: Any) -> list[str]:
-        dtype, engine = vllm_config.model_config.dtype, self.runtime.settings.engine
-        if engine == "native":
-            raise ValueError("minference: engine 'native' runs on CPUs; set engine to 'auto' or 'triton'")
-        # Our own kernel knows soft caps, sinks and FP8 caches; the block-table engine does not.
-        fused = engine != "block_table"
+        dtype, kernel = vllm_config.model_config.dtype, self.runtime.settings.kernel
+        if kernel == "native":
+            raise ValueError("minference: kernel 'native' runs on CPUs; set kernel to 'auto' or 'triton'")
+        # Our own kernel knows soft caps, sinks and FP8 caches; 'block_table' does not.
+        fused = kernel != "block_table"
         window = self.sliding_window[0] if self.sliding_window is not None else None
         reasons = unsupported_layer_reasons(
             sliding_window=window,
@@ -98,12 +82,10 @@ class GPUImpl(SplittingImpl):
         """No: our kernels write what they compute."""
         return False
 
-    def runs_densely(self, layer: Any) -> bool:
-        # Known only after the weights are loaded.
-        one_scale_per_head = self.kv_cache_dtype in FP8 and layer._k_scale.numel() > 1
-        if one_scale_per_head:
-            logger.info_once("minference: some layers run densely: FP8 cache with a scale per head")
-        return one_scale_per_head or super().runs_densely(layer)
+    def cache_reasons(self, layer: Any, block_size: int, dtype: torch.dtype) -> list[str]:
+        if self.kv_cache_dtype in FP8 and layer._k_scale.numel() > 1:
+            return ["FP8 cache with a scale per head"]
+        return []
 
     def paged_cache(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedCache:
         key, value = compat.gpu_pages(kv_cache, self.head_size)
@@ -112,11 +94,11 @@ class GPUImpl(SplittingImpl):
         key, value = key.view(torch.float8_e4m3fn), value.view(torch.float8_e4m3fn)
         return PagedCache(key, value, "rows", layer._k_scale_float, layer._v_scale_float)
 
-    def attend_options(self, layer: Any, query: torch.Tensor) -> dict[str, Any]:
+    def inputs(
+        self, layer: Any, query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, chunk: Chunk
+    ) -> Inputs:
         # With an FP8 cache vLLM's attention layer may hand the queries over in FP8, too.
         quantised = query.dtype == torch.float8_e4m3fn
-        return {
-            "scale": self.scale * layer._q_scale_float if quantised else self.scale,
-            "softcap": float(self.logits_soft_cap or 0.0),
-            "sinks": self.sinks,
-        }
+        scale = self.scale * layer._q_scale_float if quantised else self.scale
+        softcap = float(self.logits_soft_cap or 0.0)
+        return Inputs.of(query, cache, block_table, chunk, scale, softcap, self.sinks, self.page_means)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,14 +9,13 @@ import torch
 
 from minference_vllm.backend.compat import add_worker_method
 from minference_vllm.backend.counters import Counters
-from minference_vllm.core.paged_cache import PagedCache
-from minference_vllm.core.plan import Chunk
-from minference_vllm.kernels.native import attention as native
+from minference_vllm.core.inputs import Inputs
+from minference_vllm.kernels.choose import DTYPES
+from minference_vllm.kernels.native import library
 from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
-from minference_vllm.patterns.kinds import Antidiagonal, HeadPattern, PatternFile
-from minference_vllm.prefill.attend import DTYPES
-from minference_vllm.prefill.mean_correction import heads_with
-from minference_vllm.prefill.recall import RaisedLevels
+from minference_vllm.patterns.file import PatternFile
+from minference_vllm.prefill.recall import RaisedSteps
+from minference_vllm.selection.families import family_of
 from minference_vllm.settings import Settings, load_settings
 
 STATS_METHOD = "minference_stats"
@@ -25,18 +23,9 @@ STATS_METHOD = "minference_stats"
 
 
 class Recorder(Protocol):
-    """Measures every sparse chunk while a model is calibrated (``calibrate/recorder.py``)."""
+    """Measures every sparse chunk while a model is calibrated (``offline/calibrate/recorder.py``)."""
 
-    def record(
-        self,
-        layer: int,
-        first_head: int,
-        query: torch.Tensor,
-        cache: PagedCache,
-        pages: torch.Tensor,
-        chunk: Chunk,
-        scale: float,
-    ) -> None: ...
+    def record(self, layer: int, first_head: int, inputs: Inputs) -> None: ...
 
     def next_prompt(self, number: int) -> None: ...
 
@@ -48,7 +37,7 @@ class Runtime:
     source: str
     """Where the patterns came from and why, for the log."""
     counters: Counters = field(default_factory=Counters)
-    raised: RaisedLevels = field(default_factory=RaisedLevels)
+    raised: RaisedSteps = field(default_factory=RaisedSteps)
     recorder: Recorder | None = None
     """While a model is calibrated; every sparse chunk then runs densely."""
 
@@ -60,8 +49,8 @@ class Runtime:
         if torch.cuda.is_available():
             kernels = "Triton kernels"
         else:
-            native_reason = native.unavailable_reason()
-            kernels = f"no native kernels ({native_reason})" if native_reason else f"{native.instructions()} kernels"
+            native_reason = library.unavailable_reason()
+            kernels = f"no native kernels ({native_reason})" if native_reason else f"{library.instructions()} kernels"
         return f"patterns from {self.source}; {settings}; {kernels}; sparse from {self.settings.min_context} tokens"
 
 
@@ -116,25 +105,12 @@ def unsupported_model_reasons(model: Any) -> list[str]:
 
 
 def check_page_size(runtime: Runtime, block_size: int) -> None:
-    """Raise ValueError when a pattern cannot be estimated on pages of this size."""
-    for pattern in _all_patterns(runtime.patterns):
-        if isinstance(pattern, Antidiagonal) and block_size % pattern.stride:
-            raise ValueError(
-                f"minference: patterns from {runtime.source}: antidiagonal stride {pattern.stride} must divide the "
-                f"page size, here {block_size}"
-            )
-
-
-def refuse_mean_correction(runtime: Runtime, reason: str) -> None:
-    """Raise ValueError when a pattern asks for mean correction, which cannot be had here."""
-    if heads_with(list(_all_patterns(runtime.patterns))):
-        raise ValueError(f"minference: patterns from {runtime.source}: mean_correction cannot run here: {reason}")
-
-
-def _all_patterns(file: PatternFile) -> Iterator[HeadPattern]:
-    yield file.default
-    for heads in file.layers.values():
-        yield from heads.values()
+    """Raise ValueError when a pattern cannot run on pages of this size."""
+    file = runtime.patterns
+    for pattern in {file.default, *(pattern for heads in file.layers.values() for pattern in heads.values())}:
+        problem = family_of(pattern).page_size_problem(pattern, block_size)
+        if problem:
+            raise ValueError(f"minference: patterns from {runtime.source}: {problem}")
 
 
 def unsupported_layer_reasons(

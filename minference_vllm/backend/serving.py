@@ -4,91 +4,81 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from vllm.logger import init_logger
 
 from minference_vllm.backend.runtime import Runtime
-from minference_vllm.core.paged_cache import PagedCache
-from minference_vllm.core.plan import Chunk
-from minference_vllm.patterns.kinds import MAX_LEVEL, Dense, HeadPattern
+from minference_vllm.core.inputs import Inputs
+from minference_vllm.kernels.kernel import Kernel
+from minference_vllm.patterns.kinds import MAX_STEP, Dense, HeadPattern
 from minference_vllm.prefill.attend import attend_chunk
-from minference_vllm.prefill.recall import Audit, sample_rows
-from minference_vllm.selection.capacity import audit_frequency
-from minference_vllm.selection.scores import Timing
+from minference_vllm.prefill.recall import RecallCheck, audit_frequency, sample_rows
+from minference_vllm.prefill.timing import Timing
 
 logger = init_logger(f"vllm.{__name__}")
 
 
-def serve_chunk(
-    runtime: Runtime,
-    layer: int,
-    first_head: int,
-    query: torch.Tensor,
-    cache: PagedCache,
-    pages: torch.Tensor,
-    chunk: Chunk,
-    patterns: Sequence[HeadPattern],
-    out: torch.Tensor,
-    **options: Any,
-) -> None:
-    """As ``attend_chunk``; audits recall when that is due, and counts what was done.
+@dataclass(frozen=True)
+class SparseLayer:
+    """How the sparse chunks of one layer run; made once."""
 
-    Args:
-        layer: the layer's number, or -1 when it has none.
-        first_head: global number of the first of this rank's heads.
-        options: more arguments of ``attend_chunk``.
-    """
-    settings, counters = runtime.settings, runtime.counters
+    number: int
+    """The layer's, or -1 when its name has none."""
+    first_head: int
+    """Global number of the first of this rank's heads."""
+    patterns: tuple[HeadPattern, ...]
+    """One per query head of this rank."""
+    kernel: Kernel
+
+
+def serve_chunk(runtime: Runtime, layer: SparseLayer, inputs: Inputs, out: torch.Tensor) -> None:
+    """As ``attend_chunk``; audits recall when that is due, and counts what was done."""
+    settings, counters, chunk = runtime.settings, runtime.counters, inputs.chunk
     if runtime.recorder is not None:
-        runtime.recorder.record(layer, first_head, query, cache, pages, chunk, options["scale"])
-        dense = [Dense()] * query.shape[1]
-        attend_chunk(
-            query, cache, pages, chunk, dense, out=out, engine=settings.engine, tile=settings.tile, **options
-        )  # fmt: skip
+        runtime.recorder.record(layer.number, layer.first_head, inputs)
+        attend_chunk(inputs, [Dense()] * inputs.num_heads, layer.kernel, out, settings.tile)
         return
-    audit = None
-    if audit_is_due(runtime, layer, chunk, patterns, query.is_cuda):
+    check = None
+    if audit_is_due(runtime, layer, inputs):
         # Other rows in every layer and chunk, the same ones whenever the same prompt comes in the same chunks.
-        seed = zlib.crc32(f"{layer} {chunk.context_len} {chunk.seq_len}".encode())
-        levels = runtime.raised.at(layer, chunk.context_len, pages, cache.block_size)
-        audit = Audit(sample_rows(chunk.query_len, settings.audit_rows, seed), settings.recall_floor, levels)
+        seed = zlib.crc32(f"{layer.number} {chunk.context_len} {chunk.seq_len}".encode())
+        steps = runtime.raised.at(layer.number, chunk.context_len, inputs.pages, inputs.cache.block_size)
+        check = RecallCheck(sample_rows(chunk.query_len, settings.audit_rows, seed), settings.recall_floor, steps)
     timing = Timing()
-    index = attend_chunk(
-        query, cache, pages, chunk, patterns, out=out, engine=settings.engine, tile=settings.tile, timing=timing,
-        audit=audit, **options,
-    )  # fmt: skip
+    index = attend_chunk(inputs, layer.patterns, layer.kernel, out, settings.tile, check, timing)
     overflowed = 0 if index.overflowed is None else index.overflowed.sum() * index.heads_per_list
     counters.count_layer(index.computed_pairs().sum(), index.num_heads * index.dense_pairs(), overflowed)
     counters.count_seconds(timing.estimate + timing.index + timing.attend, timing.audit)
-    if audit is None or audit.recall is None:
+    if check is None or check.recall is None:
         return
-    counters.count_recall(layer, first_head, audit.recall.double())
-    runtime.raised.keep(layer, chunk.seq_len, pages, cache.block_size, audit.levels)
-    for head, level in enumerate(audit.levels):
-        if level:
-            counters.count_raised(layer, first_head + head, dense=level == MAX_LEVEL)
+    counters.count_recall(layer.number, layer.first_head, check.recall.double())
+    runtime.raised.keep(layer.number, chunk.seq_len, inputs.pages, inputs.cache.block_size, check.steps)
+    for head, step in enumerate(check.steps, layer.first_head):
+        if step:
+            counters.count_raised(layer.number, head, dense=step == MAX_STEP)
             logger.warning_once(
                 "minference: layer %d, head %d: recall below the floor of %s, %s for the rest of the request "
                 "(counted from now on, not logged again)",
-                layer, first_head + head, settings.recall_floor, "dense" if level == MAX_LEVEL else "more keys",
+                layer.number, head, settings.recall_floor, "dense" if step == MAX_STEP else "more keys",
             )  # fmt: skip
 
 
-def audit_is_due(runtime: Runtime, layer: int, chunk: Chunk, patterns: Sequence[HeadPattern], on_gpu: bool) -> bool:
+def audit_is_due(runtime: Runtime, layer: SparseLayer, inputs: Inputs) -> bool:
     """Every chunk and layer under a floor; else as often as audits stay below their share of the time.
 
     The host's clock does not know a GPU's time; there the share is one of planned work.
     """
-    settings, counters = runtime.settings, runtime.counters
+    settings, counters, chunk = runtime.settings, runtime.counters, inputs.chunk
     if not settings.audit_rows:
         return False
     if settings.recall_floor is not None:
         return True
-    if not on_gpu:
+    if not inputs.query.is_cuda:
         return counters.audit_seconds <= settings.audit_share * counters.sparse_seconds
-    frequency = audit_frequency(patterns, chunk.context_len, chunk.seq_len, settings.audit_rows, settings.audit_share)
+    frequency = audit_frequency(
+        layer.patterns, chunk.context_len, chunk.seq_len, settings.audit_rows, settings.audit_share
+    )
     # By lot: at even distances audits could fall into step with the layers and never reach some.
-    return random.Random(f"{layer} {counters.sparse_chunks} {chunk.request}").random() < frequency
+    return random.Random(f"{layer.number} {counters.sparse_chunks} {chunk.request}").random() < frequency

@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from minference_vllm.backend.gpu import GPUBackend, GPUBuilder, GPUImpl
-from minference_vllm.backend.splitting import SplittingMetadata
+from minference_vllm.backend.sparse_prefill import SparsePrefillMetadata
 
 
 class MInferenceTritonBackend(GPUBackend, TritonAttentionBackend):
@@ -27,7 +27,7 @@ class MInferenceTritonBackend(GPUBackend, TritonAttentionBackend):
 
 
 @dataclass
-class MInferenceTritonMetadata(SplittingMetadata, TritonAttentionMetadata):
+class MInferenceTritonMetadata(SparsePrefillMetadata, TritonAttentionMetadata):
     """Of a batch with at least one sparse chunk; other batches carry the parent's class."""
 
 
@@ -37,9 +37,9 @@ class MInferenceTritonMetadataBuilder(GPUBuilder, TritonAttentionMetadataBuilder
 
 class MInferenceTritonImpl(GPUImpl, TritonAttentionImpl):
     def dense_reasons(self, vllm_config: Any) -> list[str]:
-        if self.runtime.settings.engine == "block_table":
+        if self.runtime.settings.kernel == "block_table":
             raise ValueError(
-                "minference: engine 'block_table' runs on vLLM's FlashAttention, which this GPU does not have; set "
-                "engine to 'auto' or 'triton'"
+                "minference: kernel 'block_table' runs on vLLM's FlashAttention, which this GPU does not have; set "
+                "kernel to 'auto' or 'triton'"
             )
         return super().dense_reasons(vllm_config)

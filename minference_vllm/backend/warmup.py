@@ -15,9 +15,10 @@ import torch
 from vllm.logger import init_logger
 
 from minference_vllm.core.plan import Chunk
-from minference_vllm.patterns.kinds import MAX_LEVEL, Antidiagonal, HeadPattern, LowRank, PeakThreshold, at_level
-from minference_vllm.prefill.attend import attend_chunk, choose_tile
-from minference_vllm.selection.build import share_lists
+from minference_vllm.core.tiling import whole_tile
+from minference_vllm.patterns.kinds import MAX_STEP, HeadPattern
+from minference_vllm.prefill.attend import attend_chunk
+from minference_vllm.selection.families import family_of, share_lists
 from minference_vllm.settings import Settings
 
 logger = init_logger(f"vllm.{__name__}")
@@ -47,14 +48,6 @@ class Variant:
         return ", ".join([f"{query} over {cache}", sizes, *flags, *sorted({kind for kind, _ in self.kinds})])
 
 
-def _size_in_kernels(pattern: HeadPattern) -> int:
-    if isinstance(pattern, Antidiagonal):
-        return pattern.stride
-    if isinstance(pattern, PeakThreshold):
-        return int(pattern.mean_correction)
-    return pattern.rank if isinstance(pattern, LowRank) else 0
-
-
 _ready: set[Variant] = set()
 """In this process: builders are made anew for every group of layers and micro-batch."""
 
@@ -72,9 +65,9 @@ def warm_up(layers: Sequence[Any], spec: Any, dtype: torch.dtype, settings: Sett
     """
     begin, before = time.perf_counter(), len(_ready)
     # A floor raises heads to other kinds of patterns.
-    for level in range(1 if settings.recall_floor is None else MAX_LEVEL + 1):
+    for step in range(1 if settings.recall_floor is None else MAX_STEP + 1):
         for layer in layers:
-            patterns = [at_level(pattern, level) for pattern in layer.impl.patterns]
+            patterns = [pattern.at_step(step) for pattern in layer.impl.sparse_layer.patterns]
             _warm_up_layer(layer, patterns, spec, dtype, settings, device)
     if len(_ready) > before:
         seconds = time.perf_counter() - begin
@@ -89,15 +82,15 @@ def _warm_up_layer(
     group = impl.num_heads // impl.num_kv_heads
     # Quantised queries come with quantised caches, where the parent asked for them.
     query_dtype = torch.float8_e4m3fn if getattr(layer, "query_quant", None) is not None else dtype
-    tile = choose_tile(settings.tile, page)
+    tile = whole_tile(settings.tile, page)
     chunk = Chunk(request=0, query_start=0, context_len=tile, seq_len=3 * tile)
     pages = torch.arange(chunk.seq_len // page, device=device)
     memory = torch.zeros(len(pages), impl.num_kv_heads, page, 2 * impl.head_size, dtype=spec.dtype, device=device)
     cache = impl.paged_cache(layer, memory, dtype)
     query = torch.zeros(chunk.query_len, impl.num_heads, impl.head_size, dtype=query_dtype, device=device)
-    options = impl.attend_options(layer, query)
+    inputs = impl.inputs(layer, query, cache, pages, chunk)
     variant = Variant(
-        frozenset((pattern.kind, _size_in_kernels(pattern)) for pattern in patterns),
+        frozenset((pattern.kind, family_of(pattern).kernel_size(pattern)) for pattern in patterns),
         group if share_lists(patterns, group) else 1,
         impl.num_heads,
         impl.num_kv_heads,
@@ -105,16 +98,14 @@ def _warm_up_layer(
         page,
         query_dtype,
         cache.key.dtype,
-        options["softcap"] != 0.0,
-        options["sinks"] is not None,
+        inputs.softcap != 0.0,
+        inputs.sinks is not None,
     )
     if variant in _ready:
         return
     out = torch.empty(query.shape, dtype=dtype, device=device)
     try:
-        attend_chunk(
-            query, cache, pages, chunk, patterns, out=out, engine=settings.engine, tile=settings.tile, **options
-        )
+        attend_chunk(inputs, patterns, impl.sparse_layer.kernel, out, settings.tile)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:

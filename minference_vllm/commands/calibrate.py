@@ -17,8 +17,8 @@ from typing import Any
 
 from minference_vllm.offline.calibrate.recorder import CalibrationError, Plan, Recorder, collect
 from minference_vllm.offline.calibrate.search import CANDIDATES, FAMILIES, Choice, choose
-from minference_vllm.patterns.file import to_text
-from minference_vllm.patterns.kinds import Dense, HeadPattern, Measurement, PatternFile
+from minference_vllm.patterns.file import Measurement, PatternFile, to_text
+from minference_vllm.patterns.kinds import Dense, HeadPattern
 
 LEAST_TOKENS = 4096
 CHUNK = 4096
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-recall", type=float, default=0.95, help="mean recall that a head must reach")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--engine", default="auto", help="the setting of that name; costs are counted as it works")
+    parser.add_argument("--kernel", default="auto", help="the setting of that name; costs are counted as it works")
     parser.add_argument(
         "--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments for vLLM's LLM(...)"
     )
@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = [cut(tokenizer.encode(text), args.tokens, number) for number, text in enumerate(texts)]
     lengths = [len(ids) for ids in prompts]
     llm = start(args, max(lengths) + 1)
-    plan = Plan(identity(args, prompts), chunk_ends(lengths), args.engine, f"{args.output}.partial")
+    plan = Plan(identity(args, prompts), chunk_ends(lengths), args.kernel, f"{args.output}.partial")
     found = llm.collective_rpc(install, args=dataclasses.astuple(plan))
     processes = [process for process, _, _ in found]
     _, num_heads, num_layers = found[0]
@@ -193,7 +193,7 @@ def start(args: argparse.Namespace, max_model_len: int) -> Any:
 
     settings = {
         "patterns": "vertical_slash_1000_6096", "min_context": CHUNK // 2, "min_chunk": 1, "audit_rows": 0,
-        "engine": args.engine, "log_interval": 0,
+        "kernel": args.kernel, "log_interval": 0,
     }  # fmt: skip
     options = {
         "dtype": args.dtype,
@@ -238,7 +238,7 @@ def budget_share(budget: int, lengths: Sequence[int]) -> float:
 def identity(args: argparse.Namespace, prompts: Sequence[list[int]]) -> str:
     """One line that differs whenever partial results must not be mixed."""
     versions = [importlib.metadata.version(name) for name in ("minference-vllm", "vllm", "torch")]
-    options = [args.model, args.dtype, args.engine, args.tensor_parallel_size, args.engine_args, versions]
+    options = [args.model, args.dtype, args.kernel, args.tensor_parallel_size, args.engine_args, versions]
     return f"{digest(prompts)} {digest([pattern.model_dump() for pattern in CANDIDATES])} {json.dumps(options)}"
 
 
@@ -266,7 +266,7 @@ def pattern_file(
         provenance=(
             f"minference-vllm calibrate {args.model} (revision {revision}) on {source}, "
             f"{'+'.join(str(len(ids)) for ids in prompts)} tokens (sha256 {digest(prompts)}), budget {args.budget}, "
-            f"target recall {args.target_recall}, engine {args.engine}; {versions}"
+            f"target recall {args.target_recall}, kernel {args.kernel}; {versions}"
         ),
         layers=layers,
         measured={

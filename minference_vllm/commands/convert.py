@@ -12,18 +12,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from minference_vllm.patterns.published import PUBLISHED_KINDS, published_entry
 from minference_vllm.patterns.file import (
     FORMATS,
-    PUBLISHED_KINDS,
     Format,
+    PatternFile,
     format_of,
     parse_patterns,
-    published_entry,
     published_layers,
     read_pattern_json,
     to_text,
 )
-from minference_vllm.patterns.kinds import MAX_NUMBER, PatternError, PatternFile
+from minference_vllm.patterns.kinds import MAX_NUMBER, PatternError
 
 MAX_NAMED = 5
 """Heads named in one error; the others are counted."""

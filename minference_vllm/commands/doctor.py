@@ -1,4 +1,4 @@
-"""What is installed, which engines can run on this machine, and whether vLLM knows the backend.
+"""What is installed, which kernels can run on this machine, and whether vLLM knows the backend.
 
 Every line begins with ok, with -- (not here, and serving does without it) or with !! (serving does not work), and says
 what to do about it. Exit code 1 when serving with the attention backend minference would not work.
@@ -81,7 +81,7 @@ def examine() -> Iterator[Finding]:
         yield platform_found
         yield from findings
         if platform_found.state == "ok":
-            yield from engines()
+            yield from kernels()
     except Exception as error:
         # A vLLM built for another torch or another machine fails in any way it likes while it is imported.
         reason = f"cannot be used: {type(error).__name__}: {error}"
@@ -183,45 +183,45 @@ def plugin_remedy(plugin: str) -> str:
     return "install the package into this environment: pip install . from a checkout"
 
 
-def engines() -> Iterator[Finding]:
-    """Each way to execute an index, and why it cannot run here."""
+def kernels() -> Iterator[Finding]:
+    """Each kernel that runs an index, and why it cannot run here."""
     import torch
 
-    from minference_vllm.backend import compat
-    from minference_vllm.kernels.native import attention as native
+    from minference_vllm.backend import gpu_parent
+    from minference_vllm.kernels.native import library
 
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        parent, why = compat.choose_gpu_parent(*compat.this_gpu())
+        parent, why = gpu_parent.choose_gpu_parent(*gpu_parent.this_gpu())
         if parent == "FLASH_ATTN":
-            yield Finding("ok", "engine block_table", "vLLM's FlashAttention kernel")
+            yield Finding("ok", "kernel block_table", "vLLM's FlashAttention kernel")
         else:
-            yield Finding("--", "engine block_table", why)
-        yield Finding("--", "engine native", "runs on CPUs")
+            yield Finding("--", "kernel block_table", why)
+        yield Finding("--", "kernel native", "runs on CPUs")
         yield gpu_triton()
         return
     yield cpu_block_table()
-    reason = native.unavailable_reason()
-    kernels = {"bf16": native.instructions(), "float32": native.instructions(torch.float32)}
-    served = " and ".join(f"{dtype} ({found})" for dtype, found in kernels.items() if found)
-    yield Finding("--" if reason else "ok", "engine native", reason or f"our kernels for {served}")
-    yield Finding("--", "engine triton", "needs an NVIDIA GPU (for tests: TRITON_INTERPRET=1)")
+    reason = library.unavailable_reason()
+    builds = {"bf16": library.instructions(), "float32": library.instructions(torch.float32)}
+    served = " and ".join(f"{dtype} ({found})" for dtype, found in builds.items() if found)
+    yield Finding("--" if reason else "ok", "kernel native", reason or f"our kernels for {served}")
+    yield Finding("--", "kernel triton", "needs an NVIDIA GPU (for tests: TRITON_INTERPRET=1)")
 
 
 def gpu_triton() -> Finding:
     try:
-        importlib.import_module("minference_vllm.triton_kernels.sparse_attention")
+        importlib.import_module("minference_vllm.triton_kernels.attention")
     except ImportError as error:
-        return Finding("!!", "engine triton", str(error), "install the triton that belongs to your PyTorch")
-    return Finding("ok", "engine triton", "our fused kernel")
+        return Finding("!!", "kernel triton", str(error), "install the triton that belongs to your PyTorch")
+    return Finding("ok", "kernel triton", "our fused kernel")
 
 
 def cpu_block_table() -> Finding:
     import torch
 
-    from minference_vllm.kernels.block_table import cpu_ops as cpu_kernel
+    from minference_vllm.kernels.block_table import cpu_ops
 
-    layout = cpu_kernel.layout_for(torch.bfloat16, 128, 128)
+    layout = cpu_ops.layout_for(torch.bfloat16, 128, 128)
     if layout is None:
-        return Finding("!!", "engine block_table", "vLLM's CPU kernel keeps pages in a layout that is not known here")
-    return Finding("ok", "engine block_table", f"vLLM's own kernel; pages of layout {layout!r}")
+        return Finding("!!", "kernel block_table", "vLLM's CPU kernel keeps pages in a layout that is not known here")
+    return Finding("ok", "kernel block_table", f"vLLM's own kernel; pages of layout {layout!r}")

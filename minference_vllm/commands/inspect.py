@@ -11,7 +11,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
-from minference_vllm.patterns.kinds import HeadPattern, PatternFile
+from minference_vllm.patterns.file import PatternFile
+from minference_vllm.patterns.kinds import HeadPattern
 
 Item = TypeVar("Item", bound=Hashable)
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if patterns.measured:
         print(f"measured  {measured_line(patterns)}")
     print(f"sparse    prompts from {settings.min_context} tokens, in chunks of at least {settings.min_chunk}")
-    fixed = checkpoint.fixed_layers(settings.engine)
+    fixed = checkpoint.fixed_layers(settings.kernel)
     heads = checkpoint.num_heads
     rows = [
         (("all", fixed[layer]),) if layer in fixed else head_rows(patterns.for_layer(layer, heads))

@@ -9,10 +9,18 @@ from dataclasses import dataclass
 
 import torch
 
+DEFAULT_TILE = 128
+"""Query rows that share one selection of keys."""
+
+
+def whole_tile(tile: int | None, block_size: int) -> int:
+    """Rows per query tile: the wanted number (None: 128) rounded up to whole pages."""
+    return -(-(DEFAULT_TILE if tile is None else tile) // block_size) * block_size
+
 
 @dataclass(frozen=True)
 class Tiling:
-    """The query tiles of one chunk over key blocks; what every builder below starts from."""
+    """The query tiles of one chunk over key blocks."""
 
     context_len: int
     seq_len: int
@@ -21,7 +29,7 @@ class Tiling:
     starts: torch.Tensor
     """int64 ``[T + 1]``."""
     column_multiple: int = 1
-    """The engine takes columns in groups of this many; an engine whose kernel sees whole pages only: the page size."""
+    """The kernel takes columns in groups of this many: the page size for one that sees whole pages only."""
 
     @classmethod
     def of(

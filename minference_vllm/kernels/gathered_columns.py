@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from minference_vllm.core.paged_cache import PagedCache
-from minference_vllm.selection.build import SparseIndex
+from minference_vllm.core.sparse_index import SparseIndex
 
 WHOLE_FROM = 1 / 12
 """Share of a sequence's keys, heads that share them counted each, from which on all of them are copied: page by page
@@ -32,7 +32,7 @@ def gather_columns(index: SparseIndex, cache: PagedCache, pages: torch.Tensor) -
     Args:
         pages: int64 ``[N]``, physical page of each logical block.
     """
-    heads, length = index.num_heads, index.seq_len
+    heads, length = index.num_heads, index.tiling.seq_len
     columns = index.columns.view(heads, -1)
     # Position ``length`` is the place of the padding, cut off again.
     used = torch.zeros(heads, length + 1, dtype=torch.bool)

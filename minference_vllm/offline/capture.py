@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.plan import Chunk, dense_reason
-from minference_vllm.core.tiling import Tiling
-from minference_vllm.kernels.native import attention as native
+from minference_vllm.core.sparse_index import SparseIndex
+from minference_vllm.core.tiling import Tiling, whole_tile
+from minference_vllm.kernels.choose import choose
 from minference_vllm.patterns.kinds import Dense, HeadPattern
-from minference_vllm.prefill.attend import choose_tile
-from minference_vllm.prefill.recall import keys_at_once, sample_rows, sampled_recall
-from minference_vllm.selection.build import SparseIndex, build_index
-from minference_vllm.selection.probe_queries import Estimates
+from minference_vllm.prefill.recall import sample_rows, sampled_recall
+from minference_vllm.selection.build import build_index
+from minference_vllm.selection.torch_scores import keys_at_once
 from minference_vllm.settings import Settings
 
 PAGE = 128
@@ -107,9 +108,12 @@ def chunk_index(layer: Layer, patterns: Sequence[HeadPattern], begin: int, end: 
     """The index of the chunk of rows ``begin`` to ``end``; dense where the backend would leave it to vLLM."""
     if dense_reason(Chunk(0, begin, begin, end), settings.min_context, settings.min_chunk):
         patterns = [Dense()] * len(patterns)
-    query, keys, scale = layer.query[:, begin:end].transpose(0, 1), layer.keys[:, :end], layer.scale
-    tiling = Tiling.of(begin, end, PAGE, choose_tile(settings.tile, PAGE))
-    return build_index(tiling, patterns, Estimates(query, keys, scale, native.low_rank_kernels()))
+    query = layer.query[:, begin:end].transpose(0, 1).contiguous()
+    inputs = Inputs.of_rows(query, layer.keys[:, :end], layer.values[:, :end], layer.scale, PAGE)
+    # Columns one by one, also where vLLM's kernel would need pages of them: a picture shows what patterns select.
+    kernel = choose("auto", query.dtype, inputs.cache)
+    tiling = Tiling.of(begin, end, PAGE, whole_tile(settings.tile, PAGE))
+    return build_index(tiling, patterns, kernel.scores(inputs))
 
 
 def measure(layer: Layer, indices: Sequence[SparseIndex], rows: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,10 +130,10 @@ def measure(layer: Layer, indices: Sequence[SparseIndex], rows: int = 16) -> tup
     density = torch.stack([index.computed_pairs() for index in indices]).sum(0) / pairs
     recall = torch.zeros_like(density)
     for index in indices:
-        chunk = index.seq_len - index.context_len
-        query, keys = layer.query[:, index.context_len : index.seq_len], layer.keys[:, : index.seq_len]
-        sampled = sample_rows(chunk, rows, seed=index.context_len)
+        begin, end = index.tiling.context_len, index.tiling.seq_len
+        query, keys = layer.query[:, begin:end], layer.keys[:, :end]
+        sampled = sample_rows(end - begin, rows, seed=begin)
         pieces = keys.split(keys_at_once(len(query), rows, *keys.shape[::2]), dim=1)
         found = sampled_recall(query.transpose(0, 1), pieces, index, sampled, layer.scale)
-        recall += found.double().mean(1) * chunk / layer.keys.shape[1]
+        recall += found.double().mean(1) * (end - begin) / layer.keys.shape[1]
     return density, recall

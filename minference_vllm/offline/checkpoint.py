@@ -8,7 +8,7 @@ import torch
 
 from minference_vllm.backend.runtime import unsupported_layer_reasons
 from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
-from minference_vllm.patterns.kinds import PatternFile
+from minference_vllm.patterns.file import PatternFile
 from minference_vllm.settings import Settings, load_settings
 
 GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel")
@@ -77,14 +77,14 @@ class Checkpoint:
     def get_total_num_hidden_layers(self) -> int:
         return int(self.hf_text_config.num_hidden_layers)
 
-    def fixed_layers(self, engine: str = "auto") -> dict[int, str]:
+    def fixed_layers(self, kernel: str = "auto") -> dict[int, str]:
         """Layer -> what runs on this machine whatever its patterns, and why, as far as the configuration tells.
 
         Args:
-            engine: the setting of that name.
+            kernel: the setting of that name.
         """
         # Our fused kernel, which GPUs alone run, knows soft caps and sinks.
-        fused = torch.cuda.is_available() and engine != "block_table"
+        fused = torch.cuda.is_available() and kernel != "block_table"
         config = self.hf_text_config
         window = getattr(config, "sliding_window", None)
         # Without a list of kinds, a window is every layer's.

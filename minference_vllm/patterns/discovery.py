@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from minference_vllm.patterns.file import load_pattern_file, parse_patterns, shipped_pattern_files
-from minference_vllm.patterns.kinds import PatternFile
+from minference_vllm.patterns.file import PatternFile, load_pattern_file, parse_patterns, shipped_pattern_files
 from minference_vllm.settings import Settings
 
 CPU_DEFAULT = "low_rank"

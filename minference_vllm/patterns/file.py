@@ -1,4 +1,4 @@
-"""Pattern files as JSON: ours, and the two that others have published.
+"""The pattern file of a model, in our format and the two that others have published.
 
 * ours (``minference-vllm``): named fields, a schema version and provenance (``PatternFile``);
 * MInference's (``minference``): a list with one object per layer, ``{"head": [kind, a, b, score]}``;
@@ -13,22 +13,76 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from minference_vllm.patterns.kinds import (
-    AShape,
-    BlockSparse,
-    HeadPattern,
-    PatternError,
-    PatternFile,
-    VerticalSlash,
-    first_problem,
-    parse_head_pattern,
-)
+from minference_vllm.patterns.kinds import MAX_NUMBER, HeadPattern, PatternError, VerticalSlash, first_problem
+from minference_vllm.patterns.published import head_pattern, is_number, published_layers
 
 Format = Literal["minference-vllm", "minference", "qwen"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-PUBLISHED_KINDS = "vertical_and_slash, stream_llm and block_sparse"
+
+
+class Measurement(BaseModel):
+    """What a head's pattern was measured to do when it was found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    recall: float
+    """Mean share of the dense attention that lies on the selected keys."""
+    density: float
+    """Computed query-key pairs as a share of the dense ones, with what ``low_rank`` spends where it scores keys."""
+    output_error: float
+    """Of the attention output, relative to the dense output."""
+
+
+class PatternFile(BaseModel):
+    """The patterns of a model's heads. ``layers`` may be empty: every head then runs ``default``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    model: str | None = None
+    """The model these patterns were found on; None: any model."""
+    provenance: str = ""
+    """Where the patterns come from: the paper, a calibration command, a converted file."""
+    default: HeadPattern = VerticalSlash()
+    """What a head without an entry runs."""
+    layers: dict[int, dict[int, HeadPattern]] = {}
+    """Layer number -> query head number (global, before tensor parallelism) -> pattern."""
+    measured: dict[int, dict[int, Measurement]] = {}
+    """Layer number -> query head number -> what ``calibrate`` measured; for people, nothing runs by it."""
+
+    @model_validator(mode="after")
+    def _numbers_are_in_range(self) -> PatternFile:
+        for layer, heads in self.layers.items():
+            if any(not 0 <= number <= MAX_NUMBER for number in (layer, *heads)):
+                raise ValueError(f"layer and head numbers start at 0 and end at {MAX_NUMBER} (layer {layer})")
+        return self
+
+    def check_model(self, num_layers: int, num_heads: int, source: str = "pattern file") -> None:
+        """Raise PatternError when the file speaks of layers or heads that the model does not have.
+
+        A file that covers fewer layers or heads than the model is also refused unless it covers none: half a file is
+        nearly always the file of another model.
+        """
+        if not self.layers:
+            return
+        found_layers = max(self.layers) + 1
+        if found_layers != num_layers:
+            raise PatternError(f"{source} describes {found_layers} layers, the model has {num_layers}")
+        for layer, heads in self.layers.items():
+            if heads and max(heads) + 1 > num_heads:
+                raise PatternError(
+                    f"{source}, layer {layer}: describes head {max(heads)}, the model has heads 0 to {num_heads - 1}"
+                )
+        found_heads = max((max(heads) + 1 for heads in self.layers.values() if heads), default=num_heads)
+        if found_heads != num_heads:
+            raise PatternError(f"{source} describes {found_heads} heads per layer, the model has {num_heads}")
+
+    def for_layer(self, layer: int, num_heads: int, first_head: int = 0) -> tuple[HeadPattern, ...]:
+        """Patterns of heads ``first_head .. first_head + num_heads`` (a tensor-parallel rank's slice) of one layer."""
+        heads = self.layers.get(layer, {})
+        return tuple(heads.get(first_head + head, self.default) for head in range(num_heads))
 
 
 def format_of(content: Any, source: str) -> Format:
@@ -41,7 +95,7 @@ def format_of(content: Any, source: str) -> Format:
         return "minference-vllm"
     if isinstance(content, Sequence) and not isinstance(content, str):
         return "minference"
-    if isinstance(content, Mapping) and content and all(map(_is_number, content)):
+    if isinstance(content, Mapping) and content and all(map(is_number, content)):
         return "qwen"
     raise PatternError(
         f"{source}: neither a minference pattern file (an object with schema_version), nor MInference's list of "
@@ -59,7 +113,7 @@ def parse_patterns(content: Any, source: str) -> PatternFile:
     if format_of(content, source) != "minference-vllm":
         origin = "MInference's list format" if isinstance(content, Sequence) else "sparse_attention_config.json format"
         layers = {
-            layer: {head: _head(entry, f"{source}, layer {layer}, head {head}") for head, entry in heads.items()}
+            layer: {head: head_pattern(entry, f"{source}, layer {layer}, head {head}") for head, entry in heads.items()}
             for layer, heads in published_layers(content, source).items()
         }
         fields = {"provenance": f"read from {source} ({origin})", "layers": layers}
@@ -67,55 +121,6 @@ def parse_patterns(content: Any, source: str) -> PatternFile:
         return PatternFile.model_validate(fields)
     except ValidationError as error:
         raise PatternError(f"{source}: {first_problem(error)}") from None
-
-
-def published_layers(content: Any, source: str) -> dict[int, dict[int, Any]]:
-    """The entries of a published file as they stand there: layer -> head -> ``[kind, a, b, score]``.
-
-    Raises:
-        PatternError: a layer is no object of head numbers.
-    """
-    layers = dict(enumerate(content)) if isinstance(content, Sequence) else content
-    for layer, heads in layers.items():
-        if not isinstance(heads, Mapping) or not all(map(_is_number, heads)):
-            raise PatternError(f"{source}, layer {layer}: expected an object of head numbers, found {heads!r:.80}")
-    return {int(layer): {int(head): entry for head, entry in heads.items()} for layer, heads in layers.items()}
-
-
-def _is_number(key: Any) -> bool:
-    # "07" and "7" would be the same head.
-    return str(key).isdecimal() and str(int(key)) == str(key)
-
-
-def _head(entry: Any, place: str) -> HeadPattern:
-    """One head of a published file: ``[kind, a, b, score]``."""
-    if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) < 3:
-        raise PatternError(f"{place}: expected [kind, a, b, score], found {entry!r}")
-    kind, first, second = entry[0], entry[1], entry[2]
-    fields: dict[str, Any]
-    if kind == "vertical_and_slash":
-        fields = {"kind": "vertical_slash", "vertical": first, "slash": second}
-    elif kind == "stream_llm":
-        fields = {"kind": "a_shape", "sink": first, "local": second}
-    elif kind == "block_sparse":
-        fields = {"kind": "block_sparse", "top_k": first}
-    else:
-        raise PatternError(f"{place}: unknown kind {kind!r}; published files have {PUBLISHED_KINDS}")
-    try:
-        return parse_head_pattern(fields)
-    except PatternError as error:
-        raise PatternError(f"{place}: {error}") from None
-
-
-def published_entry(pattern: HeadPattern, score: float) -> list[Any] | None:
-    """``[kind, a, b, score]`` of a pattern; None where the published formats have no such kind."""
-    if isinstance(pattern, VerticalSlash):
-        return ["vertical_and_slash", pattern.vertical, pattern.slash, score]
-    if isinstance(pattern, AShape):
-        return ["stream_llm", pattern.sink, pattern.local, score]
-    if isinstance(pattern, BlockSparse):
-        return ["block_sparse", pattern.top_k, 0, score]
-    return None
 
 
 def shipped_pattern_files() -> dict[str, Path]:

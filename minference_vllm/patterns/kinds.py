@@ -1,14 +1,14 @@
-"""Which shape each attention head keeps, and the file that says so for a model.
+"""The kinds of head patterns: which shape an attention head keeps, and its budgets.
 
-A head's pattern is found offline and its positions online (MInference, arXiv 2407.02490). ``formats`` reads and writes
-the file, and the formats that others have published.
+A head's pattern is found offline and its positions online (MInference, arXiv 2407.02490). What a kind selects, and all
+else that is said of it, stands in its file in ``selection/``.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
 
 MAX_BUDGET = 1 << 24
 ESTIMATION_BLOCK = 64
@@ -16,6 +16,8 @@ ESTIMATION_BLOCK = 64
 
 MAX_NUMBER = 4095
 """The highest layer or head number in a pattern file."""
+MAX_STEP = 3
+"""The step at which every pattern is dense, see ``at_step``."""
 
 Budget = Annotated[int, Field(ge=0, le=MAX_BUDGET)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -30,11 +32,24 @@ class _Pattern(BaseModel):
         kind = str(fields.pop("kind"))
         return f"{kind}({', '.join(f'{name}={value}' for name, value in fields.items())})" if fields else kind
 
+    def at_step(self, step: int) -> HeadPattern:
+        """This pattern with more keys, as ``recall_floor`` asks for: step 0 is the pattern itself, each further step
+        has more keys, ``MAX_STEP`` and above are dense.
+
+        More keys means ``low_rank``, which follows the attention wherever it lies, row by row.
+        """
+        if step <= 0:
+            return self  # type: ignore[return-value]  # every subclass below is one of HeadPattern
+        return LowRank().at_step(step - 1) if step < MAX_STEP else Dense()
+
 
 class Dense(_Pattern):
     """Every key up to the row itself."""
 
     kind: Literal["dense"] = "dense"
+
+    def at_step(self, step: int) -> Dense:
+        return self
 
 
 class AShape(_Pattern):
@@ -109,6 +124,12 @@ class LowRank(_Pattern):
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
     gamma: Share = 0.95
 
+    def at_step(self, step: int) -> LowRank | Dense:
+        """With a quarter of the missing share at each step."""
+        if step >= MAX_STEP:
+            return Dense()
+        return self.model_copy(update={"gamma": 1 - (1 - self.gamma) / 4**step}) if step > 0 else self
+
 
 HeadPattern = Annotated[
     Dense | AShape | TriShape | VerticalSlash | BlockSparse | Coverage | Antidiagonal | PeakThreshold | LowRank,
@@ -121,90 +142,8 @@ KINDS = (
 _head_pattern: TypeAdapter[HeadPattern] = TypeAdapter(HeadPattern)
 
 
-MAX_LEVEL = 3
-"""The level at which every pattern is dense."""
-
-
-def at_level(pattern: HeadPattern, level: int) -> HeadPattern:
-    """The pattern, strengthened: level 0 as it is, then with more keys each time, at ``MAX_LEVEL`` and above dense.
-
-    More keys means ``low_rank``, which follows the attention wherever it lies, row by row, and then ``low_rank`` that
-    may miss a quarter as much as before.
-    """
-    if level <= 0 or isinstance(pattern, Dense):
-        return pattern
-    if level >= MAX_LEVEL:
-        return Dense()
-    if isinstance(pattern, LowRank):
-        return pattern.model_copy(update={"gamma": 1 - (1 - pattern.gamma) / 4**level})
-    return at_level(LowRank(), level - 1)
-
-
 class PatternError(ValueError):
     """A pattern file that cannot be used; the message names the file, the place in it, and what is allowed."""
-
-
-class Measurement(BaseModel):
-    """What a head's pattern was measured to do when it was found."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    recall: float
-    """Mean share of the dense attention that lies on the selected keys."""
-    density: float
-    """Computed query-key pairs as a share of the dense ones, with what ``low_rank`` spends where it scores keys."""
-    output_error: float
-    """Of the attention output, relative to the dense output."""
-
-
-class PatternFile(BaseModel):
-    """The patterns of a model's heads. ``layers`` may be empty: every head then runs ``default``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: Literal[1] = 1
-    model: str | None = None
-    """The model these patterns were found on; None: any model."""
-    provenance: str = ""
-    """Where the patterns come from: the paper, a calibration command, a converted file."""
-    default: HeadPattern = VerticalSlash()
-    """What a head without an entry runs."""
-    layers: dict[int, dict[int, HeadPattern]] = {}
-    """Layer number -> query head number (global, before tensor parallelism) -> pattern."""
-    measured: dict[int, dict[int, Measurement]] = {}
-    """Layer number -> query head number -> what ``calibrate`` measured; for people, nothing runs by it."""
-
-    @model_validator(mode="after")
-    def _numbers_are_in_range(self) -> PatternFile:
-        for layer, heads in self.layers.items():
-            if any(not 0 <= number <= MAX_NUMBER for number in (layer, *heads)):
-                raise ValueError(f"layer and head numbers start at 0 and end at {MAX_NUMBER} (layer {layer})")
-        return self
-
-    def check_model(self, num_layers: int, num_heads: int, source: str = "pattern file") -> None:
-        """Raise PatternError when the file speaks of layers or heads that the model does not have.
-
-        A file that covers fewer layers or heads than the model is also refused unless it covers none: half a file is
-        nearly always the file of another model.
-        """
-        if not self.layers:
-            return
-        found_layers = max(self.layers) + 1
-        if found_layers != num_layers:
-            raise PatternError(f"{source} describes {found_layers} layers, the model has {num_layers}")
-        for layer, heads in self.layers.items():
-            if heads and max(heads) + 1 > num_heads:
-                raise PatternError(
-                    f"{source}, layer {layer}: describes head {max(heads)}, the model has heads 0 to {num_heads - 1}"
-                )
-        found_heads = max((max(heads) + 1 for heads in self.layers.values() if heads), default=num_heads)
-        if found_heads != num_heads:
-            raise PatternError(f"{source} describes {found_heads} heads per layer, the model has {num_heads}")
-
-    def for_layer(self, layer: int, num_heads: int, first_head: int = 0) -> tuple[HeadPattern, ...]:
-        """Patterns of heads ``first_head .. first_head + num_heads`` (a tensor-parallel rank's slice) of one layer."""
-        heads = self.layers.get(layer, {})
-        return tuple(heads.get(first_head + head, self.default) for head in range(num_heads))
 
 
 def parse_head_pattern(content: Any) -> HeadPattern:

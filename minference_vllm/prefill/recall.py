@@ -15,20 +15,33 @@ from dataclasses import dataclass
 
 import torch
 
-from minference_vllm.patterns.kinds import MAX_LEVEL, HeadPattern, at_level
-from minference_vllm.selection.build import SparseIndex
+from minference_vllm.core.sparse_index import SparseIndex
+from minference_vllm.patterns.kinds import MAX_STEP, HeadPattern
+from minference_vllm.selection.families import family_of
 from minference_vllm.selection.probe_queries import logits
+from minference_vllm.selection.torch_scores import TorchScores
 
-PIECE_BYTES = 64 << 20
-"""Keys and scores that an audit holds at once: a million tokens take no more memory than some thousands."""
 ROWS_AT_ONCE = 16
 """Rows of a large audit that are sampled together: the lists of their tiles take memory, too."""
+AUDITED_PAIR = 32
+"""Pairs that attention computes in the time of one that an audit samples: attention keeps its scores in registers, an
+audit writes them to memory, and copies keys for a few rows alone. Counted from the bytes moved, not timed."""
 
 
-def keys_at_once(heads: int, rows: int, kv_heads: int, head_size: int) -> int:
-    """Tokens whose keys ``sampled_recall`` should get in one piece."""
-    # Two bytes per element, copied twice on their way; logits in both precisions, masks.
-    return max(1, PIECE_BYTES // (2 * 2 * kv_heads * head_size + 10 * heads * rows))
+def chunk_recall(scores: TorchScores, index: SparseIndex, rows: torch.Tensor) -> torch.Tensor:
+    """``sampled_recall`` of a chunk over its paged cache: float32 ``[H, R]``.
+
+    Args:
+        rows: int64 ``[R]``, rows of the chunk, in the host's memory.
+    """
+    if scores.query.is_cuda:
+        # From ordinary memory the copy would wait for the GPU.
+        rows = rows.pin_memory().to(scores.query.device, non_blocking=True)
+    parts = [
+        sampled_recall(scores.query, scores.key_pieces(len(part)), index, part, scores.scale)
+        for part in rows.split(ROWS_AT_ONCE)
+    ]
+    return torch.cat(parts, 1)
 
 
 def sampled_recall(
@@ -44,8 +57,8 @@ def sampled_recall(
     Returns:
         float32 ``[H, R]``.
     """
-    positions = rows + index.context_len
-    tiles = torch.searchsorted(index.tile_starts, positions, right=True) - 1
+    positions = rows + index.tiling.context_len
+    tiles = torch.searchsorted(index.tiling.starts, positions, right=True) - 1
     sampled = query[rows].transpose(0, 1)  # [H, R, D]
     heads, count, dim = sampled.shape
     # An online softmax, of all weights and of those that were kept.
@@ -80,17 +93,23 @@ def sample_rows(rows: int, samples: int, seed: int) -> torch.Tensor:
 
 
 @dataclass
-class Audit:
+class RecallCheck:
     """What to check of one chunk in one layer, and what was found."""
 
     rows: torch.Tensor
     """int64 ``[R]``: rows of the chunk that are sampled."""
     floor: float | None = None
     """Mean recall of the sampled rows below which a head gets more keys."""
-    levels: tuple[int, ...] = ()
-    """Per head, how far its pattern is strengthened from the start; empty: not at all. Afterwards: how far it was."""
+    steps: tuple[int, ...] = ()
+    """Per head, how far its pattern is strengthened from the start (``at_step``); empty: not at all. Afterwards: how
+    far it was."""
     recall: torch.Tensor | None = None
     """float32 ``[H]``, afterwards: mean recall of the sampled rows, of the index that runs."""
+
+    def strengthened(self, patterns: Sequence[HeadPattern]) -> list[HeadPattern]:
+        """The patterns at their steps."""
+        steps = self.steps or [0] * len(patterns)
+        return [pattern.at_step(step) for pattern, step in zip(patterns, steps, strict=True)]
 
     def run(
         self,
@@ -104,22 +123,35 @@ class Audit:
             build: patterns -> index.
             recall_of: index and rows -> recall ``[H, R]``.
         """
-        levels = list(self.levels or [0] * len(patterns))
+        self.steps = self.steps or (0,) * len(patterns)
         while True:
-            index = build([at_level(pattern, level) for pattern, level in zip(patterns, levels, strict=True)])
+            index = build(self.strengthened(patterns))
             self.recall = recall_of(index, self.rows).mean(1)
             # Without a floor nobody needs to know at once, and a GPU is not waited for.
             found = [] if self.floor is None else self.recall.tolist()
-            short = [head for head, share in enumerate(found) if share < self.floor and levels[head] < MAX_LEVEL]
+            short = {head for head, share in enumerate(found) if share < self.floor and self.steps[head] < MAX_STEP}
             if not short:
-                self.levels = tuple(levels)
                 return index
-            for head in short:
-                levels[head] += 1
+            self.steps = tuple(step + (head in short) for head, step in enumerate(self.steps))
 
 
-class RaisedLevels:
-    """Levels that the floor has raised, kept from one chunk of a request to its next.
+def audit_frequency(
+    patterns: Sequence[HeadPattern], context_len: int, seq_len: int, audit_rows: int, share: float
+) -> float:
+    """Of how many chunks one is audited, 0 to 1, for audits to cost ``share`` of what attention does.
+
+    Args:
+        patterns: one per query head.
+        audit_rows: rows that an audit samples.
+    """
+    rows, reach = seq_len - context_len, (context_len + seq_len) / 2
+    computed = sum(rows * min(reach, family_of(pattern).tokens(pattern)) for pattern in patterns)
+    sampled = len(patterns) * min(audit_rows, rows) * seq_len
+    return min(1.0, share * computed / (AUDITED_PAIR * sampled))
+
+
+class RaisedSteps:
+    """Steps that the floor has taken, kept from one chunk of a request to its next.
 
     Requests have no name on the layer path. A chunk's successor is known by where it begins: at the position, and in
     the physical page, in which the chunk ended. A page that another request takes over later can at worst lend it
@@ -132,15 +164,15 @@ class RaisedLevels:
         self._by_end: OrderedDict[tuple[int, int, int], tuple[int, ...]] = OrderedDict()
 
     def at(self, layer: int, position: int, pages: torch.Tensor, block_size: int) -> tuple[int, ...]:
-        """Levels of a layer's heads for the chunk that begins at ``position``; empty: none was raised."""
+        """Steps of a layer's heads for the chunk that begins at ``position``; empty: none was taken."""
         if not position or not self._by_end:
             return ()
         return self._by_end.get((layer, position, int(pages[(position - 1) // block_size])), ())
 
-    def keep(self, layer: int, position: int, pages: torch.Tensor, block_size: int, levels: tuple[int, ...]) -> None:
-        """Remember the levels of the chunk that ended at ``position``."""
-        if not any(levels):
+    def keep(self, layer: int, position: int, pages: torch.Tensor, block_size: int, steps: tuple[int, ...]) -> None:
+        """Remember the steps of the chunk that ended at ``position``."""
+        if not any(steps):
             return
-        self._by_end[layer, position, int(pages[(position - 1) // block_size])] = levels
+        self._by_end[layer, position, int(pages[(position - 1) // block_size])] = steps
         if len(self._by_end) > self.CAPACITY:
             self._by_end.popitem(last=False)

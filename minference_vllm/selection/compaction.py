@@ -1,32 +1,82 @@
-"""From marks of what query tiles want, key blocks and single keys, to the padded lists that an index holds.
+"""From marks of what query tiles want, key blocks and single keys, to the padded lists that a ``SparseIndex`` holds.
 
-Sizes: ``H`` query heads, ``T`` query tiles, ``N`` key blocks of ``B`` tokens in the sequence, ``S`` its tokens.
+Sizes: ``h`` query heads, ``T`` query tiles, ``N`` key blocks of ``B`` tokens in the sequence, ``S`` its tokens.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.selection.vertical_slash import Columns
+
+MAX_PIECE = 1 << 22
+"""Heads times tiles times columns that are sorted out at once on CPUs: what a processor's caches hold."""
+PLANNED_PIECE = 1 << 23
+"""Heads times tiles times keys whose marks are counted at once, where sizes are planned."""
 
 
-def compact(mask: torch.Tensor, width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class Capacity:
+    """How wide the lists of an index are, see ``capacity.plan_capacity``."""
+
+    blocks: int
+    """Key blocks listed per head and tile."""
+    columns: int
+    """Single columns per head and tile."""
+    heads_at_once: int
+    """Heads that are scored and selected together; the others wait, so that their scores fit into memory."""
+    exact: bool = False
+    """Lists are as wide as the selection turns out, which has to be read; ``blocks`` and ``columns`` do not count."""
+
+
+EXACT_WIDTH = Capacity(0, 0, 1 << 30, exact=True)
+"""For CPUs, where reading a size waits for nothing."""
+
+
+class KeyLists(NamedTuple):
+    """Single keys of every tile."""
+
+    positions: torch.Tensor
+    """int32 ``[h, T, C]``: absolute positions, -1 past ``count``."""
+    count: torch.Tensor
+    """int32 ``[h, T]``; larger than ``C`` where planned room did not suffice."""
+
+
+class Selection(NamedTuple):
+    """What a pattern selects for all tiles of some heads."""
+
+    blocks: torch.Tensor
+    """bool ``[h, T, N]``, or ``[T, N]`` where it is the same for all heads."""
+    keys: KeyLists | None = None
+    """Single keys, none of them in one of the tile's blocks; None: blocks alone."""
+    crowded: torch.Tensor | None = None
+    """bool ``[h]``: heads that wanted more columns than there is planned room for, and have every block instead."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Single keys that every tile of a head attends, as far as they lie before it."""
+
+    ranked: torch.Tensor
+    """int64 ``[h, V]``: positions, the most wanted first."""
+    wanted: torch.Tensor
+    """bool ``[h, V]``: False fills up heads that want fewer."""
+    crowded: torch.Tensor | None = None
+    """See ``Selection``."""
+
+
+def compact(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions of True along the last dimension, ascending and padded with -1, and how many there are.
 
     Args:
-        width: room for positions; the ones after it are dropped, but counted. None: as many as there are, which waits
-            for a GPU.
+        width: room for positions; the ones after it are dropped, but counted. Nothing waits for a GPU.
+
+    Returns:
+        int32 ``[..., width]`` and int32 ``[...]``.
     """
-    if width is None:
-        count = mask.sum(-1, dtype=torch.int32)
-        width = max(1, int(count.max())) if count.numel() else 1
-        positions = torch.full((*mask.shape[:-1], width), -1, dtype=torch.int32, device=mask.device)
-        row, position = torch.nonzero(mask.reshape(count.numel(), -1), as_tuple=True)
-        ends = count.flatten().cumsum(0)
-        slots = torch.arange(len(row), device=mask.device) - (ends - count.flatten())[row]
-        positions.view(-1, width)[row, slots] = position.to(torch.int32)
-        return positions, count
     # The k-th position is where the running count reaches k.
     order = mask.cumsum(-1, dtype=torch.int32)
     count = order[..., -1].contiguous()
@@ -35,9 +85,53 @@ def compact(mask: torch.Tensor, width: int | None = None) -> tuple[torch.Tensor,
     return positions.masked_fill_(slots > count[..., None], -1), count
 
 
+def compact_exact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``compact`` with the width that the longest list has, at least 1; waits for a GPU."""
+    count = mask.sum(-1, dtype=torch.int32)
+    width = max(1, int(count.max())) if count.numel() else 1
+    positions = torch.full((*mask.shape[:-1], width), -1, dtype=torch.int32, device=mask.device)
+    row, position = torch.nonzero(mask.reshape(count.numel(), -1), as_tuple=True)
+    ends = count.flatten().cumsum(0)
+    slots = torch.arange(len(row), device=mask.device) - (ends - count.flatten())[row]
+    positions.view(-1, width)[row, slots] = position.to(torch.int32)
+    return positions, count
+
+
+def compact_blocks(mask: torch.Tensor, capacity: Capacity) -> tuple[torch.Tensor, torch.Tensor]:
+    """``compact`` or ``compact_exact``, as the capacity says."""
+    return compact_exact(mask) if capacity.exact else compact(mask, capacity.blocks)
+
+
+def compact_columns(tiling: Tiling, blocks: torch.Tensor, columns: Columns, capacity: Capacity) -> Selection:
+    """Blocks, and those columns of every tile that its blocks do not hold already.
+
+    Args:
+        blocks: bool ``[h, T, N]``.
+    """
+    heads, widest = columns.ranked.shape
+    at_once = max(1, MAX_PIECE // (tiling.num_tiles * max(1, widest)))
+    if not capacity.exact or at_once >= heads:
+        blocks, keys = columns_outside_blocks(tiling, blocks, columns, exact=capacity.exact)
+        return Selection(blocks, keys, columns.crowded)
+    # Some heads at a time, and no wider than those need.
+    pieces = []
+    for first in range(0, heads, at_once):
+        piece = slice(first, first + at_once)
+        # The wanted ones stand in front.
+        width = int(columns.wanted[piece].sum(1).max())
+        narrow = Columns(columns.ranked[piece, :width], columns.wanted[piece, :width])
+        pieces.append(columns_outside_blocks(tiling, blocks[piece], narrow))
+    width = max(keys.positions.shape[-1] for _, keys in pieces)
+    positions = [
+        torch.nn.functional.pad(keys.positions, (0, width - keys.positions.shape[-1]), value=-1) for _, keys in pieces
+    ]
+    keys = KeyLists(torch.cat(positions), torch.cat([keys.count for _, keys in pieces]))
+    return Selection(torch.cat([found for found, _ in pieces]), keys, columns.crowded)
+
+
 def columns_outside_blocks(
-    tiling: Tiling, blocks: torch.Tensor, columns: Columns, wait: bool = True
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tiling: Tiling, blocks: torch.Tensor, columns: Columns, exact: bool = True
+) -> tuple[torch.Tensor, KeyLists]:
     """The columns of each tile that its blocks do not hold already, in multiples of ``tiling.column_multiple``.
 
     A kernel without a mask for single keys needs columns that fill pages exactly. The last page is then filled up with
@@ -45,13 +139,12 @@ def columns_outside_blocks(
     not fill a page are taken whole. Either way the tile attends at least what was asked for.
 
     Args:
-        blocks: bool ``[H, T, N]``.
+        blocks: bool ``[h, T, N]``.
         columns: those asked for.
-        wait: whether a GPU may be waited for; without, the list is as wide as the columns that there could be.
+        exact: whether sizes may be read; else the list is as wide as the columns that there could be.
 
     Returns:
-        blocks (bool ``[H, T, N]``, perhaps with more set), columns (int32 ``[H, T, C]``, -1 padded), their number
-        (int32 ``[H, T]``).
+        blocks (bool ``[h, T, N]``, perhaps with more set), and the columns.
     """
     heads, tiles, _ = blocks.shape
     multiple = tiling.column_multiple
@@ -68,7 +161,7 @@ def columns_outside_blocks(
     filled = torch.where(fill <= order[..., -1], fill, wanted // multiple * multiple)
     keep = outside & (order <= filled[..., None])
     short = (filled < wanted)[..., None]
-    if multiple > 1 and (not wait or short.any()):
+    if multiple > 1 and (not exact or short.any()):
         # A block taken whole may hold columns that were kept, and then those no longer fill pages: such a (rare) tile
         # takes the blocks of all its columns.
         whole = outside & (order <= wanted[..., None]) & short
@@ -76,52 +169,20 @@ def columns_outside_blocks(
         target = torch.where(whole, candidates // tiling.block_size, tiling.num_key_blocks)
         blocks = torch.nn.functional.pad(blocks, (0, 1)).scatter_(2, target, True)[..., :-1]
         keep &= ~short
-    slots, count = compact(keep, None if wait else keep.shape[-1])
+    slots, count = compact_exact(keep) if exact else compact(keep, keep.shape[-1])
     found = candidates.to(torch.int32).gather(2, slots.long().clamp(min=0))
-    return blocks, found.masked_fill_(slots < 0, -1), count
+    return blocks, KeyLists(found.masked_fill_(slots < 0, -1), count)
 
 
-MAX_PIECE = 1 << 22
-"""Heads times tiles times columns that are sorted out at once: what the caches of a processor hold."""
-PLANNED_PIECE = 1 << 23
-"""Heads times tiles times keys whose marks are counted at once, where sizes are planned."""
-
-
-def columns_in_pieces(
-    tiling: Tiling, blocks: torch.Tensor, columns: Columns, wait: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``columns_outside_blocks``; where sizes may be read, some heads at a time, and no wider than those need."""
-    heads, widest = columns.ranked.shape
-    at_once = max(1, MAX_PIECE // (tiling.num_tiles * max(1, widest)))
-    if not wait or at_once >= heads:
-        return columns_outside_blocks(tiling, blocks, columns, wait=wait)
-    pieces = []
-    for first in range(0, heads, at_once):
-        piece = slice(first, first + at_once)
-        # The wanted ones stand in front.
-        width = int(columns.wanted[piece].sum(1).max())
-        narrow = Columns(columns.ranked[piece, :width], columns.wanted[piece, :width])
-        pieces.append(columns_outside_blocks(tiling, blocks[piece], narrow))
-    width = max(found.shape[-1] for _, found, _ in pieces)
-    padded = [torch.nn.functional.pad(found, (0, width - found.shape[-1]), value=-1) for _, found, _ in pieces]
-    return torch.cat([piece[0] for piece in pieces]), torch.cat(padded), torch.cat([piece[2] for piece in pieces])
-
-
-def single_keys(
-    tiling: Tiling, blocks: torch.Tensor, wanted: torch.Tensor, width: int | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys that each tile wants for itself as its columns, in multiples of ``tiling.column_multiple``.
+def compact_keys(tiling: Tiling, blocks: torch.Tensor, wanted: torch.Tensor, capacity: Capacity) -> Selection:
+    """Blocks, and the single keys that each tile wants for itself, in multiples of ``tiling.column_multiple``.
 
     The last page is filled up with the first other keys that the tile does not have; a tile with too few of them takes
     everything.
 
     Args:
-        blocks: bool ``[H, T, N]``.
-        wanted: bool ``[H, T, S]``, none in a block of the tile.
-        width: see ``compact``.
-
-    Returns:
-        as ``columns_outside_blocks``.
+        blocks: bool ``[h, T, N]``.
+        wanted: bool ``[h, T, S]``, none in a block of the tile.
     """
     if tiling.column_multiple > 1:
         taken = (blocks | (tiling.distance() <= 0)).repeat_interleave(tiling.block_size, dim=2)[..., : wanted.shape[2]]
@@ -131,16 +192,16 @@ def single_keys(
         short = order[..., -1:] < missing
         wanted = (wanted | (free & (order <= missing))) & ~short
         blocks = torch.where(short, tiling.reachable(), blocks)
-    if width is None:
-        return blocks, *compact(wanted)
+    if capacity.exact:
+        return Selection(blocks, KeyLists(*compact_exact(wanted)))
     # Tiles at a time: keys that are counted take four times the room of their marks.
     at_once = max(1, PLANNED_PIECE // wanted[:, 0].numel())
-    parts = [compact(part, width) for part in wanted.split(at_once, dim=1)]
-    return blocks, torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
+    parts = [compact(part, capacity.columns) for part in wanted.split(at_once, dim=1)]
+    return Selection(blocks, KeyLists(*(torch.cat(part, 1) for part in zip(*parts, strict=True))))
 
 
 def _fillers(tiling: Tiling, free: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys of each tile's free block with the fewest wanted ones (int64 ``[H, T, B]``), and which may be used."""
+    """Keys of each tile's free block with the fewest wanted ones (int64 ``[h, T, B]``), and which may be used."""
     ranked = columns.ranked
     heads = ranked.shape[0]
     taken = torch.zeros(

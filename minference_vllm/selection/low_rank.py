@@ -1,54 +1,66 @@
-"""``low_rank``: which single keys some row of a query tile looks at.
+"""``low_rank``: single keys for every query tile, ranked by scores in a few dimensions.
 
 A head that looks things up sends every row to a few keys of its own. No column, diagonal or whole block holds them, and
 all query-key products, which find them, are half of what dense attention computes. To rank keys a few dimensions are
-enough (Loki, arXiv 2406.02542; Double Sparsity, arXiv 2408.07092). A key's level says how near it comes to the best of
-its tile's rows; how much of the attention the levels hold is measured exactly, on sampled rows, so that poor scores
-cost keys and not recall.
+enough (Loki, arXiv 2406.02542; Double Sparsity, arXiv 2408.07092). How much of the attention lies in each score bin is
+measured exactly, on sampled rows, so that poor scores cost keys and not recall.
 
-Sizes: ``h`` query heads, ``T`` query tiles, ``S`` tokens in the sequence, ``D`` head size, ``r`` rank.
+Sizes: ``h`` query heads, ``H`` query heads over ``HK`` KV heads of size ``D``, ``T`` query tiles, ``S`` tokens in the
+sequence, ``r`` rank.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.selection import score_bins as levels
-from minference_vllm.selection.projection import Factors, fit, in_units, whole_keys, whole_queries
-from minference_vllm.selection.score_bins import Levels
-from minference_vllm.selection.vertical_slash import line_worth
+from minference_vllm.patterns.kinds import LowRank
+from minference_vllm.selection import score_bins
+from minference_vllm.selection.compaction import Capacity, Selection
+from minference_vllm.selection.coverage import mass_per_token
+from minference_vllm.selection.family import Family
+from minference_vllm.selection.projection import (
+    Projection,
+    QuantizedQK,
+    fit,
+    fit_within,
+    for_int8,
+    quantize_keys,
+    quantize_queries,
+)
+from minference_vllm.selection.score_bins import ScoreBins
+from minference_vllm.selection.scores import Scores
 
 CALIBRATION_ROWS = 64
-"""Rows of a chunk on which the attention at each level is measured, at most."""
+"""Rows of a chunk whose exact attention in each bin is measured, at most."""
 ROWS_PER_SAMPLE = 16
 """Short chunks measure one row in so many."""
-LEAST_ROWS = 16
-"""But as many at least, also where their attention takes more than ``WEIGHTS_BYTES``."""
+MIN_ROWS = 16
+"""At least so many are measured, also where their attention takes more than ``WEIGHTS_BYTES``."""
 LAST_ROWS = 16
-"""Of these rows so many, but no more than a quarter, are among the chunk's last, where a prompt's question stands."""
+"""So many of the measured rows, but no more than a quarter, are among the chunk's last, where a prompt's question
+stands."""
 STANDARD_ERRORS = 3.0
 """How far the mean of the other rows, which are a sample, must lie above what is wanted."""
 FIT_ROWS = 4096
 """Queries, and keys, from which dimensions are fitted, at most about."""
-ENOUGH = 1.0
+SCORE_ERROR = 1.0
 """Error of a score, in nats, below which more dimensions would not tell keys apart much better."""
 WEIGHTS_BYTES = 64 << 20
-"""Attention of a head's sampled rows."""
+"""Attention of a head's measured rows."""
 ROWS_FOR_KEYS = 200
-"""Rows whose attention takes as long as the fit, the keys in few dimensions and what lies at their levels (measured on
+"""Rows whose attention takes as long as the fit, the keys in few dimensions and what lies in their bins (measured on
 AVX2)."""
 
 
 def scoring_cost(rank: int, head_size: int, chunk: int, device: torch.device) -> float:
     """What scoring a chunk costs, as a share of what dense attention takes for it: ``rank`` of ``2 * head_size``
-    products. On CPUs those of whole numbers take half of the time, and what is done once for every key as long as the
-    attention of ``ROWS_FOR_KEYS`` rows."""
+    products. On CPUs int8 products take half of the time, and what is done once for every key as long as the attention
+    of ``ROWS_FOR_KEYS`` rows."""
     share = rank / (2 * head_size)
     return share / 2 + min(1.0, ROWS_FOR_KEYS / chunk) if device.type == "cpu" else share
 
@@ -62,20 +74,20 @@ class CalibrationRows(NamedTuple):
     """So many in the end speak for the chunk's last rows, the others for all."""
 
     def threshold(self, mass: torch.Tensor, gamma: float) -> torch.Tensor:
-        """int32 ``[h]``: the level down to which both groups have a share ``gamma`` of their attention.
+        """int32 ``[h]``: the bin down to which both groups have a share ``gamma`` of their attention.
 
         Args:
-            mass: float32 ``[h, R, 256]``, see ``levels.mass_by_level``.
+            mass: float32 ``[h, R, 256]``, see ``score_bins.mass_by_bin``.
         """
         spread = mass.shape[1] - self.last
-        found = levels.threshold(mass[:, :spread], gamma, STANDARD_ERRORS)
-        return torch.minimum(found, levels.threshold(mass[:, spread:], gamma)) if self.last else found
+        found = score_bins.threshold(mass[:, :spread], gamma, STANDARD_ERRORS)
+        return torch.minimum(found, score_bins.threshold(mass[:, spread:], gamma)) if self.last else found
 
 
 def calibration_rows(chunk: int, length: int, device: torch.device) -> CalibrationRows:
     """One row of each of some equal parts of a chunk, at ever other places in them, and every second of its last."""
     room = min(WEIGHTS_BYTES // (4 * length), chunk // ROWS_PER_SAMPLE)
-    count = min(chunk, CALIBRATION_ROWS, max(LEAST_ROWS, room))
+    count = min(chunk, CALIBRATION_ROWS, max(MIN_ROWS, room))
     last = min(LAST_ROWS, count // 4)
     before = chunk - 2 * last
     parts = min(count - last, before)
@@ -96,34 +108,9 @@ def row_weights(
         positions: int64 ``[R]``.
     """
     query = query.float() * scale
-    found = [torch.matmul(query, piece.float().transpose(1, 2)) for piece in keys]
-    scores = joined(found, -1)
+    scores = joined([torch.matmul(query, piece.float().transpose(1, 2)) for piece in keys], -1)
     scores.masked_fill_(torch.arange(scores.shape[-1], device=query.device) > positions[:, None], -torch.inf)
     return torch.softmax(scores, -1, out=scores)
-
-
-def line_levels(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor) -> torch.Tensor:
-    """Levels of keys, as ``levels.tile_levels`` gives them, by columns and diagonals alone.
-
-    A key counts by what ``selection.coverage`` takes it for: its share of the attention as a token of a page at this
-    distance from the tile, or as a column.
-
-    Args:
-        by_column, by_offset: float32 ``[h, S]``, see ``index.Scores.last_query``.
-
-    Returns:
-        uint8 ``[h, T, S]``.
-    """
-    worth = line_worth(tiling, by_column, by_offset)
-    distance, size = tiling.distance(), tiling.block_size
-    before = (distance > 0).to(torch.uint8)
-    by_distance, of_column = (levels.as_levels(part.log2()) for part in (worth.of_distance, worth.alone))
-    pages = by_distance[:, distance.clamp(min=1) - 1] * before
-    pages[:, tiling.own()] = levels.OWN_LEVEL
-    missing = tiling.num_key_blocks * size - tiling.seq_len
-    columns = torch.nn.functional.pad(of_column, (0, missing)).view(len(of_column), 1, -1, size)
-    found = torch.maximum(pages[..., None], columns * before[..., None])
-    return found.flatten(2)[..., : tiling.seq_len].contiguous()
 
 
 def joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
@@ -131,99 +118,184 @@ def joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-class Kernels(NamedTuple):
-    """What may be replaced by faster code of the same meaning."""
+class LowRankOps(Protocol):
+    """What ``low_rank`` needs of the class of scores, which may have kernels for it."""
 
-    tile_levels: Callable[[Factors, Tiling, torch.Tensor], torch.Tensor] = levels.tile_levels
-    row_mass: Callable[[Factors, torch.Tensor, Tiling, torch.Tensor], torch.Tensor] = levels.row_mass
-    mass_by_level: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = levels.mass_by_level
-    page_counts: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] = levels.page_counts
-    lists: Callable[[Tiling, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
-    """See ``Levels``."""
-    row_weights: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None
-    """Of the chunk at hand: for rows (int64 ``[R]``, ascending) and query heads what ``row_weights`` gives for their
-    queries and keys."""
+    scale: float
+
+    def queries_of(self, heads: Sequence[int]) -> torch.Tensor:
+        """``[h, chunk, D]``."""
+
+    def keys_of(self, heads: Sequence[int], step: int = 1) -> Iterator[torch.Tensor]:
+        """``[h, n, D]`` each: pieces that together are the sequence, every ``step``-th key of each."""
+
+    def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+        """float32 ``[h, R, S]``: exact softmax weights of rows of the chunk (int64 ``[R]``, ascending)."""
+
+    def tile_bins(self, quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
+        """See ``score_bins.tile_bins``."""
+
+    def row_mass(
+        self, quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """See ``score_bins.row_mass``."""
+
+    def mass_by_bin(self, bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """See ``score_bins.mass_by_bin``."""
+
+    def page_counts(self, bins: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:
+        """See ``score_bins.page_counts``."""
 
 
-def needed_keys(weights: torch.Tensor, gamma: float, kernels: Kernels) -> torch.Tensor:
+class Measured(NamedTuple):
+    """Exact attention of a chunk's calibration rows, for some heads."""
+
+    sample: CalibrationRows
+    weights: torch.Tensor
+    """float32 ``[h, R, S]``."""
+    tile: torch.Tensor
+    """int64 ``[R]``: the tile of each row."""
+
+    @classmethod
+    def of(cls, scores: LowRankOps, heads: Sequence[int], tiling: Tiling) -> Measured:
+        chunk = tiling.seq_len - tiling.context_len
+        sample = calibration_rows(chunk, tiling.seq_len, tiling.starts.device)
+        tile = torch.searchsorted(tiling.starts, sample.rows + tiling.context_len, right=True) - 1
+        return cls(sample, scores.row_weights(sample.rows, heads), tile)
+
+
+def column_diagonal_bins(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor) -> torch.Tensor:
+    """Bins of keys, as ``score_bins.tile_bins`` gives them, by columns and diagonals alone.
+
+    A key counts by what ``coverage`` takes it for: its share of the attention as a token of a page at this distance
+    from the tile, or as a column.
+
+    Args:
+        by_column, by_offset: float32 ``[h, S]``, see ``Scores.column_diagonal``.
+
+    Returns:
+        uint8 ``[h, T, S]``.
+    """
+    mass = mass_per_token(tiling, by_column, by_offset)
+    distance, size = tiling.distance(), tiling.block_size
+    before = (distance > 0).to(torch.uint8)
+    by_distance, of_column = (score_bins.as_bins(part.log2()) for part in (mass.of_distance, mass.as_column))
+    pages = by_distance[:, distance.clamp(min=1) - 1] * before
+    pages[:, tiling.own()] = score_bins.LOCAL_BIN
+    missing = tiling.num_key_blocks * size - tiling.seq_len
+    columns = torch.nn.functional.pad(of_column, (0, missing)).view(len(of_column), 1, -1, size)
+    found = torch.maximum(pages[..., None], columns * before[..., None])
+    return found.flatten(2)[..., : tiling.seq_len].contiguous()
+
+
+def needed_keys(weights: torch.Tensor, gamma: float, scores: LowRankOps) -> torch.Tensor:
     """float32 ``[h]``: how many keys hold a share ``gamma`` of a row's attention, if every row has its own; the mean.
 
     Args:
         weights: float32 ``[h, R, S]``.
     """
     rows = torch.arange(weights.shape[1], device=weights.device)
-    found = levels.as_levels(weights.clamp(min=1e-20).log2_())
-    wanted = levels.threshold(kernels.mass_by_level(found, rows, weights), gamma)
-    return kernels.page_counts(found, wanted, weights.shape[2]).sum(2).float().mean(1)
+    found = score_bins.as_bins(weights.clamp(min=1e-20).log2_())
+    wanted = score_bins.threshold(scores.mass_by_bin(found, rows, weights), gamma)
+    return scores.page_counts(found, wanted, weights.shape[2]).sum(2).float().mean(1)
 
 
-def estimate(
-    query: torch.Tensor,
-    key_pieces: Callable[[], Iterable[torch.Tensor]],
+def columns_and_diagonals(
+    scores: LowRankOps,
+    measured: Measured,
+    tiling: Tiling,
+    gamma: float,
+    column_diagonal: tuple[torch.Tensor, torch.Tensor],
+    cost: float,
+) -> ScoreBins | None:
+    """Bins by columns and diagonals, where so few keys hold the wanted share of the measured rows' attention that
+    scoring would cost more than it could save, on all heads; else None. Reads what it found: a GPU would be waited for.
+
+    Args:
+        cost: of scoring, as a share of dense attention.
+    """
+    bins = column_diagonal_bins(tiling, *column_diagonal)
+    wanted = measured.sample.threshold(scores.mass_by_bin(bins, measured.tile, measured.weights), gamma)
+    keys = scores.page_counts(bins, wanted, tiling.block_size).sum((1, 2))
+    most_saved = keys - tiling.num_tiles * needed_keys(measured.weights[:, ::8], gamma, scores)
+    cost *= float(tiling.reachable().sum()) * tiling.block_size
+    enough = bool(((wanted > 0) & (most_saved <= cost)).all())
+    return ScoreBins(bins, wanted, scored=False) if enough else None
+
+
+def fitted(
+    scores: LowRankOps, queries: torch.Tensor, heads: Sequence[int], seq_len: int, rank: int, fewer: bool
+) -> Projection:
+    """The dimensions in which a chunk is scored, from a part of its queries and of the sequence's keys.
+
+    Args:
+        queries: ``[h, chunk, D]``.
+        fewer: whether fewer dimensions are taken where they suffice (``SCORE_ERROR``); that waits for a GPU.
+    """
+    rank = min(rank, queries.shape[2])
+    some_queries = queries[:, :: math.ceil(queries.shape[1] / FIT_ROWS)]
+    # Copies: views would keep all keys.
+    some_keys = joined([piece.clone() for piece in scores.keys_of(heads, math.ceil(seq_len / FIT_ROWS))], 1)
+    if fewer:
+        projection = fit_within(some_queries, some_keys, rank, SCORE_ERROR / scores.scale)
+    else:
+        projection = fit(some_queries, some_keys, rank)
+    return for_int8(projection, some_keys)
+
+
+def score_keys(
+    scores: LowRankOps,
+    measured: Measured,
     heads: Sequence[int],
     tiling: Tiling,
     rank: int,
     gamma: float,
-    scale: float,
-    kernels: Kernels = Kernels(),  # noqa: B008, it is immutable
-    lines: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> Levels:
-    """Levels of every key for some heads, and how far down to go.
+    fewer: bool,
+) -> ScoreBins:
+    """Bins of every key by scores in at most ``rank`` dimensions, and how far down to go.
 
-    Columns and diagonals are tried first, where they are given: where so few keys hold the wanted share of the sampled
-    rows' attention that scoring would cost more than it could save, on all heads, nothing is scored.
-
-    A sampled row's keys are looked up twice: at the levels that the row itself gives them, which says what levels need
-    not be told apart, and then at those of its tile, which are no lower.
+    The measured rows' attention is looked up twice: in the bins that the row itself gives the keys, which says below
+    which bin keys need not be told apart, and then in those of its tile, which are no lower.
 
     Args:
-        query: ``[chunk, H, D]``; its last row is the sequence's last token.
-        key_pieces: ``[HK, n, D]`` each, pieces that together are the sequence; called more than once.
-        heads: query heads wanted.
-        rank: dimensions; no more than the head has are used.
         gamma: share of the rows' attention that is wanted; ``CalibrationRows`` says of which rows.
-        lines: mass of every column and diagonal, see ``index.Scores.last_query``. None: all heads are scored, in
-            ``rank`` dimensions, and nothing waits for a GPU. Otherwise no more dimensions are used than the head needs
-            (``ENOUGH``).
+        fewer: see ``fitted``.
     """
-    # A list as an index would be copied to a GPU, and waited for.
-    by_head = torch.stack([query[:, head] for head in heads])
-
-    def pieces(step: int = 1) -> Iterator[torch.Tensor]:
-        for piece in key_pieces():
-            group = query.shape[1] // piece.shape[0]
-            runs = [(kv_head, len(list(run))) for kv_head, run in itertools.groupby(head // group for head in heads)]
-            yield joined([piece[kv_head : kv_head + 1, ::step].expand(run, -1, -1) for kv_head, run in runs], 0)
-
-    sample = calibration_rows(query.shape[0], tiling.seq_len, query.device)
-    rows = sample.rows
-    positions = rows + tiling.context_len
-    if kernels.row_weights is None:
-        weights = row_weights(by_head[:, rows], pieces(), positions, scale)
-    else:
-        weights = kernels.row_weights(rows, heads)
-    tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
-    rank = min(rank, query.shape[2])
-    if lines is not None:
-        cost = scoring_cost(rank, query.shape[2], query.shape[0], query.device)
-        cost *= float(tiling.reachable().sum()) * tiling.block_size
-        by_line = line_levels(tiling, *lines)
-        wanted = sample.threshold(kernels.mass_by_level(by_line, tiles, weights), gamma)
-        keys = kernels.page_counts(by_line, wanted, tiling.block_size).sum((1, 2))
-        most_saved = keys - tiling.num_tiles * needed_keys(weights[:, ::8], gamma, kernels)
-        if bool(((wanted > 0) & (most_saved <= cost)).all()):
-            return Levels(by_line, wanted, kernels.lists, scored=False)
-
-    queries = by_head[:, :: math.ceil(query.shape[0] / FIT_ROWS)]
-    # Copies: views would keep all keys.
-    some_keys = joined([piece.clone() for piece in pieces(math.ceil(tiling.seq_len / FIT_ROWS))], 1)
-    projection = in_units(fit(queries, some_keys, rank, None if lines is None else ENOUGH / scale), some_keys)
-    whole = joined([whole_keys(piece, projection) for piece in pieces()], 1)
-    low_query, step = whole_queries(by_head, projection, scale)
-    factors = Factors(low_query, whole, step)
+    queries = scores.queries_of(heads)
+    projection = fitted(scores, queries, heads, tiling.seq_len, rank, fewer)
+    keys = joined([quantize_keys(piece, projection) for piece in scores.keys_of(heads)], 1)
+    low_query, dequant_scale = quantize_queries(queries, projection, scores.scale)
+    quantized = QuantizedQK(low_query, keys, dequant_scale)
+    sample, weights = measured.sample, measured.weights
     # One less: kernels may round otherwise.
-    lowest = sample.threshold(kernels.row_mass(factors, rows, tiling, weights), gamma).sub_(1).clamp_(min=0)
-    found = kernels.tile_levels(factors, tiling, lowest)
-    wanted = sample.threshold(kernels.mass_by_level(found, tiles, weights), gamma)
+    mass = scores.row_mass(quantized, sample.rows, tiling, weights)
+    lowest = sample.threshold(mass, gamma).sub_(1).clamp_(min=0)
+    bins = scores.tile_bins(quantized, tiling, lowest)
+    wanted = sample.threshold(scores.mass_by_bin(bins, measured.tile, weights), gamma)
     # Standard errors need not fall where every row has more: but what suffices the rows themselves does.
-    return Levels(found, torch.maximum(wanted, lowest), kernels.lists)
+    return ScoreBins(bins, torch.maximum(wanted, lowest))
+
+
+class LowRankFamily(Family[LowRank]):
+    pattern = LowRank
+    colour = "#000000"
+    one_by_one = True
+
+    def select(
+        self, pattern: LowRank, heads: Sequence[int], tiling: Tiling, scores: Scores, capacity: Capacity
+    ) -> Selection:
+        return scores.select_bins(tiling, scores.low_rank(heads, tiling, pattern.rank, pattern.gamma), capacity)
+
+    def scoring_bytes(self, pattern: LowRank, tiles: int, seq_len: int) -> int:
+        # A bin and a mark for every tile and key, the keys of few dimensions twice, and the attention of some rows.
+        weights = min(8 * CALIBRATION_ROWS * seq_len, 2 * WEIGHTS_BYTES)
+        return (2 * tiles + 4 * pattern.rank) * seq_len + weights
+
+    def scoring_cost(self, pattern: LowRank, head_size: int, chunk: int, device: torch.device) -> float:
+        return scoring_cost(pattern.rank, head_size, chunk, device)
+
+    def kernel_size(self, pattern: LowRank) -> int:
+        return pattern.rank
+
+
+FAMILY = LowRankFamily()

@@ -1,5 +1,5 @@
-"""Levels of keys: how near each comes to the best that a row, or a query tile, could look at; what lies at each level,
-and which keys are wanted from one level up.
+"""Score bins of keys: a key's score relative to the softmax denominator of a row, or of the rows of a query tile, in
+256 steps; how much attention lies in each bin, and which keys lie from one bin up.
 
 Sizes: ``h`` query heads, ``T`` query tiles, ``N`` key blocks (pages), ``S`` tokens in the sequence, ``r`` rank.
 """
@@ -8,38 +8,37 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.selection.projection import LEVELS_PER_BIT, Factors
-from minference_vllm.selection.vertical_slash import DENSE_FROM
+from minference_vllm.selection.projection import BINS_PER_BIT, QuantizedQK
 
 PEAK_KEYS = 32
-"""Keys whose largest score stands for all of them in the sum that a row's scores are measured by."""
-TOP_LEVEL = 254
-OWN_LEVEL = 255
-"""Level of the keys in a tile's own pages, which it always attends."""
+"""Keys of which the largest score alone counts in ``approx_lse``."""
+TOP_BIN = 254
+LOCAL_BIN = 255
+"""Bin of the keys in a tile's own pages, which it always attends."""
+DENSE_FROM = 0.5
+"""A head whose budget the data decide and that needs this share of all keys is computed densely: listing them would
+cost more than it saves."""
 
 
-class Levels(NamedTuple):
-    """What an estimate says of some heads' keys."""
+class ScoreBins(NamedTuple):
+    """What scores say of some heads' keys."""
 
-    of_keys: torch.Tensor
-    """uint8 ``[h, T, S]``, see ``tile_levels``."""
+    bins: torch.Tensor
+    """uint8 ``[h, T, S]``, see ``tile_bins``."""
     threshold: torch.Tensor
-    """int32 ``[h]``: the level from which on keys are wanted; 0 means that levels do not tell them apart."""
-    lists: Callable[[Tiling, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
-    """Faster code for ``keys_at_levels`` and ``lists.single_keys`` in one, where columns need not fill pages."""
+    """int32 ``[h]``: the bin from which on keys are selected; 0 means that bins do not tell them apart."""
     scored: bool = True
-    """Whether keys were scored, as ``low_rank.scoring_cost`` counts; else columns and diagonals sufficed."""
+    """Whether keys were scored, as ``Family.scoring_cost`` counts; else columns and diagonals sufficed."""
 
 
-def norms(scores: torch.Tensor) -> torch.Tensor:
-    """What rows' scores are measured by: the log-sum-exp of the largest of each ``PEAK_KEYS`` scores, close to the
-    softmax's denominator for one exponential in so many.
+def approx_lse(scores: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp of the largest of each ``PEAK_KEYS`` scores of a row: close to the softmax's denominator, for one
+    exponential in so many keys.
 
     Args:
         scores: float32 ``[..., S]``, in bits; -inf where a row does not look.
@@ -54,82 +53,82 @@ def norms(scores: torch.Tensor) -> torch.Tensor:
     return peaks.mul_(math.log(2)).logsumexp(-1, keepdim=True).div_(math.log(2))
 
 
-def as_levels(scores: torch.Tensor) -> torch.Tensor:
-    """uint8: levels of scores (float32, in bits, overwritten) above their row's norm."""
-    return scores.mul_(LEVELS_PER_BIT).add_(TOP_LEVEL).clamp_(0, TOP_LEVEL).round_().to(torch.uint8)
+def as_bins(scores: torch.Tensor) -> torch.Tensor:
+    """uint8: bins of scores less their row's ``approx_lse`` (float32, in bits, overwritten)."""
+    return scores.mul_(BINS_PER_BIT).add_(TOP_BIN).clamp_(0, TOP_BIN).round_().to(torch.uint8)
 
 
-def tile_levels(factors: Factors, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
-    """How near every key comes to the norm of a tile's rows; the row that rates it highest decides.
+def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
+    """The bin of every key for every tile: of its rows the one that gives the key the highest bin decides.
 
     Args:
-        lowest: int32 ``[h]``: levels below are not wanted.
+        lowest: int32 ``[h]``: bins below are not wanted.
 
     Returns:
-        uint8 ``[h, T, S]``: ``TOP_LEVEL + LEVELS_PER_BIT * (score - norm)``, rounded, 0 if below ``lowest``; of the
-        tile's own pages ``OWN_LEVEL``, of later ones 0.
+        uint8 ``[h, T, S]``: ``TOP_BIN + BINS_PER_BIT * (score - approx_lse)``, rounded, 0 if below ``lowest``; of
+        the tile's own pages ``LOCAL_BIN``, of later ones 0.
     """
-    heads, length, _ = factors.keys.shape
-    device, bits = factors.keys.device, factors.bits()
-    levels = torch.zeros(heads, tiling.num_tiles, length, dtype=torch.uint8, device=device)
+    heads, length, _ = quantized.keys.shape
+    device, bits = quantized.keys.device, quantized.bits()
+    bins = torch.zeros(heads, tiling.num_tiles, length, dtype=torch.uint8, device=device)
     for tile, (begin, end) in enumerate(itertools.pairwise(tiling.starts.tolist())):
         own = begin // tiling.tile * tiling.tile
         rows = slice(begin - tiling.context_len, end - tiling.context_len)
         future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device).triu_(1)
         for head in range(heads):
-            scores = factors.query[head, rows].float() @ factors.keys[head, :end].float().T
+            scores = quantized.query[head, rows].float() @ quantized.keys[head, :end].float().T
             scores.mul_(bits[head, rows])[:, begin:].masked_fill_(future, -torch.inf)
-            found = as_levels((scores[:, :own] - norms(scores)).amax(0))
-            levels[head, tile, :own] = found.masked_fill_(found < lowest[head], 0)
-        levels[:, tile, own:end] = OWN_LEVEL
-    return levels
+            found = as_bins((scores[:, :own] - approx_lse(scores)).amax(0))
+            bins[head, tile, :own] = found.masked_fill_(found < lowest[head], 0)
+        bins[:, tile, own:end] = LOCAL_BIN
+    return bins
 
 
-def row_levels(factors: Factors, positions: torch.Tensor, tiling: Tiling) -> torch.Tensor:
-    """Levels that single rows give the keys: no higher than those of their tiles.
+def row_bins(quantized: QuantizedQK, positions: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+    """Bins that single rows give the keys: no higher than those of their tiles.
 
     Args:
-        factors: ``Factors.rows`` of ``R`` rows.
+        quantized: ``QuantizedQK.rows`` of ``R`` rows.
         positions: int64 ``[R]``, theirs.
 
     Returns:
         uint8 ``[h, R, S]``.
     """
-    places = torch.arange(factors.keys.shape[1], device=factors.keys.device)
-    scores = torch.matmul(factors.query.float(), factors.keys.float().transpose(1, 2)).mul_(factors.bits())
+    places = torch.arange(quantized.keys.shape[1], device=quantized.keys.device)
+    scores = torch.matmul(quantized.query.float(), quantized.keys.float().transpose(1, 2)).mul_(quantized.bits())
     scores.masked_fill_(places > positions[:, None], -torch.inf)
     own = places >= (positions // tiling.tile * tiling.tile)[:, None]
-    return as_levels(scores.sub_(norms(scores))).masked_fill_(own, OWN_LEVEL)
+    return as_bins(scores.sub_(approx_lse(scores))).masked_fill_(own, LOCAL_BIN)
 
 
-def mass_by_level(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """float32 ``[h, R, 256]``: the share of each row's attention that lies on the keys of each level.
+def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """float32 ``[h, R, 256]``: the share of each row's attention that lies on the keys of each bin.
 
     Args:
-        levels: uint8 ``[h, L, S]``.
-        lists: int64 ``[R]``: which of the ``L`` holds each row's levels.
+        bins: uint8 ``[h, L, S]``.
+        bin_row: int64 ``[R]``: which of the ``L`` holds each row's bins.
         weights: float32 ``[h, R, S]``.
     """
     mass = torch.zeros(*weights.shape[:2], 256, device=weights.device)
-    return mass.scatter_add_(2, levels[:, lists].long(), weights)
+    return mass.scatter_add_(2, bins[:, bin_row].long(), weights)
 
 
-def row_mass(factors: Factors, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
-    """``mass_by_level`` of some rows at the levels that they themselves give the keys.
+def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
+    """``mass_by_bin`` of some rows at the bins that they themselves give the keys.
 
     Args:
         rows: int64 ``[R]``, rows of the chunk, ascending.
         weights: float32 ``[h, R, S]``.
     """
-    own = row_levels(factors.rows(rows), rows + tiling.context_len, tiling)
-    return mass_by_level(own, torch.arange(len(rows), device=rows.device), weights)
+    own = row_bins(quantized.rows(rows), rows + tiling.context_len, tiling)
+    return mass_by_bin(own, torch.arange(len(rows), device=rows.device), weights)
 
 
 def threshold(mass: torch.Tensor, gamma: float, errors: float = 0.0) -> torch.Tensor:
-    """int32 ``[h]``: the level down to which rows have a share ``gamma`` of their attention, in the mean.
+    """int32 ``[h]``: the bin down to which rows have a share ``gamma`` of their attention, in the mean.
 
     Args:
-        mass: float32 ``[h, R, 256]``, see ``mass_by_level``.
+        mass: float32 ``[h, R, 256]``, see ``mass_by_bin``.
         errors: the mean less so many of its standard errors must reach ``gamma``, where the rows are a sample.
     """
     covered = mass.flip(2).cumsum(2)
@@ -139,20 +138,20 @@ def threshold(mass: torch.Tensor, gamma: float, errors: float = 0.0) -> torch.Te
     return 255 - (bound >= gamma).int().argmax(1).int()
 
 
-def page_counts(levels: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:
+def page_counts(bins: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:
     """int32 ``[h, T, N]``: how many keys of each page reach the threshold.
 
     Args:
-        levels: uint8 ``[h, T, S]``. threshold: int32 ``[h]``.
+        bins: uint8 ``[h, T, S]``. threshold: int32 ``[h]``.
     """
-    return _marks(levels, threshold, block_size).sum(3, dtype=torch.int32)
+    return _marks(bins, threshold, block_size).sum(3, dtype=torch.int32)
 
 
-def _marks(levels: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:
+def _marks(bins: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:
     """bool ``[h, T, N, B]``: keys that reach the threshold."""
-    heads, tiles, length = levels.shape
-    marks = torch.zeros(heads, tiles, -(-length // block_size), block_size, dtype=torch.bool, device=levels.device)
-    torch.ge(levels, threshold[:, None, None].to(torch.uint8), out=marks.flatten(2)[..., :length])
+    heads, tiles, length = bins.shape
+    marks = torch.zeros(heads, tiles, -(-length // block_size), block_size, dtype=torch.bool, device=bins.device)
+    torch.ge(bins, threshold[:, None, None].to(torch.uint8), out=marks.flatten(2)[..., :length])
     return marks
 
 
@@ -161,7 +160,7 @@ def whole_pages(tiling: Tiling, counts: torch.Tensor, threshold: torch.Tensor) -
 
     Args:
         counts: int32 ``[h, T, N]``, see ``page_counts``.
-        threshold: int32 ``[h]``; 0 means that the levels do not tell the keys apart.
+        threshold: int32 ``[h]``; 0 means that the bins do not tell the keys apart.
 
     Returns:
         bool ``[h, T, N]``; and bool ``[h]``: heads that need more than half of all keys, or whose threshold is 0. They
@@ -174,18 +173,18 @@ def whole_pages(tiling: Tiling, counts: torch.Tensor, threshold: torch.Tensor) -
     return torch.where(dense[:, None, None], tiling.reachable(), pages), dense
 
 
-def keys_at_levels(tiling: Tiling, levels: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each tile's keys from one level up.
+def keys_above(tiling: Tiling, bins: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each tile's keys from one bin up.
 
     Args:
-        levels: uint8 ``[h, T, S]``, see ``tile_levels``.
+        bins: uint8 ``[h, T, S]``, see ``tile_bins``.
         threshold: int32 ``[h]``.
 
     Returns:
         blocks (bool ``[h, T, N]``, see ``whole_pages``) and single keys (bool ``[h, T, S]``), none in a block.
     """
     # The largest tensor by far: marks are made and taken back in place.
-    marks = _marks(levels, threshold, tiling.block_size)
+    marks = _marks(bins, threshold, tiling.block_size)
     blocks, dense = whole_pages(tiling, marks.sum(3, dtype=torch.int32), threshold)
     marks &= ~(blocks | dense[:, None, None])[..., None]
-    return blocks, marks.flatten(2)[..., : levels.shape[2]]
+    return blocks, marks.flatten(2)[..., : bins.shape[2]]

@@ -11,27 +11,26 @@ from dataclasses import dataclass
 
 import torch
 
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
-from minference_vllm.kernels.block_table import cpu_ops as cpu_kernel
+from minference_vllm.core.sparse_index import SparseIndex
+from minference_vllm.kernels.block_table import cpu_ops
 from minference_vllm.kernels.block_table.virtual_requests import VirtualRequests, by_list, by_row
 from minference_vllm.kernels.gathered_columns import GatheredColumns, gather_columns
-from minference_vllm.selection.build import SparseIndex
 
 SCRATCH_PAGES = 512
 """Pages of gathered columns in flight; more would fall out of the last-level cache between writing and reading."""
 
 
-def run(
-    query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, index: SparseIndex, scale: float, out: torch.Tensor
-) -> None:
-    """Attention of one chunk under ``index``, written to ``out``.
+def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
+    """See ``kernels.kernel.Run``; the cache may have any layout, and ``lse`` is not given.
 
-    Args:
-        query: ``[chunk, H, D]``.
-        cache: the layer's cache, in any layout.
-        pages: int64 ``[N]``, the physical page of each logical block.
-        out: like ``query``.
+    Raises:
+        ValueError: ``lse`` is asked for.
     """
+    if lse is not None:
+        raise ValueError("vLLM's CPU kernel gives no log-sum-exp")
+    query, cache, pages = inputs.query, inputs.cache, inputs.pages
     size, kv_heads = cache.block_size, cache.num_kv_heads
     column_pages = index.num_columns.view(-1).long() // size
     slices = _slices(column_pages)
@@ -57,14 +56,14 @@ def run(
             own = torch.arange(most) < page_counts[:, None]
             table[:, :most][own] = memory.first_scratch + torch.arange(int(page_counts.sum()), dtype=torch.int32)
         rows = slice(int(query_start_loc[first]), int(query_start_loc[last]))
-        cpu_kernel.attend(
+        cpu_ops.attend(
             queries[rows],
             memory.key,
             memory.value,
             table,
             (query_start_loc[first : last + 1] - query_start_loc[first]).to(torch.int32),
             seq_lens[first:last],
-            scale,
+            inputs.scale,
             result[rows],
         )
     out.unflatten(1, (index.num_lists, -1)).copy_(by_row(result, index))
@@ -84,12 +83,12 @@ def _write_columns(index: SparseIndex, columns: GatheredColumns, first: int, las
     head = torch.arange(first, last) // tiles
     rows = columns.row_of[head[:, None], wanted.long().clamp(min=0)][wanted >= 0]
     _, _, twice_size, dim = scratch.shape
-    cpu_kernel.write_pages(
+    cpu_ops.write_pages(
         columns.keys.index_select(0, rows).unsqueeze(1),
         columns.values.index_select(0, rows).unsqueeze(1),
         scratch,
         torch.arange(len(rows)),
-        cpu_kernel.isa_for(scratch.dtype, twice_size // 2, dim),
+        cpu_ops.isa_for(scratch.dtype, twice_size // 2, dim),
     )
 
 
@@ -122,7 +121,7 @@ def _in_place(cache: PagedCache, pages: torch.Tensor, count: int) -> _Memory | N
     stride = 2 * size * dim
     dtype, width = cache.key.dtype, cache.key.element_size()
     side_by_side = cache.value.data_ptr() - cache.key.data_ptr() == size * dim * width
-    if cache.layout != cpu_kernel.layout_for(dtype, size, dim) or not side_by_side:
+    if cache.layout != cpu_ops.layout_for(dtype, size, dim) or not side_by_side:
         return None
     if cache.key.stride() != (heads * stride, stride, dim, 1):
         return None
@@ -144,6 +143,6 @@ def _copied(cache: PagedCache, pages: torch.Tensor, count: int) -> _Memory:
     _, heads, size, dim = cache.key.shape
     memory = torch.empty(len(pages) * heads + count, 1, 2 * size, dim, dtype=cache.key.dtype)
     own, scratch = memory.split([len(pages) * heads, count])
-    cpu_kernel.pack(PagedCache(cache.key[pages], cache.value[pages], cache.layout), own.view(-1, heads, 2 * size, dim))
+    cpu_ops.pack(PagedCache(cache.key[pages], cache.value[pages], cache.layout), own.view(-1, heads, 2 * size, dim))
     key, value = memory.chunk(2, dim=2)
     return _Memory(key, value, torch.arange(len(pages)), scratch, len(pages) * heads)

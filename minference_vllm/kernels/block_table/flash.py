@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import torch
 
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.kernels.block_table.virtual_requests import VirtualRequests, by_list, by_row
-from minference_vllm.selection.build import SparseIndex
 
 SCRATCH_BYTES = 128 << 20
 """Gathered columns in flight, keys and values together."""
@@ -23,26 +24,19 @@ MAX_HEAD_SIZE = 256
 
 
 def run(
-    query: torch.Tensor,
-    cache: PagedCache,
-    pages: torch.Tensor,
+    inputs: Inputs,
     index: SparseIndex,
-    scale: float,
     out: torch.Tensor,
     lse: torch.Tensor | None = None,
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> None:
-    """Attention of one chunk under ``index``, written to ``out``.
+    """See ``kernels.kernel.Run``; bf16 or fp16.
 
     Args:
-        query: ``[chunk, H, D]``, bf16 or fp16.
-        cache: layout ``rows``, elements of a head side by side.
-        pages: int64 ``[N]``, the physical page of each logical block.
         index: with a list for every tile (``plan_capacity(list_everything=True)``).
-        out: like ``query``.
-        lse: float32 ``[H, chunk]``; receives the log-sum-exp of each row's scores.
         attend: in place of vLLM's ``flash_attn_varlen_func``.
     """
+    query, cache, pages = inputs.query, inputs.cache, inputs.pages
     attend = attend or _flash_attention()
     chunk, _, dim = query.shape
     requests = VirtualRequests.of(index, cache.num_kv_heads)
@@ -53,11 +47,11 @@ def run(
         k=key,
         v=value,
         cu_seqlens_q=requests.query_start_loc.to(torch.int32),
-        max_seqlen_q=min(index.tile, chunk),
-        seqused_k=requests.seq_lens(index.block_size),
-        max_seqlen_k=index.blocks.shape[2] * index.block_size,
+        max_seqlen_q=min(index.tiling.tile, chunk),
+        seqused_k=requests.seq_lens(index.tiling.block_size),
+        max_seqlen_k=index.blocks.shape[2] * index.tiling.block_size,
         block_table=requests.physical(pages, page_step),
-        softmax_scale=scale,
+        softmax_scale=inputs.scale,
         causal=True,
         return_softmax_lse=True,
     )
@@ -66,7 +60,7 @@ def run(
         at_once = max(1, SCRATCH_BYTES // (2 * width * dim * query.element_size()))
         for first in range(0, index.num_lists * index.num_tiles, at_once):
             last = min(first + at_once, index.num_lists * index.num_tiles)
-            _add_columns(queries, cache, pages, index, requests, (first, last), width, scale, result, found_lse, attend)
+            _add_columns(queries, inputs, index, requests, (first, last), width, result, found_lse, attend)
     out.unflatten(1, (index.num_lists, -1)).copy_(by_row(result, index))
     if lse is not None:
         lse.unflatten(0, (index.num_lists, -1)).copy_(found_lse.unflatten(1, (index.num_lists, -1)).transpose(0, 1))
@@ -112,7 +106,7 @@ def pages_of_one_head(cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor, in
     """
     reason = unsupported_cache_reason(cache.key.dtype, cache)
     if reason:
-        raise ValueError(f"engine 'block_table' cannot run: {reason}")
+        raise ValueError(f"kernel 'block_table' cannot run: {reason}")
     blocks, heads, size, dim = cache.key.shape
     stride_page, stride_head, stride_slot, _ = cache.key.stride()
     unit = stride_head if heads > 1 else stride_page
@@ -123,25 +117,23 @@ def pages_of_one_head(cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor, in
 
 def _add_columns(
     queries: torch.Tensor,
-    cache: PagedCache,
-    pages: torch.Tensor,
+    inputs: Inputs,
     index: SparseIndex,
     requests: VirtualRequests,
     part: tuple[int, int],
     width: int,
-    scale: float,
     result: torch.Tensor,
     lse: torch.Tensor,
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor]],
 ) -> None:
     """Merge the single columns of requests ``[first, last)`` into ``result`` and ``lse``, in place."""
     first, last = part
-    size, tiles, chunk = index.block_size, index.num_tiles, index.seq_len - index.context_len
+    size, tiles, chunk = index.tiling.block_size, index.num_tiles, index.tiling.seq_len - index.tiling.context_len
     begin, end = _first_row(index, first), _first_row(index, last)
     positions = index.columns.view(index.num_lists * tiles, -1)[first:last].long().clamp(min=0)
     positions = torch.nn.functional.pad(positions, (0, width - positions.shape[1]))
     kv_head = requests.kv_head[first:last, None].expand_as(positions)
-    keys, values = cache.gather_rows(pages[positions // size], positions % size, kv_head)
+    keys, values = inputs.cache.gather_rows(inputs.pages[positions // size], positions % size, kv_head)
     count = requests.num_columns[first:last]
     starts = requests.query_start_loc[first : last + 1]
     extra, extra_lse = attend(
@@ -149,11 +141,11 @@ def _add_columns(
         k=keys.unsqueeze(2),
         v=values.unsqueeze(2),
         cu_seqlens_q=(starts - begin).to(torch.int32),
-        max_seqlen_q=min(index.tile, chunk),
+        max_seqlen_q=min(index.tiling.tile, chunk),
         seqused_k=count.to(torch.int32),
         max_seqlen_k=width,
         block_table=torch.arange(last - first, dtype=torch.int32, device=queries.device)[:, None],
-        softmax_scale=scale,
+        softmax_scale=inputs.scale,
         causal=False,
         return_softmax_lse=True,
     )
@@ -168,6 +160,6 @@ def _add_columns(
 def _first_row(index: SparseIndex, request: int) -> int:
     """Row of a virtual request's first query, from numbers that the host knows."""
     which, tile = divmod(request, index.num_tiles)
-    chunk = index.seq_len - index.context_len
-    position = (index.context_len // index.tile + tile) * index.tile
-    return which * chunk + max(position, index.context_len) - index.context_len
+    chunk = index.tiling.seq_len - index.tiling.context_len
+    position = (index.tiling.context_len // index.tiling.tile + tile) * index.tiling.tile
+    return which * chunk + max(position, index.tiling.context_len) - index.tiling.context_len

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minference_vllm.selection.build import SparseIndex
+from minference_vllm.core.sparse_index import SparseIndex
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class VirtualRequests:
 
     @classmethod
     def of(cls, index: SparseIndex, num_kv_heads: int) -> VirtualRequests:
-        lists, tiles, size = index.num_lists, index.num_tiles, index.block_size
-        starts, ends = index.tile_starts[:-1], index.tile_starts[1:]
+        lists, tiles, size = index.num_lists, index.num_tiles, index.tiling.block_size
+        starts, ends = index.tiling.starts[:-1], index.tiling.starts[1:]
         device = index.blocks.device
         query_start_loc = torch.zeros(lists * tiles + 1, dtype=torch.int64, device=device)
         torch.cumsum((ends - starts).repeat(lists), 0, out=query_start_loc[1:])

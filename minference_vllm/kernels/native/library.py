@@ -1,163 +1,124 @@
-"""What our CPU kernels are called with: the argument structures of ``csrc/cpu``, field by field."""
+"""The libraries built from ``csrc/cpu``: which one runs here, and what it can serve.
+
+There are two, for AVX512-BF16 and for AVX2, built by ``pip install`` where a compiler is there; without them everything
+runs through vLLM's kernel. float32 is served by the one for AVX2, on newer processors too: the instructions that the
+other one is for multiply bf16.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
+from pathlib import Path
+
+import torch
+
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.kernels.native import interface
+
+logger = logging.getLogger("vllm.minference_vllm")
+
+ELEMENTS = {torch.bfloat16: 0, torch.float32: 1}
+LAYOUTS = {"rows": 0, "transposed": 1, "amx": 2}
+PAGE_MULTIPLE = 32
+MAX_HEAD_SIZE = 256
+
+_SUPPORTED = {"avx512bf16": torch.cpu._is_avx512_bf16_supported, "avx2": torch.cpu._is_avx2_supported}
+INSTRUCTIONS = {"avx512bf16": "AVX512-BF16", "avx2": "AVX2"}
+"""Builds of the kernels (``setup.py``), best first, and the instructions that each needs."""
 
 
-class Cache(ctypes.Structure):
-    _fields_ = (
-        ("key", ctypes.c_void_p),
-        ("value", ctypes.c_void_p),
-        ("page_stride", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
-        ("block_size", ctypes.c_int32),
-        ("head_size", ctypes.c_int32),
-        ("num_kv_heads", ctypes.c_int32),
-        ("layout", ctypes.c_int32),
-        ("element", ctypes.c_int32),
+@functools.cache
+def _open(build: str) -> ctypes.CDLL | str:
+    """One of the libraries, or why it cannot be used here."""
+    if not _SUPPORTED[build]():
+        return f"the processor has no {INSTRUCTIONS[build]}"
+    refused = ""
+    for path in Path(__file__).parents[2].glob(f"_cpu_kernels_{build}.*so"):
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            refused = f"{path.name} cannot be loaded: {error}"
+            continue
+        difference = interface.difference(library)
+        if difference is None:
+            for name, structure in interface.FUNCTIONS.items():
+                getattr(library, f"minference_{name}").argtypes = (ctypes.POINTER(structure),)
+            return library
+        refused = f"{path.name} was built from other sources ({difference}): build the package again with pip install"
+    if refused:
+        logger.warning("The %s kernels are not used: %s.", INSTRUCTIONS[build], refused)
+    return refused or "csrc/cpu was not built: install from source with a C++20 compiler"
+
+
+def load(build: str) -> ctypes.CDLL | None:
+    """One of the libraries; None when the processor cannot run it, or when it was not built from these sources."""
+    library = _open(build)
+    return None if isinstance(library, str) else library
+
+
+@functools.cache
+def _best(dtype: torch.dtype) -> tuple[str, ctypes.CDLL] | None:
+    builds = ["avx2"] if dtype == torch.float32 else INSTRUCTIONS
+    return next(((build, library) for build in builds if (library := load(build))), None)
+
+
+def library(dtype: torch.dtype = torch.bfloat16) -> ctypes.CDLL:
+    """The one for this type; to be asked for where ``unavailable_reason`` has none."""
+    best = _best(dtype)
+    assert best is not None, unavailable_reason(dtype)
+    return best[1]
+
+
+def instructions(dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """What the kernels for this type that run here are built for; None when none do."""
+    best = _best(dtype)
+    return INSTRUCTIONS[best[0]] if best else None
+
+
+@functools.cache
+def unavailable_reason(dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why the kernels cannot run on this machine, or None when they can."""
+    # The AVX2 build serves every type on every processor that has kernels at all.
+    return None if _best(dtype) else str(_open("avx2"))
+
+
+def unsupported_reason(dtype: torch.dtype, head_size: int) -> str | None:
+    """Why the kernels cannot serve heads of this size and type, or None when they can."""
+    if dtype not in ELEMENTS:
+        return f"{dtype} is neither bfloat16 nor float32"
+    if unavailable_reason(dtype):
+        return unavailable_reason(dtype)
+    if head_size % 16 or head_size > MAX_HEAD_SIZE:
+        return f"head size {head_size} is not a multiple of 16 up to {MAX_HEAD_SIZE}"
+    return None
+
+
+def unsupported_cache_reason(dtype: torch.dtype, cache: PagedCache) -> str | None:
+    """Why the kernels cannot serve this cache, its device and strides included, or None when they can."""
+    if cache.key.device.type != "cpu":
+        return f"the cache is on {cache.key.device}"
+    if cache.key.stride() != cache.value.stride() or cache.key.stride(3) != 1:
+        return "keys and values differ in strides, or a head's elements do not lie side by side"
+    if cache.layout == "amx" and dtype != torch.bfloat16:
+        return f"pages in tiles of the AMX unit hold bfloat16, not {dtype}"
+    if cache.block_size % PAGE_MULTIPLE:
+        return f"page size {cache.block_size} is not a multiple of {PAGE_MULTIPLE}"
+    return unsupported_reason(dtype, cache.head_size)
+
+
+def describe_cache(cache: PagedCache) -> interface.Cache:
+    """The cache as the kernels take it."""
+    return interface.Cache(
+        cache.key.data_ptr(),
+        cache.value.data_ptr(),
+        cache.key.stride(0),
+        cache.key.stride(1),
+        cache.key.stride(2),
+        cache.block_size,
+        cache.head_size,
+        cache.num_kv_heads,
+        LAYOUTS[cache.layout],
+        ELEMENTS[cache.key.dtype],
     )
-
-
-class AttendArguments(ctypes.Structure):
-    _fields_ = (
-        ("cache", Cache),
-        ("query", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("query_token_stride", ctypes.c_int64),
-        ("query_head_stride", ctypes.c_int64),
-        ("out_token_stride", ctypes.c_int64),
-        ("out_head_stride", ctypes.c_int64),
-        ("pages", ctypes.c_void_p),
-        ("tile_starts", ctypes.c_void_p),
-        ("blocks", ctypes.c_void_p),
-        ("num_blocks", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("num_columns", ctypes.c_void_p),
-        ("column_keys", ctypes.c_void_p),
-        ("column_values", ctypes.c_void_p),
-        ("column_row", ctypes.c_void_p),
-        ("seq_len", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
-        ("tiles", ctypes.c_int32),
-        ("max_blocks", ctypes.c_int32),
-        ("max_columns", ctypes.c_int32),
-        ("scale", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-    )
-
-
-class RowArguments(ctypes.Structure):
-    _fields_ = (
-        ("cache", Cache),
-        ("query", ctypes.c_void_p),
-        ("query_token_stride", ctypes.c_int64),
-        ("query_head_stride", ctypes.c_int64),
-        ("pages", ctypes.c_void_p),
-        ("row_index", ctypes.c_void_p),
-        ("heads", ctypes.c_void_p),
-        ("context_len", ctypes.c_int64),
-        ("seq_len", ctypes.c_int64),
-        ("num_heads", ctypes.c_int32),
-        ("num_wanted", ctypes.c_int32),
-        ("rows", ctypes.c_int32),
-        ("scale", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-    )
-
-
-class WeightArguments(ctypes.Structure):
-    _fields_ = (("of", RowArguments), ("weights", ctypes.c_void_p))
-
-
-class EstimateArguments(ctypes.Structure):
-    _fields_ = (
-        ("of", RowArguments),
-        ("group_starts", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("diagonals", ctypes.c_void_p),
-        ("num_groups", ctypes.c_int32),
-    )
-
-
-class FactorArguments(ctypes.Structure):
-    _fields_ = (
-        ("query", ctypes.c_void_p),
-        ("keys", ctypes.c_void_p),
-        ("step", ctypes.c_void_p),
-        ("chunk", ctypes.c_int64),
-        ("seq_len", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("levels_per_bit", ctypes.c_float),
-        ("threads", ctypes.c_int32),
-    )
-
-
-class LevelArguments(ctypes.Structure):
-    _fields_ = (
-        ("of", FactorArguments),
-        ("lowest", ctypes.c_void_p),
-        ("levels", ctypes.c_void_p),
-        ("tile_starts", ctypes.c_void_p),
-        ("tiles", ctypes.c_int32),
-        ("tile", ctypes.c_int32),
-    )
-
-
-class RowMassArguments(ctypes.Structure):
-    _fields_ = (
-        ("of", FactorArguments),
-        ("rows", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
-        ("mass", ctypes.c_void_p),
-        ("num_rows", ctypes.c_int32),
-        ("tile", ctypes.c_int32),
-    )
-
-
-class MassArguments(ctypes.Structure):
-    _fields_ = (
-        ("levels", ctypes.c_void_p),
-        ("list", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
-        ("mass", ctypes.c_void_p),
-        ("seq_len", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
-        ("rows", ctypes.c_int32),
-        ("lists", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    )
-
-
-class KeyArguments(ctypes.Structure):
-    _fields_ = (
-        ("levels", ctypes.c_void_p),
-        ("threshold", ctypes.c_void_p),
-        ("counts", ctypes.c_void_p),
-        ("outside", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("seq_len", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
-        ("tiles", ctypes.c_int32),
-        ("block_size", ctypes.c_int32),
-        ("max_columns", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    )
-
-
-INTERFACE = 6
-"""Counts the changes of the structures above and in ``csrc/cpu``; a library built from another one must not run."""
-FUNCTIONS = {
-    "attend": AttendArguments,
-    "row_weights": WeightArguments,
-    "last_query_scores": EstimateArguments,
-    "tile_levels": LevelArguments,
-    "row_mass": RowMassArguments,
-    "mass_by_level": MassArguments,
-    "page_counts": KeyArguments,
-    "columns_at_levels": KeyArguments,
-}
-"""The functions of a library, without their prefix, and the structure that each takes."""

@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from minference_vllm.core.paged_cache import PagedCache
-from minference_vllm.core.plan import Chunk
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.offline.calibrate.search import CANDIDATES, Measured, measure
 
 
@@ -30,10 +28,10 @@ class Plan:
     """What to measure; the same in every process."""
 
     identity: str
-    """Names model, prompts, candidates and engine: partial results of another identity are refused."""
+    """Names model, prompts, candidates and kernel: partial results of another identity are refused."""
     chunk_ends: tuple[int, ...]
     """Positions at which the measured chunks end."""
-    engine: str
+    kernel: str
     partial: str
     """Path of the partial results, less the process's own suffix."""
 
@@ -61,29 +59,18 @@ class Recorder:
         else:
             path.write_text(json.dumps({"identity": self.plan.identity}) + "\n")
 
-    def record(
-        self,
-        layer: int,
-        first_head: int,
-        query: torch.Tensor,
-        cache: PagedCache,
-        pages: torch.Tensor,
-        chunk: Chunk,
-        scale: float,
-    ) -> None:
+    def record(self, layer: int, first_head: int, inputs: Inputs) -> None:
         """Measure all candidates on this chunk of this layer, unless that was done before."""
-        if chunk.seq_len not in self.plan.chunk_ends:
+        if inputs.chunk.seq_len not in self.plan.chunk_ends:
             return
         if self._progress is None and not self.process:
             self._progress = tqdm(total=self.layers * len(self.plan.chunk_ends), desc="layers measured", unit="layer")
-        if (self.prompt, chunk.seq_len, layer) not in self._known:
-            seed = zlib.crc32(f"{self.prompt} {chunk.seq_len} {layer}".encode())
-            found = measure(
-                query, cache, pages, chunk, scale, CANDIDATES, self.plan.engine, seed=seed
-            )  # fmt: skip
+        if (self.prompt, inputs.chunk.seq_len, layer) not in self._known:
+            seed = zlib.crc32(f"{self.prompt} {inputs.chunk.seq_len} {layer}".encode())
+            found = measure(inputs, CANDIDATES, self.plan.kernel, seed=seed)
             row = {
                 "prompt": self.prompt,
-                "chunk_end": chunk.seq_len,
+                "chunk_end": inputs.chunk.seq_len,
                 "layer": layer,
                 "first_head": first_head,
                 "measured": found.to_json(),

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from minference_vllm.core.paged_cache import PagedCache
-from minference_vllm.core.plan import Chunk
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.choose import choose as choose_kernel
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
@@ -28,11 +28,11 @@ from minference_vllm.patterns.kinds import (
 )
 from minference_vllm.prefill.attend import tiling_for
 from minference_vllm.prefill.recall import sample_rows
-from minference_vllm.selection.build import Scores, build_index
-from minference_vllm.selection.low_rank import scoring_cost
+from minference_vllm.selection.build import build_index
+from minference_vllm.selection.families import family_of
 from minference_vllm.selection.probe_queries import logits
-from minference_vllm.selection.score_bins import Levels
-from minference_vllm.selection.scores import PagedEstimates
+from minference_vllm.selection.score_bins import ScoreBins
+from minference_vllm.selection.scores import Scores
 
 MAX_SAMPLES = 32
 MAX_WEIGHTS = 1 << 26
@@ -99,11 +99,12 @@ class Measured:
         return cls(**{name: torch.tensor(sums, dtype=torch.float64) for name, sums in content.items()})
 
 
-class _Remembered(Scores):
-    """Estimates that many candidates ask for, each computed once for all heads."""
+class _Remembered:
+    """``Scores`` that many candidates ask for, each computed once for all heads."""
 
     def __init__(self, scores: Scores, heads: int) -> None:
         self._scores = scores
+        self.select_bins = scores.select_bins
         self.scored = torch.zeros(heads, dtype=torch.bool)
         """Whether the last ``low_rank`` of each head has scored its keys."""
         self._known: dict[tuple[object, ...], Any] = {}
@@ -114,8 +115,8 @@ class _Remembered(Scores):
             self._known[key] = getattr(self._scores, name)(heads, *arguments)
         return self._known[key]
 
-    def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        columns, diagonals = self._remember("last_query", heads)
+    def column_diagonal(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        columns, diagonals = self._remember("column_diagonal", heads)
         return columns, diagonals
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
@@ -127,44 +128,36 @@ class _Remembered(Scores):
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self._remember("antidiagonal", heads, tiling, stride)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
-        levels = self._scores.low_rank(heads, tiling, rank, gamma)
-        self.scored[list(heads)] = levels.scored
-        return levels
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
+        found = self._scores.low_rank(heads, tiling, rank, gamma)
+        self.scored[list(heads)] = found.scored
+        return found
 
 
 def measure(
-    query: torch.Tensor,
-    cache: PagedCache,
-    pages: torch.Tensor,
-    chunk: Chunk,
-    scale: float,
-    candidates: Sequence[HeadPattern],
-    engine: str = "auto",
-    tile: int | None = None,
-    seed: int = 0,
+    inputs: Inputs, candidates: Sequence[HeadPattern], kernel: str = "auto", tile: int | None = None, seed: int = 0
 ) -> Measured:
     """Cost, recall and output error of every candidate on one chunk, against exact attention on sampled rows.
 
     Args:
-        query, cache, pages, chunk, engine, tile: as for ``attend.attend_chunk``; costs are those of this engine.
         candidates: one pattern at a time runs on all heads.
+        kernel, tile: see ``Settings``; costs are those of this kernel.
         seed: decides which rows are sampled.
     """
-    heads = query.shape[1]
-    tiling = tiling_for(query, cache, chunk, engine, tile)
-    pages = pages[: tiling.num_key_blocks].contiguous()
-    estimates = PagedEstimates(query, cache, pages, chunk.seq_len, scale)
-    scores = _Remembered(estimates, heads)
+    heads, chunk, device = inputs.num_heads, inputs.chunk, inputs.query.device
+    cache, chosen = inputs.cache, choose_kernel(kernel, inputs.query.dtype, inputs.cache)
+    tiling = tiling_for(inputs, chosen, tile)
+    exact = chosen.scores(inputs)
+    scores = _Remembered(exact, heads)
     samples = max(1, min(MAX_SAMPLES, MAX_WEIGHTS // (heads * chunk.seq_len)))
-    rows = sample_rows(chunk.query_len, samples, seed).to(query.device)
+    rows = sample_rows(chunk.query_len, samples, seed).to(device)
     positions = rows + chunk.context_len
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
-    future = torch.arange(chunk.seq_len, device=query.device) > positions[:, None]
-    values = cache.values_by_head(pages)[:, : chunk.seq_len].float()
+    future = torch.arange(chunk.seq_len, device=device) > positions[:, None]
+    values = cache.values_by_head(inputs.pages)[:, : chunk.seq_len].float()
     # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
-    by_kv_head = query[rows].transpose(0, 1).reshape(cache.num_kv_heads, -1, cache.head_size)
-    weights = logits(by_kv_head, estimates.keys, scale).view(heads, len(rows), -1)
+    by_kv_head = inputs.query[rows].transpose(0, 1).reshape(cache.num_kv_heads, -1, cache.head_size)
+    weights = logits(by_kv_head, exact.keys, inputs.scale).view(heads, len(rows), -1)
     weights = weights.masked_fill_(future, -torch.inf).softmax(-1)
 
     def output(weights: torch.Tensor) -> torch.Tensor:
@@ -180,8 +173,8 @@ def measure(
         recall = kept.sum(-1, keepdim=True)
         error = output(kept) / recall - dense
         result.computed_pairs[number] += index.computed_pairs().cpu()
-        if isinstance(pattern, LowRank):
-            cost = scoring_cost(pattern.rank, cache.head_size, len(query), query.device)
+        cost = family_of(pattern).scoring_cost(pattern, cache.head_size, chunk.query_len, device)
+        if cost:
             result.computed_pairs[number] += index.dense_pairs() * cost * scores.scored
         result.dense_pairs[number] += index.dense_pairs()
         result.recall[number] += recall.double().sum((1, 2)).cpu()

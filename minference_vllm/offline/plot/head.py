@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from minference_vllm.selection.build import SparseIndex
+from minference_vllm.core.sparse_index import SparseIndex
 
 BLOCK_COLOUR, COLUMN_COLOUR, NOTHING_COLOUR = (0.12, 0.42, 0.75), (0.85, 0.30, 0.0), (0.92, 0.92, 0.92)
 
@@ -61,8 +61,8 @@ def head_map(
         cells: most cells along an edge.
     """
     length = keys.shape[0]
-    borders = [index.context_len for index in indices] + [length]
-    if borders[0] != 0 or any(a.seq_len != b for a, b in zip(indices, borders[1:], strict=True)):
+    borders = [index.tiling.context_len for index in indices] + [length]
+    if borders[0] != 0 or any(a.tiling.seq_len != b for a, b in zip(indices, borders[1:], strict=True)):
         raise ValueError(f"the indices must cover rows 0 to {length} in order; they begin at {borders[:-1]}")
     cell = -(-length // cells)
     width = -(-length // cell)
@@ -72,7 +72,7 @@ def head_map(
     recall = computed = 0.0
     for index in indices:
         computed += float(index.computed_pairs()[head])
-        for tile, (begin, end) in enumerate(pairwise(index.tile_starts.tolist())):
+        for tile, (begin, end) in enumerate(pairwise(index.tiling.starts.tolist())):
             reach = -(-end // cell)
             scores = query[begin:end].float() @ keys[: reach * cell].T * scale
             future = torch.arange(begin, reach * cell) > torch.arange(begin, end)[:, None]
@@ -99,7 +99,7 @@ def head_map(
 
 def _computed_keys(index: SparseIndex, head: int, tile: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """bool ``[length]`` twice: keys in the tile's blocks, and keys that are single columns."""
-    size, part = index.block_size, (head // index.heads_per_list, tile)
+    size, part = index.tiling.block_size, (head // index.heads_per_list, tile)
     in_block = torch.zeros(-(-length // size), size, dtype=torch.bool)
     in_block[index.blocks[part][: int(index.num_blocks[part])].long()] = True
     in_column = torch.zeros(length, dtype=torch.bool)

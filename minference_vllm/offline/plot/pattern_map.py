@@ -8,14 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minference_vllm.patterns.kinds import KINDS, HeadPattern
+from minference_vllm.patterns.kinds import HeadPattern
+from minference_vllm.selection.families import FAMILIES
 
 if TYPE_CHECKING:
     from matplotlib.patches import Patch
 
-# Okabe and Ito's colours, which people tell apart whatever their eyes, and grey.
-_PALETTE = ("#999999", "#E69F00", "#F0E442", "#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#D55E00", "#000000")
-COLOURS: dict[str, str] = dict(zip(KINDS, _PALETTE, strict=True))
 FIXED_COLOUR = "#FFFFFF"
 MOST_LABELLED = 128
 """Heads up to which every cell also holds its budgets."""
@@ -44,7 +42,7 @@ def draw_pattern_map(
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     image = [
-        [to_rgb(COLOURS[pattern.kind] if layer in runs else FIXED_COLOUR) for pattern in patterns]
+        [to_rgb(FAMILIES[pattern.kind].colour if layer in runs else FIXED_COLOUR) for pattern in patterns]
         for layer, patterns in enumerate(layers)
     ]
     axes.imshow(image, aspect="auto", interpolation="nearest", extent=(-0.5, heads - 0.5, len(layers) - 0.5, -0.5))
@@ -75,10 +73,10 @@ def _legend(runs: Mapping[int, Sequence[HeadPattern]], fixed: Mapping[int, str],
     counts = Counter(str(pattern.kind) for patterns in runs.values() for pattern in patterns)
     fields = {str(pattern.kind): ", ".join(dict(pattern)) for patterns in runs.values() for pattern in patterns}
     legend = []
-    for kind in (kind for kind in KINDS if kind in counts):
+    for kind in (kind for kind in FAMILIES if kind in counts):
         named = fields[kind].removeprefix("kind").removeprefix(", ")
         label = f"{kind}: {counts[kind]}" + (f"\n({named})" if labelled and named else "")
-        legend.append(Patch(facecolor=COLOURS[kind], label=label))
+        legend.append(Patch(facecolor=FAMILIES[kind].colour, label=label))
     if fixed:
         legend.append(Patch(facecolor=FIXED_COLOUR, edgecolor="black", label="no pattern runs"))
     return legend

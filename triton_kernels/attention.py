@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from minference_vllm.core.paged_cache import PagedCache
-from minference_vllm.selection.build import SparseIndex
+from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.triton_kernels.launch import launcher
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -209,46 +209,33 @@ def compute_type(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     return types.get(dtype, tl.bfloat16), "ieee" if dtype == torch.float32 else "tf32"
 
 
-def run(
-    query: torch.Tensor,
-    cache: PagedCache,
-    pages: torch.Tensor,
-    index: SparseIndex,
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor | None = None,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-) -> None:
-    """Attention of one chunk under ``index``, written to ``out``. The checks are ``attend``'s; these are the layouts.
+def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
+    """See ``kernels.kernel.Run``. The log-sum-exp includes the sink's share.
 
     Args:
-        query, out: ``[chunk, H, D]`` in bf16, fp16 or fp32, elements of a head side by side; D up to 256. The query
-            may also be FP8; its scale is then part of ``scale``.
-        cache: layout ``rows``, elements of a head side by side; of the query's type, or FP8 with scales.
-        pages: int64 ``[N]``, physical page of each logical block.
-        index: on the device of ``query``.
-        lse: float32 ``[H, chunk]``, contiguous; receives the log-sum-exp of each row's scores, the sink's included.
-        softcap: scores are ``softcap * tanh(score / softcap)``; 0 leaves them as they are.
-        sinks: float ``[H]``, contiguous: a score per head that takes its share of the softmax and gives nothing.
+        inputs: head sizes up to 256; the query may be FP8, its scale is then part of ``inputs.scale``; the cache of
+            layout ``rows``, a head's elements side by side, of the query's type or FP8 with scales; ``sinks``
+            contiguous.
+        index: on the device of the query.
     """
+    query, cache, sinks = inputs.query, inputs.cache, inputs.sinks
     if cache.layout != "rows":
         raise ValueError(f"the Triton kernel reads pages of plain rows, not {cache.layout!r}")
-    chunk, heads, _ = query.shape
+    chunk = len(query)
     major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
     compute, precision = compute_type(query.dtype)
     launch = launch_shape(major, cache.head_size)
-    packed = min(index.tile, chunk) * index.heads_per_list
+    packed = min(index.tiling.tile, chunk) * index.heads_per_list
     grid = (index.num_tiles, triton.cdiv(packed, launch.block_m), index.num_lists)
     launcher(sparse_attention_kernel, grid)(
         query, cache.key, cache.value, out, query if lse is None else lse, query if sinks is None else sinks,
-        pages, index.tile_starts, index.blocks, index.num_blocks, index.columns, index.num_columns,
+        inputs.pages, index.tiling.starts, index.blocks, index.num_blocks, index.columns, index.num_columns,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1),
         cache.key.stride(0), cache.key.stride(1), cache.key.stride(2),
         cache.value.stride(0), cache.value.stride(1), cache.value.stride(2),
         index.num_tiles, chunk, index.blocks.shape[2], index.columns.shape[2],
-        scale * cache.key_scale * LOG2E.value, softcap * LOG2E.value, cache.value_scale,
-        GROUP=heads // cache.num_kv_heads,
+        inputs.scale * cache.key_scale * LOG2E.value, inputs.softcap * LOG2E.value, cache.value_scale,
+        GROUP=inputs.group,
         HEADS_PER_LIST=index.heads_per_list,
         HEAD_SIZE=cache.head_size,
         D=max(16, triton.next_power_of_2(cache.head_size)),
@@ -257,7 +244,7 @@ def run(
         BLOCK_N=launch.block_n,
         COMPUTE=compute,
         PRECISION=precision,
-        WITH_SOFTCAP=softcap != 0.0,
+        WITH_SOFTCAP=inputs.softcap != 0.0,
         WITH_SINKS=sinks is not None,
         WITH_LSE=lse is not None,
         num_warps=launch.num_warps,

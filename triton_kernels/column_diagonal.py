@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 
 from minference_vllm.core.paged_cache import PagedCache
-from minference_vllm.selection.probe_queries import LAST_QUERIES, ROW_GROUPS, row_groups
+from minference_vllm.selection.probe_queries import PROBE_GROUPS, PROBE_QUERIES, probe_groups
+from minference_vllm.triton_kernels.attention import LN2, LOG2E, compute_type
 from minference_vllm.triton_kernels.launch import launcher
-from minference_vllm.triton_kernels.sparse_attention import LN2, LOG2E, compute_type
 
-ROWS = tl.constexpr(LAST_QUERIES)
+ROWS = tl.constexpr(PROBE_QUERIES)
 STRIP = tl.constexpr(64)
 """Keys that one program sums."""
-GROUPS = tl.constexpr(ROW_GROUPS)
+GROUPS = tl.constexpr(PROBE_GROUPS)
 
 
 @triton.jit
@@ -198,35 +198,6 @@ def column_diagonal_kernel(
         tl.store(p_farther + p_group + o_distance, tl.sum(tl.where(m_group, b_far, 0.0), 0), mask=m_far)
 
 
-@triton.jit(do_not_specialize=["first_kv_head", "seq_len"])
-def block_mean_kernel(
-    p_key,
-    p_pages,
-    p_mean,
-    stride_key_page,
-    stride_key_head,
-    stride_key_slot,
-    first_kv_head,
-    seq_len,
-    key_scale,
-    HEAD_SIZE: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    """One program: the mean key of one block of one KV head. ``p_mean`` float32 ``[heads, N, HEAD_SIZE]``."""
-    i_block, i_slot = tl.program_id(0), tl.program_id(1)
-    o_slot, o_dim = tl.arange(0, SLOTS), tl.arange(0, D)
-    count = tl.minimum(seq_len - i_block * PAGE, PAGE)
-    o_page = tl.load(p_pages + i_block).to(tl.int64) * stride_key_page
-    p_key += o_page + (first_kv_head + i_slot).to(tl.int64) * stride_key_head
-    m_tile = (o_slot < count)[:, None] & (o_dim < HEAD_SIZE)[None, :]
-    b_key = tl.load(p_key + o_slot[:, None] * stride_key_slot + o_dim[None, :], mask=m_tile, other=0.0)
-    b_mean = tl.sum(b_key.to(tl.float32), 0) * key_scale / count
-    p_mean += (i_slot.to(tl.int64) * tl.num_programs(0) + i_block) * HEAD_SIZE
-    tl.store(p_mean + o_dim, b_mean, mask=o_dim < HEAD_SIZE)
-
-
 KEYS_PER_PART, BLOCK_N, NUM_WARPS = 4096, 64, 4
 
 
@@ -238,18 +209,18 @@ def on_device(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _rows(chunk: int, device: torch.device) -> torch.Tensor:
-    """int32 ``[3, rows]``: ``row_groups`` of a chunk as rows, their places in their groups, and their groups."""
-    groups = row_groups(chunk)
+    """int32 ``[3, rows]``: ``probe_groups`` of a chunk as rows, their places in their groups, and their groups."""
+    groups = probe_groups(chunk)
     rows = torch.cat([torch.arange(begin, end, device=device) for begin, end in groups])
     places = torch.cat([torch.arange(end - begin, device=device) for begin, end in groups])
     numbers = torch.cat([torch.full((end - begin,), i, device=device) for i, (begin, end) in enumerate(groups)])
     return torch.stack([rows, places, numbers]).to(torch.int32)
 
 
-def last_query_scores(
+def column_diagonal_scores(
     query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, seq_len: int, heads: Sequence[int], scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``estimate.last_query_scores`` straight from the pages.
+    """``probe_queries.column_diagonal_scores`` straight from the pages.
 
     Args:
         query: ``[chunk, H, D]``, elements of a head side by side.
@@ -263,7 +234,7 @@ def last_query_scores(
     device, context_len = query.device, seq_len - query.shape[0]
     wanted, rows = on_device(tuple(heads), device), _rows(query.shape[0], device)
     parts = triton.cdiv(seq_len, KEYS_PER_PART)
-    lse = torch.empty(len(heads), parts, LAST_QUERIES, device=device)
+    lse = torch.empty(len(heads), parts, PROBE_QUERIES, device=device)
     compute, precision = compute_type(query.dtype)
     strides = query.stride(0), query.stride(1), *cache.key.stride()[:3]
     lengths = rows.shape[1], context_len, seq_len
@@ -283,31 +254,13 @@ def last_query_scores(
     )  # fmt: skip
     total = lse.logsumexp(1)
     columns = torch.empty(len(heads), seq_len, device=device)
-    nearer, farther = (torch.zeros(len(heads), ROW_GROUPS, seq_len, device=device) for _ in range(2))
+    nearer, farther = (torch.zeros(len(heads), PROBE_GROUPS, seq_len, device=device) for _ in range(2))
     launcher(column_diagonal_kernel, (len(heads), triton.cdiv(seq_len, STRIP.value)))(
         query, cache.key, pages, wanted, rows, total, columns, nearer, farther, *strides, *lengths, scale_log2, **shape
     )
     agreed = torch.full((len(heads), seq_len), torch.inf, device=device)
-    for number, (begin, end) in enumerate(row_groups(query.shape[0])):
+    for number, (begin, end) in enumerate(probe_groups(query.shape[0])):
         reach = context_len + end
         mean = (nearer[:, number, :reach] + farther[:, number, :reach]).div_(end - begin)
         torch.minimum(agreed[:, :reach], mean, out=agreed[:, :reach])
     return columns, agreed.mul_(rows.shape[1])
-
-
-def mean_keys(cache: PagedCache, pages: torch.Tensor, seq_len: int, first: int, last: int) -> torch.Tensor:
-    """``estimate.mean_keys`` of KV heads ``[first, last)`` straight from the pages: float32 ``[heads, N, D]``.
-
-    Args: as ``last_query_scores``.
-    """
-    blocks = triton.cdiv(seq_len, cache.block_size)
-    means = torch.empty(last - first, blocks, cache.head_size, device=pages.device)
-    launcher(block_mean_kernel, (blocks, last - first))(
-        cache.key, pages, means, *cache.key.stride()[:3], first, seq_len, cache.key_scale,
-        HEAD_SIZE=cache.head_size,
-        D=triton.next_power_of_2(cache.head_size),
-        PAGE=cache.block_size,
-        SLOTS=triton.next_power_of_2(cache.block_size),
-        num_warps=NUM_WARPS,
-    )  # fmt: skip
-    return means

@@ -18,13 +18,12 @@ from minference_vllm.patterns.kinds import (
     Dense,
     HeadPattern,
     LowRank,
-    Measurement,
     PatternError,
-    PatternFile,
     PeakThreshold,
     TriShape,
     VerticalSlash,
 )
+from minference_vllm.patterns.file import Measurement, PatternFile
 
 PUBLISHED = [
     {"0": ["vertical_and_slash", 30, 2048, 0.97], "1": ["stream_llm", 1024, 4096, 0.5]},

@@ -19,10 +19,10 @@ from minference_vllm.patterns.kinds import (
     HeadPattern,
     LowRank,
     PatternError,
-    PatternFile,
     TriShape,
     VerticalSlash,
 )
+from minference_vllm.patterns.file import PatternFile
 
 OURS = PatternFile(
     model="tiny",

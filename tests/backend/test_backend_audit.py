@@ -17,7 +17,8 @@ from minference_vllm.backend.runtime import Runtime
 from minference_vllm.backend.serving import audit_is_due
 from minference_vllm.core.plan import Chunk
 from minference_vllm.patterns import kinds as patterns
-from minference_vllm.patterns.kinds import MAX_LEVEL, Coverage, PatternFile
+from minference_vllm.patterns.kinds import MAX_LEVEL, Coverage
+from minference_vllm.patterns.file import PatternFile
 from minference_vllm.prefill import recall
 from minference_vllm.selection.capacity import audit_frequency
 from minference_vllm.settings import Settings

@@ -1,4 +1,4 @@
-"""What our backends share: the sparse chunks of a batch taken out of the parent's path.
+"""What our backends share: sparse chunks are served by us, everything else of a batch by the parent.
 
 Its classes stand in front of vLLM's own in the order of base classes: ``super()`` is the parent backend.
 """
@@ -17,19 +17,21 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from minference_vllm.backend.compat import dense_batch_reason, host_seq_lens, slice_requests
-from minference_vllm.backend.runtime import runtime_for
-from minference_vllm.backend.serving import serve_chunk
+from minference_vllm.backend.runtime import check_page_size, runtime_for
+from minference_vllm.backend.serving import SparseLayer, serve_chunk
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.page_means import PageMeans
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import PREFILL_FROM, Chunk, plan_batch
-from minference_vllm.patterns.kinds import BlockSparse, Dense, HeadPattern, PeakThreshold
+from minference_vllm.kernels.choose import choose
+from minference_vllm.selection.families import family_of, mean_corrected_heads
 
 # A child of vLLM's own logger, so that our lines appear where vLLM's do.
 logger = init_logger(f"vllm.{__name__}")
 
 
 @dataclass
-class SplittingMetadata:
+class SparsePrefillMetadata:
     """What the metadata of a batch with at least one sparse chunk has beside the parent's fields."""
 
     sparse: tuple[tuple[Chunk, torch.Tensor], ...] = ()
@@ -38,19 +40,23 @@ class SplittingMetadata:
     """Per run of other requests: which they are, their query rows, and their metadata for the parent."""
 
 
-class SplittingBuilder(AttentionMetadataBuilder):
+class SparsePrefillBuilder(AttentionMetadataBuilder):
     """Plans each batch; one with a sparse chunk carries ``metadata_cls``, every other the parent's metadata."""
 
     metadata_cls: Any
-    """A dataclass below ``SplittingMetadata`` and the parent's."""
+    """A dataclass below ``SparsePrefillMetadata`` and the parent's."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.runtime = runtime_for(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
+        ours = [layer for layer in layers if isinstance(layer.impl, SparsePrefillImpl)]
+        # Builders are made once the weights are there and pages have their size; the layers were made before.
+        for layer in ours:
+            layer.impl.prepare(layer, kv_cache_spec, vllm_config.model_config.dtype, device)
+        self.sparse_layers = [layer for layer in ours if layer.impl.sparse_layer is not None]
         # A group of windowed layers, say: its batches are the parent's alone, and are not counted.
-        self.dense_only = bool(layers) and all(getattr(layer.impl, "dense_only", True) for layer in layers)
-        self.sparse_layers = [layer for layer in layers if _runs_sparsely(layer)]
+        self.dense_only = bool(layers) and all(layer.impl.dense_only for layer in ours)
         # Pages may also be written from outside (a KV connector); then nothing is kept.
         connected = getattr(vllm_config, "kv_transfer_config", None) is not None
         wanting = () if connected else filter(_wants_page_means, self.sparse_layers)
@@ -90,7 +96,7 @@ class SplittingBuilder(AttentionMetadataBuilder):
             (
                 (first, last),
                 slice(starts[first], starts[last]),
-                super(SplittingBuilder, self).build(0, slice_requests(common_attn_metadata, first, last), True),
+                super(SparsePrefillBuilder, self).build(0, slice_requests(common_attn_metadata, first, last), True),
             )
             for first, last in plan.dense_runs
         )
@@ -103,7 +109,7 @@ class SplittingBuilder(AttentionMetadataBuilder):
         if isinstance(metadata, self.metadata_cls):
             updated.sparse = _with_pages([chunk for chunk, _ in metadata.sparse], blk_table)
             updated.dense_runs = tuple(
-                (requests, rows, super(SplittingBuilder, self).update_block_table(
+                (requests, rows, super(SparsePrefillBuilder, self).update_block_table(
                     run, blk_table[requests[0] : requests[1]], slot_mapping[rows]
                 ))
                 for requests, rows, run in metadata.dense_runs
@@ -111,56 +117,89 @@ class SplittingBuilder(AttentionMetadataBuilder):
         return updated
 
 
-def _runs_sparsely(layer: Any) -> bool:
-    """Whether chunks of this layer may be sparse; it then knows its patterns."""
-    return isinstance(layer.impl, SplittingImpl) and not layer.impl.dense_only and not layer.impl.runs_densely(layer)
-
-
 def _wants_page_means(layer: Any) -> bool:
-    """Whether a head of a sparse layer is estimated from mean keys, by code that can use kept ones (not on a GPU)."""
-    if not layer.impl.keeps_page_means:
-        return False
-    return any(isinstance(pattern, BlockSparse | PeakThreshold) for pattern in layer.impl.patterns)
+    """Whether a head of a sparse layer is scored by mean keys, with code that can use kept ones (not on a GPU)."""
+    found = layer.impl.sparse_layer
+    return not found.kernel.planned and any(family_of(pattern).reads_page_means for pattern in found.patterns)
 
 
 def _with_pages(chunks: Any, block_table: torch.Tensor) -> tuple[tuple[Chunk, torch.Tensor], ...]:
     return tuple((chunk, block_table[chunk.request].long()) for chunk in chunks)
 
 
-class SplittingImpl(AttentionImpl):
+class SparsePrefillImpl(AttentionImpl):
     """Serves the sparse chunks under an index and leaves the rest to the parent."""
-
-    keeps_page_means = False
-    """Whether mean keys are taken from ``summaries.PageMeans``; a GPU's kernels read the pages anew."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         vllm_config = get_current_vllm_config()
         self.runtime = runtime_for(vllm_config)
         self.first_head = get_tensor_model_parallel_rank() * self.num_heads
-        self.layer_number = -1
-        self.patterns: tuple[HeadPattern, ...] | None = None
+        self.sparse_layer: SparseLayer | None = None
+        """How sparse chunks run; None before ``prepare``, and where every chunk runs densely."""
         self.page_means: PageMeans | None = None
-        reasons = self.dense_reasons(vllm_config)
-        self.dense_only = bool(reasons)
+        self.dense_only = False
+        """Whether something about the layer, not its patterns, keeps it dense."""
+        self._run_densely(self.dense_reasons(vllm_config))
+
+    def _run_densely(self, reasons: list[str]) -> None:
         if reasons:
+            self.dense_only = True
             logger.info_once("minference: some layers run densely: %s", ", ".join(reasons))
 
     def dense_reasons(self, vllm_config: Any) -> list[str]:
-        """Why this layer runs densely; empty when it can run sparsely.
+        """Why this layer runs densely, as far as that is known when it is made; empty when it can run sparsely.
 
         Raises:
-            ValueError: the engine that the user named cannot run.
+            ValueError: the kernel that the user named cannot run.
         """
         raise NotImplementedError
+
+    def cache_reasons(self, layer: Any, block_size: int, dtype: torch.dtype) -> list[str]:
+        """The same, once the weights are loaded and pages have their size."""
+        return []
 
     def paged_cache(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedCache:
         """vLLM's cache of this layer as ours."""
         raise NotImplementedError
 
-    def attend_options(self, layer: Any, query: torch.Tensor) -> dict[str, Any]:
-        """What ``attend_chunk`` must know of this layer beside its patterns."""
-        return {"scale": self.scale}
+    def inputs(
+        self, layer: Any, query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, chunk: Chunk
+    ) -> Inputs:
+        """One chunk of this layer; ``query`` holds the chunk's rows."""
+        return Inputs.of(query, cache, block_table, chunk, self.scale, page_means=self.page_means)
+
+    def prepare(self, layer: Any, spec: Any, dtype: torch.dtype, device: torch.device) -> None:
+        """Find the layer's patterns and choose its kernel, once the weights are loaded and pages have their size.
+
+        Args:
+            layer: vLLM's, of this implementation.
+            spec: vLLM's, of its KV cache.
+            dtype: the model's.
+
+        Raises:
+            ValueError: the kernel that the user named, or a pattern, cannot run on such a cache.
+        """
+        self.sparse_layer = None
+        if self.dense_only:
+            return
+        settings, page = self.runtime.settings, spec.block_size
+        check_page_size(self.runtime, page)
+        reasons = self.cache_reasons(layer, page, dtype)
+        if reasons:
+            self._run_densely(reasons)
+            return
+        number = _layer_number(layer.layer_name)
+        patterns = self.runtime.patterns.for_layer(number, self.num_heads, self.first_head)
+        if all(pattern.kind == "dense" for pattern in patterns):
+            return
+        one_page = torch.zeros(1, self.num_kv_heads, page, 2 * self.head_size, dtype=spec.dtype, device=device)
+        cache = self.paged_cache(layer, one_page, dtype)
+        try:
+            kernel = choose(settings.kernel, dtype, cache, with_lse=bool(mean_corrected_heads(patterns)))
+        except ValueError as error:
+            raise ValueError(f"minference: patterns from {self.runtime.source}: {error}") from None
+        self.sparse_layer = SparseLayer(number, self.first_head, patterns, kernel)
 
     def forward(
         self,
@@ -176,11 +215,10 @@ class SplittingImpl(AttentionImpl):
     ) -> torch.Tensor:
         """As the parent's; chunks that the plan names are computed under a sparse index."""
         sparse = getattr(attn_metadata, "sparse", None)
-        if not sparse or self.dense_only or self.runs_densely(layer):
+        if not sparse or self.sparse_layer is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        assert self.patterns is not None
         for _, rows, metadata in attn_metadata.dense_runs:
             super().forward(
                 layer, query[rows], key[rows], value[rows], kv_cache, metadata, output[rows],
@@ -189,26 +227,16 @@ class SplittingImpl(AttentionImpl):
         cache = self.paged_cache(layer, kv_cache, query.dtype)
         query = query.view(-1, self.num_heads, self.head_size)
         out = output.view(-1, self.num_heads, self.head_size)
-        options = {"page_means": self.page_means, **self.attend_options(layer, query)}
-        for chunk, pages in sparse:
+        for chunk, block_table in sparse:
             rows = slice(chunk.query_start, chunk.query_start + chunk.query_len)
-            serve_chunk(
-                self.runtime, self.layer_number, self.first_head, query[rows], cache, pages, chunk, self.patterns,
-                out[rows], **options,
-            )  # fmt: skip
+            inputs = self.inputs(layer, query[rows], cache, block_table, chunk)
+            serve_chunk(self.runtime, self.sparse_layer, inputs, out[rows])
         return output
 
     def keep_page_means(self) -> PageMeans:
         """From now on; the caller tells what is written to the cache."""
         self.page_means = PageMeans()
         return self.page_means
-
-    def runs_densely(self, layer: Any) -> bool:
-        """Whether every head of this layer has the dense pattern; finds the layer's patterns on first use."""
-        if self.patterns is None:
-            self.layer_number = _layer_number(layer.layer_name)
-            self.patterns = self.runtime.patterns.for_layer(self.layer_number, self.num_heads, self.first_head)
-        return all(isinstance(pattern, Dense) for pattern in self.patterns)
 
 
 def _layer_number(layer_name: str) -> int:

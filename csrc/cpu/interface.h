@@ -1,0 +1,168 @@
+// What Python calls: the functions of the library and the structures of their arguments.
+//
+// minference_vllm/engines/native_arguments.py mirrors them with ctypes. The library describes them (interface.cpp), and
+// Python compares names, types and offsets before it uses the library. When the meaning of a field changes, rename it,
+// so that a library built before the change is recognised.
+//
+// Shapes are in brackets; all tensors are contiguous unless the structure has strides. `heads` are query heads, `tiles`
+// are query tiles, `chunk` is the number of query rows, `seq_len` counts the tokens up to the chunk's last one.
+// Positions count from the start of the sequence, strides are in elements. `threads` is the number of OpenMP threads.
+#pragma once
+
+#include <cstdint>
+
+namespace minference {
+
+using bf16 = uint16_t;
+using pair = uint32_t;  // two bf16, the lower index in the low half
+
+// A page in memory, for one KV head:
+//   rows:       keys and values [block_size][head_size], with `row_stride` between tokens
+//   transposed: keys [head_size][block_size], values [block_size][head_size]
+//   amx:        bf16 in tiles of the AMX unit. Pairs along the dimension that a product sums over stay together: keys
+//               [block_size / 16][head_size / 2][16 tokens][2], values [head_size / 16][block_size / 2][16 dims][2]
+enum class Layout : int32_t { rows = 0, transposed = 1, amx = 2 };
+enum class Element : int32_t { bfloat16 = 0, float32 = 1 };
+
+// Keys and values of one layer in vLLM's pages. KV head h of page p starts at p * page_stride + h * head_stride.
+struct Cache {
+  const void* key;
+  const void* value;
+  int64_t page_stride;
+  int64_t head_stride;
+  int64_t row_stride;  // layout `rows` only
+  int32_t block_size;  // tokens per page, a multiple of 32
+  int32_t head_size;   // a multiple of 16, at most 256
+  int32_t num_kv_heads;
+  Layout layout;
+  Element element;  // of the cache, the queries and the output
+};
+
+// Attention of one chunk under a SparseIndex.
+struct AttendArguments {
+  Cache cache;
+  const void* query;  // row r, head h at r * query_token_stride + h * query_head_stride
+  void* out;          // written; row r, head h at r * out_token_stride + h * out_head_stride
+  float* lse;         // [heads][chunk], written; natural logarithm. May be null
+  int64_t query_token_stride, query_head_stride, out_token_stride, out_head_stride;
+  const int64_t* pages;        // [logical blocks], the physical page of each
+  const int64_t* tile_starts;  // [tiles + 1], positions
+  const int32_t* blocks;       // [heads][tiles][max_blocks], logical blocks, ascending
+  const int32_t* num_blocks;   // [heads][tiles]
+  const int32_t* columns;      // [heads][tiles][max_columns], positions of single keys
+  const int32_t* num_columns;  // [heads][tiles]
+  const void* column_keys;     // [n][head_size], the keys of all columns
+  const void* column_values;   // [n][head_size]
+  const int64_t* column_row;   // [heads][seq_len], the row of column_keys that holds this position
+  int64_t seq_len;
+  int32_t heads, tiles, max_blocks, max_columns;
+  float scale;  // of query-key products before the softmax
+  int32_t threads;
+};
+
+// Some query rows of some heads, for exact attention over all keys.
+struct RowArguments {
+  Cache cache;
+  const void* query;  // the whole chunk; row r, head h at r * query_token_stride + h * query_head_stride
+  int64_t query_token_stride, query_head_stride;
+  const int64_t* pages;      // [logical blocks], the physical page of each
+  const int64_t* row_index;  // [rows], rows of the chunk, ascending
+  const int32_t* heads;      // [num_wanted], query heads, ascending
+  int64_t context_len;       // position of the chunk's first row
+  int64_t seq_len;
+  int32_t num_heads, num_wanted;
+  int32_t rows;  // at most 64
+  float scale;   // of query-key products before the softmax
+  int32_t threads;
+};
+
+struct RowWeightArguments {
+  RowArguments row_arguments;
+  float* weights;  // [num_wanted][rows][seq_len], written: softmax weights
+};
+
+struct ColumnDiagonalArguments {
+  RowArguments row_arguments;   // its rows are the probe queries
+  const int32_t* group_starts;  // [num_groups + 1], where each group of neighbouring rows starts in row_index
+  float* columns;               // [num_wanted][seq_len], written: weight of each key
+  float* diagonals;             // [num_wanted][seq_len], written: weight at each distance from query to key
+  int32_t num_groups;
+};
+
+// Queries and keys of few dimensions as int8 (QuantizedQK in Python). A key's score bin is
+//   254 + (product - approx_lse) * dequant_scale / 2^15
+// rounded and clamped to [0, 254], where approx_lse is the log-sum-exp of the row's products, see low_rank.cpp. Keys in
+// the pages of the row's own tile have bin 255.
+struct QuantizedQK {
+  const int8_t* query;           // [heads][chunk][rank], -63 to 63
+  const int8_t* keys;            // [heads][seq_len][rank]
+  const int16_t* dequant_scale;  // [heads][chunk], bins per unit of a product, times 2^15
+  int64_t chunk, seq_len;
+  int32_t heads;
+  int32_t rank;        // a multiple of 16, at most 256
+  float bins_per_bit;  // bins between a weight and twice that weight
+  int32_t threads;
+};
+
+struct TileScoreBinArguments {
+  QuantizedQK qk;
+  const int32_t* min_bin;      // [heads], smaller bins are written as 0
+  uint8_t* bins;               // [heads][tiles][seq_len], written: the largest bin over the tile's rows
+  const int64_t* tile_starts;  // [tiles + 1], positions
+  int32_t tiles;
+  int32_t tile;  // rows per tile; tiles start at multiples of it, except for the chunk's first
+};
+
+struct RowMassArguments {
+  QuantizedQK qk;
+  const int64_t* rows;   // [num_rows], rows of the chunk, ascending
+  const float* weights;  // [heads][num_rows][seq_len], softmax weights
+  float* mass;           // [heads][num_rows][256], written: sum of the weights per bin
+  int32_t num_rows;
+  int32_t tile;  // rows per tile
+};
+
+struct BinMassArguments {
+  const uint8_t* bins;         // [heads][tiles][seq_len]
+  const int64_t* tile_of_row;  // [rows], the tile whose bins apply to each row
+  const float* weights;        // [heads][rows][seq_len], softmax weights
+  float* mass;                 // [heads][rows][256], written: sum of the weights per bin
+  int64_t seq_len;
+  int32_t heads, rows, tiles;
+  int32_t threads;
+};
+
+// Keys whose bin is at least the threshold of their head. `pages` is seq_len / block_size, rounded up.
+struct KeyArguments {
+  const uint8_t* bins;       // [heads][tiles][seq_len]
+  const int32_t* threshold;  // [heads], 0 to 255
+  int32_t* counts;           // [heads][tiles][pages], such keys per page: page_counts writes it, keys_above reads it
+  const bool* listed_pages;  // [heads][tiles][pages], pages whose keys are listed in `columns`; keys_above only
+  int32_t* columns;          // [heads][tiles][max_columns], written by keys_above: positions, ascending, then -1
+  int64_t seq_len;
+  int32_t heads, tiles, block_size, max_columns;
+  int32_t threads;
+};
+
+}  // namespace minference
+
+extern "C" {
+
+// One line per field, structure and function of this header: "Cache.key: void* at byte 0".
+const char* minference_describe_interface();
+
+void minference_attend(const minference::AttendArguments* arguments);
+
+// Exact attention of some rows: every weight, or the weights summed per column and per diagonal.
+void minference_row_weights(const minference::RowWeightArguments* arguments);
+void minference_column_diagonal_scores(const minference::ColumnDiagonalArguments* arguments);
+
+// Score bins per tile, and how much of some rows' attention lies in each bin that the row itself gives the keys.
+void minference_tile_score_bins(const minference::TileScoreBinArguments* arguments);
+void minference_row_mass(const minference::RowMassArguments* arguments);
+
+// From the score bins of tiles: attention per bin, keys at or above the threshold per page, and the list of those keys.
+void minference_mass_by_bin(const minference::BinMassArguments* arguments);
+void minference_page_counts(const minference::KeyArguments* arguments);
+void minference_keys_above(const minference::KeyArguments* arguments);
+}

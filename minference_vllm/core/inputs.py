@@ -1,0 +1,74 @@
+"""``Inputs``: what the attention of one chunk in one layer is computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from minference_vllm.core.page_means import PageMeans
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Sizes: ``H`` query heads of size ``D``, ``N`` pages of ``B`` tokens in the sequence."""
+
+    query: torch.Tensor
+    """``[chunk, H, D]``, a head's elements side by side; the last row is the sequence's last token."""
+    cache: PagedCache
+    """The layer's cache; the chunk's own keys and values are already in it."""
+    pages: torch.Tensor
+    """int64 ``[N]``, contiguous: the physical page of each logical block, ``N = ceil(seq_len / B)``."""
+    chunk: Chunk
+    scale: float
+    """Softmax scale."""
+    softcap: float = 0.0
+    """Scores ``s`` become ``softcap * tanh(s / softcap)``; 0: no cap. Estimates leave it out: it keeps a row's order
+    of keys."""
+    sinks: torch.Tensor | None = None
+    """``[H]``: logit of each head's attention sink. Estimates leave it out: its share is the same for all keys."""
+    page_means: PageMeans | None = None
+    """The layer's, where they are kept from chunk to chunk; None: pages are averaged anew when that is needed."""
+
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,
+        cache: PagedCache,
+        block_table: torch.Tensor,
+        chunk: Chunk,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+        page_means: PageMeans | None = None,
+    ) -> Inputs:
+        """From a row of the block table, int64, which may be longer than the sequence."""
+        pages = block_table[: -(-chunk.seq_len // cache.block_size)].contiguous()
+        return cls(query, cache, pages, chunk, scale, softcap, sinks, page_means)
+
+    @classmethod
+    def of_rows(
+        cls, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, block_size: int
+    ) -> Inputs:
+        """From keys and values as rows, ``[HK, S, D]``: copied into pages that lie one after the other."""
+        heads, length, dim = keys.shape
+        missing = -length % block_size
+
+        def paged(rows: torch.Tensor) -> torch.Tensor:
+            padded = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+            return padded.view(heads, -1, block_size, dim).transpose(0, 1).contiguous()
+
+        cache = PagedCache(paged(keys), paged(values), "rows")
+        pages = torch.arange(len(cache.key), device=keys.device)
+        return cls(query, cache, pages, Chunk(0, 0, length - len(query), length), scale)
+
+    @property
+    def num_heads(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.query.shape[1] // self.cache.num_kv_heads

@@ -1,0 +1,102 @@
+"""Which kernel serves a layer: the setting ``kernel``, or for ``auto`` the fastest that can serve its cache."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.kernels.block_table import cpu, flash
+from minference_vllm.kernels.kernel import Kernel
+from minference_vllm.kernels.native import attention as native
+from minference_vllm.kernels.native import library
+from minference_vllm.kernels.native.scores import NativeScores
+from minference_vllm.selection.torch_scores import TorchScores
+
+KERNELS = ("auto", "block_table", "native", "triton")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_TRITON_HEAD_SIZE = 256
+NO_LSE = "mean correction needs every row's log-sum-exp, which vLLM's CPU kernel does not give and kernel 'native' does"
+
+
+def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = False) -> Kernel:
+    """The named kernel, or for ``auto`` the fastest that can serve this cache.
+
+    On processors with AMX vLLM's own kernel is faster than ours, which has no AMX path. ``triton`` runs on GPUs, and on
+    CPUs in Triton's interpreter, for tests.
+
+    Args:
+        name: one of ``KERNELS``.
+        dtype: of the queries.
+        cache: the layer's, or one like it: of the same types, sizes, layout and device.
+        with_lse: whether the kernel must give the log-sum-exp of every row, for mean correction.
+
+    Raises:
+        ValueError: the kernel cannot run; the message says why.
+    """
+    if cache.key.is_cuda or name == "triton":
+        return _on_gpu("triton" if name == "auto" else name, dtype, cache)
+    reason = library.unsupported_cache_reason(dtype, cache)
+    if name == "auto":
+        name = "block_table" if reason or (cache.layout == "amx" and not with_lse) else "native"
+    if name == "native":
+        if reason:
+            raise ValueError(f"kernel 'native' cannot run: {reason}")
+        return NATIVE
+    if with_lse:
+        raise ValueError(f"kernel 'block_table' cannot run: {no_lse_reason(reason)}")
+    if library.unavailable_reason():
+        return BLOCK_TABLE_ALONE
+    return BLOCK_TABLE_WITH_NATIVE_PRODUCTS if reason else BLOCK_TABLE
+
+
+def _on_gpu(name: str, dtype: torch.dtype, cache: PagedCache) -> Kernel:
+    if name == "native":
+        raise ValueError(f"kernel 'native' cannot run: it runs on CPUs; tensors on {cache.key.device} need 'triton'")
+    reason = flash.unsupported_cache_reason(dtype, cache) if name == "block_table" else triton_reason(cache)
+    if reason:
+        raise ValueError(f"kernel {name!r} cannot run: {reason}")
+    return _block_table_on_gpu() if name == "block_table" else _triton()
+
+
+def no_lse_reason(native_reason: str | None) -> str:
+    """Why vLLM's CPU kernel cannot serve mean correction, and why ``native`` cannot either, if so."""
+    return f"{NO_LSE}, but {native_reason}" if native_reason else NO_LSE
+
+
+def triton_reason(cache: PagedCache) -> str | None:
+    """Why the Triton kernels cannot serve this cache, or None when they can."""
+    if not cache.key.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it needs tensors on a GPU, or TRITON_INTERPRET=1 for its interpreter"
+    if cache.head_size > MAX_TRITON_HEAD_SIZE:
+        return f"heads of size {cache.head_size} are above {MAX_TRITON_HEAD_SIZE}"
+    if cache.key.stride(3) != 1 or cache.value.stride(3) != 1:
+        return "a head's elements do not lie side by side"
+    return None
+
+
+NATIVE = Kernel("native", native.run, NativeScores)
+BLOCK_TABLE = Kernel("block_table", cpu.run, NativeScores, whole_pages=True, gives_lse=False)
+BLOCK_TABLE_WITH_NATIVE_PRODUCTS = Kernel(
+    "block_table", cpu.run, functools.partial(NativeScores, from_pages=False), whole_pages=True, gives_lse=False
+)
+"""For caches that our kernels cannot read; products of quantized keys they can."""
+BLOCK_TABLE_ALONE = Kernel("block_table", cpu.run, TorchScores, whole_pages=True, gives_lse=False)
+
+
+# Imported on first use: it takes a second, and CPU installations may have no triton.
+@functools.cache
+def _triton() -> Kernel:
+    from minference_vllm.triton_kernels import attention
+    from minference_vllm.triton_kernels.scores import TritonScores
+
+    return Kernel("triton", attention.run, TritonScores, planned=True, fused=True)
+
+
+@functools.cache
+def _block_table_on_gpu() -> Kernel:
+    from minference_vllm.triton_kernels.scores import TritonScores
+
+    return Kernel("block_table", flash.run, TritonScores, planned=True, lists_everything=True)

@@ -1,0 +1,47 @@
+"""``Kernel``: one way to run attention under a ``SparseIndex``, with everything the layer path must know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.sparse_index import SparseIndex
+from minference_vllm.selection.torch_scores import TorchScores
+
+
+class Run(Protocol):
+    """Attention of one chunk under an index."""
+
+    def __call__(self, inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
+        """Write ``out`` (``[chunk, H, D]``) and, where it is given and the kernel ``gives_lse``, the log-sum-exp of
+        each row's scores to ``lse`` (float32 ``[H, chunk]``, contiguous)."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Chosen once for a layer, see ``choose``."""
+
+    name: str
+    """As the setting ``kernel`` names it."""
+    run: Run
+    scores: Callable[[Inputs], TorchScores]
+    """The scores of one chunk, from the fastest code that runs where the kernel does."""
+    planned: bool = False
+    """Sizes of an index are planned from lengths, so that nothing waits for a GPU; heads of a group may share lists."""
+    whole_pages: bool = False
+    """Single columns must fill pages."""
+    lists_everything: bool = False
+    """Also tiles that attend everything need a list."""
+    gives_lse: bool = True
+    """Whether ``run`` gives the log-sum-exp of rows, which mean correction needs."""
+    fused: bool = False
+    """Whether it knows soft caps, sinks and FP8 caches with one scale per tensor."""
+
+    def check(self, inputs: Inputs) -> None:
+        """Raise ValueError when the inputs ask for what the kernel does not know."""
+        if not self.fused and (inputs.softcap or inputs.sinks is not None or inputs.cache.key.element_size() == 1):
+            raise ValueError(f"kernel {self.name!r} knows no soft cap, no sinks and no FP8 caches; 'triton' does")

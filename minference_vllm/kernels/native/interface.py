@@ -1,0 +1,219 @@
+"""What our CPU kernels are called with: the structures and functions of ``csrc/cpu/interface.h``, field by field.
+
+A library is used only if it was built with the same ones: ``difference`` compares names, types and offsets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+_SCALARS: dict[Any, str] = {ctypes.c_int32: "int32", ctypes.c_int64: "int64", ctypes.c_float: "float32"}
+
+
+def _pointer(element: str) -> type[ctypes.c_void_p]:
+    """Takes any address, as ``c_void_p`` does; its name says what lies there."""
+    return type(f"{element}*", (ctypes.c_void_p,), {})
+
+
+_VoidPtr, _BoolPtr, _Float32Ptr = _pointer("void"), _pointer("bool"), _pointer("float32")
+_Uint8Ptr, _Int8Ptr, _Int16Ptr = _pointer("uint8"), _pointer("int8"), _pointer("int16")
+_Int32Ptr, _Int64Ptr = _pointer("int32"), _pointer("int64")
+
+
+class Cache(ctypes.Structure):
+    _fields_ = (
+        ("key", _VoidPtr),
+        ("value", _VoidPtr),
+        ("page_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("block_size", ctypes.c_int32),
+        ("head_size", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
+        ("layout", ctypes.c_int32),
+        ("element", ctypes.c_int32),
+    )
+
+
+class AttendArguments(ctypes.Structure):
+    _fields_ = (
+        ("cache", Cache),
+        ("query", _VoidPtr),
+        ("out", _VoidPtr),
+        ("lse", _Float32Ptr),
+        ("query_token_stride", ctypes.c_int64),
+        ("query_head_stride", ctypes.c_int64),
+        ("out_token_stride", ctypes.c_int64),
+        ("out_head_stride", ctypes.c_int64),
+        ("pages", _Int64Ptr),
+        ("tile_starts", _Int64Ptr),
+        ("blocks", _Int32Ptr),
+        ("num_blocks", _Int32Ptr),
+        ("columns", _Int32Ptr),
+        ("num_columns", _Int32Ptr),
+        ("column_keys", _VoidPtr),
+        ("column_values", _VoidPtr),
+        ("column_row", _Int64Ptr),
+        ("seq_len", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("tiles", ctypes.c_int32),
+        ("max_blocks", ctypes.c_int32),
+        ("max_columns", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class RowArguments(ctypes.Structure):
+    _fields_ = (
+        ("cache", Cache),
+        ("query", _VoidPtr),
+        ("query_token_stride", ctypes.c_int64),
+        ("query_head_stride", ctypes.c_int64),
+        ("pages", _Int64Ptr),
+        ("row_index", _Int64Ptr),
+        ("heads", _Int32Ptr),
+        ("context_len", ctypes.c_int64),
+        ("seq_len", ctypes.c_int64),
+        ("num_heads", ctypes.c_int32),
+        ("num_wanted", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class RowWeightArguments(ctypes.Structure):
+    _fields_ = (("row_arguments", RowArguments), ("weights", _Float32Ptr))
+
+
+class ColumnDiagonalArguments(ctypes.Structure):
+    _fields_ = (
+        ("row_arguments", RowArguments),
+        ("group_starts", _Int32Ptr),
+        ("columns", _Float32Ptr),
+        ("diagonals", _Float32Ptr),
+        ("num_groups", ctypes.c_int32),
+    )
+
+
+class QuantizedQK(ctypes.Structure):
+    _fields_ = (
+        ("query", _Int8Ptr),
+        ("keys", _Int8Ptr),
+        ("dequant_scale", _Int16Ptr),
+        ("chunk", ctypes.c_int64),
+        ("seq_len", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("bins_per_bit", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class TileScoreBinArguments(ctypes.Structure):
+    _fields_ = (
+        ("qk", QuantizedQK),
+        ("min_bin", _Int32Ptr),
+        ("bins", _Uint8Ptr),
+        ("tile_starts", _Int64Ptr),
+        ("tiles", ctypes.c_int32),
+        ("tile", ctypes.c_int32),
+    )
+
+
+class RowMassArguments(ctypes.Structure):
+    _fields_ = (
+        ("qk", QuantizedQK),
+        ("rows", _Int64Ptr),
+        ("weights", _Float32Ptr),
+        ("mass", _Float32Ptr),
+        ("num_rows", ctypes.c_int32),
+        ("tile", ctypes.c_int32),
+    )
+
+
+class BinMassArguments(ctypes.Structure):
+    _fields_ = (
+        ("bins", _Uint8Ptr),
+        ("tile_of_row", _Int64Ptr),
+        ("weights", _Float32Ptr),
+        ("mass", _Float32Ptr),
+        ("seq_len", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("tiles", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class KeyArguments(ctypes.Structure):
+    _fields_ = (
+        ("bins", _Uint8Ptr),
+        ("threshold", _Int32Ptr),
+        ("counts", _Int32Ptr),
+        ("listed_pages", _BoolPtr),
+        ("columns", _Int32Ptr),
+        ("seq_len", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("tiles", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("max_columns", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+FUNCTIONS: dict[str, type[ctypes.Structure]] = {
+    "attend": AttendArguments,
+    "row_weights": RowWeightArguments,
+    "column_diagonal_scores": ColumnDiagonalArguments,
+    "tile_score_bins": TileScoreBinArguments,
+    "row_mass": RowMassArguments,
+    "mass_by_bin": BinMassArguments,
+    "page_counts": KeyArguments,
+    "keys_above": KeyArguments,
+}
+"""The functions of a library, without their prefix, and the structure that each takes."""
+
+
+def _fields(kind: type[ctypes.Structure]) -> list[tuple[str, Any]]:
+    return [(name, part) for name, part, *_ in kind._fields_]
+
+
+def _structures(kind: type[ctypes.Structure]) -> dict[str, type[ctypes.Structure]]:
+    """A structure and those in its fields, by name."""
+    found = {kind.__name__: kind}
+    for _, part in _fields(kind):
+        if issubclass(part, ctypes.Structure):
+            found |= _structures(part)
+    return found
+
+
+def interface() -> dict[str, str]:
+    """What ``minference_describe_interface`` says of a library that fits: each field, structure and function."""
+    lines = {}
+    structures = {name: kind for taken in FUNCTIONS.values() for name, kind in _structures(taken).items()}
+    for name, kind in structures.items():
+        for field, part in _fields(kind):
+            lines[f"{name}.{field}"] = f"{_SCALARS.get(part, part.__name__)} at byte {getattr(kind, field).offset}"
+        lines[f"sizeof({name})"] = str(ctypes.sizeof(kind))
+    return lines | {name: f"a function of {taken.__name__}" for name, taken in FUNCTIONS.items()}
+
+
+def difference(library: ctypes.CDLL) -> str | None:
+    """The first difference between a library's interface and this one; None if they are the same.
+
+    A name that only one of the two has comes before fields that differ: it may be what moved them.
+    """
+    describe = getattr(library, "minference_describe_interface", None)
+    if describe is None:
+        return "the library does not describe its interface"
+    describe.restype = ctypes.c_char_p
+    built = dict(line.split(": ") for line in describe().decode().splitlines())
+    ours = interface()
+    differing = [name for name in built | ours if built.get(name) != ours.get(name)]
+    if not differing:
+        return None
+    name = min(differing, key=lambda name: name in built and name in ours)
+    return f"{name} is {built.get(name, 'absent')} in the library, {ours.get(name, 'absent')} in this package"

@@ -1,0 +1,193 @@
+"""``NativeScores``: the scores of one chunk on CPUs, by our kernels wherever they serve."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.native import interface
+from minference_vllm.kernels.native.library import describe_cache, library
+from minference_vllm.selection.compaction import Capacity, KeyLists, Selection
+from minference_vllm.selection.probe_queries import probe_groups
+from minference_vllm.selection.projection import BINS_PER_BIT, QuantizedQK
+from minference_vllm.selection.score_bins import ScoreBins, whole_pages
+from minference_vllm.selection.torch_scores import TorchScores
+
+MAX_ROWS = 64
+"""Rows that one call takes."""
+
+
+def _describe(quantized: QuantizedQK) -> interface.QuantizedQK:
+    """The tensors must live as long as this is used."""
+    heads, length, rank = quantized.keys.shape
+    assert rank % 16 == 0 and all(part.is_contiguous() for part in quantized)
+    return interface.QuantizedQK(
+        *(part.data_ptr() for part in quantized),
+        quantized.query.shape[1],
+        length,
+        heads,
+        rank,
+        BINS_PER_BIT,
+        torch.get_num_threads(),
+    )
+
+
+def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
+    """``score_bins.tile_bins``."""
+    heads, length, _ = quantized.keys.shape
+    bins = torch.empty(heads, tiling.num_tiles, length, dtype=torch.uint8)
+    call = interface.TileScoreBinArguments(
+        _describe(quantized),
+        lowest.data_ptr(),
+        bins.data_ptr(),
+        tiling.starts.data_ptr(),
+        tiling.num_tiles,
+        tiling.tile,
+    )
+    library().minference_tile_score_bins(ctypes.byref(call))
+    return bins
+
+
+def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
+    """``score_bins.row_mass``."""
+    mass = torch.empty(*weights.shape[:2], 256)
+    call = interface.RowMassArguments(
+        _describe(quantized), rows.data_ptr(), weights.data_ptr(), mass.data_ptr(), len(rows), tiling.tile
+    )
+    library().minference_row_mass(ctypes.byref(call))
+    return mass
+
+
+def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """``score_bins.mass_by_bin``."""
+    bins, bin_row, weights = (part.contiguous() for part in (bins, bin_row, weights))
+    heads, rows, length = weights.shape
+    mass = torch.empty(heads, rows, 256)
+    call = interface.BinMassArguments(
+        bins.data_ptr(),
+        bin_row.data_ptr(),
+        weights.data_ptr(),
+        mass.data_ptr(),
+        length,
+        heads,
+        rows,
+        bins.shape[1],
+        torch.get_num_threads(),
+    )
+    library().minference_mass_by_bin(ctypes.byref(call))
+    return mass
+
+
+def page_counts(bins: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:
+    """``score_bins.page_counts``."""
+    heads, tiles, length = bins.shape
+    counts = torch.empty(heads, tiles, -(-length // block_size), dtype=torch.int32)
+    call = _key_arguments(bins, threshold, block_size, counts)
+    library().minference_page_counts(ctypes.byref(call))
+    return counts
+
+
+def _key_arguments(
+    bins: torch.Tensor,
+    threshold: torch.Tensor,
+    block_size: int,
+    counts: torch.Tensor,
+    listed_pages: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
+) -> interface.KeyArguments:
+    heads, tiles, length = bins.shape
+    return interface.KeyArguments(
+        bins.data_ptr(),
+        threshold.data_ptr(),
+        counts.data_ptr(),
+        None if listed_pages is None else listed_pages.data_ptr(),
+        None if columns is None else columns.data_ptr(),
+        length,
+        heads,
+        tiles,
+        block_size,
+        0 if columns is None else columns.shape[2],
+        torch.get_num_threads(),
+    )
+
+
+class NativeScores(TorchScores):
+    """See ``selection.scores.Scores``.
+
+    Args:
+        from_pages: whether the kernels read this cache (``library.unsupported_cache_reason``); products of quantized
+            keys they compute for any.
+    """
+
+    tile_bins = staticmethod(tile_bins)
+    row_mass = staticmethod(row_mass)
+    mass_by_bin = staticmethod(mass_by_bin)
+    page_counts = staticmethod(page_counts)
+
+    def __init__(self, inputs: Inputs, from_pages: bool = True) -> None:
+        super().__init__(inputs)
+        self.from_pages = from_pages
+
+    def column_diagonal_scores(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """``probe_queries.column_diagonal_scores`` straight from the pages; heads ascending."""
+        if not self.from_pages:
+            return super().column_diagonal_scores(heads)
+        groups = probe_groups(len(self.query))
+        rows = torch.cat([torch.arange(begin, end) for begin, end in groups])
+        starts = torch.tensor([0, *itertools.accumulate(end - begin for begin, end in groups)], dtype=torch.int32)
+        wanted = torch.tensor(list(heads), dtype=torch.int32)
+        columns, diagonals = (torch.empty(len(heads), self.inputs.chunk.seq_len) for _ in range(2))
+        call = interface.ColumnDiagonalArguments(
+            self._rows(rows, wanted), starts.data_ptr(), columns.data_ptr(), diagonals.data_ptr(), len(groups)
+        )
+        library(self.inputs.cache.key.dtype).minference_column_diagonal_scores(ctypes.byref(call))
+        return columns, diagonals
+
+    def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+        """``low_rank.row_weights`` straight from the pages; at most ``MAX_ROWS``, heads ascending."""
+        if not self.from_pages:
+            return super().row_weights(rows, heads)
+        assert len(rows) <= MAX_ROWS
+        wanted = torch.tensor(list(heads), dtype=torch.int32)
+        weights = torch.empty(len(wanted), len(rows), self.inputs.chunk.seq_len)
+        call = interface.RowWeightArguments(self._rows(rows, wanted), weights.data_ptr())
+        library(self.inputs.cache.key.dtype).minference_row_weights(ctypes.byref(call))
+        return weights
+
+    def _rows(self, rows: torch.Tensor, heads: torch.Tensor) -> interface.RowArguments:
+        """``heads`` is int32, ascending, and ``rows`` int64; both must live as long as this is used."""
+        inputs = self.inputs
+        return interface.RowArguments(
+            describe_cache(inputs.cache),
+            inputs.query.data_ptr(),
+            inputs.query.stride(0),
+            inputs.query.stride(1),
+            inputs.pages.data_ptr(),
+            rows.data_ptr(),
+            heads.data_ptr(),
+            inputs.chunk.context_len,
+            inputs.chunk.seq_len,
+            inputs.num_heads,
+            len(heads),
+            len(rows),
+            inputs.scale,
+            torch.get_num_threads(),
+        )
+
+    def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection:
+        if not capacity.exact or tiling.column_multiple > 1:
+            return super().select_bins(tiling, found, capacity)
+        bins, threshold = found.bins, found.threshold
+        counts = page_counts(bins, threshold, tiling.block_size)
+        blocks, dense = whole_pages(tiling, counts, threshold)
+        listed_pages = ~(blocks | dense[:, None, None])
+        count = (counts * listed_pages).sum(2, dtype=torch.int32)
+        columns = torch.empty(*count.shape, max(1, int(count.max())), dtype=torch.int32)
+        call = _key_arguments(bins, threshold, tiling.block_size, counts, listed_pages, columns)
+        library().minference_keys_above(ctypes.byref(call))
+        return Selection(blocks, KeyLists(columns, count))

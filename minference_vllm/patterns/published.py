@@ -1,0 +1,68 @@
+"""The two formats of pattern files that others have published: MInference's list with one object per layer, and Qwen's
+``sparse_attention_config.json``. Both give a head as ``[kind, a, b, score]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minference_vllm.patterns.kinds import (
+    AShape,
+    BlockSparse,
+    HeadPattern,
+    PatternError,
+    VerticalSlash,
+    parse_head_pattern,
+)
+
+PUBLISHED_KINDS = "vertical_and_slash, stream_llm and block_sparse"
+
+
+def published_layers(content: Any, source: str) -> dict[int, dict[int, Any]]:
+    """The entries of a published file as they stand there: layer -> head -> ``[kind, a, b, score]``.
+
+    Raises:
+        PatternError: a layer is no object of head numbers.
+    """
+    layers = dict(enumerate(content)) if isinstance(content, Sequence) else content
+    for layer, heads in layers.items():
+        if not isinstance(heads, Mapping) or not all(map(is_number, heads)):
+            raise PatternError(f"{source}, layer {layer}: expected an object of head numbers, found {heads!r:.80}")
+    return {int(layer): {int(head): entry for head, entry in heads.items()} for layer, heads in layers.items()}
+
+
+def is_number(key: Any) -> bool:
+    # "07" and "7" would be the same head.
+    return str(key).isdecimal() and str(int(key)) == str(key)
+
+
+def head_pattern(entry: Any, place: str) -> HeadPattern:
+    """One head of a published file: ``[kind, a, b, score]``."""
+    if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) < 3:
+        raise PatternError(f"{place}: expected [kind, a, b, score], found {entry!r}")
+    kind, first, second = entry[0], entry[1], entry[2]
+    fields: dict[str, Any]
+    if kind == "vertical_and_slash":
+        fields = {"kind": "vertical_slash", "vertical": first, "slash": second}
+    elif kind == "stream_llm":
+        fields = {"kind": "a_shape", "sink": first, "local": second}
+    elif kind == "block_sparse":
+        fields = {"kind": "block_sparse", "top_k": first}
+    else:
+        raise PatternError(f"{place}: unknown kind {kind!r}; published files have {PUBLISHED_KINDS}")
+    try:
+        return parse_head_pattern(fields)
+    except PatternError as error:
+        raise PatternError(f"{place}: {error}") from None
+
+
+def published_entry(pattern: HeadPattern, score: float) -> list[Any] | None:
+    """``[kind, a, b, score]`` of a pattern; None where the published formats have no such kind."""
+    if isinstance(pattern, VerticalSlash):
+        return ["vertical_and_slash", pattern.vertical, pattern.slash, score]
+    if isinstance(pattern, AShape):
+        return ["stream_llm", pattern.sink, pattern.local, score]
+    if isinstance(pattern, BlockSparse):
+        return ["block_sparse", pattern.top_k, 0, score]
+    return None

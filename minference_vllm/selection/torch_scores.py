@@ -1,0 +1,129 @@
+"""``TorchScores``: the scores of one chunk in plain torch, over a paged cache; the definition of the other classes."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.page_means import PageMeans
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.selection import low_rank, score_bins
+from minference_vllm.selection.antidiagonal import antidiagonal_scores
+from minference_vllm.selection.block_sparse import pooled_scores
+from minference_vllm.selection.compaction import Capacity, Selection, compact_keys
+from minference_vllm.selection.peak_threshold import peak_scores
+from minference_vllm.selection.probe_queries import beyond_diagonals, column_diagonal_scores, probe_groups
+from minference_vllm.selection.score_bins import ScoreBins
+
+PIECE_BYTES = 64 << 20
+"""Keys and scores of some rows that are held at once: a million tokens take no more memory than some thousands."""
+
+
+def keys_at_once(heads: int, rows: int, kv_heads: int, head_size: int) -> int:
+    """Tokens whose keys fit into ``PIECE_BYTES`` with the scores of so many rows."""
+    # Two bytes per element, copied twice on their way; logits in both precisions, masks.
+    return max(1, PIECE_BYTES // (2 * 2 * kv_heads * head_size + 10 * heads * rows))
+
+
+class TorchScores:
+    """See ``Scores``; copies the prefix's keys out of the pages, once, when they are first asked for."""
+
+    columns_first = True
+    """Whether ``low_rank`` tries columns and diagonals, and fewer dimensions, before it scores every key: both read
+    what they found, and would wait for a GPU."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        # An FP8 query serves the attention kernel alone; scores take it as it is meant, but for its scale.
+        self.query = inputs.query.bfloat16() if inputs.query.element_size() == 1 else inputs.query
+        self.inputs, self.scale = inputs, inputs.scale
+
+    @functools.cached_property
+    def keys(self) -> torch.Tensor:
+        """``[HK, S, D]``, in the type of the queries."""
+        return self.stored_keys(self.inputs.pages)[:, : self.inputs.chunk.seq_len]
+
+    def stored_keys(self, pages: torch.Tensor) -> torch.Tensor:
+        """``[HK, n * B, D]``: keys of some pages, a copy, in the type of the queries."""
+        keys = self.inputs.cache.keys_by_head(pages)
+        return keys if keys.dtype == self.query.dtype else keys.to(self.query.dtype).mul_(self.inputs.cache.key_scale)
+
+    def key_pieces(self, rows: int) -> Iterator[torch.Tensor]:
+        """``[HK, n, D]`` each: all keys, in pieces that suit the scores of so many rows."""
+        cache = self.inputs.cache
+        yield from self.keys.split(keys_at_once(self.inputs.num_heads, rows, cache.num_kv_heads, cache.head_size), 1)
+
+    @functools.cached_property
+    def mean_keys(self) -> torch.Tensor:
+        """float32 ``[HK, N, D]``: mean key of every page; of the last, over the sequence's tokens only."""
+        return self._page_means.of(self.inputs.cache, self.inputs.pages, self.inputs.chunk.seq_len)
+
+    @functools.cached_property
+    def mean_values(self) -> torch.Tensor:
+        """The same of the values."""
+        return self._page_means.values_of(self.inputs.cache, self.inputs.pages, self.inputs.chunk.seq_len)
+
+    @functools.cached_property
+    def _page_means(self) -> PageMeans:
+        return self.inputs.page_means or PageMeans()
+
+    def column_diagonal(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        columns, diagonals = self.column_diagonal_scores(heads)
+        groups = probe_groups(len(self.query))
+        if len(groups) == 1:
+            # One row cannot tell a column from a diagonal, and needs no other row's keys.
+            return columns, diagonals.zero_()
+        return beyond_diagonals(columns, diagonals, groups, self.inputs.chunk.context_len), diagonals
+
+    def column_diagonal_scores(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``probe_queries.column_diagonal_scores``."""
+        return column_diagonal_scores(self.query, self.keys, heads, self.scale)
+
+    def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        return pooled_scores(self.query, self.mean_keys, heads, tiling, self.scale)
+
+    def peaks(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
+        return peak_scores(self.query, self.mean_keys, heads, tiling, self.scale)
+
+    def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
+        return antidiagonal_scores(self.query, self.keys, heads, tiling, stride, self.scale)
+
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
+        measured = low_rank.Measured.of(self, heads, tiling)
+        if self.columns_first:
+            chunk, _, head_size = self.query.shape
+            cost = low_rank.scoring_cost(min(rank, head_size), head_size, chunk, self.query.device)
+            lines = self.column_diagonal(heads)
+            found = low_rank.columns_and_diagonals(self, measured, tiling, gamma, lines, cost)
+            if found is not None:
+                return found
+        return low_rank.score_keys(self, measured, heads, tiling, rank, gamma, fewer=self.columns_first)
+
+    def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection:
+        blocks, single = score_bins.keys_above(tiling, found.bins, found.threshold)
+        del found  # its bins are as large as what comes now
+        return compact_keys(tiling, blocks, single, capacity)
+
+    def queries_of(self, heads: Sequence[int]) -> torch.Tensor:
+        # A list as an index would be copied to a GPU, and waited for.
+        return torch.stack([self.query[:, head] for head in heads])
+
+    def keys_of(self, heads: Sequence[int], step: int = 1) -> Iterator[torch.Tensor]:
+        group = self.inputs.group
+        runs = [(kv_head, len(list(run))) for kv_head, run in itertools.groupby(head // group for head in heads)]
+        for piece in self.key_pieces(low_rank.CALIBRATION_ROWS):
+            parts = [piece[kv_head : kv_head + 1, ::step].expand(run, -1, -1) for kv_head, run in runs]
+            yield low_rank.joined(parts, 0)
+
+    def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+        query = torch.stack([self.query[rows, head] for head in heads])
+        positions = rows + self.inputs.chunk.context_len
+        return low_rank.row_weights(query, self.keys_of(heads), positions, self.scale)
+
+    tile_bins = staticmethod(score_bins.tile_bins)
+    row_mass = staticmethod(score_bins.row_mass)
+    mass_by_bin = staticmethod(score_bins.mass_by_bin)
+    page_counts = staticmethod(score_bins.page_counts)
