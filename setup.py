@@ -1,7 +1,7 @@
-"""Packaging of minference-vllm; the metadata lives in pyproject.toml. This file only builds ``csrc``.
+"""Packaging of minference-vllm; the metadata lives in pyproject.toml. This file names the packages and builds ``csrc``.
 
 ``csrc/cpu`` is a plain shared library without Python or torch headers, loaded with ctypes, and built once for each
-family of x86 processors; ``engines/native.py`` takes the one that fits the machine. Both are optional: where one does
+family of x86 processors; ``kernels/native/library.py`` takes the one that fits the machine. Both are optional: where one does
 not compile (no compiler, an old one, another architecture) pip prints a warning, and the package works with the other,
 or through vLLM's own kernels.
 """
@@ -9,10 +9,15 @@ or through vLLM's own kernels.
 from copy import copy
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 SOURCES = ("interface", "sparse_attention", "estimate", "low_rank", "score_bins")
+# Top-level folders that install below our own package, so that they shadow nobody's module.
+OUTSIDE = {
+    "minference_vllm.pattern_configs": "pattern_configs",
+    "minference_vllm.triton_kernels": "triton_kernels",
+}
 INSTRUCTIONS = {
     "avx512bf16": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16")],
     "avx2": ["-mavx2"],
@@ -29,6 +34,8 @@ class BuildExtensions(build_ext):
 
 
 setup(
+    packages=sorted({*find_packages(include=["minference_vllm", "minference_vllm.*"]), *OUTSIDE}),
+    package_dir=OUTSIDE,
     cmdclass={"build_ext": BuildExtensions},
     ext_modules=[
         Extension(

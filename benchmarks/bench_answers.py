@@ -24,12 +24,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tasks
 from engine_process import ENVIRONMENT, Engine, Timed, end_with_us
 from record import emit
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
-sys.path.insert(0, str(DEMO))
-import tasks  # noqa: E402 - the demo's own tasks
 
 ANSWER_TOKENS = tasks.CODE_DIGITS + 5
 """A variable's answer names the variable that it copies."""

@@ -25,12 +25,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import tasks
 import torch
 from record import emit
 from synthetic import SHAPES, structured_qkv
@@ -45,7 +45,6 @@ from minference_vllm.selection.build import SparseIndex, build_index
 from minference_vllm.selection.probe_queries import SPREAD_FROM, Estimates
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
-sys.path.insert(0, str(DEMO))
 
 PATTERNS = (
     '{"kind": "vertical_slash", "vertical": 1000, "slash": 6096}',
@@ -87,7 +86,6 @@ TASKS = ("needle", "key-value", "variables")
 
 def model_layers(model: str, tokens: int, wanted: Sequence[str] = TASKS) -> Iterator[Layer]:
     """Every layer of the bundled model, over one prompt per task."""
-    import tasks
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -72,7 +72,8 @@ def serve(connection: Connection, options: dict[str, Any], environment: dict[str
     try:
         connection.send("ready")
         while (work := connection.recv()) is not None:
-            connection.send(answer(llm, *work, ours="attention_backend" in options))
+            prompt, decode, dense = work
+            connection.send(answer(llm, prompt, decode, dense, ours="attention_backend" in options))
     except (EOFError, OSError):
         pass  # the benchmark is gone
     finally:

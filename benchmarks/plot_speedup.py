@@ -14,6 +14,7 @@ import csv
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypedDict
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -79,18 +80,19 @@ def draw(rows: list[Row], path: Path) -> None:
     colours = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)}
     peers = computed(rows)
     figure = Figure(figsize=(max(7.5, 4.2 * len(chunks)), 3.2 * len(patterns) + 1.6), layout="constrained")
-    panels = figure.subplots(len(patterns), len(chunks), sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(len(patterns), len(chunks), sharex=True, sharey=True, squeeze=False)
+    panels: list[list[Axes]] = grid.tolist()
     for down, pattern in enumerate(patterns):
         for across, chunk in enumerate(chunks):
             own = [row for row in rows if row["pattern"] == pattern and chunk_of(row) == chunk]
-            draw_panel(panels[down, across], lines(own), colours, peers)
+            draw_panel(panels[down][across], lines(own), colours, peers)
             what = f"the last {size(chunk)} tokens" if chunk else "whole prompts"
-            panels[down, across].set_title(f"{pattern}: {what}", fontsize=10)
+            panels[down][across].set_title(f"{pattern}: {what}", fontsize=10)
     for axes in panels[-1]:
         axes.set_xlabel("context (tokens)")
     kernels = sorted({row["dense_kernel"] for row in rows if row.get("dense_kernel")}) or ["the dense kernel"]
     figure.supylabel(f"speed-up over {', '.join(kernels)} (times)", fontsize=10)
-    set_ticks(panels[0, 0], rows)
+    set_ticks(panels[0][0], rows)
     figure.legend(handles=legend(names, colours, peers), loc="outside lower center", ncols=2, fontsize=9)
     last = rows[-1]
     versions = ", ".join(f"{name} {last[name]}" for name in ("torch", "vllm") if last.get(name))
@@ -112,7 +114,15 @@ def draw_panel(axes: Axes, found: dict[tuple[str, str], Line], colours: dict[str
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def style_of(name: str, timed: str, peers: dict[str, str]) -> dict[str, object]:
+class Style(TypedDict, total=False):
+    """How matplotlib draws a line, in its own words."""
+
+    marker: str
+    linestyle: str
+    linewidth: float
+
+
+def style_of(name: str, timed: str, peers: dict[str, str]) -> Style:
     if timed == "whole":
         return {"marker": "o", "linewidth": 2}
     return {"marker": "s", "linestyle": "--", "linewidth": 1.5} if name in peers else {"linestyle": ":", "linewidth": 1}

@@ -33,12 +33,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from peers import PEERS, Size, installed
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from peers import PEERS, Size, installed  # noqa: E402
-
 RESULTS = ROOT / "benchmarks" / "results"
 ATTENTION_ROWS = RESULTS / "attention_gpu.csv"
 CONTEXTS = (32768, 65536, 131072, 262144, 524288, 1048576)

@@ -135,7 +135,8 @@ def make_facts(rng: random.Random, task: str, room: int, questions: int, density
         names, code = keys[(group - 1) * (hops + 1) : group * (hops + 1)], tasks.random_code(rng)
         # Sorting random times along each chain interleaves the chains and keeps every chain in order.
         times = sorted(rng.random() for _ in names)
-        for hop, (name, value) in enumerate(zip(names, [code, *names[:-1]], strict=True)):
+        values: list[list[str] | tasks.Key] = [code, *names[:-1]]
+        for hop, (name, value) in enumerate(zip(names, values, strict=True)):
             events.append((times[hop], tasks.statement(task, name, value), group))
             asks.append((name, tasks.reply(code, names[:hop][::-1]), group))
     events.sort()
@@ -196,7 +197,14 @@ def make_batch(rng: random.Random, stage: Stage) -> Batch:
         # Similar keys already stand for the near misses of a longer context.
         largest = stage.dilution / (8 if similar else 1)
         dilution.append(math.exp(rng.uniform(math.log(stage.least_dilution), math.log(largest))))
-    return Batch(*map(torch.tensor, (rows, positions, groups, targets, dilution)), kinds)
+    return Batch(
+        torch.tensor(rows),
+        torch.tensor(positions),
+        torch.tensor(groups),
+        torch.tensor(targets),
+        torch.tensor(dilution),
+        kinds,
+    )
 
 
 def attention_bias(batch: Batch) -> Tensor:

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import tasks
 
-DEMO = Path(__file__).parent.parent.parent / "examples" / "demo"
-MODEL = DEMO / "model"
+MODEL = Path(__file__).parent.parent.parent / "examples" / "demo" / "model"
 PLACES = ((8192, 0.2), (8192, 0.7), (16384, 0.45))
 """Length of each prompt, and how deep in it the needle lies."""
 COVERAGE = {"kind": "coverage", "gamma": 0.95, "min_budget": 512}
 BLIND = {"kind": "a_shape", "sink": 64, "local": 64}
 FLOOR = 0.95
 NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
-
-
-def load_tasks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo_tasks", DEMO / "tasks.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Asked:
@@ -43,7 +33,7 @@ def ask(run_engine: Callable[..., Any], with_minference: Callable[..., Any], tmp
     """Start an engine whose heads all run one pattern, and ask it for every needle."""
     from transformers import AutoTokenizer
 
-    tasks, tokenizer = load_tasks(), AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
     prompts = [tasks.needle(tokens, depth, seed=number) for number, (tokens, depth) in enumerate(PLACES)]
     batches = [{"prompts": [tokenizer(prompt.text).input_ids]} for prompt in prompts]
     place = tmp_path_factory.mktemp("needles")

@@ -6,9 +6,7 @@ Budget: see ``test_sparse_prefill``; means and merging are float32.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,8 +36,6 @@ from minference_vllm.selection.build import SparseIndex, build_index
 from minference_vllm.selection.capacity import Capacity
 from minference_vllm.selection.probe_queries import Estimates, mean_keys
 from minference_vllm.selection.scores import Timing
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 needs_native = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
