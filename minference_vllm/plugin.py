@@ -1,30 +1,40 @@
-"""vLLM's entry points. Both are called in every vLLM process, several times, before anything was selected."""
+"""vLLM's entry point. It is called in every vLLM process, several times, before anything was selected."""
 
 from __future__ import annotations
 
+import functools
 import logging
 
 
 def register() -> None:
     """Make the name ``minference`` (``--attention-backend minference``) stand for our backend.
 
-    Where that cannot be (vLLM outside the supported range, its slot for custom backends taken) a warning says why, and
-    the name stays unknown: whoever did not select it must not be kept from serving.
+    Where that cannot be (vLLM outside the supported range, its slot for custom backends taken, or whatever else fails
+    in this vLLM) a warning says why, and the name stays unknown: whoever did not select it must not be kept from
+    serving.
+    """
+    try:
+        make_name_known()
+    except Exception as error:
+        _warn(str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}")
+
+
+def make_name_known() -> None:
+    """What ``register`` does, without its mercy.
+
+    Raises:
+        RuntimeError: vLLM is outside the supported range, or its slot for custom backends is taken.
     """
     from minference_vllm.backend.compat import check_vllm_version, register_name
+    from minference_vllm.backend.cpu_platform import honour_our_name
 
-    try:
-        check_vllm_version()
-        register_name()
-    except RuntimeError as error:
-        logging.getLogger("vllm.minference_vllm").warning("attention backend 'minference' is not available: %s", error)
+    check_vllm_version()
+    # First, so that no name is known that the platform does not honour.
+    honour_our_name()
+    register_name()
 
 
-def cpu_platform() -> str | None:
-    """Our platform class on vLLM's CPU build, None everywhere else.
-
-    vLLM's CPU platform ignores the chosen attention backend; the subclass honours ours and leaves all else alone.
-    """
-    from minference_vllm.backend.compat import is_plain_cpu_platform
-
-    return "minference_vllm.backend.cpu_platform.MInferenceCpuPlatform" if is_plain_cpu_platform() else None
+@functools.cache
+def _warn(reason: str) -> None:
+    """Once per process and reason: vLLM may call ``register`` again."""
+    logging.getLogger("vllm.minference_vllm").warning("attention backend 'minference' is not available: %s", reason)

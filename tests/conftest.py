@@ -54,6 +54,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.is_relative_to(slow))
 
 
+@pytest.fixture
+def install(tmp_path: Path) -> Callable[..., str]:
+    """Install a platform plugin for vLLM: ``install(name, entry_point, source of the module)`` gives its folder."""
+
+    def write(name: str, entry_point: str, source: str = "") -> str:
+        folder = tmp_path / name
+        metadata = folder / f"{name}-1.0.dist-info"
+        metadata.mkdir(parents=True)
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[vllm.platform_plugins]\n{name} = {entry_point}\n")
+        (folder / f"{name}.py").write_text(source)
+        return str(folder)
+
+    return write
+
+
 @pytest.fixture(scope="module")
 def interpreted(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What a test file prints, as JSON in its last line, when it runs as a script in Triton's interpreter."""

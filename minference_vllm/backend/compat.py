@@ -21,15 +21,24 @@ CLASS_PATHS = {
 
 def check_vllm_version() -> None:
     """Raise RuntimeError unless the installed vLLM is in the supported range."""
-    version = importlib.metadata.version("vllm")
+    version = vllm_version()
+    supported = f"minference-vllm supports vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
     try:
         major, minor = (int(part) for part in version.split(".")[:2])
     except ValueError:
-        raise RuntimeError(f"minference-vllm cannot read vLLM's version {version!r}") from None
+        raise RuntimeError(f"{supported}, and cannot read the version {version!r} of this one") from None
     if not OLDEST <= (major, minor) <= NEWEST:
-        raise RuntimeError(
-            f"minference-vllm supports vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, found {version}"
-        )
+        raise RuntimeError(f"{supported}, found {version}")
+
+
+def vllm_version() -> str:
+    """vLLM's version; the package's own word where no distribution named ``vllm`` is installed, as in a source tree."""
+    try:
+        return importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        from vllm import __version__
+
+        return str(__version__)
 
 
 def register_name() -> None:
@@ -48,7 +57,7 @@ def register_name() -> None:
     custom = registry.AttentionBackendEnum.CUSTOM
     if custom.is_overridden() and custom.get_path() not in CLASS_PATHS.values():
         raise RuntimeError(_slot_is_taken_by(custom.get_path()))
-    registry.register_backend(custom, CLASS_PATHS["cpu" if is_plain_cpu_platform() else "cuda"])
+    registry.register_backend(custom, CLASS_PATHS["cpu" if vllm_platform().is_cpu() else "cuda"])
     registry.AttentionBackendEnum._member_map_[NAME] = custom
     if not isinstance(registry._ATTN_OVERRIDES, _WatchedOverrides):
         registry._ATTN_OVERRIDES = _WatchedOverrides(registry._ATTN_OVERRIDES)
@@ -57,7 +66,7 @@ def register_name() -> None:
 def _slot_is_taken_by(path: str) -> str:
     return (
         f"minference-vllm needs vLLM's slot for a custom attention backend, which {path} has taken; "
-        "uninstall that plugin, or leave it out with VLLM_PLUGINS=minference,minference_cpu"
+        "uninstall that plugin, or leave it out with VLLM_PLUGINS=minference"
     )
 
 
@@ -74,22 +83,24 @@ class _WatchedOverrides(dict[Any, str]):
             )
 
 
-def is_plain_cpu_platform() -> bool:
-    """Whether vLLM runs on its built-in CPU platform, and no other package brings a platform of its own."""
-    from vllm import platforms
-
-    if platforms.cpu_platform_plugin() != "vllm.platforms.cpu.CpuPlatform":
-        return False
-    plugins = importlib.metadata.entry_points(group="vllm.platform_plugins")
-    return not any(plugin.load()() for plugin in plugins if plugin.name != "minference_cpu")
-
-
-def current_platform() -> tuple[str, bool, bool]:
-    """The class of vLLM's platform, whether it is for CPUs, and whether it is for CUDA."""
+def vllm_platform() -> Any:
+    """vLLM's platform: one object per process, which all of vLLM imports; found on first use."""
     from vllm.platforms import current_platform
 
-    found = type(current_platform)
-    return f"{found.__module__}.{found.__qualname__}", current_platform.is_cpu(), current_platform.is_cuda()
+    return current_platform
+
+
+def platform_name(platform: Any) -> str:
+    """The class of a platform, with its module."""
+    return f"{type(platform).__module__}.{type(platform).__qualname__}"
+
+
+def serves_what_is_selected(platform: Any) -> bool:
+    """Whether this is a platform of vLLM's that serves the selected attention backend or says why it cannot.
+
+    Only the one for CUDA does: those for CPUs log a line and serve another backend, and so may any that is not vLLM's.
+    """
+    return type(platform).__module__ == "vllm.platforms.cuda"
 
 
 def resolved_class() -> str | None:

@@ -1,31 +1,96 @@
-"""vLLM's CPU platform, which otherwise ignores the chosen attention backend, taught to honour ours."""
+"""vLLM's platform object, which chooses the attention backend, taught to honour ours.
+
+CPU platforms, vLLM's own and those of other plugins, ignore the selected backend, and a platform plugin of ours could
+not help: vLLM takes only one, and none at all with ``VLLM_TARGET_DEVICE=cpu``. So the object in use is taught, whatever
+class it is of, in every process where our name is known.
+"""
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
 from typing import Any
 
-from vllm.platforms.cpu import CpuPlatform
+from minference_vllm.backend.compat import (
+    NAME,
+    is_minference,
+    platform_name,
+    selects_minference,
+    serves_what_is_selected,
+    vllm_platform,
+)
 
-from minference_vllm.backend.compat import CLASS_PATHS, NAME, is_minference, selects_minference
+
+def honour_our_name() -> None:
+    """Where minference is selected, vLLM's platform serves it or refuses to start; else it decides as before.
+    Idempotent."""
+    platform = vllm_platform()
+    if serves_what_is_selected(platform):
+        return
+    for method in (get_attn_backend_cls, check_and_update_config):
+        earlier = vars(platform).get(method.__name__)
+        if not (isinstance(earlier, partial) and earlier.func is method):
+            setattr(platform, method.__name__, partial(method, platform, earlier))
 
 
-class MInferenceCpuPlatform(CpuPlatform):
-    """``CpuPlatform`` in every respect unless minference was selected."""
+def _before(platform: Any, name: str, earlier: Any) -> Any:
+    """The method that would answer without us: one set on the object, or that of its class, which other plugins may
+    still replace after we came."""
+    return earlier or inspect.getattr_static(type(platform), name).__get__(platform, type(platform))
 
-    @classmethod
-    def get_attn_backend_cls(cls, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
-        if is_minference(selected_backend):
-            from vllm.logger import init_logger
 
-            init_logger(f"vllm.{__name__}").info_once("Using %s attention backend on CPU.", NAME)
-            return CLASS_PATHS["cpu"]
-        return super().get_attn_backend_cls(selected_backend, *args, **kwargs)
+def get_attn_backend_cls(platform: Any, earlier: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> Any:
+    """The platform's method of this name.
 
-    @classmethod
-    def check_and_update_config(cls, vllm_config: Any) -> None:
-        super().check_and_update_config(vllm_config)
-        if vllm_config.model_config is not None and selects_minference(vllm_config):
-            # Settings, pattern file and model are validated here, in the first process, before weights are loaded.
-            from minference_vllm.backend.runtime import runtime_for
+    Raises:
+        ValueError: minference is selected, and does not run on this platform or is not what it serves.
+    """
+    before = _before(platform, "get_attn_backend_cls", earlier)
+    if not is_minference(selected_backend):
+        return before(selected_backend, *args, **kwargs)
+    _check_device(platform)
+    if platform.is_cpu():
+        from vllm.logger import init_logger
 
-            runtime_for(vllm_config)
+        init_logger(f"vllm.{__name__}").info_once("Using %s attention backend on CPU.", NAME)
+        return selected_backend.get_path()
+    path = before(selected_backend, *args, **kwargs)
+    if not str(path).startswith("minference_vllm."):
+        raise ValueError(_replaced_by(platform, path))
+    return path
+
+
+def check_and_update_config(platform: Any, earlier: Any, vllm_config: Any) -> None:
+    """The platform's method of this name; with minference, settings, pattern file and model are validated here, in the
+    first process, before weights are loaded.
+
+    Raises:
+        ValueError: minference is selected and cannot serve.
+    """
+    selected = vllm_config.model_config is not None and selects_minference(vllm_config)
+    if selected:
+        _check_device(platform)
+    _before(platform, "check_and_update_config", earlier)(vllm_config)
+    if not selected:
+        return
+    if not selects_minference(vllm_config):
+        raise ValueError(_replaced_by(platform, str(vllm_config.attention_config.backend)))
+    if platform.is_cpu():
+        from minference_vllm.backend.runtime import runtime_for
+
+        runtime_for(vllm_config)
+
+
+def _check_device(platform: Any) -> None:
+    if not (platform.is_cpu() or platform.is_cuda()):
+        raise ValueError(
+            f"minference runs on CPUs and NVIDIA GPUs, and vLLM's platform here is {platform_name(platform)}: "
+            "select another attention backend"
+        )
+
+
+def _replaced_by(platform: Any, backend: str) -> str:
+    return (
+        f"minference is selected, but vLLM's platform {platform_name(platform)} serves {backend}: "
+        "leave the plugin that brings this platform out of VLLM_PLUGINS, or select another attention backend"
+    )

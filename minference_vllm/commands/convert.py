@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minference_vllm.patterns.published import PUBLISHED_KINDS, published_entry
 from minference_vllm.patterns.file import (
     FORMATS,
     Format,
@@ -24,6 +23,7 @@ from minference_vllm.patterns.file import (
     to_text,
 )
 from minference_vllm.patterns.kinds import MAX_NUMBER, PatternError
+from minference_vllm.patterns.published import PUBLISHED_KINDS, published_entry
 
 MAX_NAMED = 5
 """Heads named in one error; the others are counted."""

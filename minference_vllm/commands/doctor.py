@@ -10,6 +10,8 @@ import argparse
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
+import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -52,15 +54,17 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def vllm_is_quiet() -> Iterator[None]:
-    """vLLM's own lines would stand between ours; processes started later log as before."""
-    level = os.environ.get("VLLM_LOGGING_LEVEL")
-    os.environ["VLLM_LOGGING_LEVEL"] = level or "CRITICAL"
+    """Other packages' lines would stand between ours, unless VLLM_LOGGING_LEVEL asks for them.
+
+    By logging itself: newer versions of vLLM set up their loggers after they have logged.
+    """
+    before = logging.root.manager.disable
+    if "VLLM_LOGGING_LEVEL" not in os.environ:
+        logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        del os.environ["VLLM_LOGGING_LEVEL"]
-        if level:
-            os.environ["VLLM_LOGGING_LEVEL"] = level
+        logging.disable(before)
 
 
 def examine() -> Iterator[Finding]:
@@ -105,6 +109,8 @@ def vllm_version() -> Finding:
     )
     found = package("vllm", "!!", install)
     if found.state != "ok":
+        if importlib.util.find_spec("vllm"):
+            found = found._replace(text="not installed as a distribution, which the vllm command asks for its version")
         return found
     try:
         check_vllm_version()
@@ -140,29 +146,37 @@ def bfloat16_is_slow() -> bool:
 
 def backend() -> Iterator[Finding]:
     """vLLM's platform, and what our name stands for there."""
+    from minference_vllm import plugin
     from minference_vllm.backend import compat
 
-    name, is_cpu, is_cuda = compat.current_platform()
-    honoured = is_cuda or (is_cpu and "minference" in name)
-    if honoured:
-        yield Finding("ok", "platform", name)
-    elif is_cpu:
-        yield Finding("!!", "platform", f"{name} does not honour the name", plugin_remedy("minference_cpu"))
-    else:
-        yield Finding("!!", "platform", f"{name}: neither CPU nor CUDA")
-        return
     try:
-        compat.register_name()
+        vllms = compat.vllm_platform()
+    except RuntimeError as error:
+        # Two plugins bring a platform each.
+        yield Finding("!!", "platform", str(error), "name minference and the one to keep in VLLM_PLUGINS")
+        return
+    name = compat.platform_name(vllms)
+    if not (vllms.is_cpu() or vllms.is_cuda()):
+        remedy = "minference has kernels for no other device"
+        if vllms.is_unspecified():
+            remedy = "vLLM found no device of the kind that it was built for: install the vLLM built for this machine"
+        elif not name.startswith("vllm."):
+            remedy = "leave the plugin that brings it out: VLLM_PLUGINS=minference"
+        yield Finding("!!", "platform", f"{name}: neither CPU nor CUDA", remedy)
+        return
+    yield Finding("ok", "platform", name)
+    try:
+        plugin.make_name_known()
     except RuntimeError as error:
         yield Finding("!!", "attention backend", str(error))
         return
-    plugins = {plugin.name for plugin in importlib.metadata.entry_points(group="vllm.general_plugins")}
-    if "minference" not in plugins or not allowed("minference"):
+    plugins = importlib.metadata.entry_points(group="vllm.general_plugins", name="minference")
+    if not plugins or not allowed("minference"):
         yield Finding("!!", "attention backend", "vLLM does not load our plugin", plugin_remedy("minference"))
         return
     path = compat.resolved_class()
     if path is None:
-        leave_out = "uninstall it, or leave it out with VLLM_PLUGINS=minference,minference_cpu"
+        leave_out = "uninstall it, or leave it out with VLLM_PLUGINS=minference"
         yield Finding("!!", "attention backend", "another plugin has taken vLLM's slot for custom backends", leave_out)
         return
     module, _, class_name = path.rpartition(".")
@@ -187,11 +201,10 @@ def kernels() -> Iterator[Finding]:
     """Each kernel that runs an index, and why it cannot run here."""
     import torch
 
-    from minference_vllm.backend import gpu_parent
+    from minference_vllm.backend import compat, gpu_parent
     from minference_vllm.kernels.native import library
 
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    if compat.vllm_platform().is_cuda():
         parent, why = gpu_parent.choose_gpu_parent(*gpu_parent.this_gpu())
         if parent == "FLASH_ATTN":
             yield Finding("ok", "kernel block_table", "vLLM's FlashAttention kernel")

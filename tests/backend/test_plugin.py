@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,28 @@ def fresh(tmp_path: Path, script: str, *arguments: str, **environment: str) -> A
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """What we log in this process."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.minference_vllm")
+    logger.addHandler(handler)
+    plugin._warn.cache_clear()
+    yield lines
+    logger.removeHandler(handler)
+
+
 AFTER_PLUGINS = """
-import json, pickle
+import json, logging, pickle, sys
+lines = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("vllm.minference_vllm").addHandler(handler)
+if "zen" in sys.argv:
+    from vllm import platforms
+    platforms._is_amd_zen_cpu = lambda: True
 from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -48,9 +70,9 @@ from minference_vllm.plugin import register
 register(); register()
 from vllm.platforms import current_platform
 import torch
-from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.selector import AttentionSelectorConfig
 member = AttentionBackendEnum["MINFERENCE"]
+without_us = type(current_platform)()
 asked = AttentionSelectorConfig(head_size=64, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=128)
 others = [None, AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.FLASH_ATTN]
 backend = member.get_class()
@@ -62,11 +84,22 @@ print(json.dumps({
     "platform": type(current_platform).__qualname__,
     "selected": current_platform.get_attn_backend_cls(member, asked),
     "others": [current_platform.get_attn_backend_cls(other, asked) for other in others],
-    "others_without_us": [CpuPlatform.get_attn_backend_cls(other, asked) for other in others],
-    "own_attributes": sorted(n for n in vars(type(current_platform)) if not n.startswith("__")),
-    "is_cpu": current_platform.is_cpu(),
-    "device": str(current_platform.device_type),
+    "others_without_us": [without_us.get_attn_backend_cls(other, asked) for other in others],
+    "own_attributes": sorted(set(vars(current_platform)) - set(vars(without_us))),
+    "copied": pickle.loads(pickle.dumps(current_platform)).get_attn_backend_cls(member, asked),
+    "lines": lines,
 }))
+"""
+FOREIGN_PLATFORM = """
+from vllm.platforms.cpu import CpuPlatform
+
+class ForeignPlatform(CpuPlatform):
+    @classmethod
+    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
+        return "foreign.Attention"
+
+def plugin():
+    return "foreign.ForeignPlatform"
 """
 
 
@@ -83,12 +116,60 @@ def test_the_name_resolves_to_our_class(after_plugins: dict[str, Any]) -> None:
     assert after_plugins["looked_up_by_its_name"], "attention layers look their backend up again by its name"
 
 
-def test_the_cpu_platform_honours_our_name_and_is_vllms_otherwise(after_plugins: dict[str, Any]) -> None:
-    assert after_plugins["platform"] == "MInferenceCpuPlatform"
-    assert after_plugins["selected"] == OUR_CLASS
-    assert after_plugins["others"] == after_plugins["others_without_us"]
-    assert after_plugins["own_attributes"] == ["check_and_update_config", "get_attn_backend_cls"]
-    assert after_plugins["is_cpu"] and after_plugins["device"] == "cpu"
+def check_honoured(found: dict[str, Any], platform: str) -> None:
+    """Our class serves where it was selected, the platform decides all else, and nothing was said."""
+    assert found["platform"].endswith(platform)
+    assert found["selected"] == OUR_CLASS
+    assert found["others"] == found["others_without_us"] and OUR_CLASS not in found["others"]
+    assert found["own_attributes"] == ["check_and_update_config", "get_attn_backend_cls"]
+    assert found["copied"] == OUR_CLASS, "a platform that user code sends to the workers"
+    assert found["lines"] == []
+
+
+def test_vllms_cpu_platform_honours_our_name(after_plugins: dict[str, Any]) -> None:
+    check_honoured(after_plugins, "CpuPlatform")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"VLLM_TARGET_DEVICE": "cpu"}, {"VLLM_PLUGINS": "minference"}, {"VLLM_PLUGINS": "minference,minference_cpu"}],
+    ids=str,
+)
+def test_our_name_is_honoured_where_vllm_loads_no_platform_plugin(tmp_path: Path, environment: dict[str, str]) -> None:
+    check_honoured(fresh(tmp_path, AFTER_PLUGINS, **environment), "CpuPlatform")
+
+
+def test_vllms_platform_for_amd_zen_honours_our_name(tmp_path: Path) -> None:
+    (tmp_path / "zentorch.py").touch()
+    check_honoured(fresh(tmp_path, AFTER_PLUGINS, "zen", PYTHONPATH=str(tmp_path)), "ZenCpuPlatform")
+
+
+def test_another_plugins_cpu_platform_honours_our_name(tmp_path: Path, install: Callable[..., str]) -> None:
+    path = install("foreign", "foreign:plugin", FOREIGN_PLATFORM)
+    found = fresh(tmp_path, AFTER_PLUGINS, PYTHONPATH=path)
+    check_honoured(found, "ForeignPlatform")
+    assert set(found["others"]) == {"foreign.Attention"}
+
+
+def test_a_platform_plugin_that_does_not_load_changes_nothing(tmp_path: Path, install: Callable[..., str]) -> None:
+    """vLLM goes on without it; so do we."""
+    path = install("broken", "no_such_module_anywhere:plugin")
+    check_honoured(fresh(tmp_path, AFTER_PLUGINS, PYTHONPATH=path), "CpuPlatform")
+
+
+def test_a_vllm_without_a_distribution_is_asked_itself(tmp_path: Path) -> None:
+    """A source tree, or a build under another name."""
+    hidden = """
+import importlib.metadata
+real = importlib.metadata.version
+def version(name):
+    if name == "vllm":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(name)
+importlib.metadata.version = version
+"""
+    found = fresh(tmp_path, hidden + AFTER_PLUGINS, VLLM_TARGET_DEVICE="cpu")
+    check_honoured(found, "CpuPlatform")
 
 
 def test_the_choice_survives_the_spawn_of_the_engine_process(after_plugins: dict[str, Any], tmp_path: Path) -> None:
@@ -182,6 +263,34 @@ print(json.dumps(found))
         assert not any(Path(place).is_relative_to(ROOT) for place in places if place), f"{name} is found at {places}"
 
 
+def test_from_the_checkouts_root_vllm_finds_its_own_triton_kernels(tmp_path: Path) -> None:
+    """``python -c`` and ``-m`` have the current folder on the path, and with it our folder of that name."""
+    script = """
+import json, sys, types
+from importlib.machinery import ModuleSpec
+from vllm.utils.import_utils import _has_module, has_triton_kernels
+import vllm.model_executor.layers.fused_moe.config
+before = [has_triton_kernels(), "triton_kernels" in sys.modules]
+try:
+    import triton_kernels.sparse_attention
+except ImportError as error:
+    message = str(error)
+vllms = types.ModuleType("vllm.third_party.triton_kernels")
+vllms.__spec__, vllms.__file__ = ModuleSpec(vllms.__name__, None), "its own"
+sys.modules[vllms.__name__] = vllms
+_has_module.cache_clear()
+after = [has_triton_kernels(), sys.modules["triton_kernels"] is vllms]
+import minference_vllm.triton_kernels
+print(json.dumps([before, message, after]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    before, message, after = json.loads(done.stdout.splitlines()[-1])
+    assert before == [False, False], "there are none on this machine"
+    assert after == [True, True]
+    assert message.startswith("this triton_kernels is a folder of minference-vllm, not OpenAI's package")
+
+
 def test_the_pattern_files_are_installed_with_the_package(tmp_path: Path) -> None:
     script = """
 import json
@@ -213,17 +322,30 @@ def test_an_unreadable_version_is_named(monkeypatch: pytest.MonkeyPatch, version
         compat.check_vllm_version()
 
 
-def test_an_unsupported_vllm_goes_on_without_us(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_vllm_goes_on_without_us(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
     """vLLM does not catch what a general plugin raises: it would keep everybody from serving."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("vllm.minference_vllm")
-    logger.addHandler(handler)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.34.0")
-    try:
-        plugin.register()
-    finally:
-        logger.removeHandler(handler)
-    (line,) = lines
+    plugin.register()
+    plugin.register()
+    (line,) = warnings
     assert "0.34.0" in line and "not available" in line
+
+
+def test_a_vllm_of_unknown_version_goes_on_without_us(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    monkeypatch.setattr("vllm.__version__", "dev")
+    plugin.register()
+    (line,) = warnings
+    assert "cannot read the version 'dev'" in line and "0.26 to 0.33" in line
+
+
+def test_whatever_fails_in_vllm_goes_on_without_us(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
+    def fail() -> None:
+        raise AttributeError("CUSTOM")
+
+    monkeypatch.setattr(compat, "register_name", fail)
+    plugin.register()
+    assert warnings == ["attention backend 'minference' is not available: AttributeError: CUSTOM"]

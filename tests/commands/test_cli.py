@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -339,6 +340,53 @@ def test_doctor_names_a_plugin_that_is_left_out(tool: Callable[..., Ended], monk
     assert "does not work here: attention backend" in ended.out
 
 
+def test_doctor_prints_its_own_lines_alone() -> None:
+    """Also from the checkout's root, where ``python -m`` finds our folder ``triton_kernels``. In a fresh process:
+    packages log while they are first imported. Ready, too, where vLLM loads no platform plugins."""
+    done = subprocess.run(
+        [sys.executable, "-m", "minference_vllm", "doctor"],
+        cwd=DEMO.parents[2],
+        env={**os.environ, "VLLM_TARGET_DEVICE": "cpu", "VLLM_PLUGINS": "minference"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    assert all(line[:2] in ("ok", "--", "  ", "", "Re") for line in done.stdout.splitlines()), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "unspecified", "remedy"),
+    [
+        ("vllm.platforms.interface", True, "install the vLLM built for this machine"),
+        ("vllm.platforms.rocm", False, "minference has kernels for no other device"),
+        ("somebody.elses", False, "leave the plugin that brings it out: VLLM_PLUGINS=minference"),
+    ],
+)
+def test_doctor_names_a_platform_that_is_not_ours(
+    tool: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, module: str, unspecified: bool, remedy: str
+) -> None:
+    kinds = {"is_cpu": False, "is_cuda": False, "is_unspecified": unspecified}
+    methods = {name: staticmethod(lambda answer=answer: answer) for name, answer in kinds.items()}
+    platform = type("Other", (), {"__module__": module, **methods})()
+    monkeypatch.setattr(compat, "vllm_platform", lambda: platform)
+    ended = tool("doctor")
+    assert ended.code == 1 and f"{module}.Other: neither CPU nor CUDA" in ended.out and remedy in ended.out
+    assert "does not work here: platform." in ended.out
+
+
+def test_doctor_names_platform_plugins_of_which_vllm_takes_one(
+    tool: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError("Only one platform plugin can be activated, but got: ['a', 'b']")
+
+    monkeypatch.setattr(compat, "vllm_platform", refuse)
+    ended = tool("doctor")
+    assert ended.code == 1 and "got: ['a', 'b']" in ended.out
+    assert "name minference and the one to keep in VLLM_PLUGINS" in ended.out
+
+
 def test_doctor_names_a_slot_that_is_taken(tool: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "resolved_class", lambda: None)
     ended = tool("doctor")
@@ -354,7 +402,11 @@ def test_doctor_names_a_slot_that_is_taken(tool: Callable[..., Ended], monkeypat
 
 @pytest.mark.parametrize(
     ("version", "text"),
-    [("0.25.1", "supports vLLM 0.26 to 0.33, found 0.25.1"), ("0.34.0", "found 0.34.0"), (None, "not installed")],
+    [
+        ("0.25.1", "supports vLLM 0.26 to 0.33, found 0.25.1"),
+        ("0.34.0", "found 0.34.0"),
+        (None, "not installed as a distribution"),
+    ],
 )
 def test_doctor_names_a_vllm_that_does_not_fit(
     tool: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, version: str | None, text: str

@@ -33,7 +33,7 @@ def server(
     command += ["--served-model-name", "tiny", "--max-model-len", "4096", "--max-num-batched-tokens", "1024"]
     command += ["--attention-backend", "minference", "--additional-config", additional]
     # Without this vLLM adds no routes of plugins.
-    with process_group(command, log, VLLM_PLUGINS="minference,minference_cpu") as process:
+    with process_group(command, log, VLLM_PLUGINS="minference") as process:
         address = f"http://127.0.0.1:{port}"
         give_up = time.monotonic() + 400
         while True:

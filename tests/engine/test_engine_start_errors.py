@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -92,9 +93,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory, write_patterns: Callable[..
     return place
 
 
+NO_CPU = """
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import PlatformEnum
+
+class NPUPlatform(CpuPlatform):
+    _enum = PlatformEnum.OOT
+
+def plugin():
+    return "npu.NPUPlatform"
+"""
+
+
+def configure(folder: Path, cases: dict[str, dict[str, Any]], **environment: str) -> dict[str, str | None]:
+    """What making vLLM's configuration says, for all cases in one process."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    done = subprocess.run(
+        [sys.executable, str(HERE / "configure_process.py"), "cases.json", "errors.json"],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((folder / "errors.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
 @pytest.fixture(scope="module")
 def errors(folder: Path, llama: Path) -> dict[str, str | None]:
-    """What making vLLM's configuration says, for all cases in one process."""
     cases: dict[str, dict[str, Any]] = {
         name: {"model": str(llama), "additional_config": {"minference": settings}}
         for name, (settings, _) in SETTINGS.items()
@@ -102,13 +132,7 @@ def errors(folder: Path, llama: Path) -> dict[str, str | None]:
     cases |= {name: {"model": name} for name in MODELS}
     cases |= {"good": {"model": str(llama)}, "float64": {"model": str(llama), "dtype": "float64"}}
     cases["not_selected"] = {**cases["unknown_setting"], "attention_backend": None}
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, str(HERE / "configure_process.py"), "cases.json", "errors.json"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads((folder / "errors.json").read_text())
-    assert isinstance(found, dict)
-    return found
+    return configure(folder, cases)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -138,6 +162,31 @@ def test_a_good_configuration_passes(errors: dict[str, str | None]) -> None:
 
 def test_settings_of_a_backend_that_nobody_selected_do_no_harm(errors: dict[str, str | None]) -> None:
     assert errors["not_selected"] is None
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"VLLM_TARGET_DEVICE": "cpu"}, {"VLLM_PLUGINS": "minference"}],
+    ids=["another_plugins_platform", "target_device", "no_platform_plugin"],
+)
+def test_every_cpu_platform_validates_our_settings(
+    environment: dict[str, str], folder: Path, llama: Path, install: Callable[..., str]
+) -> None:
+    """The first with a platform of another plugin's, which vLLM passes by in the others."""
+    path = install("foreign", "foreign:plugin", NO_CPU.replace("OOT", "CPU").replace("npu.", "foreign."))
+    bad = {"model": str(llama), "additional_config": {"minference": SETTINGS["unknown_setting"][0]}}
+    cases = {"bad": bad, "good": {"model": str(llama)}, "not_selected": {**bad, "attention_backend": None}}
+    found = configure(folder, cases, PYTHONPATH=path, **environment)
+    assert SETTINGS["unknown_setting"][1] in str(found.pop("bad"))
+    assert found == {"good": None, "not_selected": None}
+
+
+def test_a_device_without_our_kernels_ends_the_start(folder: Path, llama: Path, install: Callable[..., str]) -> None:
+    path = install("npu", "npu:plugin", NO_CPU)
+    cases = {"selected": {"model": str(llama)}, "not_selected": {"model": str(llama), "attention_backend": None}}
+    found = configure(folder, cases, PYTHONPATH=path)
+    assert "vLLM's platform here is npu.NPUPlatform: select another attention backend" in str(found["selected"])
+    assert found["not_selected"] is None
 
 
 def test_the_server_ends_with_our_message_and_loads_nothing(folder: Path, llama: Path, vllm_command: list[str]) -> None:
