@@ -138,12 +138,16 @@ class Layer:
         )
         return self.builder.build(0, common)
 
-    def run(self, impl: Any, metadata: Any, padding: int = 5) -> torch.Tensor:
-        """Forward, with rows behind the batch as vLLM pads it, and an output full of NaN."""
+    def run(self, impl: Any, metadata: Any, padding: int = 5, shares_cache: bool = False) -> torch.Tensor:
+        """Forward, with rows behind the batch as vLLM pads it, and an output full of NaN.
+
+        Args:
+            shares_cache: the layer has no keys and values of its own: it reads those of another layer.
+        """
         tokens = self.batch.query.shape[0] + padding
         query = torch.full((tokens, self.heads, DIM), torch.nan, dtype=self.dtype)
         query[: tokens - padding] = self.batch.query
-        key = torch.zeros(tokens, self.kv_heads, DIM, dtype=self.dtype)
+        key = None if shares_cache else torch.zeros(tokens, self.kv_heads, DIM, dtype=self.dtype)
         output = torch.full_like(query, torch.nan)
         assert impl.forward(self.layer, query, key, key, self.cache, metadata, output) is output
         assert torch.isnan(output[tokens - padding :]).all(), "rows behind the batch were written"

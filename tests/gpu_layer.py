@@ -154,6 +154,8 @@ class Layer:
         self.cache = layout(batch.key_cache, batch.value_cache)
         self.indices: list[SparseIndex] = []
         self.dense_calls: list[Any] = []
+        self.new_rows: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []
+        """Keys and values that the parent was called with."""
 
     def watched_attend_chunk(self, *arguments: Any, **keywords: Any) -> SparseIndex:
         index = attend_chunk(*arguments, **keywords)
@@ -165,6 +167,7 @@ class Layer:
     ) -> torch.Tensor:
         """In place of the parent: dense causal attention of the metadata's requests."""
         self.dense_calls.append(metadata)
+        self.new_rows.append((key, value))
         starts = metadata.query_start_loc.tolist()
         assert len(query) >= metadata.num_actual_tokens == starts[-1]
         for request, seq_len in enumerate(metadata.seq_lens.tolist()):
@@ -199,12 +202,16 @@ class Layer:
         }
         return CommonAttentionMetadata(**fields | changes)
 
-    def run(self, metadata: Any, padding: int = 5) -> torch.Tensor:
-        """Forward, with rows behind the batch as vLLM pads it, and an output full of NaN."""
+    def run(self, metadata: Any, padding: int = 5, shares_cache: bool = False) -> torch.Tensor:
+        """Forward, with rows behind the batch as vLLM pads it, and an output full of NaN.
+
+        Args:
+            shares_cache: the layer has no keys and values of its own: it reads those of another layer.
+        """
         tokens = self.batch.query.shape[0] + padding
         query = torch.full((tokens, HEADS, DIM), torch.nan, dtype=DTYPE)
         query[: tokens - padding] = self.batch.query
-        key = torch.zeros(tokens, KV_HEADS, DIM, dtype=DTYPE)
+        key = None if shares_cache else torch.zeros(tokens, KV_HEADS, DIM, dtype=DTYPE)
         output = torch.full_like(query, torch.nan)
         assert self.impl.forward(self.layer, query, key, key, self.cache, metadata, output) is output
         assert torch.isnan(output[tokens - padding :]).all(), "rows behind the batch were written"

@@ -120,6 +120,16 @@ def test_a_stride_that_does_not_fit_the_pages_is_refused_at_the_start(
         make_cpu_layer([(0, 10)], patterns=[*KINDS[:7], {"kind": "antidiagonal", "stride": stride}])
 
 
+def test_a_layer_that_shares_another_ones_cache(make_cpu_layer: Callable[..., Layer]) -> None:
+    """It is called without keys and values, beside chunks that are served densely, too."""
+    layer = make_cpu_layer(MIXED)
+    metadata = layer.metadata()
+    assert metadata.sparse and metadata.dense_runs
+    output = layer.run(layer.impl, metadata, shares_cache=True)
+    assert_right(layer, output, SPARSE)
+    assert torch.equal(output, layer.run(layer.impl, metadata))
+
+
 def test_warm_up_without_metadata_writes_nothing(make_cpu_layer: Callable[..., Layer]) -> None:
     layer = make_cpu_layer([(0, 400)])
     assert torch.isnan(layer.run(layer.impl, None)).all()

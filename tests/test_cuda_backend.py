@@ -29,6 +29,19 @@ def test_a_mixed_batch(layout: Callable[..., torch.Tensor], make_gpu_layer: Call
     assert counters.computed_pairs == sum(float(index.to_mask().sum()) for index in layer.indices)
 
 
+def test_a_layer_that_shares_another_ones_cache(make_gpu_layer: Callable[..., Layer]) -> None:
+    """It is called without keys and values, and so is the parent for the requests between sparse chunks."""
+    layer = make_gpu_layer(MIXED)
+    metadata = layer.builder.build(0, layer.common())
+    assert metadata.sparse and metadata.dense_runs
+    output = layer.run(metadata, shares_cache=True)
+    assert_right(layer, output, SPARSE)
+    assert layer.new_rows == [(None, None)] * len(metadata.dense_runs)
+    layer.run(metadata)
+    lengths = [rows.stop - rows.start for _, rows, _ in metadata.dense_runs]
+    assert [(len(key), len(value)) for key, value in layer.new_rows[-len(lengths) :]] == [(n, n) for n in lengths]
+
+
 @pytest.mark.parametrize("requests", [[(500, 1), (9, 1), (700, 1)], [(0, 50)], [(0, 299)], [(700, 99), (3, 1)]])
 def test_batches_without_a_sparse_chunk_take_the_parents_path(
     requests: list[tuple[int, int]], parent: Parent, make_gpu_layer: Callable[..., Layer]

@@ -166,15 +166,19 @@ class SplittingImpl(AttentionImpl):
         self,
         layer: Any,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: Any,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As the parent's; chunks that the plan names are computed under a sparse index."""
+        """As the parent's; chunks that the plan names are computed under a sparse index.
+
+        Args:
+            key, value: of the new tokens; None in a layer that shares another one's cache.
+        """
         sparse = getattr(attn_metadata, "sparse", None)
         if not sparse or self.dense_only or self.runs_densely(layer):
             return super().forward(
@@ -182,8 +186,9 @@ class SplittingImpl(AttentionImpl):
             )
         assert self.patterns is not None
         for _, rows, metadata in attn_metadata.dense_runs:
+            new_key, new_value = (None if new is None else new[rows] for new in (key, value))
             super().forward(
-                layer, query[rows], key[rows], value[rows], kv_cache, metadata, output[rows],
+                layer, query[rows], new_key, new_value, kv_cache, metadata, output[rows],
                 output_scale, output_block_scale,
             )  # fmt: skip
         cache = self.paged_cache(layer, kv_cache, query.dtype)
