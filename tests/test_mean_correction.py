@@ -140,6 +140,20 @@ def test_with_every_page_kept_nothing_changes(paged_batch: Callable[..., Any]) -
 
 
 @needs_native
+@pytest.mark.parametrize("behind", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_lies_behind_the_last_token_makes_no_difference(
+    dtype: torch.dtype, behind: float, paged_batch: Callable[..., Any]
+) -> None:
+    shape: dict[str, Any] = {"query_lens": [300], "context_lens": [333], "dtype": dtype}
+    clean, found = (
+        sparse_prefill(*paged_batch(**shape, behind=filled).arguments, PATTERNS, engine="native")
+        for filled in (0.0, behind)
+    )
+    assert torch.isfinite(clean).all() and torch.equal(found, clean)
+
+
+@needs_native
 @pytest.mark.parametrize("layout", ["transposed", "amx"])
 def test_caches_of_other_layouts(layout: Layout, paged_batch: Callable[..., Any]) -> None:
     """``auto`` takes the one CPU engine that can, whatever the layout is faster for."""

@@ -188,3 +188,21 @@ def test_many_columns_need_several_rounds_of_scratch_pages(
     out, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, return_index=True)
     assert any(bool(index.num_columns.any()) for index in indices)
     check(batch, out, indices)
+
+
+@pytest.mark.parametrize("behind", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, FLOAT32], ids=str)
+def test_what_lies_behind_the_last_token_makes_no_difference(
+    dtype: torch.dtype, block_size: int, behind: float, engine_name: str, served_batch: Callable[..., Any]
+) -> None:
+    """A cache holds there what was left by others; multiplied by a weight of 0 it must not become NaN."""
+    shape: dict[str, Any] = {"query_lens": [200, 65, 9, 64], "context_lens": [111, 0, 77, 64], "heads": 18}
+    outputs = []
+    for filled in (0.0, behind):
+        batch = served_batch(**shape, block_size=block_size, dtype=dtype, behind=filled)
+        patterns = [*batch.patterns[:8], *batch.adaptive_patterns[:10]]
+        outputs.append(sparse_prefill(*batch.arguments, patterns, engine=engine_name))
+    clean, found = outputs
+    assert torch.isfinite(clean).all()
+    assert torch.equal(found, clean)
