@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 
-from minference_vllm.attend import DTYPES
 from minference_vllm.audit import Counters
 from minference_vllm.backend.compat import add_worker_method
 from minference_vllm.discovery import discover_patterns, total_query_heads
@@ -17,6 +16,7 @@ from minference_vllm.mean_correction import heads_with
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import Antidiagonal, HeadPattern, PatternFile
 from minference_vllm.plan import Chunk
+from minference_vllm.prefill_checks import DTYPES
 from minference_vllm.recall import RaisedLevels
 from minference_vllm.settings import Settings, load_settings
 
