@@ -8,11 +8,21 @@ from typing import Any
 import pytest
 import torch
 from cpu_layer import FIRST, PAGE, SECOND, Layer, two_chunks
-from layer_inputs import ADAPTIVE_KINDS, HEADS, KINDS, MIN_CONTEXT, MIXED, SPARSE, assert_right
+from layer_inputs import ADAPTIVE_KINDS, DIM, HEADS, KINDS, MIN_CONTEXT, MIXED, SPARSE, assert_right
 
+from minference_vllm import attend
 from minference_vllm.audit import Counters
-from minference_vllm.engines import native
+from minference_vllm.engines import cpu_kernel, native
 from minference_vllm.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
+
+
+def builder_with(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A builder that is told of the layer, as vLLM's engine does."""
+    from minference_vllm.backend import splitting
+
+    layer.layer.impl = layer.impl
+    monkeypatch.setattr(splitting, "get_layers_from_vllm_config", lambda *arguments: {"layer": layer.layer})
+    return type(layer.builder)(layer.builder.kv_cache_spec, [], layer.builder.vllm_config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kinds", [KINDS, ADAPTIVE_KINDS], ids=["fixed", "adaptive"])
@@ -97,6 +107,56 @@ def test_the_source_of_the_patterns_is_logged(
     layer = make_cpu_layer([(0, 10)])
     (line,) = [line for line in lines if "patterns from" in line]
     assert str(layer.folder / "patterns.json") in line and f"min_context = {MIN_CONTEXT}" in line
+
+
+@pytest.mark.parametrize("engine", ["auto", "block_table", "native"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_kernels_that_run_are_logged(
+    dtype: torch.dtype, engine: str, monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]
+) -> None:
+    from minference_vllm.backend import splitting
+
+    if engine == "native" and native.unsupported_reason(dtype, PAGE, DIM):
+        pytest.skip(str(native.unsupported_reason(dtype, PAGE, DIM)))
+    lines: list[str] = []
+    record = lambda message, *values: lines.append(message % values)  # noqa: E731
+    monkeypatch.setattr(splitting.logger, "info_once", record, raising=False)
+    layer = make_cpu_layer([(0, 400)], dtype=dtype, settings={"engine": engine})
+    (line,) = [line for line in lines if "patterns from" in line]
+    assert "; no layer of this KV-cache group runs sparsely;" in line, "this builder was given no layers"
+    lines.clear()
+    layer.builder = builder_with(layer, monkeypatch)
+    (line,) = [line for line in lines if "patterns from" in line]
+    ran: list[str] = []
+    runner = attend._runner
+    monkeypatch.setattr(attend, "_runner", lambda engine, query: ran.append(engine) or runner(engine, query))
+    layer.run(layer.impl, layer.metadata())
+    (name,) = ran
+    expected = {
+        "native": f"our {native.instructions(dtype)} kernels (engine 'native')",
+        "block_table": "vLLM's CPU kernel (engine 'block_table'",
+    }
+    assert expected[name] in line
+    assert ("our " in line) == (name == "native")
+    if dtype == torch.float16 and engine == "auto":
+        assert "(engine 'block_table': torch.float16 is neither bfloat16 nor float32)" in line
+
+
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
+def test_with_amx_the_log_says_why_and_where_our_kernels_still_run(
+    monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]
+) -> None:
+    found = []
+    for corrected in (False, True):
+        layer = make_cpu_layer([(0, 400)], patterns=[{**CORRECTED, "mean_correction": corrected}] * HEADS)
+        assert not layer.impl.runs_densely(layer.layer)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_kernel, "layout_for", lambda *arguments: "amx")
+            found.append(layer.impl.kernels(torch.bfloat16, PAGE))
+    assert found == [
+        "vLLM's CPU kernel (engine 'block_table': the faster one with AMX)",
+        f"our {native.instructions()} kernels (engine 'native')",
+    ]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

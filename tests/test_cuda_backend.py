@@ -95,6 +95,31 @@ def test_kernels_are_compiled_with_the_builder_on_a_gpu_alone(
 
 
 @only("FlashAttention")
+@pytest.mark.parametrize(
+    ("engine", "kernels"),
+    [
+        ("auto", "our Triton kernels (engine 'triton')"),
+        ("triton", "our Triton kernels (engine 'triton')"),
+        ("block_table", "vLLM's FlashAttention kernel (engine 'block_table')"),
+    ],
+)
+def test_the_kernels_that_run_are_logged(
+    engine: str, kernels: str, monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
+) -> None:
+    from minference_vllm.backend import splitting
+
+    layer = make_gpu_layer([(0, 400)], settings={"engine": engine})
+    attention = SimpleNamespace(layer_name=layer.layer.layer_name, impl=layer.impl, _k_scale=torch.tensor(1.0))
+    monkeypatch.setattr(splitting, "get_layers_from_vllm_config", lambda *arguments: {"layer": attention})
+    lines: list[str] = []
+    record = lambda message, *values: lines.append(message % values)  # noqa: E731
+    monkeypatch.setattr(splitting.logger, "info_once", record, raising=False)
+    type(layer.builder)(layer.builder.kv_cache_spec, [], layer.builder.vllm_config, torch.device("cpu"))
+    (line,) = [line for line in lines if "patterns from" in line]
+    assert f"; {kernels}; sparse from " in line
+
+
+@only("FlashAttention")
 def test_runs_do_not_share_the_parents_schedule(
     monkeypatch: pytest.MonkeyPatch, parent: Parent, make_gpu_layer: Callable[..., Layer]
 ) -> None:

@@ -14,11 +14,12 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from minference_vllm.attend import no_lse_reason
+from minference_vllm.attend import choose_engine, no_lse_reason
 from minference_vllm.backend.compat import NAME
 from minference_vllm.backend.runtime import check_page_size, refuse_mean_correction, unsupported_layer_reasons
 from minference_vllm.backend.splitting import SplittingBuilder, SplittingImpl, SplittingMetadata
 from minference_vllm.engines import cpu_kernel, native
+from minference_vllm.mean_correction import heads_with
 from minference_vllm.paged_cache import PagedCache
 
 
@@ -73,6 +74,18 @@ class MInferenceCPUImpl(SplittingImpl, CPUAttentionBackendImpl):
             if reason or engine == "block_table":
                 refuse_mean_correction(self.runtime, no_lse_reason(reason))
         return reasons
+
+    def kernels(self, dtype: torch.dtype, block_size: int) -> str:
+        assert self.patterns is not None
+        wanted, corrected = self.runtime.settings.engine, bool(heads_with(self.patterns))
+        pages = torch.empty(1, self.num_kv_heads, block_size, 2 * self.head_size, dtype=dtype)
+        cache = self.paged_cache(None, pages, dtype)
+        if choose_engine(wanted, dtype, cache, with_lse=corrected) == "native":
+            return f"our {native.instructions(dtype)} kernels (engine 'native')"
+        if wanted != "auto":
+            return "vLLM's CPU kernel (engine 'block_table')"
+        reason = native.unsupported_cache_reason(dtype, cache) or "the faster one with AMX"
+        return f"vLLM's CPU kernel (engine 'block_table': {reason})"
 
     def paged_cache(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedCache:
         num_blocks, num_kv_heads, block_size, _ = kv_cache.shape

@@ -105,6 +105,11 @@ class GPUImpl(SplittingImpl):
             logger.info_once("minference: some layers run densely: FP8 cache with a scale per head")
         return one_scale_per_head or super().runs_densely(layer)
 
+    def kernels(self, dtype: torch.dtype, block_size: int) -> str:
+        if self.runtime.settings.engine == "block_table":
+            return "vLLM's FlashAttention kernel (engine 'block_table')"
+        return "our Triton kernels (engine 'triton')"
+
     def paged_cache(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedCache:
         key, value = compat.gpu_pages(kv_cache, self.head_size)
         if self.kv_cache_dtype not in FP8:

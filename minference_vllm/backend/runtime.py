@@ -11,7 +11,6 @@ import torch
 from minference_vllm.audit import Counters
 from minference_vllm.backend.compat import add_worker_method
 from minference_vllm.discovery import discover_patterns, total_query_heads
-from minference_vllm.engines import native
 from minference_vllm.mean_correction import heads_with
 from minference_vllm.paged_cache import PagedCache
 from minference_vllm.patterns import Antidiagonal, HeadPattern, PatternFile
@@ -52,16 +51,14 @@ class Runtime:
     recorder: Recorder | None = None
     """While a model is calibrated; every sparse chunk then runs densely."""
 
-    @property
-    def summary(self) -> str:
-        """One line for the log: where the patterns come from, and the settings that are not at their default."""
+    def summary(self, kernels: str) -> str:
+        """One line for the log: where the patterns come from, and the settings that are not at their default.
+
+        Args:
+            kernels: what attends sparse chunks (``SplittingImpl.kernels``).
+        """
         changed = self.settings.model_dump(exclude_defaults=True, exclude={"patterns"})
         settings = ", ".join(f"{name} = {value}" for name, value in changed.items()) or "default settings"
-        if torch.cuda.is_available():
-            kernels = "Triton kernels"
-        else:
-            native_reason = native.unavailable_reason()
-            kernels = f"no native kernels ({native_reason})" if native_reason else f"{native.instructions()} kernels"
         return f"patterns from {self.source}; {settings}; {kernels}; sparse from {self.settings.min_context} tokens"
 
 

@@ -59,7 +59,13 @@ class SplittingBuilder(AttentionMetadataBuilder):
         # Decodes may replay a CUDA graph of the parent's path: whatever the setting says, they are never ours.
         decode_len = 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
         self.min_chunk = max(self.runtime.settings.min_chunk, decode_len + 1)
-        logger.info_once("minference: %s", self.runtime.summary)
+        logger.info_once("minference: %s", self.runtime.summary(self._kernels()))
+
+    def _kernels(self) -> str:
+        """What attends the sparse chunks of these layers, for the log."""
+        dtype, block_size = self.vllm_config.model_config.dtype, self.kv_cache_spec.block_size
+        found = {layer.impl.kernels(dtype, block_size) for layer in self.sparse_layers}
+        return ", ".join(sorted(found)) or "no layer of this KV-cache group runs sparsely"
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -151,6 +157,14 @@ class SplittingImpl(AttentionImpl):
 
         Raises:
             ValueError: the engine that the user named cannot run.
+        """
+        raise NotImplementedError
+
+    def kernels(self, dtype: torch.dtype, block_size: int) -> str:
+        """What attends this layer's sparse chunks, by which engine, for the log; of a layer that knows its patterns.
+
+        Args:
+            dtype: the model's. block_size: tokens per page.
         """
         raise NotImplementedError
 
