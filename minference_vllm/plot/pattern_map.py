@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import colorsys
+import itertools
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,12 +15,31 @@ from minference_vllm.patterns import KINDS, HeadPattern
 if TYPE_CHECKING:
     from matplotlib.patches import Patch
 
+RGB = tuple[float, float, float]
 # Okabe and Ito's colours, which people tell apart whatever their eyes, and grey.
 _PALETTE = ("#999999", "#E69F00", "#F0E442", "#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#D55E00", "#000000")
-COLOURS: dict[str, str] = dict(zip(KINDS, _PALETTE, strict=True))
 FIXED_COLOUR = "#FFFFFF"
 MOST_LABELLED = 128
 """Heads up to which every cell also holds its budgets."""
+
+
+def kind_colours(kinds: Sequence[str]) -> dict[str, RGB]:
+    """A colour for each kind of pattern, all of them different: the palette's first, then others around the circle."""
+    # Steps of the golden ratio come back to no hue they have had.
+    others = (colorsys.hls_to_rgb(step * 0.618034 % 1, 0.75, 0.6) for step in itertools.count())
+    return dict(zip(kinds, itertools.chain(map(_rgb, _PALETTE), others), strict=False))
+
+
+def text_colour(background: RGB) -> str:
+    """Black or white, whichever stands out more: by WCAG's contrast, which is then 4.58 at least."""
+    linear = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in background)
+    luminance = sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return "black" if (luminance + 0.05) / 0.05 >= 1.05 / (luminance + 0.05) else "white"
+
+
+def _rgb(colour: str) -> RGB:
+    red, green, blue = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    return red, green, blue
 
 
 def draw_pattern_map(
@@ -31,20 +52,23 @@ def draw_pattern_map(
         title: which model this is.
         fixed: layer -> what runs there whatever the patterns say.
     """
-    from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     fixed = fixed or {}
-    heads = len(layers[0])
+    heads, colours = len(layers[0]), kind_colours(KINDS)
     runs = {layer: patterns for layer, patterns in enumerate(layers) if layer not in fixed}
     labelled = len(layers) * heads <= MOST_LABELLED
-    cell = (1.1, 0.55) if labelled else (0.26, 0.22)
-    width, height = max(6.0, cell[0] * heads + 5), max(3.2, cell[1] * len(layers) + 1.5)
+    handles = _legend(runs, fixed, labelled, colours)
+    # In inches: a cell's lines, of 7 points, and the legend's, of 10, take that much.
+    budgets = max((len(dict(pattern)) - 1 for patterns in runs.values() for pattern in patterns), default=0)
+    cell = (1.1, max(0.55, 0.13 * budgets + 0.1)) if labelled else (0.26, 0.22)
+    legend = 0.08 * len(handles) + 0.17 * sum(1 + str(handle.get_label()).count("\n") for handle in handles)
+    width, height = max(6.0, cell[0] * heads + 5), max(3.2, cell[1] * len(layers) + 1.5, legend + 1.2)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     image = [
-        [to_rgb(COLOURS[pattern.kind] if layer in runs else FIXED_COLOUR) for pattern in patterns]
+        [colours[pattern.kind] if layer in runs else _rgb(FIXED_COLOUR) for pattern in patterns]
         for layer, patterns in enumerate(layers)
     ]
     axes.imshow(image, aspect="auto", interpolation="nearest", extent=(-0.5, heads - 0.5, len(layers) - 0.5, -0.5))
@@ -54,12 +78,12 @@ def draw_pattern_map(
         axes.text((heads - 1) / 2, layer, reason, ha="center", va="center", fontsize=7)
     for layer, patterns in runs.items() if labelled else ():
         for head, pattern in enumerate(patterns):
-            budgets = "\n".join(str(value) for name, value in pattern if name != "kind")
-            axes.text(head, layer, budgets, ha="center", va="center", fontsize=7)
+            text = "\n".join(str(value) for name, value in pattern if name != "kind")
+            colour = text_colour(colours[pattern.kind])
+            axes.text(head, layer, text, ha="center", va="center", fontsize=7, color=colour)
     for axis, name in ((axes.xaxis, "query head"), (axes.yaxis, "layer")):
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.set_label_text(name)
-    handles = _legend(runs, fixed, labelled)
     axes.legend(handles=handles, title="pattern: heads", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     lines = (textwrap.fill(line, int(11 * width)) for line in title.splitlines())
     figure.suptitle("\n".join(lines), fontsize=11)
@@ -68,17 +92,19 @@ def draw_pattern_map(
     return path
 
 
-def _legend(runs: Mapping[int, Sequence[HeadPattern]], fixed: Mapping[int, str], labelled: bool) -> list[Patch]:
+def _legend(
+    runs: Mapping[int, Sequence[HeadPattern]], fixed: Mapping[int, str], labelled: bool, colours: Mapping[str, RGB]
+) -> list[Patch]:
     """A patch per kind with its number of heads and, where cells hold budgets, what these are."""
     from matplotlib.patches import Patch
 
     counts = Counter(str(pattern.kind) for patterns in runs.values() for pattern in patterns)
     fields = {str(pattern.kind): ", ".join(dict(pattern)) for patterns in runs.values() for pattern in patterns}
     legend = []
-    for kind in (kind for kind in KINDS if kind in counts):
+    for kind in (kind for kind in colours if kind in counts):
         named = fields[kind].removeprefix("kind").removeprefix(", ")
         label = f"{kind}: {counts[kind]}" + (f"\n({named})" if labelled and named else "")
-        legend.append(Patch(facecolor=COLOURS[kind], label=label))
+        legend.append(Patch(facecolor=colours[kind], label=label))
     if fixed:
         legend.append(Patch(facecolor=FIXED_COLOUR, edgecolor="black", label="no pattern runs"))
     return legend
