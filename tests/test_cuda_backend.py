@@ -116,7 +116,7 @@ def test_the_kernels_that_run_are_logged(
     monkeypatch.setattr(splitting.logger, "info_once", record, raising=False)
     type(layer.builder)(layer.builder.kv_cache_spec, [], layer.builder.vllm_config, torch.device("cpu"))
     (line,) = [line for line in lines if "patterns from" in line]
-    assert f"; {kernels}; sparse from " in line
+    assert f"; attention by {kernels}; sparse from " in line
 
 
 @only("FlashAttention")

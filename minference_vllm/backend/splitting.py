@@ -65,7 +65,7 @@ class SplittingBuilder(AttentionMetadataBuilder):
         """What attends the sparse chunks of these layers, for the log."""
         dtype, block_size = self.vllm_config.model_config.dtype, self.kv_cache_spec.block_size
         found = {layer.impl.kernels(dtype, block_size) for layer in self.sparse_layers}
-        return ", ".join(sorted(found)) or "no layer of this KV-cache group runs sparsely"
+        return f"attention by {', '.join(sorted(found))}" if found else "no layer of this KV-cache group runs sparsely"
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
