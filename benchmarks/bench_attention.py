@@ -36,11 +36,13 @@ from synthetic import Structure, structured_qkv
 from minference_vllm import reference
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
+from minference_vllm.core.sparse_index import SparseIndex
+from minference_vllm.core.tiling import whole_tile
 from minference_vllm.kernels.block_table import cpu_ops as cpu_kernel
+from minference_vllm.kernels.choose import choose
 from minference_vllm.patterns.kinds import AShape, BlockSparse, Coverage, HeadPattern, LowRank, TriShape, VerticalSlash
-from minference_vllm.prefill.attend import attend_chunk, choose_engine, choose_tile
-from minference_vllm.selection.build import SparseIndex
-from minference_vllm.selection.scores import Timing
+from minference_vllm.prefill.attend import attend_chunk
+from minference_vllm.prefill.timing import Timing
 
 # Fixed budgets are about 4K tokens per row; low_rank and coverage are the defaults on CPUs and on GPUs.
 PATTERNS: dict[str, HeadPattern] = {
@@ -142,8 +144,8 @@ def sampled_check(
     group = query.shape[1] // keys.shape[0]
     errors, recalls = [], []
     for row in rows.tolist():
-        position = index.context_len + row
-        tile = torch.searchsorted(index.tile_starts, torch.tensor([position]), right=True) - 1
+        position = index.tiling.context_len + row
+        tile = torch.searchsorted(index.tiling.starts, torch.tensor([position]), right=True) - 1
         for kv_head in range(keys.shape[0]):
             heads = slice(kv_head * group, (kv_head + 1) * group)
             mask = index.tile_mask(tile, heads)[..., : position + 1]
@@ -215,7 +217,7 @@ def measure(
     dense_s, sparse_s = statistics.median(dense_seconds), statistics.median(sparse_seconds)
     attend_s = statistics.median(t.attend for t in timings)
     row = {
-        "engine": choose_engine(engine, query.dtype, cache),
+        "kernel": choose(engine, query.dtype, cache),
         "pattern": pattern_name,
         "context": context,
         "chunk": chunk_len,
@@ -287,7 +289,7 @@ def measure_peer(
 
 def check_peers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Leave with the reason when a named peer cannot run at one of the sizes."""
-    tile = choose_tile(args.tile, args.block_size)
+    tile = whole_tile(args.tile, args.block_size)
     for name in args.peer:
         for context in args.context:
             chunk = min(args.chunk or context, context)

@@ -35,13 +35,14 @@ import torch
 from record import emit
 from synthetic import SHAPES, structured_qkv
 
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.native import attention as native
 from minference_vllm.offline.capture import Layer, capture_layers
 from minference_vllm.patterns.kinds import HeadPattern, parse_head_pattern
 from minference_vllm.prefill.mean_correction import heads_with
 from minference_vllm.prefill.recall import sample_rows
-from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.build import build_index
 from minference_vllm.selection.probe_queries import SPREAD_FROM, Estimates
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
@@ -63,8 +64,8 @@ PATTERNS = (
 class SharedQueries(Estimates):
     """One choice of columns and diagonals for all query heads of a KV head."""
 
-    def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = super().last_query(range(self.query.shape[1]))
+    def column_diagonal(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = super().column_diagonal(range(self.query.shape[1]))
         group = self.query.shape[1] // self.keys.shape[0]
         shared = (score.unflatten(0, (-1, group)).mean(1).repeat_interleave(group, 0) for score in scores)
         columns, diagonals = (score[list(heads)] for score in shared)
@@ -74,8 +75,8 @@ class SharedQueries(Estimates):
 class LastQueries(Estimates):
     """The chunk's last 64 queries choose, as in MInference."""
 
-    def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return Estimates(self.query[1 - SPREAD_FROM :], self.keys, self.scale).last_query(heads)
+    def column_diagonal(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return Estimates(self.query[1 - SPREAD_FROM :], self.keys, self.scale).column_diagonal(heads)
 
 
 QUERIES = {"spread": Estimates, "last": LastQueries, "kv_head": SharedQueries}
@@ -168,13 +169,13 @@ def measure(
 
 def compare(of: Rows, head: int, index: SparseIndex, rows: torch.Tensor, scale: float) -> tuple[float, float, float]:
     """Recall, relative output error, and that with mean correction."""
-    positions, size = rows + index.context_len, index.block_size
-    tiles = torch.searchsorted(index.tile_starts, positions, right=True) - 1
+    positions, size = rows + index.tiling.context_len, index.tiling.block_size
+    tiles = torch.searchsorted(index.tiling.starts, positions, right=True) - 1
     selected = index.tile_mask(tiles, slice(head, head + 1))[0] & (of.logits > -torch.inf)
     kept = of.weights * selected
     recall = kept.sum(-1, keepdim=True)
 
-    pages = index.seq_len // size
+    pages = index.tiling.seq_len // size
     mean_keys, mean_values = (x[: pages * size].unflatten(0, (pages, size)).mean(1) for x in (of.keys, of.values))
     pruned = ~selected[:, : pages * size].unflatten(1, (pages, size)).any(-1)
     pruned &= torch.arange(1, pages + 1) * size <= positions[:, None]

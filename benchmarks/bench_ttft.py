@@ -85,7 +85,7 @@ def engine_options(args: argparse.Namespace, model: Path, pattern: str) -> tuple
     patterns = PatternFile(provenance="benchmarks/bench_attention.py", default=PATTERNS[pattern])
     file = model / f"{pattern}.json"
     file.write_text(patterns.model_dump_json())
-    settings = {"patterns": str(file), "min_context": args.min_context, "engine": args.engine, "log_interval": 0}
+    settings = {"patterns": str(file), "min_context": args.min_context, "kernel": args.engine, "log_interval": 0}
     options |= {"attention_backend": "minference", "additional_config": {"minference": settings}}
     return options, environment
 
@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace, engine: Engine, context: int) -> dict[str,
             if turn:  # the first one warms up
                 timings.append(timed)
     return {
-        "engine": args.engine,
+        "kernel": args.engine,
         "pattern": engine.name,
         "context": context,
         "chunk": args.chunk,

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from minference_vllm.selection.build import SparseIndex
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.selection.compaction import compact
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def minference(problem: Problem) -> Peer:
     # It knows no groups of query heads: each gets its own copy of the keys and values.
     query = problem.query.transpose(0, 1)[None]
     keys, values = (rows.transpose(0, 1).repeat_interleave(group, 0)[None] for rows in (problem.keys, problem.values))
-    lengths = torch.tensor([problem.index.seq_len], dtype=torch.int32, device=query.device)
+    lengths = torch.tensor([problem.index.tiling.seq_len], dtype=torch.int32, device=query.device)
     lists = lists_of_64_rows(problem.index)
 
     def attend() -> torch.Tensor:
@@ -229,18 +229,18 @@ def one_list_per_head(index: SparseIndex) -> SparseIndex:
 
 def everything(index: SparseIndex) -> SparseIndex:
     """Causal attention without a selection, over the index's tiles."""
-    reach = ((index.tile_starts[1:] - 1) // index.block_size + 1).to(torch.int32)
+    reach = ((index.tiling.starts[1:] - 1) // index.tiling.block_size + 1).to(torch.int32)
     num_blocks = reach.expand(index.num_heads, -1)
     return dataclasses.replace(index, blocks=no_list(index), num_blocks=num_blocks, **no_columns(index))
 
 
 def columns_as_blocks(index: SparseIndex) -> SparseIndex:
     """The index with whole blocks in place of its columns."""
-    total = -(-index.seq_len // index.block_size)
+    total = -(-index.tiling.seq_len // index.tiling.block_size)
     # One block more than there are, for the entries that name none.
     held = torch.zeros(*index.num_blocks.shape, total + 1, dtype=torch.bool, device=index.blocks.device)
     held.scatter_(2, torch.where(listed(index), listed_blocks(index), total).long(), True)
-    held.scatter_(2, torch.where(index.columns < 0, total, index.columns // index.block_size).long(), True)
+    held.scatter_(2, torch.where(index.columns < 0, total, index.columns // index.tiling.block_size).long(), True)
     blocks, num_blocks = compact(held[..., :total])
     return dataclasses.replace(index, blocks=blocks, num_blocks=num_blocks, **no_columns(index))
 
@@ -249,10 +249,14 @@ def block_mask(index: SparseIndex) -> BlockMask:
     """FlexAttention's form of an index without columns whose chunk starts at a tile's border."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    context_len, size, total = index.context_len, index.block_size, -(-index.seq_len // index.block_size)
+    context_len, size, total = (
+        index.tiling.context_len,
+        index.tiling.block_size,
+        -(-index.tiling.seq_len // index.tiling.block_size),
+    )
     blocks = listed_blocks(index)
     # Blocks that end before the tile begins need no mask; they are the first of every list.
-    whole = (listed(index) & ((blocks + 1) * size <= index.tile_starts[:-1, None])).sum(-1, keepdim=True)
+    whole = (listed(index) & ((blocks + 1) * size <= index.tiling.starts[:-1, None])).sum(-1, keepdim=True)
     blocks = pad(blocks, (0, total - blocks.shape[-1])).clamp(min=0)
     rest = blocks.gather(2, (torch.arange(total, device=blocks.device) + whole).clamp(max=total - 1))
 
@@ -265,9 +269,9 @@ def block_mask(index: SparseIndex) -> BlockMask:
         rest[None],
         num_whole[None],
         blocks[None],
-        BLOCK_SIZE=(index.tile, size),
+        BLOCK_SIZE=(index.tiling.tile, size),
         mask_mod=causal,
-        seq_lengths=(index.seq_len - context_len, index.seq_len),
+        seq_lengths=(index.tiling.seq_len - context_len, index.tiling.seq_len),
         compute_q_blocks=False,  # these serve the backward pass
     )
 
@@ -293,10 +297,10 @@ class Lists(NamedTuple):
 def lists_of_64_rows(index: SparseIndex) -> Lists:
     """See ``lists_reason`` for the sizes that it can express."""
     device = index.blocks.device
-    first = torch.arange(index.context_len, index.seq_len, ROWS, device=device)
-    tile = torch.searchsorted(index.tile_starts, first, right=True) - 1
-    within = torch.arange(0, index.block_size, ROWS, dtype=torch.int32, device=device)
-    offsets = (listed_blocks(index).index_select(1, tile)[..., None] * index.block_size + within).flatten(2)
+    first = torch.arange(index.tiling.context_len, index.tiling.seq_len, ROWS, device=device)
+    tile = torch.searchsorted(index.tiling.starts, first, right=True) - 1
+    within = torch.arange(0, index.tiling.block_size, ROWS, dtype=torch.int32, device=device)
+    offsets = (listed_blocks(index).index_select(1, tile)[..., None] * index.tiling.block_size + within).flatten(2)
     # A tile has blocks that begin after its first rows.
     named = listed(index).index_select(1, tile).repeat_interleave(len(within), 2) & (offsets <= first[:, None])
     block_count = named.sum(-1, dtype=torch.int32)

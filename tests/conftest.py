@@ -17,10 +17,10 @@ import torch
 from paged_inputs import PagedBatch, make_batch
 
 from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.kernels.choose import choose
 from minference_vllm.kernels.native import attention as native
-from minference_vllm.prefill.attend import choose_engine
 
-ENGINES = ("block_table", "native")
+KERNELS = ("block_table", "native")
 """Engines that every test of ``sparse_prefill`` runs with; another one needs its name here and nothing else."""
 GPU_ENGINES = ("triton", "block_table")
 """The same for tensors on a GPU."""
@@ -88,9 +88,9 @@ def interpreted(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.fixture(
-    params=[*ENGINES, *(pytest.param(f"cuda:{name}", marks=pytest.mark.gpu) for name in GPU_ENGINES)],
+    params=[*KERNELS, *(pytest.param(f"cuda:{name}", marks=pytest.mark.gpu) for name in GPU_ENGINES)],
 )
-def engine_name(request: pytest.FixtureRequest) -> Iterator[str]:
+def kernel_name(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each engine; the test is skipped where it cannot run on this machine at all. With a GPU's engine all tensors that
     the test makes, but for the random ones, are made on the GPU."""
     device, _, name = str(request.param).rpartition(":")
@@ -109,11 +109,11 @@ def skip_unless_served() -> Callable[[str, PagedBatch], None]:
     return _skip_unless_served
 
 
-def _skip_unless_served(engine_name: str, batch: PagedBatch) -> None:
+def _skip_unless_served(kernel_name: str, batch: PagedBatch) -> None:
     """Skip the test, with the engine's own reason, when it does not serve such a cache."""
     cache = PagedCache(batch.key_cache.transpose(1, 2), batch.value_cache.transpose(1, 2), "rows")
     try:
-        choose_engine(engine_name, batch.query.dtype, cache)
+        choose(kernel_name, batch.query.dtype, cache)
     except ValueError as reason:
         pytest.skip(str(reason))
 
@@ -125,12 +125,12 @@ def paged_batch() -> Callable[..., PagedBatch]:
 
 
 @pytest.fixture
-def served_batch(engine_name: str) -> Callable[..., PagedBatch]:
+def served_batch(kernel_name: str) -> Callable[..., PagedBatch]:
     """``make_batch``, for caches that the engine serves; the test is skipped for others."""
 
     def make(**arguments: Any) -> PagedBatch:
         batch = make_batch(**arguments)
-        _skip_unless_served(engine_name, batch)
+        _skip_unless_served(kernel_name, batch)
         return batch
 
     return make

@@ -35,6 +35,7 @@ PARTS: dict[str, set[str]] = {
     "mean_correction": {"torch"},
     "recall": {"torch"},
     "paged_estimates": {"torch"},
+    "prefill_checks": {"torch"},
     "attend": {"torch"},
     "audit": set(),
     "backend": {"torch", "vllm", "fastapi", "prometheus_client"},

@@ -103,7 +103,7 @@ def test_a_bad_variable_is_named_as_a_variable() -> None:
 
 def test_several_problems_come_in_one_message() -> None:
     with pytest.raises(SettingsError) as error:
-        load_settings(configured(min_context=-1, engine="cuda", colour="red"), {})
+        load_settings(configured(min_context=-1, kernel="cuda", colour="red"), {})
     for word in ("min_context", "engine", "block_table", "colour"):
         assert word in str(error.value)
 

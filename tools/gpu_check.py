@@ -47,7 +47,7 @@ HEADS, KV_HEADS, HEAD_SIZE, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336
 PAGE = TILE = 128
 SHAPE = ["--heads", str(HEADS), "--kv-heads", str(KV_HEADS), "--head-size", str(HEAD_SIZE)]
 # Guessed minutes of each step.
-MINUTES = {"tests": 10, "sanitizer": 15, "kernels": 5, "attention": 45, "engine": 30, "ttft": 30, "plot": 1}
+MINUTES = {"tests": 10, "sanitizer": 15, "kernels": 5, "attention": 45, "kernel": 30, "ttft": 30, "plot": 1}
 QUICK_MINUTES = {"tests": 3, "attention": 6, "plot": 1}
 SANITIZER = "compute-sanitizer"
 # By pytest's -k. Under a sanitizer a kernel takes 10 to 100 times as long.
@@ -174,7 +174,7 @@ def items_of(step: str, quick: bool, longest: int) -> Iterator[Item]:
         return attention(contexts, quick)
     if step == "ttft":
         return ttft(longest)
-    return {"sanitizer": sanitizer, "kernels": kernels, "engine": engine, "plot": plot}[step]()
+    return {"sanitizer": sanitizer, "kernels": kernels, "kernel": engine, "plot": plot}[step]()
 
 
 def run(command: Command, seconds: float | None = None) -> str:

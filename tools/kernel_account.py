@@ -233,7 +233,7 @@ def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
     of_rows, of_tiles = low_rank.launch_shape(rank, TILE)
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "peak_lse": (low_rank.peak_lse_kernel, of_rows),
-        "tile_levels": (low_rank.tile_levels_kernel, of_tiles),
+        "tile_bins": (low_rank.tile_levels_kernel, of_tiles),
         "mass": (low_rank.mass_kernel, {"BLOCK_N": low_rank.WEIGHTS}),
     }
     rows = []

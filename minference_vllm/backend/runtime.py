@@ -11,7 +11,6 @@ from minference_vllm.backend.compat import add_worker_method
 from minference_vllm.backend.counters import Counters
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.kernels.choose import DTYPES
-from minference_vllm.kernels.native import library
 from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.prefill.recall import RaisedSteps
@@ -41,16 +40,14 @@ class Runtime:
     recorder: Recorder | None = None
     """While a model is calibrated; every sparse chunk then runs densely."""
 
-    @property
-    def summary(self) -> str:
-        """One line for the log: where the patterns come from, and the settings that are not at their default."""
+    def summary(self, kernels: str) -> str:
+        """One line for the log: where the patterns come from, and the settings that are not at their default.
+
+        Args:
+            kernels: what attends sparse chunks, see ``kernels.choose.description``.
+        """
         changed = self.settings.model_dump(exclude_defaults=True, exclude={"patterns"})
         settings = ", ".join(f"{name} = {value}" for name, value in changed.items()) or "default settings"
-        if torch.cuda.is_available():
-            kernels = "Triton kernels"
-        else:
-            native_reason = library.unavailable_reason()
-            kernels = f"no native kernels ({native_reason})" if native_reason else f"{library.instructions()} kernels"
         return f"patterns from {self.source}; {settings}; {kernels}; sparse from {self.settings.min_context} tokens"
 
 

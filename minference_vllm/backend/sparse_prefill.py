@@ -23,7 +23,7 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.page_means import PageMeans
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import PREFILL_FROM, Chunk, plan_batch
-from minference_vllm.kernels.choose import choose
+from minference_vllm.kernels.choose import choose, description
 from minference_vllm.selection.families import family_of, mean_corrected_heads
 
 # A child of vLLM's own logger, so that our lines appear where vLLM's do.
@@ -65,7 +65,12 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         # Decodes may replay a CUDA graph of the parent's path: whatever the setting says, they are never ours.
         decode_len = 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
         self.min_chunk = max(self.runtime.settings.min_chunk, decode_len + 1)
-        logger.info_once("minference: %s", self.runtime.summary)
+        logger.info_once("minference: %s", self.runtime.summary(self._kernels()))
+
+    def _kernels(self) -> str:
+        """What attends the sparse chunks of these layers, for the log."""
+        found = {layer.impl.attends for layer in self.sparse_layers}
+        return f"attention by {', '.join(sorted(found))}" if found else "no layer of this KV-cache group runs sparsely"
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -137,6 +142,8 @@ class SparsePrefillImpl(AttentionImpl):
         self.first_head = get_tensor_model_parallel_rank() * self.num_heads
         self.sparse_layer: SparseLayer | None = None
         """How sparse chunks run; None before ``prepare``, and where every chunk runs densely."""
+        self.attends = ""
+        """What attends sparse chunks, for the log."""
         self.page_means: PageMeans | None = None
         self.dense_only = False
         """Whether something about the layer, not its patterns, keeps it dense."""
@@ -199,29 +206,35 @@ class SparsePrefillImpl(AttentionImpl):
             kernel = choose(settings.kernel, dtype, cache, with_lse=bool(mean_corrected_heads(patterns)))
         except ValueError as error:
             raise ValueError(f"minference: patterns from {self.runtime.source}: {error}") from None
+        self.attends = description(kernel, settings.kernel, dtype, cache)
         self.sparse_layer = SparseLayer(number, self.first_head, patterns, kernel)
 
     def forward(
         self,
         layer: Any,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: Any,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As the parent's; chunks that the plan names are computed under a sparse index."""
+        """As the parent's; chunks that the plan names are computed under a sparse index.
+
+        Args:
+            key, value: of the new tokens; None in a layer that shares another one's cache.
+        """
         sparse = getattr(attn_metadata, "sparse", None)
         if not sparse or self.sparse_layer is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         for _, rows, metadata in attn_metadata.dense_runs:
+            new_key, new_value = (None if new is None else new[rows] for new in (key, value))
             super().forward(
-                layer, query[rows], key[rows], value[rows], kv_cache, metadata, output[rows],
+                layer, query[rows], new_key, new_value, kv_cache, metadata, output[rows],
                 output_scale, output_block_scale,
             )  # fmt: skip
         cache = self.paged_cache(layer, kv_cache, query.dtype)

@@ -83,7 +83,8 @@ class PagedCache:
         return self._by_head(unpack_keys(self.key.index_select(0, pages), self.layout)), self.values_by_head(pages)
 
     def _by_head(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.transpose(0, 1).reshape(self.num_kv_heads, -1, self.head_size)
+        # Of a single page, stored transposed, the reshaped rows would be a view.
+        return rows.transpose(0, 1).reshape(self.num_kv_heads, -1, self.head_size).contiguous()
 
     def gather_rows(self, pages: torch.Tensor, slots: torch.Tensor, kv_heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Keys and values of single tokens, as rows.

@@ -61,6 +61,25 @@ def _on_gpu(name: str, dtype: torch.dtype, cache: PagedCache) -> Kernel:
     return _block_table_on_gpu() if name == "block_table" else _triton()
 
 
+def description(kernel: Kernel, wanted: str, dtype: torch.dtype, cache: PagedCache) -> str:
+    """What attends, in words for the log.
+
+    Args:
+        kernel: as ``choose`` gave it for the other arguments.
+        wanted: the setting; ``auto`` is told why it is not our own kernel.
+    """
+    if kernel.name == "native":
+        return f"our {library.instructions(dtype)} kernels (kernel 'native')"
+    if kernel.name == "triton":
+        return "our Triton kernels (kernel 'triton')"
+    if cache.key.is_cuda:
+        return "vLLM's FlashAttention kernel (kernel 'block_table')"
+    if wanted != "auto":
+        return "vLLM's CPU kernel (kernel 'block_table')"
+    reason = library.unsupported_cache_reason(dtype, cache) or "the faster one with AMX"
+    return f"vLLM's CPU kernel (kernel 'block_table': {reason})"
+
+
 def no_lse_reason(native_reason: str | None) -> str:
     """Why vLLM's CPU kernel cannot serve mean correction, and why ``native`` cannot either, if so."""
     return f"{NO_LSE}, but {native_reason}" if native_reason else NO_LSE

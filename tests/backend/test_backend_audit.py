@@ -17,10 +17,10 @@ from minference_vllm.backend.runtime import Runtime
 from minference_vllm.backend.serving import audit_is_due
 from minference_vllm.core.plan import Chunk
 from minference_vllm.patterns import kinds as patterns
-from minference_vllm.patterns.kinds import MAX_LEVEL, Coverage
 from minference_vllm.patterns.file import PatternFile
+from minference_vllm.patterns.kinds import MAX_STEP, Coverage
 from minference_vllm.prefill import recall
-from minference_vllm.selection.capacity import audit_frequency
+from minference_vllm.prefill.recall import audit_frequency
 from minference_vllm.settings import Settings
 
 
@@ -82,7 +82,7 @@ def test_recall_of_audited_chunks_is_counted_per_layer_and_head(make_cpu_layer: 
     for number, (request, audit, index) in enumerate(zip(SPARSE, layer.audits, layer.indices, strict=True)):
         assert audit is not None and audit.recall is not None and audit.levels == (0,) * HEADS
         query, keys = layer.batch.query[layer.batch.rows(request)], layer.batch.keys(request)
-        recall = reference.attention_recall(query, keys, index.to_mask(), index.context_len, layer.scale)
+        recall = reference.attention_recall(query, keys, index.to_mask(), index.tiling.context_len, layer.scale)
         exact[number] = recall[:, audit.rows].mean(1)
         assert audit.recall.tolist() == pytest.approx(exact[number].tolist(), abs=0.01)
     for (_, head), found in layer.counters.recall.items():
@@ -131,7 +131,7 @@ MISFITS: list[dict[str, Any]] = [
 FITTING = (1, 4)
 
 
-@pytest.mark.parametrize("max_level", [1, MAX_LEVEL])
+@pytest.mark.parametrize("max_level", [1, MAX_STEP])
 def test_heads_below_the_floor_are_served_right_and_stay_raised(
     max_level: int,
     make_cpu_layer: Callable[..., Layer],
@@ -141,7 +141,7 @@ def test_heads_below_the_floor_are_served_right_and_stay_raised(
 
     # With one level only, no head gets the chance to be served by low_rank.
     for module in (patterns, recall, serving):
-        monkeypatch.setattr(module, "MAX_LEVEL", max_level)
+        monkeypatch.setattr(module, "MAX_STEP", max_level)
 
     lines: list[str] = []
     monkeypatch.setattr(
@@ -196,10 +196,12 @@ def test_another_request_begins_with_its_own_patterns(make_cpu_layer: Callable[.
 def test_the_log_line_tells_recall_and_raised_heads(
     make_cpu_layer: Callable[..., Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minference_vllm.backend import splitting
+    from minference_vllm.prefill.api import sparse_prefill
 
     lines: list[str] = []
-    monkeypatch.setattr(splitting.logger, "info", lambda message, *values, **options: lines.append(message % values))
+    monkeypatch.setattr(
+        sparse_prefill.logger, "info", lambda message, *values, **options: lines.append(message % values)
+    )
     layer = make_cpu_layer([FIRST], patterns=MISFITS, settings={"recall_floor": 0.98, "log_interval": 1e-9})
     for batch in two_chunks(layer):
         layer.fill(batch)

@@ -8,11 +8,21 @@ from typing import Any
 import pytest
 import torch
 from cpu_layer import FIRST, PAGE, SECOND, Layer, two_chunks
-from layer_inputs import ADAPTIVE_KINDS, HEADS, KINDS, MIN_CONTEXT, MIXED, SPARSE, assert_right
+from layer_inputs import ADAPTIVE_KINDS, DIM, HEADS, KINDS, MIN_CONTEXT, MIXED, SPARSE, assert_right
 
+from minference_vllm import attend
 from minference_vllm.backend.counters import Counters
 from minference_vllm.core.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
-from minference_vllm.kernels.native import attention as native
+from minference_vllm.engines import cpu_kernel, native
+
+
+def builder_with(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A builder that is told of the layer, as vLLM's engine does."""
+    from minference_vllm.prefill.api import sparse_prefill
+
+    layer.layer.impl = layer.impl
+    monkeypatch.setattr(sparse_prefill, "get_layers_from_vllm_config", lambda *arguments: {"layer": layer.layer})
+    return type(layer.builder)(layer.builder.kv_cache_spec, [], layer.builder.vllm_config, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kinds", [KINDS, ADAPTIVE_KINDS], ids=["fixed", "adaptive"])
@@ -74,11 +84,11 @@ def test_layers_that_we_do_not_serve_run_as_vllms(
 
 
 def test_the_reason_is_logged(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]) -> None:
-    from minference_vllm.backend import splitting
+    from minference_vllm.prefill.api import sparse_prefill
 
     lines: list[str] = []
     record = lambda message, *values: lines.append(message % values)  # noqa: E731
-    monkeypatch.setattr(splitting.logger, "info_once", record, raising=False)
+    monkeypatch.setattr(sparse_prefill.logger, "info_once", record, raising=False)
     make_cpu_layer([(0, 10)])
     assert not [line for line in lines if "densely" in line]
     make_cpu_layer([(0, 10)], options={"sliding_window": 128, "logits_soft_cap": 20.0})
@@ -89,14 +99,64 @@ def test_the_reason_is_logged(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: C
 def test_the_source_of_the_patterns_is_logged(
     monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]
 ) -> None:
-    from minference_vllm.backend import splitting
+    from minference_vllm.prefill.api import sparse_prefill
 
     lines: list[str] = []
     record = lambda message, *values: lines.append(message % values)  # noqa: E731
-    monkeypatch.setattr(splitting.logger, "info_once", record, raising=False)
+    monkeypatch.setattr(sparse_prefill.logger, "info_once", record, raising=False)
     layer = make_cpu_layer([(0, 10)])
     (line,) = [line for line in lines if "patterns from" in line]
     assert str(layer.folder / "patterns.json") in line and f"min_context = {MIN_CONTEXT}" in line
+
+
+@pytest.mark.parametrize("engine", ["auto", "block_table", "native"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_kernels_that_run_are_logged(
+    dtype: torch.dtype, engine: str, monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]
+) -> None:
+    from minference_vllm.prefill.api import sparse_prefill
+
+    if engine == "native" and native.unsupported_reason(dtype, PAGE, DIM):
+        pytest.skip(str(native.unsupported_reason(dtype, PAGE, DIM)))
+    lines: list[str] = []
+    record = lambda message, *values: lines.append(message % values)  # noqa: E731
+    monkeypatch.setattr(sparse_prefill.logger, "info_once", record, raising=False)
+    layer = make_cpu_layer([(0, 400)], dtype=dtype, settings={"kernel": engine})
+    (line,) = [line for line in lines if "patterns from" in line]
+    assert "; no layer of this KV-cache group runs sparsely;" in line, "this builder was given no layers"
+    lines.clear()
+    layer.builder = builder_with(layer, monkeypatch)
+    (line,) = [line for line in lines if "patterns from" in line]
+    ran: list[str] = []
+    runner = attend._runner
+    monkeypatch.setattr(attend, "_runner", lambda engine, query: ran.append(engine) or runner(engine, query))
+    layer.run(layer.impl, layer.metadata())
+    (name,) = ran
+    expected = {
+        "native": f"our {native.instructions(dtype)} kernels (engine 'native')",
+        "block_table": "vLLM's CPU kernel (engine 'block_table'",
+    }
+    assert expected[name] in line
+    assert ("our " in line) == (name == "native")
+    if dtype == torch.float16 and engine == "auto":
+        assert "(engine 'block_table': torch.float16 is neither bfloat16 nor float32)" in line
+
+
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
+def test_with_amx_the_log_says_why_and_where_our_kernels_still_run(
+    monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]
+) -> None:
+    found = []
+    for corrected in (False, True):
+        layer = make_cpu_layer([(0, 400)], patterns=[{**CORRECTED, "mean_correction": corrected}] * HEADS)
+        assert not layer.impl.runs_densely(layer.layer)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_kernel, "layout_for", lambda *arguments: "amx")
+            found.append(layer.impl.kernels(torch.bfloat16, PAGE))
+    assert found == [
+        "vLLM's CPU kernel (engine 'block_table': the faster one with AMX)",
+        f"our {native.instructions()} kernels (engine 'native')",
+    ]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -118,6 +178,16 @@ def test_a_stride_that_does_not_fit_the_pages_is_refused_at_the_start(
         ValueError, match=rf"patterns\.json.*: antidiagonal stride {stride} must divide the page size.* 64"
     ):
         make_cpu_layer([(0, 10)], patterns=[*KINDS[:7], {"kind": "antidiagonal", "stride": stride}])
+
+
+def test_a_layer_that_shares_another_ones_cache(make_cpu_layer: Callable[..., Layer]) -> None:
+    """It is called without keys and values, beside chunks that are served densely, too."""
+    layer = make_cpu_layer(MIXED)
+    metadata = layer.metadata()
+    assert metadata.sparse and metadata.dense_runs
+    output = layer.run(layer.impl, metadata, shares_cache=True)
+    assert_right(layer, output, SPARSE)
+    assert torch.equal(output, layer.run(layer.impl, metadata))
 
 
 def test_warm_up_without_metadata_writes_nothing(make_cpu_layer: Callable[..., Layer]) -> None:
@@ -173,7 +243,7 @@ def test_nothing_of_ours_runs_for_decodes(
     """Above all no reading of lengths, which would copy them from a GPU."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
-    from minference_vllm.backend import splitting
+    from minference_vllm.prefill.api import sparse_prefill
 
     def never(*arguments: Any) -> Any:
         raise AssertionError("called for a batch of decodes")
@@ -181,7 +251,7 @@ def test_nothing_of_ours_runs_for_decodes(
     layer = make_cpu_layer([(500, 1), (9, 1), (700, 15)])
     metadata = CPUAttentionMetadata.__new__(CPUAttentionMetadata)
     monkeypatch.setattr(CPUAttentionMetadataBuilder, "build", lambda *arguments: metadata)
-    monkeypatch.setattr(splitting, "plan_batch", never)
+    monkeypatch.setattr(sparse_prefill, "plan_batch", never)
     monkeypatch.setattr(Counters, "count_batch", never)
     monkeypatch.setattr(Counters, "line_when_due", never)
     assert layer.metadata() is metadata
@@ -190,8 +260,8 @@ def test_nothing_of_ours_runs_for_decodes(
 def test_pooled_estimates_keep_the_pages_of_the_chunk_before(
     make_cpu_layer: Callable[..., Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minference_vllm.backend import splitting
     from minference_vllm.core import page_means as summaries
+    from minference_vllm.prefill.api import sparse_prefill
 
     read: list[int] = []
     unpack = summaries.unpack_keys
@@ -203,7 +273,7 @@ def test_pooled_estimates_keep_the_pages_of_the_chunk_before(
         layer = make_cpu_layer([FIRST], patterns=[{"kind": "block_sparse", "top_k": 1}] * HEADS)
         layer.layer.impl = layer.impl
         found = {"layer": layer.layer} if kept else {}
-        monkeypatch.setattr(splitting, "get_layers_from_vllm_config", lambda *arguments, found=found: found)
+        monkeypatch.setattr(sparse_prefill, "get_layers_from_vllm_config", lambda *arguments, found=found: found)
         builder = type(layer.builder)(
             layer.builder.kv_cache_spec, [], layer.builder.vllm_config, torch.device("cpu")
         )  # fmt: skip
@@ -243,7 +313,7 @@ def test_heads_with_mean_correction_are_served(make_cpu_layer: Callable[..., Lay
 @pytest.mark.parametrize(
     ("settings", "dtype", "message"),
     [
-        ({"engine": "block_table"}, torch.bfloat16, "vLLM's CPU kernel does not give"),
+        ({"kernel": "block_table"}, torch.bfloat16, "vLLM's CPU kernel does not give"),
         ({}, torch.float16, "engine 'native' does, but .*"),
     ],
     ids=["block_table", "auto without native kernels for the dtype"],

@@ -29,6 +29,19 @@ def test_a_mixed_batch(layout: Callable[..., torch.Tensor], make_gpu_layer: Call
     assert counters.computed_pairs == sum(float(index.to_mask().sum()) for index in layer.indices)
 
 
+def test_a_layer_that_shares_another_ones_cache(make_gpu_layer: Callable[..., Layer]) -> None:
+    """It is called without keys and values, and so is the parent for the requests between sparse chunks."""
+    layer = make_gpu_layer(MIXED)
+    metadata = layer.builder.build(0, layer.common())
+    assert metadata.sparse and metadata.dense_runs
+    output = layer.run(metadata, shares_cache=True)
+    assert_right(layer, output, SPARSE)
+    assert layer.new_rows == [(None, None)] * len(metadata.dense_runs)
+    layer.run(metadata)
+    lengths = [rows.stop - rows.start for _, rows, _ in metadata.dense_runs]
+    assert [(len(key), len(value)) for key, value in layer.new_rows[-len(lengths) :]] == [(n, n) for n in lengths]
+
+
 @pytest.mark.parametrize("requests", [[(500, 1), (9, 1), (700, 1)], [(0, 50)], [(0, 299)], [(700, 99), (3, 1)]])
 def test_batches_without_a_sparse_chunk_take_the_parents_path(
     requests: list[tuple[int, int]], parent: Parent, make_gpu_layer: Callable[..., Layer]
@@ -64,7 +77,8 @@ def test_kernels_are_compiled_with_the_builder_on_a_gpu_alone(
 ) -> None:
     from vllm.v1.attention.backend import AttentionMetadataBuilder
 
-    from minference_vllm.backend import gpu, splitting
+    from minference_vllm.backend import gpu
+    from minference_vllm.prefill.api import sparse_prefill
 
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(gpu, "warm_up", lambda *arguments: calls.append(arguments))
@@ -73,12 +87,37 @@ def test_kernels_are_compiled_with_the_builder_on_a_gpu_alone(
     attention = SimpleNamespace(layer_name=layer.layer.layer_name, impl=layer.impl, _k_scale=torch.tensor(1.0))
     dense = SimpleNamespace(impl=SimpleNamespace(dense_only=True))
     layers = {"sparse": attention, "somebody else's": dense}
-    monkeypatch.setattr(splitting, "get_layers_from_vllm_config", lambda *arguments: layers)
+    monkeypatch.setattr(sparse_prefill, "get_layers_from_vllm_config", lambda *arguments: layers)
     spec, config = layer.builder.kv_cache_spec, layer.builder.vllm_config
     # The parent's would allocate.
     monkeypatch.setattr(parent.builder, "__init__", AttentionMetadataBuilder.__init__)
     type(layer.builder)(spec, list(layers), config, torch.device("cuda"))
     assert calls == [([attention], spec, DTYPE, layer.impl.runtime.settings, torch.device("cuda"))]
+
+
+@only("FlashAttention")
+@pytest.mark.parametrize(
+    ("engine", "kernels"),
+    [
+        ("auto", "our Triton kernels (engine 'triton')"),
+        ("triton", "our Triton kernels (engine 'triton')"),
+        ("block_table", "vLLM's FlashAttention kernel (engine 'block_table')"),
+    ],
+)
+def test_the_kernels_that_run_are_logged(
+    engine: str, kernels: str, monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
+) -> None:
+    from minference_vllm.prefill.api import sparse_prefill
+
+    layer = make_gpu_layer([(0, 400)], settings={"kernel": engine})
+    attention = SimpleNamespace(layer_name=layer.layer.layer_name, impl=layer.impl, _k_scale=torch.tensor(1.0))
+    monkeypatch.setattr(sparse_prefill, "get_layers_from_vllm_config", lambda *arguments: {"layer": attention})
+    lines: list[str] = []
+    record = lambda message, *values: lines.append(message % values)  # noqa: E731
+    monkeypatch.setattr(sparse_prefill.logger, "info_once", record, raising=False)
+    type(layer.builder)(layer.builder.kv_cache_spec, [], layer.builder.vllm_config, torch.device("cpu"))
+    (line,) = [line for line in lines if "patterns from" in line]
+    assert f"; attention by {kernels}; sparse from " in line
 
 
 @only("FlashAttention")

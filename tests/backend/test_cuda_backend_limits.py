@@ -25,12 +25,12 @@ from layer_inputs import HEADS, MIXED
 def test_batches_that_we_do_not_serve(
     change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
 ) -> None:
-    from minference_vllm.backend import splitting
+    from minference_vllm.prefill.api import sparse_prefill
 
     layer = make_gpu_layer([(0, 400)])
     lines: list[str] = []
     record = lambda message, *values: lines.append(message % values)  # noqa: E731
-    monkeypatch.setattr(splitting.logger, "info_once", record, raising=False)
+    monkeypatch.setattr(sparse_prefill.logger, "info_once", record, raising=False)
     assert not getattr(layer.builder.build(0, layer.common(**change)), "sparse", ())
     assert len(lines) == 1 and reason in lines[0]
 
@@ -67,7 +67,7 @@ def test_layers_that_we_do_not_serve_run_as_vllms(
 def test_the_block_table_engine_knows_no_soft_cap(
     monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
 ) -> None:
-    layer = make_gpu_layer([(0, 400)], settings={"engine": "block_table"})
+    layer = make_gpu_layer([(0, 400)], settings={"kernel": "block_table"})
     monkeypatch.setattr(layer.impl, "logits_soft_cap", 20.0)
     model = SimpleNamespace(model_config=SimpleNamespace(dtype=DTYPE))
     assert layer.impl.dense_reasons(model) == ["soft cap on logits"]
@@ -85,10 +85,10 @@ def test_our_kernel_knows_soft_caps_and_fp8_caches(
 
 def test_engines_of_the_other_machine_are_refused(make_gpu_layer: Callable[..., Layer]) -> None:
     with pytest.raises(ValueError, match="engine 'native' runs on CPUs"):
-        make_gpu_layer([(0, 400)], settings={"engine": "native"})
+        make_gpu_layer([(0, 400)], settings={"kernel": "native"})
 
 
 @only("TritonAttention")
 def test_the_block_table_engine_needs_flash_attention(make_gpu_layer: Callable[..., Layer]) -> None:
     with pytest.raises(ValueError, match="'block_table' runs on vLLM's FlashAttention, which this GPU does not have"):
-        make_gpu_layer([(0, 400)], settings={"engine": "block_table"})
+        make_gpu_layer([(0, 400)], settings={"kernel": "block_table"})

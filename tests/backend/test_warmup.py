@@ -210,7 +210,7 @@ def interpret() -> None:
         make_layer(AShape(sink=40, local=40)),
         make_layer(PeakThreshold(sink=0, window=0, mean_correction=True)),
     ]
-    settings = Settings(engine="triton", tile=32)
+    settings = Settings(kernel="triton", tile=32)
 
     def record(variants: list[Any]) -> None:
         for module in (antidiagonal, estimate, low_rank, sparse_attention):

@@ -122,20 +122,22 @@ def test_heads_that_share_a_list_get_one_each(pattern: HeadPattern, planned: boo
 
 def test_columns_become_whole_blocks(given: Problem) -> None:
     whole, index = peers.columns_as_blocks(given.index), given.index
-    mask, total = index.to_mask(), -(-index.seq_len // index.block_size)
-    causal = reference.causal_mask(index.context_len, index.seq_len)
+    mask, total = index.to_mask(), -(-index.tiling.seq_len // index.tiling.block_size)
+    causal = reference.causal_mask(index.tiling.context_len, index.tiling.seq_len)
     for tile in range(index.num_tiles):
-        rows = slice(*(index.tile_starts[tile : tile + 2] - index.context_len).tolist())
-        keys = torch.nn.functional.pad(mask[:, rows].any(1), (0, total * index.block_size - index.seq_len))
-        held = keys.view(-1, total, index.block_size).any(-1).repeat_interleave(index.block_size, 1)
-        expected = held[:, None, : index.seq_len] & causal[rows]
+        rows = slice(*(index.tiling.starts[tile : tile + 2] - index.tiling.context_len).tolist())
+        keys = torch.nn.functional.pad(
+            mask[:, rows].any(1), (0, total * index.tiling.block_size - index.tiling.seq_len)
+        )
+        held = keys.view(-1, total, index.tiling.block_size).any(-1).repeat_interleave(index.tiling.block_size, 1)
+        expected = held[:, None, : index.tiling.seq_len] & causal[rows]
         torch.testing.assert_close(whole.to_mask()[:, rows], expected)
     assert not whole.num_columns.any()
 
 
 def test_everything_is_causal_attention(given: Problem) -> None:
     index = peers.everything(given.index)
-    causal = reference.causal_mask(index.context_len, index.seq_len)
+    causal = reference.causal_mask(index.tiling.context_len, index.tiling.seq_len)
     torch.testing.assert_close(index.to_mask(), causal.expand(len(PATTERNS), -1, -1))
     assert index.density().tolist() == [1.0] * len(PATTERNS)
 
@@ -143,8 +145,8 @@ def test_everything_is_causal_attention(given: Problem) -> None:
 def test_flex_block_mask_is_the_index(given: Problem) -> None:
     index = peers.columns_as_blocks(given.index)
     found = peers.block_mask(index)
-    rows, keys = index.seq_len - index.context_len, index.seq_len
-    assert (found.seq_lengths, found.BLOCK_SIZE) == ((rows, keys), (TILE, index.block_size))
+    rows, keys = index.tiling.seq_len - index.tiling.context_len, index.tiling.seq_len
+    assert (found.seq_lengths, found.BLOCK_SIZE) == ((rows, keys), (TILE, index.tiling.block_size))
     allowed = found.mask_mod(None, None, torch.arange(rows)[:, None], torch.arange(keys))
     mask = torch.zeros(index.num_heads, rows, keys, dtype=torch.bool)
     kinds = [(found.kv_num_blocks, found.kv_indices, True), (found.full_kv_num_blocks, found.full_kv_indices, False)]
@@ -152,7 +154,7 @@ def test_flex_block_mask_is_the_index(given: Problem) -> None:
         for head, tile in torch.cartesian_prod(torch.arange(index.num_heads), torch.arange(index.num_tiles)).tolist():
             own = slice(tile * TILE, (tile + 1) * TILE)
             for block in listed[0, head, tile, : counts[0, head, tile]].tolist():
-                seen = slice(block * index.block_size, (block + 1) * index.block_size)
+                seen = slice(block * index.tiling.block_size, (block + 1) * index.tiling.block_size)
                 assert not mask[head, own, seen].any(), "no block is named twice"
                 mask[head, own, seen] = allowed[own, seen] if masked else True
     torch.testing.assert_close(mask, index.to_mask())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minference_vllm.commands.convert import convert
-from minference_vllm.patterns.file import parse_patterns, published_entry, read_pattern_json, to_text
+from minference_vllm.patterns.file import Measurement, PatternFile, parse_patterns, read_pattern_json, to_text
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
@@ -23,7 +23,7 @@ from minference_vllm.patterns.kinds import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.patterns.file import Measurement, PatternFile
+from minference_vllm.patterns.published import published_entry
 
 PUBLISHED = [
     {"0": ["vertical_and_slash", 30, 2048, 0.97], "1": ["stream_llm", 1024, 4096, 0.5]},

@@ -80,6 +80,17 @@ def test_keys_by_head_follow_the_named_pages(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pages", [[1], [2, 0, 3]])
+def test_rows_by_head_lie_side_by_side(layout: Layout, pages: list[int]) -> None:
+    """Kernels are given their address."""
+    cache, keys, values = packed_cache(4, 2, layout)
+    found = cache.rows_by_head(torch.tensor(pages))
+    for rows, expected in zip(found, (keys, values), strict=True):
+        assert rows.is_contiguous()
+        assert torch.equal(rows, expected[pages].transpose(0, 1).reshape(2, len(pages) * SIZE, DIM))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_gather_rows_is_plain_indexing(layout: Layout) -> None:
     cache, keys, values = packed_cache(4, 2, layout)
     generator = torch.Generator().manual_seed(0)

@@ -7,13 +7,13 @@ import torch
 from index_inputs import EVERYTHING, PATTERNS, TILINGS, Built, OneHead, RandomScores, build
 
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.patterns.kinds import MAX_LEVEL, Dense, LowRank, at_level
+from minference_vllm.patterns.kinds import MAX_STEP, Dense, LowRank
 from minference_vllm.reference import causal_mask
 from minference_vllm.selection.build import build_index
 
 
 def test_lists_are_in_order_and_name_no_key_twice(built: Built) -> None:
-    index, size = built.index, built.index.block_size
+    index, size = built.index, built.index.tiling.block_size
     assert (index.num_heads, index.num_tiles) == (len(PATTERNS), built.tiling.num_tiles)
     for head, pattern in built.heads():
         for tile, rows in enumerate(built.rows_of_tiles()):
@@ -63,14 +63,14 @@ def test_a_pattern_without_a_selection_is_an_error() -> None:
         build_index(Tiling.of(0, 64, 32, 32), ["dense"], RandomScores(64))
 
 
-# Levels: what a recall floor asks for
+# ScoreBins: what a recall floor asks for
 
 
 @pytest.mark.parametrize("tiling_name", TILINGS)
 def test_a_higher_level_selects_no_fewer_keys_and_the_last_selects_all(tiling_name: str, whole_pages: bool) -> None:
     start = build(tiling_name, whole_pages)
-    raised = build_index(start.tiling, [at_level(pattern, 1) for pattern in PATTERNS.values()], start.scores)
-    dense = build_index(start.tiling, [at_level(pattern, MAX_LEVEL) for pattern in PATTERNS.values()], start.scores)
+    raised = build_index(start.tiling, [pattern.at_step(1) for pattern in PATTERNS.values()], start.scores)
+    dense = build_index(start.tiling, [pattern.at_step(MAX_STEP) for pattern in PATTERNS.values()], start.scores)
     assert dense.density().tolist() == [1.0] * len(PATTERNS)
     for head, (name, pattern) in enumerate(PATTERNS.items()):
         if not isinstance(pattern, LowRank):
@@ -80,15 +80,15 @@ def test_a_higher_level_selects_no_fewer_keys_and_the_last_selects_all(tiling_na
 
 def test_levels() -> None:
     for pattern in PATTERNS.values():
-        assert at_level(pattern, 0) is pattern
-        assert at_level(pattern, MAX_LEVEL) == at_level(pattern, MAX_LEVEL + 5) == Dense()
-    assert at_level(Dense(), 1) == Dense()
+        assert pattern.at_step(0) is pattern
+        assert pattern.at_step(MAX_STEP) == pattern.at_step(MAX_STEP + 5) == Dense()
+    assert Dense().at_step(1) == Dense()
     for pattern in PATTERNS.values():
         if not isinstance(pattern, Dense | LowRank):
-            assert at_level(pattern, 1) == LowRank() and at_level(pattern, 2) == at_level(LowRank(), 1)
+            assert pattern.at_step(1) == LowRank() and pattern.at_step(2) == LowRank().at_step(1)
     gammas = []
-    for level in range(MAX_LEVEL):
-        raised = at_level(LowRank(rank=32, gamma=0.68), level)
+    for level in range(MAX_STEP):
+        raised = LowRank(rank=32, gamma=0.68).at_step(level)
         assert isinstance(raised, LowRank) and raised.rank == 32
         gammas.append(raised.gamma)
     assert gammas == pytest.approx([0.68, 0.92, 0.98])

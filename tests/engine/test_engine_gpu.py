@@ -46,7 +46,7 @@ def test_full_patterns_answer_like_vllms_own_backend(
     engine: str, variant: str, answers: Any, full_patterns: str, with_minference: Callable[..., dict[str, Any]]
 ) -> None:
     options = VARIANTS[variant]
-    found = answers(**options, **with_minference(full_patterns, engine=engine))
+    found = answers(**options, **with_minference(full_patterns, kernel=engine))
     assert agreement(found, answers(**options)) > 0.8
 
 

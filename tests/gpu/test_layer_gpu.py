@@ -10,6 +10,7 @@ import torch
 from minference_vllm import reference
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
@@ -22,9 +23,10 @@ from minference_vllm.patterns.kinds import (
     VerticalSlash,
 )
 from minference_vllm.prefill.attend import attend_chunk
-from minference_vllm.prefill.recall import Audit
-from minference_vllm.selection.build import SparseIndex, build_index
-from minference_vllm.selection.probe_queries import Estimates, antidiagonal_scores
+from minference_vllm.prefill.recall import RecallCheck
+from minference_vllm.selection.antidiagonal import antidiagonal_scores
+from minference_vllm.selection.build import build_index
+from minference_vllm.selection.probe_queries import Estimates
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,13 +87,13 @@ def sampled_error(
     rows: Sequence[int],
 ) -> float:
     """Largest error of some rows against float64 attention under the index's own selection."""
-    keys = cache.keys_by_head(pages)[:, : index.seq_len]
-    values = PagedCache(cache.value, cache.value, "rows").keys_by_head(pages)[:, : index.seq_len]
+    keys = cache.keys_by_head(pages)[:, : index.tiling.seq_len]
+    values = PagedCache(cache.value, cache.value, "rows").keys_by_head(pages)[:, : index.tiling.seq_len]
     group = query.shape[1] // cache.num_kv_heads
     worst = 0.0
     for row in rows:
-        position = index.context_len + row
-        tile = int(torch.searchsorted(index.tile_starts, torch.tensor(position), right=True)) - 1
+        position = index.tiling.context_len + row
+        tile = int(torch.searchsorted(index.tiling.starts, torch.tensor(position), right=True)) - 1
         for head in range(query.shape[1]):
             mask = index.tile_mask(torch.tensor([tile]), slice(head, head + 1))[0, 0]
             kept = mask[: position + 1].nonzero().view(-1)
@@ -106,7 +108,7 @@ def test_nothing_waits_for_the_gpu(engine: str, patterns: list[HeadPattern]) -> 
     """Every call after the first, which compiles and copies the few constants."""
     query, cache, pages, chunk = layer(32768, 2048)
     out = torch.empty_like(query)
-    first, second = (Audit(torch.tensor([0, 700, 2047], device="cpu")) for _ in range(2))
+    first, second = (RecallCheck(torch.tensor([0, 700, 2047], device="cpu")) for _ in range(2))
     attend_chunk(query, cache, pages, chunk, patterns, SCALE, out, engine, audit=first)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -149,7 +151,7 @@ def test_levels_are_the_torch_paths(tile: int, rank: int) -> None:
     tiling = Tiling.of(17010, 20011, 64, tile, device="cuda")
     query, keys = torch.randn(3, 3001, rank) * 4 * rank**-0.5, torch.randn(3, 20011, rank)
     chosen = as_factors(query, keys), tiling, torch.zeros(3, dtype=torch.int32)
-    found, right = kernels.tile_levels(*chosen), levels.tile_levels(*chosen)
+    found, right = kernels.tile_bins(*chosen), levels.tile_bins(*chosen)
     difference = (found.int() - right.int()).abs()
     assert int(difference.max()) <= 1 and float((difference > 0).float().mean()) < 0.01
 

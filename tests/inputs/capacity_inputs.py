@@ -20,8 +20,9 @@ from minference_vllm.patterns.kinds import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.selection.capacity import Capacity, plan_capacity
-from minference_vllm.selection.score_bins import OWN_LEVEL, Levels
+from minference_vllm.selection.capacity import plan_capacity
+from minference_vllm.selection.compaction import Capacity
+from minference_vllm.selection.score_bins import LOCAL_BIN, ScoreBins
 
 PATTERNS: list[HeadPattern] = [
     Dense(),
@@ -59,7 +60,7 @@ class RandomScores:
         # To the eighth: some stand out, as the patterns whose budget the data decide expect.
         return torch.stack([torch.rand(shape, generator=generator) ** 8 for generator in generators])
 
-    def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def column_diagonal(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.draw(1, heads, self.seq_len), self.draw(2, heads, self.seq_len)
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
@@ -71,7 +72,7 @@ class RandomScores:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.pooled(heads, tiling)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
         pages = self.draw(5, heads, tiling.num_tiles, tiling.num_key_blocks)
         by_page, own, reach = (
             each.repeat_interleave(tiling.block_size, -1)[..., : self.seq_len]
@@ -79,7 +80,7 @@ class RandomScores:
         )
         levels = self.draw(6, heads, tiling.num_tiles, self.seq_len).maximum(by_page).mul_(255).to(torch.uint8)
         lowest = torch.full((len(heads),), round(255 * (1 - gamma)), dtype=torch.int32)
-        return Levels(levels.masked_fill_(own, OWN_LEVEL).mul_(reach), lowest)
+        return ScoreBins(levels.masked_fill_(own, LOCAL_BIN).mul_(reach), lowest)
 
 
 def planned(tiling: Tiling, patterns: Sequence[HeadPattern], **options: Any) -> Capacity:

@@ -16,9 +16,9 @@ from layer_inputs import DIM, HEADS, KINDS, KV_HEADS, MIN_CHUNK, MIN_CONTEXT, PA
 from paged_inputs import make_batch
 
 from minference_vllm.backend.counters import Counters
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.prefill.attend import attend_chunk
-from minference_vllm.prefill.recall import Audit
-from minference_vllm.selection.build import SparseIndex
+from minference_vllm.prefill.recall import RecallCheck
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Layer:
     options: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     indices: list[SparseIndex] = field(default_factory=list)
-    audits: list[Audit | None] = field(default_factory=list)
+    audits: list[RecallCheck | None] = field(default_factory=list)
     levels_before: list[tuple[int, ...]] = field(default_factory=list)
     """That each audit began with."""
 
@@ -44,7 +44,8 @@ class Layer:
         from vllm.v1.attention.backends import cpu_attn
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-        from minference_vllm.backend import cpu, serving, splitting
+        from minference_vllm.backend import cpu, serving
+        from minference_vllm.prefill.api import sparse_prefill
 
         path = self.folder / "patterns.json"
         heads = dict(enumerate(self.patterns))
@@ -72,9 +73,9 @@ class Layer:
                 }
             },
         )
-        for module in (splitting, cpu_attn):
+        for module in (sparse_prefill, cpu_attn):
             self.monkeypatch.setattr(module, "get_current_vllm_config", lambda: config)
-        self.monkeypatch.setattr(splitting, "get_tensor_model_parallel_rank", lambda: self.rank)
+        self.monkeypatch.setattr(sparse_prefill, "get_tensor_model_parallel_rank", lambda: self.rank)
         self.monkeypatch.setattr(serving, "attend_chunk", self.watched_attend_chunk)
         options = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto", **self.options}
         self.impl = cpu.MInferenceCPUImpl(self.heads, DIM, self.scale, self.kv_heads, **options)
@@ -105,7 +106,7 @@ class Layer:
 
     def watched_attend_chunk(self, *arguments: Any, **keywords: Any) -> SparseIndex:
         given = [*arguments, *keywords.values()]
-        audit = next((argument for argument in given if isinstance(argument, Audit)), None)
+        audit = next((argument for argument in given if isinstance(argument, RecallCheck)), None)
         self.audits.append(audit)
         self.levels_before.append(audit.levels if audit else ())
         index = attend_chunk(*arguments, **keywords)
@@ -138,12 +139,16 @@ class Layer:
         )
         return self.builder.build(0, common)
 
-    def run(self, impl: Any, metadata: Any, padding: int = 5) -> torch.Tensor:
-        """Forward, with rows behind the batch as vLLM pads it, and an output full of NaN."""
+    def run(self, impl: Any, metadata: Any, padding: int = 5, shares_cache: bool = False) -> torch.Tensor:
+        """Forward, with rows behind the batch as vLLM pads it, and an output full of NaN.
+
+        Args:
+            shares_cache: the layer has no keys and values of its own: it reads those of another layer.
+        """
         tokens = self.batch.query.shape[0] + padding
         query = torch.full((tokens, self.heads, DIM), torch.nan, dtype=self.dtype)
         query[: tokens - padding] = self.batch.query
-        key = torch.zeros(tokens, self.kv_heads, DIM, dtype=self.dtype)
+        key = None if shares_cache else torch.zeros(tokens, self.kv_heads, DIM, dtype=self.dtype)
         output = torch.full_like(query, torch.nan)
         assert impl.forward(self.layer, query, key, key, self.cache, metadata, output) is output
         assert torch.isnan(output[tokens - padding :]).all(), "rows behind the batch were written"

@@ -19,8 +19,8 @@ from layer_inputs import DIM, GPU_KINDS, HEADS, KV_HEADS, MIN_CHUNK, MIN_CONTEXT
 from paged_inputs import make_batch
 
 from minference_vllm import reference
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.prefill.attend import attend_chunk
-from minference_vllm.selection.build import SparseIndex
 
 DTYPE = torch.bfloat16
 
@@ -97,7 +97,8 @@ class Layer:
         from vllm.config import CUDAGraphMode
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-        from minference_vllm.backend import serving, splitting
+        from minference_vllm.backend import serving
+        from minference_vllm.prefill.api import sparse_prefill
 
         batch = make_batch(
             query_lens=[new for _, new in requests],
@@ -142,8 +143,8 @@ class Layer:
                 | (settings or {})
             },
         )
-        monkeypatch.setattr(splitting, "get_current_vllm_config", lambda: config)
-        monkeypatch.setattr(splitting, "get_tensor_model_parallel_rank", lambda: 0)
+        monkeypatch.setattr(sparse_prefill, "get_current_vllm_config", lambda: config)
+        monkeypatch.setattr(sparse_prefill, "get_tensor_model_parallel_rank", lambda: 0)
         monkeypatch.setattr(serving, "attend_chunk", self.watched_attend_chunk)
         monkeypatch.setattr(parent.impl, "forward", self.dense_forward)
         arguments = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto", **(options or {})}
@@ -154,6 +155,8 @@ class Layer:
         self.cache = layout(batch.key_cache, batch.value_cache)
         self.indices: list[SparseIndex] = []
         self.dense_calls: list[Any] = []
+        self.new_rows: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []
+        """Keys and values that the parent was called with."""
 
     def watched_attend_chunk(self, *arguments: Any, **keywords: Any) -> SparseIndex:
         index = attend_chunk(*arguments, **keywords)
@@ -165,6 +168,7 @@ class Layer:
     ) -> torch.Tensor:
         """In place of the parent: dense causal attention of the metadata's requests."""
         self.dense_calls.append(metadata)
+        self.new_rows.append((key, value))
         starts = metadata.query_start_loc.tolist()
         assert len(query) >= metadata.num_actual_tokens == starts[-1]
         for request, seq_len in enumerate(metadata.seq_lens.tolist()):
@@ -199,12 +203,16 @@ class Layer:
         }
         return CommonAttentionMetadata(**fields | changes)
 
-    def run(self, metadata: Any, padding: int = 5) -> torch.Tensor:
-        """Forward, with rows behind the batch as vLLM pads it, and an output full of NaN."""
+    def run(self, metadata: Any, padding: int = 5, shares_cache: bool = False) -> torch.Tensor:
+        """Forward, with rows behind the batch as vLLM pads it, and an output full of NaN.
+
+        Args:
+            shares_cache: the layer has no keys and values of its own: it reads those of another layer.
+        """
         tokens = self.batch.query.shape[0] + padding
         query = torch.full((tokens, HEADS, DIM), torch.nan, dtype=DTYPE)
         query[: tokens - padding] = self.batch.query
-        key = torch.zeros(tokens, KV_HEADS, DIM, dtype=DTYPE)
+        key = None if shares_cache else torch.zeros(tokens, KV_HEADS, DIM, dtype=DTYPE)
         output = torch.full_like(query, torch.nan)
         assert self.impl.forward(self.layer, query, key, key, self.cache, metadata, output) is output
         assert torch.isnan(output[tokens - padding :]).all(), "rows behind the batch were written"

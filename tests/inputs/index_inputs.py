@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
@@ -22,8 +23,8 @@ from minference_vllm.patterns.kinds import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.selection.build import SparseIndex, build_index
-from minference_vllm.selection.score_bins import OWN_LEVEL, Levels
+from minference_vllm.selection.build import build_index
+from minference_vllm.selection.score_bins import LOCAL_BIN, ScoreBins
 
 TILINGS = {
     # name: (context_len, seq_len, block_size, tile)
@@ -98,7 +99,7 @@ class RandomScores:
         generator = torch.Generator().manual_seed(self.seed * 1000 + kind * 100 + head)
         return torch.randint(0, 40, shape, generator=generator) / 40
 
-    def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def column_diagonal(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         for head in heads:
             self.columns[head] = self.draw(1, head, self.seq_len)
             self.diagonals[head] = self.draw(2, head, self.seq_len)
@@ -123,8 +124,8 @@ class RandomScores:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.peaks(heads, tiling)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
-        """Levels from 0 to 40, and the lower a threshold, the more of the attention is wanted."""
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
+        """ScoreBins from 0 to 40, and the lower a threshold, the more of the attention is wanted."""
         for head in heads:
             self.levels[head] = (self.draw(5, head, tiling.num_tiles, self.seq_len) * 40).to(torch.uint8)
             by_key = (
@@ -132,9 +133,9 @@ class RandomScores:
                 for mask in (tiling.own(), ~tiling.reachable())
             )
             own, later = by_key
-            self.levels[head][own], self.levels[head][later] = OWN_LEVEL, 0
+            self.levels[head][own], self.levels[head][later] = LOCAL_BIN, 0
         thresholds = torch.full((len(heads),), int(41 * (1 - gamma)), dtype=torch.int32)
-        return Levels(torch.stack([self.levels[head] for head in heads]), thresholds)
+        return ScoreBins(torch.stack([self.levels[head] for head in heads]), thresholds)
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ class OneHead:
     scores: RandomScores
     head: int
 
-    def last_query(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.scores.last_query([self.head])
+    def column_diagonal(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.scores.column_diagonal([self.head])
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
         return self.scores.pooled([self.head], tiling)
@@ -156,7 +157,7 @@ class OneHead:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.scores.antidiagonal([self.head], tiling, stride)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
         return self.scores.low_rank([self.head], tiling, rank, gamma)
 
 
@@ -176,7 +177,7 @@ class Built:
                 yield head, pattern
 
     def rows_of_tiles(self) -> list[range]:
-        starts = self.index.tile_starts.tolist()
+        starts = self.index.tiling.starts.tolist()
         return [range(a, b) for a, b in itertools.pairwise(starts)]
 
     def rows_and_keys(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,7 +45,7 @@ def assert_right(layer: Any, output: torch.Tensor, sparse: Sequence[int]) -> Non
         seq_len = int(batch.seq_lens[request])
         if request in indices:
             index = indices[request]
-            assert (index.context_len, index.seq_len) == (context, seq_len)
+            assert (index.tiling.context_len, index.tiling.seq_len) == (context, seq_len)
             mask = index.to_mask()
         else:
             mask = reference.causal_mask(context, seq_len).expand(layer.heads, -1, -1)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from minference_vllm.selection.projection import Factors, Projection, in_units, whole_keys, whole_queries
+from minference_vllm.selection.projection import Projection, QuantizedQK, for_int8, quantize_keys, quantize_queries
 
 CONTEXT, CHUNK, DIM, PAGE = 3072, 1024, 64, 32
 LENGTH = CONTEXT + CHUNK
@@ -25,18 +25,18 @@ TILINGS = {
 }
 
 
-def random_factors(heads: int, chunk: int, length: int, rank: int, sharpness: float) -> Factors:
+def random_factors(heads: int, chunk: int, length: int, rank: int, sharpness: float) -> QuantizedQK:
     generator = torch.Generator().manual_seed(length + rank)
     query = torch.randn(heads, chunk, rank, generator=generator) * sharpness
     return as_factors(query, torch.randn(heads, length, rank, generator=generator))
 
 
-def as_factors(query: torch.Tensor, keys: torch.Tensor) -> Factors:
+def as_factors(query: torch.Tensor, keys: torch.Tensor) -> QuantizedQK:
     """Of queries ``[h, chunk, r]`` and keys ``[h, S, r]`` whose products are in bits."""
     same = torch.eye(query.shape[2]).expand(len(query), -1, -1)
-    projection = in_units(Projection(same, same, torch.zeros(len(query), 1, query.shape[2])), keys)
-    whole, step = whole_queries(query, projection, math.log(2))
-    return Factors(whole, whole_keys(keys, projection), step)
+    projection = for_int8(Projection(same, same, torch.zeros(len(query), 1, query.shape[2])), keys)
+    whole, step = quantize_queries(query, projection, math.log(2))
+    return QuantizedQK(whole, quantize_keys(keys, projection), step)
 
 
 def lookups(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

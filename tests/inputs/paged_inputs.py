@@ -48,7 +48,7 @@ ADAPTIVE: tuple[HeadPattern, ...] = (
 
 @dataclass
 class PagedBatch:
-    """Requests whose keys and values lie in shuffled pages; everything that belongs to nobody is NaN."""
+    """Requests whose keys and values lie in shuffled pages; pages that belong to nobody are NaN."""
 
     query: torch.Tensor
     key_cache: torch.Tensor
@@ -97,7 +97,13 @@ def make_batch(
     block_size: int = 32,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    behind: float = 100.0,
 ) -> PagedBatch:
+    """Random requests.
+
+    Args:
+        behind: what the slots behind a request's last token hold; the default is large enough to show.
+    """
     generator = torch.Generator("cpu").manual_seed(seed)
     lengths = [query + context for query, context in zip(query_lens, context_lens, strict=True)]
     blocks = [-(-length // block_size) for length in lengths]
@@ -113,9 +119,7 @@ def make_batch(
         table[request, :count] = pages
         first += count
         for cache in caches:
-            # A kernel may load the slots behind the last token and drop them afterwards, so those are finite (they
-            # are in a real cache, too), but large enough to show.
-            rows = torch.full((count * block_size, kv_heads, head_size), 100.0)
+            rows = torch.full((count * block_size, kv_heads, head_size), behind)
             rows[:length] = torch.randn(length, kv_heads, head_size, generator=generator, device="cpu")
             cache[pages.long()] = rows.view(count, block_size, kv_heads, head_size).to(dtype)
     starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from minference_vllm import reference
-from minference_vllm.selection.build import SparseIndex
+from minference_vllm.core.sparse_index import SparseIndex
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -48,7 +48,10 @@ def check(batch: Any, out: torch.Tensor, indices: Sequence[SparseIndex], scale: 
     scale = batch.scale if scale is None else scale
     assert len(indices) == len(batch.seq_lens)
     for request, index in enumerate(indices):
-        assert (index.context_len, index.seq_len) == (batch.context_lens[request], int(batch.seq_lens[request]))
+        assert (index.tiling.context_len, index.tiling.seq_len) == (
+            batch.context_lens[request],
+            int(batch.seq_lens[request]),
+        )
         query, mask = batch.query[batch.rows(request)], index.to_mask()
         keys, values = batch.keys(request), batch.values(request)
         exact = reference.masked_attention(query, keys, values, mask, scale)

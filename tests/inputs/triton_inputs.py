@@ -42,7 +42,7 @@ def prefill(
         torch.tensor([0, len(query)]),
         torch.tensor([seq_len]),
         patterns,
-        engine="triton",
+        kernel="triton",
         return_index=True,
     )
     return query, keys.transpose(0, 1), values.transpose(0, 1), out, index

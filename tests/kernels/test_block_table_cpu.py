@@ -7,33 +7,44 @@ import torch
 
 from minference_vllm import reference
 from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.block_table import cpu as block_table
 from minference_vllm.kernels.block_table import cpu_ops as cpu_kernel
 from minference_vllm.patterns.kinds import VerticalSlash
-from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.build import build_index
 from minference_vllm.selection.probe_queries import Estimates
 
 SIZE, HEADS, KV_HEADS, DIM, CONTEXT, LENGTH = 32, 4, 2, 64, 150, 700
 SCALE = DIM**-0.5
 
 
-def chunk() -> tuple[torch.Tensor, PagedCache, torch.Tensor, SparseIndex, torch.Tensor]:
-    """Query, cache in the kernel's layout, pages, index with single columns, and the float64 answer."""
+def chunk(
+    dtype: torch.dtype = torch.bfloat16,
+    size: int = SIZE,
+    kv_heads: int = KV_HEADS,
+    length: int = LENGTH,
+    elsewhere: float = 0.0,
+) -> tuple[torch.Tensor, PagedCache, torch.Tensor, SparseIndex, torch.Tensor]:
+    """Query, cache in the kernel's layout, pages, index with single columns, and the float64 answer.
+
+    Args:
+        elsewhere: what the cache holds where the sequence has no token.
+    """
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(LENGTH - CONTEXT, HEADS, DIM, generator=generator).bfloat16()
-    keys, values = (torch.randn(LENGTH, KV_HEADS, DIM, generator=generator).bfloat16() for _ in range(2))
-    blocks = -(-LENGTH // SIZE)
+    query = torch.randn(length - CONTEXT, HEADS, DIM, generator=generator).to(dtype)
+    keys, values = (torch.randn(length, kv_heads, DIM, generator=generator).to(dtype) for _ in range(2))
+    blocks = -(-length // size)
     pages = torch.randperm(blocks + 3, generator=generator)[:blocks]
-    memory = torch.zeros(blocks + 3, KV_HEADS, 2 * SIZE, DIM, dtype=torch.bfloat16)
-    position = torch.arange(LENGTH)
-    slots = pages[position // SIZE] * SIZE + position % SIZE
-    cpu_kernel.write_pages(keys, values, memory, slots, cpu_kernel.isa_for(torch.bfloat16, SIZE, DIM))
-    layout = cpu_kernel.layout_for(torch.bfloat16, SIZE, DIM)
+    memory = torch.full((blocks + 3, kv_heads, 2 * size, DIM), elsewhere, dtype=dtype)
+    position = torch.arange(length)
+    slots = pages[position // size] * size + position % size
+    cpu_kernel.write_pages(keys, values, memory, slots, cpu_kernel.isa_for(dtype, size, DIM))
+    layout = cpu_kernel.layout_for(dtype, size, DIM)
     assert layout is not None
     key, value = memory.chunk(2, dim=2)
     by_head = keys.transpose(0, 1)
-    tiling = Tiling.of(CONTEXT, LENGTH, SIZE, 128, column_multiple=SIZE)
+    tiling = Tiling.of(CONTEXT, length, size, 128, column_multiple=size)
     index = build_index(tiling, [VerticalSlash(vertical=60, slash=0)] * HEADS, Estimates(query, by_head, SCALE))
     assert bool(index.num_columns.any())
     expected = reference.masked_attention(query, by_head, values.transpose(0, 1), index.to_mask(), SCALE)
@@ -56,3 +67,39 @@ def test_memory_is_used_in_place_and_copied_where_the_kernel_cannot_reach(monkey
     block_table.run(query, cache, pages, index, SCALE, far)
     assert copies
     assert torch.equal(far, in_place)
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in_place", "copied"])
+@pytest.mark.parametrize("elsewhere", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("size", [16, 32, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_what_lies_behind_the_last_token_makes_no_difference(
+    dtype: torch.dtype, size: int, kv_heads: int, elsewhere: float, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_place:
+        monkeypatch.setattr(block_table, "_copied", None)
+    else:
+        monkeypatch.setattr(block_table, "MAX_PAGE_NUMBER", 0)
+    outputs = []
+    for filled in (0.0, elsewhere):
+        query, cache, pages, index, expected = chunk(dtype, size, kv_heads, elsewhere=filled)
+        assert LENGTH % size, "the last page is not full"
+        before = cache.key.clone(), cache.value.clone()
+        out = torch.full_like(query, torch.nan)
+        block_table.run(query, cache, pages, index, SCALE, out)
+        outputs.append(out)
+        for stored, copy in zip((cache.key, cache.value), before, strict=True):
+            torch.testing.assert_close(stored, copy, rtol=0, atol=0, equal_nan=True)
+    clean, found = outputs
+    assert float((clean.double() - expected).abs().max()) < 0.01
+    assert torch.equal(found, clean)
+
+
+def test_a_full_last_page_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing lies behind its last token."""
+    monkeypatch.setattr(block_table, "_with_clean_end", None)
+    query, cache, pages, index, expected = chunk(length=22 * SIZE)
+    out = torch.full_like(query, torch.nan)
+    block_table.run(query, cache, pages, index, SCALE, out)
+    assert float((out.double() - expected).abs().max()) < 0.01

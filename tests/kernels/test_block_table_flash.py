@@ -11,10 +11,11 @@ import torch
 
 from minference_vllm import reference
 from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.block_table import flash
 from minference_vllm.patterns.kinds import AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
-from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.build import build_index
 from minference_vllm.selection.capacity import plan_capacity
 from minference_vllm.selection.probe_queries import Estimates
 

@@ -13,8 +13,9 @@ from minference_vllm import reference
 from minference_vllm.core.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.choose import choose
 from minference_vllm.kernels.native import attention as native
-from minference_vllm.prefill.attend import attend_chunk, choose_engine
+from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.selection import low_rank
 from minference_vllm.selection import probe_queries as estimate
 
@@ -59,7 +60,7 @@ def test_attention_and_log_sum_exp(
     cache, pages = in_layout(batch, layout), batch.block_table[0].long()
     out = torch.full_like(batch.query, torch.nan)
     index = attend_chunk(
-        batch.query, cache, pages, Chunk(0, 0, 210, 511), batch.patterns, batch.scale, out, engine="native"
+        batch.query, cache, pages, Chunk(0, 0, 210, 511), batch.patterns, batch.scale, out, kernel="native"
     )
     mask, keys, values = index.to_mask(), batch.keys(0), batch.values(0)
     exact = reference.masked_attention(batch.query, keys, values, mask, batch.scale)
@@ -89,10 +90,12 @@ def test_last_query_scores(
 ) -> None:
     batch = paged_batch([chunk], [context], heads, kv_heads, head_size, dtype=dtype)
     wanted = list(range(0, heads, 2))
-    found = native.last_query_scores(
+    found = native.column_diagonal_scores(
         batch.query, in_layout(batch, layout), batch.block_table[0].long(), chunk + context, wanted, batch.scale
     )
-    exact = reference.last_query_scores(batch.query, batch.keys(0), batch.scale, estimate.row_groups(len(batch.query)))
+    exact = reference.column_diagonal_scores(
+        batch.query, batch.keys(0), batch.scale, estimate.probe_groups(len(batch.query))
+    )
     for scores, expected in zip(found, exact, strict=True):
         # What is left are float32's sums and the kernel's exponential.
         torch.testing.assert_close(scores.double(), expected[wanted], rtol=1e-3, atol=1e-5)
@@ -130,9 +133,11 @@ def test_estimates_agree_with_the_portable_ones(dtype: torch.dtype, paged_batch:
     batch = paged_batch([301], [210], dtype=dtype)
     pages = batch.block_table[0].long()
     cache = in_layout(batch, "transposed")
-    ours = native.last_query_scores(batch.query, cache, pages, 511, range(8), batch.scale)
+    ours = native.column_diagonal_scores(batch.query, cache, pages, 511, range(8), batch.scale)
     keys = cache.keys_by_head(pages)[:, :511]
-    for found, expected in zip(ours, estimate.last_query_scores(batch.query, keys, range(8), batch.scale), strict=True):
+    for found, expected in zip(
+        ours, estimate.column_diagonal_scores(batch.query, keys, range(8), batch.scale), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-3)
 
 
@@ -142,9 +147,9 @@ def test_without_the_kernels_everything_runs_through_vllms(
     monkeypatch.setattr(native, "unavailable_reason", lambda dtype=None: "the processor has no AVX2")
     batch = paged_batch([301], [210])
     cache = in_layout(batch, "rows")
-    assert choose_engine("auto", torch.bfloat16, cache) == "block_table"
+    assert choose("auto", torch.bfloat16, cache) == "block_table"
     with pytest.raises(ValueError, match="engine 'native' cannot run: the processor has no AVX2"):
-        choose_engine("native", torch.bfloat16, cache)
+        choose("native", torch.bfloat16, cache)
     out = torch.full_like(batch.query, torch.nan)
     index = attend_chunk(
         batch.query, cache, batch.block_table[0].long(), Chunk(0, 0, 210, 511), batch.patterns, batch.scale, out
@@ -169,9 +174,9 @@ def test_the_best_build_that_the_processor_can_run_is_taken(monkeypatch: pytest.
 @built
 def test_amx_pages_go_to_vllms_kernel_unless_ours_is_named(paged_batch: Callable[..., Any]) -> None:
     cache = in_layout(paged_batch(), "amx")
-    assert choose_engine("auto", torch.bfloat16, cache) == "block_table"
-    assert choose_engine("native", torch.bfloat16, cache) == "native"
-    assert choose_engine("auto", torch.bfloat16, in_layout(paged_batch(), "transposed")) == "native"
+    assert choose("auto", torch.bfloat16, cache) == "block_table"
+    assert choose("native", torch.bfloat16, cache) == "native"
+    assert choose("auto", torch.bfloat16, in_layout(paged_batch(), "transposed")) == "native"
 
 
 def test_amx_pages_hold_bf16(paged_batch: Callable[..., Any]) -> None:
@@ -204,7 +209,7 @@ def test_index_and_tiling_fit_the_kernels_types(paged_batch: Callable[..., Any])
     index = attend_chunk(
         batch.query, in_layout(batch, "rows"), pages, Chunk(0, 0, 210, 511), batch.patterns, batch.scale, out
     )
-    assert index.tile_starts.dtype == torch.int64
+    assert index.tiling.starts.dtype == torch.int64
     for lists in (index.blocks, index.num_blocks, index.columns, index.num_columns):
         assert lists.dtype == torch.int32 and lists.is_contiguous()
     assert Tiling.of(0, 64, 32, 32).starts.is_contiguous()

@@ -111,7 +111,7 @@ def run_case(
     from minference_vllm import reference
     from minference_vllm.core.paged_cache import PagedCache
     from minference_vllm.selection import probe_queries as estimate
-    from minference_vllm.triton_kernels import estimate as kernels
+    from minference_vllm.triton_kernels import column_diagonal as kernels
 
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
@@ -126,16 +126,16 @@ def run_case(
     scale = head_size**-0.5
     wanted = [heads - 1, *range(0, heads - 1, 2)]
     found = (
-        *kernels.last_query_scores(query, cache, pages, seq_len, wanted, scale),
+        *kernels.column_diagonal_scores(query, cache, pages, seq_len, wanted, scale),
         kernels.mean_keys(cache, pages, seq_len, 0, kv_heads),
     )
     means = torch.stack([block.mean(1) for block in keys.double().split(block_size, dim=1)], dim=1)
     exact = (
-        *reference.last_query_scores(query, keys, scale, estimate.row_groups(len(query))),
+        *reference.column_diagonal_scores(query, keys, scale, estimate.probe_groups(len(query))),
         means,
     )
     eager = (
-        *estimate.last_query_scores(query, keys.to(kind), wanted, scale),
+        *estimate.column_diagonal_scores(query, keys.to(kind), wanted, scale),
         estimate.mean_keys(keys, block_size),
     )
     errors = {}

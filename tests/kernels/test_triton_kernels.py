@@ -132,7 +132,7 @@ def run_case(
     from minference_vllm.selection.build import build_index
     from minference_vllm.selection.capacity import plan_capacity
     from minference_vllm.selection.probe_queries import Estimates
-    from minference_vllm.triton_kernels import sparse_attention
+    from minference_vllm.triton_kernels import attention
 
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
@@ -219,10 +219,10 @@ def run_shared_case(group: int, context_len: int, seq_len: int, block_size: int)
         cache[pages] = padded.view(blocks, block_size, kv_heads, dim)
         caches.append(cache)
     requests = pages[None].int(), torch.tensor([0, len(query)]), torch.tensor([seq_len])
-    out, (index,) = sparse_prefill(query, *caches, *requests, patterns, engine="triton", return_index=True)
+    out, (index,) = sparse_prefill(query, *caches, *requests, patterns, kernel="triton", return_index=True)
     keys, values = (row.transpose(0, 1) for row in rows)
     scale = dim**-0.5
-    tiling = Tiling.of(context_len, seq_len, block_size, index.tile)
+    tiling = Tiling.of(context_len, seq_len, block_size, index.tiling.tile)
     alone = build_index(tiling, patterns, Estimates(query, keys, scale))
     expected = reference.masked_attention(query, keys, values, alone.to_mask(), scale)
     return {

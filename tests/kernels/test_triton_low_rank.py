@@ -61,7 +61,7 @@ def test_tensors_that_do_not_fit_are_refused(name: str) -> None:
     import torch
 
     from minference_vllm.core.tiling import Tiling
-    from minference_vllm.selection.projection import Factors
+    from minference_vllm.selection.projection import QuantizedQK
     from minference_vllm.triton_kernels import low_rank as kernels
 
     query, keys = torch.zeros(1, 64, 16, dtype=torch.int8), torch.zeros(1, 128, 16, dtype=torch.int8)
@@ -69,7 +69,7 @@ def test_tensors_that_do_not_fit_are_refused(name: str) -> None:
     query = query[:, 1:] if name == "rows" else query
     keys = {"length": keys[:, 1:], "type": keys.float()}.get(name, keys)
     with pytest.raises(ValueError, match="must be int8" if name == "type" else "do not fit"):
-        kernels.tile_levels(Factors(query, keys, step), Tiling.of(64, 128, 32, 32), torch.zeros(1, dtype=torch.int32))
+        kernels.tile_bins(QuantizedQK(query, keys, step), Tiling.of(64, 128, 32, 32), torch.zeros(1, dtype=torch.int32))
 
 
 def run_case(
@@ -86,7 +86,7 @@ def run_case(
     from low_rank_inputs import as_factors
 
     from minference_vllm.core.tiling import Tiling
-    from minference_vllm.selection.score_bins import tile_levels
+    from minference_vllm.selection.score_bins import tile_bins
     from minference_vllm.triton_kernels import low_rank as kernels
 
     # So that short sequences have several, too.
@@ -104,10 +104,10 @@ def run_case(
     empty = torch.empty
     torch.empty = lambda *shape, **options: empty(*shape, **options).fill_(torch.nan)  # type: ignore[assignment]
     try:
-        found = kernels.tile_levels(factors, tiling, lowest)
+        found = kernels.tile_bins(factors, tiling, lowest)
     finally:
         torch.empty = empty
-    right = tile_levels(factors, tiling, lowest)
+    right = tile_bins(factors, tiling, lowest)
     assert found.shape == right.shape and found.dtype == right.dtype
     assert not ((found[1] > 0) & (found[1] < lowest_wanted)).any()
     # The lowest that is wanted may round to one that is not.
@@ -128,7 +128,7 @@ def run_case(
 def run_mass_case(lists: list[int]) -> tuple[float, float]:
     import torch
 
-    from minference_vllm.selection.score_bins import mass_by_level
+    from minference_vllm.selection.score_bins import mass_by_bin
     from minference_vllm.triton_kernels import low_rank as kernels
 
     torch.manual_seed(0)
@@ -136,8 +136,8 @@ def run_mass_case(lists: list[int]) -> tuple[float, float]:
     weights = torch.randn(3, len(lists), 1333).mul_(3).softmax(-1)
     weights[:, :, 1000:] = 0
     weights /= weights.sum(-1, keepdim=True)
-    found = kernels.mass_by_level(levels, torch.tensor(lists), weights)
-    right = mass_by_level(levels, torch.tensor(lists), weights)
+    found = kernels.mass_by_bin(levels, torch.tensor(lists), weights)
+    right = mass_by_bin(levels, torch.tensor(lists), weights)
     assert found.shape == right.shape
     return float((found - right).abs().max()), float((found.sum(-1) - 1).abs().max())
 

@@ -14,16 +14,18 @@ from low_rank_inputs import lookups, neighbours
 from minference_vllm import reference
 from minference_vllm.commands import calibrate as command
 from minference_vllm.core.paged_cache import PagedCache
-from minference_vllm.core.plan import Chunk
+from minference_vllm.core.plan import Chunk, Plan
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.choose import choose
 from minference_vllm.kernels.native import attention as native
 from minference_vllm.offline.calibrate import recorder, search
-from minference_vllm.offline.calibrate.recorder import CalibrationError, Plan, Recorder, collect
-from minference_vllm.offline.calibrate.search import CANDIDATES, FAMILIES, Measured, choose, measure
+from minference_vllm.offline.calibrate.recorder import CalibrationError, Recorder, collect
+from minference_vllm.offline.calibrate.search import CANDIDATES, Measured, measure
 from minference_vllm.patterns.file import parse_patterns
 from minference_vllm.patterns.kinds import AShape, Coverage, Dense, LowRank, VerticalSlash
 from minference_vllm.prefill.recall import sample_rows
 from minference_vllm.selection.build import build_index
+from minference_vllm.selection.families import FAMILIES
 from minference_vllm.selection.low_rank import scoring_cost
 from minference_vllm.selection.probe_queries import Estimates
 
@@ -43,7 +45,7 @@ def layer() -> tuple[torch.Tensor, PagedCache, torch.Tensor, Chunk]:
 def test_measured_recall_error_and_cost_are_those_of_the_reference() -> None:
     query, cache, pages, chunk = layer()
     patterns = [AShape(sink=32, local=64), Dense()]
-    found = measure(query, cache, pages, chunk, SCALE, patterns, engine="block_table", tile=64, seed=3)
+    found = measure(query, cache, pages, chunk, SCALE, patterns, kernel="block_table", tile=64, seed=3)
     rows = sample_rows(chunk.query_len, search.MAX_SAMPLES, 3)
     keys, values = cache.keys_by_head(pages)[:, :LENGTH], cache.values_by_head(pages)[:, :LENGTH]
     for number, pattern in enumerate(patterns):
@@ -68,7 +70,7 @@ def test_low_rank_costs_its_scoring_where_it_scores() -> None:
     stored = torch.cat([keys, other_keys.bfloat16()]).unflatten(1, (-1, SIZE)).transpose(0, 1)
     cache, pages = PagedCache(stored, stored, "rows"), torch.arange(len(stored))
     begin, end, pattern = keys.shape[1] - len(query), keys.shape[1], LowRank(gamma=0.9)
-    found = measure(both, cache, pages, Chunk(0, 0, begin, end), 1.0, [pattern], engine="block_table", tile=128)
+    found = measure(both, cache, pages, Chunk(0, 0, begin, end), 1.0, [pattern], kernel="block_table", tile=128)
     scores = Estimates(both, cache.keys_by_head(pages), 1.0, native.low_rank_kernels())
     index = build_index(Tiling.of(begin, end, SIZE, 128, SIZE), [pattern] * 2, scores)
     scoring = scoring_cost(pattern.rank, keys.shape[2], len(query), keys.device) * index.dense_pairs()
@@ -210,7 +212,7 @@ def test_bad_options_are_refused_before_anything_starts(changed: dict[str, Any],
 
 def test_the_written_file_loads_and_names_every_layer() -> None:
     args = argparse.Namespace(
-        model="some/model", prompts=None, engine_args={}, budget=5120, target_recall=0.95, engine="auto"
+        model="some/model", prompts=None, engine_args={}, budget=5120, target_recall=0.95, kernel="auto"
     )
     choice = search.Choice(Coverage(gamma=0.9, min_budget=512), 0.1, 0.96, 0.02)
     written = command.pattern_file(args, {1: [choice] * 2}, num_layers=3, num_heads=2, prompts=[[1, 2, 3]])

@@ -84,7 +84,7 @@ def test_keys_of_a_query_head() -> None:
 def test_figures_are_those_of_the_whole_attention() -> None:
     layer = random_layer()
     indices = chunk_indices(layer, PATTERNS, 300, Settings(min_context=0, min_chunk=1))
-    assert [(index.context_len, index.seq_len) for index in indices] == [(0, 300), (300, 600), (600, 700)]
+    assert [(index.tiling.context_len, index.tiling.seq_len) for index in indices] == [(0, 300), (300, 600), (600, 700)]
     density, recall = measure(layer, indices, rows=LENGTH)
     for head in range(HEADS):
         picture = head_map(layer.query[head], layer.keys_of(head), indices, head, layer.scale)

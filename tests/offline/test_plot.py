@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.offline.plot import HeadMap, draw_head, draw_layers, draw_pattern_map, head_map
-from minference_vllm.patterns.kinds import AShape, Coverage, Dense, HeadPattern, VerticalSlash
-from minference_vllm.selection.build import SparseIndex, build_index
-from minference_vllm.selection.probe_queries import Estimates
+from minference_vllm.estimate import Estimates
+from minference_vllm.patterns.kinds import (
+    KINDS,
+    AShape,
+    Coverage,
+    Dense,
+    HeadPattern,
+    VerticalSlash,
+    parse_head_pattern,
+)
+from minference_vllm.plot import HeadMap, draw_head, draw_layers, draw_pattern_map, head_map
+from minference_vllm.selection.build import build_index
 
 pytest.importorskip("matplotlib")
 
@@ -49,9 +59,9 @@ def brute_force(
     kept = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
     blocks, columns = torch.zeros_like(kept), torch.zeros_like(kept)
     for index in indices:
-        kept[index.context_len : index.seq_len, : index.seq_len] = index.to_mask()[head]
+        kept[index.tiling.context_len : index.tiling.seq_len, : index.tiling.seq_len] = index.to_mask()[head]
         for tile in range(index.num_tiles):
-            rows = slice(int(index.tile_starts[tile]), int(index.tile_starts[tile + 1]))
+            rows = slice(int(index.tiling.starts[tile]), int(index.tiling.starts[tile + 1]))
             for block in index.blocks[head, tile, : index.num_blocks[head, tile]].tolist():
                 blocks[rows, block * BLOCK : (block + 1) * BLOCK] = True
             columns[rows, index.columns[head, tile, : index.num_columns[head, tile]].long()] = True
@@ -156,6 +166,68 @@ def test_the_pattern_map_as_svg(tmp_path: Path) -> None:
     text = words(draw_pattern_map(LAYERS, "tiny", tmp_path / "map.svg", {1: "dense: sliding window"}))
     for expected in ("coverage: 1", "dense: sliding window", "no pattern runs"):
         assert expected in text
+
+
+def luminance(colour: Any) -> float:
+    """Relative luminance as WCAG 2.2 defines it, of anything that matplotlib takes for a colour."""
+    from matplotlib.colors import to_rgb
+
+    parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
+def contrast(one: Any, other: Any) -> float:
+    """From 1 to 21; text needs 4.5 (WCAG 2.2, 1.4.3)."""
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+class Tenth(Dense):
+    """A kind of pattern that is not there yet."""
+
+    kind: Literal["tenth"] = "tenth"  # type: ignore[assignment]
+    budget: int = 12345
+
+
+def test_every_cells_numbers_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from minference_vllm.plot import pattern_map
+
+    figures: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **b: figures.append(self) or save(self, *a, **b))
+    monkeypatch.setattr(pattern_map, "KINDS", (*KINDS, "tenth"))
+    every = [parse_head_pattern({"kind": kind}) for kind in KINDS]
+    layers = [[*every, Tenth()], [Tenth(), *every], [Dense()] * 10]
+    text = words(draw_pattern_map(layers, "tiny\npatterns: a file", tmp_path / "map.svg", {2: "dense: windows"}))
+    assert "tenth: 2" in text and "(budget)" in text
+    (axes,) = figures[0].axes
+    FigureCanvasAgg(figures[0]).draw()
+    cells = axes.images[0].get_array()
+    assert len({tuple(cell) for cell in cells[0].tolist()}) == 10, "every kind has its own colour"
+    labels = {label.get_position(): label for label in axes.texts if label.get_text() != "dense: windows"}
+    assert len(labels) == 20
+    assert {label.get_text() for label in labels.values()} >= {"12345", "32\n0.95", "0.1\n256\n512\nFalse"}
+    for (head, layer), label in labels.items():
+        assert contrast(label.get_color(), cells[layer, head]) >= 4.5, (layer, head)
+        lines = label.get_window_extent()
+        (left, low), (right, high) = axes.transData.transform([(head - 0.5, layer + 0.5), (head + 0.5, layer - 0.5)])
+        assert left <= lines.x0 and lines.x1 <= right and low <= lines.y0 and lines.y1 <= high, (layer, head)
+    legend, page = axes.get_legend().get_window_extent(), figures[0].bbox
+    assert page.x0 <= legend.x0 and legend.x1 <= page.x1 and page.y0 <= legend.y0 and legend.y1 <= page.y1
+
+
+def test_there_are_colours_for_any_number_of_kinds() -> None:
+    from minference_vllm.plot.pattern_map import kind_colours, text_colour
+
+    colours = kind_colours([f"kind {number}" for number in range(40)])
+    assert len(set(colours.values())) == 40
+    assert all(0 <= part <= 1 for colour in colours.values() for part in colour)
+    assert min(contrast(colour, text_colour(colour)) for colour in colours.values()) >= 4.5
+    shades = [(red / 8, green / 8, blue / 8) for red in range(9) for green in range(9) for blue in range(9)]
+    assert min(contrast(shade, text_colour(shade)) for shade in shades) >= 4.5
 
 
 def test_a_large_pattern_map_has_no_numbers_in_its_cells(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from minference_vllm.patterns.file import load_pattern_file, parse_patterns, shipped_pattern_files
+from minference_vllm.patterns.file import PatternFile, load_pattern_file, parse_patterns, shipped_pattern_files
 from minference_vllm.patterns.kinds import (
     KINDS,
     MAX_BUDGET,
@@ -22,7 +22,6 @@ from minference_vllm.patterns.kinds import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.patterns.file import PatternFile
 
 OURS = PatternFile(
     model="tiny",

@@ -16,7 +16,9 @@ from minference_vllm import reference
 from minference_vllm.core.page_means import PageMeans
 from minference_vllm.core.paged_cache import Layout, PagedCache
 from minference_vllm.core.plan import Chunk
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.choose import choose
 from minference_vllm.kernels.native import attention as native
 from minference_vllm.patterns.kinds import (
     AShape,
@@ -26,16 +28,16 @@ from minference_vllm.patterns.kinds import (
     PatternError,
     PeakThreshold,
     VerticalSlash,
-    at_level,
     parse_head_pattern,
 )
 from minference_vllm.prefill import mean_correction
-from minference_vllm.prefill.attend import attend_chunk, choose_engine, sparse_prefill
-from minference_vllm.prefill.recall import Audit
-from minference_vllm.selection.build import SparseIndex, build_index
-from minference_vllm.selection.capacity import Capacity
+from minference_vllm.prefill.api import sparse_prefill
+from minference_vllm.prefill.attend import attend_chunk
+from minference_vllm.prefill.recall import RecallCheck
+from minference_vllm.prefill.timing import Timing
+from minference_vllm.selection.build import build_index
+from minference_vllm.selection.compaction import Capacity
 from minference_vllm.selection.probe_queries import Estimates, mean_keys
-from minference_vllm.selection.scores import Timing
 
 needs_native = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
@@ -70,7 +72,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def tiling_of(index: SparseIndex) -> Tiling:
-    return Tiling.of(index.context_len, index.seq_len, index.block_size, index.tile)
+    return Tiling.of(index.tiling.context_len, index.tiling.seq_len, index.tiling.block_size, index.tiling.tile)
 
 
 def definition(
@@ -101,7 +103,7 @@ def test_agrees_with_its_definition(name: str, paged_batch: Callable[..., Any]) 
     arguments = dict(CASES[name])
     tile = arguments.pop("tile", None)
     batch = paged_batch(**arguments)
-    out, indices = sparse_prefill(*batch.arguments, PATTERNS, engine="native", tile=tile, return_index=True)
+    out, indices = sparse_prefill(*batch.arguments, PATTERNS, kernel="native", tile=tile, return_index=True)
     anything = torch.zeros(8, dtype=torch.bool)
     for request, index in enumerate(indices):
         rows = batch.rows(request)
@@ -121,7 +123,7 @@ def test_other_heads_are_served_as_without_it(paged_batch: Callable[..., Any]) -
         pattern.model_copy(update={"mean_correction": False}) if isinstance(pattern, PeakThreshold) else pattern
         for pattern in PATTERNS
     ]
-    found, plain = (sparse_prefill(*batch.arguments, patterns, engine="native") for patterns in (PATTERNS, without))
+    found, plain = (sparse_prefill(*batch.arguments, patterns, kernel="native") for patterns in (PATTERNS, without))
     same = [torch.equal(found[:, head], plain[:, head]) for head in range(8)]
     assert same == [False, True, True, False, True, False, True, False]
 
@@ -130,10 +132,24 @@ def test_other_heads_are_served_as_without_it(paged_batch: Callable[..., Any]) -
 def test_with_every_page_kept_nothing_changes(paged_batch: Callable[..., Any]) -> None:
     batch = paged_batch(query_lens=[333, 129], context_lens=[0, 211])
     found, plain = (
-        sparse_prefill(*batch.arguments, PeakThreshold(alpha=1e-9, mean_correction=corrected), engine="native")
+        sparse_prefill(*batch.arguments, PeakThreshold(alpha=1e-9, mean_correction=corrected), kernel="native")
         for corrected in (True, False)
     )
     assert torch.equal(found, plain)
+
+
+@needs_native
+@pytest.mark.parametrize("behind", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_lies_behind_the_last_token_makes_no_difference(
+    dtype: torch.dtype, behind: float, paged_batch: Callable[..., Any]
+) -> None:
+    shape: dict[str, Any] = {"query_lens": [300], "context_lens": [333], "dtype": dtype}
+    clean, found = (
+        sparse_prefill(*paged_batch(**shape, behind=filled).arguments, PATTERNS, kernel="native")
+        for filled in (0.0, behind)
+    )
+    assert torch.isfinite(clean).all() and torch.equal(found, clean)
 
 
 @needs_native
@@ -175,11 +191,11 @@ def test_heads_that_a_floor_raised_are_not_corrected(paged_batch: Callable[..., 
     batch = paged_batch(query_lens=[300], context_lens=[333])
     cache = PagedCache(batch.key_cache.transpose(1, 2), batch.value_cache.transpose(1, 2), "rows")
     given = cache, batch.block_table[0].long(), Chunk(0, 0, 333, 633)
-    audit, timing = Audit(torch.tensor([7, 200]), floor=0.999), Timing()
+    audit, timing = RecallCheck(torch.tensor([7, 200]), floor=0.999), Timing()
     found, raised = torch.empty_like(batch.query), torch.empty_like(batch.query)
     attend_chunk(batch.query, *given, [CORRECTED] * 8, batch.scale, found, audit=audit, timing=timing)
     assert min(audit.levels) >= 1
-    patterns = [at_level(CORRECTED, level) for level in audit.levels]
+    patterns = [CORRECTED.at_step(level) for level in audit.levels]
     assert all(isinstance(pattern, LowRank | Dense) for pattern in patterns)
     attend_chunk(batch.query, *given, patterns, batch.scale, raised)
     assert torch.equal(found, raised)
@@ -226,7 +242,7 @@ def test_tiles_that_overflowed_leave_nothing_out() -> None:
     mean_correction.add(query, mean_keys(keys, 32), mean_keys(values, 32), index, [0, 1], 0.2, out, lse)
     exact, _ = definition(query, keys, values, index, patterns, 0.2)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
-    tile_of_row = torch.searchsorted(index.tile_starts, torch.arange(400, 600), right=True) - 1
+    tile_of_row = torch.searchsorted(index.tiling.starts, torch.arange(400, 600), right=True) - 1
     untouched = unlisted[:, tile_of_row].T
     assert torch.equal(out[untouched], plain[untouched])
 
@@ -270,7 +286,7 @@ def test_an_engine_without_a_log_sum_exp_is_refused(
 ) -> None:
     batch = paged_batch(query_lens=[200], context_lens=[300])
     with pytest.raises(ValueError, match="'block_table' cannot run: mean correction needs every row's log-sum-exp"):
-        sparse_prefill(*batch.arguments, CORRECTED, engine="block_table")
+        sparse_prefill(*batch.arguments, CORRECTED, kernel="block_table")
     monkeypatch.setattr(native, "unavailable_reason", lambda dtype=None: "the processor has no AVX2")
     with pytest.raises(ValueError, match="engine 'native' does, but the processor has no AVX2"):
         sparse_prefill(*batch.arguments, CORRECTED)
@@ -280,8 +296,8 @@ def test_an_engine_without_a_log_sum_exp_is_refused(
 def test_auto_leaves_amx_pages_to_the_engine_that_can() -> None:
     memory = torch.zeros(4, 2, 32, 64, dtype=torch.bfloat16)
     cache = PagedCache(memory, memory, "amx")
-    assert choose_engine("auto", torch.bfloat16, cache) == "block_table"
-    assert choose_engine("auto", torch.bfloat16, cache, with_lse=True) == "native"
+    assert choose("auto", torch.bfloat16, cache) == "block_table"
+    assert choose("auto", torch.bfloat16, cache, with_lse=True) == "native"
 
 
 # In pattern files

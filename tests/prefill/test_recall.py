@@ -12,9 +12,10 @@ import torch
 from minference_vllm import reference
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import (
-    MAX_LEVEL,
+    MAX_STEP,
     AShape,
     BlockSparse,
     Coverage,
@@ -22,13 +23,12 @@ from minference_vllm.patterns.kinds import (
     HeadPattern,
     TriShape,
     VerticalSlash,
-    at_level,
 )
 from minference_vllm.prefill.attend import attend_chunk
-from minference_vllm.prefill.recall import Audit, RaisedLevels, sample_rows, sampled_recall
-from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.prefill.recall import RaisedSteps, RecallCheck, sample_rows, sampled_recall
+from minference_vllm.prefill.timing import Timing
+from minference_vllm.selection.build import build_index
 from minference_vllm.selection.probe_queries import Estimates
-from minference_vllm.selection.scores import Timing
 
 SIZES = {
     # name: (chunk, context, heads, KV heads, head size)
@@ -149,12 +149,12 @@ class Heads:
         found = reference.attention_recall(self.query, self.keys, index.to_mask(), TOKENS - CHUNK, 1.0)
         return found.mean(1).tolist()
 
-    def run(self, audit: Audit, patterns: Sequence[HeadPattern]) -> SparseIndex:
+    def run(self, audit: RecallCheck, patterns: Sequence[HeadPattern]) -> SparseIndex:
         return audit.run(patterns, self.build, self.recall_of)
 
 
-def audit(floor: float | None = FLOOR, levels: tuple[int, ...] = ()) -> Audit:
-    return Audit(sample_rows(CHUNK, 4, 0), floor, levels)
+def audit(floor: float | None = FLOOR, levels: tuple[int, ...] = ()) -> RecallCheck:
+    return RecallCheck(sample_rows(CHUNK, 4, 0), floor, levels)
 
 
 MISFITS: list[HeadPattern] = [
@@ -171,7 +171,7 @@ def test_a_head_whose_mass_is_elsewhere_is_given_a_pattern_that_looks_for_it(pat
     assert heads.exact_recall(heads.build([pattern]))[0] < 0.3
     index = heads.run(checked, [pattern])
     assert checked.levels == (1,)
-    assert heads.built[-1] == [at_level(pattern, 1)]
+    assert heads.built[-1] == [pattern.at_step(1)]
     assert heads.exact_recall(index)[0] >= FLOOR
     assert float(index.density()) < 0.5
     assert checked.recall is not None and float(checked.recall) == pytest.approx(heads.exact_recall(index)[0], abs=0.02)
@@ -180,9 +180,9 @@ def test_a_head_whose_mass_is_elsewhere_is_given_a_pattern_that_looks_for_it(pat
 def test_a_head_for_which_more_keys_are_not_enough_ends_dense() -> None:
     heads, checked = Heads([far_columns()]), audit(floor=0.99999)
     index = heads.run(checked, [VerticalSlash(vertical=0, slash=0)])
-    assert checked.levels == (MAX_LEVEL,)
+    assert checked.levels == (MAX_STEP,)
     assert float(index.density()) == 1.0 and heads.exact_recall(index) == pytest.approx([1.0])
-    assert len(heads.built) == MAX_LEVEL + 1
+    assert len(heads.built) == MAX_STEP + 1
 
 
 def test_a_head_that_is_not_sparse_ends_dense_at_once_or_by_itself() -> None:
@@ -213,11 +213,11 @@ def test_without_a_floor_recall_is_observed_only() -> None:
 
 
 def test_levels_are_where_the_next_chunk_begins() -> None:
-    heads, checked = Heads([near(), far_columns(), flat()]), audit(levels=(1, 1, MAX_LEVEL))
+    heads, checked = Heads([near(), far_columns(), flat()]), audit(levels=(1, 1, MAX_STEP))
     patterns: list[HeadPattern] = [Coverage(min_budget=64), AShape(sink=64, local=64), AShape(sink=64, local=64)]
     heads.run(checked, patterns)
-    assert heads.built == [[at_level(patterns[0], 1), at_level(patterns[1], 1), Dense()]]
-    assert checked.levels == (1, 1, MAX_LEVEL), "levels never fall within a request"
+    assert heads.built == [[patterns[0].at_step(1), patterns[1].at_step(1), Dense()]]
+    assert checked.levels == (1, 1, MAX_STEP), "levels never fall within a request"
 
 
 # Through the engine's own path
@@ -229,7 +229,7 @@ def test_a_chunk_is_repaired_before_it_is_computed(paged_batch: Callable[..., An
     cache = PagedCache(batch.key_cache.transpose(1, 2), batch.value_cache.transpose(1, 2), "rows")
     pages, chunk = batch.block_table[0].long(), Chunk(0, 0, 500, 800)
     patterns, out, timing = [AShape(sink=16, local=16)] * 8, torch.empty_like(batch.query), Timing()
-    checked = Audit(sample_rows(300, 8, 0), floor=0.99)
+    checked = RecallCheck(sample_rows(300, 8, 0), floor=0.99)
     index = attend_chunk(batch.query, cache, pages, chunk, patterns, batch.scale, out, timing=timing, audit=checked)
     assert index.density().tolist() == [1.0] * 8
     assert timing.audit > 0 and min(timing.estimate, timing.index, timing.attend) > 0
@@ -246,7 +246,7 @@ SIZE = 32
 
 
 def test_raised_levels_carry_on_to_the_requests_next_chunk() -> None:
-    raised = RaisedLevels()
+    raised = RaisedSteps()
     raised.keep(2, 70, PAGES, SIZE, (0, 1, 2))
     assert raised.at(2, 70, PAGES, SIZE) == (0, 1, 2)
     assert raised.at(2, 70, PAGES, SIZE) == (0, 1, 2), "a chunk may be asked about twice"
@@ -264,21 +264,21 @@ def test_raised_levels_carry_on_to_the_requests_next_chunk() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_raised_levels_are_not_another_ones(layer: int, position: int, pages: torch.Tensor, other: str) -> None:
-    raised = RaisedLevels()
+    raised = RaisedSteps()
     raised.keep(2, 70, PAGES, SIZE, (0, 1, 2))
     assert raised.at(layer, position, pages, SIZE) == (), f"another {other}"
 
 
 def test_a_chunk_that_ends_with_its_page_is_found_again() -> None:
-    raised = RaisedLevels()
+    raised = RaisedSteps()
     raised.keep(0, 64, PAGES, SIZE, (1,))
     assert raised.at(0, 64, PAGES, SIZE) == (1,)
     assert raised.at(0, 64, torch.tensor([7, 3]), SIZE) == (1,), "the page of token 63 decides, not the one behind it"
 
 
 def test_what_was_not_raised_takes_no_room_and_the_oldest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RaisedLevels, "CAPACITY", 3)
-    raised = RaisedLevels()
+    monkeypatch.setattr(RaisedSteps, "CAPACITY", 3)
+    raised = RaisedSteps()
     raised.keep(0, 32, PAGES, SIZE, (1,))
     for position in range(33, 60):
         raised.keep(0, position, PAGES, SIZE, (0,))

@@ -11,6 +11,8 @@ from prefill_checks import BFLOAT16, FLOAT16, FLOAT32, check
 
 import minference_vllm
 from minference_vllm import reference
+from minference_vllm.core.sparse_index import SparseIndex
+from minference_vllm.core.tiling import whole_tile
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
@@ -23,8 +25,7 @@ from minference_vllm.patterns.kinds import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.prefill.attend import choose_tile, sparse_prefill
-from minference_vllm.selection.build import SparseIndex
+from minference_vllm.prefill.api import sparse_prefill
 
 FULL: dict[str, HeadPattern] = {
     "dense": Dense(),
@@ -88,7 +89,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("adaptive", [False, True], ids=["fixed", "adaptive"])
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_attention_under_its_own_mask(
-    name: str, adaptive: bool, engine_name: str, served_batch: Callable[..., Any]
+    name: str, adaptive: bool, kernel_name: str, served_batch: Callable[..., Any]
 ) -> None:
     arguments = dict(CASES[name])
     tile = arguments.pop("tile", None)
@@ -97,25 +98,25 @@ def test_agrees_with_attention_under_its_own_mask(
     poisoned = torch.full_like(batch.query, torch.nan)
     before = [argument.clone() for argument in batch.arguments]
     out, indices = sparse_prefill(
-        *batch.arguments, patterns, engine=engine_name, tile=tile, out=poisoned, return_index=True
+        *batch.arguments, patterns, kernel=kernel_name, tile=tile, out=poisoned, return_index=True
     )
     assert out is poisoned
     check(batch, out, indices)
     for argument, copy in zip(batch.arguments, before, strict=True):
         torch.testing.assert_close(argument, copy, rtol=0, atol=0, equal_nan=True)
     for index in indices:
-        assert index.block_size == batch.key_cache.shape[1]
-        starts = index.tile_starts[1:-1]
-        assert not (starts % choose_tile(tile, index.block_size)).any()
+        assert index.tiling.block_size == batch.key_cache.shape[1]
+        starts = index.tiling.starts[1:-1]
+        assert not (starts % whole_tile(tile, index.tiling.block_size)).any()
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, FLOAT32], ids=str)
 @pytest.mark.parametrize("name", FULL)
 def test_full_selection_is_dense_attention(
-    name: str, dtype: torch.dtype, engine_name: str, served_batch: Callable[..., Any]
+    name: str, dtype: torch.dtype, kernel_name: str, served_batch: Callable[..., Any]
 ) -> None:
     batch = served_batch(query_lens=[333, 129], context_lens=[0, 211], dtype=dtype)
-    out, indices = sparse_prefill(*batch.arguments, FULL[name], engine=engine_name, return_index=True)
+    out, indices = sparse_prefill(*batch.arguments, FULL[name], kernel=kernel_name, return_index=True)
     for request, index in enumerate(indices):
         causal = reference.causal_mask(batch.context_lens[request], int(batch.seq_lens[request]))
         assert torch.equal(index.to_mask(), causal.expand(8, -1, -1))
@@ -123,46 +124,46 @@ def test_full_selection_is_dense_attention(
 
 
 def test_where_a_prompt_is_cut_makes_no_difference_at_tile_borders(
-    engine_name: str, served_batch: Callable[..., Any]
+    kernel_name: str, served_batch: Callable[..., Any]
 ) -> None:
     """For a pattern without an estimate: tiles lie at multiples of their size in the prompt, not in the chunk."""
     batch = served_batch(query_lens=[500], context_lens=[0])
     pattern = AShape(sink=32, local=64)
-    whole = sparse_prefill(*batch.arguments, pattern, engine=engine_name)
+    whole = sparse_prefill(*batch.arguments, pattern, kernel=kernel_name)
     pieces = []
     for start, end in [(0, 128), (128, 384), (384, 500)]:
         starts, lengths = torch.tensor([0, end - start]), torch.tensor([end])
         caches = batch.key_cache, batch.value_cache, batch.block_table
-        pieces.append(sparse_prefill(batch.query[start:end], *caches, starts, lengths, pattern, engine=engine_name))
+        pieces.append(sparse_prefill(batch.query[start:end], *caches, starts, lengths, pattern, kernel=kernel_name))
     assert torch.equal(torch.cat(pieces), whole)
 
 
-def test_one_pattern_serves_all_heads(engine_name: str, served_batch: Callable[..., Any]) -> None:
+def test_one_pattern_serves_all_heads(kernel_name: str, served_batch: Callable[..., Any]) -> None:
     batch = served_batch()
     pattern = VerticalSlash(vertical=40, slash=100)
-    one = sparse_prefill(*batch.arguments, pattern, engine=engine_name)
-    assert torch.equal(one, sparse_prefill(*batch.arguments, [pattern] * 8, engine=engine_name))
+    one = sparse_prefill(*batch.arguments, pattern, kernel=kernel_name)
+    assert torch.equal(one, sparse_prefill(*batch.arguments, [pattern] * 8, kernel=kernel_name))
 
 
-def test_the_softmax_scale_is_the_callers(engine_name: str, served_batch: Callable[..., Any]) -> None:
+def test_the_softmax_scale_is_the_callers(kernel_name: str, served_batch: Callable[..., Any]) -> None:
     batch = served_batch(query_lens=[300], context_lens=[100])
-    out, indices = sparse_prefill(*batch.arguments, batch.patterns, scale=0.3, engine=engine_name, return_index=True)
+    out, indices = sparse_prefill(*batch.arguments, batch.patterns, scale=0.3, kernel=kernel_name, return_index=True)
     check(batch, out, indices, scale=0.3)
 
 
-def test_repeated_calls_agree(engine_name: str, served_batch: Callable[..., Any]) -> None:
+def test_repeated_calls_agree(kernel_name: str, served_batch: Callable[..., Any]) -> None:
     batch = served_batch(query_lens=[400, 130], context_lens=[0, 300])
-    first = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name)
-    assert torch.equal(first, sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name))
+    first = sparse_prefill(*batch.arguments, batch.patterns, kernel=kernel_name)
+    assert torch.equal(first, sparse_prefill(*batch.arguments, batch.patterns, kernel=kernel_name))
 
 
-def test_the_number_of_threads_makes_no_difference(engine_name: str, served_batch: Callable[..., Any]) -> None:
+def test_the_number_of_threads_makes_no_difference(kernel_name: str, served_batch: Callable[..., Any]) -> None:
     batch = served_batch(query_lens=[400, 130], context_lens=[0, 300])
-    alone = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name)
+    alone = sparse_prefill(*batch.arguments, batch.patterns, kernel=kernel_name)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        together = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name)
+        together = sparse_prefill(*batch.arguments, batch.patterns, kernel=kernel_name)
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(together, alone, rtol=0.02, atol=0.01)
@@ -181,10 +182,28 @@ def test_the_package_offers_it() -> None:
 
 
 def test_many_columns_need_several_rounds_of_scratch_pages(
-    monkeypatch: pytest.MonkeyPatch, engine_name: str, served_batch: Callable[..., Any]
+    monkeypatch: pytest.MonkeyPatch, kernel_name: str, served_batch: Callable[..., Any]
 ) -> None:
     monkeypatch.setattr("minference_vllm.kernels.block_table.cpu.SCRATCH_PAGES", 5)
     batch = served_batch(query_lens=[600], context_lens=[200])
-    out, indices = sparse_prefill(*batch.arguments, batch.patterns, engine=engine_name, return_index=True)
+    out, indices = sparse_prefill(*batch.arguments, batch.patterns, kernel=kernel_name, return_index=True)
     assert any(bool(index.num_columns.any()) for index in indices)
     check(batch, out, indices)
+
+
+@pytest.mark.parametrize("behind", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16, FLOAT32], ids=str)
+def test_what_lies_behind_the_last_token_makes_no_difference(
+    dtype: torch.dtype, block_size: int, behind: float, kernel_name: str, served_batch: Callable[..., Any]
+) -> None:
+    """A cache holds there what was left by others; multiplied by a weight of 0 it must not become NaN."""
+    shape: dict[str, Any] = {"query_lens": [200, 65, 9, 64], "context_lens": [111, 0, 77, 64], "heads": 18}
+    outputs = []
+    for filled in (0.0, behind):
+        batch = served_batch(**shape, block_size=block_size, dtype=dtype, behind=filled)
+        patterns = [*batch.patterns[:8], *batch.adaptive_patterns[:10]]
+        outputs.append(sparse_prefill(*batch.arguments, patterns, kernel=kernel_name))
+    clean, found = outputs
+    assert torch.isfinite(clean).all()
+    assert torch.equal(found, clean)

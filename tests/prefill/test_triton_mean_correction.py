@@ -100,7 +100,7 @@ def run_case(
     index = attend.attend_chunk(
         query, cache, pages, chunk, patterns, scale, out, "triton", softcap=softcap, sinks=sink
     )  # fmt: skip
-    tiling = Tiling.of(context_len, seq_len, block_size, index.tile)
+    tiling = Tiling.of(context_len, seq_len, block_size, index.tiling.tile)
 
     def attention(heads: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         extended = reference.with_mean_pages(keys, values, index.to_mask(), tiling, heads)

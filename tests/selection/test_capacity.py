@@ -7,6 +7,7 @@ import pytest
 import torch
 from capacity_inputs import ADAPTIVE, PATTERNS, RandomScores, planned
 
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import (
     AShape,
@@ -18,8 +19,9 @@ from minference_vllm.patterns.kinds import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.selection.build import SparseIndex, build_index
-from minference_vllm.selection.capacity import AUDITED_PAIR, Capacity, audit_frequency
+from minference_vllm.prefill.recall import AUDITED_PAIR, audit_frequency
+from minference_vllm.selection.build import build_index
+from minference_vllm.selection.compaction import Capacity
 
 NAMES = ("regular", "odd_length", "one_token_after_context", "chunk_inside_a_page", "long_context_short_chunk")
 TILINGS = {name: index_inputs.TILINGS[name] for name in NAMES}

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from minference_vllm import reference
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import Antidiagonal, Coverage, HeadPattern, PeakThreshold
 from minference_vllm.reference import causal_mask
-from minference_vllm.selection.build import SparseIndex, build_index
+from minference_vllm.selection.build import build_index
 from minference_vllm.selection.probe_queries import Estimates
 
 TOKENS, CHUNK, DIM = 4096, 1024, 64
@@ -31,8 +32,10 @@ class Shaped:
 
     def recall(self, index: SparseIndex) -> torch.Tensor:
         """float64, of every row."""
-        rows = TOKENS - index.context_len
-        return reference.attention_recall(self.query[-rows:], self.keys, index.to_mask(), index.context_len, 1.0)[0]
+        rows = TOKENS - index.tiling.context_len
+        return reference.attention_recall(
+            self.query[-rows:], self.keys, index.to_mask(), index.tiling.context_len, 1.0
+        )[0]
 
 
 def window(distance: int, width: float) -> Shaped:

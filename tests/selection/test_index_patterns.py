@@ -22,13 +22,8 @@ from minference_vllm.patterns.kinds import (
 )
 from minference_vllm.reference import causal_mask
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.vertical_slash import (
-    DENSE_FROM,
-    FORCED_COLUMNS,
-    FORCED_DIAGONALS,
-    distance_scores,
-    forced_distances,
-)
+from minference_vllm.selection.score_bins import DENSE_FROM
+from minference_vllm.selection.vertical_slash import FORCED_COLUMNS, FORCED_DIAGONALS, distance_scores, forced_distances
 
 
 def at_least(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -80,7 +75,7 @@ def test_forced_columns_and_diagonals_are_there_whatever_their_scores(tiling_nam
     tiling = build(tiling_name, whole_pages).tiling
     worst_first = torch.arange(float(tiling.seq_len))[None]
     pattern = VerticalSlash(vertical=FORCED_COLUMNS, slash=FORCED_DIAGONALS)
-    scores = SimpleNamespace(last_query=lambda heads: (worst_first.clone(), worst_first.clone()))
+    scores = SimpleNamespace(column_diagonal=lambda heads: (worst_first.clone(), worst_first.clone()))
     mask = build_index(tiling, [pattern], scores).to_mask()[0]
     row, key = build(tiling_name, whole_pages).rows_and_keys()
     forced = (key < FORCED_COLUMNS) | (row - key < FORCED_DIAGONALS)

@@ -10,17 +10,18 @@ from low_rank_inputs import CHUNK, CONTEXT, DIM, LENGTH, PAGE, TILINGS, lookups,
 
 from minference_vllm import reference
 from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels import gathered_columns as columns_module
 from minference_vllm.kernels.gathered_columns import gather_columns
 from minference_vllm.kernels.native import attention as native
 from minference_vllm.patterns.kinds import Coverage, LowRank
 from minference_vllm.selection import low_rank
-from minference_vllm.selection.build import SparseIndex, build_index
-from minference_vllm.selection.low_rank import Kernels, line_levels
+from minference_vllm.selection.build import build_index
+from minference_vllm.selection.low_rank import Kernels, column_diagonal_bins
 from minference_vllm.selection.probe_queries import Estimates
-from minference_vllm.selection.projection import LEVELS_PER_BIT
-from minference_vllm.selection.score_bins import OWN_LEVEL, Levels
+from minference_vllm.selection.projection import BINS_PER_BIT
+from minference_vllm.selection.score_bins import LOCAL_BIN, ScoreBins
 
 
 @pytest.mark.parametrize("name", ["regular", "starts_inside_a_tile", "large_tile"])
@@ -30,16 +31,16 @@ def test_levels_of_lines(name: str) -> None:
     tiling = Tiling.of(context, length, page, tile)
     generator = torch.Generator().manual_seed(0)
     by_column, by_offset = torch.rand(2, 2, length, generator=generator).pow(8)
-    levels = line_levels(tiling, by_column, by_offset)
+    levels = column_diagonal_bins(tiling, by_column, by_offset)
     _, worth, *_ = reference.coverage_worth(by_column, by_offset, tiling, 0, 0)
-    exact = (254 + LEVELS_PER_BIT * worth.log2()).clamp(0, 254).floor()
-    exact[worth.isinf()] = OWN_LEVEL
+    exact = (254 + BINS_PER_BIT * worth.log2()).clamp(0, 254).floor()
+    exact[worth.isinf()] = LOCAL_BIN
     assert (levels[:, -1] - exact).abs().max() <= 1
     own = tiling.own().repeat_interleave(page, 1)[:, :length]
     later = ~tiling.reachable().repeat_interleave(page, 1)[:, :length]
-    assert (levels[:, own] == OWN_LEVEL).all() and (levels[:, later] == 0).all()
+    assert (levels[:, own] == LOCAL_BIN).all() and (levels[:, later] == 0).all()
     # Without columns, what is at the same distance is worth the same.
-    flat = line_levels(tiling, torch.full_like(by_column, 1e-9), by_offset)
+    flat = column_diagonal_bins(tiling, torch.full_like(by_column, 1e-9), by_offset)
     for number in range(tiling.num_tiles - 1):
         shift = (int(tiling.starts[-2]) // tile - int(tiling.starts[number]) // tile) * tile
         before = int(tiling.starts[number]) // tile * tile
@@ -112,12 +113,12 @@ def test_a_head_that_columns_and_diagonals_serve_is_not_scored(sink: bool) -> No
         raise AssertionError("scored")
 
     tiling = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
-    estimates = Estimates(query, keys, 1.0, Kernels(tile_levels=unexpected))
+    estimates = Estimates(query, keys, 1.0, Kernels(tile_bins=unexpected))
     index = build_index(tiling, [LowRank(gamma=0.9)], estimates)
     assert recall(index, query, keys) >= 0.9 - 0.01
     assert float(index.density()) < 0.2
     with pytest.raises(AssertionError, match="scored"):
-        build_index(tiling, [LowRank(gamma=0.9)], Estimates(*lookups(), 1.0, Kernels(tile_levels=unexpected)))
+        build_index(tiling, [LowRank(gamma=0.9)], Estimates(*lookups(), 1.0, Kernels(tile_bins=unexpected)))
 
 
 def test_a_question_at_the_end_is_heard_where_a_head_is_not_scored() -> None:
@@ -158,7 +159,7 @@ def test_what_suffices_the_rows_themselves_suffices() -> None:
     tiling = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
     found, other = (
         low_rank.estimate(query, lambda: (keys,), [0], tiling, 16, 0.9, 1.0, kernels)
-        for kernels in (Kernels(), Kernels(mass_by_level=uneven))
+        for kernels in (Kernels(), Kernels(mass_by_bin=uneven))
     )
     assert 0 < int(other.threshold) <= int(found.threshold)
 
@@ -201,7 +202,7 @@ def test_selection_is_the_same_for_keys_in_pieces_and_for_heads_apart() -> None:
     )
     tiling = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
 
-    def estimate(heads: list[int], at_once: int) -> Levels:
+    def estimate(heads: list[int], at_once: int) -> ScoreBins:
         return low_rank.estimate(query, lambda: keys.split(at_once, 1), heads, tiling, 16, 0.9, 1.0)
 
     both = estimate([0, 1], LENGTH)

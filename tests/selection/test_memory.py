@@ -28,12 +28,13 @@ from minference_vllm.patterns.kinds import (
     VerticalSlash,
 )
 from minference_vllm.prefill import mean_correction, recall
-from minference_vllm.prefill.recall import PIECE_BYTES, Audit
+from minference_vllm.prefill.recall import RecallCheck
 from minference_vllm.selection import low_rank
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.capacity import MEMORY_LIMIT
-from minference_vllm.selection.score_bins import Levels
+from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.scores import PagedEstimates
+from minference_vllm.selection.torch_scores import PIECE_BYTES
 
 
 class LiveBytes(TorchDispatchMode):
@@ -69,9 +70,9 @@ class EmptyScores(RandomScores):
     def draw(self, kind: int, heads: Sequence[int], *shape: int) -> torch.Tensor:
         return torch.empty(len(heads), *shape, device="meta")
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> Levels:
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
         levels = torch.empty(len(heads), tiling.num_tiles, self.seq_len, dtype=torch.uint8, device="meta")
-        return Levels(levels, torch.empty(len(heads), dtype=torch.int32, device="meta"))
+        return ScoreBins(levels, torch.empty(len(heads), dtype=torch.int32, device="meta"))
 
 
 MIXTURES: dict[str, list[HeadPattern]] = {
@@ -175,7 +176,7 @@ def test_an_audit_at_a_million_tokens_waits_for_nothing_and_stays_small(block_si
     pages = torch.empty(seq_len // block_size, dtype=torch.int64, device="meta")
     scores = PagedEstimates(query, cache, pages, seq_len, 1.0, triton=True)
     index = build_index(tiling, patterns, EmptyScores(seq_len), planned(tiling, patterns))
-    audit = Audit(torch.empty(rows, dtype=torch.int64, device="meta"))
+    audit = RecallCheck(torch.empty(rows, dtype=torch.int64, device="meta"))
     with LiveBytes() as live:
         audit.run(patterns, lambda _: index, scores.recall)
     assert audit.recall is not None and audit.recall.shape == (32,) and audit.levels == (0,) * 32

@@ -9,12 +9,12 @@ from low_rank_inputs import as_factors
 from minference_vllm.selection.projection import (
     KEY_NORM,
     LEAST_RANGE,
-    MOST_PRODUCT,
-    MOST_QUERY,
+    MAX_PRODUCT,
+    MAX_QUERY,
     Projection,
     fit,
-    in_units,
-    whole_keys,
+    for_int8,
+    quantize_keys,
 )
 
 # Whole numbers
@@ -38,9 +38,9 @@ def test_whole_numbers_keep_the_products(case: str, rank: int) -> None:
     elif case == "outlier":
         keys[:, 7] *= 4
     factors = as_factors(query, keys)
-    assert factors.query.abs().max() <= MOST_QUERY and factors.step.min() > 0
+    assert factors.query.abs().max() <= MAX_QUERY and factors.step.min() > 0
     products = factors.query.double() @ factors.keys.double().transpose(1, 2)
-    assert products.abs().max() <= MOST_PRODUCT * 1.1 < 1 << 15
+    assert products.abs().max() <= MAX_PRODUCT * 1.1 < 1 << 15
     if case == "huge":
         return  # scores of a million bits are taken for smaller ones
     exact = query.double() @ keys.double().transpose(1, 2)
@@ -53,9 +53,9 @@ def test_whole_numbers_keep_the_products(case: str, rank: int) -> None:
 def test_longer_keys_than_sampled_are_shortened() -> None:
     keys = torch.randn(1, 100, 32, generator=torch.Generator().manual_seed(0))
     same = torch.eye(32)[None]
-    projection = in_units(Projection(same, same, torch.zeros(1, 1, 32)), keys[:, :50])
+    projection = for_int8(Projection(same, same, torch.zeros(1, 1, 32)), keys[:, :50])
     keys[:, 70] *= 50
-    whole = whole_keys(keys, projection).double()
+    whole = quantize_keys(keys, projection).double()
     assert whole.norm(dim=2).max() < KEY_NORM * 1.02
     assert torch.nn.functional.cosine_similarity(whole[0, 70], keys[0, 70].double(), dim=0) > 0.99
 

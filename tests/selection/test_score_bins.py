@@ -1,4 +1,4 @@
-"""Levels of keys by every implementation, against the float64 reference."""
+"""ScoreBins of keys by every implementation, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ from low_rank_inputs import TILINGS, random_factors
 from minference_vllm import reference
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.native import attention as native
-from minference_vllm.selection.compaction import single_keys
+from minference_vllm.selection.compaction import compact_keys
 from minference_vllm.selection.low_rank import Kernels, calibration_rows
-from minference_vllm.selection.projection import LEVELS_PER_BIT
-from minference_vllm.selection.score_bins import (
-    OWN_LEVEL,
-    PEAK_KEYS,
-    keys_at_levels,
-    row_levels,
-    threshold,
-    tile_levels,
-)
+from minference_vllm.selection.projection import BINS_PER_BIT
+from minference_vllm.selection.score_bins import LOCAL_BIN, PEAK_KEYS, keys_above, row_bins, threshold, tile_bins
 
 IMPLEMENTATIONS = ("torch", *native.INSTRUCTIONS)
 
@@ -47,17 +40,17 @@ def test_levels(name: str, sharpness: float, rank: int, kernels: Kernels) -> Non
     tiling = Tiling.of(context, length, page, tile)
     factors = random_factors(2, length - context, length, rank, sharpness)
     lowest = torch.tensor([0, 200], dtype=torch.int32)
-    found = kernels.tile_levels(factors, tiling, lowest)
+    found = kernels.tile_bins(factors, tiling, lowest)
     query = factors.query.double() * factors.bits().double()
-    exact = reference.low_rank_levels(query, factors.keys, tiling, PEAK_KEYS, LEVELS_PER_BIT).clamp(0, 254)
+    exact = reference.low_rank_levels(query, factors.keys, tiling, PEAK_KEYS, BINS_PER_BIT).clamp(0, 254)
     assert found.dtype == torch.uint8 and found.shape == exact.shape
     places = torch.arange(length)
     own = places >= (tiling.starts[:-1] // tile * tile)[:, None]
     seen = places < tiling.starts[1:, None]
-    assert (found[:, own & seen] == OWN_LEVEL).all() and (found[:, ~seen] == 0).all()
+    assert (found[:, own & seen] == LOCAL_BIN).all() and (found[:, ~seen] == 0).all()
     before, wanted = (found[:, ~own].double(), exact[:, ~own])
     # To the nearest, and norms to half a unit of the products.
-    slack = 0.5 + 1e-3 * LEVELS_PER_BIT + 0.5 * LEVELS_PER_BIT * factors.bits().max().item()
+    slack = 0.5 + 1e-3 * BINS_PER_BIT + 0.5 * BINS_PER_BIT * factors.bits().max().item()
     right = (before - wanted).abs() <= slack
     unwanted = (before == 0) & (wanted < lowest[:, None] + slack)
     assert right[0].all()
@@ -69,9 +62,9 @@ def test_a_row_gives_no_key_a_higher_level_than_its_tile() -> None:
     factors = random_factors(2, 367, 700, 16, 3.0)
     rows = calibration_rows(367, 700, factors.keys.device).rows
     positions = rows + 333
-    own = row_levels(factors.rows(rows), positions, tiling)
+    own = row_bins(factors.rows(rows), positions, tiling)
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
-    levels = tile_levels(factors, tiling, torch.zeros(2, dtype=torch.int32))[:, tiles]
+    levels = tile_bins(factors, tiling, torch.zeros(2, dtype=torch.int32))[:, tiles]
     future = torch.arange(700) > positions[:, None]
     assert ((own <= levels) | future).all()
 
@@ -87,10 +80,10 @@ def test_mass_by_level(kernels: Kernels) -> None:
     for head in range(3):
         for row, which in enumerate(lists.tolist()):
             exact[head, row].index_add_(0, levels[head, which].long(), weights[head, row].double())
-    found = kernels.mass_by_level(levels, lists, weights)
+    found = kernels.mass_by_bin(levels, lists, weights)
     torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=0)
     torch.testing.assert_close(found.sum(2), torch.ones(3, 7), atol=1e-5, rtol=0)
-    assert torch.equal(kernels.mass_by_level(levels, lists[::2], weights[:, ::2]), found[:, ::2])
+    assert torch.equal(kernels.mass_by_bin(levels, lists[::2], weights[:, ::2]), found[:, ::2])
 
 
 @pytest.mark.parametrize("rank", [16, 80])
@@ -105,13 +98,13 @@ def test_mass_of_rows(name: str, rank: int, kernels: Kernels) -> None:
     weights.masked_fill_(torch.arange(length) > positions[:, None], 0)
     weights /= weights.sum(-1, keepdim=True)
     found = kernels.row_mass(factors, rows, tiling, weights).double()
-    levels = row_levels(factors.rows(rows), positions, tiling)
+    levels = row_bins(factors.rows(rows), positions, tiling)
     exact = torch.zeros(2, len(rows), 256, dtype=torch.float64).scatter_add_(2, levels.long(), weights.double())
     # Where the level of a key is rounded otherwise, its mass moves to the next one.
     ours, right = found.cumsum(2), exact.cumsum(2)
     assert (ours[..., :-1] <= right[..., 1:] + 1e-3).all() and (ours[..., 1:] >= right[..., :-1] - 1e-3).all()
     torch.testing.assert_close(found.sum(2), torch.ones(2, len(rows), dtype=torch.float64), atol=1e-4, rtol=0)
-    torch.testing.assert_close(found[..., OWN_LEVEL], exact[..., OWN_LEVEL], atol=1e-3, rtol=0)
+    torch.testing.assert_close(found[..., LOCAL_BIN], exact[..., LOCAL_BIN], atol=1e-3, rtol=0)
 
 
 def test_threshold() -> None:
@@ -146,7 +139,7 @@ def test_keys_from_one_level_up(name: str, kernels: Kernels) -> None:
     levels = torch.randint(0, 200, (5, tiling.num_tiles, length), generator=generator).to(torch.uint8)
     places = torch.arange(length)
     levels[1, :, : length // 2] += 50
-    levels[:, places >= (tiling.starts[:-1] // tile * tile)[:, None]] = OWN_LEVEL
+    levels[:, places >= (tiling.starts[:-1] // tile * tile)[:, None]] = LOCAL_BIN
     levels[:, places >= tiling.starts[1:, None]] = 0
     # Few keys, half a sequence whole, nothing told apart, none, and nearly all.
     wanted = torch.tensor([195, 199, 0, 255, 2], dtype=torch.int32)
@@ -154,7 +147,7 @@ def test_keys_from_one_level_up(name: str, kernels: Kernels) -> None:
     marks[..., :length] = levels >= wanted[:, None, None].to(torch.uint8)
     counts = kernels.page_counts(levels, wanted, page)
     assert counts.dtype == torch.int32 and torch.equal(counts.long(), marks.unflatten(2, (-1, page)).sum(3))
-    exact = single_keys(tiling, *keys_at_levels(tiling, levels, wanted), None)
+    exact = compact_keys(tiling, *keys_above(tiling, levels, wanted), None)
     if kernels.lists is not None:
         for found, right in zip(kernels.lists(tiling, levels, wanted), exact, strict=True):
             assert found.dtype == right.dtype and torch.equal(found, right)

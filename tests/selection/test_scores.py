@@ -62,11 +62,11 @@ def assert_within(found: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor,
 def test_last_query_scores(name: str, dtype: torch.dtype) -> None:
     query, keys, _, scale = inputs(name, dtype)
     heads = wanted_heads(query.shape[1])
-    columns, diagonals = estimate.last_query_scores(query, keys, heads, scale)
-    groups = estimate.row_groups(len(query))
-    exact = reference.last_query_scores(query, keys, scale, groups)
+    columns, diagonals = estimate.column_diagonal_scores(query, keys, heads, scale)
+    groups = estimate.probe_groups(len(query))
+    exact = reference.column_diagonal_scores(query, keys, scale, groups)
     # The same in low precision: scores are rounded once, to the inputs' type.
-    length, rows = keys.shape[1], min(estimate.LAST_QUERIES, len(query))
+    length, rows = keys.shape[1], min(estimate.PROBE_QUERIES, len(query))
     context = length - len(query)
     scores = (query.transpose(0, 1) @ reference.repeat_heads(keys, query.shape[1]).transpose(1, 2)).float()
     weights = (scores * scale).masked_fill(~reference.causal_mask(context, length), -torch.inf).softmax(-1)
@@ -88,8 +88,8 @@ def test_last_query_scores(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", SIZES)
 def test_every_query_spends_its_whole_mass(name: str) -> None:
     query, keys, _, scale = inputs(name, torch.bfloat16)
-    rows = min(estimate.LAST_QUERIES, query.shape[0])
-    columns, diagonals = estimate.last_query_scores(query, keys, range(query.shape[1]), scale)
+    rows = min(estimate.PROBE_QUERIES, query.shape[0])
+    columns, diagonals = estimate.column_diagonal_scores(query, keys, range(query.shape[1]), scale)
     torch.testing.assert_close(columns.sum(-1), torch.full((query.shape[1],), float(rows)), rtol=1e-4, atol=0)
     assert (diagonals >= 0).all() and (diagonals.sum(-1) <= rows * 1.0001).all()
 
@@ -98,14 +98,14 @@ def test_every_query_spends_its_whole_mass(name: str) -> None:
 def test_columns_beyond_diagonals(name: str) -> None:
     query, keys, _, scale = inputs(name, torch.float32)
     heads, context = range(query.shape[1]), keys.shape[1] - len(query)
-    columns, diagonals = estimate.last_query_scores(query, keys, heads, scale)
-    groups = estimate.row_groups(len(query))
+    columns, diagonals = estimate.column_diagonal_scores(query, keys, heads, scale)
+    groups = estimate.probe_groups(len(query))
     before = columns.clone()
     found = estimate.beyond_diagonals(columns, diagonals, groups, context)
     assert torch.equal(columns, before)
     exact = reference.beyond_diagonals(columns, diagonals, groups, context)
     torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=0)
-    ours, same = estimate.Estimates(query, keys, scale).last_query(heads)
+    ours, same = estimate.Estimates(query, keys, scale).column_diagonal(heads)
     if len(groups) == 1:
         assert torch.equal(ours, columns) and not same.any()
     else:
@@ -113,7 +113,7 @@ def test_columns_beyond_diagonals(name: str) -> None:
 
 
 def test_a_diagonal_makes_no_columns_and_a_column_stays_one() -> None:
-    groups, context, length = estimate.row_groups(1024), 1024, 2048
+    groups, context, length = estimate.probe_groups(1024), 1024, 2048
     columns, diagonals = torch.zeros(1, length), torch.zeros(1, length)
     rows = [row for begin, end in groups for row in range(begin, end)]
     diagonals[0, 700] = 0.75 * len(rows)
@@ -136,7 +136,7 @@ def test_a_strong_column_leaves_no_trace_in_the_diagonals() -> None:
         keys[0, place, 1 + row % 60] = 10.0
     keys[0, column] = 0
     keys[0, column, 0] = 10.0
-    columns, diagonals = estimate.last_query_scores(query, keys, [0], 0.1)
+    columns, diagonals = estimate.column_diagonal_scores(query, keys, [0], 0.1)
     assert int(columns[0].argmax()) == column
     assert int(diagonals[0].argmax()) == offset
     traces = [length - 64 + row - column for row in range(64)]
@@ -232,7 +232,7 @@ def test_a_stride_that_does_not_divide_the_page_is_refused(stride: int) -> None:
 def test_inputs_are_left_as_they_are() -> None:
     query, keys, context, scale = inputs("odd_length", torch.float32)
     before = query.clone(), keys.clone()
-    estimate.last_query_scores(query, keys, [0, 1], scale)
+    estimate.column_diagonal_scores(query, keys, [0, 1], scale)
     means, tiling = estimate.mean_keys(keys, 32), Tiling.of(context, keys.shape[1], 32, 64)
     estimate.pooled_scores(query, means, [0, 1], tiling, scale)
     estimate.peak_scores(query, means, [0, 1], tiling, scale)

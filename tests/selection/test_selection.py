@@ -9,16 +9,11 @@ from index_inputs import TILINGS
 from minference_vllm import reference
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import PeakThreshold
-from minference_vllm.selection.compaction import columns_outside_blocks, compact
-from minference_vllm.selection.vertical_slash import (
-    FORCED_DIAGONALS,
-    Columns,
-    covering_blocks,
-    distance_scores,
-    peak_blocks,
-    slash_blocks,
-    top_blocks,
-)
+from minference_vllm.selection.antidiagonal import covering_blocks
+from minference_vllm.selection.block_sparse import top_blocks
+from minference_vllm.selection.compaction import Columns, columns_outside_blocks, compact
+from minference_vllm.selection.peak_threshold import peak_blocks
+from minference_vllm.selection.vertical_slash import FORCED_DIAGONALS, distance_scores, slash_blocks
 
 
 @pytest.mark.parametrize("tau", [1e-6, 0.3, 0.8, 0.999])

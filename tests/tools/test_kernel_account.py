@@ -21,6 +21,6 @@ def test_default_variants_keep_their_registers_and_tensor_cores() -> None:
     assert done.returncode == 0 and lines, f"{done.stdout}\n{done.stderr[-4000:]}"
     assert all(line.endswith("  ok") for line in lines)
     kernels = ("sparse_attention", "row_lse", "column_diagonal", "block_mean", "square_lse", "square_mass")
-    for kernel in (*kernels, "peak_lse", "tile_levels", "mass "):
+    for kernel in (*kernels, "peak_lse", "tile_bins", "mass "):
         assert any(line.startswith(kernel) for line in lines)
     assert any("packed 7" in line for line in lines)

@@ -1,13 +1,13 @@
 """Run a sparse index as a batch of short paged-attention requests on vLLM's CPU kernel.
 
 A page of one KV head is itself a page of a one-head cache, ``block * HK + kv_head``: a view, no copy. Single
-columns are first copied into scratch pages of the same layout.
+columns are first copied into scratch pages of the same layout, and so is the sequence's last page, if it is not full.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,7 +35,11 @@ def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor
     column_pages = index.num_columns.view(-1).long() // size
     slices = _slices(column_pages)
     scratch_pages = max(int(column_pages[first:last].sum()) for first, last in slices)
+    if index.seq_len % size:
+        scratch_pages += kv_heads
     memory = _in_place(cache, pages, scratch_pages) or _copied(cache, pages, scratch_pages)
+    if index.seq_len % size:
+        memory = _with_clean_end(memory, cache, pages, index.seq_len)
     queries = by_list(query, index)
     result = torch.empty_like(queries)
 
@@ -104,7 +108,8 @@ class _Memory:
     scratch: torch.Tensor
     """``[count, 1, 2 * B, D]``."""
     first_scratch: int
-    """Number of the first scratch page, counted from ``key``'s first."""
+    """Number of the first scratch page, counted from ``key``'s first. Made as a multiple of ``HK``, so that ``HK``
+    scratch pages can be a page of the cache."""
 
 
 MAX_PAGE_NUMBER = 1 << 31
@@ -115,7 +120,8 @@ def _in_place(cache: PagedCache, pages: torch.Tensor, count: int) -> _Memory | N
     """The cache where it lies, or None when the kernel cannot address it so.
 
     The kernel computes a page's address as base + number * stride, with signed 32-bit numbers and 64-bit strides, so
-    scratch memory outside the cache is addressable too, provided that it starts a whole number of pages away.
+    scratch memory outside the cache is addressable too, provided that it starts a whole number of the cache's pages
+    away.
     """
     blocks, heads, size, dim = cache.key.shape
     stride = 2 * size * dim
@@ -126,10 +132,10 @@ def _in_place(cache: PagedCache, pages: torch.Tensor, count: int) -> _Memory | N
     if cache.key.stride() != (heads * stride, stride, dim, 1):
         return None
     buffer = _scratch.get(dtype)
-    if buffer is None or buffer.numel() < (count + 1) * stride:
-        buffer = _scratch[dtype] = torch.empty((count + 1) * stride, dtype=dtype)
+    if buffer is None or buffer.numel() < (count + heads) * stride:
+        buffer = _scratch[dtype] = torch.empty((count + heads) * stride, dtype=dtype)
     base = cache.key.data_ptr()
-    skip = -(buffer.data_ptr() - base) % (stride * width) // width
+    skip = -(buffer.data_ptr() - base) % (heads * stride * width) // width
     number = (buffer.data_ptr() + skip * width - base) // (stride * width)
     if not -MAX_PAGE_NUMBER <= number < MAX_PAGE_NUMBER - count:
         return None
@@ -146,3 +152,26 @@ def _copied(cache: PagedCache, pages: torch.Tensor, count: int) -> _Memory:
     cpu_ops.pack(PagedCache(cache.key[pages], cache.value[pages], cache.layout), own.view(-1, heads, 2 * size, dim))
     key, value = memory.chunk(2, dim=2)
     return _Memory(key, value, torch.arange(len(pages)), scratch, len(pages) * heads)
+
+
+def _with_clean_end(memory: _Memory, cache: PagedCache, pages: torch.Tensor, seq_len: int) -> _Memory:
+    """The same with the last page of the sequence in the first scratch pages, and zeros behind its last token.
+
+    The kernel multiplies the values there by weights of 0. A cache holds whatever was left there, and NaN or inf times
+    0 is NaN.
+    """
+    _, heads, size, dim = cache.key.shape
+    last, filled = divmod(seq_len, size)
+    keys, values = cache.rows_by_head(pages[last : last + 1])
+    end, scratch = memory.scratch.split([heads, len(memory.scratch) - heads])
+    end.zero_()
+    cpu_ops.write_pages(
+        keys[:, :filled].transpose(0, 1),
+        values[:, :filled].transpose(0, 1),
+        end.view(1, heads, 2 * size, dim),
+        torch.arange(filled),
+        cpu_ops.isa_for(end.dtype, size, dim),
+    )
+    replaced = memory.pages.clone()
+    replaced[last] = memory.first_scratch // heads
+    return replace(memory, pages=replaced, scratch=scratch, first_scratch=memory.first_scratch + heads)

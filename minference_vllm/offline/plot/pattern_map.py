@@ -14,9 +14,22 @@ from minference_vllm.selection.families import FAMILIES
 if TYPE_CHECKING:
     from matplotlib.patches import Patch
 
+RGB = tuple[float, float, float]
 FIXED_COLOUR = "#FFFFFF"
 MOST_LABELLED = 128
 """Heads up to which every cell also holds its budgets."""
+
+
+def text_colour(background: RGB) -> str:
+    """Black or white, whichever stands out more: by WCAG's contrast, which is then 4.58 at least."""
+    linear = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in background)
+    luminance = sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+    return "black" if (luminance + 0.05) / 0.05 >= 1.05 / (luminance + 0.05) else "white"
+
+
+def _rgb(colour: str) -> RGB:
+    red, green, blue = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    return red, green, blue
 
 
 def draw_pattern_map(
@@ -29,20 +42,23 @@ def draw_pattern_map(
         title: which model this is.
         fixed: layer -> what runs there whatever the patterns say.
     """
-    from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     fixed = fixed or {}
-    heads = len(layers[0])
+    heads, colour_of = len(layers[0]), {kind: _rgb(family.colour) for kind, family in FAMILIES.items()}
     runs = {layer: patterns for layer, patterns in enumerate(layers) if layer not in fixed}
     labelled = len(layers) * heads <= MOST_LABELLED
-    cell = (1.1, 0.55) if labelled else (0.26, 0.22)
-    width, height = max(6.0, cell[0] * heads + 5), max(3.2, cell[1] * len(layers) + 1.5)
+    handles = _legend(runs, fixed, labelled)
+    # In inches: a cell's lines, of 7 points, and the legend's, of 10, take that much.
+    budgets = max((len(dict(pattern)) - 1 for patterns in runs.values() for pattern in patterns), default=0)
+    cell = (1.1, max(0.55, 0.13 * budgets + 0.1)) if labelled else (0.26, 0.22)
+    legend = 0.08 * len(handles) + 0.17 * sum(1 + str(handle.get_label()).count("\n") for handle in handles)
+    width, height = max(6.0, cell[0] * heads + 5), max(3.2, cell[1] * len(layers) + 1.5, legend + 1.2)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     image = [
-        [to_rgb(FAMILIES[pattern.kind].colour if layer in runs else FIXED_COLOUR) for pattern in patterns]
+        [colour_of[pattern.kind] if layer in runs else _rgb(FIXED_COLOUR) for pattern in patterns]
         for layer, patterns in enumerate(layers)
     ]
     axes.imshow(image, aspect="auto", interpolation="nearest", extent=(-0.5, heads - 0.5, len(layers) - 0.5, -0.5))
@@ -52,12 +68,12 @@ def draw_pattern_map(
         axes.text((heads - 1) / 2, layer, reason, ha="center", va="center", fontsize=7)
     for layer, patterns in runs.items() if labelled else ():
         for head, pattern in enumerate(patterns):
-            budgets = "\n".join(str(value) for name, value in pattern if name != "kind")
-            axes.text(head, layer, budgets, ha="center", va="center", fontsize=7)
+            text = "\n".join(str(value) for name, value in pattern if name != "kind")
+            colour = text_colour(colour_of[pattern.kind])
+            axes.text(head, layer, text, ha="center", va="center", fontsize=7, color=colour)
     for axis, name in ((axes.xaxis, "query head"), (axes.yaxis, "layer")):
         axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.set_label_text(name)
-    handles = _legend(runs, fixed, labelled)
     axes.legend(handles=handles, title="pattern: heads", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     lines = (textwrap.fill(line, int(11 * width)) for line in title.splitlines())
     figure.suptitle("\n".join(lines), fontsize=11)
