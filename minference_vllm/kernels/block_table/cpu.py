@@ -35,11 +35,11 @@ def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor
     column_pages = index.num_columns.view(-1).long() // size
     slices = _slices(column_pages)
     scratch_pages = max(int(column_pages[first:last].sum()) for first, last in slices)
-    if index.seq_len % size:
+    if index.tiling.seq_len % size:
         scratch_pages += kv_heads
     memory = _in_place(cache, pages, scratch_pages) or _copied(cache, pages, scratch_pages)
-    if index.seq_len % size:
-        memory = _with_clean_end(memory, cache, pages, index.seq_len)
+    if index.tiling.seq_len % size:
+        memory = _with_clean_end(memory, cache, pages, index.tiling.seq_len)
     queries = by_list(query, index)
     result = torch.empty_like(queries)
 
