@@ -14,24 +14,11 @@ def register() -> None:
     serving.
     """
     try:
+        from minference_vllm.backend.registration import make_name_known
+
         make_name_known()
     except Exception as error:
         _warn(str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}")
-
-
-def make_name_known() -> None:
-    """What ``register`` does, without its mercy.
-
-    Raises:
-        RuntimeError: vLLM is outside the supported range, or its slot for custom backends is taken.
-    """
-    from minference_vllm.backend.compat import check_vllm_version, register_name
-    from minference_vllm.backend.cpu_platform import honour_our_name
-
-    check_vllm_version()
-    # First, so that no name is known that the platform does not honour.
-    honour_our_name()
-    register_name()
 
 
 @functools.cache

@@ -1,5 +1,5 @@
 // Exact attention of some of a chunk's queries: every weight, or the weights summed per column and per diagonal, in two
-// passes over K. minference_vllm/low_rank.py and minference_vllm/estimate.py say which queries and what for.
+// passes over K. minference_vllm/selection/low_rank.py and probe_queries.py say which queries and what for.
 #include "rows.h"
 
 #include <omp.h>

@@ -1,6 +1,6 @@
 // What Python calls: the functions of the library and the structures of their arguments.
 //
-// minference_vllm/engines/native_arguments.py mirrors them with ctypes. The library describes them (interface.cpp), and
+// minference_vllm/kernels/native/interface.py mirrors them with ctypes. The library describes them (interface.cpp), and
 // Python compares names, types and offsets before it uses the library. When the meaning of a field changes, rename it,
 // so that a library built before the change is recognised.
 //

@@ -1,4 +1,4 @@
-// Score bins (minference_vllm/levels.py), and the weights of a row to be summed per bin.
+// Score bins (minference_vllm/selection/score_bins.py), and the weights of a row to be summed per bin.
 #pragma once
 
 #include "tiles.h"

@@ -146,8 +146,8 @@ def bfloat16_is_slow() -> bool:
 
 def backend() -> Iterator[Finding]:
     """vLLM's platform, and what our name stands for there."""
-    from minference_vllm import plugin
     from minference_vllm.backend import compat
+    from minference_vllm.backend.registration import make_name_known
 
     try:
         vllms = compat.vllm_platform()
@@ -166,7 +166,7 @@ def backend() -> Iterator[Finding]:
         return
     yield Finding("ok", "platform", name)
     try:
-        plugin.make_name_known()
+        make_name_known()
     except RuntimeError as error:
         yield Finding("!!", "attention backend", str(error))
         return

@@ -110,7 +110,7 @@ def _named(out: Path, what: str) -> Path:
 def _prompt_ids(args: argparse.Namespace) -> list[int]:
     from transformers import AutoTokenizer
 
-    from minference_vllm.commands.calibrate import key_value_prompt, without_middle
+    from minference_vllm.offline.calibrate.run import key_value_prompt, without_middle
 
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     if args.prompt:
