@@ -2,13 +2,11 @@
 // passes over K. minference_vllm/selection/low_rank.py and probe_queries.py say which queries and what for.
 #include "rows.h"
 
-#include <omp.h>
-
 extern "C" void minference_row_weights(const minference::RowWeightArguments* arguments) {
   using namespace minference;
   const RowArguments& a = arguments->row_arguments;
   const RowScores scores(a);
-  Normalizers normalizers(a);
+  Normalizers normalizers(a, scores.parts);
   std::vector<float> normalizer;
   const int num_rows = a.num_wanted * a.rows;
 #pragma omp parallel num_threads(a.threads)
@@ -17,7 +15,7 @@ extern "C" void minference_row_weights(const minference::RowWeightArguments* arg
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < scores.tasks(); ++task) {
       scores.run(task, w, [&](int i, int64_t tile) {
-        normalizers.add(w, i, omp_get_thread_num());
+        normalizers.add(w, i, task % scores.parts);
         const int64_t first_key = tile * kKeyTile, here = std::min<int64_t>(kKeyTile, a.seq_len - first_key);
         for (int r = 0; r < a.rows; ++r) {
           float* target = arguments->weights + (static_cast<int64_t>(i) * a.rows + r) * a.seq_len;
@@ -42,7 +40,7 @@ extern "C" void minference_column_diagonal_scores(const minference::ColumnDiagon
   using namespace minference;
   const RowArguments& a = arguments->row_arguments;
   const RowScores scores(a);
-  Normalizers normalizers(a);
+  Normalizers normalizers(a, scores.parts);
   std::vector<float> normalizer;
   const int row_groups = arguments->num_groups;
   const int32_t* group_starts = arguments->group_starts;
@@ -60,7 +58,7 @@ extern "C" void minference_column_diagonal_scores(const minference::ColumnDiagon
     std::memset(w.scores, 0, sizeof w.scores);
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < scores.tasks(); ++task) {
-      scores.run(task, w, [&](int i, int64_t) { normalizers.add(w, i, omp_get_thread_num()); });
+      scores.run(task, w, [&](int i, int64_t) { normalizers.add(w, i, task % parts); });
     }
 #pragma omp single
     normalizer = normalizers.result();

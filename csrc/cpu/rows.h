@@ -125,25 +125,26 @@ class RowScores {
   std::vector<int> first_of_group_;
 };
 
-// Log-sum-exp of each wanted head's rows; every thread adds the tiles that it scores.
+// Log-sum-exp of each wanted head's rows, kept apart for every part of the keys: what a row sums to does not depend on
+// which thread runs which task, so that the same input gives the same result.
 class Normalizers {
  public:
-  explicit Normalizers(const RowArguments& a)
+  Normalizers(const RowArguments& a, int64_t parts)
       : rows_(a.rows),
         count_(static_cast<size_t>(a.num_wanted) * a.rows),
-        maximum_(count_ * a.threads, -kInfinity),
-        sum_(count_ * a.threads, 0.0f) {}
+        maximum_(count_ * parts, -kInfinity),
+        sum_(count_ * parts, 0.0f) {}
 
-  // Adds one tile's scores of one head.
-  void add(RowWorkspace& w, int wanted, int thread) {
+  // Adds the scores of one head and one tile of a part.
+  void add(RowWorkspace& w, int wanted, int64_t part) {
     for (int r = 0; r < rows_; ++r) {
       const float* row = w.row(r);
       Floats largest = load(row);
       for (int n = kLanes; n < kKeyTile; n += kLanes) largest = max(largest, load(row + n));
       const float found = reduce_max(largest);
       if (found == -kInfinity) continue;
-      float& best = maximum_[count_ * thread + static_cast<size_t>(wanted) * rows_ + r];
-      float& total = sum_[count_ * thread + static_cast<size_t>(wanted) * rows_ + r];
+      float& best = maximum_[count_ * part + static_cast<size_t>(wanted) * rows_ + r];
+      float& total = sum_[count_ * part + static_cast<size_t>(wanted) * rows_ + r];
       if (found > best) {
         total *= best == -kInfinity ? 0.0f : std::exp2(best - found);
         best = found;
@@ -172,7 +173,7 @@ class Normalizers {
  private:
   int rows_;
   size_t count_;
-  std::vector<float> maximum_, sum_;  // [threads][wanted][rows]
+  std::vector<float> maximum_, sum_;  // [parts][wanted][rows]
 };
 
 }  // namespace minference
