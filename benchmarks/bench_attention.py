@@ -9,7 +9,7 @@ and the share of the dense softmax mass that the index keeps (recall); the dense
 is not timed: it costs the row and the exit status. Then dense and sparse are timed in turns and the medians reported.
 TFLOP/s (GPU rows) count 4 * head_size per query-key pair that the index names.
 
-``--peer`` adds rows of other kernels (see ``peers.py``) on the index that the first engine attended, checked in the
+``--peer`` adds rows of other kernels (see ``peers.py``) on the index that the first of ours attended, checked in the
 same way and timed in turns with the dense kernel. Such a row says ``peer`` and, in ``computes``, what it attended; its
 seconds and its speed-up are those of attention alone, without estimate and index. A peer that cannot run is named
 before anything is measured; one that fails costs its own row and the exit status.
@@ -34,12 +34,13 @@ from record import emit
 from synthetic import Structure, structured_qkv
 
 from minference_vllm import reference
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import whole_tile
-from minference_vllm.kernels.block_table import cpu_ops as cpu_kernel
-from minference_vllm.kernels.choose import choose
+from minference_vllm.kernels.block_table import cpu_ops
+from minference_vllm.kernels.choose import KERNELS, choose
 from minference_vllm.patterns.kinds import AShape, BlockSparse, Coverage, HeadPattern, LowRank, TriShape, VerticalSlash
 from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.prefill.timing import Timing
@@ -70,9 +71,9 @@ def fill_cache(keys: torch.Tensor, values: torch.Tensor, block_size: int) -> tup
         by_slot[slots // block_size, slots % block_size] = torch.cat([keys, values], -1)
         return PagedCache(memory[..., :dim], memory[..., dim:], "rows"), pages
     cache = torch.zeros(blocks, heads, 2 * block_size, dim, dtype=keys.dtype)
-    layout = cpu_kernel.layout_for(keys.dtype, block_size, dim)
+    layout = cpu_ops.layout_for(keys.dtype, block_size, dim)
     assert layout is not None
-    cpu_kernel.write_pages(keys, values, cache, slots, cpu_kernel.isa_for(keys.dtype, block_size, dim))
+    cpu_ops.write_pages(keys, values, cache, slots, cpu_ops.isa_for(keys.dtype, block_size, dim))
     key, value = cache.chunk(2, dim=2)
     return PagedCache(key, value, layout), pages
 
@@ -89,7 +90,7 @@ def dense_attention(
     if not query.is_cuda:
 
         def on_cpu() -> torch.Tensor:
-            cpu_kernel.attend(query, cache.key, cache.value, table, starts, length, scale, out)
+            cpu_ops.attend(query, cache.key, cache.value, table, starts, length, scale, out)
             return out
 
         return "vLLM CPU", on_cpu
@@ -177,9 +178,9 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 
 def measure(
-    args: argparse.Namespace, context: int, pattern_name: str, engine: str, peers: list[str], failed: list[str]
+    args: argparse.Namespace, context: int, pattern_name: str, kernel_name: str, peers: list[str], failed: list[str]
 ) -> Iterator[dict[str, object]]:
-    """The engine's row, then those of the named peers; what is wrong or fails is added to ``failed`` instead."""
+    """The kernel's row, then those of the named peers; what is wrong or fails is added to ``failed`` instead."""
     structure = Structure()
     chunk_len = min(args.chunk or context, context)
     dtype = getattr(torch, args.dtype)
@@ -187,20 +188,22 @@ def measure(
     query = query[context - chunk_len :].contiguous()
     cache, pages = fill_cache(keys, values, args.block_size)
     scale = args.head_size**-0.5
-    chunk = Chunk(0, 0, context - chunk_len, context)
+    inputs = Inputs(query, cache, pages, Chunk(0, 0, context - chunk_len, context), scale)
+    kernel = choose(kernel_name, query.dtype, cache)
     patterns = [PATTERNS[pattern_name]] * args.heads
     out = torch.full_like(query, torch.nan)
     dense_kernel, dense = dense_attention(query, keys, values, cache, pages, scale)
     on_gpu = args.device == "cuda"
+    waited_for = query.device if on_gpu else None
 
     def sparse(timing: Timing | None = None) -> SparseIndex:
-        return attend_chunk(query, cache, pages, chunk, patterns, scale, out, engine, args.tile, timing)
+        return attend_chunk(inputs, patterns, kernel, out, args.tile, timing=timing)
 
     index = sparse()
     error, recall = sampled_check(query, keys, values, out, index, scale)
     problem = Problem(query, keys, values, one_list_per_head(index), scale)
     dense_error, _ = sampled_check(query, keys, values, dense(), everything(problem.index), scale)
-    reasons = {f"engine {engine!r}": wrong(error), dense_kernel: wrong(dense_error)}
+    reasons = {f"kernel {kernel.name!r}": wrong(error), dense_kernel: wrong(dense_error)}
     if any(reasons.values()):
         where = f"context {context}, {pattern_name}"
         failed += [f"{what}, {where}: {reason}" for what, reason in reasons.items() if reason]
@@ -208,7 +211,7 @@ def measure(
     timings, dense_seconds, sparse_seconds = [], [], []
     for _ in range(args.repeat):
         dense_seconds.append(seconds(dense, args.device))
-        timings.append(Timing(wait=on_gpu))
+        timings.append(Timing(device=waited_for))
         if on_gpu:
             sparse_seconds.append(seconds(sparse, args.device))
             sparse(timings[-1])
@@ -217,7 +220,7 @@ def measure(
     dense_s, sparse_s = statistics.median(dense_seconds), statistics.median(sparse_seconds)
     attend_s = statistics.median(t.attend for t in timings)
     row = {
-        "kernel": choose(engine, query.dtype, cache),
+        "kernel": kernel.name,
         "pattern": pattern_name,
         "context": context,
         "chunk": chunk_len,
@@ -305,7 +308,7 @@ def main() -> int:
     parser.add_argument("--context", type=int, nargs="+", default=[32768, 65536])
     parser.add_argument("--chunk", type=int, default=None, help="new tokens at the end of the context; default: all")
     parser.add_argument("--pattern", nargs="+", choices=list(PATTERNS), default=["vertical_slash"])
-    parser.add_argument("--engine", nargs="+", default=["auto"])
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=["auto"], help="the setting of that name")
     parser.add_argument("--peer", nargs="+", choices=list(PEERS), default=[], help="other kernels, see peers.py")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=2)
@@ -325,9 +328,9 @@ def main() -> int:
     failed: list[str] = []
     for context in args.context:
         for pattern in args.pattern:
-            for engine in args.engine:
-                peers = args.peer if engine == args.engine[0] else []
-                for row in measure(args, context, pattern, engine, peers, failed):
+            for kernel in args.kernel:
+                peers = args.peer if kernel == args.kernel[0] else []
+                for row in measure(args, context, pattern, kernel, peers, failed):
                     emit(row, args.json, args.csv)
     print("\n".join(failed), file=sys.stderr, end="\n" if failed else "")
     return int(bool(failed))

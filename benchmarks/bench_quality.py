@@ -23,6 +23,7 @@ by the CPU kernels, where they run).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import time
@@ -35,15 +36,18 @@ import torch
 from record import emit
 from synthetic import SHAPES, structured_qkv
 
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.kernels.native import attention as native
+from minference_vllm.kernels.native import library
+from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.offline.capture import Layer, capture_layers
 from minference_vllm.patterns.kinds import HeadPattern, parse_head_pattern
-from minference_vllm.prefill.mean_correction import heads_with
 from minference_vllm.prefill.recall import sample_rows
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.probe_queries import SPREAD_FROM, Estimates
+from minference_vllm.selection.families import mean_corrected_heads
+from minference_vllm.selection.probe_queries import SPREAD_FROM
+from minference_vllm.selection.torch_scores import TorchScores
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
 
@@ -61,7 +65,11 @@ PATTERNS = (
 )
 
 
-class SharedQueries(Estimates):
+class SpreadQueries(TorchScores):
+    """Queries from all over the chunk choose, as in the backend."""
+
+
+class SharedQueries(TorchScores):
     """One choice of columns and diagonals for all query heads of a KV head."""
 
     def column_diagonal(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,14 +80,27 @@ class SharedQueries(Estimates):
         return columns, diagonals
 
 
-class LastQueries(Estimates):
+class LastQueries(TorchScores):
     """The chunk's last 64 queries choose, as in MInference."""
 
     def column_diagonal(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return Estimates(self.query[1 - SPREAD_FROM :], self.keys, self.scale).column_diagonal(heads)
+        query, length = self.query[1 - SPREAD_FROM :], self.inputs.chunk.seq_len
+        chunk = dataclasses.replace(self.inputs.chunk, context_len=length - len(query))
+        last = TorchScores(dataclasses.replace(self.inputs, query=query, chunk=chunk))
+        last.keys = self.keys
+        return last.column_diagonal(heads)
 
 
-QUERIES = {"spread": Estimates, "last": LastQueries, "kv_head": SharedQueries}
+QUERIES = {"spread": SpreadQueries, "last": LastQueries, "kv_head": SharedQueries}
+
+
+def scores_by(queries: str, inputs: Inputs) -> TorchScores:
+    """Torch's scores, with products of quantized keys from the CPU kernels where they run."""
+    chosen: type[TorchScores] = QUERIES[queries]
+    if library.unavailable_reason():
+        return chosen(inputs)
+    with_products = type(chosen.__name__, (chosen, NativeScores), {})
+    return with_products(inputs, from_pages=False)
 
 
 TASKS = ("needle", "key-value", "variables")
@@ -146,23 +167,23 @@ def measure(
     layer: Layer, choices: Sequence[tuple[HeadPattern, str]], begin: int, end: int, args: argparse.Namespace
 ) -> list[list[Found]]:
     """Every head of a layer on one chunk, for each pattern and who chooses."""
-    heads, keys = range(layer.query.shape[0]), layer.keys[:, :end]
+    heads = range(layer.query.shape[0])
     tiling = Tiling.of(begin, end, args.block_size, args.tile)
     query = layer.query[:, begin:end].transpose(0, 1)
+    inputs = Inputs.of_rows(query, layer.keys[:, :end], layer.values[:, :end], layer.scale, args.block_size)
     rows = sample_rows(end - begin, args.rows, seed=end)
     dense = [exact(layer, head, rows + begin, end) for head in heads]
     found = []
     for pattern, queries in choices:
         start = time.perf_counter()
-        estimates = QUERIES[queries](query, keys, layer.scale, native.low_rank_kernels())
-        index = build_index(tiling, [pattern] * len(heads), estimates)
+        index = build_index(tiling, [pattern] * len(heads), scores_by(queries, inputs))
         seconds = (time.perf_counter() - start) / len(heads)
         density = index.density().tolist()
         one = [
             Found(*compare(dense[head], head, index, rows, layer.scale), dense[head].needed, density[head], seconds)
             for head in heads
         ]
-        corrected = bool(heads_with([pattern]))
+        corrected = bool(mean_corrected_heads([pattern]))
         found.append([head._replace(error=head.corrected_error) for head in one] if corrected else one)
     return found
 

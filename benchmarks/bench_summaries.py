@@ -1,4 +1,4 @@
-"""Mean keys of a growing prefix, chunk by chunk: kept per page (``summaries.PageMeans``), or pooled anew every time.
+"""Mean keys of a growing prefix, chunk by chunk: kept per page (``page_means.PageMeans``), or pooled anew every time.
 
 One layer's key cache is filled chunk by chunk, as prefill does it; after each chunk the mean keys of the whole prefix
 are asked for, both ways, and compared. Seconds are per chunk.
@@ -16,7 +16,6 @@ from record import emit
 
 from minference_vllm.core.page_means import PageMeans
 from minference_vllm.core.paged_cache import PagedCache
-from minference_vllm.selection.probe_queries import mean_keys
 
 
 def main() -> None:
@@ -44,7 +43,7 @@ def main() -> None:
         if end not in args.context:
             continue
         begin = time.perf_counter()
-        anew = mean_keys(cache.keys_by_head(pages[: end // size]), size)
+        anew = PageMeans().of(cache, pages[: end // size], end)
         anew_s = time.perf_counter() - begin
         torch.testing.assert_close(means, anew, rtol=1e-4, atol=1e-4)
         row = {"context": end, "chunk": args.chunk, "kept_s": kept_s, "anew_s": anew_s, "ratio": anew_s / kept_s}

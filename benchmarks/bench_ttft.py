@@ -32,6 +32,7 @@ from bench_attention import PATTERNS
 from engine_process import ENVIRONMENT, Engine, Timed, end_with_us
 from record import emit
 
+from minference_vllm.kernels.choose import KERNELS
 from minference_vllm.patterns.file import PatternFile
 
 VOCABULARY = 512
@@ -85,7 +86,7 @@ def engine_options(args: argparse.Namespace, model: Path, pattern: str) -> tuple
     patterns = PatternFile(provenance="benchmarks/bench_attention.py", default=PATTERNS[pattern])
     file = model / f"{pattern}.json"
     file.write_text(patterns.model_dump_json())
-    settings = {"patterns": str(file), "min_context": args.min_context, "kernel": args.engine, "log_interval": 0}
+    settings = {"patterns": str(file), "min_context": args.min_context, "kernel": args.kernel, "log_interval": 0}
     options |= {"attention_backend": "minference", "additional_config": {"minference": settings}}
     return options, environment
 
@@ -113,7 +114,7 @@ def measure(args: argparse.Namespace, engine: Engine, context: int) -> dict[str,
             if turn:  # the first one warms up
                 timings.append(timed)
     return {
-        "kernel": args.engine,
+        "kernel": args.kernel,
         "pattern": engine.name,
         "context": context,
         "chunk": args.chunk,
@@ -147,7 +148,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[4096, 32768, 65536], help="prompt lengths")
     parser.add_argument("--chunk", type=int, default=4096, help="max_num_batched_tokens")
     parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=["a_shape", "vertical_slash"])
-    parser.add_argument("--engine", default="auto", help="the setting of that name")
+    parser.add_argument("--kernel", choices=KERNELS, default="auto", help="the setting of that name")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--min-context", type=int, default=8192, help="the setting of that name")
     parser.add_argument("--decode", type=int, default=32, help="tokens decoded after each prompt")

@@ -1,6 +1,6 @@
 """Other people's kernels on the same layer, for ``bench_attention.py --peer``.
 
-A peer gets the index that our engine attended, in its own format, and says what it makes of it: the keys that it
+A peer gets the index that our kernel attended, in its own format, and says what it makes of it: the keys that it
 attends are an index again, and its answer is checked under that one before it is timed. Its time is attention alone:
 estimate, index and the conversion to its format stay outside.
 
@@ -26,7 +26,7 @@ import torch
 from torch.nn.functional import pad
 
 from minference_vllm.core.sparse_index import SparseIndex
-from minference_vllm.selection.compaction import compact
+from minference_vllm.selection.compaction import compact_exact
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -241,7 +241,7 @@ def columns_as_blocks(index: SparseIndex) -> SparseIndex:
     held = torch.zeros(*index.num_blocks.shape, total + 1, dtype=torch.bool, device=index.blocks.device)
     held.scatter_(2, torch.where(listed(index), listed_blocks(index), total).long(), True)
     held.scatter_(2, torch.where(index.columns < 0, total, index.columns // index.tiling.block_size).long(), True)
-    blocks, num_blocks = compact(held[..., :total])
+    blocks, num_blocks = compact_exact(held[..., :total])
     return dataclasses.replace(index, blocks=blocks, num_blocks=num_blocks, **no_columns(index))
 
 

@@ -1,8 +1,8 @@
-"""A picture of ``bench_attention.py``'s rows: speed-up over the dense kernel against the context, per engine and peer.
+"""A picture of ``bench_attention.py``'s rows: speed-up over the dense kernel against the context, per kernel and peer.
 
-One panel per chunk (across) and pattern (down). Engines are drawn with their estimate and index; peers are attention
-alone, so beside peers there is a thin line of each engine's attention alone, too. Of rows for the same point the last
-one counts, and only rows of the last row's machine: times of two machines do not compare.
+One panel per chunk (across) and pattern (down). Our kernels are drawn with their estimate and index; peers are
+attention alone, so beside peers there is a thin line of each kernel's attention alone, too. Of rows for the same point
+the last one counts, and only rows of the last row's machine: times of two machines do not compare.
 
     python benchmarks/plot_speedup.py benchmarks/results/attention_cpu.csv -o attention.png
 """
@@ -44,9 +44,9 @@ def lines(rows: Iterable[Row]) -> dict[tuple[str, str], Line]:
         if row.get("peer"):
             found.setdefault((row["peer"], "alone"), {})[context] = float(row["speedup"])
         else:
-            found.setdefault((row["engine"], "whole"), {})[context] = float(row["speedup"])
+            found.setdefault((row["kernel"], "whole"), {})[context] = float(row["speedup"])
             alone = float(row["dense_s"]) / float(row["attend_s"])
-            found.setdefault((row["engine"], "alone"), {})[context] = alone
+            found.setdefault((row["kernel"], "alone"), {})[context] = alone
     return found
 
 

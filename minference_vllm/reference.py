@@ -92,7 +92,7 @@ def attention_recall(
     return (scores.masked_fill(~mask, -torch.inf).logsumexp(-1) - dense).exp()
 
 
-def last_query_scores(
+def column_diagonal_scores(
     query: torch.Tensor, keys: torch.Tensor, scale: float, groups: Sequence[tuple[int, int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Column and diagonal mass of groups of queries (arXiv 2407.02490, Algorithm 1), float64 ``[H, S]`` each.
@@ -140,21 +140,28 @@ def distance_scores(by_offset: torch.Tensor, tiling: Tiling) -> torch.Tensor:
     return scores
 
 
+def page_means(rows: torch.Tensor, block_size: int) -> torch.Tensor:
+    """float64 ``[HK, N, D]``: mean of the rows ``[HK, S, D]`` of every page; of the last, of those that there are."""
+    return torch.stack([block.mean(1) for block in rows.double().split(block_size, dim=1)], dim=1)
+
+
 def pooled_scores(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
     """Softmax over blocks of mean query times mean key, float64 ``[H, T, N]``."""
     heads = query.shape[1]
     starts = (tiling.starts - tiling.context_len).tolist()
     queries = torch.stack([query[a:b].double().mean(0) for a, b in itertools.pairwise(starts)], dim=1)
-    means = torch.stack([block.mean(1) for block in keys.double().split(tiling.block_size, dim=1)], dim=1)
-    scores = queries @ repeat_heads(means, heads).transpose(1, 2) * scale
+    scores = queries @ repeat_heads(page_means(keys, tiling.block_size), heads).transpose(1, 2) * scale
     return scores.masked_fill(~tiling.reachable(), -torch.inf).softmax(-1)
 
 
 def peak_scores(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
     """Softmax over blocks of every single query times mean key, mean over a tile's rows, float64 ``[H, T, N]``."""
     heads = query.shape[1]
-    means = torch.stack([block.mean(1) for block in keys.double().split(tiling.block_size, dim=1)], dim=1)
-    logits = query.double().transpose(0, 1) @ repeat_heads(means, heads).transpose(1, 2) * scale
+    logits = (
+        query.double().transpose(0, 1)
+        @ repeat_heads(page_means(keys, tiling.block_size), heads).transpose(1, 2)
+        * scale
+    )
     reachable = tiling.reachable()
     scores = torch.zeros(heads, tiling.num_tiles, tiling.num_key_blocks, dtype=torch.float64)
     starts = (tiling.starts - tiling.context_len).tolist()
@@ -182,23 +189,25 @@ def antidiagonal_scores(
     for tile, (first, end) in enumerate(itertools.pairwise(tiling.starts.tolist())):
         square_rows = range(first // stride, -(-end // stride))
         for square_row in square_rows:
+            begin = torch.arange(square_row + 1) * stride  # the first key of each square
             means = torch.zeros(heads, square_row + 1, dtype=torch.float64)
-            for square, place in itertools.product(range(square_row + 1), range(stride)):
-                row, key = square_row * stride + place, square * stride + stride - 1 - place
-                if tiling.context_len <= row < seq_len and key < seq_len:
-                    means[:, square] += logits[:, row - tiling.context_len, key] / stride
-            for square, weight in enumerate(means.softmax(-1).unbind(-1)):
-                scores[:, tile, square * stride // tiling.block_size] += weight / len(square_rows)
+            for place in range(stride):
+                row, key = square_row * stride + place, begin + stride - 1 - place
+                if tiling.context_len <= row < seq_len:
+                    there = key < seq_len
+                    means[:, there] += logits[:, row - tiling.context_len, key[there]] / stride
+            scores[:, tile].index_add_(1, begin // tiling.block_size, means.softmax(-1) / len(square_rows))
     return scores
 
 
-def low_rank_levels(
+def low_rank_bins(
     query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, peak_keys: int, per_bit: int
 ) -> torch.Tensor:
-    """``254 + per_bit * (score - norm)`` of every key, float64 ``[H, T, S]``, of the tile's row that rates it highest.
+    """``254 + per_bit * (score - approx_lse)`` of every key, by the tile's row that gives it the most; float64
+    ``[H, T, S]``, not rounded.
 
-    ``norm`` is the log-sum-exp, in bits, of the largest of each ``peak_keys`` scores of a row. Keys that no row of a
-    tile sees are -inf; those of its own pages are not told apart.
+    ``approx_lse`` is the log-sum-exp, in bits, of the largest of each ``peak_keys`` scores of a row. Keys that no row
+    of a tile sees are -inf; those of its own pages are not told apart.
 
     Args:
         query: ``[H, chunk, r]``. keys: ``[H, S, r]``. Their products are scores in bits.
@@ -206,9 +215,9 @@ def low_rank_levels(
     scores = query.double() @ keys.double().transpose(1, 2)
     scores.masked_fill_(~causal_mask(tiling.context_len, tiling.seq_len), -torch.inf)
     peaks = torch.stack([part.amax(-1) for part in scores.split(peak_keys, dim=-1)], -1)
-    levels = 254 + per_bit * (scores - torch.exp2(peaks).sum(-1, keepdim=True).log2())
+    bins = 254 + per_bit * (scores - torch.exp2(peaks).sum(-1, keepdim=True).log2())
     borders = (tiling.starts - tiling.context_len).tolist()
-    return torch.stack([levels[:, begin:end].amax(1) for begin, end in itertools.pairwise(borders)], 1)
+    return torch.stack([bins[:, begin:end].amax(1) for begin, end in itertools.pairwise(borders)], 1)
 
 
 def beyond_diagonals(
@@ -222,21 +231,21 @@ def beyond_diagonals(
     return rest.clamp(min=0)
 
 
-def coverage_worth(
+def mass_per_token(
     by_column: torch.Tensor, by_offset: torch.Tensor, tiling: Tiling, forced_columns: int, forced_distances: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What keys and page distances hold, and their worth: mass per token of cost, the keys' as the last tile sees them.
+    """The mass of keys and page distances, and their mass per token of cost, the keys' as the last tile sees them.
 
-    A page distance holds what lies on its diagonals, and its tokens are worth that per token; a column holds its own
-    mass; a key is worth the larger one. The tile's own blocks, the nearest distances and the first columns are always
-    taken: their worth is infinite.
+    A page distance holds what lies on its diagonals, by which its tokens count each; a column holds its own mass; a key
+    counts by the larger one. The tile's own blocks, the nearest distances and the first columns are always taken: their
+    mass per token is infinite.
 
     Args:
         by_column, by_offset: ``[H, S]``, mass of columns and diagonals.
 
     Returns:
-        float64: mass of columns and worth of keys ``[H, S]``, mass and worth of distances ``[H, N + 1]``, of which the
-        first is the tile's own pages. The masses of a head sum to 1.
+        float64: mass of columns and mass per token of keys, ``[H, S]`` each; mass and mass per token of distances,
+        ``[H, N + 1]`` each, of which the first is the tile's own pages. The masses of a head sum to 1.
     """
     heads, seq_len = by_column.shape
     total = (by_column.double() + by_offset.double()).sum(1, keepdim=True)
@@ -245,13 +254,13 @@ def coverage_worth(
     of_distance = mass / tiling.block_size
     of_distance[:, :forced_distances] = torch.inf
     first_own = int(tiling.starts[-2]) // tiling.tile * tiling.tile // tiling.block_size
-    worth = torch.full((heads, seq_len), torch.inf, dtype=torch.float64)
+    of_key = torch.full((heads, seq_len), torch.inf, dtype=torch.float64)
     for key in range(forced_columns, seq_len):
         distance = first_own - key // tiling.block_size
         if distance > forced_distances:
-            worth[:, key] = torch.maximum(of_distance[:, distance - 1], by_column[:, key].double() / total[:, 0])
+            of_key[:, key] = torch.maximum(of_distance[:, distance - 1], by_column[:, key].double() / total[:, 0])
     always = torch.full((heads, 1), torch.inf, dtype=torch.float64)
-    return by_column.double() / total, worth, torch.cat([own, mass], 1), torch.cat([always, of_distance], 1)
+    return by_column.double() / total, of_key, torch.cat([own, mass], 1), torch.cat([always, of_distance], 1)
 
 
 def covering_blocks(tiling: Tiling, scores: torch.Tensor, tau: float) -> torch.Tensor:

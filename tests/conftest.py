@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,12 @@ import pytest
 import torch
 from paged_inputs import PagedBatch, make_batch
 
-from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.kernels.choose import choose
-from minference_vllm.kernels.native import attention as native
+from minference_vllm.kernels.native import library
 
 KERNELS = ("block_table", "native")
-"""Engines that every test of ``sparse_prefill`` runs with; another one needs its name here and nothing else."""
-GPU_ENGINES = ("triton", "block_table")
+"""Kernels that every test of ``sparse_prefill`` runs with; another one needs its name here and nothing else."""
+GPU_KERNELS = ("triton", "block_table")
 """The same for tensors on a GPU."""
 
 
@@ -73,9 +73,10 @@ def install(tmp_path: Path) -> Callable[..., str]:
 @pytest.fixture(scope="module")
 def interpreted(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What a test file prints, as JSON in its last line, when it runs as a script in Triton's interpreter."""
+    folders = [str(Path(__file__).parent / "inputs"), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, str(request.path)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(folders)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -88,19 +89,19 @@ def interpreted(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.fixture(
-    params=[*KERNELS, *(pytest.param(f"cuda:{name}", marks=pytest.mark.gpu) for name in GPU_ENGINES)],
+    params=[*KERNELS, *(pytest.param(f"cuda:{name}", marks=pytest.mark.gpu) for name in GPU_KERNELS)],
 )
 def kernel_name(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each engine; the test is skipped where it cannot run on this machine at all. With a GPU's engine all tensors that
+    """Each kernel; the test is skipped where it cannot run on this machine at all. With a GPU's kernel all tensors that
     the test makes, but for the random ones, are made on the GPU."""
     device, _, name = str(request.param).rpartition(":")
-    if name == "native" and native.unavailable_reason():
-        pytest.skip(str(native.unavailable_reason()))
+    if name == "native" and library.unavailable_reason():
+        pytest.skip(str(library.unavailable_reason()))
     if device and not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU here")
     if device and name == "block_table":
         pytest.importorskip("vllm.vllm_flash_attn")
-    with torch.device(device or "cpu"):
+    with torch.device(device) if device else nullcontext():
         yield name
 
 
@@ -110,10 +111,9 @@ def skip_unless_served() -> Callable[[str, PagedBatch], None]:
 
 
 def _skip_unless_served(kernel_name: str, batch: PagedBatch) -> None:
-    """Skip the test, with the engine's own reason, when it does not serve such a cache."""
-    cache = PagedCache(batch.key_cache.transpose(1, 2), batch.value_cache.transpose(1, 2), "rows")
+    """Skip the test, with the kernel's own reason, when it does not serve such a cache."""
     try:
-        choose(kernel_name, batch.query.dtype, cache)
+        choose(kernel_name, batch.query.dtype, batch.cache)
     except ValueError as reason:
         pytest.skip(str(reason))
 
@@ -126,7 +126,7 @@ def paged_batch() -> Callable[..., PagedBatch]:
 
 @pytest.fixture
 def served_batch(kernel_name: str) -> Callable[..., PagedBatch]:
-    """``make_batch``, for caches that the engine serves; the test is skipped for others."""
+    """``make_batch``, for caches that the kernel serves; the test is skipped for others."""
 
     def make(**arguments: Any) -> PagedBatch:
         batch = make_batch(**arguments)

@@ -31,7 +31,7 @@ def test_every_field_can_be_set_from_the_environment() -> None:
         "MINFERENCE_MIN_CONTEXT": "1",
         "MINFERENCE_MIN_CHUNK": "2",
         "MINFERENCE_TILE": "256",
-        "MINFERENCE_ENGINE": "block_table",
+        "MINFERENCE_KERNEL": "block_table",
         "MINFERENCE_AUDIT_ROWS": "7",
         "MINFERENCE_AUDIT_SHARE": "0.25",
         "MINFERENCE_RECALL_FLOOR": "0.75",
@@ -74,8 +74,8 @@ def test_an_unknown_field_lists_the_known_ones() -> None:
         ("tile", 0),
         ("tile", -128),
         ("tile", 1 << 20),
-        ("engine", "cuda"),
-        ("engine", ""),
+        ("kernel", "cuda"),
+        ("kernel", ""),
         ("log_interval", -1),
         ("log_interval", "often"),
         ("log_interval", float("nan")),
@@ -104,8 +104,20 @@ def test_a_bad_variable_is_named_as_a_variable() -> None:
 def test_several_problems_come_in_one_message() -> None:
     with pytest.raises(SettingsError) as error:
         load_settings(configured(min_context=-1, kernel="cuda", colour="red"), {})
-    for word in ("min_context", "engine", "block_table", "colour"):
+    for word in ("min_context", "kernel", "block_table", "colour"):
         assert word in str(error.value)
+
+
+def test_the_old_name_of_a_setting_is_refused_with_the_new_one() -> None:
+    for value in ("block_table", "native", 5):
+        with pytest.raises(SettingsError) as error:
+            load_settings(configured(engine=value), {})
+        assert 'additional_config["minference"]["engine"]: this setting is now named \'kernel\'' in str(error.value)
+    with pytest.raises(SettingsError, match="MINFERENCE_ENGINE: this setting is now named 'kernel'"):
+        load_settings(None, {"MINFERENCE_ENGINE": "block_table"})
+    with pytest.raises(SettingsError, match="MINFERENCE_ENGINE: this setting is now named 'kernel'"):
+        load_settings(configured(kernel="native"), {"MINFERENCE_ENGINE": "block_table"})
+    assert load_settings(None, {"MINFERENCE_ENGINE": ""}) == Settings(), "unset, as every empty variable"
 
 
 @pytest.mark.parametrize("value", [None, 5, "min_context=5", ["min_context"]])

@@ -10,7 +10,7 @@ tests        pytest -m gpu, without engines
 sanitizer    a few of them under NVIDIA's compute-sanitizer: memcheck, and racecheck for the smallest
 kernels      the static account
 attention    one layer against FlashAttention and the peers that are installed (see benchmarks/peers.py): a row per
-             context, chunk, pattern and engine or peer
+             context, chunk, pattern and kernel or peer
 engine       pytest -m engine, vLLM on the GPU
 ttft         whole engines, in the shape of Llama-3.1-8B's layers, up to a million tokens
 plot         a picture of the attention rows
@@ -47,7 +47,7 @@ HEADS, KV_HEADS, HEAD_SIZE, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336
 PAGE = TILE = 128
 SHAPE = ["--heads", str(HEADS), "--kv-heads", str(KV_HEADS), "--head-size", str(HEAD_SIZE)]
 # Guessed minutes of each step.
-MINUTES = {"tests": 10, "sanitizer": 15, "kernels": 5, "attention": 45, "kernel": 30, "ttft": 30, "plot": 1}
+MINUTES = {"tests": 10, "sanitizer": 15, "kernels": 5, "attention": 45, "engine": 30, "ttft": 30, "plot": 1}
 QUICK_MINUTES = {"tests": 3, "attention": 6, "plot": 1}
 SANITIZER = "compute-sanitizer"
 # By pytest's -k. Under a sanitizer a kernel takes 10 to 100 times as long.
@@ -95,7 +95,9 @@ def sanitizer() -> Iterator[Item]:
     for tool, chosen in SANITIZED.items():
         # Triton's compiler runs in processes of its own, which have no kernels to check.
         words = [program, "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "99"]
-        tested = pytest("-m", "gpu", "-k", chosen, "tests/gpu/test_layer_gpu.py", "tests/test_sparse_prefill.py")
+        tested = pytest(
+            "-m", "gpu", "-k", chosen, "tests/gpu/test_layer_gpu.py", "tests/prefill/test_sparse_prefill.py"
+        )
         # A tensor out of a pool has neighbours: reading past its end would go unseen.
         yield Command(f"tests under {tool}", [*words, *tested], (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
 
@@ -108,7 +110,7 @@ def kernels() -> Iterator[Item]:
 def attention(contexts: Sequence[int], quick: bool) -> Iterator[Item]:
     """Chunks of 8K and 32K at the context's end, and the whole prompt; the quick ones without 32K."""
     script = [sys.executable, "benchmarks/bench_attention.py", "--device", "cuda", *SHAPE]
-    script += ["--block-size", str(PAGE), "--tile", str(TILE), "--csv", str(ATTENTION_ROWS), "--engine", "triton"]
+    script += ["--block-size", str(PAGE), "--tile", str(TILE), "--csv", str(ATTENTION_ROWS), "--kernel", "triton"]
     script += ["block_table"] if installed("vllm") else []
     missing: dict[Skipped, None] = {}
     for context in contexts:
@@ -174,7 +176,7 @@ def items_of(step: str, quick: bool, longest: int) -> Iterator[Item]:
         return attention(contexts, quick)
     if step == "ttft":
         return ttft(longest)
-    return {"sanitizer": sanitizer, "kernels": kernels, "kernel": engine, "plot": plot}[step]()
+    return {"sanitizer": sanitizer, "kernels": kernels, "engine": engine, "plot": plot}[step]()
 
 
 def run(command: Command, seconds: float | None = None) -> str:

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minference_vllm.patterns.kinds import LowRank
-from minference_vllm.triton_kernels import antidiagonal, estimate, low_rank, sparse_attention
+from minference_vllm.triton_kernels import antidiagonal, attention, column_diagonal, low_rank, page_means
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Per multiprocessor: shared memory in bytes. All have 65,536 registers, 2,048 threads and 32 blocks.
@@ -84,7 +84,7 @@ def account(kernel: str, variant: str, default: bool, compiled: Any, arch: int) 
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
-        code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
+        code = subprocess.run([TOOLS / "nvdisasm", "-c", "-ndf", file.name], capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+)", usage)
     registers = int(found.group(1)) if found else 0
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
@@ -135,7 +135,7 @@ class Variant:
 
     @property
     def constants(self) -> dict[str, Any]:
-        compute, precision = sparse_attention.compute_type(self.dtype)
+        compute, precision = attention.compute_type(self.dtype)
         return {
             "GROUP": self.group,
             "HEAD_SIZE": self.head_size,
@@ -149,13 +149,12 @@ class Variant:
         """Triton's names of the arguments' types; what is not listed is a length, int32."""
         query, cache = f"*{_SHORT[self.dtype]}", "*fp8e4nv" if self.fp8 else f"*{_SHORT[self.dtype]}"
         pointers = {"p_query": query, "p_out": query, "p_key": cache, "p_value": cache}
-        pointers |= {"p_pages": "*i64", "p_tile_starts": "*i64", "p_lists": "*i64", "p_levels": "*u8"}
-        pointers |= {
-            name: "*fp32" for name in ("p_lse", "p_sinks", "p_mean", "p_scores", "p_norm", "p_weights", "p_mass")
-        }
-        lists = ("p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads", "p_rows", "p_lowest")
-        pointers |= {name: "*i32" for name in lists}
-        if function is estimate.column_diagonal_kernel:
+        pointers |= {"p_pages": "*i64", "p_tile_starts": "*i64", "p_bin_row": "*i64", "p_bins": "*u8"}
+        floats = ("p_lse", "p_sinks", "p_mean", "p_scores", "p_weights", "p_mass")
+        pointers |= {name: "*fp32" for name in floats}
+        integers = ("p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads", "p_rows", "p_lowest")
+        pointers |= {name: "*i32" for name in integers}
+        if function is column_diagonal.column_diagonal_kernel:
             pointers |= {"p_columns": "*fp32", "p_nearer": "*fp32", "p_farther": "*fp32"}
         scalars = {name: "fp32" for name in ("scale_log2", "softcap_log2", "value_scale", "key_scale")}
         strides = {name: "i64!" for name in function.arg_names if name.startswith("stride_")}
@@ -189,8 +188,8 @@ TILE, STRIDE = 128, 16
 
 
 def attention_account(variant: Variant, default: bool, arch: int) -> Account:
-    function = sparse_attention.sparse_attention_kernel
-    launch = sparse_attention.launch_shape(arch // 10, variant.head_size)
+    function = attention.sparse_attention_kernel
+    launch = attention.launch_shape(arch // 10, variant.head_size)
     flags = dict.fromkeys(("WITH_SOFTCAP", "WITH_SINKS", "WITH_LSE"), variant.extras)
     heads_per_list = variant.group if variant.packed else 1
     blocks = {"HEADS_PER_LIST": heads_per_list, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
@@ -208,11 +207,12 @@ def attention_account(variant: Variant, default: bool, arch: int) -> Account:
 def estimate_accounts(variant: Variant, arch: int) -> list[Account]:
     squares = {"STRIDE": STRIDE, "BLOCK_R": antidiagonal.BLOCK_R, "BLOCK_C": antidiagonal.BLOCK_C}
     squares |= {"BLOCK_D": antidiagonal.BLOCK_D_BYTES // variant.dtype.itemsize}
+    warps = column_diagonal.NUM_WARPS
     tiles = {"TILE": TILE} | antidiagonal.mass_slots(TILE, variant.page, STRIDE)
     kernels: dict[str, tuple[Any, dict[str, Any], int]] = {
-        "row_lse": (estimate.row_lse_kernel, {"BLOCK_N": estimate.BLOCK_N}, estimate.NUM_WARPS),
-        "column_diagonal": (estimate.column_diagonal_kernel, {}, estimate.NUM_WARPS),
-        "block_mean": (estimate.block_mean_kernel, {"SLOTS": variant.page}, estimate.NUM_WARPS),
+        "row_lse": (column_diagonal.row_lse_kernel, {"BLOCK_N": column_diagonal.BLOCK_N}, warps),
+        "column_diagonal": (column_diagonal.column_diagonal_kernel, {}, warps),
+        "block_mean": (page_means.block_mean_kernel, {"SLOTS": variant.page}, page_means.NUM_WARPS),
         "square_lse": (antidiagonal.square_lse_kernel, squares, antidiagonal.NUM_WARPS),
         "square_mass": (antidiagonal.square_mass_kernel, squares | tiles, antidiagonal.NUM_WARPS),
     }
@@ -228,12 +228,12 @@ def estimate_accounts(variant: Variant, arch: int) -> list[Account]:
 
 def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
     def types(function: Any) -> dict[str, str]:
-        return Variant().types(function) | {"p_query": "*i8", "p_key": "*i8", "p_step": "*i16"}
+        return Variant().types(function) | {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16"}
 
     of_rows, of_tiles = low_rank.launch_shape(rank, TILE)
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "peak_lse": (low_rank.peak_lse_kernel, of_rows),
-        "tile_bins": (low_rank.tile_levels_kernel, of_tiles),
+        "tile_bins": (low_rank.tile_bins_kernel, of_tiles),
         "mass": (low_rank.mass_kernel, {"BLOCK_N": low_rank.WEIGHTS}),
     }
     rows = []

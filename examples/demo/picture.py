@@ -3,7 +3,7 @@
     python examples/demo/picture.py --tokens 32768 --out attention.png
 
 The model runs once more with transformers, in this process, to get at its queries and keys. The index is built as the
-backend builds it: chunk by chunk, each from its own last queries.
+backend builds it: chunk by chunk, each from some of its own queries.
 """
 
 from __future__ import annotations

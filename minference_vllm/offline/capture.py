@@ -91,7 +91,7 @@ def capture_layers(model_path: str, ids: torch.Tensor) -> list[Layer]:
 def chunk_indices(
     layer: Layer, patterns: Sequence[HeadPattern], chunk_tokens: int, settings: Settings
 ) -> list[SparseIndex]:
-    """The index of every prefill chunk of the prompt, as the backend makes them: each from its own last queries.
+    """The index of every prefill chunk of the prompt, as the backend makes them: each from some of its own queries.
 
     Args:
         patterns: one per query head.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from layer_inputs import HEADS, MIXED, SPARSE, assert_right
 from minference_vllm import reference
 from minference_vllm.backend.counters import Counters
 from minference_vllm.backend.runtime import Runtime
-from minference_vllm.backend.serving import audit_is_due
+from minference_vllm.backend.serving import SparseLayer, audit_is_due
 from minference_vllm.core.plan import Chunk
-from minference_vllm.patterns import kinds as patterns
+from minference_vllm.kernels.choose import NATIVE
+from minference_vllm.patterns import kinds
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.patterns.kinds import MAX_STEP, Coverage
 from minference_vllm.prefill import recall
@@ -31,7 +33,8 @@ def runtime(sparse_seconds: float = 0.0, audit_seconds: float = 0.0, **settings:
 
 def is_due(runtime: Runtime, layer: int = 0, on_gpu: bool = False) -> bool:
     chunk = Chunk(request=0, query_start=0, context_len=24576, seq_len=32768)
-    return audit_is_due(runtime, layer, chunk, [Coverage()] * HEADS, on_gpu)
+    inputs: Any = SimpleNamespace(chunk=chunk, query=SimpleNamespace(is_cuda=on_gpu))
+    return audit_is_due(runtime, SparseLayer(layer, 0, (Coverage(),) * HEADS, NATIVE), inputs)
 
 
 def test_audits_keep_their_share_of_the_time() -> None:
@@ -76,15 +79,15 @@ def test_recall_of_audited_chunks_is_counted_per_layer_and_head(make_cpu_layer: 
     layer = make_cpu_layer(MIXED, settings={"audit_share": 1.0})
     layer.counters.sparse_seconds = 1e6
     layer.run(layer.impl, layer.metadata())
-    assert len(layer.audits) == len(SPARSE) and all(layer.audits)
+    assert len(layer.checks) == len(SPARSE) and all(layer.checks)
     assert set(layer.counters.recall) == {(1, head) for head in range(HEADS)}
     exact = torch.zeros(len(SPARSE), HEADS, dtype=torch.float64)
-    for number, (request, audit, index) in enumerate(zip(SPARSE, layer.audits, layer.indices, strict=True)):
-        assert audit is not None and audit.recall is not None and audit.levels == (0,) * HEADS
+    for number, (request, check, index) in enumerate(zip(SPARSE, layer.checks, layer.indices, strict=True)):
+        assert check is not None and check.recall is not None and check.steps == (0,) * HEADS
         query, keys = layer.batch.query[layer.batch.rows(request)], layer.batch.keys(request)
         recall = reference.attention_recall(query, keys, index.to_mask(), index.tiling.context_len, layer.scale)
-        exact[number] = recall[:, audit.rows].mean(1)
-        assert audit.recall.tolist() == pytest.approx(exact[number].tolist(), abs=0.01)
+        exact[number] = recall[:, check.rows].mean(1)
+        assert check.recall.tolist() == pytest.approx(exact[number].tolist(), abs=0.01)
     for (_, head), found in layer.counters.recall.items():
         assert found.count == len(SPARSE)
         assert found.mean == pytest.approx(float(exact[:, head].mean()), abs=0.01)
@@ -97,7 +100,7 @@ def test_audits_stop_when_they_have_had_their_share(make_cpu_layer: Callable[...
     layer = make_cpu_layer(MIXED)
     layer.counters.audit_seconds = 1e6
     layer.run(layer.impl, layer.metadata())
-    assert layer.audits == [None] * len(SPARSE) and not layer.counters.recall
+    assert layer.checks == [None] * len(SPARSE) and not layer.counters.recall
     assert layer.counters.sparse_seconds > 0
 
 
@@ -107,7 +110,7 @@ def test_the_audit_changes_no_answer(make_cpu_layer: Callable[..., Layer]) -> No
         layer = make_cpu_layer(MIXED, settings={"audit_rows": rows, "audit_share": 1.0})
         layer.counters.sparse_seconds = 1e6
         outputs.append(layer.run(layer.impl, layer.metadata()))
-        assert [audit is not None for audit in layer.audits] == [rows > 0] * len(SPARSE)
+        assert [check is not None for check in layer.checks] == [rows > 0] * len(SPARSE)
     assert torch.equal(*outputs)
 
 
@@ -131,17 +134,17 @@ MISFITS: list[dict[str, Any]] = [
 FITTING = (1, 4)
 
 
-@pytest.mark.parametrize("max_level", [1, MAX_STEP])
+@pytest.mark.parametrize("max_step", [1, MAX_STEP])
 def test_heads_below_the_floor_are_served_right_and_stay_raised(
-    max_level: int,
+    max_step: int,
     make_cpu_layer: Callable[..., Layer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from minference_vllm.backend import serving
 
-    # With one level only, no head gets the chance to be served by low_rank.
-    for module in (patterns, recall, serving):
-        monkeypatch.setattr(module, "MAX_STEP", max_level)
+    # With one step only, no head gets the chance to be served by low_rank.
+    for module in (kinds, recall, serving):
+        monkeypatch.setattr(module, "MAX_STEP", max_step)
 
     lines: list[str] = []
     monkeypatch.setattr(
@@ -152,24 +155,24 @@ def test_heads_below_the_floor_are_served_right_and_stay_raised(
     for number, batch in enumerate(two_chunks(layer)):
         layer.fill(batch)
         output = layer.run(layer.impl, layer.metadata())
-        index, audit = layer.indices[number], layer.audits[number]
-        assert audit is not None and audit.recall is not None
-        assert tuple(level > 0 for level in audit.levels) == raised
-        assert float(audit.recall.min()) >= 0.999
+        index, check = layer.indices[number], layer.checks[number]
+        assert check is not None and check.recall is not None
+        assert tuple(step > 0 for step in check.steps) == raised
+        assert float(check.recall.min()) >= 0.999
         assert_right(layer, output, [0])
         # Flat attention has no key that may be missing: what is not dense by itself was made so.
         dense = [head for head in range(HEADS) if raised[head]]
         assert index.density()[dense].tolist() == [1.0] * len(dense)
         expected = layer.run(layer.parent, layer.metadata())
         torch.testing.assert_close(output[:, dense], expected[:, dense], rtol=0.02, atol=0.01)
-    assert layer.levels_before == [(), layer.audits[0].levels]
+    assert layer.steps_before == [(), layer.checks[0].steps]
     # Both chunks are counted under each raised head, and the log names those heads.
     counters = layer.counters
     both = counters.raised + counters.raised_to_dense
     assert both == {(1, head): 2 for head in range(HEADS) if raised[head]}
     for head in range(HEADS):
         assert any(f"layer 1, head {head}: recall below the floor of 0.999" in line for line in lines) == raised[head]
-    done = "dense" if max_level == 1 else "more keys"
+    done = "dense" if max_step == 1 else "more keys"
     assert any(f"layer 1, head 2: recall below the floor of 0.999, {done} for the rest" in line for line in lines)
 
 
@@ -177,7 +180,7 @@ def test_another_request_begins_with_its_own_patterns(make_cpu_layer: Callable[.
     layer = make_cpu_layer([FIRST], patterns=MISFITS, settings={"recall_floor": 0.98})
     layer.fill(two_chunks(layer)[0])
     layer.run(layer.impl, layer.metadata())
-    assert any(layer.audits[0].levels)
+    assert any(layer.checks[0].steps)
     # The second chunk of one whose pages are others: shift every page by one place.
     other = two_chunks(layer)[1]
     other = dataclasses.replace(
@@ -190,13 +193,13 @@ def test_another_request_begins_with_its_own_patterns(make_cpu_layer: Callable[.
     layer.run(layer.impl, layer.metadata())
     layer.fill(two_chunks(layer)[0])
     layer.run(layer.impl, layer.metadata())
-    assert layer.levels_before == [(), (), ()], "and a request's first chunk begins anew"
+    assert layer.steps_before == [(), (), ()], "and a request's first chunk begins anew"
 
 
 def test_the_log_line_tells_recall_and_raised_heads(
     make_cpu_layer: Callable[..., Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minference_vllm.prefill.api import sparse_prefill
+    from minference_vllm.backend import sparse_prefill
 
     lines: list[str] = []
     monkeypatch.setattr(

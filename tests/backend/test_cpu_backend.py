@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from cpu_layer import FIRST, PAGE, SECOND, Layer, two_chunks
-from layer_inputs import ADAPTIVE_KINDS, DIM, HEADS, KINDS, MIN_CONTEXT, MIXED, SPARSE, assert_right
+from layer_inputs import ADAPTIVE_KINDS, DIM, HEADS, KINDS, MIN_CONTEXT, MIXED, SPARSE, assert_right, record_once
 
-from minference_vllm import attend
 from minference_vllm.backend.counters import Counters
 from minference_vllm.core.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
-from minference_vllm.engines import cpu_kernel, native
+from minference_vllm.kernels.block_table import cpu_ops
+from minference_vllm.kernels.native import library
 
-
-def builder_with(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A builder that is told of the layer, as vLLM's engine does."""
-    from minference_vllm.prefill.api import sparse_prefill
-
-    layer.layer.impl = layer.impl
-    monkeypatch.setattr(sparse_prefill, "get_layers_from_vllm_config", lambda *arguments: {"layer": layer.layer})
-    return type(layer.builder)(layer.builder.kv_cache_spec, [], layer.builder.vllm_config, torch.device("cpu"))
+needs_native = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
 
 
 @pytest.mark.parametrize("kinds", [KINDS, ADAPTIVE_KINDS], ids=["fixed", "adaptive"])
@@ -76,19 +70,22 @@ def test_layers_whose_heads_are_all_dense_take_the_parents_path(make_cpu_layer: 
 def test_layers_that_we_do_not_serve_run_as_vllms(
     options: dict[str, Any], make_cpu_layer: Callable[..., Layer]
 ) -> None:
+    """In a KV-cache group of their own, whose batches are planned by the parent alone, and beside others."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+
     layer = make_cpu_layer(MIXED, options=options)
+    alone = layer.metadata()
+    assert type(alone) is CPUAttentionMetadata and not layer.counters.sparse_chunks
+    layer.builder = layer.make_builder(layer.layer, layer.make_layer(0, {}))
     metadata = layer.metadata()
-    assert metadata.sparse
-    assert torch.equal(layer.run(layer.impl, metadata), layer.run(layer.parent, metadata))
+    assert metadata.sparse and layer.counters.sparse_chunks == len(SPARSE)
+    for planned in (alone, metadata):
+        assert torch.equal(layer.run(layer.impl, planned), layer.run(layer.parent, planned))
     assert not layer.indices
 
 
 def test_the_reason_is_logged(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]) -> None:
-    from minference_vllm.prefill.api import sparse_prefill
-
-    lines: list[str] = []
-    record = lambda message, *values: lines.append(message % values)  # noqa: E731
-    monkeypatch.setattr(sparse_prefill.logger, "info_once", record, raising=False)
+    lines = record_once(monkeypatch)
     make_cpu_layer([(0, 10)])
     assert not [line for line in lines if "densely" in line]
     make_cpu_layer([(0, 10)], options={"sliding_window": 128, "logits_soft_cap": 20.0})
@@ -99,63 +96,57 @@ def test_the_reason_is_logged(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: C
 def test_the_source_of_the_patterns_is_logged(
     monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]
 ) -> None:
-    from minference_vllm.prefill.api import sparse_prefill
-
-    lines: list[str] = []
-    record = lambda message, *values: lines.append(message % values)  # noqa: E731
-    monkeypatch.setattr(sparse_prefill.logger, "info_once", record, raising=False)
+    lines = record_once(monkeypatch)
     layer = make_cpu_layer([(0, 10)])
     (line,) = [line for line in lines if "patterns from" in line]
     assert str(layer.folder / "patterns.json") in line and f"min_context = {MIN_CONTEXT}" in line
 
 
-@pytest.mark.parametrize("engine", ["auto", "block_table", "native"])
+@pytest.mark.parametrize("kernel", ["auto", "block_table", "native"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_kernels_that_run_are_logged(
-    dtype: torch.dtype, engine: str, monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]
+    dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]
 ) -> None:
-    from minference_vllm.prefill.api import sparse_prefill
-
-    if engine == "native" and native.unsupported_reason(dtype, PAGE, DIM):
-        pytest.skip(str(native.unsupported_reason(dtype, PAGE, DIM)))
-    lines: list[str] = []
-    record = lambda message, *values: lines.append(message % values)  # noqa: E731
-    monkeypatch.setattr(sparse_prefill.logger, "info_once", record, raising=False)
-    layer = make_cpu_layer([(0, 400)], dtype=dtype, settings={"kernel": engine})
+    if kernel == "native" and library.unsupported_reason(dtype, DIM):
+        pytest.skip(str(library.unsupported_reason(dtype, DIM)))
+    lines = record_once(monkeypatch)
+    layer = make_cpu_layer([(0, 400)], dtype=dtype, settings={"kernel": kernel})
     (line,) = [line for line in lines if "patterns from" in line]
-    assert "; no layer of this KV-cache group runs sparsely;" in line, "this builder was given no layers"
     lines.clear()
-    layer.builder = builder_with(layer, monkeypatch)
-    (line,) = [line for line in lines if "patterns from" in line]
+    layer.make_builder()
+    (without_layers,) = [line for line in lines if "patterns from" in line]
+    assert "; no layer of this KV-cache group runs sparsely;" in without_layers
     ran: list[str] = []
-    runner = attend._runner
-    monkeypatch.setattr(attend, "_runner", lambda engine, query: ran.append(engine) or runner(engine, query))
+    chosen = layer.impl.sparse_layer.kernel
+    watched = lambda *arguments: ran.append(chosen.name) or chosen.run(*arguments)  # noqa: E731
+    layer.impl.sparse_layer = replace(layer.impl.sparse_layer, kernel=replace(chosen, run=watched))
     layer.run(layer.impl, layer.metadata())
     (name,) = ran
     expected = {
-        "native": f"our {native.instructions(dtype)} kernels (engine 'native')",
-        "block_table": "vLLM's CPU kernel (engine 'block_table'",
+        "native": f"our {library.instructions(dtype)} kernels (kernel 'native')",
+        "block_table": "vLLM's CPU kernel (kernel 'block_table'",
     }
     assert expected[name] in line
     assert ("our " in line) == (name == "native")
-    if dtype == torch.float16 and engine == "auto":
-        assert "(engine 'block_table': torch.float16 is neither bfloat16 nor float32)" in line
+    if dtype == torch.float16 and kernel == "auto":
+        assert "(kernel 'block_table': torch.float16 is neither bfloat16 nor float32)" in line
 
 
-@pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
+@needs_native
 def test_with_amx_the_log_says_why_and_where_our_kernels_still_run(
     monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]
 ) -> None:
     found = []
     for corrected in (False, True):
         layer = make_cpu_layer([(0, 400)], patterns=[{**CORRECTED, "mean_correction": corrected}] * HEADS)
-        assert not layer.impl.runs_densely(layer.layer)
+        assert layer.impl.sparse_layer is not None
         with monkeypatch.context() as patch:
-            patch.setattr(cpu_kernel, "layout_for", lambda *arguments: "amx")
-            found.append(layer.impl.kernels(torch.bfloat16, PAGE))
+            patch.setattr(cpu_ops, "layout_for", lambda *arguments: "amx")
+            layer.make_builder(layer.layer)
+        found.append(layer.impl.attends)
     assert found == [
-        "vLLM's CPU kernel (engine 'block_table': the faster one with AMX)",
-        f"our {native.instructions()} kernels (engine 'native')",
+        "vLLM's CPU kernel (kernel 'block_table': the faster one with AMX)",
+        f"our {library.instructions()} kernels (kernel 'native')",
     ]
 
 
@@ -164,8 +155,8 @@ def test_a_tensor_parallel_rank_runs_its_own_heads_patterns(rank: int, make_cpu_
     layer = make_cpu_layer(MIXED, rank=rank, ranks=2)
     output = layer.run(layer.impl, layer.metadata())
     assert_right(layer, output, SPARSE)
-    assert layer.impl.patterns is not None
-    kinds = [pattern.kind for pattern in layer.impl.patterns]
+    assert layer.impl.sparse_layer is not None
+    kinds = [pattern.kind for pattern in layer.impl.sparse_layer.patterns]
     assert kinds == [entry["kind"] for entry in KINDS[4 * rank : 4 * rank + 4]]
 
 
@@ -243,7 +234,7 @@ def test_nothing_of_ours_runs_for_decodes(
     """Above all no reading of lengths, which would copy them from a GPU."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
-    from minference_vllm.prefill.api import sparse_prefill
+    from minference_vllm.backend import sparse_prefill
 
     def never(*arguments: Any) -> Any:
         raise AssertionError("called for a batch of decodes")
@@ -260,31 +251,27 @@ def test_nothing_of_ours_runs_for_decodes(
 def test_pooled_estimates_keep_the_pages_of_the_chunk_before(
     make_cpu_layer: Callable[..., Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minference_vllm.core import page_means as summaries
-    from minference_vllm.prefill.api import sparse_prefill
+    from minference_vllm.core import page_means
 
-    read: list[int] = []
-    unpack = summaries.unpack_keys
-    monkeypatch.setattr(
-        summaries, "unpack_keys", lambda pages, layout: read.append(len(pages)) or unpack(pages, layout)
-    )
+    reads: dict[bool, list[int]] = {True: [], False: []}
+    unpack = page_means.unpack_keys
     outputs = []
     for kept in (True, False):
-        layer = make_cpu_layer([FIRST], patterns=[{"kind": "block_sparse", "top_k": 1}] * HEADS)
-        layer.layer.impl = layer.impl
-        found = {"layer": layer.layer} if kept else {}
-        monkeypatch.setattr(sparse_prefill, "get_layers_from_vllm_config", lambda *arguments, found=found: found)
-        builder = type(layer.builder)(
-            layer.builder.kv_cache_spec, [], layer.builder.vllm_config, torch.device("cpu")
-        )  # fmt: skip
-        layer.builder = builder
+        count = lambda pages, layout, read=reads[kept]: read.append(len(pages)) or unpack(pages, layout)  # noqa: E731
+        monkeypatch.setattr(page_means, "unpack_keys", count)
+        layer = make_cpu_layer(
+            [FIRST],
+            patterns=[{"kind": "block_sparse", "top_k": 1}] * HEADS,
+            # Whoever writes pages from outside does not say which.
+            kv_connector=None if kept else object(),
+        )
         first, second = two_chunks(layer)
         layer.fill(second)  # both chunks' keys; the first one's rows see no later ones
         for layer.batch in (first, second):
             outputs.append(layer.run(layer.impl, layer.metadata()))
         assert (layer.impl.page_means is not None) == kept
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
-    whole, partial = divmod(FIRST[1], PAGE)
+    read, (whole, partial) = reads[True], divmod(FIRST[1], PAGE)
     assert read[0] == whole and read[1] == bool(partial), "all pages of the first chunk"
     assert sum(read[2:]) <= -(-(SECOND[0] + SECOND[1]) // PAGE) - whole + 2, "of the second chunk's, the new ones"
 
@@ -294,7 +281,7 @@ def test_pooled_estimates_keep_the_pages_of_the_chunk_before(
 CORRECTED = {"kind": "peak_threshold", "alpha": 0.99, "sink": 0, "window": 0, "mean_correction": True}
 
 
-@pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
+@needs_native
 def test_heads_with_mean_correction_are_served(make_cpu_layer: Callable[..., Layer]) -> None:
     kinds = [CORRECTED, *KINDS[1:]]
     plain = [{**CORRECTED, "mean_correction": False}, *KINDS[1:]]
@@ -314,12 +301,54 @@ def test_heads_with_mean_correction_are_served(make_cpu_layer: Callable[..., Lay
     ("settings", "dtype", "message"),
     [
         ({"kernel": "block_table"}, torch.bfloat16, "vLLM's CPU kernel does not give"),
-        ({}, torch.float16, "engine 'native' does, but .*"),
+        ({}, torch.float16, "kernel 'native' does, but .*"),
     ],
     ids=["block_table", "auto without native kernels for the dtype"],
 )
-def test_mean_correction_without_its_engine_is_refused_at_the_start(
+def test_mean_correction_without_its_kernel_is_refused_at_the_start(
     settings: dict[str, Any], dtype: torch.dtype, message: str, make_cpu_layer: Callable[..., Layer]
 ) -> None:
-    with pytest.raises(ValueError, match=rf"patterns\.json.*: mean_correction cannot run here: .*{message}"):
+    with pytest.raises(
+        ValueError, match=rf"patterns\.json.*: kernel 'block_table' cannot run: mean correction .*{message}"
+    ):
         make_cpu_layer(MIXED, patterns=[CORRECTED, *KINDS[1:]], settings=settings, dtype=dtype)
+
+
+# Page sizes: vLLM may settle them, and tell them to the builder alone, after its layers are made.
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("pattern", "settings"),
+    [
+        ({"kind": "a_shape", "sink": 16, "local": 100}, {"kernel": "native"}),
+        ({"kind": "antidiagonal", "stride": 64, "tau": 0.4}, {}),
+        (CORRECTED, {}),
+    ],
+    ids=["native", "stride", "mean_correction"],
+)
+def test_the_page_size_of_the_builder_decides(
+    pattern: dict[str, Any], settings: dict[str, Any], make_cpu_layer: Callable[..., Layer]
+) -> None:
+    """On pages of 16 tokens, which vLLM's configuration names at first, all of these would be refused."""
+    layer = make_cpu_layer(MIXED, patterns=[pattern] * HEADS, settings=settings, page_before=16, page=128)
+    assert layer.impl.sparse_layer.kernel.name == "native"
+    output = layer.run(layer.impl, layer.metadata())
+    assert [index.tiling.block_size for index in layer.indices] == [128] * len(SPARSE)
+    if pattern is not CORRECTED:
+        assert_right(layer, output, SPARSE)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "settings", "message"),
+    [
+        ({"kind": "antidiagonal", "stride": 64}, {}, "stride 64 must divide the page size.* 16"),
+        (KINDS[0], {"kernel": "native"}, "page size 16 is not a multiple of 32"),
+    ],
+    ids=["stride", "native"],
+)
+def test_the_page_size_of_the_builder_is_refused(
+    pattern: dict[str, Any], settings: dict[str, Any], message: str, make_cpu_layer: Callable[..., Layer]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_cpu_layer([(0, 400)], patterns=[pattern] * HEADS, settings=settings, page_before=128, page=16)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from gpu_layer import DTYPE, LAYOUTS, Layer, Parent, only
-from layer_inputs import DIM, HEADS, KV_HEADS, MIXED, PAGE, SPARSE, assert_right
+from layer_inputs import DIM, HEADS, KV_HEADS, MIXED, PAGE, SPARSE, assert_right, record_once
 
-from minference_vllm.core.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
+from minference_vllm.core.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT, Chunk
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -73,51 +73,48 @@ def test_whole_cuda_graphs_for_uniform_batches_alone(
 
 
 def test_kernels_are_compiled_with_the_builder_on_a_gpu_alone(
-    monkeypatch: pytest.MonkeyPatch, parent: Parent, make_gpu_layer: Callable[..., Layer]
+    monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
 ) -> None:
-    from vllm.v1.attention.backend import AttentionMetadataBuilder
-
     from minference_vllm.backend import gpu
-    from minference_vllm.prefill.api import sparse_prefill
 
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(gpu, "warm_up", lambda *arguments: calls.append(arguments))
     layer = make_gpu_layer([(0, 400)])
     assert not calls
-    attention = SimpleNamespace(layer_name=layer.layer.layer_name, impl=layer.impl, _k_scale=torch.tensor(1.0))
-    dense = SimpleNamespace(impl=SimpleNamespace(dense_only=True))
-    layers = {"sparse": attention, "somebody else's": dense}
-    monkeypatch.setattr(sparse_prefill, "get_layers_from_vllm_config", lambda *arguments: layers)
-    spec, config = layer.builder.kv_cache_spec, layer.builder.vllm_config
-    # The parent's would allocate.
-    monkeypatch.setattr(parent.builder, "__init__", AttentionMetadataBuilder.__init__)
-    type(layer.builder)(spec, list(layers), config, torch.device("cuda"))
-    assert calls == [([attention], spec, DTYPE, layer.impl.runtime.settings, torch.device("cuda"))]
+    dense = SimpleNamespace(layer_name="somebody else's", impl=SimpleNamespace(dense_only=True))
+    layer.make_builder(layer.layer, dense, device="cuda")
+    assert layer.impl.sparse_layer.kernel.name == "triton"
+    assert calls == [([layer.layer], layer.spec, DTYPE, layer.impl.runtime.settings, torch.device("cuda"))]
 
 
 @only("FlashAttention")
 @pytest.mark.parametrize(
-    ("engine", "kernels"),
+    ("kernel", "kernels"),
     [
-        ("auto", "our Triton kernels (engine 'triton')"),
-        ("triton", "our Triton kernels (engine 'triton')"),
-        ("block_table", "vLLM's FlashAttention kernel (engine 'block_table')"),
+        ("auto", "our Triton kernels (kernel 'triton')"),
+        ("triton", "our Triton kernels (kernel 'triton')"),
+        ("block_table", "vLLM's FlashAttention kernel (kernel 'block_table')"),
     ],
 )
 def test_the_kernels_that_run_are_logged(
-    engine: str, kernels: str, monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
+    kernel: str, kernels: str, monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
 ) -> None:
-    from minference_vllm.prefill.api import sparse_prefill
+    from minference_vllm.backend import gpu
 
-    layer = make_gpu_layer([(0, 400)], settings={"kernel": engine})
-    attention = SimpleNamespace(layer_name=layer.layer.layer_name, impl=layer.impl, _k_scale=torch.tensor(1.0))
-    monkeypatch.setattr(sparse_prefill, "get_layers_from_vllm_config", lambda *arguments: {"layer": attention})
-    lines: list[str] = []
-    record = lambda message, *values: lines.append(message % values)  # noqa: E731
-    monkeypatch.setattr(sparse_prefill.logger, "info_once", record, raising=False)
-    type(layer.builder)(layer.builder.kv_cache_spec, [], layer.builder.vllm_config, torch.device("cpu"))
+    monkeypatch.setattr(gpu, "warm_up", lambda *arguments: None)
+    lines = record_once(monkeypatch)
+    make_gpu_layer([(0, 400)], settings={"kernel": kernel}, device="cuda")
     (line,) = [line for line in lines if "patterns from" in line]
     assert f"; attention by {kernels}; sparse from " in line
+
+
+def test_the_page_size_of_the_builder_decides(make_gpu_layer: Callable[..., Layer]) -> None:
+    """Not the one that vLLM's configuration names while it makes its layers: that may be settled later."""
+    kinds = [{"kind": "antidiagonal", "stride": PAGE, "tau": 0.4}] * HEADS
+    layer = make_gpu_layer(MIXED, patterns=kinds, page_before=16)
+    assert_right(layer, layer.run(layer.builder.build(0, layer.common())), SPARSE)
+    with pytest.raises(ValueError, match=f"stride 48 must divide the page size.* {PAGE}"):
+        make_gpu_layer(MIXED, patterns=[{"kind": "antidiagonal", "stride": 48}] * HEADS, page_before=96)
 
 
 @only("FlashAttention")
@@ -168,9 +165,12 @@ def test_fp8_caches_come_with_their_scales(
     cache = layer.impl.paged_cache(attention, memory, DTYPE)
     assert cache.key.dtype == cache.value.dtype == torch.float8_e4m3fn
     assert (cache.key_scale, cache.value_scale) == (0.25, 2.0)
-    query = torch.zeros(1, HEADS, DIM, dtype=DTYPE)
-    assert layer.impl.attend_options(attention, query)["scale"] == layer.impl.scale
-    assert layer.impl.attend_options(attention, query.to(torch.float8_e4m3fn))["scale"] == layer.impl.scale / 2
-    assert not layer.impl.runs_densely(attention)
+    query, pages, chunk = torch.zeros(1, HEADS, DIM, dtype=DTYPE), torch.arange(5), Chunk(0, 0, 4, 5)
+    assert layer.impl.inputs(attention, query, cache, pages, chunk).scale == layer.impl.scale
+    quantised = query.to(torch.float8_e4m3fn)
+    assert layer.impl.inputs(attention, quantised, cache, pages, chunk).scale == layer.impl.scale / 2
+    layer.impl.prepare(attention, layer.spec, DTYPE, torch.device("cpu"))
+    assert layer.impl.sparse_layer is not None
     attention._k_scale = torch.ones(KV_HEADS)
-    assert layer.impl.runs_densely(attention), "one scale per head is not ours"
+    layer.impl.prepare(attention, layer.spec, DTYPE, torch.device("cpu"))
+    assert layer.impl.sparse_layer is None, "one scale per head is not ours"

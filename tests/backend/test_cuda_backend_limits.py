@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_layer import DTYPE, Layer, only
-from layer_inputs import HEADS, MIXED
+from gpu_layer import DTYPE, Layer, Parent, only
+from layer_inputs import HEADS, MIXED, record_once
 
 
 @pytest.mark.parametrize(
@@ -25,46 +25,55 @@ from layer_inputs import HEADS, MIXED
 def test_batches_that_we_do_not_serve(
     change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
 ) -> None:
-    from minference_vllm.prefill.api import sparse_prefill
-
     layer = make_gpu_layer([(0, 400)])
-    lines: list[str] = []
-    record = lambda message, *values: lines.append(message % values)  # noqa: E731
-    monkeypatch.setattr(sparse_prefill.logger, "info_once", record, raising=False)
+    lines = record_once(monkeypatch)
     assert not getattr(layer.builder.build(0, layer.common(**change)), "sparse", ())
     assert len(lines) == 1 and reason in lines[0]
 
 
 @pytest.mark.parametrize(
-    ("options", "settings", "reason"),
+    ("option", "reason"),
     [
-        ({"sliding_window": 128}, {}, "sliding window"),
-        ({"alibi_slopes": [2.0**-head for head in range(HEADS)]}, {}, "ALiBi"),
-        ({"kv_cache_dtype": "fp8_e5m2"}, {}, "KV cache of fp8_e5m2"),
-        ({"head_size": 512}, {}, "head size 512 is above 256"),
+        ({"sliding_window": (127, 0)}, "sliding window"),
+        ({"alibi_slopes": [2.0**-head for head in range(HEADS)]}, "ALiBi"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "KV cache of fp8_e5m2"),
+        ({"head_size": 512}, "head size 512 is above 256"),
     ],
-    ids=str,
+    ids=["sliding_window", "alibi_slopes", "kv_cache_dtype", "head_size"],
 )
 def test_layers_that_we_do_not_serve_run_as_vllms(
-    options: dict[str, Any],
-    settings: dict[str, Any],
+    option: dict[str, Any],
     reason: str,
     monkeypatch: pytest.MonkeyPatch,
+    parent: Parent,
     make_gpu_layer: Callable[..., Layer],
 ) -> None:
-    layer = make_gpu_layer(MIXED, settings=settings)
-    for name, value in options.items():
-        monkeypatch.setattr(layer.impl, name, (value - 1, 0) if name == "sliding_window" else value)
-    reasons = layer.impl.dense_reasons(SimpleNamespace(model_config=SimpleNamespace(dtype=DTYPE)))
-    assert [reason] == reasons
-    layer.impl.dense_only = True
-    metadata = layer.builder.build(0, layer.common())
-    layer.run(metadata)
-    assert layer.dense_calls == [metadata] and not layer.indices
+    """In a KV-cache group of their own, whose batches are planned by the parent alone, and beside others."""
+    (name, value), initialise = *option.items(), parent.impl.__init__
+
+    def differs(impl: Any, *arguments: Any, **options: Any) -> None:
+        initialise(impl, *arguments, **options)
+        setattr(impl, name, value)
+
+    layer = make_gpu_layer(MIXED)
+    lines = record_once(monkeypatch)
+    with monkeypatch.context() as patch:
+        # Given as an argument, not all of it would pass vLLM's own checks on this machine.
+        patch.setattr(parent.impl, "__init__", differs)
+        unserved = layer.make_layer(1)
+    assert lines == [f"minference: some layers run densely: {reason}"]
+    layer.impl = unserved.impl
+    for others in ([], [layer.make_layer(0)]):
+        layer.builder = layer.make_builder(unserved, *others)
+        metadata = layer.builder.build(0, layer.common())
+        assert type(metadata) is (layer.builder.metadata_cls if others else parent.metadata)
+        layer.dense_calls.clear()
+        layer.run(metadata)
+        assert layer.dense_calls == [metadata] and not layer.indices
 
 
 @only("FlashAttention")
-def test_the_block_table_engine_knows_no_soft_cap(
+def test_the_block_table_kernel_knows_no_soft_cap(
     monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
 ) -> None:
     layer = make_gpu_layer([(0, 400)], settings={"kernel": "block_table"})
@@ -83,12 +92,12 @@ def test_our_kernel_knows_soft_caps_and_fp8_caches(
     assert not layer.impl.dense_reasons(SimpleNamespace(model_config=SimpleNamespace(dtype=DTYPE)))
 
 
-def test_engines_of_the_other_machine_are_refused(make_gpu_layer: Callable[..., Layer]) -> None:
-    with pytest.raises(ValueError, match="engine 'native' runs on CPUs"):
+def test_kernels_of_the_other_machine_are_refused(make_gpu_layer: Callable[..., Layer]) -> None:
+    with pytest.raises(ValueError, match="kernel 'native' runs on CPUs"):
         make_gpu_layer([(0, 400)], settings={"kernel": "native"})
 
 
 @only("TritonAttention")
-def test_the_block_table_engine_needs_flash_attention(make_gpu_layer: Callable[..., Layer]) -> None:
+def test_the_block_table_kernel_needs_flash_attention(make_gpu_layer: Callable[..., Layer]) -> None:
     with pytest.raises(ValueError, match="'block_table' runs on vLLM's FlashAttention, which this GPU does not have"):
         make_gpu_layer([(0, 400)], settings={"kernel": "block_table"})

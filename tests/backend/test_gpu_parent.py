@@ -60,10 +60,10 @@ def test_our_classes_stand_where_vllm_looks_for_them(parent: Parent, make_gpu_la
 def test_which_parent(gpu: tuple[Any, ...], parent: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    from minference_vllm.backend import compat, cuda, triton_attn
+    from minference_vllm.backend import compat, cuda, gpu_parent, triton_attn
 
-    assert compat.choose_gpu_parent(*gpu) == (parent, reason)
-    monkeypatch.setattr(compat, "this_gpu", lambda: gpu)
+    assert gpu_parent.choose_gpu_parent(*gpu) == (parent, reason)
+    monkeypatch.setattr(gpu_parent, "this_gpu", lambda: gpu)
     classes = {"FLASH_ATTN": cuda.MInferenceCUDABackend, "TRITON_ATTN": triton_attn.MInferenceTritonBackend}
     assert resolve_obj_by_qualname(compat.CLASS_PATHS["cuda"]) is classes[parent]
 
@@ -76,12 +76,12 @@ def test_vllm_says_whether_there_is_flash_attention(
     from vllm.platforms.interface import DeviceCapability
     from vllm.v1.attention.backends import fa_utils
 
-    from minference_vllm.backend import compat
+    from minference_vllm.backend import gpu_parent
 
     platform = SimpleNamespace(is_cuda=lambda: True, get_device_capability=lambda: DeviceCapability(8, 6))
     monkeypatch.setattr(vllm.platforms, "current_platform", platform, raising=False)
     monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda: version)
-    is_cuda, capability, found = compat.this_gpu()
+    is_cuda, capability, found = gpu_parent.this_gpu()
     assert is_cuda and capability == (8, 6)
     assert found is None if problem is None else str(found).startswith(problem)
 
@@ -89,8 +89,8 @@ def test_vllm_says_whether_there_is_flash_attention(
 def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    from minference_vllm.backend import compat
+    from minference_vllm.backend import compat, gpu_parent
 
-    assert compat.this_gpu() == (False, None, None), "this is the CPU build"
+    assert gpu_parent.this_gpu() == (False, None, None), "this is the CPU build"
     with pytest.raises(ValueError, match="minference runs on CPUs and NVIDIA GPUs"):
         resolve_obj_by_qualname(compat.CLASS_PATHS["cuda"])

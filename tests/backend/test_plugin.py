@@ -9,19 +9,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import ForkServer
 
 from minference_vllm import plugin
-from minference_vllm.backend import compat
+from minference_vllm.backend import compat, registration
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 OUR_CLASS = "minference_vllm.backend.cpu.MInferenceCPUBackend"
 
 
-def fresh(tmp_path: Path, script: str, *arguments: str, **environment: str) -> Any:
+def fresh(tmp_path: Path, script: str) -> Any:
     """Run a script in a new interpreter, from the repository's root; it prints one JSON value last.
 
     A file, as the ``vllm`` command is: ``python -c`` would put the current folder on the path.
@@ -29,16 +31,34 @@ def fresh(tmp_path: Path, script: str, *arguments: str, **environment: str) -> A
     path = tmp_path / "script.py"
     path.write_text(script)
     done = subprocess.run(
-        [sys.executable, str(path), *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        [sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def fork_server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def fresh_vllm(fork_server: ForkServer, tmp_path: Path) -> Callable[..., Any]:
+    """``fresh`` for scripts that import vLLM, which may have arguments and changes to the environment."""
+    return partial(run_fresh_vllm, fork_server, tmp_path)
+
+
+def run_fresh_vllm(
+    server: ForkServer, folder: Path, script: str, *arguments: str, first_path: str | None = None, **changes: str
+) -> Any:
+    path = folder / "script.py"
+    path.write_text(script)
+    printed = server.run(
+        path, [*arguments], {**os.environ, **changes}, str(folder) if first_path is None else first_path
+    )
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.fixture
@@ -104,8 +124,8 @@ def plugin():
 
 
 @pytest.fixture(scope="module")
-def after_plugins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    found = fresh(tmp_path_factory.mktemp("plugin"), AFTER_PLUGINS)
+def after_plugins(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found = run_fresh_vllm(fork_server, tmp_path_factory.mktemp("plugin"), AFTER_PLUGINS)
     assert isinstance(found, dict)
     return found
 
@@ -135,29 +155,35 @@ def test_vllms_cpu_platform_honours_our_name(after_plugins: dict[str, Any]) -> N
     [{"VLLM_TARGET_DEVICE": "cpu"}, {"VLLM_PLUGINS": "minference"}, {"VLLM_PLUGINS": "minference,minference_cpu"}],
     ids=str,
 )
-def test_our_name_is_honoured_where_vllm_loads_no_platform_plugin(tmp_path: Path, environment: dict[str, str]) -> None:
-    check_honoured(fresh(tmp_path, AFTER_PLUGINS, **environment), "CpuPlatform")
+def test_our_name_is_honoured_where_vllm_loads_no_platform_plugin(
+    environment: dict[str, str], fresh_vllm: Callable[..., Any]
+) -> None:
+    check_honoured(fresh_vllm(AFTER_PLUGINS, **environment), "CpuPlatform")
 
 
-def test_vllms_platform_for_amd_zen_honours_our_name(tmp_path: Path) -> None:
+def test_vllms_platform_for_amd_zen_honours_our_name(tmp_path: Path, fresh_vllm: Callable[..., Any]) -> None:
     (tmp_path / "zentorch.py").touch()
-    check_honoured(fresh(tmp_path, AFTER_PLUGINS, "zen", PYTHONPATH=str(tmp_path)), "ZenCpuPlatform")
+    check_honoured(fresh_vllm(AFTER_PLUGINS, "zen", PYTHONPATH=str(tmp_path)), "ZenCpuPlatform")
 
 
-def test_another_plugins_cpu_platform_honours_our_name(tmp_path: Path, install: Callable[..., str]) -> None:
+def test_another_plugins_cpu_platform_honours_our_name(
+    install: Callable[..., str], fresh_vllm: Callable[..., Any]
+) -> None:
     path = install("foreign", "foreign:plugin", FOREIGN_PLATFORM)
-    found = fresh(tmp_path, AFTER_PLUGINS, PYTHONPATH=path)
+    found = fresh_vllm(AFTER_PLUGINS, PYTHONPATH=path)
     check_honoured(found, "ForeignPlatform")
     assert set(found["others"]) == {"foreign.Attention"}
 
 
-def test_a_platform_plugin_that_does_not_load_changes_nothing(tmp_path: Path, install: Callable[..., str]) -> None:
+def test_a_platform_plugin_that_does_not_load_changes_nothing(
+    install: Callable[..., str], fresh_vllm: Callable[..., Any]
+) -> None:
     """vLLM goes on without it; so do we."""
     path = install("broken", "no_such_module_anywhere:plugin")
-    check_honoured(fresh(tmp_path, AFTER_PLUGINS, PYTHONPATH=path), "CpuPlatform")
+    check_honoured(fresh_vllm(AFTER_PLUGINS, PYTHONPATH=path), "CpuPlatform")
 
 
-def test_a_vllm_without_a_distribution_is_asked_itself(tmp_path: Path) -> None:
+def test_a_vllm_without_a_distribution_is_asked_itself(fresh_vllm: Callable[..., Any]) -> None:
     """A source tree, or a build under another name."""
     hidden = """
 import importlib.metadata
@@ -168,11 +194,13 @@ def version(name):
     return real(name)
 importlib.metadata.version = version
 """
-    found = fresh(tmp_path, hidden + AFTER_PLUGINS, VLLM_TARGET_DEVICE="cpu")
+    found = fresh_vllm(hidden + AFTER_PLUGINS, VLLM_TARGET_DEVICE="cpu")
     check_honoured(found, "CpuPlatform")
 
 
-def test_the_choice_survives_the_spawn_of_the_engine_process(after_plugins: dict[str, Any], tmp_path: Path) -> None:
+def test_the_choice_survives_the_spawn_of_the_engine_process(
+    after_plugins: dict[str, Any], fresh_vllm: Callable[..., Any]
+) -> None:
     """There the configuration is unpickled before any plugin is loaded."""
     script = """
 import json, pickle, sys
@@ -182,11 +210,11 @@ from vllm.plugins import load_general_plugins
 load_general_plugins()
 print(json.dumps([before, member.get_path()]))
 """
-    assert fresh(tmp_path, script, after_plugins["pickled"]) == ["CUSTOM", OUR_CLASS]
+    assert fresh_vllm(script, after_plugins["pickled"]) == ["CUSTOM", OUR_CLASS]
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["before_us", "after_us"])
-def test_a_taken_slot_for_custom_backends_is_left_to_its_holder(first: bool, tmp_path: Path) -> None:
+def test_a_taken_slot_for_custom_backends_is_left_to_its_holder(first: bool, fresh_vllm: Callable[..., Any]) -> None:
     """A warning names the holder; vLLM goes on, with our name unknown: whoever did not choose us loses nothing, and
     whoever did is not served by somebody else's backend."""
     script = """
@@ -219,7 +247,7 @@ print(json.dumps({
     "served_by": current_platform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, asked),
 }))
 """
-    found = fresh(tmp_path, script, "before" if first else "after")
+    found = fresh_vllm(script, "before" if first else "after")
     (line,) = found["lines"]
     assert "'minference' is no" in line and "somebody.elses.Backend" in line and "VLLM_PLUGINS" in line
     assert found["path"] == "somebody.elses.Backend"
@@ -227,7 +255,7 @@ print(json.dumps({
     assert not found["served_by"].startswith("minference_vllm")
 
 
-def test_leaving_us_out_leaves_vllm_as_it_is(tmp_path: Path) -> None:
+def test_leaving_us_out_leaves_vllm_as_it_is(fresh_vllm: Callable[..., Any]) -> None:
     script = """
 import json
 from vllm.plugins import load_general_plugins
@@ -236,7 +264,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 print(json.dumps([type(current_platform).__qualname__, "MINFERENCE" in AttentionBackendEnum.__members__]))
 """
-    assert fresh(tmp_path, script, VLLM_PLUGINS="") == ["CpuPlatform", False]
+    assert fresh_vllm(script, VLLM_PLUGINS="") == ["CpuPlatform", False]
 
 
 def test_importing_the_package_imports_neither_torch_nor_vllm(tmp_path: Path) -> None:
@@ -263,7 +291,7 @@ print(json.dumps(found))
         assert not any(Path(place).is_relative_to(ROOT) for place in places if place), f"{name} is found at {places}"
 
 
-def test_from_the_checkouts_root_vllm_finds_its_own_triton_kernels(tmp_path: Path) -> None:
+def test_from_the_checkouts_root_vllm_finds_its_own_triton_kernels(fresh_vllm: Callable[..., Any]) -> None:
     """``python -c`` and ``-m`` have the current folder on the path, and with it our folder of that name."""
     script = """
 import json, sys, types
@@ -272,7 +300,7 @@ from vllm.utils.import_utils import _has_module, has_triton_kernels
 import vllm.model_executor.layers.fused_moe.config
 before = [has_triton_kernels(), "triton_kernels" in sys.modules]
 try:
-    import triton_kernels.sparse_attention
+    import triton_kernels.attention
 except ImportError as error:
     message = str(error)
 vllms = types.ModuleType("vllm.third_party.triton_kernels")
@@ -283,9 +311,7 @@ after = [has_triton_kernels(), sys.modules["triton_kernels"] is vllms]
 import minference_vllm.triton_kernels
 print(json.dumps([before, message, after]))
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    before, message, after = json.loads(done.stdout.splitlines()[-1])
+    before, message, after = fresh_vllm(script, first_path="")
     assert before == [False, False], "there are none on this machine"
     assert after == [True, True]
     assert message.startswith("this triton_kernels is a folder of minference-vllm, not OpenAI's package")
@@ -346,6 +372,6 @@ def test_whatever_fails_in_vllm_goes_on_without_us(monkeypatch: pytest.MonkeyPat
     def fail() -> None:
         raise AttributeError("CUSTOM")
 
-    monkeypatch.setattr(compat, "register_name", fail)
+    monkeypatch.setattr(registration, "register_name", fail)
     plugin.register()
     assert warnings == ["attention backend 'minference' is not available: AttributeError: CUSTOM"]

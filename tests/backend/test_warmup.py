@@ -6,6 +6,7 @@ As in ``test_triton_kernels.py`` this file is both the test and, run as a script
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from minference_vllm.backend.serving import SparseLayer
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
+from minference_vllm.kernels.choose import choose
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
@@ -33,20 +38,26 @@ PAGE, DIM = 32, 64
 
 
 def make_layer(*patterns: HeadPattern, sinks: bool = False, softcap: float = 0.0, quantised: bool = False) -> Any:
-    """What warm-up reads of a layer of 4 heads over 2; patterns are repeated."""
+    """What warm-up reads of a layer of 4 heads over 2; patterns are repeated. Its kernel is the one for GPUs where
+    Triton's interpreter runs it."""
+    kernel_name = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "auto"
 
     def paged_cache(layer: Any, memory: torch.Tensor, dtype: torch.dtype) -> PagedCache:
         memory = memory.view(torch.float8_e4m3fn) if memory.dtype == torch.uint8 else memory
         return PagedCache(memory[..., :DIM], memory[..., DIM:], "rows")
 
-    options = {"scale": 1.0, "softcap": softcap, "sinks": torch.zeros(4) if sinks else None}
+    def inputs(layer: Any, query: torch.Tensor, cache: PagedCache, pages: torch.Tensor, chunk: Chunk) -> Inputs:
+        return Inputs.of(query, cache, pages, chunk, 1.0, softcap, torch.zeros(4) if sinks else None)
+
+    memory = torch.zeros(1, 2, PAGE, 2 * DIM, dtype=torch.bfloat16)
+    kernel = choose(kernel_name, torch.bfloat16, paged_cache(None, memory, torch.bfloat16))
     impl = SimpleNamespace(
         num_heads=4,
         num_kv_heads=2,
         head_size=DIM,
-        patterns=(patterns * 4)[:4],
+        sparse_layer=SparseLayer(0, 0, (patterns * 4)[:4], kernel),
         paged_cache=paged_cache,
-        attend_options=lambda layer, query: options,
+        inputs=inputs,
     )
     return SimpleNamespace(impl=impl, query_quant=object() if quantised else None)
 
@@ -65,9 +76,11 @@ def warm_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any
     def run(*layers: Any, cache: torch.dtype = torch.bfloat16, **settings: Any) -> list[dict[str, Any]]:
         chunks: list[dict[str, Any]] = []
 
-        def stand_in(query: Any, cache: Any, pages: Any, chunk: Any, patterns: Any, **options: Any) -> None:
-            assert len(query) == len(options["out"]) == chunk.query_len and len(pages) * PAGE >= chunk.seq_len
-            chunks.append({"query": query, "cache": cache, "patterns": patterns, **options})
+        def stand_in(inputs: Inputs, patterns: Any, kernel: Any, out: torch.Tensor, tile: Any) -> None:
+            chunk = inputs.chunk
+            assert len(inputs.query) == len(out) == chunk.query_len and len(inputs.pages) * PAGE >= chunk.seq_len
+            assert kernel is layers[0].impl.sparse_layer.kernel and tile == Settings(**settings).tile
+            chunks.append({"query": inputs.query, "cache": inputs.cache, "patterns": patterns, "out": out})
 
         monkeypatch.setattr(warmup, "attend_chunk", stand_in)
         warmup.warm_up(layers, spec(cache), torch.bfloat16, Settings(**settings), torch.device("cpu"))
@@ -164,7 +177,7 @@ def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, A
         "square_lse_kernel",
         "square_mass_kernel",
         "peak_lse_kernel",
-        "tile_levels_kernel",
+        "tile_bins_kernel",
         "mass_kernel",
     }
     assert interpreted["served"]
@@ -174,9 +187,8 @@ def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, A
 
 def interpret() -> None:
     from minference_vllm.backend import warmup
-    from minference_vllm.core.plan import Chunk
     from minference_vllm.prefill.attend import attend_chunk
-    from minference_vllm.triton_kernels import antidiagonal, estimate, low_rank, sparse_attention
+    from minference_vllm.triton_kernels import antidiagonal, attention, column_diagonal, low_rank, page_means
 
     def kind(value: Any) -> Any:
         """What Triton compiles anew for, as far as arguments that are not named in the kernel decide it."""
@@ -192,7 +204,9 @@ def interpret() -> None:
                 variant = [kernel.__name__, kinds, {name: str(value) for name, value in constants.items()}]
                 if variant not in variants:
                     variants.append(variant)
-                launcher(kernel, grid)(*arguments, **constants)
+                # What the last kernel of a chunk computes decides no launch.
+                if kernel is not attention.sparse_attention_kernel:
+                    launcher(kernel, grid)(*arguments, **constants)
 
             return run
 
@@ -213,7 +227,7 @@ def interpret() -> None:
     settings = Settings(kernel="triton", tile=32)
 
     def record(variants: list[Any]) -> None:
-        for module in (antidiagonal, estimate, low_rank, sparse_attention):
+        for module in (antidiagonal, attention, column_diagonal, low_rank, page_means):
             module.launcher = recording(variants)  # type: ignore[attr-defined]
 
     record(compiled)
@@ -229,7 +243,8 @@ def interpret() -> None:
             cache = layer.impl.paged_cache(layer, memory, torch.bfloat16)
             out = torch.empty(query.shape, dtype=query.dtype)
             chunk = Chunk(0, 0, context, length)
-            attend_chunk(query, cache, torch.randperm(9), chunk, layer.impl.patterns, 0.1, out, "triton", 32)
+            inputs = Inputs.of(query, cache, torch.randperm(9), chunk, 0.1)
+            attend_chunk(inputs, layer.impl.sparse_layer.patterns, layer.impl.sparse_layer.kernel, out, 32)
     print(json.dumps({"compiled": compiled, "served": served}))
 
 

@@ -25,7 +25,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def run(*arguments: object) -> int:
         sizes = {"context": 400, "heads": 2, "kv-heads": 1, "head-size": 64, "block-size": 32, "tile": 64, "repeat": 1}
         fixed = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-        argv = ["bench_attention.py", *fixed, "--engine", "block_table", *map(str, arguments)]
+        argv = ["bench_attention.py", *fixed, "--kernel", "block_table", *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", argv)
         return bench_attention.main()
 
@@ -71,8 +71,8 @@ def test_a_peers_failure_costs_its_own_row_only(
     file = tmp_path / "rows.csv"
     assert bench("--peer", *peers, "--pattern", "a_shape", "--csv", file) == 1
     ours, peer = csv.DictReader(file.open())
-    assert (ours["engine"], ours["peer"]) == ("block_table", "")
-    assert (peer["engine"], peer["peer"], peer["computes"]) == ("", "xformers", "all keys")
+    assert (ours["kernel"], ours["peer"]) == ("block_table", "")
+    assert (peer["kernel"], peer["peer"], peer["computes"]) == ("", "xformers", "all keys")
     assert float(peer["density"]) == float(peer["recall"]) == 1.0
     assert float(peer["speedup"]) == pytest.approx(float(peer["dense_s"]) / float(peer["attend_s"]), rel=1e-3)
     said = capsys.readouterr().err
@@ -87,7 +87,7 @@ def test_a_wrong_answer_of_ours_is_not_timed_either(
     monkeypatch.setattr(bench_attention, "sampled_check", lambda *arguments: (math.nan, 1.0))
     assert bench("--pattern", "a_shape") == 1
     printed = capsys.readouterr()
-    assert not printed.out and "engine 'block_table', context 400, a_shape: its answer is off by nan" in printed.err
+    assert not printed.out and "kernel 'block_table', context 400, a_shape: its answer is off by nan" in printed.err
 
 
 def test_rows_go_under_the_columns_that_a_file_has(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ import peers
 import pytest
 import torch
 from peers import PEERS, Lists, Peer, Problem, Size
+from score_inputs import scores_of
 
 from minference_vllm import reference
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import AShape, BlockSparse, Dense, HeadPattern, VerticalSlash
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.capacity import plan_capacity
-from minference_vllm.selection.probe_queries import Estimates
+from minference_vllm.selection.compaction import EXACT_WIDTH
 
 DIM, KV_HEADS, TILE = 16, 2, 128
 SCALE = DIM**-0.5
@@ -32,10 +33,10 @@ PATTERNS: list[HeadPattern] = [
 ]
 CHUNKS = {
     # name: (context_len, seq_len, block_size)
-    "prompt": (0, 1024, 128),
-    "prompt of odd length": (0, 1003, 64),
-    "chunk": (512, 1024, 64),
-    "chunk of odd length": (384, 1003, 128),
+    "prompt": (0, 640, 128),
+    "prompt of odd length": (0, 619, 64),
+    "chunk": (256, 640, 64),
+    "chunk of odd length": (256, 619, 128),
 }
 
 
@@ -44,8 +45,8 @@ def problem(context_len: int, seq_len: int, block_size: int, planned: bool) -> P
     query = torch.randn(seq_len - context_len, len(PATTERNS), DIM, generator=generator) * 2
     keys, values = (torch.randn(seq_len, KV_HEADS, DIM, generator=generator) for _ in range(2))
     tiling = Tiling.of(context_len, seq_len, block_size, TILE)
-    capacity = plan_capacity(PATTERNS, context_len, seq_len, block_size, TILE) if planned else None
-    index = build_index(tiling, PATTERNS, Estimates(query, keys.transpose(0, 1), SCALE), capacity)
+    capacity = plan_capacity(PATTERNS, context_len, seq_len, block_size, TILE) if planned else EXACT_WIDTH
+    index = build_index(tiling, PATTERNS, scores_of(query, keys.transpose(0, 1), SCALE, block_size), capacity)
     return Problem(query, keys, values, index, SCALE)
 
 
@@ -109,8 +110,9 @@ def test_heads_that_share_a_list_get_one_each(pattern: HeadPattern, planned: boo
     context_len, seq_len, block_size = CHUNKS["chunk of odd length"]
     patterns = [pattern] * len(PATTERNS)
     tiling = Tiling.of(context_len, seq_len, block_size, TILE)
-    capacity = plan_capacity(patterns, context_len, seq_len, block_size, TILE) if planned else None
-    scores = Estimates(torch.randn(seq_len - context_len, len(patterns), DIM), torch.randn(KV_HEADS, seq_len, DIM), 1.0)
+    capacity = plan_capacity(patterns, context_len, seq_len, block_size, TILE) if planned else EXACT_WIDTH
+    query, keys = torch.randn(seq_len - context_len, len(patterns), DIM), torch.randn(KV_HEADS, seq_len, DIM)
+    scores = scores_of(query, keys, 1.0, block_size)
     shared, own = (build_index(tiling, patterns, scores, capacity, group) for group in (len(patterns) // KV_HEADS, 1))
     assert shared.heads_per_list > 1
     found = peers.one_list_per_head(shared)

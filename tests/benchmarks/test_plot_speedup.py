@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 import plot_speedup
 from record import append
 
-COMMITTED = Path(__file__).parent.parent / "benchmarks" / "results" / "attention_cpu.csv"
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "attention_cpu.csv"
 ROW = {"pattern": "coverage", "context": 32768, "chunk": 8192, "dense_s": 6.0, "attend_s": 1.0, "machine": "this one"}
 OURS = ROW | {"kernel": "triton", "speedup": 4.0}
 PEER = ROW | {"peer": "flex", "speedup": 3.0, "computes": "the index"}
@@ -24,7 +24,7 @@ def write(path: Path, *rows: dict[str, object]) -> Path:
     return path
 
 
-def test_lines_have_engines_whole_and_alone_and_peers_alone(tmp_path: Path) -> None:
+def test_lines_have_kernels_whole_and_alone_and_peers_alone(tmp_path: Path) -> None:
     longer = {"context": 65536, "speedup": 8.0}
     rows = plot_speedup.read(write(tmp_path / "rows.csv", OURS, PEER, OURS | longer, OURS | {"speedup": 5.0}))
     assert plot_speedup.lines(rows) == {
@@ -37,7 +37,7 @@ def test_lines_have_engines_whole_and_alone_and_peers_alone(tmp_path: Path) -> N
 
 def test_only_the_last_rows_machine_counts(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", OURS | {"machine": "another"}, OURS, PEER)
-    assert [row["engine"] for row in plot_speedup.read(path)] == ["triton", ""]
+    assert [row["kernel"] for row in plot_speedup.read(path)] == ["triton", ""]
 
 
 def test_a_picture_says_what_it_shows(tmp_path: Path) -> None:
@@ -61,6 +61,6 @@ def test_the_committed_rows_can_be_drawn(tmp_path: Path) -> None:
 
 def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
     empty = tmp_path / "rows.csv"
-    empty.write_text("engine,machine\n")
+    empty.write_text("kernel,machine\n")
     with pytest.raises(ValueError, match="has no rows"):
         plot_speedup.read(empty)

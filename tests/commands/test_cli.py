@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from minference_vllm import __version__
-from minference_vllm.backend import compat
+from minference_vllm.backend import compat, registration
 from minference_vllm.commands import doctor
 from minference_vllm.commands.cli import COMMANDS, main
 from minference_vllm.commands.inspect import spans, table
 from minference_vllm.offline.checkpoint import Checkpoint
 
-DEMO = Path(__file__).parent.parent / "examples" / "demo" / "model"
+DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 LAYERS, HEADS = 3, 4
 
 
@@ -78,7 +78,7 @@ def test_the_tool_is_installed_and_runs_as_a_module() -> None:
         [sys.executable, "-m", "minference_vllm", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == f"minference-vllm {__version__}"
-    declared = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    declared = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert 'minference-vllm = "minference_vllm.commands.cli:main"' in declared
 
 
@@ -330,7 +330,7 @@ def test_doctor_finds_this_machine_ready(tool: Callable[..., Ended]) -> None:
     assert ended.code == 0, ended.out
     assert "!!" not in ended.out and "minference is minference_vllm.backend." in ended.out
     assert ended.out.splitlines()[-1] == "Ready: vllm serve MODEL --attention-backend minference"
-    assert all(f"engine {name}" in ended.out for name in ("block_table", "native", "triton"))
+    assert all(f"kernel {name}" in ended.out for name in ("block_table", "native", "triton"))
 
 
 def test_doctor_names_a_plugin_that_is_left_out(tool: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +395,7 @@ def test_doctor_names_a_slot_that_is_taken(tool: Callable[..., Ended], monkeypat
     def refuse() -> None:
         raise RuntimeError("other.Backend has taken it")
 
-    monkeypatch.setattr(compat, "register_name", refuse)
+    monkeypatch.setattr(registration, "register_name", refuse)
     ended = tool("doctor")
     assert ended.code == 1 and "other.Backend has taken it" in ended.out
 

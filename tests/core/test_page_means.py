@@ -1,16 +1,24 @@
-"""Page summaries: always the means of what is in the cache now, read no more than needed."""
+"""Page means: always the means of what is in the cache now, read no more than needed."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from minference_vllm.core import page_means as summaries
+from minference_vllm import reference
+from minference_vllm.core import page_means
 from minference_vllm.core.page_means import PageMeans
 from minference_vllm.core.paged_cache import Layout, PagedCache
-from minference_vllm.selection.probe_queries import mean_keys
 
 HEADS, SIZE, DIM, PAGES = 2, 32, 64, 12
+
+
+def mean_keys(cache: PagedCache, pages: torch.Tensor, seq_len: int) -> torch.Tensor:
+    return reference.page_means(cache.keys_by_head(pages)[:, :seq_len], SIZE).float()
+
+
+def mean_values(cache: PagedCache, pages: torch.Tensor, seq_len: int) -> torch.Tensor:
+    return reference.page_means(cache.values_by_head(pages)[:, :seq_len], SIZE).float()
 
 
 def cache(layout: Layout, seed: int = 0) -> PagedCache:
@@ -23,16 +31,16 @@ def cache(layout: Layout, seed: int = 0) -> PagedCache:
 def test_means_of_shuffled_pages(layout: Layout, seq_len: int) -> None:
     paged, pages = cache(layout), torch.tensor([7, 2, 11, 0, 5])[: -(-seq_len // SIZE)]
     means = PageMeans()
-    for found, rows in (
-        (means.of(paged, pages, seq_len), paged.keys_by_head(pages)),
-        (means.values_of(paged, pages, seq_len), paged.values_by_head(pages)),
+    for found, right in (
+        (means.of(paged, pages, seq_len), mean_keys(paged, pages, seq_len)),
+        (means.values_of(paged, pages, seq_len), mean_values(paged, pages, seq_len)),
     ):
-        torch.testing.assert_close(found, mean_keys(rows[:, :seq_len], SIZE), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-6)
 
 
 def test_values_are_read_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    monkeypatch.setattr(summaries, "unpack_values", lambda stored, layout: read.append(len(stored)) or stored)
+    monkeypatch.setattr(page_means, "unpack_values", lambda stored, layout: read.append(len(stored)) or stored)
     paged, pages, means = cache("rows"), torch.tensor([7, 2, 11]), PageMeans()
     means.of(paged, pages, 3 * SIZE)
     assert read == []
@@ -43,7 +51,7 @@ def test_values_are_read_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch
     means.forget(torch.tensor([2 * SIZE + 3]), SIZE)
     found = means.values_of(paged, pages, 3 * SIZE)
     assert read == [2, 1, 1]
-    torch.testing.assert_close(found, mean_keys(paged.values_by_head(pages), SIZE))
+    torch.testing.assert_close(found, mean_values(paged, pages, 3 * SIZE))
 
 
 def test_pages_are_read_again_after_they_were_written_and_not_before() -> None:
@@ -57,18 +65,18 @@ def test_pages_are_read_again_after_they_were_written_and_not_before() -> None:
     assert torch.equal(again[:, :2], first[:, :2]), "a page that nobody named is not read again"
     assert not torch.equal(again[:, 2], first[:, 2])
     means.forget(torch.tensor([2 * SIZE]), SIZE)
-    torch.testing.assert_close(means.of(paged, pages, 3 * SIZE), mean_keys(paged.keys_by_head(pages), SIZE))
+    torch.testing.assert_close(means.of(paged, pages, 3 * SIZE), mean_keys(paged, pages, 3 * SIZE))
 
 
 def test_a_partial_last_page_is_never_kept() -> None:
     paged, pages, means = cache("rows"), torch.tensor([7, 2]), PageMeans()
     means.of(paged, pages, SIZE + 5)
     paged.key[2, :, 5:] = 3.0
-    torch.testing.assert_close(means.of(paged, pages, 2 * SIZE), mean_keys(paged.keys_by_head(pages), SIZE))
+    torch.testing.assert_close(means.of(paged, pages, 2 * SIZE), mean_keys(paged, pages, 2 * SIZE))
 
 
 def test_another_cache_starts_anew() -> None:
     means, pages = PageMeans(), torch.tensor([3, 4])
     first, other = cache("rows"), cache("rows", seed=1)
     means.of(first, pages, 2 * SIZE)
-    torch.testing.assert_close(means.of(other, pages, 2 * SIZE), mean_keys(other.keys_by_head(pages), SIZE))
+    torch.testing.assert_close(means.of(other, pages, 2 * SIZE), mean_keys(other, pages, 2 * SIZE))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minference_vllm.core.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
-from minference_vllm.kernels.block_table import cpu_ops as cpu_kernel
+from minference_vllm.kernels.block_table import cpu_ops
 
 LAYOUTS: tuple[Layout, ...] = ("rows", "transposed", "amx")
 SIZE, DIM = 32, 48
@@ -110,7 +110,7 @@ def test_sizes_are_read_from_the_tensors() -> None:
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
 def test_the_kernels_layout_on_this_machine_is_known(dtype: torch.dtype, block_size: int, head_size: int) -> None:
-    assert cpu_kernel.layout_for(dtype, block_size, head_size) in LAYOUTS
+    assert cpu_ops.layout_for(dtype, block_size, head_size) in LAYOUTS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -118,9 +118,9 @@ def test_a_cache_of_rows_packs_into_the_kernels_layout(dtype: torch.dtype) -> No
     rows = torch.randn(3, 64, 2, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     plain = PagedCache(rows.transpose(1, 2), rows.flip(0).transpose(1, 2), "rows")
     packed = torch.empty(3, 2, 2 * 64, 64, dtype=dtype)
-    cpu_kernel.pack(plain, packed)
+    cpu_ops.pack(plain, packed)
     key, value = packed.chunk(2, dim=2)
-    layout = cpu_kernel.layout_for(dtype, 64, 64)
+    layout = cpu_ops.layout_for(dtype, 64, 64)
     assert layout is not None
     assert torch.equal(unpack_keys(key, layout), plain.key)
     assert torch.equal(unpack_values(value, layout), plain.value)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from index_inputs import EVERYTHING, PATTERNS, TILINGS, Built, OneHead, RandomScores, build
 
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.patterns.kinds import MAX_STEP, Dense, LowRank
+from minference_vllm.patterns.kinds import KINDS, MAX_STEP, Dense, LowRank
 from minference_vllm.reference import causal_mask
 from minference_vllm.selection.build import build_index
+from minference_vllm.selection.families import FAMILIES
 
 
 def test_lists_are_in_order_and_name_no_key_twice(built: Built) -> None:
@@ -58,16 +61,18 @@ def test_a_heads_index_does_not_depend_on_its_neighbours(tiling_name: str, whole
         assert torch.equal(alone.to_mask()[0], together.mask[head]), pattern
 
 
-def test_a_pattern_without_a_selection_is_an_error() -> None:
-    with pytest.raises(TypeError, match="no selection for pattern 'dense'"):
-        build_index(Tiling.of(0, 64, 32, 32), ["dense"], RandomScores(64))
+def test_every_kind_of_pattern_has_a_selection_and_another_one_is_an_error() -> None:
+    assert set(FAMILIES) == set(KINDS)
+    assert all(family.pattern(kind=kind).kind == kind for kind, family in FAMILIES.items())
+    with pytest.raises(KeyError, match="'star'"):
+        build_index(Tiling.of(0, 64, 32, 32), [SimpleNamespace(kind="star")], RandomScores(64))
 
 
-# ScoreBins: what a recall floor asks for
+# Steps: what a recall floor asks for
 
 
 @pytest.mark.parametrize("tiling_name", TILINGS)
-def test_a_higher_level_selects_no_fewer_keys_and_the_last_selects_all(tiling_name: str, whole_pages: bool) -> None:
+def test_a_higher_step_selects_no_fewer_keys_and_the_last_selects_all(tiling_name: str, whole_pages: bool) -> None:
     start = build(tiling_name, whole_pages)
     raised = build_index(start.tiling, [pattern.at_step(1) for pattern in PATTERNS.values()], start.scores)
     dense = build_index(start.tiling, [pattern.at_step(MAX_STEP) for pattern in PATTERNS.values()], start.scores)
@@ -78,7 +83,7 @@ def test_a_higher_level_selects_no_fewer_keys_and_the_last_selects_all(tiling_na
         assert int(raised.to_mask()[head].sum()) >= int(start.mask[head].sum()), name
 
 
-def test_levels() -> None:
+def test_steps() -> None:
     for pattern in PATTERNS.values():
         assert pattern.at_step(0) is pattern
         assert pattern.at_step(MAX_STEP) == pattern.at_step(MAX_STEP + 5) == Dense()
@@ -87,8 +92,8 @@ def test_levels() -> None:
         if not isinstance(pattern, Dense | LowRank):
             assert pattern.at_step(1) == LowRank() and pattern.at_step(2) == LowRank().at_step(1)
     gammas = []
-    for level in range(MAX_STEP):
-        raised = LowRank(rank=32, gamma=0.68).at_step(level)
+    for step in range(MAX_STEP):
+        raised = LowRank(rank=32, gamma=0.68).at_step(step)
         assert isinstance(raised, LowRank) and raised.rank == 32
         gammas.append(raised.gamma)
     assert gammas == pytest.approx([0.68, 0.92, 0.98])

@@ -41,12 +41,12 @@ def agreement(found: Any, expected: Any) -> float:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("engine", ["triton", "block_table"])
+@pytest.mark.parametrize("kernel", ["triton", "block_table"])
 def test_full_patterns_answer_like_vllms_own_backend(
-    engine: str, variant: str, answers: Any, full_patterns: str, with_minference: Callable[..., dict[str, Any]]
+    kernel: str, variant: str, answers: Any, full_patterns: str, with_minference: Callable[..., dict[str, Any]]
 ) -> None:
     options = VARIANTS[variant]
-    found = answers(**options, **with_minference(full_patterns, kernel=engine))
+    found = answers(**options, **with_minference(full_patterns, kernel=kernel))
     assert agreement(found, answers(**options)) > 0.8
 
 

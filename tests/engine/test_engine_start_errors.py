@@ -66,6 +66,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
         {"min_contxt": 1},
         'additional_config["minference"]["min_contxt"]: unknown setting; known',
     ),
+    "renamed": ({"engine": "native"}, "this setting is now named 'kernel'"),
     "negative": ({"min_context": -1}, 'additional_config["minference"]["min_context"] = -1'),
     "no_object": ("dense", 'additional_config["minference"] must be an object'),
     "missing_file": ({"patterns": "nowhere.json"}, "no pattern file at 'nowhere.json'"),

@@ -23,6 +23,7 @@ from minference_vllm.patterns.kinds import (
 from minference_vllm.selection.capacity import plan_capacity
 from minference_vllm.selection.compaction import Capacity
 from minference_vllm.selection.score_bins import LOCAL_BIN, ScoreBins
+from minference_vllm.selection.torch_scores import TorchScores
 
 PATTERNS: list[HeadPattern] = [
     Dense(),
@@ -50,7 +51,9 @@ ADAPTIVE: list[HeadPattern] = [
 
 
 class RandomScores:
-    """Stands for the estimates: random, the same for a head whoever is asked for together with it."""
+    """Stands for the scores: random, the same for a head whoever is asked for together with it."""
+
+    select_bins = TorchScores.select_bins
 
     def __init__(self, seq_len: int) -> None:
         self.seq_len = seq_len
@@ -78,9 +81,9 @@ class RandomScores:
             each.repeat_interleave(tiling.block_size, -1)[..., : self.seq_len]
             for each in (pages, tiling.own(), tiling.reachable())
         )
-        levels = self.draw(6, heads, tiling.num_tiles, self.seq_len).maximum(by_page).mul_(255).to(torch.uint8)
-        lowest = torch.full((len(heads),), round(255 * (1 - gamma)), dtype=torch.int32)
-        return ScoreBins(levels.masked_fill_(own, LOCAL_BIN).mul_(reach), lowest)
+        bins = self.draw(6, heads, tiling.num_tiles, self.seq_len).maximum(by_page).mul_(255).to(torch.uint8)
+        threshold = torch.full((len(heads),), round(255 * (1 - gamma)), dtype=torch.int32)
+        return ScoreBins(bins.masked_fill_(own, LOCAL_BIN).mul_(reach), threshold)
 
 
 def planned(tiling: Tiling, patterns: Sequence[HeadPattern], **options: Any) -> Capacity:

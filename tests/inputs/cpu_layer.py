@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from layer_inputs import DIM, HEADS, KINDS, KV_HEADS, MIN_CHUNK, MIN_CONTEXT, PAGE
+from layer_inputs import DIM, HEADS, KINDS, KV_HEADS, MIN_CHUNK, MIN_CONTEXT, PAGE, make_known
 from paged_inputs import make_batch
 
 from minference_vllm.backend.counters import Counters
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.prefill.recall import RecallCheck
+
+OPTIONS: dict[str, Any] = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"}
+"""Of an implementation, where a test does not name others."""
 
 
 @dataclass
@@ -35,23 +38,27 @@ class Layer:
     ranks: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    page: int = PAGE
+    page_before: int | None = None
+    """Page size in vLLM's configuration while layer and builder are made, where that is another one."""
+    kv_connector: Any = None
+    """What may write to the cache from outside, if anything."""
     indices: list[SparseIndex] = field(default_factory=list)
-    audits: list[RecallCheck | None] = field(default_factory=list)
-    levels_before: list[tuple[int, ...]] = field(default_factory=list)
-    """That each audit began with."""
+    checks: list[RecallCheck | None] = field(default_factory=list)
+    steps_before: list[tuple[int, ...]] = field(default_factory=list)
+    """That each recall check began with."""
 
     def __post_init__(self) -> None:
         from vllm.v1.attention.backends import cpu_attn
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-        from minference_vllm.backend import cpu, serving
-        from minference_vllm.prefill.api import sparse_prefill
+        from minference_vllm.backend import serving, sparse_prefill
 
         path = self.folder / "patterns.json"
         heads = dict(enumerate(self.patterns))
         path.write_text(json.dumps({"schema_version": 1, "layers": {0: {}, 1: heads}}))
         self.heads, self.kv_heads = HEADS // self.ranks, KV_HEADS // self.ranks
-        config = SimpleNamespace(
+        self.config = config = SimpleNamespace(
             model_config=SimpleNamespace(
                 model="some/model",
                 dtype=self.dtype,
@@ -61,9 +68,10 @@ class Layer:
                 get_total_num_hidden_layers=lambda: 2,
                 get_num_attention_heads=lambda parallel: self.heads,
             ),
-            cache_config=SimpleNamespace(block_size=PAGE, cache_dtype="auto"),
+            cache_config=SimpleNamespace(block_size=self.page_before or self.page, cache_dtype="auto"),
             parallel_config=SimpleNamespace(),
             compilation_config=SimpleNamespace(static_forward_context={}),
+            kv_transfer_config=self.kv_connector,
             additional_config={
                 "minference": {
                     "patterns": str(path),
@@ -77,24 +85,47 @@ class Layer:
             self.monkeypatch.setattr(module, "get_current_vllm_config", lambda: config)
         self.monkeypatch.setattr(sparse_prefill, "get_tensor_model_parallel_rank", lambda: self.rank)
         self.monkeypatch.setattr(serving, "attend_chunk", self.watched_attend_chunk)
-        options = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto", **self.options}
-        self.impl = cpu.MInferenceCPUImpl(self.heads, DIM, self.scale, self.kv_heads, **options)
-        self.parent = cpu_attn.CPUAttentionBackendImpl(self.heads, DIM, self.scale, self.kv_heads, **options)
-        spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=self.kv_heads, head_size=DIM, dtype=self.dtype)
-        self.builder = cpu.MInferenceCPUMetadataBuilder(spec, [], config, torch.device("cpu"))
-        self.layer = SimpleNamespace(
-            layer_name="model.layers.1.self_attn.attn", isa=self.builder.isa, _k_scale_float=1.0, _v_scale_float=1.0
-        )
+        self.parent = cpu_attn.CPUAttentionBackendImpl(*self.sizes, **OPTIONS | self.options)
+        self.layer = self.make_layer(1, self.options)
+        self.impl = self.layer.impl
+        self.spec = FullAttentionSpec(block_size=self.page, num_kv_heads=self.kv_heads, head_size=DIM, dtype=self.dtype)
+        self.builder = self.make_builder(self.layer)
         batch = make_batch(
             query_lens=[new for _, new in self.requests],
             context_lens=[context for context, _ in self.requests],
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_size=DIM,
-            block_size=PAGE,
+            block_size=self.page,
             dtype=self.dtype,
         )
         self.fill(batch)
+
+    def make_layer(self, number: int, options: dict[str, Any]) -> Any:
+        """vLLM's attention layer of this number, as far as builder and implementation read it."""
+        from minference_vllm.backend.cpu import MInferenceCPUImpl
+
+        return SimpleNamespace(
+            layer_name=f"model.layers.{number}.self_attn.attn",
+            impl=MInferenceCPUImpl(*self.sizes, **OPTIONS | options),
+            _k_scale_float=1.0,
+            _v_scale_float=1.0,
+        )
+
+    def make_builder(self, *layers: Any) -> Any:
+        """The builder of a KV-cache group of these layers; it prepares them, as in vLLM's engine."""
+        from minference_vllm.backend.cpu import MInferenceCPUMetadataBuilder
+
+        names = make_known(self.monkeypatch, layers)
+        builder = MInferenceCPUMetadataBuilder(self.spec, names, self.config, torch.device("cpu"))
+        for layer in layers:
+            layer.isa = builder.isa  # as the parent does for the layers that it finds
+        return builder
+
+    @property
+    def sizes(self) -> tuple[int, int, float, int]:
+        """The leading arguments of an implementation."""
+        return self.heads, DIM, self.scale, self.kv_heads
 
     @property
     def scale(self) -> float:
@@ -106,9 +137,9 @@ class Layer:
 
     def watched_attend_chunk(self, *arguments: Any, **keywords: Any) -> SparseIndex:
         given = [*arguments, *keywords.values()]
-        audit = next((argument for argument in given if isinstance(argument, RecallCheck)), None)
-        self.audits.append(audit)
-        self.levels_before.append(audit.levels if audit else ())
+        check = next((argument for argument in given if isinstance(argument, RecallCheck)), None)
+        self.checks.append(check)
+        self.steps_before.append(check.steps if check else ())
         index = attend_chunk(*arguments, **keywords)
         self.indices.append(index)
         return index
@@ -117,9 +148,9 @@ class Layer:
         """Put a batch's keys and values into a cache of vLLM's own layout, with vLLM's own function."""
         blocks = batch.key_cache.shape[0]
         self.batch = batch
-        self.cache = torch.zeros(blocks, self.kv_heads, PAGE, 2 * DIM, dtype=self.dtype)
+        self.cache = torch.zeros(blocks, self.kv_heads, self.page, 2 * DIM, dtype=self.dtype)
         rows = batch.key_cache.nan_to_num().flatten(0, 1), batch.value_cache.nan_to_num().flatten(0, 1)
-        self.impl.do_kv_cache_update(self.layer, *rows, self.cache, torch.arange(blocks * PAGE))
+        self.impl.do_kv_cache_update(self.layer, *rows, self.cache, torch.arange(blocks * self.page))
 
     def metadata(self) -> Any:
         from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -165,7 +196,7 @@ def two_chunks(layer: Layer) -> tuple[Any, Any]:
         "heads": layer.heads,
         "kv_heads": layer.kv_heads,
         "head_size": DIM,
-        "block_size": PAGE,
+        "block_size": layer.page,
     }
     second = make_batch(query_lens=[SECOND[1]], context_lens=[SECOND[0]], **shape)
     query = make_batch(query_lens=[FIRST[1]], context_lens=[0], **shape).query

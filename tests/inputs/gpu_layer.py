@@ -9,14 +9,16 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from layer_inputs import DIM, GPU_KINDS, HEADS, KV_HEADS, MIN_CHUNK, MIN_CONTEXT, PAGE
+from layer_inputs import DIM, GPU_KINDS, HEADS, KV_HEADS, MIN_CHUNK, MIN_CONTEXT, PAGE, make_known
 from paged_inputs import make_batch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minference_vllm import reference
 from minference_vllm.core.sparse_index import SparseIndex
@@ -90,15 +92,20 @@ class Layer:
         requests: Sequence[tuple[int, int]],
         patterns: Sequence[dict[str, Any]] = tuple(GPU_KINDS),
         layout: Callable[..., torch.Tensor] = side_by_side,
-        options: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
         speculative: int = 0,
+        page_before: int = PAGE,
+        device: str = "cpu",
     ) -> None:
+        """
+        Args:
+            page_before: page size in vLLM's configuration while layer and builder are made.
+            device: see ``make_builder``.
+        """
         from vllm.config import CUDAGraphMode
         from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-        from minference_vllm.backend import serving
-        from minference_vllm.prefill.api import sparse_prefill
+        from minference_vllm.backend import serving, sparse_prefill
 
         batch = make_batch(
             query_lens=[new for _, new in requests],
@@ -112,7 +119,7 @@ class Layer:
         self.batch = batch
         path = folder / "patterns.json"
         path.write_text(json.dumps({"schema_version": 1, "layers": {0: {}, 1: dict(enumerate(patterns))}}))
-        config = SimpleNamespace(
+        self.config = config = SimpleNamespace(
             model_config=SimpleNamespace(
                 model="some/model",
                 dtype=DTYPE,
@@ -126,7 +133,7 @@ class Layer:
                 rswa_window=None,
                 is_mm_prefix_lm=False,
             ),
-            cache_config=SimpleNamespace(block_size=PAGE, cache_dtype="auto"),
+            cache_config=SimpleNamespace(block_size=page_before, cache_dtype="auto"),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1, cp_kv_cache_interleave_size=1),
             kernel_config=SimpleNamespace(enable_jit_warmup=False),
             attention_config=SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=32, flash_attn_version=None),
@@ -147,16 +154,41 @@ class Layer:
         monkeypatch.setattr(sparse_prefill, "get_tensor_model_parallel_rank", lambda: 0)
         monkeypatch.setattr(serving, "attend_chunk", self.watched_attend_chunk)
         monkeypatch.setattr(parent.impl, "forward", self.dense_forward)
-        arguments = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto", **(options or {})}
-        self.impl = parent.our_impl(HEADS, DIM, DIM**-0.5, KV_HEADS, **arguments)
-        spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=DTYPE)
-        self.builder = parent.our_builder(spec, [], config, torch.device("cpu"))
-        self.layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn", _k_scale=torch.tensor(1.0))
+        self.monkeypatch, self.parent = monkeypatch, parent
+        self.layer = self.make_layer(1)
+        self.impl = self.layer.impl
+        self.spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KV_HEADS, head_size=DIM, dtype=DTYPE)
+        self.builder = self.make_builder(self.layer, device=device)
         self.cache = layout(batch.key_cache, batch.value_cache)
         self.indices: list[SparseIndex] = []
         self.dense_calls: list[Any] = []
         self.new_rows: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []
         """Keys and values that the parent was called with."""
+
+    def make_layer(self, number: int) -> Any:
+        """vLLM's attention layer of this number, as far as builder and implementation read it."""
+        options = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"}
+        return SimpleNamespace(
+            layer_name=f"model.layers.{number}.self_attn.attn",
+            impl=self.parent.our_impl(HEADS, DIM, DIM**-0.5, KV_HEADS, **options),
+            _k_scale=torch.tensor(1.0),
+        )
+
+    def make_builder(self, *layers: Any, device: str = "cpu") -> Any:
+        """The builder of a KV-cache group of these layers; it prepares them, as in vLLM's engine.
+
+        Args:
+            device: with "cuda" the tensors that it makes are PyTorch's fake ones, which have types, sizes, strides and
+                a device, and no memory.
+        """
+        from minference_vllm.backend import compat
+
+        names = make_known(self.monkeypatch, layers)
+        with self.monkeypatch.context() as patch, nullcontext() if device == "cpu" else FakeTensorMode():
+            # Cutting with ``[]`` would ask for the device's driver, also of a fake tensor.
+            if device == "cuda":
+                patch.setattr(compat, "gpu_pages", lambda kv_cache, head_size: kv_cache.split(head_size, 3))
+            return self.parent.our_builder(self.spec, names, self.config, torch.device(device))
 
     def watched_attend_chunk(self, *arguments: Any, **keywords: Any) -> SparseIndex:
         index = attend_chunk(*arguments, **keywords)

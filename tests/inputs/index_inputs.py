@@ -25,6 +25,7 @@ from minference_vllm.patterns.kinds import (
 )
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.score_bins import LOCAL_BIN, ScoreBins
+from minference_vllm.selection.torch_scores import TorchScores
 
 TILINGS = {
     # name: (context_len, seq_len, block_size, tile)
@@ -86,14 +87,15 @@ EVERYTHING = (
 
 @dataclass
 class RandomScores:
-    """Stands for the estimators; keeps what it said. Quantised, so that many scores tie."""
+    """Stands for the scores; keeps what it said. Quantised, so that many scores tie."""
 
     seq_len: int
     seed: int = 0
     columns: dict[int, torch.Tensor] = field(default_factory=dict)
     diagonals: dict[int, torch.Tensor] = field(default_factory=dict)
     blocks: dict[int, torch.Tensor] = field(default_factory=dict)
-    levels: dict[int, torch.Tensor] = field(default_factory=dict)
+    bins: dict[int, torch.Tensor] = field(default_factory=dict)
+    select_bins = TorchScores.select_bins
 
     def draw(self, kind: int, head: int, *shape: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1000 + kind * 100 + head)
@@ -125,17 +127,17 @@ class RandomScores:
         return self.peaks(heads, tiling)
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
-        """ScoreBins from 0 to 40, and the lower a threshold, the more of the attention is wanted."""
+        """Bins from 0 to 40, and the lower a threshold, the more of the attention is wanted."""
         for head in heads:
-            self.levels[head] = (self.draw(5, head, tiling.num_tiles, self.seq_len) * 40).to(torch.uint8)
+            self.bins[head] = (self.draw(5, head, tiling.num_tiles, self.seq_len) * 40).to(torch.uint8)
             by_key = (
                 mask.repeat_interleave(tiling.block_size, 1)[:, : self.seq_len]
                 for mask in (tiling.own(), ~tiling.reachable())
             )
             own, later = by_key
-            self.levels[head][own], self.levels[head][later] = LOCAL_BIN, 0
+            self.bins[head][own], self.bins[head][later] = LOCAL_BIN, 0
         thresholds = torch.full((len(heads),), int(41 * (1 - gamma)), dtype=torch.int32)
-        return ScoreBins(torch.stack([self.levels[head] for head in heads]), thresholds)
+        return ScoreBins(torch.stack([self.bins[head] for head in heads]), thresholds)
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ class OneHead:
 
     scores: RandomScores
     head: int
+    select_bins = TorchScores.select_bins
 
     def column_diagonal(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.scores.column_diagonal([self.head])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from minference_vllm import reference
@@ -35,6 +36,26 @@ ADAPTIVE_KINDS: list[dict[str, Any]] = [
 MIXED = [(500, 1), (0, 400), (700, 1), (20, 30), (350, 150), (0, 120), (600, 40), (128, 300)]
 """(context, new tokens): decodes, long and short prompts, chunks of others, and the last few tokens of one."""
 SPARSE = (1, 4, 7)
+
+
+def make_known(monkeypatch: pytest.MonkeyPatch, layers: Sequence[Any]) -> list[str]:
+    """Let our builders find these attention layers, as in vLLM's engine; returns the names to ask for them by."""
+    from minference_vllm.backend import sparse_prefill
+
+    named = {layer.layer_name: layer for layer in layers}
+    find = lambda config, kind, names: {name: named[name] for name in names}  # noqa: E731
+    monkeypatch.setattr(sparse_prefill, "get_layers_from_vllm_config", find)
+    return list(named)
+
+
+def record_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What our builders and implementations log once, from now on, at every time."""
+    from minference_vllm.backend import sparse_prefill
+
+    lines: list[str] = []
+    record = lambda message, *values: lines.append(message % values)  # noqa: E731
+    monkeypatch.setattr(sparse_prefill.logger, "info_once", record, raising=False)
+    return lines
 
 
 def assert_right(layer: Any, output: torch.Tensor, sparse: Sequence[int]) -> None:

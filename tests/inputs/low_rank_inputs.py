@@ -25,18 +25,21 @@ TILINGS = {
 }
 
 
-def random_factors(heads: int, chunk: int, length: int, rank: int, sharpness: float) -> QuantizedQK:
+def random_quantized(heads: int, chunk: int, length: int, rank: int, sharpness: float) -> QuantizedQK:
     generator = torch.Generator().manual_seed(length + rank)
     query = torch.randn(heads, chunk, rank, generator=generator) * sharpness
-    return as_factors(query, torch.randn(heads, length, rank, generator=generator))
+    return as_quantized(query, torch.randn(heads, length, rank, generator=generator))
 
 
-def as_factors(query: torch.Tensor, keys: torch.Tensor) -> QuantizedQK:
+def as_quantized(query: torch.Tensor, keys: torch.Tensor) -> QuantizedQK:
     """Of queries ``[h, chunk, r]`` and keys ``[h, S, r]`` whose products are in bits."""
     same = torch.eye(query.shape[2]).expand(len(query), -1, -1)
     projection = for_int8(Projection(same, same, torch.zeros(len(query), 1, query.shape[2])), keys)
-    whole, step = quantize_queries(query, projection, math.log(2))
-    return QuantizedQK(whole, quantize_keys(keys, projection), step)
+    low_query, dequant_scale = quantize_queries(query, projection, math.log(2))
+    return QuantizedQK(low_query, quantize_keys(keys, projection), dequant_scale)
+
+
+as_factors = as_quantized
 
 
 def lookups(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

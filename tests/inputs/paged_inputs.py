@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from minference_vllm import reference
+from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.page_means import PageMeans
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
@@ -76,6 +80,21 @@ class PagedBatch:
     def adaptive_patterns(self) -> list[HeadPattern]:
         """One per head, of the kinds whose budgets follow the attention."""
         return [ADAPTIVE[head % len(ADAPTIVE)] for head in range(self.query.shape[1])]
+
+    @property
+    def cache(self) -> PagedCache:
+        return PagedCache(self.key_cache.transpose(1, 2), self.value_cache.transpose(1, 2), "rows")
+
+    def inputs(self, request: int = 0, cache: PagedCache | None = None, page_means: PageMeans | None = None) -> Inputs:
+        """One request's.
+
+        Args:
+            cache: the batch's in another layout.
+        """
+        rows = self.rows(request)
+        chunk = Chunk(request, rows.start, self.context_lens[request], int(self.seq_lens[request]))
+        table = self.block_table[request].long()
+        return Inputs.of(self.query[rows], cache or self.cache, table, chunk, self.scale, page_means=page_means)
 
     def rows(self, request: int) -> slice:
         return slice(int(self.query_start_loc[request]), int(self.query_start_loc[request + 1]))

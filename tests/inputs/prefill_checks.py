@@ -1,6 +1,6 @@
 """``sparse_prefill``'s output against float64 attention under the mask of the index that it used.
 
-Budget: an engine may be twice as far from float64 as plain eager attention in the inputs' type is, plus one rounding of
+Budget: a kernel may be twice as far from float64 as plain eager attention in the inputs' type is, plus one rounding of
 the largest output.
 """
 

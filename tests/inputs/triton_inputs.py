@@ -6,12 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
-from minference_vllm import SparseIndex, sparse_prefill
+from minference_vllm import SparseIndex, reference, sparse_prefill
+from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
 from minference_vllm.patterns.kinds import HeadPattern
 
 
 def paged(rows: torch.Tensor, pages: torch.Tensor, block_size: int) -> torch.Tensor:
-    """``[S, HK, D]`` rows as ``[num_blocks, HK, B, D]``; everything that the sequence does not own is NaN."""
+    """``[S, HK, D]`` rows as ``[num_blocks, HK, B, D]``; everything that the sequence does not own is NaN: pages of
+    others, and the last page past the end."""
     length, kv_heads, dim = rows.shape
     padded = torch.full((len(pages) * block_size, kv_heads, dim), torch.nan)
     padded[:length] = rows.float()
@@ -20,29 +24,54 @@ def paged(rows: torch.Tensor, pages: torch.Tensor, block_size: int) -> torch.Ten
     return cache.to(rows.dtype).transpose(1, 2)
 
 
+def shuffled(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_size: int,
+    scale: float,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> Inputs:
+    """Of rows ``[chunk, H, D]`` and ``[S, HK, D]``, in pages of random order; see ``paged`` for all others."""
+    blocks = -(-len(keys) // block_size)
+    pages = torch.randperm(blocks + 2)[:blocks]
+    cache = PagedCache(paged(keys, pages, block_size), paged(values, pages, block_size), "rows", key_scale, value_scale)
+    chunk = Chunk(0, 0, len(keys) - len(query), len(keys))
+    return Inputs(query, cache, pages, chunk, scale, softcap, sinks)
+
+
 def prefill(
-    context_len: int, seq_len: int, block_size: int, patterns: Sequence[HeadPattern], sharpness: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, SparseIndex]:
-    """``sparse_prefill`` through the Triton kernels on random float32 inputs: one query head per pattern over two KV
-    heads, of size 32.
+    context_len: int,
+    seq_len: int,
+    block_size: int,
+    patterns: Sequence[HeadPattern],
+    sharpness: float = 1.0,
+    kv_heads: int = 2,
+) -> tuple[Inputs, torch.Tensor, SparseIndex, torch.Tensor]:
+    """``sparse_prefill`` through the Triton kernels on random float32 inputs: one query head of size 32 per pattern.
 
     Returns:
-        queries ``[chunk, H, D]``, keys and values ``[HK, S, D]``, the output, and the index.
+        the inputs as rows in order, for plain torch; the output and the index; and float64 attention under the index.
     """
     torch.manual_seed(1)
-    kv_heads, dim = 2, 32
-    blocks = -(-seq_len // block_size)
-    pages = torch.randperm(blocks + 2)[:blocks]
+    dim = 32
     query = torch.randn(seq_len - context_len, len(patterns), dim) * sharpness
     keys, values = (torch.randn(seq_len, kv_heads, dim) for _ in range(2))
+    inputs = shuffled(query, keys, values, block_size, dim**-0.5)
     out, (index,) = sparse_prefill(
         query,
-        *(paged(rows, pages, block_size).transpose(1, 2) for rows in (keys, values)),
-        pages[None].to(torch.int32),
+        inputs.cache.key.transpose(1, 2),
+        inputs.cache.value.transpose(1, 2),
+        inputs.pages[None].to(torch.int32),
         torch.tensor([0, len(query)]),
         torch.tensor([seq_len]),
         patterns,
         kernel="triton",
         return_index=True,
     )
-    return query, keys.transpose(0, 1), values.transpose(0, 1), out, index
+    rows = keys.transpose(0, 1), values.transpose(0, 1)
+    expected = reference.masked_attention(query, *rows, index.to_mask(), inputs.scale)
+    return Inputs.of_rows(query, *rows, inputs.scale, block_size), out, index, expected

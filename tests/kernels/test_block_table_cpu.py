@@ -1,32 +1,37 @@
-"""The two ways in which the block-table engine shows the kernel its memory: where it lies, and copied."""
+"""The two ways in which ``block_table`` shows vLLM's CPU kernel its memory: where it lies, and copied."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
 
 from minference_vllm import reference
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.block_table import cpu as block_table
-from minference_vllm.kernels.block_table import cpu_ops as cpu_kernel
+from minference_vllm.kernels.block_table import cpu_ops
 from minference_vllm.patterns.kinds import VerticalSlash
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.probe_queries import Estimates
+from minference_vllm.selection.torch_scores import TorchScores
 
 SIZE, HEADS, KV_HEADS, DIM, CONTEXT, LENGTH = 32, 4, 2, 64, 150, 700
 SCALE = DIM**-0.5
 
 
+@functools.cache
 def chunk(
     dtype: torch.dtype = torch.bfloat16,
     size: int = SIZE,
     kv_heads: int = KV_HEADS,
     length: int = LENGTH,
     elsewhere: float = 0.0,
-) -> tuple[torch.Tensor, PagedCache, torch.Tensor, SparseIndex, torch.Tensor]:
-    """Query, cache in the kernel's layout, pages, index with single columns, and the float64 answer.
+) -> tuple[Inputs, SparseIndex, torch.Tensor]:
+    """Inputs with a cache in the kernel's layout, index with single columns, and the float64 answer.
 
     Args:
         elsewhere: what the cache holds where the sequence has no token.
@@ -39,32 +44,38 @@ def chunk(
     memory = torch.full((blocks + 3, kv_heads, 2 * size, DIM), elsewhere, dtype=dtype)
     position = torch.arange(length)
     slots = pages[position // size] * size + position % size
-    cpu_kernel.write_pages(keys, values, memory, slots, cpu_kernel.isa_for(dtype, size, DIM))
-    layout = cpu_kernel.layout_for(dtype, size, DIM)
+    cpu_ops.write_pages(keys, values, memory, slots, cpu_ops.isa_for(dtype, size, DIM))
+    layout = cpu_ops.layout_for(dtype, size, DIM)
     assert layout is not None
     key, value = memory.chunk(2, dim=2)
-    by_head = keys.transpose(0, 1)
+    inputs = Inputs(query, PagedCache(key, value, layout), pages, Chunk(0, 0, CONTEXT, length), SCALE)
+    by_head = keys.transpose(0, 1), values.transpose(0, 1)
     tiling = Tiling.of(CONTEXT, length, size, 128, column_multiple=size)
-    index = build_index(tiling, [VerticalSlash(vertical=60, slash=0)] * HEADS, Estimates(query, by_head, SCALE))
+    # Scores of the rows: in the pages there may be NaN.
+    scores = TorchScores(Inputs.of_rows(query, *by_head, SCALE, size))
+    index = build_index(tiling, [VerticalSlash(vertical=60, slash=0)] * HEADS, scores)
     assert bool(index.num_columns.any())
-    expected = reference.masked_attention(query, by_head, values.transpose(0, 1), index.to_mask(), SCALE)
-    return query, PagedCache(key, value, layout), pages, index, expected
+    return inputs, index, reference.masked_attention(query, *by_head, index.to_mask(), SCALE)
+
+
+def attended(inputs: Inputs, index: SparseIndex) -> torch.Tensor:
+    out = torch.full_like(inputs.query, torch.nan)
+    block_table.run(inputs, index, out)
+    return out
 
 
 def test_memory_is_used_in_place_and_copied_where_the_kernel_cannot_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    query, cache, pages, index, expected = chunk()
+    inputs, index, expected = chunk()
     copies: list[int] = []
     copied = block_table._copied
     monkeypatch.setattr(block_table, "_copied", lambda *arguments: copies.append(1) or copied(*arguments))
 
-    in_place = torch.full_like(query, torch.nan)
-    block_table.run(query, cache, pages, index, SCALE, in_place)
+    in_place = attended(inputs, index)
     assert not copies
     assert float((in_place.double() - expected).abs().max()) < 0.01
 
     monkeypatch.setattr(block_table, "MAX_PAGE_NUMBER", 0)
-    far = torch.full_like(query, torch.nan)
-    block_table.run(query, cache, pages, index, SCALE, far)
+    far = attended(inputs, index)
     assert copies
     assert torch.equal(far, in_place)
 
@@ -83,14 +94,13 @@ def test_what_lies_behind_the_last_token_makes_no_difference(
         monkeypatch.setattr(block_table, "MAX_PAGE_NUMBER", 0)
     outputs = []
     for filled in (0.0, elsewhere):
-        query, cache, pages, index, expected = chunk(dtype, size, kv_heads, elsewhere=filled)
+        inputs, index, expected = chunk(dtype, size, kv_heads, elsewhere=filled)
         assert LENGTH % size, "the last page is not full"
-        before = cache.key.clone(), cache.value.clone()
-        out = torch.full_like(query, torch.nan)
-        block_table.run(query, cache, pages, index, SCALE, out)
-        outputs.append(out)
-        for stored, copy in zip((cache.key, cache.value), before, strict=True):
-            torch.testing.assert_close(stored, copy, rtol=0, atol=0, equal_nan=True)
+        stored = inputs.cache.key, inputs.cache.value
+        before = [part.clone() for part in stored]
+        outputs.append(attended(inputs, index))
+        for part, copy in zip(stored, before, strict=True):
+            torch.testing.assert_close(part, copy, rtol=0, atol=0, equal_nan=True)
     clean, found = outputs
     assert float((clean.double() - expected).abs().max()) < 0.01
     assert torch.equal(found, clean)
@@ -99,7 +109,5 @@ def test_what_lies_behind_the_last_token_makes_no_difference(
 def test_a_full_last_page_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing lies behind its last token."""
     monkeypatch.setattr(block_table, "_with_clean_end", None)
-    query, cache, pages, index, expected = chunk(length=22 * SIZE)
-    out = torch.full_like(query, torch.nan)
-    block_table.run(query, cache, pages, index, SCALE, out)
-    assert float((out.double() - expected).abs().max()) < 0.01
+    inputs, index, expected = chunk(length=22 * SIZE)
+    assert float((attended(inputs, index).double() - expected).abs().max()) < 0.01

@@ -1,4 +1,4 @@
-"""The block-table engine on FlashAttention: what it asks for, with float64 attention in FlashAttention's place."""
+"""``block_table`` on FlashAttention: what it asks for, with float64 attention in FlashAttention's place."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import pytest
 import torch
 
 from minference_vllm import reference
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.block_table import flash
 from minference_vllm.patterns.kinds import AShape, BlockSparse, Dense, HeadPattern, TriShape, VerticalSlash
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.capacity import plan_capacity
-from minference_vllm.selection.probe_queries import Estimates
+from minference_vllm.selection.torch_scores import TorchScores
 
 HEADS, KV_HEADS, DIM = 6, 2, 32
+SCALE = DIM**-0.5
 TOLERANCE = 0.03
 """Outputs of up to 4, rounded to bf16 in each of two parts and merged."""
 PATTERNS: list[HeadPattern] = [
@@ -71,16 +74,13 @@ def varlen_attention(
 
 
 def heads_first(rows: torch.Tensor) -> torch.Tensor:
-    """``[num_blocks, B, HK, D]`` as the engine sees it, heads outside of tokens in memory (HND)."""
+    """``[num_blocks, B, HK, D]`` as the kernel sees it, heads outside of tokens in memory (HND)."""
     return rows.transpose(1, 2).contiguous()
 
 
 def tokens_first(rows: torch.Tensor) -> torch.Tensor:
     """The same with tokens outside of heads (NHD)."""
     return rows.transpose(1, 2)
-
-
-Built = tuple[torch.Tensor, PagedCache, torch.Tensor, SparseIndex, torch.Tensor]
 
 
 def chunk(
@@ -91,8 +91,8 @@ def chunk(
     order: Callable[..., torch.Tensor],
     kv_heads: int,
     shared: bool = False,
-) -> Built:
-    """Query, cache, pages, index of planned size, and the float64 answer; ``shared``: of lists per KV head."""
+) -> tuple[Inputs, SparseIndex, torch.Tensor]:
+    """Inputs, index of planned size, and the float64 answer; ``shared``: of lists per KV head."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(length - context, HEADS, DIM, generator=generator).bfloat16()
     keys, values = (torch.randn(length, kv_heads, DIM, generator=generator).bfloat16() for _ in range(2))
@@ -106,17 +106,16 @@ def chunk(
         memory.append(pool)
     # Keys and values side by side, as vLLM keeps them.
     key, value = order(torch.cat(memory, -1)).split(DIM, -1)
-    by_head = keys.transpose(0, 1)
+    inputs = Inputs(query, PagedCache(key, value, "rows"), pages, Chunk(0, 0, context, length), SCALE)
+    by_head = keys.transpose(0, 1), values.transpose(0, 1)
     tiling = Tiling.of(context, length, size, tile)
-    scale = DIM**-0.5
     capacity = plan_capacity(PATTERNS, context, length, size, tile, list_everything=True)
     heads_per_list = HEADS // kv_heads if shared else 1
-    estimates = Estimates(query[:, ::heads_per_list], by_head, scale)
-    # Whatever pattern made them: to the engine lists are lists.
-    index = build_index(tiling, PATTERNS[: HEADS // heads_per_list], estimates, capacity)
+    scores = TorchScores(Inputs.of_rows(query[:, ::heads_per_list], *by_head, SCALE, size))
+    # Whatever pattern made them: to the kernel lists are lists.
+    index = build_index(tiling, PATTERNS[: HEADS // heads_per_list], scores, capacity)
     index = replace(index, heads_per_list=heads_per_list)
-    expected = reference.masked_attention(query, by_head, values.transpose(0, 1), index.to_mask(), scale)
-    return query, PagedCache(key, value, "rows"), pages, index, expected
+    return inputs, index, reference.masked_attention(query, *by_head, index.to_mask(), SCALE)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -129,19 +128,20 @@ def chunk(
 def test_virtual_requests_give_the_indexs_attention(
     context: int, length: int, size: int, tile: int, order: Callable[..., torch.Tensor], kv_heads: int, shared: bool
 ) -> None:
-    query, cache, pages, index, expected = chunk(context, length, size, tile, order, kv_heads, shared)
+    inputs, index, expected = chunk(context, length, size, tile, order, kv_heads, shared)
+    query, cache = inputs.query, inputs.cache
     out = torch.full_like(query, torch.nan)
     lse = torch.full((HEADS, len(query)), torch.nan)
-    flash.run(query, cache, pages, index, DIM**-0.5, out, lse, varlen_attention)
+    flash.run(inputs, index, out, lse, varlen_attention)
     assert float((out.double() - expected).abs().max()) < TOLERANCE
-    keys = reference.repeat_heads(reference.gather_sequence(cache.key.transpose(1, 2), pages, length), HEADS)
-    scores = query.double().transpose(0, 1) @ keys.transpose(1, 2) * DIM**-0.5
+    keys = reference.repeat_heads(reference.gather_sequence(cache.key.transpose(1, 2), inputs.pages, length), HEADS)
+    scores = query.double().transpose(0, 1) @ keys.transpose(1, 2) * SCALE
     torch.testing.assert_close(lse.double(), scores.masked_fill(~index.to_mask(), -torch.inf).logsumexp(-1))
 
 
 @pytest.mark.parametrize("scratch", [1, 1 << 16])
 def test_columns_are_gathered_piece_by_piece(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    query, cache, pages, index, expected = chunk(150, 700, 32, 128, tokens_first, KV_HEADS)
+    inputs, index, expected = chunk(150, 700, 32, 128, tokens_first, KV_HEADS)
     assert bool((index.num_columns > 0).any()) and bool((index.num_columns == 0).any())
     monkeypatch.setattr(flash, "SCRATCH_BYTES", scratch)
     sizes: list[int] = []
@@ -150,8 +150,8 @@ def test_columns_are_gathered_piece_by_piece(scratch: int, monkeypatch: pytest.M
         sizes.append(len(arguments["seqused_k"]))
         return varlen_attention(**arguments)
 
-    out = torch.full_like(query, torch.nan)
-    flash.run(query, cache, pages, index, DIM**-0.5, out, attend=watched)
+    out = torch.full_like(inputs.query, torch.nan)
+    flash.run(inputs, index, out, attend=watched)
     assert float((out.double() - expected).abs().max()) < TOLERANCE
     requests = index.num_heads * index.num_tiles
     assert sizes[0] == requests == sum(sizes[1:]) and len(sizes) > 2

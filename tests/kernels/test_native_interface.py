@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from minference_vllm.engines import native
-from minference_vllm.engines import native_arguments as arguments
+from minference_vllm.kernels.native import interface, library
 
 Fields = tuple[tuple[str, type], ...]
-FIELDS: Fields = arguments.KeyArguments._fields_
-built = pytest.mark.skipif(bool(native.unavailable_reason()), reason=str(native.unavailable_reason()))
+FIELDS: Fields = interface.KeyArguments._fields_
+built = pytest.mark.skipif(bool(library.unavailable_reason()), reason=str(library.unavailable_reason()))
 
 
 def without(name: str) -> Fields:
@@ -66,19 +65,19 @@ DOCTORED = {
 def reopen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str | None]:
     """Opens the libraries again, as a process does that starts now; gives ``unavailable_reason``."""
     for name in ("_open", "_best"):
-        monkeypatch.setattr(native, name, getattr(native, name).__wrapped__)
-    return lambda: native.unavailable_reason.__wrapped__(torch.bfloat16)
+        monkeypatch.setattr(library, name, getattr(library, name).__wrapped__)
+    return lambda: library.unavailable_reason.__wrapped__(torch.bfloat16)
 
 
 @built
-@pytest.mark.parametrize("build", native.INSTRUCTIONS)
+@pytest.mark.parametrize("build", library.INSTRUCTIONS)
 def test_a_library_describes_every_structure_field_and_function(build: str) -> None:
-    library = native.load(build)
-    if library is None:
-        pytest.skip(f"no kernels for {native.INSTRUCTIONS[build]} here")
-    lines = library.minference_describe_interface().decode().splitlines()
+    loaded = library.load(build)
+    if loaded is None:
+        pytest.skip(f"no kernels for {library.INSTRUCTIONS[build]} here")
+    lines = loaded.minference_describe_interface().decode().splitlines()
     assert lines[0] == "Cache.key: void* at byte 0"
-    assert sorted(lines) == sorted(f"{name}: {what}" for name, what in arguments.interface().items())
+    assert sorted(lines) == sorted(f"{name}: {what}" for name, what in interface.interface().items())
 
 
 @built
@@ -90,11 +89,11 @@ def test_a_library_with_another_structure_is_refused(
     doctored = type("KeyArguments", (ctypes.Structure,), {"_fields_": fields})
     assert reopen() is None
     for name in ("page_counts", "keys_above"):
-        monkeypatch.setitem(arguments.FUNCTIONS, name, doctored)
+        monkeypatch.setitem(interface.FUNCTIONS, name, doctored)
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     reason = reopen()
     assert reason is not None and difference in reason and "build the package again with pip install" in reason
-    assert [native.load(build) for build in native.INSTRUCTIONS] == [None] * len(native.INSTRUCTIONS)
+    assert [library.load(build) for build in library.INSTRUCTIONS] == [None] * len(library.INSTRUCTIONS)
     assert difference in caplog.text
 
 
@@ -112,27 +111,27 @@ def test_a_library_with_another_structure_is_refused(
 def test_a_library_with_other_functions_is_refused(
     function: str, difference: str, reopen: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(arguments.FUNCTIONS, function, arguments.BinMassArguments)
+    monkeypatch.setitem(interface.FUNCTIONS, function, interface.BinMassArguments)
     assert difference in str(reopen())
 
 
 def test_a_library_that_does_not_describe_itself_is_refused() -> None:
-    assert arguments.difference(ctypes.CDLL(None)) == "the library does not describe its interface"
+    assert interface.difference(ctypes.CDLL(None)) == "the library does not describe its interface"
 
 
 def test_a_file_that_is_no_library_is_refused(
     reopen: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for build in native.INSTRUCTIONS:
+    for build in library.INSTRUCTIONS:
         (tmp_path / f"_cpu_kernels_{build}.so").write_text("not a library")
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "engines" / "native.py"))
-    monkeypatch.setattr(native, "_SUPPORTED", {"avx512bf16": lambda: False, "avx2": lambda: True})
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "kernels" / "native" / "library.py"))
+    monkeypatch.setattr(library, "_SUPPORTED", {"avx512bf16": lambda: False, "avx2": lambda: True})
     assert str(reopen()).startswith("_cpu_kernels_avx2.so cannot be loaded: ")
 
 
 def test_libraries_that_were_not_built_are_named_as_that(
     reopen: Callable[[], str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "engines" / "native.py"))
-    monkeypatch.setattr(native, "_SUPPORTED", dict.fromkeys(native.INSTRUCTIONS, lambda: True))
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "kernels" / "native" / "library.py"))
+    monkeypatch.setattr(library, "_SUPPORTED", dict.fromkeys(library.INSTRUCTIONS, lambda: True))
     assert reopen() == "csrc/cpu was not built: install from source with a C++20 compiler"

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from paged_inputs import PagedBatch, make_batch
 
 from minference_vllm import reference
 from minference_vllm.core.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
-from minference_vllm.core.plan import Chunk
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.choose import choose
-from minference_vllm.kernels.native import attention as native
+from minference_vllm.kernels.native import library
+from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.selection import low_rank
-from minference_vllm.selection import probe_queries as estimate
+from minference_vllm.selection.probe_queries import probe_groups
+from minference_vllm.selection.torch_scores import TorchScores
 
 LAYOUTS: tuple[Layout, ...] = ("rows", "transposed", "amx")
 BUILDS = (("avx512bf16", torch.bfloat16), ("avx2", torch.bfloat16), ("avx2", torch.float32))
-built = pytest.mark.skipif(bool(native.unavailable_reason()), reason=str(native.unavailable_reason()))
+built = pytest.mark.skipif(bool(library.unavailable_reason()), reason=str(library.unavailable_reason()))
 
 
 @pytest.fixture(params=BUILDS, ids=lambda param: f"{param[0]}-{param[1]}".replace("torch.", ""))
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Served by each build of the kernels that the processor can run, not the best alone."""
     build, dtype = request.param
-    library = native.load(build)
-    if library is None:
-        pytest.skip(f"no kernels for {native.INSTRUCTIONS[build]} here")
-    monkeypatch.setattr(native, "_best", lambda dtype: (build, library))
+    loaded = library.load(build)
+    if loaded is None:
+        pytest.skip(f"no kernels for {library.INSTRUCTIONS[build]} here")
+    monkeypatch.setattr(library, "_best", lambda dtype: (build, loaded))
     return dtype
 
 
-def in_layout(batch: Any, layout: Layout) -> PagedCache:
+def in_layout(batch: PagedBatch, layout: Layout) -> PagedCache:
     """The batch's pages in a layout, keys and values of a page side by side as in vLLM's cache."""
     if layout == "amx" and batch.key_cache.dtype != torch.bfloat16:
         pytest.skip("pages in tiles of the AMX unit hold bfloat16")
@@ -48,55 +51,65 @@ def in_layout(batch: Any, layout: Layout) -> PagedCache:
     return PagedCache(pages[:, :, 0], pages[:, :, 1], layout)
 
 
+# All layouts and builds are held against one batch of each shape, and one answer.
+
+
+@functools.cache
+def small_batch(
+    chunk: int, context: int, heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, block_size: int = 32
+) -> PagedBatch:
+    """One request, with NaN behind its last token."""
+    return make_batch([chunk], [context], heads, kv_heads, head_size, block_size, dtype, behind=torch.nan)
+
+
+@functools.cache
+def exact_columns_and_diagonals(*shape: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = small_batch(*shape)
+    return reference.column_diagonal_scores(batch.query, batch.keys(0), batch.scale, probe_groups(len(batch.query)))
+
+
+@functools.cache
+def exact_logits(*shape: Any) -> torch.Tensor:
+    """float64 ``[H, chunk, S]``, of future keys, too."""
+    batch = small_batch(*shape)
+    keys = reference.repeat_heads(batch.keys(0), batch.query.shape[1])
+    return batch.query.double().transpose(0, 1) @ keys.transpose(1, 2) * batch.scale
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("block_size, head_size", [(32, 64), (32, 80), (64, 96), (128, 128), (32, 256)])
-def test_attention_and_log_sum_exp(
-    layout: Layout, block_size: int, head_size: int, dtype: torch.dtype, paged_batch: Callable[..., Any]
-) -> None:
-    batch = paged_batch(query_lens=[301], context_lens=[210], block_size=block_size, head_size=head_size, dtype=dtype)
-    last_page = batch.block_table[0, 510 // block_size]
-    for unused in (batch.key_cache[last_page, 511 % block_size :], batch.value_cache[last_page, 511 % block_size :]):
-        unused.fill_(torch.nan)
-    cache, pages = in_layout(batch, layout), batch.block_table[0].long()
+def test_attention_and_log_sum_exp(layout: Layout, block_size: int, head_size: int, dtype: torch.dtype) -> None:
+    shape = 301, 210, 8, 2, head_size, dtype, block_size
+    batch = small_batch(*shape)
+    inputs = batch.inputs(cache=in_layout(batch, layout))
+    kernel = choose("native", dtype, inputs.cache)
     out = torch.full_like(batch.query, torch.nan)
-    index = attend_chunk(
-        batch.query, cache, pages, Chunk(0, 0, 210, 511), batch.patterns, batch.scale, out, kernel="native"
-    )
-    mask, keys, values = index.to_mask(), batch.keys(0), batch.values(0)
-    exact = reference.masked_attention(batch.query, keys, values, mask, batch.scale)
+    index = attend_chunk(inputs, batch.patterns, kernel, out)
+    mask = index.to_mask()
+    scores = exact_logits(*shape).masked_fill(~mask, -torch.inf)
+    exact = (scores.softmax(-1) @ reference.repeat_heads(batch.values(0), 8)).transpose(0, 1)
     # Two roundings to bf16 (of the weights and of the output) of values that are at most as large as the largest; in
     # float32 the exponential's error, and a sum of 511.
     budget = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 3e-6
     assert float((out.double() - exact).abs().max()) <= budget * float(exact.abs().max())
-    lse = torch.full((8, 301), torch.nan)
-    native.run(batch.query, cache, pages, index, batch.scale, out, lse)
-    scores = batch.query.double().transpose(0, 1) @ reference.repeat_heads(keys, 8).transpose(1, 2) * batch.scale
-    exact_lse = scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-3 if dtype == torch.bfloat16 else 5e-6)
+    lse, again = torch.full((8, 301), torch.nan), torch.full_like(out, torch.nan)
+    kernel.run(inputs, index, again, lse)
+    assert torch.equal(again, out)
+    torch.testing.assert_close(
+        lse.double(), scores.logsumexp(-1), rtol=0, atol=1e-3 if dtype == torch.bfloat16 else 5e-6
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("chunk, context", [(301, 210), (64, 0), (64, 449), (37, 100), (5, 260), (1, 70)])
 @pytest.mark.parametrize("heads, kv_heads, head_size", [(8, 2, 64), (4, 4, 80), (7, 1, 128)])
-def test_last_query_scores(
-    layout: Layout,
-    chunk: int,
-    context: int,
-    heads: int,
-    kv_heads: int,
-    head_size: int,
-    dtype: torch.dtype,
-    paged_batch: Callable[..., Any],
+def test_column_diagonal_scores(
+    layout: Layout, chunk: int, context: int, heads: int, kv_heads: int, head_size: int, dtype: torch.dtype
 ) -> None:
-    batch = paged_batch([chunk], [context], heads, kv_heads, head_size, dtype=dtype)
-    wanted = list(range(0, heads, 2))
-    found = native.column_diagonal_scores(
-        batch.query, in_layout(batch, layout), batch.block_table[0].long(), chunk + context, wanted, batch.scale
-    )
-    exact = reference.column_diagonal_scores(
-        batch.query, batch.keys(0), batch.scale, estimate.probe_groups(len(batch.query))
-    )
-    for scores, expected in zip(found, exact, strict=True):
+    shape = chunk, context, heads, kv_heads, head_size, dtype
+    batch, wanted = small_batch(*shape), list(range(0, heads, 2))
+    found = NativeScores(batch.inputs(cache=in_layout(batch, layout))).column_diagonal_scores(wanted)
+    for scores, expected in zip(found, exact_columns_and_diagonals(*shape), strict=True):
         # What is left are float32's sums and the kernel's exponential.
         torch.testing.assert_close(scores.double(), expected[wanted], rtol=1e-3, atol=1e-5)
 
@@ -105,63 +118,45 @@ def test_last_query_scores(
 @pytest.mark.parametrize("chunk, context", [(301, 210), (64, 0), (64, 449), (5, 260), (1, 70)])
 @pytest.mark.parametrize("heads, kv_heads, head_size", [(8, 2, 64), (7, 1, 80)])
 def test_row_weights(
-    layout: Layout,
-    chunk: int,
-    context: int,
-    heads: int,
-    kv_heads: int,
-    head_size: int,
-    dtype: torch.dtype,
-    paged_batch: Callable[..., Any],
+    layout: Layout, chunk: int, context: int, heads: int, kv_heads: int, head_size: int, dtype: torch.dtype
 ) -> None:
-    batch = paged_batch([chunk], [context], heads, kv_heads, head_size, dtype=dtype)
-    length = chunk + context
-    batch.key_cache[batch.block_table[0, (length - 1) // 32], (length - 1) % 32 + 1 :] = torch.nan
-    wanted, rows = list(range(1, heads, 2)), low_rank.calibration_rows(chunk, length, batch.query.device).rows
-    found = native.row_weights(
-        batch.query, in_layout(batch, layout), batch.block_table[0].long(), length, rows, wanted, batch.scale
-    )
-    keys = reference.repeat_heads(batch.keys(0), heads)[wanted]
-    scores = batch.query[rows].double().transpose(0, 1)[wanted] @ keys.transpose(1, 2) * batch.scale
+    shape = chunk, context, heads, kv_heads, head_size, dtype
+    batch, length, wanted = small_batch(*shape), chunk + context, list(range(1, heads, 2))
+    rows = low_rank.calibration_rows(chunk, length, batch.query.device).rows
+    found = NativeScores(batch.inputs(cache=in_layout(batch, layout))).row_weights(rows, wanted)
     future = torch.arange(length) > (rows + context)[:, None]
-    exact = scores.masked_fill(future, -torch.inf).softmax(-1)
+    exact = exact_logits(*shape)[wanted][:, rows].masked_fill(future, -torch.inf).softmax(-1)
     torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-5)
     assert not found[:, future].any()
 
 
-def test_estimates_agree_with_the_portable_ones(dtype: torch.dtype, paged_batch: Callable[..., Any]) -> None:
-    batch = paged_batch([301], [210], dtype=dtype)
-    pages = batch.block_table[0].long()
-    cache = in_layout(batch, "transposed")
-    ours = native.column_diagonal_scores(batch.query, cache, pages, 511, range(8), batch.scale)
-    keys = cache.keys_by_head(pages)[:, :511]
-    for found, expected in zip(
-        ours, estimate.column_diagonal_scores(batch.query, keys, range(8), batch.scale), strict=True
-    ):
+def test_scores_agree_with_the_portable_ones(dtype: torch.dtype) -> None:
+    batch = small_batch(301, 210, 8, 2, 64, dtype)
+    inputs = batch.inputs(cache=in_layout(batch, "transposed"))
+    ours, portable = (kind(inputs).column_diagonal_scores(range(8)) for kind in (NativeScores, TorchScores))
+    for found, expected in zip(ours, portable, strict=True):
         torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-3)
 
 
 def test_without_the_kernels_everything_runs_through_vllms(
-    monkeypatch: pytest.MonkeyPatch, paged_batch: Callable[..., Any]
+    monkeypatch: pytest.MonkeyPatch, paged_batch: Callable[..., PagedBatch]
 ) -> None:
-    monkeypatch.setattr(native, "unavailable_reason", lambda dtype=None: "the processor has no AVX2")
+    monkeypatch.setattr(library, "unavailable_reason", lambda dtype=None: "the processor has no AVX2")
     batch = paged_batch([301], [210])
-    cache = in_layout(batch, "rows")
-    assert choose("auto", torch.bfloat16, cache) == "block_table"
-    with pytest.raises(ValueError, match="engine 'native' cannot run: the processor has no AVX2"):
-        choose("native", torch.bfloat16, cache)
+    kernel = choose("auto", torch.bfloat16, batch.cache)
+    assert kernel.name == "block_table" and kernel.scores is TorchScores
+    with pytest.raises(ValueError, match="kernel 'native' cannot run: the processor has no AVX2"):
+        choose("native", torch.bfloat16, batch.cache)
     out = torch.full_like(batch.query, torch.nan)
-    index = attend_chunk(
-        batch.query, cache, batch.block_table[0].long(), Chunk(0, 0, 210, 511), batch.patterns, batch.scale, out
-    )
+    index = attend_chunk(batch.inputs(), batch.patterns, kernel, out)
     exact = reference.masked_attention(batch.query, batch.keys(0), batch.values(0), index.to_mask(), batch.scale)
     torch.testing.assert_close(out.double(), exact, rtol=0.05, atol=0.02)
 
 
 def test_the_best_build_that_the_processor_can_run_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     libraries = {"avx512bf16": ctypes.CDLL(None), "avx2": ctypes.CDLL(None)}
-    monkeypatch.setattr(native, "load", libraries.get)
-    best = native._best.__wrapped__
+    monkeypatch.setattr(library, "load", libraries.get)
+    best = library._best.__wrapped__
     assert best(torch.bfloat16) == ("avx512bf16", libraries["avx512bf16"])
     # The other one's instructions multiply bf16.
     assert best(torch.float32) == ("avx2", libraries["avx2"])
@@ -172,16 +167,16 @@ def test_the_best_build_that_the_processor_can_run_is_taken(monkeypatch: pytest.
 
 
 @built
-def test_amx_pages_go_to_vllms_kernel_unless_ours_is_named(paged_batch: Callable[..., Any]) -> None:
+def test_amx_pages_go_to_vllms_kernel_unless_ours_is_named(paged_batch: Callable[..., PagedBatch]) -> None:
     cache = in_layout(paged_batch(), "amx")
-    assert choose("auto", torch.bfloat16, cache) == "block_table"
-    assert choose("native", torch.bfloat16, cache) == "native"
-    assert choose("auto", torch.bfloat16, in_layout(paged_batch(), "transposed")) == "native"
+    assert choose("auto", torch.bfloat16, cache).name == "block_table"
+    assert choose("native", torch.bfloat16, cache).name == "native"
+    assert choose("auto", torch.bfloat16, in_layout(paged_batch(), "transposed")).name == "native"
 
 
-def test_amx_pages_hold_bf16(paged_batch: Callable[..., Any]) -> None:
+def test_amx_pages_hold_bf16(paged_batch: Callable[..., PagedBatch]) -> None:
     cache = in_layout(paged_batch(), "amx")
-    assert native.unsupported_cache_reason(torch.float32, cache)
+    assert library.unsupported_cache_reason(torch.float32, cache)
 
 
 @built
@@ -194,21 +189,20 @@ def test_amx_pages_hold_bf16(paged_batch: Callable[..., Any]) -> None:
         ({"head_size": 512}, "head size 512 is not a multiple of 16 up to 256"),
     ],
 )
-def test_reasons(arguments: dict[str, Any], reason: str, paged_batch: Callable[..., Any]) -> None:
+def test_reasons(arguments: dict[str, Any], reason: str, paged_batch: Callable[..., PagedBatch]) -> None:
     batch = paged_batch(**arguments)
-    cache = in_layout(batch, "rows")
-    assert reason in str(native.unsupported_cache_reason(batch.query.dtype, cache))
-    assert reason in str(native.unsupported_reason(batch.query.dtype, cache.block_size, cache.head_size))
+    dtype, cache = batch.query.dtype, in_layout(batch, "rows")
+    assert reason in str(library.unsupported_cache_reason(dtype, cache))
+    of_heads = library.unsupported_reason(dtype, cache.head_size)
+    assert of_heads is None if "block_size" in arguments else reason in str(of_heads)
 
 
-def test_index_and_tiling_fit_the_kernels_types(paged_batch: Callable[..., Any]) -> None:
+def test_index_and_tiling_fit_the_kernels_types(paged_batch: Callable[..., PagedBatch]) -> None:
     """ctypes passes addresses, not types: what the kernels read as int32 and int64 must be that."""
     batch = paged_batch([301], [210])
-    out = torch.empty_like(batch.query)
-    pages = batch.block_table[0].long()
-    index = attend_chunk(
-        batch.query, in_layout(batch, "rows"), pages, Chunk(0, 0, 210, 511), batch.patterns, batch.scale, out
-    )
+    inputs, kernel = batch.inputs(), choose("auto", torch.bfloat16, batch.cache)
+    index = attend_chunk(inputs, batch.patterns, kernel, torch.empty_like(batch.query))
+    assert inputs.pages.dtype == torch.int64 and inputs.pages.is_contiguous()
     assert index.tiling.starts.dtype == torch.int64
     for lists in (index.blocks, index.num_blocks, index.columns, index.num_columns):
         assert lists.dtype == torch.int32 and lists.is_contiguous()

@@ -124,55 +124,43 @@ def run_case(
     from dataclasses import replace
 
     import torch
+    from triton_inputs import shuffled
 
     from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash
-    from minference_vllm.core.paged_cache import PagedCache
+    from minference_vllm.core.inputs import Inputs
     from minference_vllm.core.tiling import Tiling
     from minference_vllm.reference import repeat_heads
     from minference_vllm.selection.build import build_index
     from minference_vllm.selection.capacity import plan_capacity
-    from minference_vllm.selection.probe_queries import Estimates
+    from minference_vllm.selection.compaction import EXACT_WIDTH
+    from minference_vllm.selection.torch_scores import TorchScores
     from minference_vllm.triton_kernels import attention
 
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     stored = torch.float8_e4m3fn if fp8 else kind
-    blocks = -(-seq_len // block_size)
-    pages = torch.randperm(blocks + 2)[:blocks]
     query = torch.randn(seq_len - context_len, heads, head_size).to(torch.float8_e4m3fn if fp8_query else kind)
     rows = [torch.randn(seq_len, kv_heads, head_size).to(stored) for _ in range(2)]
-    caches = []
-    for row in rows:
-        # Everything the sequence does not own is NaN: pages of others, and the last page past the end.
-        padded = torch.full((blocks * block_size, kv_heads, head_size), torch.nan)
-        padded[:seq_len] = row.float()
-        cache = torch.full((blocks + 2, block_size, kv_heads, head_size), torch.nan)
-        cache[pages] = padded.view(blocks, block_size, kv_heads, head_size)
-        caches.append(cache.to(stored).transpose(1, 2))
-    query_scale, key_scale, value_scale = (0.5 if fp8_query else 1.0, *((0.75, 2.0) if fp8 else (1.0, 1.0)))
-    keys, values = (
-        (row.float() * factor).transpose(0, 1) for row, factor in zip(rows, (key_scale, value_scale), strict=True)
-    )
+    query_scale, *scales = (0.5 if fp8_query else 1.0, *((0.75, 2.0) if fp8 else (1.0, 1.0)))
+    wide = query.float() * query_scale
+    keys, values = ((row.float() * factor).transpose(0, 1) for row, factor in zip(rows, scales, strict=True))
     scale = head_size**-0.5
     tiling = Tiling.of(context_len, seq_len, block_size, max(128, block_size))
     patterns = [VerticalSlash(vertical=40, slash=16), BlockSparse(top_k=1), AShape(sink=16, local=64), Dense()]
-    wide = query.float() * query_scale
-    capacity = plan_capacity(patterns, context_len, seq_len, block_size, tiling.tile) if planned else None
-    if shared:
-        # Whatever pattern made them: to the kernel lists are lists.
-        group = heads // kv_heads
-        by_first_head = build_index(tiling, patterns[:kv_heads], Estimates(wide[:, ::group], keys, scale), capacity)
-        index = replace(by_first_head, heads_per_list=group)
-    else:
-        index = build_index(tiling, patterns[:heads], Estimates(wide, keys, scale), capacity)
+    planned_capacity = plan_capacity(patterns, context_len, seq_len, block_size, tiling.tile)
+    # Whatever pattern made them: to the kernel lists are lists.
+    heads_per_list = heads // kv_heads if shared else 1
+    scores = TorchScores(Inputs.of_rows(wide[:, ::heads_per_list], keys, values, scale, block_size))
+    capacity = planned_capacity if planned else EXACT_WIDTH
+    index = build_index(tiling, patterns[: heads // heads_per_list], scores, capacity)
+    index = replace(index, heads_per_list=heads_per_list)
     sink = torch.randn(heads) if sinks else None
     out = torch.full(query.shape, torch.nan, dtype=kind)
     lse = torch.full((heads, len(query)), torch.nan)
-    paged = PagedCache(caches[0], caches[1], "rows", key_scale, value_scale)
-    sparse_attention.run(query, paged, pages, index, scale * query_scale, out, lse, softcap, sink)
+    attention.run(shuffled(query, *rows, block_size, scale * query_scale, *scales, softcap, sink), index, out, lse)
     mask = index.to_mask()
 
-    def attention(precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def exact_or_eager(precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = wide, repeat_heads(keys, heads), repeat_heads(values, heads)
         one, all_keys, all_values = (part.to(precision) for part in wanted)
         logits = one.transpose(0, 1) @ all_keys.transpose(1, 2) * scale
@@ -185,10 +173,10 @@ def run_case(
         weights = (logits - total[..., None]).exp()
         return (weights @ all_values).transpose(0, 1).double(), total
 
-    expected, expected_lse = attention(torch.float64)
+    expected, expected_lse = exact_or_eager(torch.float64)
     return {
         "error": float((out.double() - expected).abs().max()),
-        "eager_error": float((attention(kind)[0] - expected).abs().max()),
+        "eager_error": float((exact_or_eager(kind)[0] - expected).abs().max()),
         "lse_error": float((lse.double() - expected_lse).abs().max()),
         "columns": int(index.num_columns.max()),
         "unlisted": int((index.blocks[..., 0] < 0).sum()),
@@ -197,34 +185,18 @@ def run_case(
 
 def run_shared_case(group: int, context_len: int, seq_len: int, block_size: int) -> dict[str, Any]:
     """``sparse_prefill`` where all heads of a group select the same keys, and the index that each would have alone."""
-    import torch
+    from triton_inputs import prefill
 
-    from minference_vllm import AShape, Dense, TriShape, reference, sparse_prefill
+    from minference_vllm import AShape, Dense, TriShape
     from minference_vllm.core.tiling import Tiling
     from minference_vllm.selection.build import build_index
-    from minference_vllm.selection.probe_queries import Estimates
+    from minference_vllm.selection.torch_scores import TorchScores
 
-    torch.manual_seed(1)
-    kv_heads, dim = 3, 32
     by_group = AShape(sink=32, local=64), TriShape(sink=32, local=64, last=40), Dense()
     patterns = [pattern for pattern in by_group for _ in range(group)]
-    blocks = -(-seq_len // block_size)
-    pages = torch.randperm(blocks + 2)[:blocks]
-    query = torch.randn(seq_len - context_len, kv_heads * group, dim)
-    rows, caches = [torch.randn(seq_len, kv_heads, dim) for _ in range(2)], []
-    for row in rows:
-        padded = torch.full((blocks * block_size, kv_heads, dim), torch.nan)
-        padded[:seq_len] = row
-        cache = torch.full((blocks + 2, block_size, kv_heads, dim), torch.nan)
-        cache[pages] = padded.view(blocks, block_size, kv_heads, dim)
-        caches.append(cache)
-    requests = pages[None].int(), torch.tensor([0, len(query)]), torch.tensor([seq_len])
-    out, (index,) = sparse_prefill(query, *caches, *requests, patterns, kernel="triton", return_index=True)
-    keys, values = (row.transpose(0, 1) for row in rows)
-    scale = dim**-0.5
+    inputs, out, index, expected = prefill(context_len, seq_len, block_size, patterns, kv_heads=3)
     tiling = Tiling.of(context_len, seq_len, block_size, index.tiling.tile)
-    alone = build_index(tiling, patterns, Estimates(query, keys, scale))
-    expected = reference.masked_attention(query, keys, values, alone.to_mask(), scale)
+    alone = build_index(tiling, patterns, TorchScores(inputs))
     return {
         "heads_per_list": index.heads_per_list,
         "different": int((index.to_mask() != alone.to_mask()).sum()),

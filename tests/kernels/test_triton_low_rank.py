@@ -1,4 +1,4 @@
-"""The Triton levels of ``low_rank`` in the interpreter against torch's, and ``sparse_prefill`` through them.
+"""The Triton score bins of ``low_rank`` in the interpreter against torch's, and ``sparse_prefill`` through them.
 
 As in ``test_triton_kernels.py`` this file is both the test and, run as a script, the process with the interpreter.
 """
@@ -22,28 +22,28 @@ CASES: dict[str, dict[str, Any]] = {
     "one token after context": {"seq_len": 301, "context_len": 300, "page": 16, "tile": 32},
     "a flat head": {"seq_len": 333, "context_len": 100, "page": 16, "tile": 64, "spread": 0.0},
     "each row looks at a key far before it": {"seq_len": 700, "context_len": 500, "page": 32, "tile": 64, "far": True},
-    "levels that are not wanted": {"seq_len": 517, "context_len": 200, "page": 32, "tile": 64, "lowest_wanted": 230},
-    "beyond the levels' reach": {"seq_len": 400, "context_len": 200, "page": 32, "tile": 64, "spread": 30.0},
+    "bins that are not wanted": {"seq_len": 517, "context_len": 200, "page": 32, "tile": 64, "lowest_wanted": 230},
+    "beyond the bins' reach": {"seq_len": 400, "context_len": 200, "page": 32, "tile": 64, "spread": 30.0},
 }
 INDEX_CASES = [(0, 389, 16), (301, 520, 32)]
 """(context, length, page size) of float32 chunks whose index must be the torch path's."""
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_levels_are_the_torch_paths(interpreted: dict[str, Any], name: str) -> None:
+def test_bins_are_the_torch_paths(interpreted: dict[str, Any], name: str) -> None:
     found = interpreted[name]
-    # Sums in another order may round a level the other way.
+    # Sums in another order may round a bin the other way.
     assert found["largest_difference"] <= 1 and found["different"] < 0.01
     assert found["own_and_later"] == 0
     if name == "each row looks at a key far before it":
-        assert found["wanted"] > 200, "the levels of the keys that are looked at"
+        assert found["wanted"] > 200, "the bins of the keys that are looked at"
         assert found["median"] < 150, "and of all others"
-    if name == "beyond the levels' reach":
+    if name == "beyond the bins' reach":
         assert found["median"] == 0
 
 
-@pytest.mark.parametrize("case", ["lists of tiles", "a list for each row"])
-def test_the_mass_by_level_is_the_torch_paths(interpreted: dict[str, Any], case: str) -> None:
+@pytest.mark.parametrize("case", ["bins of tiles", "bins for each row"])
+def test_the_mass_by_bin_is_the_torch_paths(interpreted: dict[str, Any], case: str) -> None:
     error, sums = interpreted[f"mass: {case}"]
     assert error < 1e-6 and sums < 1e-5
 
@@ -51,12 +51,12 @@ def test_the_mass_by_level_is_the_torch_paths(interpreted: dict[str, Any], case:
 @pytest.mark.parametrize("case", INDEX_CASES, ids=str)
 def test_the_index_is_the_torch_paths(interpreted: dict[str, Any], case: tuple[int, int, int]) -> None:
     found = interpreted[f"index {list(case)}"]
-    assert found["different"] < 0.002, "share of pairs, where levels round otherwise"
+    assert found["different"] < 0.002, "share of pairs, where bins round otherwise"
     assert max(found["density"]) < 0.7 and found["columns"] > 0
     assert found["error"] < 1e-5
 
 
-@pytest.mark.parametrize("name", ["length", "rows", "steps", "type"])
+@pytest.mark.parametrize("name", ["length", "rows", "scales", "type"])
 def test_tensors_that_do_not_fit_are_refused(name: str) -> None:
     import torch
 
@@ -65,11 +65,13 @@ def test_tensors_that_do_not_fit_are_refused(name: str) -> None:
     from minference_vllm.triton_kernels import low_rank as kernels
 
     query, keys = torch.zeros(1, 64, 16, dtype=torch.int8), torch.zeros(1, 128, 16, dtype=torch.int8)
-    step = torch.ones(1, 63 if name == "steps" else 64, dtype=torch.int16)
+    scale = torch.ones(1, 63 if name == "scales" else 64, dtype=torch.int16)
     query = query[:, 1:] if name == "rows" else query
     keys = {"length": keys[:, 1:], "type": keys.float()}.get(name, keys)
     with pytest.raises(ValueError, match="must be int8" if name == "type" else "do not fit"):
-        kernels.tile_bins(QuantizedQK(query, keys, step), Tiling.of(64, 128, 32, 32), torch.zeros(1, dtype=torch.int32))
+        kernels.tile_bins(
+            QuantizedQK(query, keys, scale), Tiling.of(64, 128, 32, 32), torch.zeros(1, dtype=torch.int32)
+        )
 
 
 def run_case(
@@ -83,7 +85,7 @@ def run_case(
     lowest_wanted: int = 0,
 ) -> dict[str, float]:
     import torch
-    from low_rank_inputs import as_factors
+    from low_rank_inputs import as_quantized
 
     from minference_vllm.core.tiling import Tiling
     from minference_vllm.selection.score_bins import tile_bins
@@ -99,15 +101,15 @@ def run_case(
     if far:
         keys = torch.nn.functional.normalize(keys, dim=-1)
         query = 40 * keys[:, wanted]
-    factors = as_factors(query, keys)
+    quantized = as_quantized(query, keys)
     lowest = torch.tensor([0, lowest_wanted], dtype=torch.int32)
     empty = torch.empty
     torch.empty = lambda *shape, **options: empty(*shape, **options).fill_(torch.nan)  # type: ignore[assignment]
     try:
-        found = kernels.tile_bins(factors, tiling, lowest)
+        found = kernels.tile_bins(quantized, tiling, lowest)
     finally:
         torch.empty = empty
-    right = tile_bins(factors, tiling, lowest)
+    right = tile_bins(quantized, tiling, lowest)
     assert found.shape == right.shape and found.dtype == right.dtype
     assert not ((found[1] > 0) & (found[1] < lowest_wanted)).any()
     # The lowest that is wanted may round to one that is not.
@@ -125,19 +127,19 @@ def run_case(
     }
 
 
-def run_mass_case(lists: list[int]) -> tuple[float, float]:
+def run_mass_case(bin_row: list[int]) -> tuple[float, float]:
     import torch
 
     from minference_vllm.selection.score_bins import mass_by_bin
     from minference_vllm.triton_kernels import low_rank as kernels
 
     torch.manual_seed(0)
-    levels = torch.randint(0, 256, (3, max(lists) + 1, 1333), dtype=torch.uint8)
-    weights = torch.randn(3, len(lists), 1333).mul_(3).softmax(-1)
+    bins = torch.randint(0, 256, (3, max(bin_row) + 1, 1333), dtype=torch.uint8)
+    weights = torch.randn(3, len(bin_row), 1333).mul_(3).softmax(-1)
     weights[:, :, 1000:] = 0
     weights /= weights.sum(-1, keepdim=True)
-    found = kernels.mass_by_bin(levels, torch.tensor(lists), weights)
-    right = mass_by_bin(levels, torch.tensor(lists), weights)
+    given = bins, torch.tensor(bin_row), weights
+    found, right = kernels.mass_by_bin(*given), mass_by_bin(*given)
     assert found.shape == right.shape
     return float((found - right).abs().max()), float((found.sum(-1) - 1).abs().max())
 
@@ -146,28 +148,22 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
     """``sparse_prefill`` through the kernels, and the index that torch alone builds for it."""
     from triton_inputs import prefill
 
-    from minference_vllm import LowRank, reference
+    from minference_vllm import LowRank
     from minference_vllm.core.tiling import Tiling
-    from minference_vllm.selection import low_rank
     from minference_vllm.selection.build import build_index
-    from minference_vllm.selection.probe_queries import Estimates
+    from minference_vllm.selection.torch_scores import TorchScores
 
-    # Heads that are estimated together are not all neighbours.
-    patterns = [LowRank(gamma=0.5), LowRank(gamma=0.5), LowRank(rank=32, gamma=0.5), LowRank(gamma=0.5)]
-    query, keys, values, out, index = prefill(context_len, seq_len, page, patterns, sharpness=4)
-    scale = query.shape[2] ** -0.5
-
-    class Scored(Estimates):
+    class ScoringAlways(TorchScores):
         """As the kernels' path, which does not look whether columns and diagonals would do."""
 
-        def low_rank(self, heads: Any, tiling: Tiling, rank: int, gamma: float) -> Any:
-            return low_rank.estimate(self.query, lambda: (self.keys,), heads, tiling, rank, gamma, self.scale)
+        columns_first = False
 
-    by_torch = build_index(Tiling.of(context_len, seq_len, page, 128), patterns, Scored(query, keys, scale))
-    mask = index.to_mask()
-    expected = reference.masked_attention(query, keys, values, mask, scale)
+    # Heads that are scored together are not all neighbours.
+    patterns = [LowRank(gamma=0.5), LowRank(gamma=0.5), LowRank(rank=32, gamma=0.5), LowRank(gamma=0.5)]
+    inputs, out, index, expected = prefill(context_len, seq_len, page, patterns, sharpness=4)
+    by_torch = build_index(Tiling.of(context_len, seq_len, page, 128), patterns, ScoringAlways(inputs))
     return {
-        "different": float((mask != by_torch.to_mask()).float().mean()),
+        "different": float((index.to_mask() != by_torch.to_mask()).float().mean()),
         "density": index.density().tolist(),
         "columns": int(index.num_columns.max()),
         "error": float((out.double() - expected).abs().max()),
@@ -178,7 +174,7 @@ if __name__ == "__main__":
     import triton_interpreter  # noqa: F401 - mends the interpreter
 
     results: dict[str, Any] = {name: run_case(**case) for name, case in CASES.items()}
-    results["mass: lists of tiles"] = run_mass_case([0, 0, 1, 3])
-    results["mass: a list for each row"] = run_mass_case([0, 1, 2])
+    results["mass: bins of tiles"] = run_mass_case([0, 0, 1, 3])
+    results["mass: bins for each row"] = run_mass_case([0, 1, 2])
     results |= {f"index {list(case)}": run_index_case(*case) for case in INDEX_CASES}
     print(json.dumps(results))

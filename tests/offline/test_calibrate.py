@@ -12,42 +12,40 @@ import torch
 from low_rank_inputs import lookups, neighbours
 
 from minference_vllm import reference
-from minference_vllm.commands import calibrate as command
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
-from minference_vllm.core.plan import Chunk, Plan
+from minference_vllm.core.plan import Chunk
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.kernels.choose import choose
-from minference_vllm.kernels.native import attention as native
 from minference_vllm.offline.calibrate import recorder, search
-from minference_vllm.offline.calibrate.recorder import CalibrationError, Recorder, collect
-from minference_vllm.offline.calibrate.search import CANDIDATES, Measured, measure
+from minference_vllm.offline.calibrate import run as command
+from minference_vllm.offline.calibrate.recorder import CalibrationError, Plan, Recorder, collect
+from minference_vllm.offline.calibrate.search import CANDIDATES, FAMILIES, Measured, choose, measure
 from minference_vllm.patterns.file import parse_patterns
 from minference_vllm.patterns.kinds import AShape, Coverage, Dense, LowRank, VerticalSlash
 from minference_vllm.prefill.recall import sample_rows
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.families import FAMILIES
 from minference_vllm.selection.low_rank import scoring_cost
-from minference_vllm.selection.probe_queries import Estimates
+from minference_vllm.selection.torch_scores import TorchScores
 
 SIZE, DIM, HEADS, KV_HEADS, CONTEXT, LENGTH = 32, 64, 4, 2, 300, 620
 SCALE = DIM**-0.5
 
 
-def layer() -> tuple[torch.Tensor, PagedCache, torch.Tensor, Chunk]:
+def layer() -> Inputs:
     generator = torch.Generator().manual_seed(0)
     blocks = -(-LENGTH // SIZE)
     query = torch.randn(LENGTH - CONTEXT, HEADS, DIM, generator=generator) * 2
     key, value = (torch.randn(blocks + 2, KV_HEADS, SIZE, DIM, generator=generator) for _ in range(2))
     pages = torch.randperm(blocks + 2, generator=generator)[:blocks]
-    return query, PagedCache(key, value, "rows"), pages, Chunk(0, 0, CONTEXT, LENGTH)
+    return Inputs(query, PagedCache(key, value, "rows"), pages, Chunk(0, 0, CONTEXT, LENGTH), SCALE)
 
 
 def test_measured_recall_error_and_cost_are_those_of_the_reference() -> None:
-    query, cache, pages, chunk = layer()
-    patterns = [AShape(sink=32, local=64), Dense()]
-    found = measure(query, cache, pages, chunk, SCALE, patterns, kernel="block_table", tile=64, seed=3)
-    rows = sample_rows(chunk.query_len, search.MAX_SAMPLES, 3)
-    keys, values = cache.keys_by_head(pages)[:, :LENGTH], cache.values_by_head(pages)[:, :LENGTH]
+    inputs = layer()
+    query, patterns = inputs.query, [AShape(sink=32, local=64), Dense()]
+    found = measure(inputs, patterns, kernel="block_table", tile=64, seed=3)
+    rows = sample_rows(len(query), search.MAX_SAMPLES, 3)
+    keys, values = (part[:, :LENGTH] for part in inputs.cache.rows_by_head(inputs.pages))
     for number, pattern in enumerate(patterns):
         index = build_index(Tiling.of(CONTEXT, LENGTH, SIZE, 64, SIZE), [pattern] * HEADS, None)  # type: ignore[arg-type]
         mask = index.to_mask()
@@ -67,12 +65,11 @@ def test_low_rank_costs_its_scoring_where_it_scores() -> None:
     """Of two heads, one looks things up and the other at its neighbours and the first key."""
     (query, keys), (other_query, other_keys) = lookups(), neighbours(sink=True)
     both = torch.cat([query, other_query.bfloat16()], 1)
-    stored = torch.cat([keys, other_keys.bfloat16()]).unflatten(1, (-1, SIZE)).transpose(0, 1)
-    cache, pages = PagedCache(stored, stored, "rows"), torch.arange(len(stored))
-    begin, end, pattern = keys.shape[1] - len(query), keys.shape[1], LowRank(gamma=0.9)
-    found = measure(both, cache, pages, Chunk(0, 0, begin, end), 1.0, [pattern], kernel="block_table", tile=128)
-    scores = Estimates(both, cache.keys_by_head(pages), 1.0, native.low_rank_kernels())
-    index = build_index(Tiling.of(begin, end, SIZE, 128, SIZE), [pattern] * 2, scores)
+    rows, pattern = torch.cat([keys, other_keys.bfloat16()]), LowRank(gamma=0.9)
+    inputs = Inputs.of_rows(both, rows, rows, 1.0, SIZE)
+    found = measure(inputs, [pattern], kernel="block_table", tile=128)
+    tiling = Tiling.of(inputs.chunk.context_len, inputs.chunk.seq_len, SIZE, 128, SIZE)
+    index = build_index(tiling, [pattern] * 2, TorchScores(inputs))
     scoring = scoring_cost(pattern.rank, keys.shape[2], len(query), keys.device) * index.dense_pairs()
     assert (found.computed_pairs[0] - index.computed_pairs()).tolist() == [pytest.approx(scoring), 0]
 
@@ -125,12 +122,12 @@ def record(folder: Path, layers: list[int], monkeypatch: pytest.MonkeyPatch) -> 
         return Measured.nothing(len(CANDIDATES), HEADS)
 
     monkeypatch.setattr(recorder, "measure", watched)
-    query, cache, pages, chunk = layer()
+    inputs = layer()
     recording = Recorder(plan(folder), process=0, layers=3)
     before = 0
     done = []
     for number in layers:
-        recording.record(number, 0, query, cache, pages, chunk, SCALE)
+        recording.record(number, 0, inputs)
         if len(measured) > before:
             done.append(number)
         before = len(measured)

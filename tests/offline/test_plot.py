@@ -8,10 +8,12 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from score_inputs import scores_of
 
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.estimate import Estimates
+from minference_vllm.offline.plot import HeadMap, draw_head, draw_layers, draw_pattern_map, head_map
+from minference_vllm.offline.plot.pattern_map import text_colour
 from minference_vllm.patterns.kinds import (
     KINDS,
     AShape,
@@ -21,8 +23,9 @@ from minference_vllm.patterns.kinds import (
     VerticalSlash,
     parse_head_pattern,
 )
-from minference_vllm.plot import HeadMap, draw_head, draw_layers, draw_pattern_map, head_map
 from minference_vllm.selection.build import build_index
+from minference_vllm.selection.families import FAMILIES
+from minference_vllm.selection.static import DenseFamily
 
 pytest.importorskip("matplotlib")
 
@@ -45,8 +48,8 @@ def keys() -> torch.Tensor:
 def indices(query: torch.Tensor, keys: torch.Tensor) -> list[SparseIndex]:
     found = []
     for begin, end in CHUNKS:
-        estimates = Estimates(query[:, begin:end].transpose(0, 1), keys[None, :end], DIM**-0.5)
-        found.append(build_index(Tiling.of(begin, end, BLOCK, TILE), PATTERNS, estimates))
+        scores = scores_of(query[:, begin:end].transpose(0, 1), keys[None, :end], DIM**-0.5, BLOCK)
+        found.append(build_index(Tiling.of(begin, end, BLOCK, TILE), PATTERNS, scores))
     return found
 
 
@@ -189,17 +192,22 @@ class Tenth(Dense):
     budget: int = 12345
 
 
+class TenthFamily(DenseFamily):
+    """What a new kind says of itself, and all that the picture needs to draw it."""
+
+    pattern = Tenth
+    colour = "#8B4513"
+
+
 def test_every_cells_numbers_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from minference_vllm.plot import pattern_map
-
     figures: list[Any] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **b: figures.append(self) or save(self, *a, **b))
-    monkeypatch.setattr(pattern_map, "KINDS", (*KINDS, "tenth"))
-    every = [parse_head_pattern({"kind": kind}) for kind in KINDS]
+    every = [parse_head_pattern({"kind": kind}) for kind in FAMILIES]
+    monkeypatch.setitem(FAMILIES, "tenth", TenthFamily())
     layers = [[*every, Tenth()], [Tenth(), *every], [Dense()] * 10]
     text = words(draw_pattern_map(layers, "tiny\npatterns: a file", tmp_path / "map.svg", {2: "dense: windows"}))
     assert "tenth: 2" in text and "(budget)" in text
@@ -219,12 +227,11 @@ def test_every_cells_numbers_can_be_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert page.x0 <= legend.x0 and legend.x1 <= page.x1 and page.y0 <= legend.y0 and legend.y1 <= page.y1
 
 
-def test_there_are_colours_for_any_number_of_kinds() -> None:
-    from minference_vllm.plot.pattern_map import kind_colours, text_colour
+def test_every_kind_has_a_colour_of_its_own_and_text_stands_out_on_any() -> None:
+    from matplotlib.colors import to_rgb
 
-    colours = kind_colours([f"kind {number}" for number in range(40)])
-    assert len(set(colours.values())) == 40
-    assert all(0 <= part <= 1 for colour in colours.values() for part in colour)
+    colours = {kind: to_rgb(family.colour) for kind, family in FAMILIES.items()}
+    assert set(colours) == set(KINDS) and len(set(colours.values())) == len(KINDS)
     assert min(contrast(colour, text_colour(colour)) for colour in colours.values()) >= 4.5
     shades = [(red / 8, green / 8, blue / 8) for red in range(9) for green in range(9) for blue in range(9)]
     assert min(contrast(shade, text_colour(shade)) for shade in shades) >= 4.5

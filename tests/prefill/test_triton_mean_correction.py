@@ -64,12 +64,11 @@ def run_case(
     import dataclasses
 
     import torch
-    from triton_inputs import paged
+    from triton_inputs import shuffled
 
     from minference_vllm import reference
-    from minference_vllm.core.paged_cache import PagedCache
-    from minference_vllm.core.plan import Chunk
     from minference_vllm.core.tiling import Tiling
+    from minference_vllm.kernels.choose import choose
     from minference_vllm.patterns.kinds import Dense, HeadPattern, PeakThreshold
     from minference_vllm.prefill import attend
 
@@ -80,26 +79,20 @@ def run_case(
     kind = torch.bfloat16 if fp8 else getattr(torch, dtype)
     stored = torch.float8_e4m3fn if fp8 else kind
     blocks = -(-seq_len // block_size)
-    pages = torch.randperm(blocks + 2)[:blocks]
     # Rows that want much the same, and pages that differ from each other.
     query = (torch.randn(seq_len - context_len, 4, head_size) + torch.randn(4, head_size)).to(kind)
     drift = torch.randn(blocks, kv_heads, head_size).repeat_interleave(block_size, 0)[:seq_len]
     rows = [(torch.randn(seq_len, kv_heads, head_size) + drift / 2).to(stored) for _ in range(2)]
-    key_scale, value_scale = (0.75, 2.0) if fp8 else (1.0, 1.0)
-    memory = (paged(part, pages, block_size) for part in rows)
-    cache = PagedCache(*memory, "rows", key_scale, value_scale)
-    keys, values = (
-        (part.float() * factor).transpose(0, 1) for part, factor in zip(rows, (key_scale, value_scale), strict=True)
-    )
+    scales = (0.75, 2.0) if fp8 else (1.0, 1.0)
+    keys, values = ((part.float() * factor).transpose(0, 1) for part, factor in zip(rows, scales, strict=True))
     scale, sink = head_size**-0.5, torch.randn(4) if sinks else None
+    inputs = shuffled(query, *rows, block_size, scale, *scales, softcap, sink)
     corrected = PeakThreshold(alpha=0.5, sink=16, window=32, mean_correction=True)
     patterns: list[HeadPattern] = [corrected, Dense(), corrected.model_copy(update={"mean_correction": False})]
     patterns.append(PeakThreshold(alpha=0.3, sink=0, window=0, mean_correction=True))
     out = torch.full(query.shape, torch.nan, dtype=kind)
-    chunk = Chunk(0, 0, context_len, seq_len)
-    index = attend.attend_chunk(
-        query, cache, pages, chunk, patterns, scale, out, "triton", softcap=softcap, sinks=sink
-    )  # fmt: skip
+    kernel = choose("triton", kind, inputs.cache, with_lse=True)
+    index = attend.attend_chunk(inputs, patterns, kernel, out)
     tiling = Tiling.of(context_len, seq_len, block_size, index.tiling.tile)
 
     def attention(heads: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

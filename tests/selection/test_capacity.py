@@ -21,7 +21,7 @@ from minference_vllm.patterns.kinds import (
 )
 from minference_vllm.prefill.recall import AUDITED_PAIR, audit_frequency
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.compaction import Capacity
+from minference_vllm.selection.compaction import EXACT_WIDTH, Capacity
 
 NAMES = ("regular", "odd_length", "one_token_after_context", "chunk_inside_a_page", "long_context_short_chunk")
 TILINGS = {name: index_inputs.TILINGS[name] for name in NAMES}
@@ -87,7 +87,7 @@ def test_single_keys_without_room_are_dense_tile_by_tile(room: tuple[int, int]) 
         assert torch.equal(found.to_mask(), torch.where(dense_rows, everything, exact.to_mask()))
 
 
-def test_dense_tiles_are_listed_only_for_an_engine_that_reads_lists_alone() -> None:
+def test_dense_tiles_are_listed_only_for_a_kernel_that_reads_lists_alone() -> None:
     tiling = Tiling.of(1000, 2000, 32, 64)
     patterns = [Dense(), AShape(sink=32, local=64), TriShape(sink=32, local=64, last=64)]
     short = build_index(tiling, patterns, RandomScores(2000), planned(tiling, patterns))
@@ -124,7 +124,7 @@ SHARING: list[HeadPattern] = [
 @pytest.mark.parametrize("name", TILINGS)
 def test_lists_that_heads_share_are_the_ones_they_would_have_alone(name: str, with_capacity: bool) -> None:
     tiling = Tiling.of(*TILINGS[name])
-    capacity = planned(tiling, SHARING) if with_capacity else None
+    capacity = planned(tiling, SHARING) if with_capacity else EXACT_WIDTH
     alone = build_index(tiling, SHARING, RandomScores(tiling.seq_len), capacity)
     shared = build_index(tiling, SHARING, RandomScores(tiling.seq_len), capacity, group=3)
     assert (shared.num_heads, shared.num_lists, shared.heads_per_list) == (9, 3, 3)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from score_inputs import scores_of
 
 from minference_vllm import reference
 from minference_vllm.core.sparse_index import SparseIndex
@@ -13,7 +14,6 @@ from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import Antidiagonal, Coverage, HeadPattern, PeakThreshold
 from minference_vllm.reference import causal_mask
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.probe_queries import Estimates
 
 TOKENS, CHUNK, DIM = 4096, 1024, 64
 
@@ -28,7 +28,7 @@ class Shaped:
     def index(self, pattern: HeadPattern, rows: int = CHUNK, column_multiple: int = 1) -> SparseIndex:
         """Of the last ``rows`` rows."""
         tiling = Tiling.of(TOKENS - rows, TOKENS, 32, 128, column_multiple)
-        return build_index(tiling, [pattern], Estimates(self.query[-rows:], self.keys, 1.0))
+        return build_index(tiling, [pattern], scores_of(self.query[-rows:], self.keys))
 
     def recall(self, index: SparseIndex) -> torch.Tensor:
         """float64, of every row."""
@@ -121,7 +121,7 @@ def test_density_follows_gamma() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 37, 63])
-def test_coverage_of_fewer_rows_than_last_queries(rows: int) -> None:
+def test_coverage_of_fewer_rows_than_probe_queries(rows: int) -> None:
     head = columns(40)
     index = head.index(Coverage(min_budget=64), rows)
     assert not (index.to_mask()[0] & ~causal_mask(TOKENS - rows, TOKENS)).any()
@@ -139,5 +139,5 @@ def test_the_strongest_key_stays_unseen_by_the_rows_before_it(pattern: HeadPatte
     length = 500
     keys, query = torch.zeros(1, length, DIM), torch.zeros(rows, 1, DIM)
     keys[0, length - 1, 0], query[..., 0] = 50.0, 1.0
-    index = build_index(Tiling.of(length - rows, length, 32, 64), [pattern], Estimates(query, keys, 1.0))
+    index = build_index(Tiling.of(length - rows, length, 32, 64), [pattern], scores_of(query, keys))
     assert not (index.to_mask() & ~causal_mask(length - rows, length)).any()

@@ -99,26 +99,26 @@ def test_block_sparse_keeps_the_best_blocks_of_each_tile(built: Built) -> None:
 
 
 @functools.cache
-def mass_and_worth(tiling_name: str) -> tuple[list[int], tuple[torch.Tensor, ...]]:
-    """The coverage heads, and what ``reference.coverage_worth`` gives for them."""
+def mass_per_token(tiling_name: str) -> tuple[list[int], tuple[torch.Tensor, ...]]:
+    """The coverage heads, and what ``reference.mass_per_token`` gives for them."""
     built = build(tiling_name, whole_pages=False)
     heads = [head for head, _ in built.heads(Coverage)]
     by_column = torch.stack([built.scores.columns[head] for head in heads])
     by_offset = torch.stack([built.scores.diagonals[head] for head in heads])
     forced = forced_distances(built.tiling)
-    return heads, reference.coverage_worth(by_column, by_offset, built.tiling, FORCED_COLUMNS, forced)
+    return heads, reference.mass_per_token(by_column, by_offset, built.tiling, FORCED_COLUMNS, forced)
 
 
 @pytest.mark.parametrize("tiling_name", TILINGS)
 def test_coverage_is_the_cheapest_that_reaches_mass_and_budget(tiling_name: str, whole_pages: bool) -> None:
-    """As the last tile sees it. Keys are taken in whole bins of nearly equal worth, so equality is not asked for."""
+    """As the last tile sees it. Keys are taken in bins of nearly equal mass per token, so equality is not asked for."""
     built, bin_width = build(tiling_name, whole_pages), 1 + 2**-7
     tiling, seq_len = built.tiling, built.tiling.seq_len
     tiles, blocks = torch.tensor([tiling.num_tiles - 1]), torch.arange(seq_len) // tiling.block_size
     first_own = int(tiling.starts[-2]) // tiling.tile * (tiling.tile // tiling.block_size)
-    heads, found = mass_and_worth(tiling_name)
+    heads, found = mass_per_token(tiling_name)
     for slot, head in enumerate(heads):
-        mass, worth, at_distance, of_distance = (part[slot] for part in found)
+        mass, of_key, at_distance, of_distance = (part[slot] for part in found)
         pattern = list(PATTERNS.values())[head]
         assert isinstance(pattern, Coverage)
         taken = built.index.tile_mask(tiles, slice(head, head + 1))[0, 0]
@@ -131,19 +131,19 @@ def test_coverage_is_the_cheapest_that_reaches_mass_and_budget(tiling_name: str,
         at_hand[distance] = whole
         assert float(mass[taken].sum() + at_distance[at_hand].sum()) >= pattern.gamma - 1e-5, pattern
         assert int(taken.sum()) >= budget, pattern
-        # What is held from each worth up, and how many keys it takes: the highest that reaches both was needed.
-        levels = torch.cat([worth, of_distance]).unique().flip(0)
-        held = torch.stack([mass[worth >= x].sum() + at_distance[of_distance >= x].sum() for x in levels])
-        count = torch.stack([(worth >= x).sum() for x in levels])
+        # What is held from each mass per token up, and by how many keys: the highest that reaches both was needed.
+        steps = torch.cat([of_key, of_distance]).unique().flip(0)
+        held = torch.stack([mass[of_key >= x].sum() + at_distance[of_distance >= x].sum() for x in steps])
+        count = torch.stack([(of_key >= x).sum() for x in steps])
         reached = ((held >= pattern.gamma + 1e-5) & (count >= budget)).nonzero()
-        last = float(levels[reached[0]]) if len(reached) else 0.0
-        assert not (~taken & (worth > last * bin_width)).any(), f"{pattern}: a key worth more than the last was left"
+        last = float(steps[reached[0]]) if len(reached) else 0.0
+        assert not (~taken & (of_key > last * bin_width)).any(), f"{pattern}: a key with more than the last was left"
         if int(taken.sum()) > DENSE_FROM * seq_len or whole_pages:
             continue
-        # No key without need: each is worth the last one's, or shares its block with one that is.
+        # No key without need: each counts as the last one does, or shares its block with one that is.
         needed = torch.zeros(tiling.num_key_blocks, dtype=torch.bool)
-        needed[blocks[worth >= last / bin_width]] = True
-        assert not (taken & ~needed[blocks]).any(), f"{pattern}: a key worth less than the last was taken"
+        needed[blocks[of_key >= last / bin_width]] = True
+        assert not (taken & ~needed[blocks]).any(), f"{pattern}: a key with less than the last was taken"
 
 
 def test_a_coverage_head_is_dense_for_all_tiles_or_needs_less_than_half_in_the_last(built: Built) -> None:

@@ -1,12 +1,13 @@
-"""``low_rank``: its sampled rows, its lines, and what a head that looks things up gets from it."""
+"""``low_rank``: its calibration rows, its columns and diagonals, and what a head that looks things up gets from it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from low_rank_inputs import CHUNK, CONTEXT, DIM, LENGTH, PAGE, TILINGS, lookups, neighbours
+from score_inputs import scores_of
 
 from minference_vllm import reference
 from minference_vllm.core.paged_cache import PagedCache
@@ -14,32 +15,33 @@ from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels import gathered_columns as columns_module
 from minference_vllm.kernels.gathered_columns import gather_columns
-from minference_vllm.kernels.native import attention as native
+from minference_vllm.kernels.native import library
+from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.patterns.kinds import Coverage, LowRank
 from minference_vllm.selection import low_rank
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.low_rank import Kernels, column_diagonal_bins
-from minference_vllm.selection.probe_queries import Estimates
+from minference_vllm.selection.low_rank import column_diagonal_bins
 from minference_vllm.selection.projection import BINS_PER_BIT
 from minference_vllm.selection.score_bins import LOCAL_BIN, ScoreBins
+from minference_vllm.selection.torch_scores import TorchScores
 
 
 @pytest.mark.parametrize("name", ["regular", "starts_inside_a_tile", "large_tile"])
-def test_levels_of_lines(name: str) -> None:
-    """Seen from the last tile they are the worth that ``coverage`` gives the keys; other tiles see pages shifted."""
+def test_bins_by_columns_and_diagonals(name: str) -> None:
+    """Seen from the last tile they are ``coverage``'s mass per token; other tiles see pages shifted."""
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
     generator = torch.Generator().manual_seed(0)
     by_column, by_offset = torch.rand(2, 2, length, generator=generator).pow(8)
-    levels = column_diagonal_bins(tiling, by_column, by_offset)
-    _, worth, *_ = reference.coverage_worth(by_column, by_offset, tiling, 0, 0)
-    exact = (254 + BINS_PER_BIT * worth.log2()).clamp(0, 254).floor()
-    exact[worth.isinf()] = LOCAL_BIN
-    assert (levels[:, -1] - exact).abs().max() <= 1
+    bins = column_diagonal_bins(tiling, by_column, by_offset)
+    _, of_key, *_ = reference.mass_per_token(by_column, by_offset, tiling, 0, 0)
+    exact = (254 + BINS_PER_BIT * of_key.log2()).clamp(0, 254).floor()
+    exact[of_key.isinf()] = LOCAL_BIN
+    assert (bins[:, -1] - exact).abs().max() <= 1
     own = tiling.own().repeat_interleave(page, 1)[:, :length]
     later = ~tiling.reachable().repeat_interleave(page, 1)[:, :length]
-    assert (levels[:, own] == LOCAL_BIN).all() and (levels[:, later] == 0).all()
-    # Without columns, what is at the same distance is worth the same.
+    assert (bins[:, own] == LOCAL_BIN).all() and (bins[:, later] == 0).all()
+    # Without columns, what is at the same distance counts the same.
     flat = column_diagonal_bins(tiling, torch.full_like(by_column, 1e-9), by_offset)
     for number in range(tiling.num_tiles - 1):
         shift = (int(tiling.starts[-2]) // tile - int(tiling.starts[number]) // tile) * tile
@@ -53,7 +55,7 @@ def test_keys_that_single_rows_need() -> None:
     weights[0, :, :50] = 1 / 50
     weights[1, :2, 7], weights[1, 2:, 500:600] = 1.0, 0.01
     weights[2] = 1e-3
-    assert low_rank.needed_keys(weights, 0.9, Kernels()).tolist() == [50, 50.5, 1000]
+    assert low_rank.needed_keys(weights, 0.9, scores_of(*lookups())).tolist() == [50, 50.5, 1000]
 
 
 @pytest.mark.parametrize(
@@ -96,29 +98,35 @@ def test_the_last_rows_and_the_others_each_get_their_share() -> None:
 
 # Heads
 
+TILING = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
+
+
+class AlwaysScored(TorchScores):
+    columns_first = False
+
 
 def recall(index: SparseIndex, query: torch.Tensor, keys: torch.Tensor) -> float:
     return float(reference.attention_recall(query, keys, index.to_mask(), CONTEXT, 1.0).mean())
 
 
 def build(pattern: LowRank | Coverage, query: torch.Tensor, keys: torch.Tensor) -> SparseIndex:
-    return build_index(Tiling.of(CONTEXT, LENGTH, PAGE, 128), [pattern], Estimates(query, keys, 1.0))
+    return build_index(TILING, [pattern], scores_of(query, keys))
 
 
 @pytest.mark.parametrize("sink", [False, True])
 def test_a_head_that_columns_and_diagonals_serve_is_not_scored(sink: bool) -> None:
     query, keys = neighbours(sink)
 
-    def unexpected(*_: torch.Tensor | Tiling) -> torch.Tensor:
-        raise AssertionError("scored")
+    class Unscored(TorchScores):
+        @staticmethod
+        def tile_bins(*_: object) -> torch.Tensor:
+            raise AssertionError("scored")
 
-    tiling = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
-    estimates = Estimates(query, keys, 1.0, Kernels(tile_bins=unexpected))
-    index = build_index(tiling, [LowRank(gamma=0.9)], estimates)
+    index = build_index(TILING, [LowRank(gamma=0.9)], scores_of(query, keys, kind=Unscored))
     assert recall(index, query, keys) >= 0.9 - 0.01
     assert float(index.density()) < 0.2
     with pytest.raises(AssertionError, match="scored"):
-        build_index(tiling, [LowRank(gamma=0.9)], Estimates(*lookups(), 1.0, Kernels(tile_bins=unexpected)))
+        build_index(TILING, [LowRank(gamma=0.9)], scores_of(*lookups(), kind=Unscored))
 
 
 def test_a_question_at_the_end_is_heard_where_a_head_is_not_scored() -> None:
@@ -150,30 +158,29 @@ def test_more_dimensions_need_fewer_keys() -> None:
 def test_what_suffices_the_rows_themselves_suffices() -> None:
     """Also where rows of a tile, which have no less, differ more."""
 
-    def uneven(levels: torch.Tensor, lists: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        mass = torch.zeros(*weights.shape[:2], 256)
-        mass[..., 0] = 1.0
-        return mass
+    class Uneven(AlwaysScored):
+        @staticmethod
+        def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            mass = torch.zeros(*weights.shape[:2], 256)
+            mass[..., 0] = 1.0
+            return mass
 
-    query, keys = lookups()
-    tiling = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
-    found, other = (
-        low_rank.estimate(query, lambda: (keys,), [0], tiling, 16, 0.9, 1.0, kernels)
-        for kernels in (Kernels(), Kernels(mass_by_bin=uneven))
-    )
+    found, other = (scores_of(*lookups(), kind=kind).low_rank([0], TILING, 16, 0.9) for kind in (AlwaysScored, Uneven))
     assert 0 < int(other.threshold) <= int(found.threshold)
 
 
 @pytest.mark.parametrize("dim", [8, 24, 40])
 def test_head_sizes_that_are_no_multiple_of_16(dim: int) -> None:
-    """By the native kernels, too: their factors are filled up with zeros."""
+    """By the native kernels, too: the quantized queries and keys are filled up with zeros."""
     generator = torch.Generator().manual_seed(dim)
     keys = torch.nn.functional.normalize(torch.randn(1, LENGTH, dim, generator=generator), dim=2)
     target = (torch.rand(CHUNK, generator=generator) * torch.arange(CONTEXT, LENGTH)).long()
     query = 40 * keys[0, target][:, None]
-    for kernels in (Kernels(), native.low_rank_kernels()):
-        estimates = Estimates(query, keys, 1.0, kernels)
-        index = build_index(Tiling.of(CONTEXT, LENGTH, PAGE, 128), [LowRank(gamma=0.9)], estimates)
+    kinds = [scores_of(query, keys)]
+    if not library.unavailable_reason():
+        kinds.append(NativeScores(kinds[0].inputs, from_pages=False))
+    for scores in kinds:
+        index = build_index(TILING, [LowRank(gamma=0.9)], scores)
         assert recall(index, query, keys) >= 0.9 - 0.02
 
 
@@ -200,26 +207,29 @@ def test_selection_is_the_same_for_keys_in_pieces_and_for_heads_apart() -> None:
     query, keys = (
         torch.cat(parts, dim) for parts, dim in zip(zip(lookups(1), lookups(2), strict=True), (1, 0), strict=True)
     )
-    tiling = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
 
-    def estimate(heads: list[int], at_once: int) -> ScoreBins:
-        return low_rank.estimate(query, lambda: keys.split(at_once, 1), heads, tiling, 16, 0.9, 1.0)
+    def bins(heads: Sequence[int], at_once: int) -> ScoreBins:
+        class InPieces(AlwaysScored):
+            def key_pieces(self, rows: int) -> Iterator[torch.Tensor]:
+                yield from self.keys.split(at_once, 1)
 
-    both = estimate([0, 1], LENGTH)
+        return scores_of(query, keys, kind=InPieces).low_rank(heads, TILING, 16, 0.9)
+
+    both = bins([0, 1], LENGTH)
     for head in (0, 1):
-        alone = estimate([head], LENGTH)
-        assert torch.equal(alone.of_keys[0], both.of_keys[head]) and alone.threshold[0] == both.threshold[head]
-    # Other keys are sampled for the fit, so the levels are others, of the same worth.
-    pieces = estimate([0, 1], 1000)
-    assert ((pieces.of_keys > 0) == (both.of_keys > 0)).float().mean() > 0.9
+        alone = bins([head], LENGTH)
+        assert torch.equal(alone.bins[0], both.bins[head]) and alone.threshold[0] == both.threshold[head]
+    # Other keys are sampled for the fit, so the bins are others, as good as these.
+    pieces = bins([0, 1], 1000)
+    assert ((pieces.bins > 0) == (both.bins > 0)).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("tile", [32, 128])
-def test_columns_fill_whole_pages_for_an_engine_that_needs_it(tile: int) -> None:
+def test_columns_fill_whole_pages_for_a_kernel_that_needs_it(tile: int) -> None:
     query, keys = lookups()
     tiling = Tiling.of(CONTEXT, LENGTH, PAGE, tile, column_multiple=PAGE)
-    index = build_index(tiling, [LowRank(gamma=0.9)], Estimates(query, keys, 1.0))
-    exact = build_index(Tiling.of(CONTEXT, LENGTH, PAGE, tile), [LowRank(gamma=0.9)], Estimates(query, keys, 1.0))
+    index = build_index(tiling, [LowRank(gamma=0.9)], scores_of(query, keys))
+    exact = build_index(Tiling.of(CONTEXT, LENGTH, PAGE, tile), [LowRank(gamma=0.9)], scores_of(query, keys))
     assert index.num_columns.any() and not (index.num_columns % PAGE).any()
     assert not (exact.to_mask() & ~index.to_mask()).any()
     assert int(index.num_columns.sum()) <= int(exact.num_columns.sum()) + PAGE * tiling.num_tiles

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from capacity_inputs import RandomScores, planned
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from live_bytes import LiveBytes
 
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
@@ -27,41 +28,13 @@ from minference_vllm.patterns.kinds import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.prefill import mean_correction, recall
-from minference_vllm.prefill.recall import RecallCheck
-from minference_vllm.selection import low_rank
+from minference_vllm.prefill import mean_correction
+from minference_vllm.prefill.recall import RecallCheck, chunk_recall
+from minference_vllm.selection import low_rank, peak_threshold, torch_scores
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.capacity import MEMORY_LIMIT
 from minference_vllm.selection.score_bins import ScoreBins
-from minference_vllm.selection.scores import PagedEstimates
-from minference_vllm.selection.torch_scores import PIECE_BYTES
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that live tensors have held at once."""
-
-    def __init__(self, *given: torch.Tensor) -> None:
-        """``given``: tensors that do not count."""
-        super().__init__()
-        self.references = Counter(tensor.untyped_storage()._cdata for tensor in given)
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if not self.references[storage._cdata]:
-                    self.live += storage.nbytes()
-                self.references[storage._cdata] += 1
-                weakref.finalize(tensor, self.release, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def release(self, storage: int, size: int) -> None:
-        self.references[storage] -= 1
-        if not self.references[storage]:
-            self.live -= size
+from minference_vllm.selection.torch_scores import PIECE_BYTES, TorchScores
 
 
 class EmptyScores(RandomScores):
@@ -71,8 +44,8 @@ class EmptyScores(RandomScores):
         return torch.empty(len(heads), *shape, device="meta")
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
-        levels = torch.empty(len(heads), tiling.num_tiles, self.seq_len, dtype=torch.uint8, device="meta")
-        return ScoreBins(levels, torch.empty(len(heads), dtype=torch.int32, device="meta"))
+        bins = torch.empty(len(heads), tiling.num_tiles, self.seq_len, dtype=torch.uint8, device="meta")
+        return ScoreBins(bins, torch.empty(len(heads), dtype=torch.int32, device="meta"))
 
 
 MIXTURES: dict[str, list[HeadPattern]] = {
@@ -88,24 +61,52 @@ MIXTURES: dict[str, list[HeadPattern]] = {
 }
 
 
+MILLION, CHUNK, TILE = 1 << 20, 8192, 128
+
+
+def meta_tiling(block_size: int, seq_len: int = MILLION) -> Tiling:
+    """Of the last chunk of a sequence, on a device that holds no data: what waits for data fails there."""
+    return Tiling.of(seq_len - CHUNK, seq_len, block_size, TILE, device="meta")
+
+
+def meta_inputs(block_size: int, seq_len: int = MILLION, softcap: float = 0.0) -> Inputs:
+    """The same chunk's, of 32 heads over 8. Keys and values of a page lie side by side."""
+    query = torch.empty(CHUNK, 32, 128, dtype=torch.bfloat16, device="meta")
+    stored = torch.empty(seq_len // block_size, 8, block_size, 256, dtype=torch.bfloat16, device="meta")
+    pages = torch.empty(seq_len // block_size, dtype=torch.int64, device="meta")
+    cache = PagedCache(stored[..., :128], stored[..., 128:], "rows")
+    return Inputs(query, cache, pages, Chunk(0, 0, seq_len - CHUNK, seq_len), 0.1, softcap)
+
+
+@functools.cache
+def meta_index(pattern: HeadPattern, block_size: int) -> SparseIndex:
+    """Of 32 heads, at a million tokens."""
+    tiling, patterns = meta_tiling(block_size), [pattern] * 32
+    with LiveBytes():
+        return build_index(tiling, patterns, EmptyScores(MILLION), planned(tiling, patterns))
+
+
 @pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_memory_at_a_million_tokens(name: str, block_size: int) -> None:
-    """32 heads, an 8K chunk at the end of 1M tokens, on a device that holds no data: what waits for data fails there.
+    """32 heads, an 8K chunk at the end of 1M tokens.
 
     Counted are all tensors, the scores included; not the scratch that sorting takes inside a single operation.
     """
-    seq_len = 1 << 20
-    tiling = Tiling.of(seq_len - 8192, seq_len, block_size, 128, device="meta")
-
+    tiling = meta_tiling(block_size)
     capacity = planned(tiling, MIXTURES[name])
     with LiveBytes() as memory:
-        index = build_index(tiling, MIXTURES[name], EmptyScores(seq_len), capacity)
-    # The last-query estimate, per head and token: four groups' sums in two arrays and merged, columns, diagonals.
+        index = build_index(tiling, MIXTURES[name], EmptyScores(MILLION), capacity)
+    # Columns and diagonals are scored, per head and token, by four groups' sums in two arrays and merged, and two more.
     lists = 4 * index.blocks.numel() + 4 * index.columns.numel()
-    assert lists + capacity.heads_at_once * seq_len * 4 * (2 * 4 + 3) <= MEMORY_LIMIT
+    assert lists + capacity.heads_at_once * MILLION * 4 * (2 * 4 + 3) <= MEMORY_LIMIT
     assert index.blocks.shape[:2] == (32, 64)
     assert memory.peak <= MEMORY_LIMIT, f"{memory.peak / 2**20:.0f} MiB"
+
+
+def triton_scores(inputs: Inputs) -> TorchScores:
+    """``TritonScores``; its module needs triton."""
+    return pytest.importorskip("minference_vllm.triton_kernels.scores").TritonScores(inputs)
 
 
 class NotLaunched:
@@ -120,66 +121,45 @@ class NotLaunched:
 def test_memory_of_antidiagonal_scores_at_a_million_tokens(
     block_size: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As above, with all that the estimate on a GPU allocates; its kernels have no data here."""
+    """As above, with all that the scores on a GPU allocate; their kernels have no data here."""
     kernels = pytest.importorskip("minference_vllm.triton_kernels.antidiagonal")
     for kernel in ("square_lse_kernel", "square_mass_kernel"):
         monkeypatch.setattr(kernels, kernel, NotLaunched())
-    seq_len, patterns = 1 << 20, [Antidiagonal(stride=stride)] * 32
-    tiling = Tiling.of(seq_len - 8192, seq_len, block_size, 128, device="meta")
-    query = torch.empty(8192, 32, 128, dtype=torch.bfloat16, device="meta")
-    keys = torch.empty(tiling.num_key_blocks, 8, block_size, 128, dtype=torch.bfloat16, device="meta")
-    pages = torch.empty(tiling.num_key_blocks, dtype=torch.int64, device="meta")
-    paged = query, PagedCache(keys, keys, "rows"), pages
-
-    class FromPages(EmptyScores):
-        def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
-            return kernels.antidiagonal_scores(*paged, heads, tiling, stride, 0.1)
-
-    capacity = planned(tiling, patterns)
+    tiling, patterns = meta_tiling(block_size), [Antidiagonal(stride=stride)] * 32
+    scores, capacity = triton_scores(meta_inputs(block_size)), planned(tiling, patterns)
     with LiveBytes() as memory:
-        build_index(tiling, patterns, FromPages(seq_len), capacity)
+        build_index(tiling, patterns, scores, capacity)
     assert memory.peak <= MEMORY_LIMIT, f"{memory.peak / 2**20:.0f} MiB"
 
 
 @pytest.mark.parametrize(("seq_len", "rank"), [(1 << 17, 16), (1 << 17, 128), (1 << 20, 16)])
 def test_memory_of_low_rank_scores(seq_len: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As above: the estimate from pages, and its index. On the longest contexts what the fewest rows need comes on
+    """As above: the scores from pages, and their index. On the longest contexts what the fewest rows need comes on
     top."""
     kernels = pytest.importorskip("minference_vllm.triton_kernels.low_rank")
-    for kernel in ("peak_lse_kernel", "tile_levels_kernel", "mass_kernel"):
+    for kernel in ("peak_lse_kernel", "tile_bins_kernel", "mass_kernel"):
         monkeypatch.setattr(kernels, kernel, NotLaunched())
     patterns = [LowRank(rank=rank)] * 32
-    tiling = Tiling.of(seq_len - 8192, seq_len, 128, 128, device="meta")
-    query = torch.empty(8192, 32, 128, dtype=torch.bfloat16, device="meta")
-    keys = torch.empty(tiling.num_key_blocks, 8, 128, 128, dtype=torch.bfloat16, device="meta")
-    pages = torch.empty(tiling.num_key_blocks, dtype=torch.int64, device="meta")
+    tiling, inputs = meta_tiling(128, seq_len), meta_inputs(128, seq_len)
     capacity = planned(tiling, patterns)
     # Heads are alike, and a thousand steps each are slow to count: the lists of all, the work of some.
     some = [*patterns[: capacity.heads_at_once], *[Dense()] * (32 - capacity.heads_at_once)]
-    with LiveBytes(query, keys, pages) as memory:
-        scores = PagedEstimates(query, PagedCache(keys, keys, "rows"), pages, seq_len, 0.1, triton=True)
-        build_index(tiling, some, scores, capacity)
-    beside = 2 * low_rank.WEIGHTS_BYTES if 4 * low_rank.LEAST_ROWS * seq_len >= low_rank.WEIGHTS_BYTES else 0
+    with LiveBytes(inputs.query, inputs.cache.key, inputs.pages) as memory:
+        build_index(tiling, some, triton_scores(inputs), capacity)
+    beside = 2 * low_rank.WEIGHTS_BYTES if 4 * low_rank.MIN_ROWS * seq_len >= low_rank.WEIGHTS_BYTES else 0
     assert memory.peak <= MEMORY_LIMIT + beside, f"{memory.peak / 2**20:.0f} MiB"
 
 
 @pytest.mark.parametrize("rows", [4, 64])
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_an_audit_at_a_million_tokens_waits_for_nothing_and_stays_small(block_size: int, rows: int) -> None:
-    """On the same device without data: 32 heads over 8, and never the keys of the whole prefix."""
-    seq_len, chunk_len = 1 << 20, 8192
-    tiling = Tiling.of(seq_len - chunk_len, seq_len, block_size, 128, device="meta")
+    """On the same device without data, and never the keys of the whole prefix."""
     patterns = MIXTURES["coverage"]
-    query = torch.empty(chunk_len, 32, 128, dtype=torch.bfloat16, device="meta")
-    memory = torch.empty(seq_len // block_size, 8, block_size, 256, dtype=torch.bfloat16, device="meta")
-    cache = PagedCache(memory[..., :128], memory[..., 128:], "rows")
-    pages = torch.empty(seq_len // block_size, dtype=torch.int64, device="meta")
-    scores = PagedEstimates(query, cache, pages, seq_len, 1.0, triton=True)
-    index = build_index(tiling, patterns, EmptyScores(seq_len), planned(tiling, patterns))
-    audit = RecallCheck(torch.empty(rows, dtype=torch.int64, device="meta"))
+    index, scores = meta_index(patterns[0], block_size), triton_scores(meta_inputs(block_size))
+    check = RecallCheck(torch.empty(rows, dtype=torch.int64, device="meta"))
     with LiveBytes() as live:
-        audit.run(patterns, lambda _: index, scores.recall)
-    assert audit.recall is not None and audit.recall.shape == (32,) and audit.levels == (0,) * 32
+        check.run(patterns, lambda _: index, functools.partial(chunk_recall, scores))
+    assert check.recall is not None and check.recall.shape == (32,) and check.steps == (0,) * 32
     assert live.peak <= 2 * PIECE_BYTES, f"{live.peak / 2**20:.0f} MiB"
 
 
@@ -194,23 +174,22 @@ def test_an_audit_reads_the_pages_piece_by_piece(monkeypatch: pytest.MonkeyPatch
     pages = torch.randperm(25)[: tiling.num_key_blocks]
     patterns = [AShape(sink=40, local=100), BlockSparse(top_k=3), VerticalSlash(vertical=60, slash=150), Dense()]
     index = build_index(tiling, patterns, RandomScores(seq_len), planned(tiling, patterns))
-    whole = PagedEstimates(query, cache, pages, seq_len, 0.1).recall(index, rows)
-    monkeypatch.setattr(recall, "PIECE_BYTES", 1)
-    found = PagedEstimates(query, cache, pages, seq_len, 0.1, triton=True).recall(index, rows)
+    inputs = Inputs(query, cache, pages, Chunk(0, 0, 500, seq_len), 0.1)
+    whole = chunk_recall(TorchScores(inputs), index, rows)
+    monkeypatch.setattr(torch_scores, "PIECE_BYTES", 1)
+    found = chunk_recall(triton_scores(inputs), index, rows)
     assert torch.allclose(found, whole, atol=1e-6) and 0.0 < float(found[:3].min()) < 0.9
 
 
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_mean_correction_at_a_million_tokens_waits_for_nothing_and_stays_small(block_size: int) -> None:
     """On the same device without data: scores of one head and of the one before, and their marks."""
-    seq_len, chunk_len = 1 << 20, 8192
-    tiling = Tiling.of(seq_len - chunk_len, seq_len, block_size, 128, device="meta")
-    patterns: list[HeadPattern] = [PeakThreshold(mean_correction=True)] * 32
-    index = build_index(tiling, patterns, EmptyScores(seq_len), planned(tiling, patterns))
-    query = torch.empty(chunk_len, 32, 128, dtype=torch.bfloat16, device="meta")
-    means = torch.empty(8, seq_len // block_size, 128, device="meta")
-    lse = torch.empty(32, chunk_len, device="meta")
-    out = torch.empty_like(query)
-    with LiveBytes(query, means, lse, out) as live:
-        mean_correction.add(query, means, means, index, [0, 31], 0.1, out, lse, softcap=30.0)
-    assert live.peak <= 2.5 * mean_correction.PART_BYTES, f"{live.peak / 2**20:.0f} MiB"
+    index = meta_index(PeakThreshold(mean_correction=True), block_size)
+    scores = TorchScores(meta_inputs(block_size, softcap=30.0))
+    # Of a device without data no page is known to be averaged already.
+    scores.mean_keys = scores.mean_values = means = torch.empty(8, MILLION // block_size, 128, device="meta")
+    lse = torch.empty(32, CHUNK, device="meta")
+    out = torch.empty_like(scores.query)
+    with LiveBytes(scores.query, means, lse, out) as live:
+        mean_correction.add(scores, index, [0, 31], out, lse)
+    assert live.peak <= 2.5 * peak_threshold.PART_BYTES, f"{live.peak / 2**20:.0f} MiB"

@@ -1,28 +1,29 @@
-"""Few dimensions and small whole numbers: what they lose of the products of queries and keys."""
+"""Few dimensions and int8: what they lose of the products of queries and keys."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from low_rank_inputs import as_factors
+from low_rank_inputs import as_quantized
 
 from minference_vllm.selection.projection import (
-    KEY_NORM,
-    LEAST_RANGE,
+    MAX_KEY_NORM,
     MAX_PRODUCT,
     MAX_QUERY,
+    MIN_RANGE,
     Projection,
     fit,
+    fit_within,
     for_int8,
     quantize_keys,
 )
 
-# Whole numbers
+# Quantized queries and keys
 
 
 @pytest.mark.parametrize("rank", [16, 32, 128])
 @pytest.mark.parametrize("case", ["random", "along one dimension", "all the same", "tiny", "huge", "zeros", "outlier"])
-def test_whole_numbers_keep_the_products(case: str, rank: int) -> None:
+def test_quantized_queries_and_keys_keep_the_products(case: str, rank: int) -> None:
     generator = torch.Generator().manual_seed(rank)
     query, keys = torch.randn(2, 50, rank, generator=generator) * 3, torch.randn(2, 400, rank, generator=generator)
     if case == "along one dimension":
@@ -37,15 +38,15 @@ def test_whole_numbers_keep_the_products(case: str, rank: int) -> None:
         query, keys = query * 0, keys * 0
     elif case == "outlier":
         keys[:, 7] *= 4
-    factors = as_factors(query, keys)
-    assert factors.query.abs().max() <= MAX_QUERY and factors.step.min() > 0
-    products = factors.query.double() @ factors.keys.double().transpose(1, 2)
+    quantized = as_quantized(query, keys)
+    assert quantized.query.abs().max() <= MAX_QUERY and quantized.dequant_scale.min() > 0
+    products = quantized.query.double() @ quantized.keys.double().transpose(1, 2)
     assert products.abs().max() <= MAX_PRODUCT * 1.1 < 1 << 15
     if case == "huge":
         return  # scores of a million bits are taken for smaller ones
     exact = query.double() @ keys.double().transpose(1, 2)
     most = query.double().norm(dim=2) * keys.double().norm(dim=2).amax(1)[:, None]
-    error = (products * factors.bits() - exact) / most.clamp(min=LEAST_RANGE)[..., None]
+    error = (products * quantized.bits() - exact) / most.clamp(min=MIN_RANGE)[..., None]
     # Where all elements are rounded alike, their errors add up.
     assert error.abs().max() < 0.04 and (error.square().mean().sqrt() < 0.004 or case == "all the same")
 
@@ -55,9 +56,9 @@ def test_longer_keys_than_sampled_are_shortened() -> None:
     same = torch.eye(32)[None]
     projection = for_int8(Projection(same, same, torch.zeros(1, 1, 32)), keys[:, :50])
     keys[:, 70] *= 50
-    whole = quantize_keys(keys, projection).double()
-    assert whole.norm(dim=2).max() < KEY_NORM * 1.02
-    assert torch.nn.functional.cosine_similarity(whole[0, 70], keys[0, 70].double(), dim=0) > 0.99
+    low = quantize_keys(keys, projection).double()
+    assert low.norm(dim=2).max() < MAX_KEY_NORM * 1.02
+    assert torch.nn.functional.cosine_similarity(low[0, 70], keys[0, 70].double(), dim=0) > 0.99
 
 
 # The fit
@@ -109,9 +110,9 @@ def test_no_more_dimensions_than_are_needed() -> None:
         return float((products(fit(query, keys, rank), query, keys) - exact).square().mean((1, 2)).max() ** 0.5)
 
     for enough, rank in ((1e9, 16), (error(16) * 1.01, 16), (error(32) * 1.01, 32), (error(48) * 0.99, 64), (0.0, 64)):
-        assert fit(query, keys, 64, enough).to_key.shape == (2, 64, rank)
-    assert fit(query, keys, 40, 0.0).to_key.shape == (2, 64, 40)
-    assert fit(query, keys, 16, 0.0).to_key.shape == (2, 64, 16)
+        assert fit_within(query, keys, 64, enough).to_key.shape == (2, 64, rank)
+    assert fit_within(query, keys, 40, 0.0).to_key.shape == (2, 64, 40)
+    assert fit_within(query, keys, 16, 0.0).to_key.shape == (2, 64, 16)
 
 
 @pytest.mark.parametrize("case", ["zeros", "constant keys", "one query", "few keys", "one dimension", "huge"])

@@ -1,106 +1,122 @@
-"""ScoreBins of keys by every implementation, against the float64 reference."""
+"""Score bins of keys by every implementation, against the float64 reference."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 
 import pytest
 import torch
-from low_rank_inputs import TILINGS, random_factors
+from low_rank_inputs import TILINGS, random_quantized
+from score_inputs import scores_of
 
 from minference_vllm import reference
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.kernels.native import attention as native
-from minference_vllm.selection.compaction import compact_keys
-from minference_vllm.selection.low_rank import Kernels, calibration_rows
-from minference_vllm.selection.projection import BINS_PER_BIT
-from minference_vllm.selection.score_bins import LOCAL_BIN, PEAK_KEYS, keys_above, row_bins, threshold, tile_bins
+from minference_vllm.kernels.native import library
+from minference_vllm.kernels.native.scores import NativeScores
+from minference_vllm.selection.compaction import EXACT_WIDTH, compact_keys
+from minference_vllm.selection.low_rank import calibration_rows
+from minference_vllm.selection.projection import BINS_PER_BIT, QuantizedQK
+from minference_vllm.selection.score_bins import (
+    LOCAL_BIN,
+    PEAK_KEYS,
+    ScoreBins,
+    keys_above,
+    row_bins,
+    threshold,
+    tile_bins,
+)
+from minference_vllm.selection.torch_scores import TorchScores
 
-IMPLEMENTATIONS = ("torch", *native.INSTRUCTIONS)
 
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
-    """Torch, and each build of our CPU kernels that the processor can run."""
+@pytest.fixture(params=("torch", *library.INSTRUCTIONS))
+def scores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> TorchScores:
+    """Torch, and each build of our CPU kernels that the processor can run. What the tests call reads no inputs."""
+    one_row = torch.zeros(1, 1, 16)
     if request.param == "torch":
-        yield Kernels()
-        return
-    library = native.load(request.param)
-    if library is None:
-        pytest.skip(f"no kernels for {native.INSTRUCTIONS[request.param]} here")
-    monkeypatch.setattr(native, "_best", lambda dtype: (request.param, library))
-    yield native.low_rank_kernels()
+        return scores_of(one_row, one_row)
+    build = library.load(request.param)
+    if build is None:
+        pytest.skip(f"no kernels for {library.INSTRUCTIONS[request.param]} here")
+    monkeypatch.setattr(library, "_best", lambda dtype: (request.param, build))
+    return scores_of(one_row, one_row, kind=NativeScores)
+
+
+@functools.cache
+def quantized_and_exact(name: str, sharpness: float, rank: int) -> tuple[QuantizedQK, torch.Tensor]:
+    """Random queries and keys, and the reference's bins of them, not rounded."""
+    context, length, page, tile = TILINGS[name]
+    quantized = random_quantized(2, length - context, length, rank, sharpness)
+    query, tiling = quantized.query.double() * quantized.bits().double(), Tiling.of(context, length, page, tile)
+    return quantized, reference.low_rank_bins(query, quantized.keys, tiling, PEAK_KEYS, BINS_PER_BIT).clamp(0, 254)
 
 
 @pytest.mark.parametrize("rank", [16, 32, 80])
 @pytest.mark.parametrize("sharpness", [0.01, 1.0, 8.0])
 @pytest.mark.parametrize("name", TILINGS)
-def test_levels(name: str, sharpness: float, rank: int, kernels: Kernels) -> None:
+def test_tile_bins(name: str, sharpness: float, rank: int, scores: TorchScores) -> None:
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
-    factors = random_factors(2, length - context, length, rank, sharpness)
+    quantized, exact = quantized_and_exact(name, sharpness, rank)
     lowest = torch.tensor([0, 200], dtype=torch.int32)
-    found = kernels.tile_bins(factors, tiling, lowest)
-    query = factors.query.double() * factors.bits().double()
-    exact = reference.low_rank_levels(query, factors.keys, tiling, PEAK_KEYS, BINS_PER_BIT).clamp(0, 254)
+    found = scores.tile_bins(quantized, tiling, lowest)
     assert found.dtype == torch.uint8 and found.shape == exact.shape
     places = torch.arange(length)
     own = places >= (tiling.starts[:-1] // tile * tile)[:, None]
     seen = places < tiling.starts[1:, None]
     assert (found[:, own & seen] == LOCAL_BIN).all() and (found[:, ~seen] == 0).all()
     before, wanted = (found[:, ~own].double(), exact[:, ~own])
-    # To the nearest, and norms to half a unit of the products.
-    slack = 0.5 + 1e-3 * BINS_PER_BIT + 0.5 * BINS_PER_BIT * factors.bits().max().item()
+    # To the nearest, and approx_lse to half a unit of the products.
+    slack = 0.5 + 1e-3 * BINS_PER_BIT + 0.5 * BINS_PER_BIT * quantized.bits().max().item()
     right = (before - wanted).abs() <= slack
     unwanted = (before == 0) & (wanted < lowest[:, None] + slack)
     assert right[0].all()
     assert (right | unwanted)[1].all() and ((before[1] == 0) | (before[1] >= 200)).all()
 
 
-def test_a_row_gives_no_key_a_higher_level_than_its_tile() -> None:
+def test_a_row_gives_no_key_a_higher_bin_than_its_tile() -> None:
     tiling = Tiling.of(333, 700, 32, 128)
-    factors = random_factors(2, 367, 700, 16, 3.0)
-    rows = calibration_rows(367, 700, factors.keys.device).rows
+    quantized = random_quantized(2, 367, 700, 16, 3.0)
+    rows = calibration_rows(367, 700, quantized.keys.device).rows
     positions = rows + 333
-    own = row_bins(factors.rows(rows), positions, tiling)
+    own = row_bins(quantized.rows(rows), positions, tiling)
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
-    levels = tile_bins(factors, tiling, torch.zeros(2, dtype=torch.int32))[:, tiles]
+    of_tiles = tile_bins(quantized, tiling, torch.zeros(2, dtype=torch.int32))[:, tiles]
     future = torch.arange(700) > positions[:, None]
-    assert ((own <= levels) | future).all()
+    assert ((own <= of_tiles) | future).all()
 
 
-def test_mass_by_level(kernels: Kernels) -> None:
+def test_mass_by_bin(scores: TorchScores) -> None:
     generator = torch.Generator().manual_seed(0)
-    levels = torch.randint(0, 256, (3, 5, 301), generator=generator).to(torch.uint8)
+    bins = torch.randint(0, 256, (3, 5, 301), generator=generator).to(torch.uint8)
     weights = torch.rand(3, 7, 301, generator=generator)
     weights[:, :, 40:200] *= 1e-12
     weights /= weights.sum(-1, keepdim=True)
-    lists = torch.tensor([0, 0, 1, 3, 4, 4, 2])
+    bin_row = torch.tensor([0, 0, 1, 3, 4, 4, 2])
     exact = torch.zeros(3, 7, 256, dtype=torch.float64)
     for head in range(3):
-        for row, which in enumerate(lists.tolist()):
-            exact[head, row].index_add_(0, levels[head, which].long(), weights[head, row].double())
-    found = kernels.mass_by_bin(levels, lists, weights)
+        for row, which in enumerate(bin_row.tolist()):
+            exact[head, row].index_add_(0, bins[head, which].long(), weights[head, row].double())
+    found = scores.mass_by_bin(bins, bin_row, weights)
     torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=0)
     torch.testing.assert_close(found.sum(2), torch.ones(3, 7), atol=1e-5, rtol=0)
-    assert torch.equal(kernels.mass_by_bin(levels, lists[::2], weights[:, ::2]), found[:, ::2])
+    assert torch.equal(scores.mass_by_bin(bins, bin_row[::2], weights[:, ::2]), found[:, ::2])
 
 
 @pytest.mark.parametrize("rank", [16, 80])
 @pytest.mark.parametrize("name", TILINGS)
-def test_mass_of_rows(name: str, rank: int, kernels: Kernels) -> None:
+def test_mass_of_rows(name: str, rank: int, scores: TorchScores) -> None:
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
-    factors = random_factors(2, length - context, length, rank, 2.0)
-    rows = calibration_rows(length - context, length, factors.keys.device).rows
+    quantized = random_quantized(2, length - context, length, rank, 2.0)
+    rows = calibration_rows(length - context, length, quantized.keys.device).rows
     positions = rows + context
     weights = torch.rand(2, len(rows), length, generator=torch.Generator().manual_seed(0)).pow(20)
     weights.masked_fill_(torch.arange(length) > positions[:, None], 0)
     weights /= weights.sum(-1, keepdim=True)
-    found = kernels.row_mass(factors, rows, tiling, weights).double()
-    levels = row_bins(factors.rows(rows), positions, tiling)
-    exact = torch.zeros(2, len(rows), 256, dtype=torch.float64).scatter_add_(2, levels.long(), weights.double())
-    # Where the level of a key is rounded otherwise, its mass moves to the next one.
+    found = scores.row_mass(quantized, rows, tiling, weights).double()
+    bins = row_bins(quantized.rows(rows), positions, tiling)
+    exact = torch.zeros(2, len(rows), 256, dtype=torch.float64).scatter_add_(2, bins.long(), weights.double())
+    # Where a key's bin is rounded otherwise, its mass moves to the next one.
     ours, right = found.cumsum(2), exact.cumsum(2)
     assert (ours[..., :-1] <= right[..., 1:] + 1e-3).all() and (ours[..., 1:] >= right[..., :-1] - 1e-3).all()
     torch.testing.assert_close(found.sum(2), torch.ones(2, len(rows), dtype=torch.float64), atol=1e-4, rtol=0)
@@ -118,7 +134,7 @@ def test_threshold() -> None:
 
 
 def test_threshold_of_a_sample() -> None:
-    """The mean less standard errors decides: where rows differ, more levels are needed than the mean alone says."""
+    """The mean less standard errors decides: where rows differ, more bins are needed than the mean alone says."""
     mass = torch.zeros(1, 16, 256)
     mass[0, :, 200] = 0.9
     mass[0, ::2, 200] = 1.0
@@ -132,32 +148,33 @@ def test_threshold_of_a_sample() -> None:
 
 
 @pytest.mark.parametrize("name", TILINGS)
-def test_keys_from_one_level_up(name: str, kernels: Kernels) -> None:
+def test_keys_from_one_bin_up(name: str, scores: TorchScores) -> None:
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
     generator = torch.Generator().manual_seed(length)
-    levels = torch.randint(0, 200, (5, tiling.num_tiles, length), generator=generator).to(torch.uint8)
+    bins = torch.randint(0, 200, (5, tiling.num_tiles, length), generator=generator).to(torch.uint8)
     places = torch.arange(length)
-    levels[1, :, : length // 2] += 50
-    levels[:, places >= (tiling.starts[:-1] // tile * tile)[:, None]] = LOCAL_BIN
-    levels[:, places >= tiling.starts[1:, None]] = 0
+    bins[1, :, : length // 2] += 50
+    bins[:, places >= (tiling.starts[:-1] // tile * tile)[:, None]] = LOCAL_BIN
+    bins[:, places >= tiling.starts[1:, None]] = 0
     # Few keys, half a sequence whole, nothing told apart, none, and nearly all.
     wanted = torch.tensor([195, 199, 0, 255, 2], dtype=torch.int32)
     marks = torch.zeros(5, tiling.num_tiles, tiling.num_key_blocks * page, dtype=torch.bool)
-    marks[..., :length] = levels >= wanted[:, None, None].to(torch.uint8)
-    counts = kernels.page_counts(levels, wanted, page)
+    marks[..., :length] = bins >= wanted[:, None, None].to(torch.uint8)
+    counts = scores.page_counts(bins, wanted, page)
     assert counts.dtype == torch.int32 and torch.equal(counts.long(), marks.unflatten(2, (-1, page)).sum(3))
-    exact = compact_keys(tiling, *keys_above(tiling, levels, wanted), None)
-    if kernels.lists is not None:
-        for found, right in zip(kernels.lists(tiling, levels, wanted), exact, strict=True):
-            assert found.dtype == right.dtype and torch.equal(found, right)
-    blocks, columns, num_columns = exact
+    found = scores.select_bins(tiling, ScoreBins(bins, wanted), EXACT_WIDTH)
+    blocks, keys, crowded = compact_keys(tiling, *keys_above(tiling, bins, wanted), EXACT_WIDTH)
+    assert keys is not None and found.keys is not None and crowded is None and found.crowded is None
+    for ours, right in zip((found.blocks, *found.keys), (blocks, *keys), strict=True):
+        assert ours.dtype == right.dtype and torch.equal(ours, right)
+    columns, num_columns = keys
     before = tiling.distance() > 0
-    for head, level in enumerate(wanted.tolist()):
+    for head, lowest in enumerate(wanted.tolist()):
         by_page = marks[head].unflatten(1, (-1, page))
         whole = (2 * by_page.sum(2) >= page) | tiling.own()
         cost = torch.where(whole, page, by_page.sum(2)).sum()
-        if level == 0 or cost > page * tiling.reachable().sum() / 2:
+        if lowest == 0 or cost > page * tiling.reachable().sum() / 2:
             assert torch.equal(blocks[head], tiling.reachable()) and not num_columns[head].any()
             continue
         assert torch.equal(blocks[head], whole)

@@ -1,4 +1,4 @@
-"""Every estimate against its float64 definition in ``reference.py``.
+"""``TorchScores``: every kind of scores against its float64 definition in ``reference.py``.
 
 Budget: twice the error that the plain evaluation in the same precision makes, plus a floor for float32 sums.
 """
@@ -9,10 +9,16 @@ from itertools import pairwise
 
 import pytest
 import torch
+from score_inputs import scores_of
 
 from minference_vllm import reference
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.selection import probe_queries as estimate
+from minference_vllm.selection.probe_queries import (
+    PROBE_QUERIES,
+    beyond_diagonals,
+    column_diagonal_scores,
+    probe_groups,
+)
 
 SIZES = {
     # name: (chunk, context, heads, KV heads, head size)
@@ -44,7 +50,7 @@ def inputs(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, i
 
 
 def wanted_heads(heads: int) -> list[int]:
-    """Some of the heads and not in order: a layer asks for those whose pattern needs the estimate."""
+    """Some of the heads and not in order: a layer asks for those whose pattern needs the scores."""
     return [heads - 1, *range(0, heads - 1, 2)]
 
 
@@ -59,14 +65,14 @@ def assert_within(found: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor,
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SIZES)
-def test_last_query_scores(name: str, dtype: torch.dtype) -> None:
+def test_column_diagonal_scores(name: str, dtype: torch.dtype) -> None:
     query, keys, _, scale = inputs(name, dtype)
     heads = wanted_heads(query.shape[1])
-    columns, diagonals = estimate.column_diagonal_scores(query, keys, heads, scale)
-    groups = estimate.probe_groups(len(query))
+    columns, diagonals = scores_of(query, keys, scale).column_diagonal_scores(heads)
+    groups = probe_groups(len(query))
     exact = reference.column_diagonal_scores(query, keys, scale, groups)
     # The same in low precision: scores are rounded once, to the inputs' type.
-    length, rows = keys.shape[1], min(estimate.PROBE_QUERIES, len(query))
+    length, rows = keys.shape[1], min(PROBE_QUERIES, len(query))
     context = length - len(query)
     scores = (query.transpose(0, 1) @ reference.repeat_heads(keys, query.shape[1]).transpose(1, 2)).float()
     weights = (scores * scale).masked_fill(~reference.causal_mask(context, length), -torch.inf).softmax(-1)
@@ -88,8 +94,8 @@ def test_last_query_scores(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", SIZES)
 def test_every_query_spends_its_whole_mass(name: str) -> None:
     query, keys, _, scale = inputs(name, torch.bfloat16)
-    rows = min(estimate.PROBE_QUERIES, query.shape[0])
-    columns, diagonals = estimate.column_diagonal_scores(query, keys, range(query.shape[1]), scale)
+    rows = min(PROBE_QUERIES, query.shape[0])
+    columns, diagonals = column_diagonal_scores(query, keys, range(query.shape[1]), scale)
     torch.testing.assert_close(columns.sum(-1), torch.full((query.shape[1],), float(rows)), rtol=1e-4, atol=0)
     assert (diagonals >= 0).all() and (diagonals.sum(-1) <= rows * 1.0001).all()
 
@@ -98,14 +104,14 @@ def test_every_query_spends_its_whole_mass(name: str) -> None:
 def test_columns_beyond_diagonals(name: str) -> None:
     query, keys, _, scale = inputs(name, torch.float32)
     heads, context = range(query.shape[1]), keys.shape[1] - len(query)
-    columns, diagonals = estimate.column_diagonal_scores(query, keys, heads, scale)
-    groups = estimate.probe_groups(len(query))
+    columns, diagonals = column_diagonal_scores(query, keys, heads, scale)
+    groups = probe_groups(len(query))
     before = columns.clone()
-    found = estimate.beyond_diagonals(columns, diagonals, groups, context)
+    found = beyond_diagonals(columns, diagonals, groups, context)
     assert torch.equal(columns, before)
     exact = reference.beyond_diagonals(columns, diagonals, groups, context)
     torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=0)
-    ours, same = estimate.Estimates(query, keys, scale).column_diagonal(heads)
+    ours, same = scores_of(query, keys, scale).column_diagonal(heads)
     if len(groups) == 1:
         assert torch.equal(ours, columns) and not same.any()
     else:
@@ -113,14 +119,14 @@ def test_columns_beyond_diagonals(name: str) -> None:
 
 
 def test_a_diagonal_makes_no_columns_and_a_column_stays_one() -> None:
-    groups, context, length = estimate.probe_groups(1024), 1024, 2048
+    groups, context, length = probe_groups(1024), 1024, 2048
     columns, diagonals = torch.zeros(1, length), torch.zeros(1, length)
     rows = [row for begin, end in groups for row in range(begin, end)]
     diagonals[0, 700] = 0.75 * len(rows)
     for row in rows:
         columns[0, context + row - 700] += 0.75
     columns[0, 30] = 0.25 * len(rows)
-    rest = estimate.beyond_diagonals(columns, diagonals, groups, context)
+    rest = beyond_diagonals(columns, diagonals, groups, context)
     assert float(rest[0, 30]) == pytest.approx(16.0) and float(rest.sum()) == pytest.approx(16.0, abs=1e-3)
 
 
@@ -136,7 +142,7 @@ def test_a_strong_column_leaves_no_trace_in_the_diagonals() -> None:
         keys[0, place, 1 + row % 60] = 10.0
     keys[0, column] = 0
     keys[0, column, 0] = 10.0
-    columns, diagonals = estimate.column_diagonal_scores(query, keys, [0], 0.1)
+    columns, diagonals = column_diagonal_scores(query, keys, [0], 0.1)
     assert int(columns[0].argmax()) == column
     assert int(diagonals[0].argmax()) == offset
     traces = [length - 64 + row - column for row in range(64)]
@@ -150,7 +156,7 @@ def test_pooled_scores(name: str, dtype: torch.dtype, block_size: int, tile: int
     query, keys, context, scale = inputs(name, dtype)
     heads = wanted_heads(query.shape[1])
     tiling = Tiling.of(context, keys.shape[1], block_size, tile)
-    found = estimate.pooled_scores(query, estimate.mean_keys(keys, block_size), heads, tiling, scale)
+    found = scores_of(query, keys, scale, block_size).pooled(heads, tiling)
     exact = reference.pooled_scores(query, keys, tiling, scale)[heads]
     # Means are taken in float32 whatever the inputs are, so the plain evaluation is the float32 one.
     starts = (tiling.starts - context).tolist()
@@ -169,7 +175,7 @@ def test_peak_scores(name: str, dtype: torch.dtype, block_size: int, tile: int) 
     query, keys, context, scale = inputs(name, dtype)
     heads = wanted_heads(query.shape[1])
     tiling = Tiling.of(context, keys.shape[1], block_size, tile)
-    found = estimate.peak_scores(query, estimate.mean_keys(keys, block_size), heads, tiling, scale)
+    found = scores_of(query, keys, scale, block_size).peaks(heads, tiling)
     exact = reference.peak_scores(query, keys, tiling, scale)[heads]
     # The same in low precision: means and logits are rounded once each, to the inputs' type.
     means = torch.stack([block.mean(1) for block in keys.float().split(block_size, 1)], 1).to(dtype)
@@ -190,7 +196,7 @@ def test_antidiagonal_scores(name: str, dtype: torch.dtype, block_size: int, til
     query, keys, context, scale = inputs(name, dtype)
     heads = wanted_heads(query.shape[1])
     tiling = Tiling.of(context, keys.shape[1], block_size, tile)
-    found = estimate.antidiagonal_scores(query, keys, heads, tiling, stride, scale)
+    found = scores_of(query, keys, scale, block_size).antidiagonal(heads, tiling, stride)
     exact = reference.antidiagonal_scores(query, keys, tiling, stride, scale)[heads]
     # Every logit is rounded once, to the inputs' type: by so much may a weight be wrong, relatively. (Masses add up to
     # 1, so an error is at most as large as that.)
@@ -212,7 +218,7 @@ def test_antidiagonals_cross_every_column_and_the_diagonals_of_odd_distance(stri
     keys[0, places, places] = query[:, 0, 130] = 30.0
     for head, distance in ((1, 201), (2, 200)):
         query[places[distance:], head, places[:-distance]] = 30.0
-    found = estimate.antidiagonal_scores(query, keys, [0, 1, 2], tiling, stride, 1.0)
+    found = scores_of(query, keys, block_size=block).antidiagonal([0, 1, 2], tiling, stride)
     for number in range(4, 8):
         uniform = 1 / (number + 1)
         assert float(found[0, number, 2]) > 2 * uniform
@@ -226,15 +232,18 @@ def test_antidiagonals_cross_every_column_and_the_diagonals_of_odd_distance(stri
 def test_a_stride_that_does_not_divide_the_page_is_refused(stride: int) -> None:
     query, keys, context, scale = inputs("regular", torch.float32)
     with pytest.raises(ValueError, match=f"antidiagonal stride must divide the page size 32, not {stride}"):
-        estimate.antidiagonal_scores(query, keys, [0], Tiling.of(context, keys.shape[1], 32, 64), stride, scale)
+        scores_of(query, keys, scale).antidiagonal([0], Tiling.of(context, keys.shape[1], 32, 64), stride)
 
 
 def test_inputs_are_left_as_they_are() -> None:
     query, keys, context, scale = inputs("odd_length", torch.float32)
-    before = query.clone(), keys.clone()
-    estimate.column_diagonal_scores(query, keys, [0, 1], scale)
-    means, tiling = estimate.mean_keys(keys, 32), Tiling.of(context, keys.shape[1], 32, 64)
-    estimate.pooled_scores(query, means, [0, 1], tiling, scale)
-    estimate.peak_scores(query, means, [0, 1], tiling, scale)
-    estimate.antidiagonal_scores(query, keys, [0, 1], tiling, 16, scale)
-    assert torch.equal(query, before[0]) and torch.equal(keys, before[1])
+    scores, tiling = scores_of(query, keys, scale), Tiling.of(context, keys.shape[1], 32, 64)
+    given = scores.query, scores.inputs.cache.key, scores.keys, scores.mean_keys
+    before = [part.clone() for part in given]
+    scores.column_diagonal([0, 1])
+    scores.pooled([0, 1], tiling)
+    scores.peaks([0, 1], tiling)
+    scores.antidiagonal([0, 1], tiling, 16)
+    scores.low_rank([0, 1], tiling, 16, 0.9)
+    assert all(torch.equal(now, then) for now, then in zip(given, before, strict=True))
+    assert torch.equal(scores.query, query) and torch.equal(scores.keys, keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -100,6 +101,8 @@ def test_the_sanitizer_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyP
     for item, tool in zip(gpu_check.sanitizer(), ("memcheck", "racecheck"), strict=True):
         assert isinstance(item, Command) and item.words[:3] == ["/cuda/bin/compute-sanitizer", "--tool", tool]
         assert option(item, "--error-exitcode")[0] != "0"
+        files = [gpu_check.ROOT / word for word in item.words if word.startswith("tests/")]
+        assert files and all(file.is_file() for file in files)
 
 
 def test_what_needs_vllm_or_matplotlib_or_rows_is_skipped_without(
@@ -127,17 +130,12 @@ def test_commands_end_with_a_verdict() -> None:
 
 def test_what_runs_out_of_time_is_stopped_with_its_children(tmp_path: Path) -> None:
     written = tmp_path / "child"
-    code = f"""
-import pathlib, subprocess, time
-child = subprocess.Popen(["sleep", "60"])
-pathlib.Path({str(written)!r}).write_text(str(child.pid))
-time.sleep(60)
-"""
+    script = f"sleep 60 & echo $! > {shlex.quote(str(written))}; wait"
     began = time.monotonic()
-    assert gpu_check.run(python(code), 3.0) == "stopped"
+    assert gpu_check.run(Command("a script", ["sh", "-c", script]), 1.0) == "stopped"
     assert time.monotonic() - began < 30
     # Nobody but init waits for the child, so it may stay as a zombie.
-    status = Path(f"/proc/{written.read_text()}/stat")
+    status = Path(f"/proc/{written.read_text().strip()}/stat")
     for _ in range(50):
         if not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z":
             return

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-TOOL = Path(__file__).parent.parent / "tools" / "kernel_account.py"
+TOOL = Path(__file__).parents[2] / "tools" / "kernel_account.py"
 
 
 def test_default_variants_keep_their_registers_and_tensor_cores() -> None:

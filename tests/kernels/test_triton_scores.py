@@ -1,4 +1,4 @@
-"""The Triton estimates in the interpreter, and ``sparse_prefill`` through them, against float64 and the torch path.
+"""``TritonScores`` in the interpreter, and ``sparse_prefill`` through them, against float64 and the torch path.
 
 As in ``test_triton_kernels.py`` this file is both the test and, run as a script, the process with the interpreter.
 """
@@ -6,9 +6,15 @@ As in ``test_triton_kernels.py`` this file is both the test and, run as a script
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    import torch
+
+    from minference_vllm.selection.torch_scores import TorchScores
+    from minference_vllm.triton_kernels.scores import TritonScores
 
 pytest.importorskip("triton")
 
@@ -71,7 +77,7 @@ INDEX_CASES = [(0, 517, 16), (301, 700, 32), (200, 500, 128)]
 
 @pytest.mark.parametrize("score", ["columns", "diagonals", "means"])
 @pytest.mark.parametrize("name", list(CASES))
-def test_estimates_match_the_reference(interpreted: dict[str, Any], name: str, score: str) -> None:
+def test_scores_match_the_reference(interpreted: dict[str, Any], name: str, score: str) -> None:
     error, eager_error, largest = interpreted[name][score]
     # Floors for sums of 64 probabilities in float32; diagonals count their smallest group four times.
     assert error <= 2 * eager_error + 64e-6, (error, eager_error)
@@ -95,6 +101,31 @@ def test_the_index_is_the_torch_paths(interpreted: dict[str, Any], case: tuple[i
     assert found["error"] < 1e-5
 
 
+def scores_in_both(
+    query: torch.Tensor, rows: torch.Tensor, block_size: int, fp8: bool
+) -> tuple[TritonScores, TorchScores, torch.Tensor]:
+    """Scores by the kernels and by torch, and the keys that both see, float32 ``[HK, S, D]``.
+
+    Args:
+        rows: ``[S, HK, D]``, keys and values alike.
+        fp8: whether they are stored so, with a scale.
+    """
+    import torch
+    from triton_inputs import shuffled
+
+    from minference_vllm.core.inputs import Inputs
+    from minference_vllm.selection.torch_scores import TorchScores
+    from minference_vllm.triton_kernels.scores import TritonScores
+
+    scale = query.shape[2] ** -0.5
+    stored = rows.to(torch.float8_e4m3fn if fp8 else query.dtype)
+    key_scale = 0.75 if fp8 else 1.0
+    keys = (stored.float() * key_scale).transpose(0, 1)
+    ours = TritonScores(shuffled(query, stored, stored, block_size, scale, key_scale))
+    plain = keys.to(query.dtype)
+    return ours, TorchScores(Inputs.of_rows(query, plain, plain, scale, block_size)), keys
+
+
 def run_case(
     seq_len: int,
     context_len: int,
@@ -106,44 +137,23 @@ def run_case(
     fp8: bool = False,
 ) -> dict[str, tuple[float, float, float]]:
     import torch
-    from triton_inputs import paged
 
     from minference_vllm import reference
-    from minference_vllm.core.paged_cache import PagedCache
-    from minference_vllm.selection import probe_queries as estimate
-    from minference_vllm.triton_kernels import column_diagonal as kernels
+    from minference_vllm.selection.probe_queries import probe_groups
 
     torch.manual_seed(0)
-    kind = getattr(torch, dtype)
-    blocks = -(-seq_len // block_size)
-    pages = torch.randperm(blocks + 2)[:blocks]
-    query = (torch.randn(seq_len - context_len, heads, head_size) * 2).to(kind)
-    rows = torch.randn(seq_len, kv_heads, head_size).to(torch.float8_e4m3fn if fp8 else kind)
-    key_scale = 0.75 if fp8 else 1.0
-    memory = paged(rows, pages, block_size)
-    cache = PagedCache(memory, memory, "rows", key_scale)
-    keys = (rows.float() * key_scale).transpose(0, 1)
-    scale = head_size**-0.5
+    query = (torch.randn(seq_len - context_len, heads, head_size) * 2).to(getattr(torch, dtype))
+    rows = torch.randn(seq_len, kv_heads, head_size)
+    ours, eager, keys = scores_in_both(query, rows, block_size, fp8)
     wanted = [heads - 1, *range(0, heads - 1, 2)]
-    found = (
-        *kernels.column_diagonal_scores(query, cache, pages, seq_len, wanted, scale),
-        kernels.mean_keys(cache, pages, seq_len, 0, kv_heads),
-    )
-    means = torch.stack([block.mean(1) for block in keys.double().split(block_size, dim=1)], dim=1)
-    exact = (
-        *reference.column_diagonal_scores(query, keys, scale, estimate.probe_groups(len(query))),
-        means,
-    )
-    eager = (
-        *estimate.column_diagonal_scores(query, keys.to(kind), wanted, scale),
-        estimate.mean_keys(keys, block_size),
-    )
+    both = [(*scores.column_diagonal_scores(wanted), scores.mean_keys) for scores in (ours, eager)]
+    exact = reference.column_diagonal_scores(query, keys, ours.scale, probe_groups(len(query)))
+    exact = *(part[wanted] for part in exact), reference.page_means(keys, block_size)
     errors = {}
-    for name, ours, right, plain in zip(("columns", "diagonals", "means"), found, exact, eager, strict=True):
-        right = right if name == "means" else right[wanted]
-        assert ours.shape == right.shape and torch.isfinite(ours).all()
-        differences = [float((scores.double() - right).abs().max()) for scores in (ours, plain)]
-        errors[name] = (differences[0], differences[1], float(ours.max()))
+    for name, found, plain, right in zip(("columns", "diagonals", "means"), *both, exact, strict=True):
+        assert found.shape == right.shape and torch.isfinite(found).all()
+        differences = [float((scores.double() - right).abs().max()) for scores in (found, plain)]
+        errors[name] = (differences[0], differences[1], float(found.max()))
     return errors
 
 
@@ -160,35 +170,24 @@ def run_antidiagonal_case(
     fp8: bool = False,
 ) -> tuple[float, float, float, float]:
     import torch
-    from triton_inputs import paged
 
     from minference_vllm import reference
-    from minference_vllm.core.paged_cache import PagedCache
     from minference_vllm.core.tiling import Tiling
-    from minference_vllm.selection import probe_queries as estimate
     from minference_vllm.triton_kernels import antidiagonal as kernels
 
     # So that short sequences have several, too.
     kernels.SQUARES_PER_PART = kernels.BLOCK_C
     torch.manual_seed(0)
-    kind = getattr(torch, dtype)
-    blocks = -(-seq_len // block_size)
-    pages = torch.randperm(blocks + 2)[:blocks]
     # Means over antidiagonals are small unless neighbours are alike.
-    query = (torch.randn(seq_len - context_len, heads, head_size) + 3 * torch.randn(heads, head_size)).to(kind)
-    rows = torch.randn(seq_len, kv_heads, head_size).to(torch.float8_e4m3fn if fp8 else kind)
-    key_scale = 0.75 if fp8 else 1.0
-    memory = paged(rows, pages, block_size)
-    cache = PagedCache(memory, memory, "rows", key_scale)
-    keys = (rows.float() * key_scale).transpose(0, 1)
-    scale = head_size**-0.5
+    query = torch.randn(seq_len - context_len, heads, head_size) + 3 * torch.randn(heads, head_size)
+    query, rows = query.to(getattr(torch, dtype)), torch.randn(seq_len, kv_heads, head_size)
+    ours, eager, keys = scores_in_both(query, rows, block_size, fp8)
     wanted = [heads - 1, *range(0, heads - 1, 2)]
     tiling = Tiling.of(context_len, seq_len, block_size, tile)
-    found = kernels.antidiagonal_scores(query, cache, pages, wanted, tiling, stride, scale)
-    exact = reference.antidiagonal_scores(query, keys, tiling, stride, scale)[wanted]
-    eager = estimate.antidiagonal_scores(query, keys.to(kind), wanted, tiling, stride, scale)
+    found, plain = (scores.antidiagonal(wanted, tiling, stride) for scores in (ours, eager))
+    exact = reference.antidiagonal_scores(query, keys, tiling, stride, ours.scale)[wanted]
     assert found.shape == exact.shape and torch.isfinite(found).all()
-    errors = [float((scores.double() - exact).abs().max()) for scores in (found, eager)]
+    errors = [float((scores.double() - exact).abs().max()) for scores in (found, plain)]
     out_of_reach = float(found.masked_fill(tiling.reachable(), 0.0).abs().max())
     return errors[0], errors[1], out_of_reach, float((found.sum(-1) - 1).abs().max())
 
@@ -197,19 +196,17 @@ def run_index_case(context_len: int, seq_len: int, block_size: int) -> dict[str,
     """``sparse_prefill`` through every kernel, and the index that torch alone builds for it."""
     from triton_inputs import prefill
 
-    from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash, reference
+    from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash
     from minference_vllm.core.tiling import Tiling
     from minference_vllm.patterns.kinds import Antidiagonal, Coverage, PeakThreshold
     from minference_vllm.selection.build import build_index
-    from minference_vllm.selection.probe_queries import Estimates
+    from minference_vllm.selection.torch_scores import TorchScores
 
     patterns = [VerticalSlash(vertical=40, slash=32), BlockSparse(top_k=1), AShape(sink=16, local=32), Dense()]
     patterns += [Coverage(gamma=0.5, min_budget=64), PeakThreshold(alpha=0.5, sink=16, window=32)]
     patterns += [Antidiagonal(stride=8, tau=0.5), Antidiagonal(stride=16, tau=0.5)]
-    query, keys, values, out, index = prefill(context_len, seq_len, block_size, patterns, sharpness=2)
-    scale = query.shape[2] ** -0.5
-    by_torch = build_index(Tiling.of(context_len, seq_len, block_size, 128), patterns, Estimates(query, keys, scale))
-    expected = reference.masked_attention(query, keys, values, by_torch.to_mask(), scale)
+    inputs, out, index, expected = prefill(context_len, seq_len, block_size, patterns, sharpness=2)
+    by_torch = build_index(Tiling.of(context_len, seq_len, block_size, 128), patterns, TorchScores(inputs))
     return {
         "different": (index.to_mask() != by_torch.to_mask()).sum((1, 2)).tolist(),
         "density": float(index.density()[0]),

@@ -1,0 +1,23 @@
+"""``TorchScores`` of queries and keys that are given as rows."""
+
+from __future__ import annotations
+
+import torch
+
+from minference_vllm.core.inputs import Inputs
+from minference_vllm.selection.torch_scores import TorchScores
+
+
+def scores_of(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float = 1.0,
+    block_size: int = 32,
+    kind: type[TorchScores] = TorchScores,
+) -> TorchScores:
+    """Of queries ``[chunk, H, D]``, the last of a sequence with keys ``[HK, S, D]``; values are not read.
+
+    Args:
+        kind: the class, or a subclass that stands in for a part of it.
+    """
+    return kind(Inputs.of_rows(query, keys, keys, scale, block_size))
