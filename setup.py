@@ -1,9 +1,9 @@
 """Packaging of minference-vllm; the metadata lives in pyproject.toml. This file names the packages and builds ``csrc``.
 
 ``csrc/cpu`` is a plain shared library without Python or torch headers, loaded with ctypes, and built once for each
-family of x86 processors; ``kernels/native/library.py`` takes the one that fits the machine. Both are optional: where one
-does not compile (no compiler, an old one, another architecture) pip prints a warning, and the package works with the
-other, or through vLLM's own kernels.
+family of x86 processors; ``kernels/native/library.py`` takes the one that fits the machine. Both are optional: where
+one does not compile (no compiler, an old one, another architecture) pip prints a warning, and the package works with
+the other, or through vLLM's own kernels.
 """
 
 from copy import copy

@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_imports_go_down(name: str, path: Path) -> None:
 def test_every_arrow_of_the_picture_is_used() -> None:
     (chain,) = (line for line in chains() if len(line) > 1)
     used = {(part_of(name), part) for name, path in modules() for part in ours(path)}
-    for upper, lower in zip(chain, chain[1:], strict=False):
+    for upper, lower in pairwise(chain):
         assert (upper, lower) in used, f"nothing in {upper} imports {lower}"
     assert {part for part in below() if (part, "core") in used} >= {"selection", "kernels", "prefill", "backend"}
 

@@ -59,12 +59,14 @@ class TorchScores:
     @functools.cached_property
     def mean_keys(self) -> torch.Tensor:
         """float32 ``[HK, N, D]``: mean key of every page; of the last, over the sequence's tokens only."""
-        return self._page_means.of(self.inputs.cache, self.inputs.pages, self.inputs.chunk.seq_len)
+        means = self._page_means.of(self.inputs.cache, self.inputs.pages, self.inputs.chunk.seq_len)
+        return means if self.inputs.cache.key_scale == 1.0 else means * self.inputs.cache.key_scale
 
     @functools.cached_property
     def mean_values(self) -> torch.Tensor:
         """The same of the values."""
-        return self._page_means.values_of(self.inputs.cache, self.inputs.pages, self.inputs.chunk.seq_len)
+        means = self._page_means.values_of(self.inputs.cache, self.inputs.pages, self.inputs.chunk.seq_len)
+        return means if self.inputs.cache.value_scale == 1.0 else means * self.inputs.cache.value_scale
 
     @functools.cached_property
     def _page_means(self) -> PageMeans:

@@ -1,4 +1,4 @@
-"""One layer on a GPU: what the CPU's tests of ``sparse_prefill`` (run with the GPU's engines, too) do not reach."""
+"""One layer on a GPU: what the CPU's tests of ``sparse_prefill`` (run with the GPU's kernels, too) do not reach."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from score_inputs import scores_of
 
 from minference_vllm import reference
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.choose import choose
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
@@ -26,7 +29,6 @@ from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.prefill.recall import RecallCheck
 from minference_vllm.selection.antidiagonal import antidiagonal_scores
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.probe_queries import Estimates
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,7 +46,7 @@ LOOKING_UP: list[HeadPattern] = [LowRank(), Dense(), LowRank(), LowRank(), *[Low
 
 
 @pytest.fixture(params=["triton", "block_table"])
-def engine(request: pytest.FixtureRequest) -> str:
+def kernel(request: pytest.FixtureRequest) -> str:
     if request.param == "block_table":
         pytest.importorskip("vllm.vllm_flash_attn")
     return str(request.param)
@@ -54,6 +56,22 @@ def engine(request: pytest.FixtureRequest) -> str:
 def on_the_gpu() -> Iterator[None]:
     with torch.device("cuda"):
         yield
+
+
+def attend(
+    query: torch.Tensor,
+    cache: PagedCache,
+    pages: torch.Tensor,
+    chunk: Chunk,
+    patterns: Sequence[HeadPattern],
+    out: torch.Tensor,
+    name: str = "triton",
+    check: RecallCheck | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> SparseIndex:
+    inputs = Inputs.of(query, cache, pages, chunk, SCALE, softcap, sinks)
+    return attend_chunk(inputs, patterns, choose(name, out.dtype, cache), out, check=check)
 
 
 def layer(
@@ -104,16 +122,16 @@ def sampled_error(
 
 
 @pytest.mark.parametrize("patterns", [MIXED, LOOKING_UP], ids=["fixed", "low_rank"])
-def test_nothing_waits_for_the_gpu(engine: str, patterns: list[HeadPattern]) -> None:
+def test_nothing_waits_for_the_gpu(kernel: str, patterns: list[HeadPattern]) -> None:
     """Every call after the first, which compiles and copies the few constants."""
     query, cache, pages, chunk = layer(32768, 2048)
     out = torch.empty_like(query)
     first, second = (RecallCheck(torch.tensor([0, 700, 2047], device="cpu")) for _ in range(2))
-    attend_chunk(query, cache, pages, chunk, patterns, SCALE, out, engine, audit=first)
+    attend(query, cache, pages, chunk, patterns, out, kernel, check=first)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        index = attend_chunk(query, cache, pages, Chunk(0, 0, 28672, 30720), patterns, SCALE, out, engine, audit=second)
+        index = attend(query, cache, pages, Chunk(0, 0, 28672, 30720), patterns, out, kernel, check=second)
         computed = index.computed_pairs().sum()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
@@ -130,8 +148,8 @@ def test_the_index_is_the_torch_paths() -> None:
     memory[pages] = keys.view(2, 64, 128, DIM).transpose(0, 1)
     cache = PagedCache(memory, memory, "rows")
     out = torch.empty_like(query)
-    index = attend_chunk(query, cache, pages, Chunk(0, 0, 6144, 8192), MIXED, SCALE, out, "triton")
-    by_torch = build_index(Tiling.of(6144, 8192, 128, 128, device="cuda"), MIXED, Estimates(query, keys, SCALE))
+    index = attend(query, cache, pages, Chunk(0, 0, 6144, 8192), MIXED, out)
+    by_torch = build_index(Tiling.of(6144, 8192, 128, 128, device="cuda"), MIXED, scores_of(query, keys, SCALE, 128))
     different = (index.to_mask() != by_torch.to_mask()).float().mean()
     assert float(different) < 1e-4
     expected = reference.masked_attention(query, keys, keys, index.to_mask(), SCALE)
@@ -140,18 +158,18 @@ def test_the_index_is_the_torch_paths() -> None:
 
 @pytest.mark.parametrize("rank", [16, 48, 128])
 @pytest.mark.parametrize("tile", [64, 128, 384])
-def test_levels_are_the_torch_paths(tile: int, rank: int) -> None:
-    """But for sums in another order, which may round a level the other way."""
-    from low_rank_inputs import as_factors
+def test_bins_are_the_torch_paths(tile: int, rank: int) -> None:
+    """But for sums in another order, which may round a bin the other way."""
+    from low_rank_inputs import as_quantized
 
-    from minference_vllm.selection import score_bins as levels
+    from minference_vllm.selection import score_bins
     from minference_vllm.triton_kernels import low_rank as kernels
 
     torch.manual_seed(0)
     tiling = Tiling.of(17010, 20011, 64, tile, device="cuda")
     query, keys = torch.randn(3, 3001, rank) * 4 * rank**-0.5, torch.randn(3, 20011, rank)
-    chosen = as_factors(query, keys), tiling, torch.zeros(3, dtype=torch.int32)
-    found, right = kernels.tile_bins(*chosen), levels.tile_bins(*chosen)
+    chosen = as_quantized(query, keys), tiling, torch.zeros(3, dtype=torch.int32)
+    found, right = kernels.tile_bins(*chosen), score_bins.tile_bins(*chosen)
     difference = (found.int() - right.int()).abs()
     assert int(difference.max()) <= 1 and float((difference > 0).float().mean()) < 0.01
 
@@ -178,7 +196,7 @@ def test_antidiagonal_at_a_million_tokens() -> None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    attend_chunk(query, cache, pages, chunk, [Antidiagonal()] * 32, SCALE, out, "triton")
+    attend(query, cache, pages, chunk, [Antidiagonal()] * 32, out)
     torch.cuda.synchronize()
     assert torch.cuda.max_memory_allocated() - before <= 320 << 20
     assert bool(torch.isfinite(out).all())
@@ -186,30 +204,30 @@ def test_antidiagonal_at_a_million_tokens() -> None:
 
 @pytest.mark.parametrize("group", [1, 4, 7])
 @pytest.mark.parametrize("page", [16, 128])
-def test_heads_that_share_lists(engine: str, page: int, group: int) -> None:
+def test_heads_that_share_lists(kernel: str, page: int, group: int) -> None:
     query, cache, pages, chunk = layer(10000, 3001, heads=2 * group, kv_heads=2, page=page)
     patterns = [AShape(sink=256, local=512)] * group + [TriShape(sink=256, local=512, last=100)] * group
     out = torch.full_like(query, torch.nan)
-    index = attend_chunk(query, cache, pages, chunk, patterns, SCALE, out, engine)
+    index = attend(query, cache, pages, chunk, patterns, out, kernel)
     assert (index.num_lists, index.heads_per_list) == (2, group)
     assert sampled_error(query, cache, pages, index, out, [0, 1, 1500, 2899, 3000]) < 0.02
 
 
 @pytest.mark.parametrize("page", [16, 64, 128])
-def test_a_million_tokens(engine: str, page: int) -> None:
+def test_a_million_tokens(kernel: str, page: int) -> None:
     """The last 8K of 1M tokens, 32 heads over 8; the index stays within the stated memory."""
     query, cache, pages, chunk = layer(1 << 20, 8192, heads=32, kv_heads=8, page=page)
     patterns = [VerticalSlash(vertical=1000, slash=6096)] * 24 + [BlockSparse(top_k=100)] * 7 + [AShape()]
     out = torch.full_like(query, torch.nan)
-    attend_chunk(query, cache, pages, chunk, patterns, SCALE, out, engine)
+    attend(query, cache, pages, chunk, patterns, out, kernel)
     out.fill_(torch.nan)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    index = attend_chunk(query, cache, pages, chunk, patterns, SCALE, out, engine)
+    index = attend(query, cache, pages, chunk, patterns, out, kernel)
     torch.cuda.synchronize()
-    # The block-table engine holds head-major queries, outputs and gathered columns beside the index.
-    allowed = (320 if engine == "triton" else 1024) << 20
+    # The kernel `block_table` holds head-major queries, outputs and gathered columns beside the index.
+    allowed = (320 if kernel == "triton" else 1024) << 20
     assert torch.cuda.max_memory_allocated() - before <= allowed
     assert bool(torch.isfinite(out).all())
     assert sampled_error(query, cache, pages, index, out, [0, 4095, 8191]) < 0.02
@@ -218,7 +236,7 @@ def test_a_million_tokens(engine: str, page: int) -> None:
 def test_dense_heads_agree_with_scaled_dot_product_attention() -> None:
     query, cache, pages, chunk = layer(16384, 16384)
     out = torch.full_like(query, torch.nan)
-    attend_chunk(query, cache, pages, chunk, [Dense()] * 8, SCALE, out, "triton")
+    attend(query, cache, pages, chunk, [Dense()] * 8, out)
     keys = cache.keys_by_head(pages)
     values = PagedCache(cache.value, cache.value, "rows").keys_by_head(pages)
     repeated = (reference.repeat_heads(rows, 8)[None] for rows in (keys, values))
@@ -234,7 +252,7 @@ def test_fp8_caches(fp8_query: bool) -> None:
     cache = PagedCache(cache.key, cache.value, "rows", key_scale=0.75, value_scale=2.0)
     out = torch.full_like(query, torch.nan)
     given = query.to(torch.float8_e4m3fn) if fp8_query else query
-    index = attend_chunk(given, cache, pages, chunk, MIXED, SCALE, out, "triton")
+    index = attend(given, cache, pages, chunk, MIXED, out)
     wide = PagedCache(cache.key.bfloat16(), cache.value.bfloat16(), "rows", 0.75, 2.0)
     assert sampled_error(given.to(query.dtype), wide, pages, index, out, [0, 1000, 2047]) < 0.05
 
@@ -245,17 +263,8 @@ def test_soft_caps_and_sinks(extras: dict[str, float]) -> None:
     sinks = torch.randn(4) if extras.get("sinks") else None
     softcap = extras.get("softcap", 0.0)
     out = torch.full_like(query, torch.nan)
-    index = attend_chunk(
-        query,
-        cache,
-        pages,
-        chunk,
-        [VerticalSlash(vertical=100, slash=256)] * 4,
-        SCALE,
-        out,
-        softcap=softcap,
-        sinks=sinks,
-    )
+    patterns = [VerticalSlash(vertical=100, slash=256)] * 4
+    index = attend(query, cache, pages, chunk, patterns, out, softcap=softcap, sinks=sinks)
     keys, values = (cache.keys_by_head(pages), PagedCache(cache.value, cache.value, "rows").keys_by_head(pages))
     logits = query.double().transpose(0, 1) @ keys.double().transpose(1, 2) * SCALE
     logits = (softcap * torch.tanh(logits / softcap) if softcap else logits).masked_fill(~index.to_mask(), -torch.inf)

@@ -39,9 +39,6 @@ def as_quantized(query: torch.Tensor, keys: torch.Tensor) -> QuantizedQK:
     return QuantizedQK(low_query, quantize_keys(keys, projection), dequant_scale)
 
 
-as_factors = as_quantized
-
-
 def lookups(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Every row looks at one key of its own, anywhere before it; queries ``[CHUNK, 1, DIM]``, keys ``[1, S, DIM]``."""
     generator = torch.Generator().manual_seed(seed)

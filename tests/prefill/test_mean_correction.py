@@ -7,19 +7,21 @@ Budget: see ``test_sparse_prefill``; means and merging are float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from minference_vllm import reference
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.page_means import PageMeans
 from minference_vllm.core.paged_cache import Layout, PagedCache
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.choose import choose
-from minference_vllm.kernels.native import attention as native
+from minference_vllm.kernels.native import library as native
 from minference_vllm.patterns.kinds import (
     AShape,
     Dense,
@@ -37,7 +39,8 @@ from minference_vllm.prefill.recall import RecallCheck
 from minference_vllm.prefill.timing import Timing
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.compaction import Capacity
-from minference_vllm.selection.probe_queries import Estimates, mean_keys
+from minference_vllm.selection.families import mean_corrected_heads
+from minference_vllm.selection.torch_scores import TorchScores
 
 needs_native = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
@@ -71,10 +74,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiling_of(index: SparseIndex) -> Tiling:
-    return Tiling.of(index.tiling.context_len, index.tiling.seq_len, index.tiling.block_size, index.tiling.tile)
-
-
 def definition(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -84,14 +83,19 @@ def definition(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 ``[chunk, H, D]``, and bool ``[H]``: whether anything was left out."""
-    mask, heads = index.to_mask(), mean_correction.heads_with(patterns)
-    extended = reference.with_mean_pages(keys, values, mask, tiling_of(index), heads)
+    mask, heads = index.to_mask(), mean_corrected_heads(patterns)
+    extended = reference.with_mean_pages(keys, values, mask, index.tiling, heads)
     exact = reference.masked_attention(query, *extended, scale)
     return exact, extended[2][..., keys.shape[1] :].flatten(1).any(1)
 
 
+def paged(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> TorchScores:
+    """Scores over pages of 32 tokens."""
+    return TorchScores(Inputs.of_rows(query, keys, values, scale, 32))
+
+
 def assert_close(found: torch.Tensor, exact: torch.Tensor) -> None:
-    """Outputs that were rounded to bf16 twice: by the engine, and when the correction was added; weights once."""
+    """Outputs that were rounded to bf16 twice: by the kernel, and when the correction was added; weights once."""
     assert torch.isfinite(found).all()
     error, largest = float((found.double() - exact).abs().max()), float(exact.abs().max())
     assert error <= 3 * torch.finfo(found.dtype).eps * largest, error
@@ -155,7 +159,7 @@ def test_what_lies_behind_the_last_token_makes_no_difference(
 @needs_native
 @pytest.mark.parametrize("layout", ["transposed", "amx"])
 def test_caches_of_other_layouts(layout: Layout, paged_batch: Callable[..., Any]) -> None:
-    """``auto`` takes the one CPU engine that can, whatever the layout is faster for."""
+    """``auto`` takes the one CPU kernel that can, whatever the layout is faster for."""
     batch = paged_batch(query_lens=[300], context_lens=[333])
     keys, values = (stored.transpose(1, 2).contiguous() for stored in (batch.key_cache, batch.value_cache))
     blocks, heads, size, dim = keys.shape
@@ -170,7 +174,8 @@ def test_caches_of_other_layouts(layout: Layout, paged_batch: Callable[..., Any]
     out = torch.full_like(batch.query, torch.nan)
     chunk = Chunk(0, 0, 333, 633)
     pages = batch.block_table[0].long()
-    index = attend_chunk(batch.query, cache, pages, chunk, PATTERNS, batch.scale, out)
+    kernel = choose("auto", batch.query.dtype, cache, with_lse=True)
+    index = attend_chunk(Inputs.of(batch.query, cache, pages, chunk, batch.scale), PATTERNS, kernel, out)
     exact, _ = definition(batch.query, batch.keys(0), batch.values(0), index, PATTERNS, batch.scale)
     assert_close(out, exact)
 
@@ -179,10 +184,11 @@ def test_caches_of_other_layouts(layout: Layout, paged_batch: Callable[..., Any]
 def test_kept_page_means_give_the_same(paged_batch: Callable[..., Any]) -> None:
     batch = paged_batch(query_lens=[300], context_lens=[333])
     cache = PagedCache(batch.key_cache.transpose(1, 2), batch.value_cache.transpose(1, 2), "rows")
-    given = cache, batch.block_table[0].long(), Chunk(0, 0, 333, 633), PATTERNS, batch.scale
+    inputs = Inputs.of(batch.query, cache, batch.block_table[0].long(), Chunk(0, 0, 333, 633), batch.scale)
+    kernel = choose("auto", batch.query.dtype, cache, with_lse=True)
     kept, outputs = PageMeans(), [torch.empty_like(batch.query) for _ in range(3)]
     for out, means in zip(outputs, (None, kept, kept), strict=True):
-        attend_chunk(batch.query, *given, out, page_means=means)
+        attend_chunk(replace(inputs, page_means=means), PATTERNS, kernel, out)
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[1], outputs[2])
 
 
@@ -190,21 +196,22 @@ def test_kept_page_means_give_the_same(paged_batch: Callable[..., Any]) -> None:
 def test_heads_that_a_floor_raised_are_not_corrected(paged_batch: Callable[..., Any]) -> None:
     batch = paged_batch(query_lens=[300], context_lens=[333])
     cache = PagedCache(batch.key_cache.transpose(1, 2), batch.value_cache.transpose(1, 2), "rows")
-    given = cache, batch.block_table[0].long(), Chunk(0, 0, 333, 633)
-    audit, timing = RecallCheck(torch.tensor([7, 200]), floor=0.999), Timing()
+    inputs = Inputs.of(batch.query, cache, batch.block_table[0].long(), Chunk(0, 0, 333, 633), batch.scale)
+    kernel = choose("auto", batch.query.dtype, cache, with_lse=True)
+    check, timing = RecallCheck(torch.tensor([7, 200]), floor=0.999), Timing()
     found, raised = torch.empty_like(batch.query), torch.empty_like(batch.query)
-    attend_chunk(batch.query, *given, [CORRECTED] * 8, batch.scale, found, audit=audit, timing=timing)
-    assert min(audit.levels) >= 1
-    patterns = [CORRECTED.at_step(level) for level in audit.levels]
+    attend_chunk(inputs, [CORRECTED] * 8, kernel, found, check=check, timing=timing)
+    assert min(check.steps) >= 1
+    patterns = [CORRECTED.at_step(step) for step in check.steps]
     assert all(isinstance(pattern, LowRank | Dense) for pattern in patterns)
-    attend_chunk(batch.query, *given, patterns, batch.scale, raised)
+    attend_chunk(inputs, patterns, kernel, raised)
     assert torch.equal(found, raised)
 
 
 def eager_under(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, index: SparseIndex, scale: float, softcap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What an engine gives: float32 output ``[chunk, H, D]`` and log-sum-exp ``[H, chunk]``."""
+    """What a kernel gives: float32 output ``[chunk, H, D]`` and log-sum-exp ``[H, chunk]``."""
     heads = query.shape[1]
     scores = query.transpose(0, 1) @ reference.repeat_heads(keys, heads).transpose(1, 2) * scale
     if softcap:
@@ -215,17 +222,17 @@ def eager_under(
 
 @pytest.mark.parametrize("part_bytes", [1, 1 << 16, 1 << 30])
 @pytest.mark.parametrize(("context", "length"), [(0, 517), (333, 700), (640, 650)])
-def test_added_to_any_engines_result_in_pieces(
+def test_added_to_any_kernels_result_in_pieces(
     context: int, length: int, part_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mean_correction, "PART_BYTES", part_bytes)
     torch.manual_seed(0)
     query = torch.randn(length - context, 8, 32)
     keys, values = (torch.randn(2, length, 32) for _ in range(2))
-    index = build_index(Tiling.of(context, length, 32, 64), PATTERNS, Estimates(query, keys, 0.2))
+    scores = paged(query, keys, values, 0.2)
+    index = build_index(Tiling.of(context, length, 32, 64), PATTERNS, scores)
     out, lse = eager_under(query, keys, values, index, 0.2, softcap=0.0)
-    means = mean_keys(keys, 32), mean_keys(values, 32)
-    mean_correction.add(query, *means, index, mean_correction.heads_with(PATTERNS), 0.2, out, lse)
+    mean_correction.add(scores, index, mean_corrected_heads(PATTERNS), out, lse)
     exact, _ = definition(query, keys, values, index, PATTERNS, 0.2)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
@@ -234,12 +241,13 @@ def test_tiles_that_overflowed_leave_nothing_out() -> None:
     torch.manual_seed(0)
     query, keys, values = torch.randn(200, 2, 32), torch.randn(1, 600, 32), torch.randn(1, 600, 32)
     tiling, patterns = Tiling.of(400, 600, 32, 64), [CORRECTED, PATTERNS[3]]
-    index = build_index(tiling, patterns, Estimates(query, keys, 0.2), Capacity(blocks=6, columns=1, heads_at_once=2))
+    scores = paged(query, keys, values, 0.2)
+    index = build_index(tiling, patterns, scores, Capacity(blocks=6, columns=1, heads_at_once=2))
     unlisted = index.blocks[..., 0] < 0
     assert unlisted.any() and not unlisted.all()
     out, lse = eager_under(query, keys, values, index, 0.2, softcap=0.0)
     plain = out.clone()
-    mean_correction.add(query, mean_keys(keys, 32), mean_keys(values, 32), index, [0, 1], 0.2, out, lse)
+    mean_correction.add(scores, index, [0, 1], out, lse)
     exact, _ = definition(query, keys, values, index, patterns, 0.2)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
     tile_of_row = torch.searchsorted(index.tiling.starts, torch.arange(400, 600), right=True) - 1
@@ -251,11 +259,12 @@ def test_rows_without_a_share_in_it_stay_what_they_are() -> None:
     """Scores so far below the selected ones that their weights vanish, or so far above that the others do."""
     torch.manual_seed(0)
     query, keys, values = torch.randn(100, 1, 32), torch.randn(1, 400, 32), torch.randn(1, 400, 32)
-    index = build_index(Tiling.of(300, 400, 32, 64), [CORRECTED], Estimates(query, keys, 0.2))
+    scores = paged(query, keys, values, 0.2)
+    index = build_index(Tiling.of(300, 400, 32, 64), [CORRECTED], scores)
     out, lse = eager_under(query, keys, values, index, 0.2, softcap=0.0)
     for shift, expected in ((1e4, out.clone()), (-1e4, None)):
         found = out.clone()
-        mean_correction.add(query, mean_keys(keys, 32), mean_keys(values, 32), index, [0], 0.2, found, lse + shift)
+        mean_correction.add(scores, index, [0], found, lse + shift)
         assert torch.isfinite(found).all()
         if expected is not None:
             assert torch.equal(found, expected)
@@ -268,12 +277,13 @@ def test_the_error_against_dense_attention_falls(shape: str) -> None:
     query, keys, values = structured_qkv(4096, 2, 1, 128, SHAPES[shape], dtype=torch.float32)
     query, keys, values = query[2048:], keys.transpose(0, 1), values.transpose(0, 1)
     scale, pattern = 128**-0.5, PeakThreshold(alpha=0.5, mean_correction=True)
-    index = build_index(Tiling.of(2048, 4096, 128, 128), [pattern] * 2, Estimates(query, keys, scale))
+    scores = TorchScores(Inputs.of_rows(query, keys, values, scale, 128))
+    index = build_index(Tiling.of(2048, 4096, 128, 128), [pattern] * 2, scores)
     assert float(index.density().mean()) < 0.6
     out, lse = eager_under(query, keys, values, index, scale, softcap=0.0)
     dense = reference.masked_attention(query, keys, values, reference.causal_mask(2048, 4096), scale)
     before = float((out - dense).norm() / dense.norm())
-    mean_correction.add(query, mean_keys(keys, 128), mean_keys(values, 128), index, [0, 1], scale, out, lse)
+    mean_correction.add(scores, index, [0, 1], out, lse)
     after = float((out - dense).norm() / dense.norm())
     assert after < before / 3, (before, after)
 
@@ -281,23 +291,23 @@ def test_the_error_against_dense_attention_falls(shape: str) -> None:
 # Where it cannot be had
 
 
-def test_an_engine_without_a_log_sum_exp_is_refused(
+def test_a_kernel_without_a_log_sum_exp_is_refused(
     paged_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = paged_batch(query_lens=[200], context_lens=[300])
     with pytest.raises(ValueError, match="'block_table' cannot run: mean correction needs every row's log-sum-exp"):
         sparse_prefill(*batch.arguments, CORRECTED, kernel="block_table")
     monkeypatch.setattr(native, "unavailable_reason", lambda dtype=None: "the processor has no AVX2")
-    with pytest.raises(ValueError, match="engine 'native' does, but the processor has no AVX2"):
+    with pytest.raises(ValueError, match="kernel 'native' does, but the processor has no AVX2"):
         sparse_prefill(*batch.arguments, CORRECTED)
 
 
 @needs_native
-def test_auto_leaves_amx_pages_to_the_engine_that_can() -> None:
+def test_auto_leaves_amx_pages_to_the_kernel_that_can() -> None:
     memory = torch.zeros(4, 2, 32, 64, dtype=torch.bfloat16)
     cache = PagedCache(memory, memory, "amx")
-    assert choose("auto", torch.bfloat16, cache) == "block_table"
-    assert choose("auto", torch.bfloat16, cache, with_lse=True) == "native"
+    assert choose("auto", torch.bfloat16, cache).name == "block_table"
+    assert choose("auto", torch.bfloat16, cache, with_lse=True).name == "native"
 
 
 # In pattern files
@@ -305,9 +315,9 @@ def test_auto_leaves_amx_pages_to_the_engine_that_can() -> None:
 
 def test_in_files_it_is_off_unless_it_is_named() -> None:
     old = parse_head_pattern({"kind": "peak_threshold", "alpha": 0.1, "sink": 256, "window": 512})
-    assert old == PeakThreshold() and mean_correction.heads_with([old]) == []
+    assert old == PeakThreshold() and mean_corrected_heads([old]) == []
     named = parse_head_pattern({"kind": "peak_threshold", "mean_correction": True})
-    assert mean_correction.heads_with([old, named]) == [1]
+    assert mean_corrected_heads([old, named]) == [1]
     assert parse_head_pattern(named.model_dump(mode="json")) == named
     for wrong in (1, "true", None):
         with pytest.raises(PatternError, match=r"mean_correction = .*valid boolean"):

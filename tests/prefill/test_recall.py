@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from score_inputs import scores_of
 
 from minference_vllm import reference
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.choose import choose
 from minference_vllm.patterns.kinds import (
     MAX_STEP,
     AShape,
@@ -28,7 +31,6 @@ from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.prefill.recall import RaisedSteps, RecallCheck, sample_rows, sampled_recall
 from minference_vllm.prefill.timing import Timing
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.probe_queries import Estimates
 
 SIZES = {
     # name: (chunk, context, heads, KV heads, head size)
@@ -63,7 +65,7 @@ def test_sampled_recall_is_the_references(name: str, dtype: torch.dtype, column_
     scale = dim**-0.5
     tiling = Tiling.of(context, context + chunk, 32, 64, column_multiple)
     patterns = [KINDS[head % len(KINDS)] for head in range(heads)]
-    index = build_index(tiling, patterns, Estimates(query, keys, scale))
+    index = build_index(tiling, patterns, scores_of(query, keys, scale))
     rows = sample_rows(chunk, 16, seed=3)
     found = sampled_recall(query, keys.split(piece, dim=1), index, rows, scale)
     assert found.shape == (heads, len(rows)) and found.dtype == torch.float32
@@ -139,7 +141,7 @@ class Heads:
 
     def build(self, patterns: Sequence[HeadPattern]) -> SparseIndex:
         self.built.append(list(patterns))
-        return build_index(Tiling.of(TOKENS - CHUNK, TOKENS, 32, 128), patterns, Estimates(self.query, self.keys, 1.0))
+        return build_index(Tiling.of(TOKENS - CHUNK, TOKENS, 32, 128), patterns, scores_of(self.query, self.keys))
 
     def recall_of(self, index: SparseIndex, rows: torch.Tensor) -> torch.Tensor:
         return sampled_recall(self.query, [self.keys], index, rows, 1.0)
@@ -149,12 +151,12 @@ class Heads:
         found = reference.attention_recall(self.query, self.keys, index.to_mask(), TOKENS - CHUNK, 1.0)
         return found.mean(1).tolist()
 
-    def run(self, audit: RecallCheck, patterns: Sequence[HeadPattern]) -> SparseIndex:
-        return audit.run(patterns, self.build, self.recall_of)
+    def run(self, check: RecallCheck, patterns: Sequence[HeadPattern]) -> SparseIndex:
+        return check.run(patterns, self.build, self.recall_of)
 
 
-def audit(floor: float | None = FLOOR, levels: tuple[int, ...] = ()) -> RecallCheck:
-    return RecallCheck(sample_rows(CHUNK, 4, 0), floor, levels)
+def check(floor: float | None = FLOOR, steps: tuple[int, ...] = ()) -> RecallCheck:
+    return RecallCheck(sample_rows(CHUNK, 4, 0), floor, steps)
 
 
 MISFITS: list[HeadPattern] = [
@@ -167,10 +169,10 @@ MISFITS: list[HeadPattern] = [
 
 @pytest.mark.parametrize("pattern", MISFITS, ids=lambda pattern: pattern.kind)
 def test_a_head_whose_mass_is_elsewhere_is_given_a_pattern_that_looks_for_it(pattern: HeadPattern) -> None:
-    heads, checked = Heads([far_columns()]), audit()
+    heads, checked = Heads([far_columns()]), check()
     assert heads.exact_recall(heads.build([pattern]))[0] < 0.3
     index = heads.run(checked, [pattern])
-    assert checked.levels == (1,)
+    assert checked.steps == (1,)
     assert heads.built[-1] == [pattern.at_step(1)]
     assert heads.exact_recall(index)[0] >= FLOOR
     assert float(index.density()) < 0.5
@@ -178,49 +180,49 @@ def test_a_head_whose_mass_is_elsewhere_is_given_a_pattern_that_looks_for_it(pat
 
 
 def test_a_head_for_which_more_keys_are_not_enough_ends_dense() -> None:
-    heads, checked = Heads([far_columns()]), audit(floor=0.99999)
+    heads, checked = Heads([far_columns()]), check(floor=0.99999)
     index = heads.run(checked, [VerticalSlash(vertical=0, slash=0)])
-    assert checked.levels == (MAX_STEP,)
+    assert checked.steps == (MAX_STEP,)
     assert float(index.density()) == 1.0 and heads.exact_recall(index) == pytest.approx([1.0])
     assert len(heads.built) == MAX_STEP + 1
 
 
 def test_a_head_that_is_not_sparse_ends_dense_at_once_or_by_itself() -> None:
     for pattern in (AShape(sink=64, local=64), VerticalSlash(vertical=60, slash=100), Coverage(min_budget=64)):
-        heads, checked = Heads([flat()]), audit()
+        heads, checked = Heads([flat()]), check()
         index = heads.run(checked, [pattern])
         assert float(index.density()) == 1.0, pattern
-        assert checked.levels[0] == 0 if isinstance(pattern, Coverage) else checked.levels[0] > 0
+        assert checked.steps[0] == 0 if isinstance(pattern, Coverage) else checked.steps[0] > 0
 
 
 def test_heads_above_the_floor_keep_their_patterns() -> None:
     fits = AShape(sink=0, local=256)
-    heads, checked = Heads([near(), far_columns(), near(), flat()]), audit()
+    heads, checked = Heads([near(), far_columns(), near(), flat()]), check()
     patterns = [fits, AShape(sink=64, local=64), AShape(sink=0, local=1), Dense()]
     index = heads.run(checked, patterns)
-    assert checked.levels[0] == 0 and checked.levels[1] == 1 and checked.levels[3] == 0
+    assert checked.steps[0] == 0 and checked.steps[1] == 1 and checked.steps[3] == 0
     alone = Heads([near()])
     assert torch.equal(index.to_mask()[0], alone.build([fits]).to_mask()[0])
     assert min(heads.exact_recall(index)) >= FLOOR - 0.02
 
 
 def test_without_a_floor_recall_is_observed_only() -> None:
-    heads, checked = Heads([far_columns(), near()]), audit(floor=None)
+    heads, checked = Heads([far_columns(), near()]), check(floor=None)
     patterns = [AShape(sink=64, local=64), AShape(sink=0, local=256)]
     heads.run(checked, patterns)
-    assert heads.built == [patterns] and checked.levels == (0, 0)
+    assert heads.built == [patterns] and checked.steps == (0, 0)
     assert checked.recall is not None and float(checked.recall[0]) < 0.2 and float(checked.recall[1]) > 0.9
 
 
-def test_levels_are_where_the_next_chunk_begins() -> None:
-    heads, checked = Heads([near(), far_columns(), flat()]), audit(levels=(1, 1, MAX_STEP))
+def test_steps_are_where_the_next_chunk_begins() -> None:
+    heads, checked = Heads([near(), far_columns(), flat()]), check(steps=(1, 1, MAX_STEP))
     patterns: list[HeadPattern] = [Coverage(min_budget=64), AShape(sink=64, local=64), AShape(sink=64, local=64)]
     heads.run(checked, patterns)
     assert heads.built == [[patterns[0].at_step(1), patterns[1].at_step(1), Dense()]]
-    assert checked.levels == (1, 1, MAX_STEP), "levels never fall within a request"
+    assert checked.steps == (1, 1, MAX_STEP), "steps never fall within a request"
 
 
-# Through the engine's own path
+# Through the backend's own path
 
 
 def test_a_chunk_is_repaired_before_it_is_computed(paged_batch: Callable[..., Any]) -> None:
@@ -230,7 +232,9 @@ def test_a_chunk_is_repaired_before_it_is_computed(paged_batch: Callable[..., An
     pages, chunk = batch.block_table[0].long(), Chunk(0, 0, 500, 800)
     patterns, out, timing = [AShape(sink=16, local=16)] * 8, torch.empty_like(batch.query), Timing()
     checked = RecallCheck(sample_rows(300, 8, 0), floor=0.99)
-    index = attend_chunk(batch.query, cache, pages, chunk, patterns, batch.scale, out, timing=timing, audit=checked)
+    inputs = Inputs.of(batch.query, cache, pages, chunk, batch.scale)
+    kernel = choose("auto", batch.query.dtype, cache)
+    index = attend_chunk(inputs, patterns, kernel, out, check=checked, timing=timing)
     assert index.density().tolist() == [1.0] * 8
     assert timing.audit > 0 and min(timing.estimate, timing.index, timing.attend) > 0
     mask = reference.causal_mask(500, 800).expand(8, -1, -1)
@@ -245,7 +249,7 @@ PAGES = torch.tensor([7, 3, 9, 4, 1])
 SIZE = 32
 
 
-def test_raised_levels_carry_on_to_the_requests_next_chunk() -> None:
+def test_raised_steps_carry_on_to_the_requests_next_chunk() -> None:
     raised = RaisedSteps()
     raised.keep(2, 70, PAGES, SIZE, (0, 1, 2))
     assert raised.at(2, 70, PAGES, SIZE) == (0, 1, 2)
@@ -263,7 +267,7 @@ def test_raised_levels_carry_on_to_the_requests_next_chunk() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_raised_levels_are_not_another_ones(layer: int, position: int, pages: torch.Tensor, other: str) -> None:
+def test_raised_steps_are_not_another_ones(layer: int, position: int, pages: torch.Tensor, other: str) -> None:
     raised = RaisedSteps()
     raised.keep(2, 70, PAGES, SIZE, (0, 1, 2))
     assert raised.at(layer, position, pages, SIZE) == (), f"another {other}"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from prefill_checks import BFLOAT16, FLOAT16
 
-from minference_vllm.engines import native
+from minference_vllm.kernels.native import library as native
 from minference_vllm.patterns.kinds import AShape, Dense
 from minference_vllm.prefill.api import sparse_prefill
 
@@ -25,7 +25,7 @@ def cut_heads(query: torch.Tensor) -> torch.Tensor:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     # what is wrong: (argument -> value or function of the good value, message)
-    "kernel": ({"kernel": "cuda"}, "engine must be one of auto, block_table"),
+    "kernel": ({"kernel": "cuda"}, "kernel must be one of auto, block_table"),
     "query_flat": ({"query": lambda q: q.flatten(1)}, r"query must be \[num_tokens, num_heads, head_size\]"),
     "query_heads": ({"query": cut_heads, "patterns": [Dense()] * 7}, "query has 7 heads.*multiple of KV heads"),
     "query_head_size": ({"query": lambda q: q[..., :32]}, "query has 8 heads of size 32, the cache 2 of size 64"),
@@ -174,7 +174,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     },
     # Names
     **{
-        f"engine_{name}": ({"kernel": value}, f"engine must be one of auto, block_table, native, triton, not {shown}")
+        f"kernel_{name}": ({"kernel": value}, f"kernel must be one of auto, block_table, native, triton, not {shown}")
         for name, value, shown in (
             ("missing", None, "None"),
             ("list", ["auto"], "a list"),
@@ -217,21 +217,21 @@ def test_bad_arguments_are_named(name: str, paged_batch: Callable[..., Any]) -> 
     [{"head_size": 72}, {"head_size": 8}, {"block_size": 8}, {"block_size": 24}, {"block_size": 1}],
     ids=str,
 )
-@pytest.mark.parametrize("engine", ["auto", "block_table", "native"])
-def test_sizes_that_no_engine_serves_are_refused(
-    engine: str, arguments: dict[str, int], paged_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kernel", ["auto", "block_table", "native"])
+def test_sizes_that_no_kernel_serves_are_refused(
+    kernel: str, arguments: dict[str, int], paged_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Whether or not this machine could run it.
     monkeypatch.setattr(native, "unavailable_reason", lambda dtype=None: None)
     batch = paged_batch(**arguments)
     with pytest.raises(ValueError, match=r"pages? .*|head size|heads of size"):
-        sparse_prefill(*batch.arguments, Dense(), kernel=engine)
+        sparse_prefill(*batch.arguments, Dense(), kernel=kernel)
 
 
 @pytest.mark.parametrize("arguments", [{"dtype": FLOAT16}, {"block_size": 16}], ids=["float16", "pages_of_16"])
 def test_native_says_why_it_cannot(arguments: dict[str, Any], paged_batch: Callable[..., Any]) -> None:
     batch = paged_batch(**arguments)
-    with pytest.raises(ValueError, match=r"engine 'native' cannot run: .+"):
+    with pytest.raises(ValueError, match=r"kernel 'native' cannot run: .+"):
         sparse_prefill(*batch.arguments, Dense(), kernel="native")
 
 

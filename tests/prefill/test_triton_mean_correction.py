@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "soft cap": {"seq_len": 430, "context_len": 300, "block_size": 32, "softcap": 2.0},
     "sinks": {"seq_len": 430, "context_len": 300, "block_size": 32, "sinks": True},
     "soft cap and sinks, one KV head": {
-        "seq_len": 430,
+        "seq_len": 600,
         "context_len": 300,
         "block_size": 64,
         "kv_heads": 1,
