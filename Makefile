@@ -31,11 +31,15 @@ $(READY): pyproject.toml setup.py tools/install_engine.py $(wildcard csrc/*/*)
 demo: setup ## a needle in a long prompt, dense and sparse, through vllm serve (TOKENS=32768, JSON=1)
 	@$(BIN)/python examples/demo/run.py $(ARGS)
 
-test: setup lint ## lint, types, and all tests (ten to fifteen minutes)
-	@$(BIN)/pytest $(ARGS)
+# Two processes; the tests of a file stay together, since they share what they start.
+FAST := -m "not engine" -n 2 --dist loadfile
 
-test-fast: setup ## the tests that start no engine (two to six minutes)
-	@$(BIN)/pytest -m "not engine" $(ARGS)
+test: setup lint ## lint, types, and all tests (ten to fifteen minutes)
+	@$(BIN)/pytest $(FAST) $(ARGS)
+	@$(BIN)/pytest -m engine $(ARGS)
+
+test-fast: setup ## the tests that start no engine (one to three minutes)
+	@$(BIN)/pytest $(FAST) $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check

@@ -74,3 +74,9 @@ class Tiling:
     def own(self) -> torch.Tensor:
         """bool ``[T, N]``: blocks at and after the tile's aligned start, up to its last row."""
         return (self.distance() <= 0) & self.reachable()
+
+    def by_tile(self, query: torch.Tensor) -> torch.Tensor:
+        """One head's queries ``[chunk, D]`` as ``[T, tile, D]``; zeros where a tile lies outside the chunk."""
+        before = self.context_len % self.tile
+        after = self.num_tiles * self.tile - before - query.shape[0]
+        return torch.nn.functional.pad(query, (0, 0, before, after)).view(self.num_tiles, self.tile, -1)

@@ -40,8 +40,3 @@ class Kernel:
     """Whether ``run`` gives the log-sum-exp of rows, which mean correction needs."""
     fused: bool = False
     """Whether it knows soft caps, sinks and FP8 caches with one scale per tensor."""
-
-    def check(self, inputs: Inputs) -> None:
-        """Raise ValueError when the inputs ask for what the kernel does not know."""
-        if not self.fused and (inputs.softcap or inputs.sinks is not None or inputs.cache.key.element_size() == 1):
-            raise ValueError(f"kernel {self.name!r} knows no soft cap, no sinks and no FP8 caches; 'triton' does")

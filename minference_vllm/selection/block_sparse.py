@@ -17,13 +17,6 @@ from minference_vllm.selection.family import Family, Room
 from minference_vllm.selection.scores import Scores
 
 
-def by_tile(query: torch.Tensor, tiling: Tiling) -> torch.Tensor:
-    """One head's queries ``[chunk, D]`` as ``[T, tile, D]``, zeros where a tile begins or ends outside the chunk."""
-    before = tiling.context_len % tiling.tile
-    after = tiling.num_tiles * tiling.tile - before - query.shape[0]
-    return torch.nn.functional.pad(query, (0, 0, before, after)).view(tiling.num_tiles, tiling.tile, -1)
-
-
 def pooled_scores(
     query: torch.Tensor, means: torch.Tensor, heads: Sequence[int], tiling: Tiling, scale: float
 ) -> torch.Tensor:
@@ -41,7 +34,7 @@ def pooled_scores(
     rows = tiling.starts[1:] - tiling.starts[:-1]
     scores = torch.empty(len(heads), tiling.num_tiles, means.shape[1], device=query.device)
     for slot, head in enumerate(heads):
-        queries = by_tile(query[:, head].float(), tiling).sum(1) / rows[:, None]
+        queries = tiling.by_tile(query[:, head].float()).sum(1) / rows[:, None]
         torch.matmul(queries, means[head // group].T, out=scores[slot])
     return scores.mul_(scale).masked_fill_(~tiling.reachable(), -torch.inf).softmax(-1)
 

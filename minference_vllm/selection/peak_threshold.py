@@ -11,7 +11,6 @@ import torch
 
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import PeakThreshold
-from minference_vllm.selection.block_sparse import by_tile
 from minference_vllm.selection.compaction import Capacity, Selection
 from minference_vllm.selection.family import Family
 from minference_vllm.selection.probe_queries import logits
@@ -46,7 +45,7 @@ def peak_scores(
     result = torch.empty(len(heads), *unseen.shape, device=query.device)
     at_once = max(1, PART_BYTES // (4 * tiling.tile * tiling.num_key_blocks))
     for slot, head in enumerate(heads):
-        rows, kv_means = by_tile(query[:, head], tiling), means[head // group].to(query.dtype)
+        rows, kv_means = tiling.by_tile(query[:, head]), means[head // group].to(query.dtype)
         for first in range(0, tiling.num_tiles, at_once):
             part = slice(first, first + at_once)
             weights = logits(rows[part], kv_means, scale)
