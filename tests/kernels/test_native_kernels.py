@@ -130,6 +130,24 @@ def test_row_weights(
     assert not found[:, future].any()
 
 
+def test_scores_do_not_depend_on_how_threads_share_the_work(
+    dtype: torch.dtype, paged_batch: Callable[..., PagedBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # More keys than one task has, of which threads take whichever is next.
+    batch = paged_batch([301], [4000], dtype=dtype)
+    rows = low_rank.calibration_rows(301, 4301, batch.query.device).rows
+
+    def scores(threads: int) -> tuple[torch.Tensor, ...]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        found = NativeScores(batch.inputs())
+        return *found.column_diagonal_scores(range(8)), found.row_weights(rows, range(8))
+
+    alone = scores(1)
+    for threads in (2, 3, 5):
+        for found, expected in zip(scores(threads), alone, strict=True):
+            assert torch.equal(found, expected)
+
+
 def test_scores_agree_with_the_portable_ones(dtype: torch.dtype) -> None:
     batch = small_batch(301, 210, 8, 2, 64, dtype)
     inputs = batch.inputs(cache=in_layout(batch, "transposed"))
