@@ -6,10 +6,10 @@
                 lies in the prompt's keys and values.
 ``end``         A question about a needle, with its answer, as the last rows of each chunk: where prompts end.
 ``inside``      The same in the middle of a chunk, where no estimate looks by itself.
-``few_shot``    Short lines ("Q: Lisbon? A: amber."), each twice: early, and again in the middle of a later chunk, where
-                its answer is scored.
-``single``      Pairs of words stand in the text. The first word stands alone in the middle of a later chunk, and the
-                second is scored: one row that looks at one place.
+``few_shot``    Short lines ("Q: Lisbon? A: amber."), each some times in the text, and once more in the middle of a
+                chunk, where its answer is scored.
+``single``      Pairs of words, each some times in the text, and once more in the middle of a chunk, where the second
+                word is scored: one row that looks far back.
 
 Planted pieces begin at a word of the text. Prompts differ by chunk, since places are counted from a chunk's ends.
 """
@@ -37,10 +37,16 @@ WORDS = (
     "amber", "falcon", "copper", "river", "violet", "hammer", "silver", "garden", "marble", "tiger", "velvet", "anchor",
     "golden", "bridge", "crystal", "forest", "crimson", "castle", "orange", "lantern", "winter", "harbor", "iron",
     "pepper", "cotton", "dragon", "maple", "thunder", "paper", "island", "honey", "rocket", "desert", "piano", "silk",
-    "walnut", "ocean", "candle", "cherry", "mirror",
+    "walnut", "ocean", "candle", "cherry", "mirror", "button", "carpet", "engine", "flower", "guitar", "helmet",
+    "jacket", "kitchen", "lemon",
 )  # fmt: skip
-PER_PROMPT = 8
-"""Needles, questions inside, repeated lines, and pairs of words in one prompt."""
+NAMES = {"needles": "special magic number", "end": "secret access code", "inside": "lottery ticket number"}
+"""What each task asks for, so that no needle of one is mistaken for another's."""
+NEEDLES, LINES, PAIRS = 8, 12, 16
+"""Of a task in one prompt: needles or questions inside, repeated lines, pairs of words."""
+SAID = 3
+"""How often a line or a pair of words stands in the text before it is asked for. What was said once, a small model has
+forgotten, however it is read."""
 
 
 def load_text(name: str) -> tuple[str, str]:
@@ -101,14 +107,6 @@ class Piece(NamedTuple):
     after: str = ""
 
 
-def needle(city: str, code: str) -> tuple[str, str, str]:
-    return f"\nThe special magic number for {city} is ", code, ".\n"
-
-
-def question(city: str, code: str) -> tuple[str, str]:
-    return f"\nWhat is the special magic number for {city}? The special magic number for {city} is ", code
-
-
 class Planner:
     """Places and contents of what one task plants; every task draws from its own cities, words and numbers."""
 
@@ -126,6 +124,13 @@ class Planner:
 
     def code(self) -> str:
         return str(self.rng.randrange(10000, 100000))
+
+    def needle(self, city: str, code: str) -> tuple[str, str, str]:
+        return f"\nThe {NAMES[self.task]} for {city} is ", code, ".\n"
+
+    def question(self, city: str, code: str) -> tuple[str, str]:
+        name = f"{NAMES[self.task]} for {city}"
+        return f"\nWhat is the {name}? The {name} is ", code
 
     def words(self, third: int, count: int) -> list[str]:
         """Of one third of all words."""
@@ -148,10 +153,10 @@ class Planner:
 
 def plant_needles(plan: Planner) -> list[Piece]:
     pieces = []
-    for place, city in zip(plan.spread(PER_PROMPT, 0.0, 0.95), plan.cities(PER_PROMPT), strict=True):
+    for place, city in zip(plan.spread(NEEDLES, 0.0, 0.95), plan.cities(NEEDLES), strict=True):
         code = plan.code()
-        pieces.append(Piece(place, False, "", *needle(city, code)))
-        pieces.append(Piece(plan.tokens, False, plan.task, *question(city, code)))
+        pieces.append(Piece(place, False, "", *plan.needle(city, code)))
+        pieces.append(Piece(plan.tokens, False, plan.task, *plan.question(city, code)))
     return pieces
 
 
@@ -160,35 +165,37 @@ def plant_end(plan: Planner) -> list[Piece]:
     ends = [*range(plan.chunk, plan.tokens, plan.chunk), plan.tokens]
     for end, city in zip(ends, plan.cities(len(ends)), strict=True):
         code = plan.code()
-        pieces.append(Piece(plan.earlier(end), False, "", *needle(city, code)))
-        pieces.append(Piece(end, True, plan.task, *question(city, code)))
+        pieces.append(Piece(plan.earlier(end), False, "", *plan.needle(city, code)))
+        pieces.append(Piece(end, True, plan.task, *plan.question(city, code)))
     return pieces
 
 
 def plant_inside(plan: Planner) -> list[Piece]:
     pieces = []
-    for place, city in zip(plan.spread(PER_PROMPT, 0.1, 1.0), plan.cities(PER_PROMPT), strict=True):
+    for place, city in zip(plan.spread(NEEDLES, 0.1, 1.0), plan.cities(NEEDLES), strict=True):
         code, middle = plan.code(), plan.middle(place)
-        pieces.append(Piece(plan.earlier(middle), False, "", *needle(city, code)))
-        pieces.append(Piece(middle, False, plan.task, *question(city, code), ".\n"))
+        pieces.append(Piece(plan.earlier(middle), False, "", *plan.needle(city, code)))
+        pieces.append(Piece(middle, False, plan.task, *plan.question(city, code), ".\n"))
     return pieces
 
 
 def plant_few_shot(plan: Planner) -> list[Piece]:
     pieces = []
-    names, words = plan.cities(PER_PROMPT), plan.words(0, PER_PROMPT)
-    for place, city, word in zip(plan.spread(PER_PROMPT, 0.5, 1.0), names, words, strict=True):
+    names, words = plan.cities(LINES), plan.words(0, LINES)
+    for place, city, word in zip(plan.spread(LINES, 0.5, 1.0), names, words, strict=True):
         middle, line = plan.middle(place), (f"\nQ: {city}? A:", f" {word}", ".\n")
-        pieces += [Piece(plan.earlier(middle), False, "", *line), Piece(middle, False, plan.task, *line)]
+        pieces += [Piece(plan.earlier(middle), False, "", *line) for _ in range(SAID)]
+        pieces.append(Piece(middle, False, plan.task, *line))
     return pieces
 
 
 def plant_single(plan: Planner) -> list[Piece]:
     pieces = []
-    first, second = plan.words(1, PER_PROMPT), plan.words(2, PER_PROMPT)
-    for place, one, other in zip(plan.spread(PER_PROMPT, 0.3, 1.0), first, second, strict=True):
+    first, second = plan.words(1, PAIRS), plan.words(2, PAIRS)
+    for place, one, other in zip(plan.spread(PAIRS, 0.3, 1.0), first, second, strict=True):
         middle, pair = plan.middle(place), (f" {one}", f" {other}")
-        pieces += [Piece(plan.earlier(middle), False, "", *pair), Piece(middle, False, plan.task, *pair)]
+        pieces += [Piece(plan.earlier(middle), False, "", *pair) for _ in range(SAID)]
+        pieces.append(Piece(middle, False, plan.task, *pair))
     return pieces
 
 

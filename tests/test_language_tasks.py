@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from language_inputs import byte_tokenizer
-from language_tasks import PLANTED, Answer, Passages, Prompt, load_text
+from language_tasks import LINES, NEEDLES, PAIRS, PLANTED, SAID, Answer, Passages, Prompt, load_text
 
 TOKENS, CHUNK = 9000, 2048
 TOKENIZER = byte_tokenizer()
@@ -44,21 +44,22 @@ def test_a_passage_is_scored_in_its_second_half(passages: Passages) -> None:
 
 def test_a_prompt_has_its_length_and_questions_behind_it(prompt: Prompt) -> None:
     assert prompt.questions[0].start == TOKENS and prompt.questions[-1].stop == len(prompt.ids)
-    assert len(prompt.questions) == len(of_task(prompt, "needles")) == 8
+    assert len(prompt.questions) == len(of_task(prompt, "needles")) == NEEDLES
     for question, answer in zip(prompt.questions, of_task(prompt, "needles"), strict=True):
         assert answer.first + answer.tokens == question.stop
         assert TOKENIZER.decode(prompt.ids[question.start :]).startswith("\nWhat is the special magic number for ")
 
 
-def test_every_answer_was_said_before_and_once(prompt: Prompt) -> None:
+def test_every_answer_was_said_before(prompt: Prompt) -> None:
     for answer in prompt.answers:
         before, code = words_of(prompt, answer)
         line = before.rsplit("\n", 1)[-1]
-        statement = line.split("? ")[-1] if answer.task not in ("few_shot", "single") else line
         if answer.task == "single":
             statement = f" {before.rsplit(' ', 1)[-1]}"
-        said = before[: -len(statement)]
-        assert said.count(statement + code) == 1, answer
+        else:
+            statement = line if answer.task == "few_shot" else line.split("? ")[-1]
+        times = SAID if answer.task in ("few_shot", "single") else 1
+        assert before[: -len(statement)].count(statement + code) == times, answer
 
 
 def test_ends_are_the_last_rows_of_every_chunk(prompt: Prompt) -> None:
@@ -66,10 +67,10 @@ def test_ends_are_the_last_rows_of_every_chunk(prompt: Prompt) -> None:
     assert ends == [2048, 4096, 6144, 8192, 9000]
 
 
-@pytest.mark.parametrize("task", ["inside", "few_shot", "single"])
-def test_the_others_are_asked_in_the_middle_of_a_chunk(task: str, prompt: Prompt) -> None:
+@pytest.mark.parametrize(("task", "count"), [("inside", NEEDLES), ("few_shot", LINES), ("single", PAIRS)])
+def test_the_others_are_asked_in_the_middle_of_a_chunk(task: str, count: int, prompt: Prompt) -> None:
     found = of_task(prompt, task)
-    assert len(found) == 8
+    assert len(found) == count
     for answer in found:
         begin = answer.first // CHUNK * CHUNK
         share = (answer.first - begin) / (min(begin + CHUNK, TOKENS) - begin)
