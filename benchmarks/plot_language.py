@@ -1,7 +1,8 @@
 """A picture of ``bench_language.py``'s rows: what each pattern loses against what it computes, a panel for each task.
 
 Loss is the difference to dense, nats per scored token; one colour per pattern, one marker per text, length and chunk.
-The axis is linear below 0.001 and logarithmic above. Of rows for the same point the last one counts.
+Bars are standard errors. The axis is linear below 0.001 and logarithmic above. Of rows for the same point the last one
+counts.
 
     python benchmarks/plot_language.py rows.csv -o loss.png
 """
@@ -33,6 +34,8 @@ class Point(NamedTuple):
     """Text, length and chunk."""
     density: float
     difference: float
+    error: float
+    """Standard error of the difference."""
 
 
 def points(rows: Iterable[Row]) -> dict[str, list[Point]]:
@@ -41,8 +44,8 @@ def points(rows: Iterable[Row]) -> dict[str, list[Point]]:
     for row in rows:
         if row["difference"] != "":
             prompts = f"{row['text']}, {row['tokens']} tokens, chunks of {row['chunk']}"
-            density, difference = float(row["density"]), float(row["difference"])
-            found[row["task"], row["pattern"], prompts] = Point(row["pattern"], prompts, density, difference)
+            figures = (float(row[name]) for name in ("density", "difference", "standard_error"))
+            found[row["task"], row["pattern"], prompts] = Point(row["pattern"], prompts, *figures)
     by_task: dict[str, list[Point]] = {}
     for (task, _, _), point in found.items():
         by_task.setdefault(task, []).append(point)
@@ -88,7 +91,10 @@ def draw_panel(
 ) -> None:
     axes.axhline(0.0, color="0.4", linewidth=1)
     for point in found:
-        axes.plot(point.density, point.difference, color=colours[point.pattern], marker=markers[point.prompts])
+        axes.errorbar(
+            point.density, point.difference, point.error,
+            color=colours[point.pattern], marker=markers[point.prompts], linestyle="", elinewidth=1,
+        )  # fmt: skip
     axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
     axes.set_xlim(0, 1.03)
     axes.set_title(task, fontsize=10)

@@ -12,6 +12,7 @@ import plot_language
 from plot_language import Point
 
 ROW = {"model": "tiny", "text": "words", "tokens": "8000", "chunk": "2048", "pattern": "low_rank", "density": "0.25"}
+ROW |= {"standard_error": "0.01"}
 PROMPTS = "words, 8000 tokens, chunks of 2048"
 
 
@@ -23,8 +24,8 @@ def test_points_by_task_the_last_row_counts() -> None:
         ROW | {"task": "heads", "difference": ""},
     ]
     assert plot_language.points(rows) == {
-        "end": [Point("low_rank", PROMPTS, 0.25, 0.002)],
-        "inside": [Point("low_rank", PROMPTS, 0.25, -0.1)],
+        "end": [Point("low_rank", PROMPTS, 0.25, 0.002, 0.01)],
+        "inside": [Point("low_rank", PROMPTS, 0.25, -0.1, 0.01)],
     }
 
 
