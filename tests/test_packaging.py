@@ -18,6 +18,7 @@ SCRIPTS = sorted(path for folder in ("benchmarks", "examples/demo", "tools") for
 LINKS = {
     "benchmarks/tasks.py": "examples/demo/tasks.py",
     "minference_vllm/triton_kernels": "triton_kernels",
+    "benchmarks/get_smollm2.py": "tools/get_smollm2.py",
     "tools/peers.py": "benchmarks/peers.py",
 }
 """Files and folders that are also to be found where others look for them."""
