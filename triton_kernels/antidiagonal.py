@@ -1,4 +1,4 @@
-"""``estimate.antidiagonal_scores`` straight from paged keys of any strides.
+"""``selection.antidiagonal.antidiagonal_scores`` straight from paged keys of any strides.
 
 The squares' logits are computed twice, once for the log-sum-exp of each row of squares and once for the sums over tiles
 and blocks, and never stored.
@@ -218,7 +218,7 @@ def antidiagonal_scores(
     stride: int,
     scale: float,
 ) -> torch.Tensor:
-    """``estimate.antidiagonal_scores`` straight from the pages.
+    """``selection.antidiagonal.antidiagonal_scores`` straight from the pages.
 
     Args:
         query: ``[chunk, H, D]``, elements of a head side by side.

@@ -1,8 +1,8 @@
-"""vLLM's platform object, which chooses the attention backend, taught to honour ours.
+"""Two methods set on vLLM's platform object, which chooses the attention backend, so that it serves ours.
 
 CPU platforms, vLLM's own and those of other plugins, ignore the selected backend, and a platform plugin of ours could
-not help: vLLM takes only one, and none at all with ``VLLM_TARGET_DEVICE=cpu``. So the object in use is taught, whatever
-class it is of, in every process where our name is known.
+not help: vLLM takes only one, and none at all with ``VLLM_TARGET_DEVICE=cpu``. So the methods are set on the object in
+use, whatever its class, in every process where our name is known.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from minference_vllm.backend.compat import (
 )
 
 
-def honour_our_name() -> None:
+def serve_our_name() -> None:
     """Where minference is selected, vLLM's platform serves it or refuses to start; else it decides as before.
     Idempotent."""
     platform = vllm_platform()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from minference_vllm.backend.compat import check_vllm_version, register_name
-from minference_vllm.backend.cpu_platform import honour_our_name
+from minference_vllm.backend.cpu_platform import serve_our_name
 
 
 def make_name_known() -> None:
@@ -13,6 +13,6 @@ def make_name_known() -> None:
         RuntimeError: vLLM is outside the supported range, or its slot for custom backends is taken.
     """
     check_vllm_version()
-    # First, so that no name is known that the platform does not honour.
-    honour_our_name()
+    # First, so that no name is known that the platform does not serve.
+    serve_our_name()
     register_name()

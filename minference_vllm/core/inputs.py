@@ -25,10 +25,10 @@ class Inputs:
     scale: float
     """Softmax scale."""
     softcap: float = 0.0
-    """Scores ``s`` become ``softcap * tanh(s / softcap)``; 0: no cap. Estimates leave it out: it keeps a row's order
-    of keys."""
+    """Scores ``s`` become ``softcap * tanh(s / softcap)``; 0: no cap. Scores leave it out: it keeps a row's order of
+    keys."""
     sinks: torch.Tensor | None = None
-    """``[H]``: logit of each head's attention sink. Estimates leave it out: its share is the same for all keys."""
+    """``[H]``: logit of each head's attention sink. Scores leave it out: its share is the same for all keys."""
     page_means: PageMeans | None = None
     """The layer's, where they are kept from chunk to chunk; None: pages are averaged anew when that is needed."""
 

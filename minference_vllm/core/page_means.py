@@ -1,4 +1,4 @@
-"""Page summaries: the mean key and the mean value of every page of a layer's cache, kept from one chunk to the next.
+"""Page means: the mean key and the mean value of every page of a layer's cache, kept from one chunk to the next.
 
 A page's means depend on its content alone. Kept beside the cache and keyed by physical page, they serve the next chunk,
 and the next request that shares the prefix, without reading the page again. Values are read once they are asked for.

@@ -1,4 +1,4 @@
-"""vLLM's platform object, taught to honour our name, with stand-ins for platforms that this machine has not."""
+"""vLLM's platform object, made to serve our name, with stand-ins for platforms that this machine has not."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def custom() -> Any:
 def taught(monkeypatch: pytest.MonkeyPatch, cls: type = Platform, **attributes: Any) -> Any:
     platform = type("Foreign", (cls,), attributes)()
     monkeypatch.setattr(cpu_platform, "vllm_platform", lambda: platform)
-    cpu_platform.honour_our_name()
+    cpu_platform.serve_our_name()
     return platform
 
 
@@ -87,7 +87,7 @@ def test_an_object_that_was_patched_before_us_is_heard(custom: Any, monkeypatch:
     platform.get_attn_backend_cls = lambda *args: "patched.Attention"  # type: ignore[method-assign]
     monkeypatch.setattr(cpu_platform, "vllm_platform", lambda: platform)
     for _ in range(3):
-        cpu_platform.honour_our_name()
+        cpu_platform.serve_our_name()
     assert platform.get_attn_backend_cls(None, "asked") == "patched.Attention"
     platform.kind = "cpu"
     assert platform.get_attn_backend_cls(custom, "asked") == compat.CLASS_PATHS["cpu"]

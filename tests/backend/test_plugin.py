@@ -136,7 +136,7 @@ def test_the_name_resolves_to_our_class(after_plugins: dict[str, Any]) -> None:
     assert after_plugins["looked_up_by_its_name"], "attention layers look their backend up again by its name"
 
 
-def check_honoured(found: dict[str, Any], platform: str) -> None:
+def check_served(found: dict[str, Any], platform: str) -> None:
     """Our class serves where it was selected, the platform decides all else, and nothing was said."""
     assert found["platform"].endswith(platform)
     assert found["selected"] == OUR_CLASS
@@ -146,8 +146,8 @@ def check_honoured(found: dict[str, Any], platform: str) -> None:
     assert found["lines"] == []
 
 
-def test_vllms_cpu_platform_honours_our_name(after_plugins: dict[str, Any]) -> None:
-    check_honoured(after_plugins, "CpuPlatform")
+def test_vllms_cpu_platform_serves_our_name(after_plugins: dict[str, Any]) -> None:
+    check_served(after_plugins, "CpuPlatform")
 
 
 @pytest.mark.parametrize(
@@ -155,23 +155,23 @@ def test_vllms_cpu_platform_honours_our_name(after_plugins: dict[str, Any]) -> N
     [{"VLLM_TARGET_DEVICE": "cpu"}, {"VLLM_PLUGINS": "minference"}, {"VLLM_PLUGINS": "minference,minference_cpu"}],
     ids=str,
 )
-def test_our_name_is_honoured_where_vllm_loads_no_platform_plugin(
+def test_our_name_is_served_where_vllm_loads_no_platform_plugin(
     environment: dict[str, str], fresh_vllm: Callable[..., Any]
 ) -> None:
-    check_honoured(fresh_vllm(AFTER_PLUGINS, **environment), "CpuPlatform")
+    check_served(fresh_vllm(AFTER_PLUGINS, **environment), "CpuPlatform")
 
 
-def test_vllms_platform_for_amd_zen_honours_our_name(tmp_path: Path, fresh_vllm: Callable[..., Any]) -> None:
+def test_vllms_platform_for_amd_zen_serves_our_name(tmp_path: Path, fresh_vllm: Callable[..., Any]) -> None:
     (tmp_path / "zentorch.py").touch()
-    check_honoured(fresh_vllm(AFTER_PLUGINS, "zen", PYTHONPATH=str(tmp_path)), "ZenCpuPlatform")
+    check_served(fresh_vllm(AFTER_PLUGINS, "zen", PYTHONPATH=str(tmp_path)), "ZenCpuPlatform")
 
 
-def test_another_plugins_cpu_platform_honours_our_name(
+def test_another_plugins_cpu_platform_serves_our_name(
     install: Callable[..., str], fresh_vllm: Callable[..., Any]
 ) -> None:
     path = install("foreign", "foreign:plugin", FOREIGN_PLATFORM)
     found = fresh_vllm(AFTER_PLUGINS, PYTHONPATH=path)
-    check_honoured(found, "ForeignPlatform")
+    check_served(found, "ForeignPlatform")
     assert set(found["others"]) == {"foreign.Attention"}
 
 
@@ -180,7 +180,7 @@ def test_a_platform_plugin_that_does_not_load_changes_nothing(
 ) -> None:
     """vLLM goes on without it; so do we."""
     path = install("broken", "no_such_module_anywhere:plugin")
-    check_honoured(fresh_vllm(AFTER_PLUGINS, PYTHONPATH=path), "CpuPlatform")
+    check_served(fresh_vllm(AFTER_PLUGINS, PYTHONPATH=path), "CpuPlatform")
 
 
 def test_a_vllm_without_a_distribution_is_asked_itself(fresh_vllm: Callable[..., Any]) -> None:
@@ -195,7 +195,7 @@ def version(name):
 importlib.metadata.version = version
 """
     found = fresh_vllm(hidden + AFTER_PLUGINS, VLLM_TARGET_DEVICE="cpu")
-    check_honoured(found, "CpuPlatform")
+    check_served(found, "CpuPlatform")
 
 
 def test_the_choice_survives_the_spawn_of_the_engine_process(

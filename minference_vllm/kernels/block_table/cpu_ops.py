@@ -1,4 +1,4 @@
-"""vLLM's CPU attention kernel: the few calls that the engines need, and the page layout it uses here.
+"""vLLM's CPU attention kernel: the calls into it that we need, and the page layout that it uses here.
 
 Importing this module imports vLLM.
 """

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 RGB = tuple[float, float, float]
 FIXED_COLOUR = "#FFFFFF"
-MOST_LABELLED = 128
+MAX_LABELLED = 128
 """Heads up to which every cell also holds its budgets."""
 
 
@@ -48,7 +48,7 @@ def draw_pattern_map(
     fixed = fixed or {}
     heads, colour_of = len(layers[0]), {kind: _rgb(family.colour) for kind, family in FAMILIES.items()}
     runs = {layer: patterns for layer, patterns in enumerate(layers) if layer not in fixed}
-    labelled = len(layers) * heads <= MOST_LABELLED
+    labelled = len(layers) * heads <= MAX_LABELLED
     handles = _legend(runs, fixed, labelled)
     # In inches: a cell's lines, of 7 points, and the legend's, of 10, take that much.
     budgets = max((len(dict(pattern)) - 1 for patterns in runs.values() for pattern in patterns), default=0)
