@@ -48,6 +48,8 @@ class Counters:
     """By layer, first head and number of heads (layers of a draft model may have the same number): audited chunks, and
     per head the sum and the least of their recall; likewise."""
     _last_line: float = 0.0
+    _logged_pairs: float = 0.0
+    """``dense_pairs`` at the last line."""
 
     def count_batch(self, plan: Plan) -> None:
         self.sparse_chunks += len(plan.sparse)
@@ -72,6 +74,11 @@ class Counters:
 
     def count_raised(self, layer: int, head: int, dense: bool) -> None:
         (self.raised_to_dense if dense else self.raised)[layer, head] += 1
+
+    @property
+    def has_more_to_log(self) -> bool:
+        """Whether there was sparse work since the last line."""
+        return self.dense_pairs != self._logged_pairs
 
     @property
     def computed_pairs(self) -> float:
@@ -127,11 +134,19 @@ class Counters:
         }
 
     def line_when_due(self, interval: float, now: float | None = None) -> str | None:
-        """One line of statistics, if there was sparse work and the last line is ``interval`` seconds old."""
+        """One line of statistics, if there was sparse work since the last line and that is ``interval`` seconds old.
+        Cheap where no line is due; reading the counters waits for a GPU."""
+        if not interval or not self.has_more_to_log:
+            return None
         now = time.monotonic() if now is None else now
-        if not interval or not self.dense_pairs or now - self._last_line < interval:
+        if now - self._last_line < interval:
             return None
         self._last_line = now
+        return self.line()
+
+    def line(self) -> str:
+        """One line of statistics."""
+        self._logged_pairs = self.dense_pairs
         line = (
             f"minference: {self.sparse_chunks} prefill chunks ({self.sparse_tokens} tokens) sparse, "
             f"density {self.density:.4f}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from multiprocessing.util import Finalize
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +18,8 @@ from minference_vllm.patterns.file import PatternFile
 from minference_vllm.prefill.recall import RaisedSteps
 from minference_vllm.selection.families import family_of
 from minference_vllm.settings import Settings, load_settings
+
+logger = logging.getLogger("vllm.minference_vllm")
 
 STATS_METHOD = "minference_stats"
 """What workers are asked for their ``Counters.report`` by: ``LLM.collective_rpc("minference_stats")``."""
@@ -76,7 +80,16 @@ def _make_runtime(vllm_config: Any) -> Runtime:
     settings = load_settings(vllm_config.additional_config)
     patterns, source = discover_patterns(settings, model, _on_gpu())
     patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
-    return Runtime(settings, patterns, source)
+    runtime = Runtime(settings, patterns, source)
+    # Also runs in processes that multiprocessing starts, which end without ``atexit``.
+    Finalize(None, _log_the_rest, (runtime,), exitpriority=1)
+    return runtime
+
+
+def _log_the_rest(runtime: Runtime) -> None:
+    """The statistics of the last chunks, when the process ends."""
+    if runtime.settings.log_interval and runtime.counters.has_more_to_log:
+        logger.info(runtime.counters.line())
 
 
 def _on_gpu() -> bool:

@@ -72,9 +72,17 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         found = {layer.impl.attends for layer in self.sparse_layers}
         return f"attention by {', '.join(sorted(found))}" if found else "no layer of this KV-cache group runs sparsely"
 
+    @staticmethod
+    def _log(line: str | None) -> None:
+        if line:
+            logger.info(line)
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
+        # Of the steps before: this one's layers have not run. Decode steps ask, too, or a prompt's last chunks would not
+        # be told of until the next prompt.
+        self._log(self.runtime.counters.line_when_due(self.runtime.settings.log_interval))
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         for means in self.page_means:
             means.forget(common_attn_metadata.slot_mapping, self.kv_cache_spec.block_size)
@@ -89,9 +97,6 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         starts = common_attn_metadata.query_start_loc_cpu[: len(lengths) + 1].tolist()
         plan = plan_batch(starts, lengths, settings.min_context, self.min_chunk)
         counters.count_batch(plan)
-        line = counters.line_when_due(settings.log_interval)
-        if line:
-            logger.info(line)
         if not plan.sparse:
             return metadata
         table = common_attn_metadata.block_table_tensor

@@ -32,8 +32,12 @@ def test_a_line_appears_only_when_it_is_due() -> None:
     assert counters.line_when_due(0.0, now=1000.0) is None, "an interval of 0 turns lines off"
     line = counters.line_when_due(10.0, now=1000.0)
     assert line == "minference: 1 prefill chunks (600 tokens) sparse, density 0.2500"
-    assert counters.line_when_due(10.0, now=1009.9) is None
+    assert counters.line_when_due(10.0, now=1010.0) is None, "nothing has happened since"
+    counters.count_layer(25.0, 100.0)
+    assert counters.line_when_due(10.0, now=1009.9) is None, "the last one is too recent"
+    assert counters.has_more_to_log
     assert counters.line_when_due(10.0, now=1010.0) == line
+    assert not counters.has_more_to_log
 
 
 def test_dense_chunks_are_listed_with_their_reasons() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cpu_layer import FIRST, PAGE, SECOND, Layer, two_chunks
 from layer_inputs import ADAPTIVE_KINDS, DIM, HEADS, KINDS, MIN_CONTEXT, MIXED, SPARSE, assert_right, record_once
+from paged_inputs import make_batch
 
 from minference_vllm.backend.counters import Counters
 from minference_vllm.core.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
@@ -244,8 +245,32 @@ def test_nothing_of_ours_runs_for_decodes(
     monkeypatch.setattr(CPUAttentionMetadataBuilder, "build", lambda *arguments: metadata)
     monkeypatch.setattr(sparse_prefill, "plan_batch", never)
     monkeypatch.setattr(Counters, "count_batch", never)
-    monkeypatch.setattr(Counters, "line_when_due", never)
+    monkeypatch.setattr(Counters, "line", never)
     assert layer.metadata() is metadata
+
+
+def test_the_statistics_of_a_prompt_in_one_chunk_are_logged_by_its_decodes(
+    make_cpu_layer: Callable[..., Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minference_vllm.backend import runtime, sparse_prefill
+
+    lines: list[str] = []
+    for module in (sparse_prefill, runtime):
+        monkeypatch.setattr(module.logger, "info", lambda message, *values, **options: lines.append(message))
+    layer = make_cpu_layer([(500, 60)])
+    lines.clear()
+    layer.run(layer.impl, layer.metadata())
+    assert not lines, "the chunk had not run when its batch was planned"
+    layer.fill(make_batch(query_lens=[1], context_lens=[560], heads=HEADS, head_size=DIM, block_size=PAGE))
+    layer.metadata()
+    (line,) = lines
+    assert line.startswith("minference: 1 prefill chunks (60 tokens) sparse, density 0.")
+    layer.metadata()
+    runtime._log_the_rest(layer.impl.runtime)
+    assert lines == [line], "nothing has happened since"
+    layer.counters.count_layer(1.0, 2.0)
+    runtime._log_the_rest(layer.impl.runtime)
+    assert len(lines) == 2, "what is left when the process ends"
 
 
 def test_pooled_estimates_keep_the_pages_of_the_chunk_before(
