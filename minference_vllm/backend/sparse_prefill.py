@@ -80,8 +80,8 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
-        # Of the steps before: this one's layers have not run. Decode steps ask, too, or a prompt's last chunks would not
-        # be told of until the next prompt.
+        # Of the steps before: this one's layers have not run. Decode steps ask, too, or a prompt's last chunks would
+        # wait for the next prompt.
         self._log(self.runtime.counters.line_when_due(self.runtime.settings.log_interval))
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         for means in self.page_means:

@@ -257,14 +257,14 @@ def test_the_statistics_of_a_prompt_in_one_chunk_are_logged_by_its_decodes(
     lines: list[str] = []
     for module in (sparse_prefill, runtime):
         monkeypatch.setattr(module.logger, "info", lambda message, *values, **options: lines.append(message))
-    layer = make_cpu_layer([(500, 60)])
+    layer = make_cpu_layer([SECOND])
     lines.clear()
     layer.run(layer.impl, layer.metadata())
     assert not lines, "the chunk had not run when its batch was planned"
-    layer.fill(make_batch(query_lens=[1], context_lens=[560], heads=HEADS, head_size=DIM, block_size=PAGE))
+    layer.fill(make_batch(query_lens=[1], context_lens=[sum(SECOND)], heads=HEADS, head_size=DIM, block_size=PAGE))
     layer.metadata()
     (line,) = lines
-    assert line.startswith("minference: 1 prefill chunks (60 tokens) sparse, density 0.")
+    assert line.startswith(f"minference: 1 prefill chunks ({SECOND[1]} tokens) sparse, density 0.")
     layer.metadata()
     runtime._log_the_rest(layer.impl.runtime)
     assert lines == [line], "nothing has happened since"
