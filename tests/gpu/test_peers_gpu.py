@@ -9,7 +9,9 @@ import torch
 from bench_attention import MAX_ERROR, fill_cache, sampled_check
 from peers import PEERS, Problem, Size
 
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.plan import Chunk
+from minference_vllm.kernels.choose import choose
 from minference_vllm.patterns.kinds import BlockSparse, Dense, HeadPattern, VerticalSlash
 from minference_vllm.prefill.attend import attend_chunk
 
@@ -34,14 +36,14 @@ def skip_unless_it_runs(name: str, chunk: int) -> None:
 
 
 def ours(chunk: int, pattern: HeadPattern) -> tuple[Problem, torch.Tensor]:
-    """A problem whose index our engine has attended, and the engine's answer."""
+    """A problem whose index our kernel has attended, and the kernel's answer."""
     torch.manual_seed(0)
     query = torch.randn(chunk, HEADS, DIM, dtype=torch.bfloat16) * 2
     keys, values = (torch.randn(CONTEXT, KV_HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))
     cache, pages = fill_cache(keys, values, PAGE)
     out = torch.full_like(query, torch.nan)
-    rows = Chunk(0, 0, CONTEXT - chunk, CONTEXT)
-    index = attend_chunk(query, cache, pages, rows, [pattern] * HEADS, SCALE, out, "triton")
+    inputs = Inputs.of(query, cache, pages, Chunk(0, 0, CONTEXT - chunk, CONTEXT), SCALE)
+    index = attend_chunk(inputs, [pattern] * HEADS, choose("triton", query.dtype, cache), out)
     return Problem(query, keys, values, index, SCALE), out
 
 

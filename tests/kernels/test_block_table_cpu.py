@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -66,9 +67,14 @@ def attended(inputs: Inputs, index: SparseIndex) -> torch.Tensor:
 
 def test_memory_is_used_in_place_and_copied_where_the_kernel_cannot_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, index, expected = chunk()
-    copies: list[int] = []
+    copies: list[object] = []
     copied = block_table._copied
-    monkeypatch.setattr(block_table, "_copied", lambda *arguments: copies.append(1) or copied(*arguments))
+
+    def watched(*arguments: Any) -> Any:
+        copies.append(copied(*arguments))
+        return copies[-1]
+
+    monkeypatch.setattr(block_table, "_copied", watched)
 
     in_place = attended(inputs, index)
     assert not copies

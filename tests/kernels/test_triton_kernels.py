@@ -157,7 +157,8 @@ def run_case(
     sink = torch.randn(heads) if sinks else None
     out = torch.full(query.shape, torch.nan, dtype=kind)
     lse = torch.full((heads, len(query)), torch.nan)
-    attention.run(shuffled(query, *rows, block_size, scale * query_scale, *scales, softcap, sink), index, out, lse)
+    inputs = shuffled(query, *rows, block_size, scale * query_scale, *scales, softcap=softcap, sinks=sink)
+    attention.run(inputs, index, out, lse)
     mask = index.to_mask()
 
     def exact_or_eager(precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

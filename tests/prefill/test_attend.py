@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from minference_vllm.core.inputs import Inputs
-from minference_vllm.core.paged_cache import PagedCache
-from minference_vllm.core.plan import Chunk
 from minference_vllm.kernels.choose import choose
 from minference_vllm.patterns.kinds import Dense
 from minference_vllm.prefill.attend import attend_chunk
@@ -22,10 +19,9 @@ def test_soft_caps_and_sinks_need_a_kernel_that_knows_them(
     kernel_name: str, asked: dict[str, Any], served_batch: Callable[..., Any]
 ) -> None:
     batch = served_batch(query_lens=[100], context_lens=[0])
-    cache = PagedCache(batch.key_cache.transpose(1, 2), batch.value_cache.transpose(1, 2), "rows")
-    kernel = choose(kernel_name, batch.query.dtype, cache)
+    kernel = choose(kernel_name, batch.query.dtype, batch.cache)
     if kernel.fused:
         pytest.skip("it knows them")
-    inputs = replace(Inputs.of(batch.query, cache, batch.block_table[0].long(), Chunk(0, 0, 0, 100), 0.125), **asked)
+    inputs = replace(batch.inputs(), **asked)
     with pytest.raises(ValueError, match=f"kernel '{kernel_name}' knows no soft cap, no sinks and no FP8 caches"):
         attend_chunk(inputs, [Dense()] * 8, kernel, torch.empty_like(batch.query))

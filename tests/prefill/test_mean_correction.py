@@ -7,7 +7,6 @@ Budget: see ``test_sparse_prefill``; means and merging are float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,11 +16,10 @@ from minference_vllm import reference
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.page_means import PageMeans
 from minference_vllm.core.paged_cache import Layout, PagedCache
-from minference_vllm.core.plan import Chunk
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.choose import choose
-from minference_vllm.kernels.native import library as native
+from minference_vllm.kernels.native import library
 from minference_vllm.patterns.kinds import (
     AShape,
     Dense,
@@ -43,7 +41,7 @@ from minference_vllm.selection.families import mean_corrected_heads
 from minference_vllm.selection.torch_scores import TorchScores
 
 needs_native = pytest.mark.skipif(
-    native.unavailable_reason() is not None, reason=str(native.unavailable_reason())
+    library.unavailable_reason() is not None, reason=str(library.unavailable_reason())
 )  # fmt: skip
 SPARSE = PeakThreshold(alpha=0.99, sink=16, window=40)
 CORRECTED = SPARSE.model_copy(update={"mean_correction": True})
@@ -172,10 +170,8 @@ def test_caches_of_other_layouts(layout: Layout, paged_batch: Callable[..., Any]
         )
     cache = PagedCache(*(part.contiguous() for part in packed), layout)
     out = torch.full_like(batch.query, torch.nan)
-    chunk = Chunk(0, 0, 333, 633)
-    pages = batch.block_table[0].long()
     kernel = choose("auto", batch.query.dtype, cache, with_lse=True)
-    index = attend_chunk(Inputs.of(batch.query, cache, pages, chunk, batch.scale), PATTERNS, kernel, out)
+    index = attend_chunk(batch.inputs(cache=cache), PATTERNS, kernel, out)
     exact, _ = definition(batch.query, batch.keys(0), batch.values(0), index, PATTERNS, batch.scale)
     assert_close(out, exact)
 
@@ -183,28 +179,24 @@ def test_caches_of_other_layouts(layout: Layout, paged_batch: Callable[..., Any]
 @needs_native
 def test_kept_page_means_give_the_same(paged_batch: Callable[..., Any]) -> None:
     batch = paged_batch(query_lens=[300], context_lens=[333])
-    cache = PagedCache(batch.key_cache.transpose(1, 2), batch.value_cache.transpose(1, 2), "rows")
-    inputs = Inputs.of(batch.query, cache, batch.block_table[0].long(), Chunk(0, 0, 333, 633), batch.scale)
-    kernel = choose("auto", batch.query.dtype, cache, with_lse=True)
+    kernel = choose("auto", batch.query.dtype, batch.cache, with_lse=True)
     kept, outputs = PageMeans(), [torch.empty_like(batch.query) for _ in range(3)]
     for out, means in zip(outputs, (None, kept, kept), strict=True):
-        attend_chunk(replace(inputs, page_means=means), PATTERNS, kernel, out)
+        attend_chunk(batch.inputs(page_means=means), PATTERNS, kernel, out)
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[1], outputs[2])
 
 
 @needs_native
 def test_heads_that_a_floor_raised_are_not_corrected(paged_batch: Callable[..., Any]) -> None:
     batch = paged_batch(query_lens=[300], context_lens=[333])
-    cache = PagedCache(batch.key_cache.transpose(1, 2), batch.value_cache.transpose(1, 2), "rows")
-    inputs = Inputs.of(batch.query, cache, batch.block_table[0].long(), Chunk(0, 0, 333, 633), batch.scale)
-    kernel = choose("auto", batch.query.dtype, cache, with_lse=True)
+    kernel = choose("auto", batch.query.dtype, batch.cache, with_lse=True)
     check, timing = RecallCheck(torch.tensor([7, 200]), floor=0.999), Timing()
     found, raised = torch.empty_like(batch.query), torch.empty_like(batch.query)
-    attend_chunk(inputs, [CORRECTED] * 8, kernel, found, check=check, timing=timing)
+    attend_chunk(batch.inputs(), [CORRECTED] * 8, kernel, found, check=check, timing=timing)
     assert min(check.steps) >= 1
     patterns = [CORRECTED.at_step(step) for step in check.steps]
     assert all(isinstance(pattern, LowRank | Dense) for pattern in patterns)
-    attend_chunk(inputs, patterns, kernel, raised)
+    attend_chunk(batch.inputs(), patterns, kernel, raised)
     assert torch.equal(found, raised)
 
 
@@ -297,7 +289,7 @@ def test_a_kernel_without_a_log_sum_exp_is_refused(
     batch = paged_batch(query_lens=[200], context_lens=[300])
     with pytest.raises(ValueError, match="'block_table' cannot run: mean correction needs every row's log-sum-exp"):
         sparse_prefill(*batch.arguments, CORRECTED, kernel="block_table")
-    monkeypatch.setattr(native, "unavailable_reason", lambda dtype=None: "the processor has no AVX2")
+    monkeypatch.setattr(library, "unavailable_reason", lambda dtype=None: "the processor has no AVX2")
     with pytest.raises(ValueError, match="kernel 'native' does, but the processor has no AVX2"):
         sparse_prefill(*batch.arguments, CORRECTED)
 

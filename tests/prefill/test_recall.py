@@ -11,9 +11,6 @@ import torch
 from score_inputs import scores_of
 
 from minference_vllm import reference
-from minference_vllm.core.inputs import Inputs
-from minference_vllm.core.paged_cache import PagedCache
-from minference_vllm.core.plan import Chunk
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.choose import choose
@@ -228,13 +225,10 @@ def test_steps_are_where_the_next_chunk_begins() -> None:
 def test_a_chunk_is_repaired_before_it_is_computed(paged_batch: Callable[..., Any]) -> None:
     """Flat attention under an A-shape: recall is far below the floor, and what comes out is dense attention."""
     batch = paged_batch(query_lens=[300], context_lens=[500])
-    cache = PagedCache(batch.key_cache.transpose(1, 2), batch.value_cache.transpose(1, 2), "rows")
-    pages, chunk = batch.block_table[0].long(), Chunk(0, 0, 500, 800)
     patterns, out, timing = [AShape(sink=16, local=16)] * 8, torch.empty_like(batch.query), Timing()
     checked = RecallCheck(sample_rows(300, 8, 0), floor=0.99)
-    inputs = Inputs.of(batch.query, cache, pages, chunk, batch.scale)
-    kernel = choose("auto", batch.query.dtype, cache)
-    index = attend_chunk(inputs, patterns, kernel, out, check=checked, timing=timing)
+    kernel = choose("auto", batch.query.dtype, batch.cache)
+    index = attend_chunk(batch.inputs(), patterns, kernel, out, check=checked, timing=timing)
     assert index.density().tolist() == [1.0] * 8
     assert timing.audit > 0 and min(timing.estimate, timing.index, timing.attend) > 0
     mask = reference.causal_mask(500, 800).expand(8, -1, -1)

@@ -126,7 +126,7 @@ def test_full_selection_is_dense_attention(
 def test_where_a_prompt_is_cut_makes_no_difference_at_tile_borders(
     kernel_name: str, served_batch: Callable[..., Any]
 ) -> None:
-    """For a pattern without an estimate: tiles lie at multiples of their size in the prompt, not in the chunk."""
+    """For a pattern that reads no scores: tiles lie at multiples of their size in the prompt, not in the chunk."""
     batch = served_batch(query_lens=[500], context_lens=[0])
     pattern = AShape(sink=32, local=64)
     whole = sparse_prefill(*batch.arguments, pattern, kernel=kernel_name)
@@ -169,7 +169,7 @@ def test_the_number_of_threads_makes_no_difference(kernel_name: str, served_batc
     torch.testing.assert_close(together, alone, rtol=0.02, atol=0.01)
 
 
-def test_auto_picks_an_engine(paged_batch: Callable[..., Any]) -> None:
+def test_auto_picks_a_kernel(paged_batch: Callable[..., Any]) -> None:
     for dtype in (BFLOAT16, FLOAT16, FLOAT32):
         batch = paged_batch(dtype=dtype)
         out, indices = sparse_prefill(*batch.arguments, batch.patterns, return_index=True)

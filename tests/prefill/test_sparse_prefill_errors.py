@@ -12,7 +12,7 @@ import pytest
 import torch
 from prefill_checks import BFLOAT16, FLOAT16
 
-from minference_vllm.kernels.native import library as native
+from minference_vllm.kernels.native import library
 from minference_vllm.patterns.kinds import AShape, Dense
 from minference_vllm.prefill.api import sparse_prefill
 
@@ -222,7 +222,7 @@ def test_sizes_that_no_kernel_serves_are_refused(
     kernel: str, arguments: dict[str, int], paged_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Whether or not this machine could run it.
-    monkeypatch.setattr(native, "unavailable_reason", lambda dtype=None: None)
+    monkeypatch.setattr(library, "unavailable_reason", lambda dtype=None: None)
     batch = paged_batch(**arguments)
     with pytest.raises(ValueError, match=r"pages? .*|head size|heads of size"):
         sparse_prefill(*batch.arguments, Dense(), kernel=kernel)

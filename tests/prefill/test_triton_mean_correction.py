@@ -86,7 +86,7 @@ def run_case(
     scales = (0.75, 2.0) if fp8 else (1.0, 1.0)
     keys, values = ((part.float() * factor).transpose(0, 1) for part, factor in zip(rows, scales, strict=True))
     scale, sink = head_size**-0.5, torch.randn(4) if sinks else None
-    inputs = shuffled(query, *rows, block_size, scale, *scales, softcap, sink)
+    inputs = shuffled(query, *rows, block_size, scale, *scales, softcap=softcap, sinks=sink)
     corrected = PeakThreshold(alpha=0.5, sink=16, window=32, mean_correction=True)
     patterns: list[HeadPattern] = [corrected, Dense(), corrected.model_copy(update={"mean_correction": False})]
     patterns.append(PeakThreshold(alpha=0.3, sink=0, window=0, mean_correction=True))
