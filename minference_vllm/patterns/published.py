@@ -16,7 +16,7 @@ from minference_vllm.patterns.kinds import (
     parse_head_pattern,
 )
 
-PUBLISHED_KINDS = "vertical_and_slash, stream_llm and block_sparse"
+PUBLISHED_KINDS = "vertical_and_slash, stream_llm, block_sparse and flex_vertical_and_slash"
 
 
 def published_layers(content: Any, source: str) -> dict[int, dict[int, Any]]:
@@ -49,6 +49,13 @@ def head_pattern(entry: Any, place: str) -> HeadPattern:
         fields = {"kind": "a_shape", "sink": first, "local": second}
     elif kind == "block_sparse":
         fields = {"kind": "block_sparse", "top_k": first}
+    elif kind == "flex_vertical_and_slash":
+        # [gamma, min_budget] for columns and for diagonals; ours covers them together, by the larger of each.
+        pairs = [part for part in (first, second) if isinstance(part, list) and len(part) == 2]
+        if len(pairs) < 2 or not all(isinstance(value, int | float) for pair in pairs for value in pair):
+            raise PatternError(f"{place}: expected {kind} with [gamma, min_budget] twice, found {first!r}, {second!r}")
+        gammas, budgets = zip(*pairs, strict=True)
+        fields = {"kind": "coverage", "gamma": max(gammas), "min_budget": max(budgets)}
     else:
         raise PatternError(f"{place}: unknown kind {kind!r}; published files have {PUBLISHED_KINDS}")
     try:

@@ -57,12 +57,12 @@ def blocks_at(tiling: Tiling, marks: torch.Tensor) -> torch.Tensor:
     """bool ``[h, T, N]``: each tile's own blocks, and those at the marked distances before it.
 
     Args:
-        marks: bool ``[h, N + 1]``, by distance; distance 0 is ignored.
+        marks: bool ``[h, N + 1]``, or ``[h, T, N + 1]``, by distance; distance 0 is ignored.
     """
-    # One row of marks per head, shifted along for every tile.
     distance = tiling.distance()
-    before = marks[:, distance.clamp(min=0)] & (distance > 0)
-    return before | tiling.own()
+    places = distance.clamp(min=0)
+    before = marks[:, places] if marks.dim() == 2 else marks.gather(2, places.expand(len(marks), -1, -1))
+    return (before & (distance > 0)) | tiling.own()
 
 
 def slash_blocks(tiling: Tiling, by_offset: torch.Tensor, slash: int) -> torch.Tensor:
@@ -70,7 +70,8 @@ def slash_blocks(tiling: Tiling, by_offset: torch.Tensor, slash: int) -> torch.T
 
     A kernel of pages computes whole blocks, whatever diagonal asked for them. So blocks are chosen, and paid, by the
     distance: as many tokens per row as the strongest ``slash`` single diagonals would have, but where those scatter
-    they would cross nearly every block.
+    they would cross nearly every block. Every tile chooses among the distances that it reaches, so that none loses
+    budget to blocks before the prompt's first.
 
     Args:
         by_offset: float ``[h, S]``, the mass of each diagonal.
@@ -79,9 +80,12 @@ def slash_blocks(tiling: Tiling, by_offset: torch.Tensor, slash: int) -> torch.T
     nearest = forced_distances(tiling)
     scores[:, :nearest] = torch.inf
     count = max(-(-slash // tiling.block_size), nearest)
-    chosen = scores.topk(min(count, scores.shape[1]), dim=-1, sorted=False).indices + 1
-    marks = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
-    return blocks_at(tiling, marks.scatter_(1, chosen, True))
+    ranked = scores.argsort(dim=1, descending=True, stable=True)[:, None]
+    # Distance d + 1 lies in a tile's reach if it has more than d blocks before it.
+    reached = ranked < tiling.distance()[:, :1]
+    chosen = reached & (reached.cumsum(2, dtype=torch.int32) <= count)
+    marks = torch.zeros(*chosen.shape[:2], chosen.shape[2] + 1, dtype=torch.bool, device=scores.device)
+    return blocks_at(tiling, marks.scatter_(2, (ranked + 1).expand_as(chosen), chosen))
 
 
 def vertical_slash(

@@ -66,6 +66,16 @@ def test_minference_list_format(tmp_path: Path) -> None:
     assert "patterns.json" in loaded.provenance and "list" in loaded.provenance
 
 
+def test_minference_files_with_shares_in_place_of_sizes(tmp_path: Path) -> None:
+    """As ``Qwen2.5_3B_flex_0.90.json`` has them: ``[gamma, min_budget]`` for columns and for diagonals."""
+    heads = {
+        "0": ["flex_vertical_and_slash", [0.9, 4096], [0.9, 4096], 0.0],
+        "1": ["flex_vertical_and_slash", [0.9, 1024], [0.95, 512], 0.0],
+    }
+    loaded = load_pattern_file(written(tmp_path, [heads]))
+    assert loaded.for_layer(0, 2) == (Coverage(gamma=0.9, min_budget=4096), Coverage(gamma=0.95, min_budget=1024))
+
+
 def test_sparse_attention_config_format(tmp_path: Path) -> None:
     loaded = load_pattern_file(written(tmp_path, {"1": PUBLISHED_HEADS, "0": {}}))
     assert loaded.for_layer(1, 3) == PUBLISHED_PATTERNS
@@ -201,6 +211,12 @@ def test_a_bad_field_names_its_place(fields: dict[str, Any], place: str) -> None
         ({"0": ["stream_llm", -1, 2, 0.5]}, "head 0: .*sink = -1"),
         ({"0": ["vertical_and_slash", 1, 10**12, 0.5]}, "head 0: .*slash = 1000000000000"),
         ({"0": ["block_sparse", 0, 0, 0.5]}, "head 0: .*top_k = 0"),
+        ({"0": ["flex_vertical_and_slash", 0.9, 4096, 0.0]}, r"head 0: expected .* \[gamma, min_budget\] twice"),
+        (
+            {"0": ["flex_vertical_and_slash", [0.9, "x"], [0.9, 1], 0.0]},
+            r"head 0: expected .* \[gamma, min_budget\] twice",
+        ),
+        ({"0": ["flex_vertical_and_slash", [1.5, 1], [0.9, 1], 0.0]}, "head 0: .*gamma = 1.5"),
         ({"0": ["stream_llm"]}, r"head 0: expected \[kind, a, b, score\]"),
         ({"0": "stream_llm"}, r"head 0: expected \[kind, a, b, score\]"),
         ({"0": None}, r"head 0: expected \[kind, a, b, score\]"),

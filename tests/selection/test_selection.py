@@ -57,13 +57,15 @@ def test_slash_blocks_are_those_at_the_best_distances(tiling_name: str) -> None:
     count = max(nearest, 3)
     mass = distance_scores(tiling, by_offset)
     mass[:, :nearest] = torch.inf
-    best = mass.topk(min(count, mass.shape[1])).indices + 1
+    best = mass.argsort(descending=True, stable=True) + 1
     found = slash_blocks(tiling, by_offset, count * size)
     for head in range(3):
         for number, start in enumerate(tiling.starts[:-1].tolist()):
             first = start // tile * tile // size
             last_block = (int(tiling.starts[number + 1]) - 1) // size
-            expected = {first - distance for distance in best[head].tolist() if distance <= first}
+            reached = [distance for distance in best[head].tolist() if distance <= first]
+            expected = {first - distance for distance in reached[:count]}
+            assert len(expected) == min(count, first), "no tile loses budget to distances that it does not reach"
             expected |= set(range(first, last_block + 1))
             assert set(found[head, number].nonzero().view(-1).tolist()) == expected
 
