@@ -12,6 +12,7 @@ import torch
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection.block_sparse import pooled_scores
+from minference_vllm.selection.low_rank import CALIBRATION_ROWS
 from minference_vllm.selection.peak_threshold import peak_scores
 from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.torch_scores import TorchScores, keys_at_once
@@ -59,6 +60,15 @@ class TritonScores(TorchScores):
         query = self.inputs.query[:, first * group : last * group]
         part = TritonScores(dataclasses.replace(self.inputs, query=query, cache=narrow))
         return super(TritonScores, part).low_rank([head - first * group for head in heads], tiling, rank, gamma)
+
+    def value_norms(self, heads: Sequence[int]) -> torch.Tensor:
+        cache, pages = self.inputs.cache, self.inputs.pages
+        at_once = keys_at_once(self.inputs.num_heads, CALIBRATION_ROWS, cache.num_kv_heads, cache.head_size)
+        norms = [
+            cache.values_by_head(part).float().norm(dim=2) for part in pages.split(max(1, at_once // cache.block_size))
+        ]
+        found = torch.cat(norms, 1)[:, : self.inputs.chunk.seq_len]
+        return torch.stack([found[head // self.inputs.group] for head in heads])
 
     def _kv_heads_of(self, heads: Sequence[int]) -> tuple[int, int]:
         """First and last + 1 of the KV heads that these query heads need."""

@@ -1,9 +1,9 @@
-"""Page means: the mean key and the mean value of every page of a layer's cache, kept from one chunk to the next.
+"""What is kept of every page of a layer's cache from one chunk to the next: mean key, mean value, norms of the values.
 
-A page's means depend on its content alone. Kept beside the cache and keyed by physical page, they serve the next chunk,
-and the next request that shares the prefix, without reading the page again. Values are read once they are asked for.
+All of it depends on the page's content alone. Kept beside the cache and keyed by physical page, it serves the next
+chunk, and the next request that shares the prefix, without reading the page again. Each is read once it is asked for.
 
-Sizes: ``HK`` KV heads, ``N`` pages of ``B`` tokens, ``D`` head size.
+Sizes: ``HK`` KV heads, ``N`` pages of ``B`` tokens, ``D`` head size, ``S`` tokens in the sequence.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from minference_vllm.core.paged_cache import PagedCache, unpack_keys, unpack_val
 
 
 class PageMeans:
-    """Mean keys and values of one layer. Whoever writes to the cache has to call ``forget``."""
+    """Of one layer. Whoever writes to the cache has to call ``forget``."""
 
     def __init__(self) -> None:
-        self._keys, self._values = _Means(), _Means()
+        self._keys, self._values, self._norms = _Kept(_mean), _Kept(_mean), _Kept(_norms)
 
     def forget(self, slots: torch.Tensor, block_size: int) -> None:
         """Tokens were written at these slots (int ``[n]``, page times ``B`` plus place; negative ones are padding)."""
-        for means in (self._keys, self._values):
-            means.forget(slots, block_size)
+        for kept in (self._keys, self._values, self._norms):
+            kept.forget(slots, block_size)
 
     def of(self, cache: PagedCache, pages: torch.Tensor, seq_len: int) -> torch.Tensor:
         """float32 ``[HK, N, D]``: mean key of every page of a sequence; of the last, over the sequence's tokens only.
@@ -40,12 +40,28 @@ class PageMeans:
         """The same of the values."""
         return self._values.of(cache.value, lambda stored: unpack_values(stored, cache.layout), pages, seq_len)
 
+    def value_norms_of(self, cache: PagedCache, pages: torch.Tensor, seq_len: int) -> torch.Tensor:
+        """float32 ``[HK, S]``: Euclidean norm of every token's value."""
+        found = self._norms.of(cache.value, lambda stored: unpack_values(stored, cache.layout), pages, seq_len)
+        return found.flatten(1)[:, :seq_len]
 
-class _Means:
-    """Means of what one tensor of a cache, ``[num_blocks, HK, B, D]``, holds."""
 
-    def __init__(self) -> None:
-        self._means = torch.empty(0)
+def _mean(rows: torch.Tensor) -> torch.Tensor:
+    """``[n, HK, b, D]`` -> float32 ``[n, HK, D]``."""
+    return rows.mean(2, dtype=torch.float32)
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    """``[n, HK, b, D]`` -> float32 ``[n, HK, b]``."""
+    return rows.float().norm(dim=3)
+
+
+class _Kept:
+    """What ``reduce`` makes of the pages of one tensor of a cache, ``[num_blocks, HK, B, D]``."""
+
+    def __init__(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._reduce = reduce
+        self._kept = torch.empty(0)
         self._known = torch.empty(0, dtype=torch.bool)
         self._cache: tuple[int, torch.Size] | None = None
 
@@ -56,18 +72,21 @@ class _Means:
     def of(
         self, stored: torch.Tensor, unpack: Callable[[torch.Tensor], torch.Tensor], pages: torch.Tensor, seq_len: int
     ) -> torch.Tensor:
+        """float32 ``[HK, N, ...]``; of the last page, of its tokens up to ``seq_len``, zeros behind them."""
         count, heads, size, dim = stored.shape
         if self._cache != (stored.data_ptr(), stored.shape):
             self._cache = (stored.data_ptr(), stored.shape)
-            self._means = torch.empty(count, heads, dim, device=stored.device)
+            width = self._reduce(torch.empty(0, heads, size, dim)).shape[2]
+            self._kept = torch.empty(count, heads, width, device=stored.device)
             self._known = torch.zeros(count, dtype=torch.bool, device=stored.device)
         whole = pages[: seq_len // size]
         missing = whole[~self._known[whole]]
         if len(missing):
-            self._means[missing] = unpack(stored.index_select(0, missing)).mean(2, dtype=torch.float32)
+            self._kept[missing] = self._reduce(unpack(stored.index_select(0, missing)))
             self._known[missing] = True
-        means = self._means[whole]
+        kept = self._kept[whole]
         if seq_len % size:
             rows = unpack(stored.index_select(0, pages[len(whole) :]))[:, :, : seq_len % size]
-            means = torch.cat([means, rows.mean(2, dtype=torch.float32)])
-        return means.transpose(0, 1)
+            last = self._reduce(rows)
+            kept = torch.cat([kept, torch.nn.functional.pad(last, (0, kept.shape[2] - last.shape[2]))])
+        return kept.transpose(0, 1)

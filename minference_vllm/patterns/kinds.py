@@ -117,8 +117,9 @@ class PeakThreshold(_Pattern):
 
 class LowRank(_Pattern):
     """Per query tile, the single keys, and pages full of them, that some row of the tile looks at, scored in up to
-    ``rank`` dimensions (after Loki, arXiv 2406.02542); as many as hold ``gamma`` of the exact attention of the chunk's
-    last rows, and of sampled rows less three standard errors. A head that is not sparse comes out dense."""
+    ``rank`` dimensions (after Loki, arXiv 2406.02542); as many as hold ``gamma`` of what the output of the chunk's last
+    rows is made of (exact weights times the norms of values), and of sampled rows less three standard errors. A head
+    that is not sparse comes out dense."""
 
     kind: Literal["low_rank"] = "low_rank"
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32

@@ -40,7 +40,7 @@ class Family(ABC, Generic[P]):
     may_be_dense = True
     """Whether a tile may attend everything; False: a budget bounds it."""
     reads_page_means = False
-    """Whether its scores come from mean keys of pages, which are worth keeping from chunk to chunk."""
+    """Whether its scores read what ``PageMeans`` keeps of the pages from chunk to chunk."""
     one_by_one = False
     """Whether heads are selected one at a time where sizes are exact: each may need less than the others."""
 

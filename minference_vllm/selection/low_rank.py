@@ -2,8 +2,9 @@
 
 A head that looks things up sends every row to a few keys of its own. No column, diagonal or whole block holds them, and
 all query-key products, which find them, are half of what dense attention computes. To rank keys a few dimensions are
-enough (Loki, arXiv 2406.02542; Double Sparsity, arXiv 2408.07092). How much of the attention lies in each score bin is
-measured exactly, on sampled rows, so that poor scores cost keys and not recall.
+enough (Loki, arXiv 2406.02542; Double Sparsity, arXiv 2408.07092). How much of the output lies in each score bin is
+measured exactly, on sampled rows, so that poor scores cost keys and not accuracy. A key counts by its weight times the
+norm of its value (``by_value``).
 
 Sizes: ``h`` query heads, ``H`` query heads over ``HK`` KV heads of size ``D``, ``T`` query tiles, ``S`` tokens in the
 sequence, ``r`` rank.
@@ -132,6 +133,9 @@ class LowRankOps(Protocol):
     def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
         """float32 ``[h, R, S]``: exact softmax weights of rows of the chunk (int64 ``[R]``, ascending)."""
 
+    def value_norms(self, heads: Sequence[int]) -> torch.Tensor:
+        """float32 ``[h, S]``: norm of every key's value, up to one factor for all."""
+
     def tile_bins(self, quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
         """See ``score_bins.tile_bins``."""
 
@@ -147,12 +151,27 @@ class LowRankOps(Protocol):
         """See ``score_bins.page_counts``."""
 
 
+def by_value(weights: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Each key's share of what a row's output is made of: its weight times the norm of its value, summing to 1.
+
+    Many heads put most of their weight on one key (an attention sink) whose value is close to zero. By weight alone
+    that key would use up the budget, and the keys that make the output would be left out.
+
+    Args:
+        weights: float32 ``[h, R, S]``, softmax weights; overwritten.
+        norms: float32 ``[h, S]``.
+    """
+    # Where all values are zero the weights alone count; norms that float32 does not hold count as its largest.
+    shares = weights.mul_(norms.clamp(1e-20, 1e20)[:, None])
+    return shares.div_(shares.sum(-1, keepdim=True))
+
+
 class Measured(NamedTuple):
     """Exact attention of a chunk's calibration rows, for some heads."""
 
     sample: CalibrationRows
     weights: torch.Tensor
-    """float32 ``[h, R, S]``."""
+    """float32 ``[h, R, S]``, see ``by_value``."""
     tile: torch.Tensor
     """int64 ``[R]``: the tile of each row."""
 
@@ -161,7 +180,8 @@ class Measured(NamedTuple):
         chunk = tiling.seq_len - tiling.context_len
         sample = calibration_rows(chunk, tiling.seq_len, tiling.starts.device)
         tile = torch.searchsorted(tiling.starts, sample.rows + tiling.context_len, right=True) - 1
-        return cls(sample, scores.row_weights(sample.rows, heads), tile)
+        weights = by_value(scores.row_weights(sample.rows, heads), scores.value_norms(heads))
+        return cls(sample, weights, tile)
 
 
 def column_diagonal_bins(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor) -> torch.Tensor:
@@ -279,6 +299,7 @@ def score_keys(
 class LowRankFamily(Family[LowRank]):
     pattern = LowRank
     colour = "#000000"
+    reads_page_means = True
     one_by_one = True
 
     def select(

@@ -68,6 +68,10 @@ class TorchScores:
         means = self._page_means.values_of(self.inputs.cache, self.inputs.pages, self.inputs.chunk.seq_len)
         return means if self.inputs.cache.value_scale == 1.0 else means * self.inputs.cache.value_scale
 
+    def value_norms(self, heads: Sequence[int]) -> torch.Tensor:
+        norms = self._page_means.value_norms_of(self.inputs.cache, self.inputs.pages, self.inputs.chunk.seq_len)
+        return torch.stack([norms[head // self.inputs.group] for head in heads])
+
     @functools.cached_property
     def _page_means(self) -> PageMeans:
         return self.inputs.page_means or PageMeans()

@@ -80,3 +80,28 @@ def test_another_cache_starts_anew() -> None:
     first, other = cache("rows"), cache("rows", seed=1)
     means.of(first, pages, 2 * SIZE)
     torch.testing.assert_close(means.of(other, pages, 2 * SIZE), mean_keys(other, pages, 2 * SIZE))
+
+
+@pytest.mark.parametrize("layout", ["rows", "transposed", "amx"])
+@pytest.mark.parametrize("seq_len", [1, 31, 32, 100, 5 * SIZE])
+def test_norms_of_values(layout: Layout, seq_len: int) -> None:
+    paged, pages = cache(layout), torch.tensor([7, 2, 11, 0, 5])[: -(-seq_len // SIZE)]
+    kept = PageMeans()
+    for value in (1.0, 3.0):
+        # What lies behind the last token, and what was there before, must not show.
+        paged.value.mul_(value)
+        kept.forget(torch.arange(PAGES * SIZE), SIZE)
+        found = kept.value_norms_of(paged, pages, seq_len)
+        right = paged.values_by_head(pages)[:, :seq_len].double().norm(dim=2)
+        assert found.shape == (HEADS, seq_len) and found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), right, rtol=1e-6, atol=0)
+
+
+def test_norms_grow_with_the_sequence_and_read_each_page_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(page_means, "unpack_values", lambda stored, layout: read.append(len(stored)) or stored)
+    paged, pages, kept = cache("rows"), torch.tensor([7, 2, 11]), PageMeans()
+    first = kept.value_norms_of(paged, pages[:2], SIZE + 5)
+    found = kept.value_norms_of(paged, pages, 3 * SIZE)
+    assert read == [1, 1, 2], "a whole page once, a partial one again when it is whole"
+    assert torch.equal(found[:, : SIZE + 5], first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -10,6 +11,7 @@ from low_rank_inputs import CHUNK, CONTEXT, DIM, LENGTH, PAGE, TILINGS, lookups,
 from score_inputs import scores_of
 
 from minference_vllm import reference
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
@@ -253,3 +255,60 @@ def test_columns_are_gathered_alike_key_by_key_and_page_by_page(
         gathered.append((found.keys[rows], found.values[rows], len(found.keys)))
     assert gathered[0][2] == LENGTH > gathered[1][2]
     assert torch.equal(gathered[0][0], gathered[1][0]) and torch.equal(gathered[0][1], gathered[1][1])
+
+
+# What counts is the output
+
+
+class ByWeight(TorchScores):
+    """As if every value had the same norm."""
+
+    def value_norms(self, heads: Sequence[int]) -> torch.Tensor:
+        return torch.ones(len(heads), self.inputs.chunk.seq_len)
+
+
+def sink_and_lookup(size_of_sink: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every row puts 0.97 on the first key, whose value has this norm, and the rest on one key of its own: much as
+    layer 18, head 8 of SmolLM2-135M. Queries ``[CHUNK, 1, DIM]``, keys and values ``[1, S, DIM]``."""
+    generator = torch.Generator().manual_seed(3)
+    keys = torch.nn.functional.normalize(torch.randn(LENGTH, DIM // 2 - 1, generator=generator), dim=1)
+    keys = torch.nn.functional.pad(keys, (0, DIM // 2 + 1))
+    target = 1 + (torch.rand(CHUNK, generator=generator) * torch.arange(CONTEXT - 1, LENGTH - 1)).long()
+    query = 20 * keys[target]
+    keys[0], query[:, -1] = 0, 20 + math.log(0.97 / 0.03)
+    keys[0, -1] = 1
+    values = torch.nn.functional.normalize(torch.randn(LENGTH, DIM, generator=generator), dim=1)
+    values[0] *= size_of_sink
+    return query[:, None], keys[None], values[None]
+
+
+@pytest.mark.parametrize("kind", [TorchScores, NativeScores])
+def test_a_sink_with_a_small_value_does_not_use_up_the_budget(kind: type[TorchScores]) -> None:
+    if kind is NativeScores and library.unavailable_reason(torch.float32):
+        pytest.skip(str(library.unavailable_reason(torch.float32)))
+    query, keys, values = sink_and_lookup(0.01)
+    inputs = Inputs.of_rows(query, keys, values, 1.0, PAGE)
+    tiling = Tiling.of(CONTEXT, LENGTH, PAGE, 64)
+    dense = reference.masked_attention(query, keys, values, reference.causal_mask(CONTEXT, LENGTH), 1.0)
+
+    def error(scores: TorchScores) -> float:
+        index = build_index(tiling, [LowRank(gamma=0.95)], scores)
+        assert float(index.density()) < 0.2
+        found = reference.masked_attention(query, keys, values, index.to_mask(), 1.0)
+        return float((found - dense).norm() / dense.norm())
+
+    assert error(kind(inputs)) < 0.25
+    assert error(ByWeight(inputs)) > 0.8, "by weight the sink alone is enough"
+
+
+def test_shares_of_the_output_for_any_norms() -> None:
+    weights = torch.tensor([[[0.9, 0.1, 0.0]]])
+    for norms, shares in (
+        ([1.0, 1.0, 1.0], [0.9, 0.1, 0.0]),
+        ([0.1, 0.9, 5.0], [0.5, 0.5, 0.0]),
+        ([0.0, 0.0, 0.0], [0.9, 0.1, 0.0]),
+        ([0.0, 1.0, 1.0], [0.0, 1.0, 0.0]),
+        ([torch.inf, 1.0, 1.0], [1.0, 0.0, 0.0]),
+    ):
+        found = low_rank.by_value(weights.clone(), torch.tensor([norms]))
+        torch.testing.assert_close(found, torch.tensor([[shares]]))
