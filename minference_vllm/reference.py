@@ -77,9 +77,15 @@ def causal_mask(context_len: int, seq_len: int) -> torch.Tensor:
 
 
 def attention_recall(
-    query: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor, context_len: int, scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    mask: torch.Tensor,
+    context_len: int,
+    scale: float,
+    values: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Share of each row's dense softmax mass that the mask keeps, ``exp(lse_sparse - lse_dense)``.
+    """Share of each row's dense softmax mass that the mask keeps, ``exp(lse_sparse - lse_dense)``; with values, each
+    weight counts times the norm of its key's value (value recall).
 
     Args: as ``masked_attention``.
 
@@ -88,6 +94,8 @@ def attention_recall(
     """
     heads, seq_len = query.shape[1], keys.shape[1]
     scores = query.double().transpose(0, 1) @ repeat_heads(keys.double(), heads).transpose(1, 2) * scale
+    if values is not None:
+        scores = scores + repeat_heads(values.double(), heads).norm(dim=2).log()[:, None]
     dense = scores.masked_fill(~causal_mask(context_len, seq_len), -torch.inf).logsumexp(-1)
     return (scores.masked_fill(~mask, -torch.inf).logsumexp(-1) - dense).exp()
 

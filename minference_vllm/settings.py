@@ -42,15 +42,15 @@ class Settings(BaseModel):
     here."""
 
     audit_rows: int = Field(default=4, ge=0, le=1024)
-    """Sampled rows per chunk and layer whose attention recall is taken; 0 turns the audit off."""
+    """Sampled rows per chunk and layer whose attention recall, and value recall, is taken; 0 turns the audit off."""
 
     audit_share: float = Field(default=0.01, ge=0.0, le=1.0)
     """How much of the time spent on sparse attention the audit may take (on GPUs: of its planned work); chunks and
     layers are left out to keep it. Without effect under a ``recall_floor``."""
 
     recall_floor: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """A head whose audited recall falls below this gets more keys for the rest of the request, then all of them. Every
-    chunk is then audited in every layer. None: recall is observed only."""
+    """A head whose audited value recall falls below this gets more keys for the rest of the request, then all of them.
+    Every chunk is then audited in every layer. None: recall is observed only."""
 
     log_interval: float = Field(default=10.0, ge=0.0)
     """Seconds between two lines of statistics in the log while sparse chunks are served; 0 turns them off."""

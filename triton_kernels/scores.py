@@ -5,6 +5,7 @@ the GPU, and the prefix's keys are never copied all at once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -28,12 +29,17 @@ class TritonScores(TorchScores):
     mass_by_bin = staticmethod(low_rank.mass_by_bin)
 
     def key_pieces(self, rows: int) -> Iterator[torch.Tensor]:
-        cache, missing = self.inputs.cache, self.inputs.chunk.seq_len
-        at_once = keys_at_once(self.inputs.num_heads, rows, cache.num_kv_heads, cache.head_size)
-        for pages in self.inputs.pages.split(max(1, at_once // cache.block_size)):
+        missing = self.inputs.chunk.seq_len
+        for pages in self._pages(rows):
             piece = self.stored_keys(pages)[:, :missing]
             missing -= piece.shape[1]
             yield piece
+
+    def _pages(self, rows: int) -> tuple[torch.Tensor, ...]:
+        """The pages, in pieces that suit the scores of so many rows."""
+        cache = self.inputs.cache
+        at_once = keys_at_once(self.inputs.num_heads, rows, cache.num_kv_heads, cache.head_size)
+        return self.inputs.pages.split(max(1, at_once // cache.block_size))
 
     def column_diagonal_scores(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self.inputs
@@ -61,14 +67,24 @@ class TritonScores(TorchScores):
         part = TritonScores(dataclasses.replace(self.inputs, query=query, cache=narrow))
         return super(TritonScores, part).low_rank([head - first * group for head in heads], tiling, rank, gamma)
 
-    def value_norms(self, heads: Sequence[int]) -> torch.Tensor:
-        cache, pages = self.inputs.cache, self.inputs.pages
-        at_once = keys_at_once(self.inputs.num_heads, CALIBRATION_ROWS, cache.num_kv_heads, cache.head_size)
-        norms = [
-            cache.values_by_head(part).float().norm(dim=2) for part in pages.split(max(1, at_once // cache.block_size))
-        ]
-        found = torch.cat(norms, 1)[:, : self.inputs.chunk.seq_len]
-        return torch.stack([found[head // self.inputs.group] for head in heads])
+    def audited_pieces(self, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        missing = self.inputs.chunk.seq_len
+        for pages in self._pages(rows):
+            # Values are gone before the keys are copied.
+            norms = self._norms(pages)[:, :missing]
+            missing -= norms.shape[1]
+            yield self.stored_keys(pages)[:, : norms.shape[1]], norms
+
+    @functools.cached_property
+    def kv_value_norms(self) -> torch.Tensor:
+        norms = [self._norms(pages) for pages in self._pages(CALIBRATION_ROWS)]
+        return torch.cat(norms, 1)[:, : self.inputs.chunk.seq_len]
+
+    def _norms(self, pages: torch.Tensor) -> torch.Tensor:
+        """float32 ``[HK, n * B]``."""
+        values = self.inputs.cache.values_by_head(pages)
+        values = values.bfloat16() if values.element_size() == 1 else values
+        return torch.linalg.vector_norm(values, dim=2, dtype=torch.float32)
 
     def _kv_heads_of(self, heads: Sequence[int]) -> tuple[int, int]:
         """First and last + 1 of the KV heads that these query heads need."""

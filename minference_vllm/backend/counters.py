@@ -12,16 +12,16 @@ from minference_vllm.core.plan import Plan
 
 
 @dataclass
-class Recall:
-    """Audited recall of one head."""
+class HeadRecall:
+    """Audited recall of one head, see ``prefill.recall``."""
 
-    count: int = 0
-    total: float = 0.0
-    least: float = 1.0
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count
+    chunks: int
+    recall: float
+    """Mean over the audited chunks."""
+    least_recall: float
+    """Of a chunk."""
+    value_recall: float
+    least_value_recall: float
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Counters:
     """Likewise."""
     _recall: dict[tuple[int, int, int], tuple[int, Any, Any]] = field(default_factory=dict)
     """By layer, first head and number of heads (layers of a draft model may have the same number): audited chunks, and
-    per head the sum and the least of their recall; likewise."""
+    the sum and the least of their recall and value recall, ``[2, heads]`` each; likewise."""
     _last_line: float = 0.0
     _logged_pairs: float = 0.0
     """``dense_pairs`` at the last line."""
@@ -67,8 +67,8 @@ class Counters:
         self.audit_seconds += audit
 
     def count_recall(self, layer: int, first_head: int, recall: Any) -> None:
-        """Mean recall of one audited chunk, a tensor with a number per head from ``first_head`` on."""
-        place = layer, first_head, len(recall)
+        """Mean recall and value recall of one audited chunk, a tensor ``[2, heads]`` from ``first_head`` on."""
+        place = layer, first_head, recall.shape[1]
         count, total, least = self._recall.get(place, (0, 0.0, recall))
         self._recall[place] = count + 1, total + recall, least.minimum(recall)
 
@@ -91,14 +91,14 @@ class Counters:
         return int(self._overflowed)
 
     @property
-    def recall(self) -> dict[tuple[int, int], Recall]:
+    def recall(self) -> dict[tuple[int, int], HeadRecall]:
         """By layer and head, of the chunks that were audited. Reading it waits likewise."""
-        found: dict[tuple[int, int], Recall] = {}
-        for (layer, first_head, _), (count, totals, leasts) in self._recall.items():
-            for head, (total, least) in enumerate(zip(totals.tolist(), leasts.tolist(), strict=True), first_head):
-                known = found.get((layer, head), Recall())
-                found[layer, head] = Recall(known.count + count, known.total + total, min(known.least, least))
-        return found
+        sums: dict[tuple[int, int], list[tuple[int, Any, Any]]] = {}
+        for (layer, first_head, heads), (count, totals, leasts) in self._recall.items():
+            for head in range(heads):
+                found = count, totals[:, head].tolist(), leasts[:, head].tolist()
+                sums.setdefault((layer, first_head + head), []).append(found)
+        return {place: _head_recall(parts) for place, parts in sums.items()}
 
     @property
     def density(self) -> float:
@@ -115,9 +115,11 @@ class Counters:
                 {
                     "layer": layer,
                     "head": head,
-                    "audited_chunks": found.count if found else 0,
-                    "recall": found.mean if found else None,
-                    "least_recall": found.least if found else None,
+                    "audited_chunks": found.chunks if found else 0,
+                    "recall": found.recall if found else None,
+                    "least_recall": found.least_recall if found else None,
+                    "value_recall": found.value_recall if found else None,
+                    "least_value_recall": found.least_value_recall if found else None,
                     "chunks_with_more_keys": self.raised[layer, head],
                     "chunks_run_densely": self.raised_to_dense[layer, head],
                 }
@@ -152,9 +154,14 @@ class Counters:
             f"density {self.density:.4f}"
         )
         if recall := self.recall:
-            mean = sum(found.total for found in recall.values()) / sum(found.count for found in recall.values())
-            (layer, head), worst = min(recall.items(), key=lambda item: item[1].mean)
-            line += f", recall {mean:.4f} (least {worst.mean:.4f}, layer {layer} head {head})"
+            chunks = sum(found.chunks for found in recall.values())
+            mean, by_value = (
+                sum(getattr(found, name) * found.chunks for found in recall.values()) / chunks
+                for name in ("recall", "value_recall")
+            )
+            (layer, head), worst = min(recall.items(), key=lambda item: item[1].value_recall)
+            line += f", recall {mean:.4f}, value recall {by_value:.4f}"
+            line += f" (least {worst.value_recall:.4f}, layer {layer} head {head})"
         if self.raised or self.raised_to_dense:
             line += (
                 f", below the floor {self.raised.total()} times given more keys, "
@@ -165,6 +172,14 @@ class Counters:
         if self.dense_chunks:
             line += "; dense: " + ", ".join(f"{count} ({reason})" for reason, count in self.dense_chunks.items())
         return line
+
+
+def _head_recall(parts: Sequence[tuple[int, Any, Any]]) -> HeadRecall:
+    """Of chunks, sums and least ones of recall and value recall."""
+    chunks = sum(count for count, _, _ in parts)
+    means = [sum(totals[place] for _, totals, _ in parts) / chunks for place in range(2)]
+    least = [min(leasts[place] for _, _, leasts in parts) for place in range(2)]
+    return HeadRecall(chunks, means[0], least[0], means[1], least[1])
 
 
 def _density(computed: float, dense: float) -> float:

@@ -68,6 +68,10 @@ class _Collector:
         place = ["layer", "head"]
         recall = GaugeMetricFamily("minference_recall", "Mean audited attention recall", labels=place)
         least = GaugeMetricFamily("minference_least_recall", "Least audited attention recall of a chunk", labels=place)
+        value = GaugeMetricFamily("minference_value_recall", "Mean audited recall by weight times value", labels=place)
+        least_value = GaugeMetricFamily(
+            "minference_least_value_recall", "Least audited recall by weight times value of a chunk", labels=place
+        )
         audited = CounterMetricFamily("minference_audited_chunks", "Chunks whose recall was audited", labels=place)
         raised = CounterMetricFamily(
             "minference_raised_chunks", "Chunks that ran with more keys because of recall_floor", labels=[*place, "to"]
@@ -77,7 +81,9 @@ class _Collector:
             if head["audited_chunks"]:
                 recall.add_metric(at, head["recall"])
                 least.add_metric(at, head["least_recall"])
+                value.add_metric(at, head["value_recall"])
+                least_value.add_metric(at, head["least_value_recall"])
             audited.add_metric(at, head["audited_chunks"])
             raised.add_metric([*at, "more_keys"], head["chunks_with_more_keys"])
             raised.add_metric([*at, "dense"], head["chunks_run_densely"])
-        yield from (recall, least, audited, raised)
+        yield from (recall, least, value, least_value, audited, raised)

@@ -53,13 +53,13 @@ def serve_chunk(runtime: Runtime, layer: SparseLayer, inputs: Inputs, out: torch
     counters.count_seconds(timing.estimate + timing.index + timing.attend, timing.audit)
     if check is None or check.recall is None:
         return
-    counters.count_recall(layer.number, layer.first_head, check.recall.double())
+    counters.count_recall(layer.number, layer.first_head, torch.stack(check.recall).double())
     runtime.raised.keep(layer.number, chunk.seq_len, inputs.pages, inputs.cache.block_size, check.steps)
     for head, step in enumerate(check.steps, layer.first_head):
         if step:
             counters.count_raised(layer.number, head, dense=step == MAX_STEP)
             logger.warning_once(
-                "minference: layer %d, head %d: recall below the floor of %s, %s for the rest of the request "
+                "minference: layer %d, head %d: value recall below the floor of %s, %s for the rest of the request "
                 "(counted from now on, not logged again)",
                 layer.number, head, settings.recall_floor, "dense" if step == MAX_STEP else "more keys",
             )  # fmt: skip

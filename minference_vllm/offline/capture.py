@@ -133,7 +133,8 @@ def measure(layer: Layer, indices: Sequence[SparseIndex], rows: int = 16) -> tup
         begin, end = index.tiling.context_len, index.tiling.seq_len
         query, keys = layer.query[:, begin:end], layer.keys[:, :end]
         sampled = sample_rows(end - begin, rows, seed=begin)
-        pieces = keys.split(keys_at_once(len(query), rows, *keys.shape[::2]), dim=1)
+        norms, at_once = layer.values[:, :end].float().norm(dim=2), keys_at_once(len(query), rows, *keys.shape[::2])
+        pieces = zip(keys.split(at_once, 1), norms.split(at_once, 1), strict=True)
         found = sampled_recall(query.transpose(0, 1), pieces, index, sampled, layer.scale)
-        recall += found.double().mean(1) * (end - begin) / layer.keys.shape[1]
+        recall += found.mass.double().mean(1) * (end - begin) / layer.keys.shape[1]
     return density, recall

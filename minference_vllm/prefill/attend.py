@@ -13,7 +13,7 @@ from minference_vllm.core.tiling import Tiling, whole_tile
 from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.prefill import mean_correction
-from minference_vllm.prefill.recall import RecallCheck, chunk_recall
+from minference_vllm.prefill.recall import Recall, RecallCheck, chunk_recall
 from minference_vllm.prefill.timing import TimedScores, Timing
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.capacity import plan_capacity
@@ -72,7 +72,7 @@ def attend_chunk(
         with timing.stage("index"):
             return build_index(tiling, patterns, timed, capacity, inputs.group if kernel.planned else 1)
 
-    def recall(index: SparseIndex, rows: torch.Tensor) -> torch.Tensor:
+    def recall(index: SparseIndex, rows: torch.Tensor) -> Recall:
         with timing.stage("audit"):
             return chunk_recall(scores, index, rows)
 

@@ -1,8 +1,10 @@
-"""Attention recall while serving: how much of the dense softmax mass the selected keys hold, on a few sampled rows.
+"""Attention recall while serving: how much of the dense attention the selected keys hold, on a few sampled rows.
 
 Recall of a row is ``exp(lse_sparse - lse_dense)`` (Qwen2.5-1M, arXiv 2501.15383, section 4.2), here as the sum of the
-dense weights on the selected keys, which is the same number. It is taken from the index before attention runs, so that
-a head that falls short can be given more keys in the same chunk.
+dense weights on the selected keys, which is the same number. *Value recall* is the same with every weight times the
+norm of its key's value: where most of the weight lies on a sink whose value is close to zero, it says what is left of
+the output, and recall does not. Both are taken from the index before attention runs, so that a head that falls short
+can be given more keys in the same chunk.
 
 Sizes: ``H`` query heads over ``HK`` KV heads, ``R`` sampled rows, ``S`` tokens in the sequence, ``D`` head size.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -28,8 +31,21 @@ AUDITED_PAIR = 32
 audit writes them to memory, and copies keys for a few rows alone. Counted from the bytes moved, not timed."""
 
 
-def chunk_recall(scores: TorchScores, index: SparseIndex, rows: torch.Tensor) -> torch.Tensor:
-    """``sampled_recall`` of a chunk over its paged cache: float32 ``[H, R]``.
+class Recall(NamedTuple):
+    """Of sampled rows of a chunk, or their means."""
+
+    mass: torch.Tensor
+    """float32 ``[H, R]``: share of the weights."""
+    value: torch.Tensor
+    """float32 ``[H, R]``: share of the weights times the norms of values."""
+
+    def mean(self) -> Recall:
+        """Over the rows: float32 ``[H]`` each."""
+        return Recall(self.mass.mean(1), self.value.mean(1))
+
+
+def chunk_recall(scores: TorchScores, index: SparseIndex, rows: torch.Tensor) -> Recall:
+    """``sampled_recall`` of a chunk over its paged cache.
 
     Args:
         rows: int64 ``[R]``, rows of the chunk, in the host's memory.
@@ -38,34 +54,36 @@ def chunk_recall(scores: TorchScores, index: SparseIndex, rows: torch.Tensor) ->
         # From ordinary memory the copy would wait for the GPU.
         rows = rows.pin_memory().to(scores.query.device, non_blocking=True)
     parts = [
-        sampled_recall(scores.query, scores.key_pieces(len(part)), index, part, scores.scale)
+        sampled_recall(scores.query, scores.audited_pieces(len(part)), index, part, scores.scale)
         for part in rows.split(ROWS_AT_ONCE)
     ]
-    return torch.cat(parts, 1)
+    return Recall(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
 
 
 def sampled_recall(
-    query: torch.Tensor, keys: Iterable[torch.Tensor], index: SparseIndex, rows: torch.Tensor, scale: float
-) -> torch.Tensor:
+    query: torch.Tensor,
+    pieces: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    index: SparseIndex,
+    rows: torch.Tensor,
+    scale: float,
+) -> Recall:
     """Recall of sampled rows of a chunk. Nothing waits for a GPU.
 
     Args:
         query: ``[chunk, H, D]``.
-        keys: ``[HK, n, D]`` each, pieces that together are the sequence.
+        pieces: keys ``[HK, n, D]`` and norms of their values, float32 ``[HK, n]``, up to one factor for all; together
+            they are the sequence.
         rows: int64 ``[R]``, rows of the chunk, on the query's device.
-
-    Returns:
-        float32 ``[H, R]``.
     """
     positions = rows + index.tiling.context_len
     tiles = torch.searchsorted(index.tiling.starts, positions, right=True) - 1
     sampled = query[rows].transpose(0, 1)  # [H, R, D]
     heads, count, dim = sampled.shape
-    # An online softmax, of all weights and of those that were kept.
+    # An online softmax: sums of all weights and of those that were kept, and the same times the norms.
     largest = torch.full((heads, count, 1), -torch.inf, device=rows.device)
-    total, kept = torch.zeros_like(largest), torch.zeros_like(largest)
+    sums = torch.zeros(4, heads, count, 1, device=rows.device)
     first = 0
-    for piece in keys:
+    for piece, value_norms in pieces:
         # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
         by_kv_head = sampled.reshape(piece.shape[0], -1, dim)
         scores = logits(by_kv_head, piece, scale).view(heads, count, -1)
@@ -73,12 +91,23 @@ def sampled_recall(
         scores.masked_fill_(torch.arange(first, last, device=rows.device) > positions[:, None], -torch.inf)
         # Every row sees the first key of the sequence, so this is never -inf.
         new_largest = torch.maximum(largest, scores.amax(-1, keepdim=True))
-        decay = (largest - new_largest).exp_()
         weights = scores.sub_(new_largest).exp_()
-        total = total * decay + weights.sum(-1, keepdim=True)
-        kept = kept * decay + weights.mul_(index.tile_mask(tiles, first=first, last=last)).sum(-1, keepdim=True)
+        sums *= (largest - new_largest).exp_()
+        norms = value_norms[:, None, None].clamp(1e-20, 1e20)  # as ``low_rank.by_value`` has them
+        kept = index.tile_mask(tiles, first=first, last=last)
+        sums[0] += weights.sum(-1, keepdim=True)
+        sums[2] += _by_norm(weights, norms)
+        weights.mul_(kept)
+        sums[1] += weights.sum(-1, keepdim=True)
+        sums[3] += _by_norm(weights, norms)
         largest, first = new_largest, last
-    return (kept / total)[..., 0]
+    return Recall((sums[1] / sums[0])[..., 0], (sums[3] / sums[2])[..., 0])
+
+
+def _by_norm(weights: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """float32 ``[H, R, 1]``: weights ``[H, R, n]`` summed, each times its key's norm, ``[HK, 1, 1, n]``."""
+    by_kv_head = weights.view(norms.shape[0], -1, *weights.shape[1:])
+    return torch.matmul(by_kv_head, norms.transpose(-1, -2)).view(*weights.shape[:2], 1)
 
 
 def sample_rows(rows: int, samples: int, seed: int) -> torch.Tensor:
@@ -99,12 +128,12 @@ class RecallCheck:
     rows: torch.Tensor
     """int64 ``[R]``: rows of the chunk that are sampled."""
     floor: float | None = None
-    """Mean recall of the sampled rows below which a head gets more keys."""
+    """Mean value recall of the sampled rows below which a head gets more keys."""
     steps: tuple[int, ...] = ()
     """Per head, how far its pattern is strengthened from the start (``at_step``); empty: not at all. Afterwards: how
     far it was."""
-    recall: torch.Tensor | None = None
-    """float32 ``[H]``, afterwards: mean recall of the sampled rows, of the index that runs."""
+    recall: Recall | None = None
+    """Afterwards: the sampled rows' means, of the index that runs."""
 
     def strengthened(self, patterns: Sequence[HeadPattern]) -> list[HeadPattern]:
         """The patterns at their steps."""
@@ -115,20 +144,20 @@ class RecallCheck:
         self,
         patterns: Sequence[HeadPattern],
         build: Callable[[Sequence[HeadPattern]], SparseIndex],
-        recall_of: Callable[[SparseIndex, torch.Tensor], torch.Tensor],
+        recall_of: Callable[[SparseIndex, torch.Tensor], Recall],
     ) -> SparseIndex:
         """The index of the patterns, strengthened until every head reaches the floor on the sampled rows, or is dense.
 
         Args:
             build: patterns -> index.
-            recall_of: index and rows -> recall ``[H, R]``.
+            recall_of: index and rows -> their recall.
         """
         self.steps = self.steps or (0,) * len(patterns)
         while True:
             index = build(self.strengthened(patterns))
-            self.recall = recall_of(index, self.rows).mean(1)
+            self.recall = recall_of(index, self.rows).mean()
             # Without a floor nobody needs to know at once, and a GPU is not waited for.
-            found = [] if self.floor is None else self.recall.tolist()
+            found = [] if self.floor is None else self.recall.value.tolist()
             short = {head for head, share in enumerate(found) if share < self.floor and self.steps[head] < MAX_STEP}
             if not short:
                 return index

@@ -68,8 +68,20 @@ class TorchScores:
         means = self._page_means.values_of(self.inputs.cache, self.inputs.pages, self.inputs.chunk.seq_len)
         return means if self.inputs.cache.value_scale == 1.0 else means * self.inputs.cache.value_scale
 
+    @functools.cached_property
+    def kv_value_norms(self) -> torch.Tensor:
+        """float32 ``[HK, S]``: norm of every value, up to one factor for all."""
+        return self._page_means.value_norms_of(self.inputs.cache, self.inputs.pages, self.inputs.chunk.seq_len)
+
+    def audited_pieces(self, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The pieces of ``key_pieces``, each with the norms of its values, float32 ``[HK, n]``."""
+        first = 0
+        for piece in self.key_pieces(rows):
+            yield piece, self.kv_value_norms[:, first : first + piece.shape[1]]
+            first += piece.shape[1]
+
     def value_norms(self, heads: Sequence[int]) -> torch.Tensor:
-        norms = self._page_means.value_norms_of(self.inputs.cache, self.inputs.pages, self.inputs.chunk.seq_len)
+        norms = self.kv_value_norms
         return torch.stack([norms[head // self.inputs.group] for head in heads])
 
     @functools.cached_property

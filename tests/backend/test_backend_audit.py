@@ -81,17 +81,23 @@ def test_recall_of_audited_chunks_is_counted_per_layer_and_head(make_cpu_layer: 
     layer.run(layer.impl, layer.metadata())
     assert len(layer.checks) == len(SPARSE) and all(layer.checks)
     assert set(layer.counters.recall) == {(1, head) for head in range(HEADS)}
-    exact = torch.zeros(len(SPARSE), HEADS, dtype=torch.float64)
+    exact, by_value = torch.zeros(2, len(SPARSE), HEADS, dtype=torch.float64)
     for number, (request, check, index) in enumerate(zip(SPARSE, layer.checks, layer.indices, strict=True)):
         assert check is not None and check.recall is not None and check.steps == (0,) * HEADS
         query, keys = layer.batch.query[layer.batch.rows(request)], layer.batch.keys(request)
         recall = reference.attention_recall(query, keys, index.to_mask(), index.tiling.context_len, layer.scale)
         exact[number] = recall[:, check.rows].mean(1)
-        assert check.recall.tolist() == pytest.approx(exact[number].tolist(), abs=0.01)
+        assert check.recall.mass.tolist() == pytest.approx(exact[number].tolist(), abs=0.01)
+        values = layer.batch.values(request)
+        recall = reference.attention_recall(query, keys, index.to_mask(), index.tiling.context_len, layer.scale, values)
+        by_value[number] = recall[:, check.rows].mean(1)
+        assert check.recall.value.tolist() == pytest.approx(by_value[number].tolist(), abs=0.01)
     for (_, head), found in layer.counters.recall.items():
-        assert found.count == len(SPARSE)
-        assert found.mean == pytest.approx(float(exact[:, head].mean()), abs=0.01)
-        assert found.least == pytest.approx(float(exact[:, head].min()), abs=0.01)
+        assert found.chunks == len(SPARSE)
+        assert found.recall == pytest.approx(float(exact[:, head].mean()), abs=0.01)
+        assert found.least_recall == pytest.approx(float(exact[:, head].min()), abs=0.01)
+        assert found.value_recall == pytest.approx(float(by_value[:, head].mean()), abs=0.01)
+        assert found.least_value_recall == pytest.approx(float(by_value[:, head].min()), abs=0.01)
     assert layer.counters.audit_seconds > 0
     assert not layer.counters.raised and not layer.counters.raised_to_dense, "there is no floor"
 
@@ -158,7 +164,7 @@ def test_heads_below_the_floor_are_served_right_and_stay_raised(
         index, check = layer.indices[number], layer.checks[number]
         assert check is not None and check.recall is not None
         assert tuple(step > 0 for step in check.steps) == raised
-        assert float(check.recall.min()) >= 0.999
+        assert float(check.recall.value.min()) >= 0.999
         assert_right(layer, output, [0])
         # Flat attention has no key that may be missing: what is not dense by itself was made so.
         dense = [head for head in range(HEADS) if raised[head]]
@@ -171,9 +177,12 @@ def test_heads_below_the_floor_are_served_right_and_stay_raised(
     both = counters.raised + counters.raised_to_dense
     assert both == {(1, head): 2 for head in range(HEADS) if raised[head]}
     for head in range(HEADS):
-        assert any(f"layer 1, head {head}: recall below the floor of 0.999" in line for line in lines) == raised[head]
+        assert (
+            any(f"layer 1, head {head}: value recall below the floor of 0.999" in line for line in lines)
+            == raised[head]
+        )
     done = "dense" if max_step == 1 else "more keys"
-    assert any(f"layer 1, head 2: recall below the floor of 0.999, {done} for the rest" in line for line in lines)
+    assert any(f"layer 1, head 2: value recall below the floor of 0.999, {done} for the rest" in line for line in lines)
 
 
 def test_another_request_begins_with_its_own_patterns(make_cpu_layer: Callable[..., Layer]) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from minference_vllm.backend.counters import Counters, merged
+from minference_vllm.backend.counters import Counters, HeadRecall, merged
 from minference_vllm.core.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT, plan_batch
 
 
@@ -52,15 +52,17 @@ def test_recall_is_told_on_average_and_of_the_worst_head() -> None:
     counters = Counters()
     counters.count_layer(1.0, 2.0)
     for layer, first_head, recall in ((3, 0, [1.0, 0.9]), (3, 0, [0.8, 0.9]), (4, 2, [0.5])):
-        counters.count_recall(layer, first_head, torch.tensor(recall, dtype=torch.float64))
-    found = counters.recall[3, 0]
-    assert (found.count, found.mean, found.least) == (2, 0.9, 0.8)
+        by_value = [share / 2 for share in recall]
+        counters.count_recall(layer, first_head, torch.tensor([recall, by_value], dtype=torch.float64))
+    assert counters.recall[3, 0] == HeadRecall(2, 0.9, 0.8, 0.45, 0.4)
     assert set(counters.recall) == {(3, 0), (3, 1), (4, 2)}
     line = counters.line_when_due(1.0, now=5000.0)
-    assert line is not None and line.endswith("density 0.5000, recall 0.8200 (least 0.5000, layer 4 head 2)")
-    counters.count_recall(3, 0, torch.tensor([0.3], dtype=torch.float64))
+    assert line is not None and line.endswith(
+        "density 0.5000, recall 0.8200, value recall 0.4100 (least 0.2500, layer 4 head 2)"
+    )
+    counters.count_recall(3, 0, torch.tensor([[0.3], [0.2]], dtype=torch.float64))
     found = counters.recall[3, 0]
-    assert (found.count, found.mean, found.least) == (3, pytest.approx(0.7), 0.3), "a draft model's layer, of one head"
+    assert (found.chunks, found.recall, found.least_recall) == (3, pytest.approx(0.7), 0.3), "a draft model's one head"
 
 
 def test_raised_heads_are_counted_and_told() -> None:
@@ -95,7 +97,7 @@ def counted(first_head: int, recall: list[float]) -> Counters:
     counters = Counters()
     counters.count_batch(plan_batch([0, 600, 700], [600, 100], min_context=300, min_chunk=1))
     counters.count_layer(25.0, 100.0, overflowed=3)
-    counters.count_recall(1, first_head, torch.tensor(recall, dtype=torch.float64))
+    counters.count_recall(1, first_head, torch.tensor([recall, recall], dtype=torch.float64))
     return counters
 
 

@@ -41,7 +41,7 @@ def counters(monkeypatch: pytest.MonkeyPatch) -> Counters:
     counters = Counters(sparse_chunks=3, sparse_tokens=700)
     counters.dense_chunks['too "short"'] = 2
     counters.count_layer(30.0, 120.0)
-    counters.count_recall(1, 0, torch.tensor([0.5, 0.75], dtype=torch.float64))
+    counters.count_recall(1, 0, torch.tensor([[0.5, 0.75], [0.25, 0.625]], dtype=torch.float64))
     counters.count_raised(1, 0, dense=False)
     return counters
 
@@ -63,6 +63,8 @@ def test_metrics_are_prometheus_text(counters: Counters) -> None:
         'minference_dense_chunks_total{reason="too \\"short\\""} 2.0',
         'minference_recall{head="1",layer="1"} 0.75',
         'minference_least_recall{head="0",layer="1"} 0.5',
+        'minference_value_recall{head="1",layer="1"} 0.625',
+        'minference_least_value_recall{head="0",layer="1"} 0.25',
         'minference_audited_chunks_total{head="0",layer="1"} 1.0',
         'minference_raised_chunks_total{head="0",layer="1",to="more_keys"} 1.0',
         'minference_raised_chunks_total{head="0",layer="1",to="dense"} 0.0',

@@ -25,7 +25,7 @@ from minference_vllm.patterns.kinds import (
     VerticalSlash,
 )
 from minference_vllm.prefill.attend import attend_chunk
-from minference_vllm.prefill.recall import RaisedSteps, RecallCheck, sample_rows, sampled_recall
+from minference_vllm.prefill.recall import RaisedSteps, Recall, RecallCheck, sample_rows, sampled_recall
 from minference_vllm.prefill.timing import Timing
 from minference_vllm.selection.build import build_index
 
@@ -64,18 +64,24 @@ def test_sampled_recall_is_the_references(name: str, dtype: torch.dtype, column_
     patterns = [KINDS[head % len(KINDS)] for head in range(heads)]
     index = build_index(tiling, patterns, scores_of(query, keys, scale))
     rows = sample_rows(chunk, 16, seed=3)
-    found = sampled_recall(query, keys.split(piece, dim=1), index, rows, scale)
-    assert found.shape == (heads, len(rows)) and found.dtype == torch.float32
+    values = torch.randn(kv_heads, context + chunk, dim, generator=generator) * torch.rand(context + chunk, 1).exp()
+    found = sampled_recall(
+        query, zip(keys.split(piece, 1), values.norm(dim=2).split(piece, 1), strict=True), index, rows, scale
+    )
+    assert all(part.shape == (heads, len(rows)) and part.dtype == torch.float32 for part in found)
     exact = reference.attention_recall(query, keys, index.to_mask(), context, scale)[:, rows]
+    by_value = reference.attention_recall(query, keys, index.to_mask(), context, scale, values)[:, rows]
     # The same in low precision: logits are rounded once, to the inputs' type.
     logits = (query[rows].transpose(0, 1) @ reference.repeat_heads(keys, heads).transpose(1, 2)).float() * scale
     causal = reference.causal_mask(context, context + chunk)[rows]
     weights = logits.masked_fill(~causal, -torch.inf).softmax(-1)
     eager = (weights * index.to_mask()[:, rows]).sum(-1)
     budget = 2 * float((eager.double() - exact).abs().max()) + 1e-6
-    assert float((found.double() - exact).abs().max()) <= budget
+    assert float((found.mass.double() - exact).abs().max()) <= budget
+    assert float((found.value.double() - by_value).abs().max()) <= 3 * budget, "norms differ by up to e"
     dense = [head for head, pattern in enumerate(patterns) if isinstance(pattern, Dense)]
-    assert torch.allclose(found[dense], torch.ones(len(dense), len(rows)), atol=1e-5)
+    for part in found:
+        assert torch.allclose(part[dense], torch.ones(len(dense), len(rows)), atol=1e-5)
 
 
 # Which rows
@@ -135,13 +141,14 @@ class Heads:
     def __post_init__(self) -> None:
         self.query = torch.stack([query for query, _ in self.shapes], 1)
         self.keys = torch.stack([keys for _, keys in self.shapes])
+        self.norms = torch.ones(self.keys.shape[:2])
 
     def build(self, patterns: Sequence[HeadPattern]) -> SparseIndex:
         self.built.append(list(patterns))
         return build_index(Tiling.of(TOKENS - CHUNK, TOKENS, 32, 128), patterns, scores_of(self.query, self.keys))
 
-    def recall_of(self, index: SparseIndex, rows: torch.Tensor) -> torch.Tensor:
-        return sampled_recall(self.query, [self.keys], index, rows, 1.0)
+    def recall_of(self, index: SparseIndex, rows: torch.Tensor) -> Recall:
+        return sampled_recall(self.query, [(self.keys, self.norms)], index, rows, 1.0)
 
     def exact_recall(self, index: SparseIndex) -> list[float]:
         """Mean over all rows, per head."""
@@ -173,7 +180,9 @@ def test_a_head_whose_mass_is_elsewhere_is_given_a_pattern_that_looks_for_it(pat
     assert heads.built[-1] == [pattern.at_step(1)]
     assert heads.exact_recall(index)[0] >= FLOOR
     assert float(index.density()) < 0.5
-    assert checked.recall is not None and float(checked.recall) == pytest.approx(heads.exact_recall(index)[0], abs=0.02)
+    assert checked.recall is not None and float(checked.recall.mass) == pytest.approx(
+        heads.exact_recall(index)[0], abs=0.02
+    )
 
 
 def test_a_head_for_which_more_keys_are_not_enough_ends_dense() -> None:
@@ -208,7 +217,8 @@ def test_without_a_floor_recall_is_observed_only() -> None:
     patterns = [AShape(sink=64, local=64), AShape(sink=0, local=256)]
     heads.run(checked, patterns)
     assert heads.built == [patterns] and checked.steps == (0, 0)
-    assert checked.recall is not None and float(checked.recall[0]) < 0.2 and float(checked.recall[1]) > 0.9
+    assert checked.recall is not None
+    assert float(checked.recall.value[0]) < 0.2 and float(checked.recall.value[1]) > 0.9
 
 
 def test_steps_are_where_the_next_chunk_begins() -> None:
@@ -235,6 +245,20 @@ def test_a_chunk_is_repaired_before_it_is_computed(paged_batch: Callable[..., An
     exact = reference.masked_attention(batch.query, batch.keys(0), batch.values(0), mask, batch.scale)
     budget = 3 * torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
     assert float((out.double() - exact).abs().max()) <= budget
+
+
+def test_the_floor_sees_an_output_that_is_lost_beside_a_kept_sink() -> None:
+    """Half of the weight lies on a sink without a value: recall holds, and what is left of the output does not."""
+    query, keys = torch.zeros(CHUNK, DIM), torch.zeros(TOKENS, DIM)
+    query[:, 0], keys[0, 0] = 1.0, 14.0  # 0.95 of the weight
+    keys[200:1200:50, 0] = 8.0
+    heads, checked = Heads([(query, keys)]), check()
+    heads.norms[0, 0] = 1e-3
+    fits = AShape(sink=64, local=64)
+    assert heads.exact_recall(heads.build([fits]))[0] > FLOOR
+    heads.run(checked, [fits])
+    assert checked.steps[0] > 0 and checked.recall is not None
+    assert float(checked.recall.value) >= FLOOR
 
 
 # From one chunk to the next
