@@ -55,19 +55,24 @@ class Runtime:
         return f"patterns from {self.source}; {settings}; {kernels}; sparse from {self.settings.min_context} tokens"
 
 
-_runtimes: dict[int, tuple[Any, Runtime]] = {}
+_runtimes: dict[tuple[int, str], tuple[Any, Runtime]] = {}
 
 
 def runtime_for(vllm_config: Any) -> Runtime:
-    """The runtime of a configuration; made, and everything in it validated, on first use.
+    """The runtime of a model in an engine; made, and everything in it validated, on first use.
+
+    vLLM builds the language model of a multimodal one under a copy of the configuration, which names the same
+    checkpoint and shares ``compilation_config``. The copy has the same runtime; a draft model has one of its own.
 
     Raises:
         ValueError: settings, pattern file or model cannot be used; the message says which and what is allowed.
     """
-    # The configuration is kept beside the runtime so that its id stays its own.
-    known = _runtimes.get(id(vllm_config))
+    engine = vllm_config.compilation_config
+    key = id(engine), vllm_config.model_config.model
+    known = _runtimes.get(key)
     if known is None:
-        known = _runtimes[id(vllm_config)] = (vllm_config, _make_runtime(vllm_config))
+        # The engine's part is kept beside the runtime so that its id stays its own.
+        known = _runtimes[key] = (engine, _make_runtime(vllm_config))
         add_worker_method(STATS_METHOD, lambda worker: runtime_for(worker.vllm_config).counters.report())
     return known[1]
 

@@ -16,6 +16,7 @@ from minference_vllm.patterns import file as formats
 from minference_vllm.patterns.kinds import AShape, Coverage, Dense, HeadPattern, LowRank
 
 LAYERS, HEADS = 2, 4
+DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 
 
 def configuration(settings: Any = None, **model: Any) -> SimpleNamespace:
@@ -31,7 +32,11 @@ def configuration(settings: Any = None, **model: Any) -> SimpleNamespace:
         "get_total_num_hidden_layers": lambda: LAYERS,
     }
     additional = {} if settings is None else {"minference": settings}
-    return SimpleNamespace(model_config=SimpleNamespace(**{**fields, **model}), additional_config=additional)
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**{**fields, **model}),
+        additional_config=additional,
+        compilation_config=SimpleNamespace(),
+    )
 
 
 def pattern_file(folder: Path, layers: int = LAYERS, heads: int = HEADS) -> str:
@@ -196,6 +201,23 @@ def test_a_configuration_has_one_runtime() -> None:
     assert runtime_for(first) is runtime_for(first)
     assert runtime_for(first) is not runtime_for(second)
     assert isinstance(runtime_for(first), Runtime)
+
+
+def test_the_language_model_of_a_multimodal_one_has_its_runtime() -> None:
+    """vLLM builds it under a copy of the configuration; counters, patterns and a recorder must be the same."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    whole = EngineArgs(
+        str(DEMO), attention_backend="minference", additional_config={"minference": {"patterns": "low_rank"}}
+    ).create_engine_config()
+    part = whole.with_hf_config(whole.model_config.hf_config, architectures=["Qwen2ForCausalLM"])
+    assert part is not whole and runtime_for(part) is runtime_for(whole)
+    other = SimpleNamespace(
+        model_config=configuration().model_config,
+        compilation_config=whole.compilation_config,
+        additional_config=whole.additional_config,
+    )
+    assert runtime_for(other) is not runtime_for(whole), "a draft model"
 
 
 # Layers that run densely
