@@ -4,6 +4,8 @@
 parts themselves.
 """
 
+from typing import TYPE_CHECKING
+
 from minference_vllm.patterns.file import PatternFile, load_pattern_file
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
@@ -18,6 +20,10 @@ from minference_vllm.patterns.kinds import (
     VerticalSlash,
 )
 from minference_vllm.settings import Settings
+
+if TYPE_CHECKING:
+    from minference_vllm.core.sparse_index import SparseIndex as SparseIndex
+    from minference_vllm.prefill.api import sparse_prefill as sparse_prefill
 
 __version__ = "0.1.0"
 

@@ -29,6 +29,8 @@ class Measurement(BaseModel):
 
     recall: float
     """Mean share of the dense attention that lies on the selected keys."""
+    value_recall: float | None = None
+    """The same with every weight times the norm of its key's value."""
     density: float
     """Computed query-key pairs as a share of the dense ones, with what ``low_rank`` spends where it scores keys."""
     output_error: float

@@ -110,14 +110,15 @@ def read_rows(path: Path, plan: Plan) -> Iterator[dict[str, Any]]:
     yield from rows[1:]
 
 
-def collect(plan: Plan, processes: Sequence[int], heads: int) -> dict[int, Measured]:
-    """Sums over prompts and chunks of every layer, all heads together."""
-    layers: dict[int, Measured] = {}
+def collect(plan: Plan, processes: Sequence[int], heads: int) -> dict[int, dict[tuple[int, int], Measured]]:
+    """Layer -> (prompt, end of the chunk) -> what was measured there, the heads of all processes together."""
+    layers: dict[int, dict[tuple[int, int], Measured]] = {}
     for process in processes:
         for row in read_rows(plan.path(process), plan):
-            total = layers.setdefault(row["layer"], Measured.nothing(len(CANDIDATES), heads))
-            part = Measured.from_json(row["measured"])
-            first = row["first_head"]
-            for sums, found in zip(vars(total).values(), vars(part).values(), strict=True):
-                sums[:, first : first + found.shape[1]] += found
+            chunks = layers.setdefault(row["layer"], {})
+            key = row["prompt"], row["chunk_end"]
+            whole = chunks.setdefault(key, Measured.nothing(len(CANDIDATES), heads))
+            part, first = Measured.from_json(row["measured"]), row["first_head"]
+            for values, found in zip(vars(whole).values(), vars(part).values(), strict=True):
+                values[:, first : first + found.shape[1]] = found
     return layers

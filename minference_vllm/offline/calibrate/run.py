@@ -7,50 +7,38 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
-import random
-import string
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+
+from minference_vllm.offline import engine
 from minference_vllm.offline.calibrate.recorder import CalibrationError, Plan, Recorder, collect
-from minference_vllm.offline.calibrate.search import CANDIDATES, FAMILIES, Choice, choose
+from minference_vllm.offline.calibrate.search import CANDIDATES, DEFAULT, Measured, choose
+from minference_vllm.offline.texts import help_topics, key_value_prompt, read_prompts, without_middle
 from minference_vllm.patterns.file import Measurement, PatternFile, to_text
 from minference_vllm.patterns.kinds import Dense, HeadPattern
 
-MIN_TOKENS = 4096
-CHUNK = 4096
+MIN_TOKENS = 8000
+"""Shorter prompts say little about the heads: most of what they look at is near."""
+MIN_PROMPTS = 2
 MEASURED_CHUNKS = 4
-"""Of every prompt: the last, and others spread evenly from the middle on."""
+"""Of every prompt: the last, which only the check at the end sees, and others spread evenly from the middle on."""
+MIN_GAIN = 0.05
+"""A file must save this share of the default's cost: the default adapts to a prompt, and a file only partly does."""
 
 
-def key_value_prompt(characters: int) -> str:
-    """A JSON object of random keys and values and a question for one of them, as in the paper (section 4)."""
-    rng = random.Random(0)
-
-    def word() -> str:
-        return "".join(rng.choices(string.hexdigits[:16], k=32))
-
-    pairs = {word(): word() for _ in range(max(1, characters // 76))}
-    wanted = rng.choice(list(pairs))
-    return (
-        "Extract the value corresponding to the specified key in the JSON object below.\n\n"
-        f'{json.dumps(pairs, indent=0)}\n\nKey: "{wanted}"\nThe value associated with the specified key is: '
-    )
-
-
-def read_prompts(path: Path | None, tokens: int) -> list[str]:
-    if path is None:
-        return [key_value_prompt(8 * tokens)]
-    text = path.read_text()
-    if path.suffix != ".jsonl":
-        return [text]
-    try:
-        return [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise CalibrationError(f'{path}: every line must be a JSON object {{"prompt": "..."}}') from None
+def prompts_for(path: Path | None, tokens: int) -> tuple[list[str], str]:
+    """The texts to measure on, and what they are; generated ones join where there are fewer than two."""
+    texts = [] if path is None else read_prompts(path)
+    sources = [] if path is None else [f"{path.name} ({len(texts)} prompt{'s'[: len(texts) > 1]})"]
+    generated = (("a generated key-value prompt", key_value_prompt), ("Python's help topics", help_topics))
+    for name, generate in generated[: max(0, MIN_PROMPTS - len(texts))]:
+        texts.append(generate(8 * tokens))
+        sources.append(name)
+    return texts, ", ".join(sources)
 
 
 def cut(ids: list[int], tokens: int, prompt: int) -> list[int]:
@@ -67,19 +55,17 @@ def cut(ids: list[int], tokens: int, prompt: int) -> list[int]:
     return without_middle(ids, tokens)
 
 
-def without_middle(ids: list[int], tokens: int) -> list[int]:
-    """At most ``tokens`` of them, three quarters from the beginning and the end, where the question stands."""
-    if len(ids) <= tokens:
-        return ids
-    end = tokens // 4
-    return ids[: tokens - end] + ids[len(ids) - end :]
+def chunk_size(lengths: Sequence[int]) -> int:
+    """Tokens of a chunk, such that the second half of the shortest prompt has several."""
+    return 4096 if min(lengths) >= 16000 else 2048
 
 
 def chunk_ends(lengths: Sequence[int]) -> tuple[int, ...]:
     """Ends of the chunks that are measured, of all prompts."""
     ends: set[int] = set()
+    chunk = chunk_size(lengths)
     for length in lengths:
-        later = [end for end in possible_ends(length) if end >= length // 2]
+        later = [end for end in (*range(chunk, length, chunk), length) if end >= length // 2]
         step = max(1, len(later) // MEASURED_CHUNKS)
         ends |= set(later[::-1][::step][:MEASURED_CHUNKS])
     return tuple(sorted(ends))
@@ -113,30 +99,40 @@ def next_prompt(worker: Any, number: int) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Calibrate, and write the pattern file.
+    """Calibrate, and write the pattern file where it is better than none.
+
+    Returns:
+        0: the file was written; 1: no file is better than the default.
 
     Raises:
-        CalibrationError: prompts, budgets or partial results that cannot be used, or a model that vLLM cannot start.
+        CalibrationError: prompts or partial results that cannot be used.
+        EngineError: a model that vLLM cannot start.
     """
-    if not 0 < args.target_recall < 1:
-        raise CalibrationError(f"--target-recall must lie between 0 and 1, not {args.target_recall}")
-    if args.budget < 1:
-        raise CalibrationError(f"--budget must be at least 1 key per row, not {args.budget}")
     if args.tokens < MIN_TOKENS:
         raise CalibrationError(f"--tokens must be at least {MIN_TOKENS}, not {args.tokens}")
     if not args.output.parent.is_dir():
         raise CalibrationError(f"{args.output.parent} is no directory")
-    # Functions are sent to the engine's processes.
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    engine.prepare()
     from transformers import AutoTokenizer
     from vllm import SamplingParams
 
+    # One token is generated after the prompt.
+    limit = engine.model_limit(args.model, args.engine_args) - 1
+    if limit < MIN_TOKENS:
+        raise CalibrationError(
+            f"{args.model} reads prompts of {limit} tokens; calibration needs at least {MIN_TOKENS}. A model this "
+            "short gains little from sparse prefill"
+        )
+    if args.tokens > limit:
+        print(f"--tokens {args.tokens}: cut to {limit}, the longest prompt of the model")
+        args.tokens = limit
     # Before the weights load: a prompt may be too short.
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = read_prompts(args.prompts, args.tokens)
+    texts, source = prompts_for(args.prompts, args.tokens)
     prompts = [cut(tokenizer.encode(text), args.tokens, number) for number, text in enumerate(texts)]
     lengths = [len(ids) for ids in prompts]
-    llm = start(args, max(lengths) + 1)
+    print(f"calibrating on {source}: {' and '.join(map(str, lengths))} tokens")
+    llm = engine.start(args.model, engine_options(args, lengths), args.engine_args, "calibrate")
     plan = Plan(identity(args, prompts), chunk_ends(lengths), args.kernel, f"{args.output}.partial")
     found = llm.collective_rpc(install, args=dataclasses.astuple(plan))
     processes = [process for process, _, _ in found]
@@ -147,30 +143,30 @@ def run(args: argparse.Namespace) -> int:
     llm.collective_rpc(next_prompt, args=(len(prompts),))
     measured = collect(plan, processes, num_heads)
     if not measured:
-        raise CalibrationError("no layer was measured: none of them can run sparsely (the log above says why)")
-    budget = budget_share(args.budget, lengths)
-    choices = {
-        layer: [choose(sums, head, FAMILIES, budget, args.target_recall) for head in range(num_heads)]
-        for layer, sums in sorted(measured.items())
-    }
-    report(choices)
-    found_patterns = pattern_file(args, choices, num_layers, num_heads, prompts)
-    args.output.write_text(to_text(found_patterns.model_dump(mode="json")) + "\n")
-    print(f"wrote {args.output}")
+        raise CalibrationError(
+            "no layer was measured: none of them can run sparsely (VLLM_LOGGING_LEVEL=INFO shows why)"
+        )
+    layers = {layer: Layer.of(chunks, lengths) for layer, chunks in sorted(measured.items())}
+    better = report(layers)
+    if better:
+        patterns = pattern_file(args, layers, num_layers, num_heads, prompts, source)
+        args.output.write_text(to_text(patterns.model_dump(mode="json")) + "\n")
+        print(f"wrote {args.output}")
+    else:
+        print(f"{args.output} was not written: serve without a file")
     for process in processes:
         plan.path(process).unlink()
-    return 0
+    return 0 if better else 1
 
 
-def start(args: argparse.Namespace, max_model_len: int) -> Any:
-    """vLLM with the model, every chunk of every prompt on our path."""
-    from vllm import LLM
-
+def engine_options(args: argparse.Namespace, lengths: Sequence[int]) -> dict[str, Any]:
+    """vLLM's arguments: every chunk of every prompt on our path."""
+    chunk = chunk_size(lengths)
     settings = {
-        "patterns": "vertical_slash_1000_6096", "min_context": CHUNK // 2, "min_chunk": 1, "audit_rows": 0,
-        "kernel": args.kernel, "log_interval": 0,
+        "patterns": "low_rank", "min_context": chunk // 2, "min_chunk": 1, "audit_rows": 0, "kernel": args.kernel,
+        "log_interval": 0,
     }  # fmt: skip
-    options = {
+    return {
         "dtype": args.dtype,
         "tensor_parallel_size": args.tensor_parallel_size,
         "attention_backend": "minference",
@@ -178,36 +174,9 @@ def start(args: argparse.Namespace, max_model_len: int) -> Any:
         "enforce_eager": True,
         "enable_prefix_caching": False,
         "max_num_seqs": 1,
-        "max_num_batched_tokens": CHUNK,
-        "max_model_len": max_model_len,
+        "max_num_batched_tokens": chunk,
+        "max_model_len": max(lengths) + 1,
     }
-    taken = sorted(options.keys() & args.engine_args.keys())
-    if taken:
-        raise CalibrationError(f"--engine-args may not set {', '.join(taken)}: calibrate does")
-    try:
-        return LLM(args.model, **options, **args.engine_args)
-    except (RuntimeError, ValueError, OSError, TypeError) as error:
-        raise CalibrationError(
-            f"vLLM did not start with {args.model}: {error} (its log above may say more; --engine-args passes on what "
-            "it needs)"
-        ) from error
-
-
-def possible_ends(length: int) -> list[int]:
-    """Ends of all chunks of a prompt."""
-    return [*range(CHUNK, length, CHUNK), length]
-
-
-def budget_share(budget: int, lengths: Sequence[int]) -> float:
-    """Density of ``budget`` keys per row over the measured chunks."""
-    ends = set(chunk_ends(lengths))
-    wanted = every = 0.0
-    for length in lengths:
-        for end in ends.intersection(possible_ends(length)):
-            rows = (end - 1) % CHUNK + 1
-            wanted += rows * budget
-            every += rows * (end - (rows - 1) / 2)
-    return min(1.0, wanted / every)
 
 
 def identity(args: argparse.Namespace, prompts: Sequence[list[int]]) -> str:
@@ -221,54 +190,104 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
+class Layer(NamedTuple):
+    """What was chosen for the heads of a layer, and what that does on the chunks that nothing was chosen by."""
+
+    numbers: torch.Tensor
+    """int64 ``[H]``, numbers of candidates."""
+    chosen: Measured
+    """On the last chunk of every prompt, ``[1, H]``."""
+    default: Measured
+    """The same, of the default."""
+
+    @classmethod
+    def of(cls, chunks: dict[tuple[int, int], Measured], lengths: Sequence[int]) -> Layer:
+        """From what was measured in a layer, see ``collect``."""
+        held_out = [found for (prompt, end), found in chunks.items() if end == lengths[prompt]]
+        numbers = choose([found for (prompt, end), found in chunks.items() if end != lengths[prompt]])
+        last = Measured.together(held_out)
+        return cls(numbers, last.of(numbers), last.of(torch.zeros_like(numbers)))
+
+    @property
+    def patterns(self) -> list[HeadPattern]:
+        return [CANDIDATES[number] for number in self.numbers.tolist()]
+
+
 def pattern_file(
     args: argparse.Namespace,
-    choices: dict[int, list[Choice]],
+    layers: dict[int, Layer],
     num_layers: int,
     num_heads: int,
     prompts: Sequence[list[int]],
+    source: str,
 ) -> PatternFile:
-    """The choices as a file. Layers that were not measured cannot run sparsely; they are written down as dense."""
-    dense = Choice(Dense(), 1.0, 1.0, 0.0)
-    layers: dict[int, dict[int, HeadPattern]] = {}
-    for layer in range(num_layers):
-        layers[layer] = {head: choice.pattern for head, choice in enumerate(choices.get(layer, [dense] * num_heads))}
-    source = args.prompts.name if args.prompts else "a generated key-value prompt"
+    """The choices as a file. Layers that were not measured cannot run sparsely; they are written down as dense.
+
+    Args:
+        source: what the prompts are.
+    """
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("minference-vllm", "vllm", "torch"))
     revision = args.engine_args.get("revision") or "as found"
+    patterns = {number: layer.patterns for number, layer in layers.items()}
     return PatternFile(
         model=args.model,
         provenance=(
             f"minference-vllm calibrate {args.model} (revision {revision}) on {source}, "
-            f"{'+'.join(str(len(ids)) for ids in prompts)} tokens (sha256 {digest(prompts)}), budget {args.budget}, "
-            f"target recall {args.target_recall}, kernel {args.kernel}; {versions}"
+            f"{'+'.join(str(len(ids)) for ids in prompts)} tokens (sha256 {digest(prompts)}), kernel {args.kernel}; "
+            f"per head the cheapest pattern with no more output error than {DEFAULT}; {versions}"
         ),
-        layers=layers,
-        measured={
-            layer: {
-                head: Measurement(
-                    recall=round(choice.recall, 5),
-                    density=round(choice.density, 5),
-                    output_error=round(choice.output_error, 5),
-                )
-                for head, choice in enumerate(found)
-            }
-            for layer, found in choices.items()
-        },
+        default=DEFAULT,
+        layers={number: dict(enumerate(patterns.get(number, [Dense()] * num_heads))) for number in range(num_layers)},
+        measured={number: dict(enumerate(measurements(layer.chosen))) for number, layer in layers.items()},
     )
 
 
-def report(choices: dict[int, list[Choice]]) -> None:
-    """Kinds, density and recall per layer, on standard output."""
-    print("layer  density  recall  heads")
-    every: list[Choice] = []
-    for layer, found in choices.items():
-        kinds = Counter(choice.pattern.kind for choice in found)
-        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        print(f"{layer:5d}  {mean(found, 'density'):7.3f}  {mean(found, 'recall'):6.3f}  {listed}")
-        every += found
-    print(f"  all  {mean(every, 'density'):7.3f}  {mean(every, 'recall'):6.3f}")
+def measurements(measured: Measured) -> list[Measurement]:
+    """Of every head of a layer, on the last chunks."""
+    density, error = measured.cost / measured.pairs, measured.squared_error.sqrt()
+    columns = [values[0].tolist() for values in (measured.recall, measured.value_recall, density, error)]
+    return [
+        Measurement(
+            recall=round(recall, 5), value_recall=round(value, 5), density=round(share, 5), output_error=round(loss, 5)
+        )
+        for recall, value, share, loss in zip(*columns, strict=True)
+    ]
 
 
-def mean(choices: Sequence[Choice], name: str) -> float:
-    return sum(float(getattr(choice, name)) for choice in choices) / len(choices)
+def report(layers: dict[int, Layer]) -> bool:
+    """What was found beside the default, on the last chunk of every prompt, which nothing was chosen by; on standard
+    output.
+
+    Returns:
+        Whether the file is better: no more output error, and cheaper by ``MIN_GAIN``.
+    """
+    print("\nOn the last chunk of every prompt, which no pattern was chosen by (the default in brackets):")
+    print("layer     density        value recall      output error    heads")
+    for number, layer in layers.items():
+        kinds = Counter(pattern.kind for pattern in layer.patterns).most_common()
+        print(row(str(number), layer.chosen, layer.default) + ", ".join(f"{count} {kind}" for kind, count in kinds))
+    chosen = Measured.joined([layer.chosen for layer in layers.values()])
+    default = Measured.joined([layer.default for layer in layers.values()])
+    print(row("all", chosen, default))
+    saved = 1 - chosen.density / default.density
+    if chosen.output_error > default.output_error:
+        print("No file is better than the default: the one that was found loses more of the output there.")
+        return False
+    if saved < MIN_GAIN:
+        print(
+            f"No file is better than the default: the one that was found saves {saved:.1%} of its cost, less than "
+            f"{MIN_GAIN:.0%}."
+        )
+        return False
+    print(f"{saved:.0%} cheaper than the default, at no more output error.")
+    return True
+
+
+def row(name: str, chosen: Measured, default: Measured) -> str:
+    """One line of the report."""
+    columns = [
+        (chosen.density, default.density),
+        (float(chosen.value_recall.mean()), float(default.value_recall.mean())),
+        (chosen.output_error, default.output_error),
+    ]
+    return f"{name:>5}  " + "  ".join(f"{found:6.3f} ({before:.3f})" for found, before in columns) + "  "

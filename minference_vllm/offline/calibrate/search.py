@@ -6,8 +6,8 @@ head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from minference_vllm.patterns.kinds import (
     AShape,
     BlockSparse,
     Coverage,
-    Dense,
     HeadPattern,
     LowRank,
     PeakThreshold,
@@ -38,65 +37,95 @@ MAX_SAMPLES = 32
 MAX_WEIGHTS = 1 << 26
 """Attention weights held at once, ``H * R * S``: fewer rows are sampled where there would be more (256 MiB)."""
 
-Family = tuple[HeadPattern, ...]
-"""Patterns of one kind and proportion, the cheapest first."""
 
-
-def _ladder(pattern: HeadPattern, *fields: str) -> Family:
+def _ladder(pattern: HeadPattern, *budgets: str) -> tuple[HeadPattern, ...]:
     """The pattern with the named budgets at a quarter, a half, once, twice and four times their value."""
     steps = (0.25, 0.5, 1, 2, 4)
     return tuple(
-        pattern.model_copy(update={field: max(1, round(getattr(pattern, field) * step)) for field in fields})
+        pattern.model_copy(update={field: max(1, round(getattr(pattern, field) * step)) for field in budgets})
         for step in steps
     )
 
 
-FAMILIES: tuple[Family, ...] = (
-    _ladder(AShape(sink=1024, local=4096), "sink", "local"),
+DEFAULT = LowRank()
+"""What every head runs without a file. A head keeps it where nothing cheaper is as good."""
+CANDIDATES: tuple[HeadPattern, ...] = (
+    DEFAULT,
+    *_ladder(AShape(sink=1024, local=4096), "sink", "local"),
     # The paper's candidates (arXiv 2407.02490, Table 6), and what the released files give a head without an entry.
-    _ladder(VerticalSlash(vertical=30, slash=2048), "vertical", "slash"),
-    _ladder(VerticalSlash(vertical=100, slash=1800), "vertical", "slash"),
-    _ladder(VerticalSlash(vertical=500, slash=1500), "vertical", "slash"),
-    _ladder(VerticalSlash(vertical=3000, slash=200), "vertical", "slash"),
-    _ladder(VerticalSlash(vertical=1000, slash=6096), "vertical", "slash"),
-    _ladder(BlockSparse(top_k=100), "top_k"),
-    tuple(
+    *_ladder(VerticalSlash(vertical=30, slash=2048), "vertical", "slash"),
+    *_ladder(VerticalSlash(vertical=100, slash=1800), "vertical", "slash"),
+    *_ladder(VerticalSlash(vertical=500, slash=1500), "vertical", "slash"),
+    *_ladder(VerticalSlash(vertical=3000, slash=200), "vertical", "slash"),
+    *_ladder(VerticalSlash(vertical=1000, slash=6096), "vertical", "slash"),
+    *_ladder(BlockSparse(top_k=100), "top_k"),
+    *(
         Coverage(gamma=gamma, min_budget=budget)
         for gamma, budget in ((0.9, 512), (0.95, 1024), (0.95, 2048), (0.95, 3072), (0.98, 6144), (0.99, 12288))
     ),
-    tuple(Antidiagonal(tau=tau) for tau in (0.8, 0.9, 0.95, 0.98)),
-    tuple(PeakThreshold(alpha=alpha) for alpha in (0.3, 0.1, 0.03, 0.01)),
-    tuple(LowRank(gamma=gamma) for gamma in (0.9, 0.95, 0.97, 0.99, 0.995)),
+    *(Antidiagonal(tau=tau) for tau in (0.8, 0.9, 0.95, 0.98)),
+    *(PeakThreshold(alpha=alpha) for alpha in (0.3, 0.1, 0.03, 0.01)),
+    *(LowRank(rank=rank, gamma=gamma) for rank, gamma in ((16, 0.95), (16, 0.97), (32, 0.9), (32, 0.97), (64, 0.95))),
 )
-CANDIDATES: tuple[HeadPattern, ...] = tuple(pattern for family in FAMILIES for pattern in family)
 
 
 @dataclass
 class Measured:
-    """Sums over chunks and rows, float64 ``[C, H]`` each; divide to get means."""
+    """Of one chunk in one layer, or of several; float64 ``[C, H]`` each."""
 
-    computed_pairs: torch.Tensor
-    dense_pairs: torch.Tensor
+    cost: torch.Tensor
+    """Computed query-key pairs, and what scoring keys takes in such pairs."""
+    pairs: torch.Tensor
+    """Query-key pairs of dense attention."""
     recall: torch.Tensor
-    rows: torch.Tensor
+    """Share of the dense weights that lies on the selected keys, mean over the sampled rows."""
+    value_recall: torch.Tensor
+    """The same with every weight times the norm of its key's value."""
     squared_error: torch.Tensor
-    """Of the attention output against dense attention, summed over rows and ``D``."""
-    squared_output: torch.Tensor
+    """Of the attention output against the dense one, summed over the sampled rows and ``D``, as a share of the dense
+    output's squares."""
 
     @classmethod
     def nothing(cls, candidates: int, heads: int) -> Measured:
-        return cls(*(torch.zeros(candidates, heads, dtype=torch.float64) for _ in range(6)))
+        return cls(*(torch.zeros(candidates, heads, dtype=torch.float64) for _ in fields(cls)))
 
-    def add(self, other: Measured) -> None:
-        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
-            mine += theirs
+    @classmethod
+    def together(cls, chunks: Sequence[Measured]) -> Measured:
+        """Of several chunks: costs and pairs added up, shares and errors averaged."""
+        total = cls(*(torch.stack(parts).mean(0) for parts in _side_by_side(chunks)))
+        total.cost *= len(chunks)
+        total.pairs *= len(chunks)
+        return total
+
+    @classmethod
+    def joined(cls, layers: Sequence[Measured]) -> Measured:
+        """Of the heads of several layers."""
+        return cls(*(torch.cat(parts, 1) for parts in _side_by_side(layers)))
+
+    def of(self, numbers: torch.Tensor) -> Measured:
+        """Of one candidate per head, ``[1, H]`` each; ``numbers``: int64 ``[H]``."""
+        return Measured(*(values.gather(0, numbers[None]) for values in vars(self).values()))
+
+    @property
+    def density(self) -> float:
+        """Of everything, scoring included."""
+        return float(self.cost.sum() / self.pairs.sum())
+
+    @property
+    def output_error(self) -> float:
+        """Root of the mean square, relative to the dense output."""
+        return float(self.squared_error.mean().sqrt())
 
     def to_json(self) -> dict[str, Any]:
-        return {name: sums.tolist() for name, sums in vars(self).items()}
+        return {name: values.tolist() for name, values in vars(self).items()}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Measured:
-        return cls(**{name: torch.tensor(sums, dtype=torch.float64) for name, sums in content.items()})
+        return cls(**{name: torch.tensor(values, dtype=torch.float64) for name, values in content.items()})
+
+
+def _side_by_side(parts: Sequence[Measured]) -> Iterator[tuple[torch.Tensor, ...]]:
+    return zip(*(vars(part).values() for part in parts), strict=True)
 
 
 class _Remembered:
@@ -155,72 +184,41 @@ def measure(
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
     future = torch.arange(chunk.seq_len, device=device) > positions[:, None]
     values = cache.values_by_head(inputs.pages)[:, : chunk.seq_len].float()
+    norms = exact.kv_value_norms.unsqueeze(-1)  # [HK, S, 1]
     # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
     by_kv_head = inputs.query[rows].transpose(0, 1).reshape(cache.num_kv_heads, -1, cache.head_size)
     weights = logits(by_kv_head, exact.keys, inputs.scale).view(heads, len(rows), -1)
     weights = weights.masked_fill_(future, -torch.inf).softmax(-1)
 
-    def output(weights: torch.Tensor) -> torch.Tensor:
+    def times(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return (weights.view(cache.num_kv_heads, -1, chunk.seq_len) @ values).view(heads, len(rows), -1)
 
-    dense = output(weights)
+    dense, by_norm = times(weights, values), times(weights, norms)
     result = Measured.nothing(len(candidates), heads)
-    result.rows += len(rows)
-    result.squared_output += dense.double().square().sum((1, 2)).cpu()
     for number, pattern in enumerate(candidates):
         index = build_index(tiling, [pattern] * heads, scores)
         kept = weights * index.tile_mask(tiles)
         recall = kept.sum(-1, keepdim=True)
-        error = output(kept) / recall - dense
-        result.computed_pairs[number] += index.computed_pairs().cpu()
-        cost = family_of(pattern).scoring_cost(pattern, cache.head_size, chunk.query_len, device)
-        if cost:
-            result.computed_pairs[number] += index.dense_pairs() * cost * scores.scored
-        result.dense_pairs[number] += index.dense_pairs()
-        result.recall[number] += recall.double().sum((1, 2)).cpu()
-        result.squared_error[number] += error.double().square().sum((1, 2)).cpu()
+        error = times(kept, values) / recall - dense
+        pairs = index.dense_pairs()
+        scoring = family_of(pattern).scoring_cost(pattern, cache.head_size, chunk.query_len, device)
+        result.cost[number] = index.computed_pairs().cpu() + pairs * scoring * scores.scored
+        result.pairs[number] = pairs
+        result.recall[number] = recall.double().mean((1, 2)).cpu()
+        result.value_recall[number] = (times(kept, norms) / by_norm).double().mean((1, 2)).cpu()
+        result.squared_error[number] = (error.double().square().sum((1, 2)) / dense.double().square().sum((1, 2))).cpu()
     return result
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The pattern that one head keeps, and what it was measured to do."""
+def choose(chunks: Sequence[Measured]) -> torch.Tensor:
+    """For every head the cheapest candidate that errs no more than the default does, on each of the chunks.
 
-    pattern: HeadPattern
-    density: float
-    recall: float
-    output_error: float
+    The default is candidate 0, and always among them. The error is that of the attention output: a share of the weights
+    says little where most of them lie on a key whose value is close to zero.
 
-
-def choose(measured: Measured, head: int, families: Sequence[Family], budget: float, target: float) -> Choice:
-    """The pattern of one head: the best family at equal cost, at the smallest budget that reaches the target recall.
-
-    From every family the most expensive member within the budget competes (its cheapest, where even that exceeds it),
-    and the smallest output error wins (MInference, arXiv 2407.02490, Algorithm 1). In the winning family the cheapest
-    member with the target recall is taken, more budget or less (Qwen2.5-1M, arXiv 2501.15383, Algorithm 1); where none
-    reaches it, the head is dense.
-
-    Args:
-        measured: of all members of all families, in order.
-        budget: share of the query-key pairs at which families are compared.
-        target: mean recall of the sampled rows.
+    Returns:
+        int64 ``[H]``, numbers of candidates.
     """
-    density = (measured.computed_pairs / measured.dense_pairs)[:, head].tolist()
-    recall = (measured.recall / measured.rows)[:, head].tolist()
-    error = (measured.squared_error / measured.squared_output).sqrt()[:, head].tolist()
-    members, first = [], 0
-    for family in families:
-        members.append(range(first, first + len(family)))
-        first += len(family)
-
-    def at_budget(family: range) -> int:
-        within = [number for number in family if density[number] <= budget]
-        return max(within, key=density.__getitem__) if within else min(family, key=density.__getitem__)
-
-    winner = min(members, key=lambda family: error[at_budget(family)])
-    good = [number for number in winner if recall[number] >= target]
-    if not good:
-        return Choice(Dense(), 1.0, 1.0, 0.0)
-    best = min(good, key=density.__getitem__)
-    patterns = [pattern for family in families for pattern in family]
-    return Choice(patterns[best], density[best], recall[best], error[best])
+    errors = torch.stack([chunk.squared_error for chunk in chunks])  # [chunks, C, H]
+    as_good = (errors <= errors[:, :1]).all(0)
+    return Measured.together(chunks).cost.masked_fill(~as_good, torch.inf).argmin(0)
