@@ -6,7 +6,8 @@
 
 The model runs with transformers in float32. Every layer's attention is ours, chunk by chunk, so that what sparse
 attention loses in one layer reaches the next, and the chunks after, as it does in a server (``language_model.py``). No
-engine runs: dense is torch's scaled dot-product attention. What is asked, and where, is in ``language_tasks.py``.
+engine runs: dense is torch's scaled dot-product attention. What is asked, and where, is in
+``minference_vllm/offline/evaluate/tasks.py``.
 Prompts above the model's trained length stretch its positions by YaRN.
 
 A row for each text, length, chunk, pattern and task. ``dense``, ``sparse``: mean loss of the scored tokens (negative
@@ -24,8 +25,6 @@ what 99 % of the heads are above, ``_p99`` below. ``worst_heads``: layer.head, e
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -35,11 +34,11 @@ from typing import Any, NamedTuple
 import torch
 from get_smollm2 import default_folder, is_made
 from language_model import Attend, ChunkedPrefill, Heads, LanguageModel, Scores, dense
-from language_tasks import TASKS, Passages, Prompt, load_text
 from record import append, emit, environment
 
 from minference_vllm import PatternFile, Settings, load_pattern_file
-from minference_vllm.patterns.kinds import parse_head_pattern
+from minference_vllm.offline.evaluate.tasks import TASKS, Passages, Prompt
+from minference_vllm.offline.texts import load_text
 
 SMOLLM2 = default_folder()
 PATTERNS = (
@@ -49,33 +48,6 @@ PATTERNS = (
 HEADS = "heads"
 WORST = 5
 """Heads that a row names."""
-
-
-def parse_pattern(text: str) -> PatternFile:
-    """A pattern file by path or shipped name, or one pattern for all heads: ``coverage(0.95, min_budget=3072)``.
-
-    Raises:
-        ValueError: no such file or pattern; the message says what is allowed.
-    """
-    call = re.fullmatch(r"(\w+)\((.*)\)", text)
-    if call is None:
-        return load_pattern_file(text)
-    kind, arguments = call.groups()
-    names = [name for name in dict(parse_head_pattern({"kind": kind})) if name != "kind"]
-    fields: dict[str, Any] = {"kind": kind}
-    for number, argument in enumerate(filter(None, map(str.strip, arguments.split(",")))):
-        name, given, value = (part.strip() for part in argument.rpartition("="))
-        if not given:
-            if number >= len(names):
-                raise ValueError(f"pattern {text!r}: {kind} takes {len(names)} values ({', '.join(names) or 'none'})")
-            name = names[number]
-        if name in fields:
-            raise ValueError(f"pattern {text!r}: {name} is given twice")
-        try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            raise ValueError(f"pattern {text!r}: {value!r} is not a number") from None
-    return PatternFile(default=parse_head_pattern(fields))
 
 
 class Read(NamedTuple):
@@ -254,7 +226,7 @@ def main() -> None:
     if args.model == str(SMOLLM2) and not is_made(SMOLLM2):
         parser.error(f"no model in {SMOLLM2}: run tools/get_smollm2.py, or name one with --model")
     try:
-        patterns = {text: parse_pattern(text) for text in args.patterns}
+        patterns = {text: load_pattern_file(text) for text in args.patterns}
         texts = [load_text(name) for name in args.text]
         rows = []
         for row in measure(args, texts, patterns):

@@ -23,7 +23,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     patterns: str | None = None
-    """Pattern file: a path, or the name of one shipped in ``pattern_configs`` (``a_shape``, ``block_sparse`` ...).
+    """Pattern file: a path, or the name of one shipped in ``pattern_configs`` (``a_shape``, ``block_sparse`` ...); or
+    one pattern for all heads, ``low_rank(32, 0.95)``.
     None: the checkpoint's own ``sparse_attention_config.json`` if it has one, else a shipped file for the model, else
     ``low_rank`` on CPUs and ``coverage`` on GPUs."""
 

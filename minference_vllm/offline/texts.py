@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import platform
 import random
 import string
 from pathlib import Path
@@ -23,12 +25,31 @@ def key_value_prompt(characters: int) -> str:
     )
 
 
-def help_topics(characters: int) -> str:
-    """Python's own help texts, the longest English text that every Python brings; repeated where they do not reach."""
-    from pydoc_data.topics import topics
+def load_text(name: str) -> tuple[str, str]:
+    """What a text is called in a row, and the text.
 
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    return (text * (characters // len(text) + 1))[:characters]
+    Args:
+        name: ``pydoc`` (the topics of Python's help), ``opticks`` (Newton's, in the package apache-tvm-ffi that vLLM
+            brings), or a file.
+
+    Raises:
+        ValueError: no such text here.
+    """
+    if name == "pydoc":
+        from pydoc_data.topics import topics  # the longest English text that every Python brings
+
+        version = ".".join(platform.python_version_tuple()[:2])
+        return f"pydoc topics {version}", "\n\n".join(topics[topic] for topic in sorted(topics))
+    path = Path(name)
+    if name == "opticks":
+        package = importlib.util.find_spec("tvm_ffi")
+        if package is None or package.origin is None:
+            raise ValueError("text 'opticks' is in the package apache-tvm-ffi, which is not installed")
+        path = Path(package.origin).parent / "3rdparty" / "libbacktrace" / "Isaac.Newton-Opticks.txt"
+    try:
+        return (name if name == "opticks" else path.name), path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"text {name!r}: not pydoc, opticks or a readable file: {error}") from None
 
 
 def read_prompts(path: Path) -> list[str]:

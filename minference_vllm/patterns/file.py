@@ -15,7 +15,14 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from minference_vllm.patterns.kinds import MAX_NUMBER, HeadPattern, PatternError, VerticalSlash, first_problem
+from minference_vllm.patterns.kinds import (
+    MAX_NUMBER,
+    HeadPattern,
+    PatternError,
+    VerticalSlash,
+    first_problem,
+    parse_written_pattern,
+)
 from minference_vllm.patterns.published import head_pattern, is_number, published_layers
 
 Format = Literal["minference-vllm", "minference", "qwen"]
@@ -132,11 +139,15 @@ def shipped_pattern_files() -> dict[str, Path]:
 
 
 def load_pattern_file(name_or_path: str) -> PatternFile:
-    """Load a pattern file by path, or by the name of a shipped one.
+    """Load a pattern file by path, or by the name of a shipped one; or one pattern for all heads, written out as
+    ``low_rank(32, 0.95)`` or ``coverage(gamma=0.95, min_budget=3072)``.
 
     Raises:
         PatternError: no such file, broken JSON, or content that ``parse_patterns`` refuses.
     """
+    written = None if Path(name_or_path).is_file() else parse_written_pattern(name_or_path)
+    if written is not None:
+        return PatternFile(default=written, provenance="written out")
     content, path = read_pattern_json(name_or_path)
     return parse_patterns(content, str(path))
 
@@ -151,7 +162,8 @@ def read_pattern_json(name_or_path: str) -> tuple[Any, Path]:
     path = shipped.get(name_or_path, Path(name_or_path))
     if not path.is_file():
         raise PatternError(
-            f"no pattern file at {name_or_path!r}; give a path or one of the shipped names: {', '.join(shipped)}"
+            f"no pattern file at {name_or_path!r}; give a path, one of the shipped names ({', '.join(shipped)}), or a "
+            "pattern for all heads, such as low_rank(32, 0.95)"
         )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

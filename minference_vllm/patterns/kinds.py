@@ -6,6 +6,8 @@ else that is said of it, stands in its file in ``selection/``.
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
@@ -157,6 +159,33 @@ def parse_head_pattern(content: Any) -> HeadPattern:
         return _head_pattern.validate_python(content)
     except ValidationError as error:
         raise PatternError(f"pattern {content!r}: {first_problem(error)}") from None
+
+
+def parse_written_pattern(text: str) -> HeadPattern | None:
+    """A pattern as ``str`` writes it, also without names: ``coverage(0.95, min_budget=3072)``; None: something else.
+
+    Raises:
+        PatternError: unknown kind or field, or a budget out of range.
+    """
+    call = re.fullmatch(r"(\w+)\((.*)\)", text)
+    if call is None:
+        return None
+    kind, arguments = call.groups()
+    names = [name for name in dict(parse_head_pattern({"kind": kind})) if name != "kind"]
+    fields: dict[str, Any] = {"kind": kind}
+    for number, argument in enumerate(filter(None, map(str.strip, arguments.split(",")))):
+        name, given, value = (part.strip() for part in argument.rpartition("="))
+        if not given:
+            if number >= len(names):
+                raise PatternError(f"pattern {text!r}: {kind} takes {len(names)} values ({', '.join(names) or 'none'})")
+            name = names[number]
+        if name in fields:
+            raise PatternError(f"pattern {text!r}: {name} is given twice")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            raise PatternError(f"pattern {text!r}: {value!r} is not a number") from None
+    return parse_head_pattern(fields)
 
 
 def first_problem(error: ValidationError) -> str:

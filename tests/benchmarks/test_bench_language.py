@@ -17,7 +17,6 @@ pytest.importorskip("vllm")  # its kernel serves what ours does not
 import bench_language
 from language_inputs import ANSWERS, FILLERS, NEEDLES, QUESTION, byte_tokenizer, lookup_model, random_model
 from language_model import ChunkedPrefill, Heads, HeadSums, LanguageModel, Scores
-from language_tasks import TASKS, Answer, Prompt
 from transformers import AutoModelForCausalLM
 
 from minference_vllm import (
@@ -31,6 +30,7 @@ from minference_vllm import (
     reference,
     sparse_prefill,
 )
+from minference_vllm.offline.evaluate.tasks import TASKS, Answer, Prompt
 
 LENGTH, CHUNK = 1500, 512
 WINDOW = AShape(sink=128, local=128)
@@ -199,37 +199,6 @@ def test_a_model_with_windows_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="layer 0 uses sliding_window; only full causal attention is measured"):
         LanguageModel(str(tmp_path), 100)
-
-
-@pytest.mark.parametrize(
-    ("text", "pattern"),
-    [
-        ("dense", Dense()),
-        ("dense()", Dense()),
-        ("coverage(0.9, 256)", Coverage(gamma=0.9, min_budget=256)),
-        ("coverage(min_budget=256)", Coverage(gamma=0.95, min_budget=256)),
-        ("a_shape(7, local=8)", AShape(sink=7, local=8)),
-    ],
-)
-def test_patterns_are_named_or_written_out(text: str, pattern: HeadPattern) -> None:
-    assert bench_language.parse_pattern(text).for_layer(0, 2) == (pattern, pattern)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("coverage(0.9, 2, 3)", "coverage takes 2 values (gamma, min_budget)"),
-        ("coverage(0.9, gamma=0.8)", "gamma is given twice"),
-        ("coverage(0.9, much)", "'much' is not a number"),
-        ("coverage(1.5)", "less than 1"),
-        ("cover(1)", "unknown pattern kind; allowed are dense, a_shape"),
-        ("nowhere", "no pattern file at 'nowhere'"),
-    ],
-)
-def test_patterns_that_are_not_are_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        bench_language.parse_pattern(text)
-    assert message in str(error.value)
 
 
 def test_an_answer_is_right_when_all_of_it_is() -> None:

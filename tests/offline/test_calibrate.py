@@ -231,7 +231,7 @@ def test_one_prompt_is_not_enough_to_choose_by(tmp_path: Path) -> None:
     assert found[0] == "one" and "Key:" in found[1][-120:]
     assert source == "mine.txt (1 prompt), a generated key-value prompt"
     found, source = command.prompts_for(None, 1000)
-    assert len(found) == 2 and source == "a generated key-value prompt, Python's help topics"
+    assert len(found) == 2 and source.startswith("a generated key-value prompt, pydoc topics")
     assert found == command.prompts_for(None, 1000)[0]
     mine = tmp_path / "mine.jsonl"
     mine.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
@@ -251,7 +251,8 @@ def test_bad_options_are_refused_before_anything_starts(changed: dict[str, Any],
         command.run(argparse.Namespace(**(options | changed)))
 
 
-def test_a_model_that_reads_no_long_prompts_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_reads_no_long_prompts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "prepare", lambda: None)  # it sets the environment of all tests
     args = argparse.Namespace(
         model=str(DEMO), tokens=8192, output=tmp_path / "file.json", engine_args={"max_model_len": 4096}
     )

@@ -71,7 +71,7 @@ def test_several_reasons_come_in_one_message() -> None:
     [
         ({"min_contxt": 5}, "unknown setting; known ones are patterns, min_context"),
         ({"min_context": -5}, r'additional_config\["minference"\]\["min_context"\] = -5'),
-        ({"patterns": "no_such_preset"}, "no pattern file at 'no_such_preset'.*shipped names: a_shape"),
+        ({"patterns": "no_such_preset"}, r"no pattern file at 'no_such_preset'.*shipped names \(a_shape"),
         ("dense", "must be an object of settings"),
     ],
 )

@@ -257,3 +257,34 @@ def test_a_file_without_layers_fits_every_model() -> None:
 def test_patterns_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         OURS.default.sink = 5
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("dense", Dense()),
+        ("dense()", Dense()),
+        ("coverage(0.9, 256)", Coverage(gamma=0.9, min_budget=256)),
+        ("coverage(min_budget=256)", Coverage(gamma=0.95, min_budget=256)),
+        ("a_shape(7, local=8)", AShape(sink=7, local=8)),
+    ],
+)
+def test_patterns_are_named_or_written_out(text: str, pattern: HeadPattern) -> None:
+    assert load_pattern_file(text).for_layer(0, 2) == (pattern, pattern)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("coverage(0.9, 2, 3)", "coverage takes 2 values (gamma, min_budget)"),
+        ("coverage(0.9, gamma=0.8)", "gamma is given twice"),
+        ("coverage(0.9, much)", "'much' is not a number"),
+        ("coverage(1.5)", "less than 1"),
+        ("cover(1)", "unknown pattern kind; allowed are dense, a_shape"),
+        ("nowhere", "no pattern file at 'nowhere'"),
+    ],
+)
+def test_patterns_that_are_not_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        load_pattern_file(text)
+    assert message in str(error.value)

@@ -17,7 +17,7 @@ import torch
 from minference_vllm.offline import engine
 from minference_vllm.offline.calibrate.recorder import CalibrationError, Plan, Recorder, collect
 from minference_vllm.offline.calibrate.search import CANDIDATES, DEFAULT, Measured, choose
-from minference_vllm.offline.texts import help_topics, key_value_prompt, read_prompts, without_middle
+from minference_vllm.offline.texts import key_value_prompt, load_text, read_prompts, without_middle
 from minference_vllm.patterns.file import Measurement, PatternFile, to_text
 from minference_vllm.patterns.kinds import Dense, HeadPattern
 
@@ -34,9 +34,9 @@ def prompts_for(path: Path | None, tokens: int) -> tuple[list[str], str]:
     """The texts to measure on, and what they are; generated ones join where there are fewer than two."""
     texts = [] if path is None else read_prompts(path)
     sources = [] if path is None else [f"{path.name} ({len(texts)} prompt{'s'[: len(texts) > 1]})"]
-    generated = (("a generated key-value prompt", key_value_prompt), ("Python's help topics", help_topics))
-    for name, generate in generated[: max(0, MIN_PROMPTS - len(texts))]:
-        texts.append(generate(8 * tokens))
+    others = (("a generated key-value prompt", key_value_prompt(8 * tokens)), load_text("pydoc"))
+    for name, text in others[: max(0, MIN_PROMPTS - len(texts))]:
+        texts.append(text)
         sources.append(name)
     return texts, ", ".join(sources)
 

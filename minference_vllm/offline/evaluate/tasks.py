@@ -16,11 +16,8 @@ Planted pieces begin at a word of the text. Prompts differ by chunk, since place
 
 from __future__ import annotations
 
-import importlib.util
-import platform
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -47,33 +44,6 @@ NEEDLES, LINES, PAIRS = 8, 12, 16
 SAID = 3
 """How often a line or a pair of words stands in the text before it is asked for. What was said once, a small model has
 forgotten, however it is read."""
-
-
-def load_text(name: str) -> tuple[str, str]:
-    """What a text is called in a row, and the text.
-
-    Args:
-        name: ``pydoc`` (the topics of Python's help), ``opticks`` (Newton's, in the package apache-tvm-ffi that vLLM
-            brings), or a file.
-
-    Raises:
-        ValueError: no such text here.
-    """
-    if name == "pydoc":
-        from pydoc_data.topics import topics
-
-        version = ".".join(platform.python_version_tuple()[:2])
-        return f"pydoc topics {version}", "\n\n".join(topics[topic] for topic in sorted(topics))
-    path = Path(name)
-    if name == "opticks":
-        package = importlib.util.find_spec("tvm_ffi")
-        if package is None or package.origin is None:
-            raise ValueError("text 'opticks' is in the package apache-tvm-ffi, which is not installed")
-        path = Path(package.origin).parent / "3rdparty" / "libbacktrace" / "Isaac.Newton-Opticks.txt"
-    try:
-        return (name if name == "opticks" else path.name), path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"text {name!r}: not pydoc, opticks or a readable file: {error}") from None
 
 
 class Answer(NamedTuple):

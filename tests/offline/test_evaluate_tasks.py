@@ -1,4 +1,4 @@
-"""Prompts of the language benchmark: what is planted stands where it should, and every answer was said before."""
+"""Prompts of ``evaluate``: what is planted stands where it should, and every answer was said before."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from language_inputs import byte_tokenizer
-from language_tasks import LINES, NEEDLES, PAIRS, PLANTED, SAID, Answer, Passages, Prompt, load_text
+
+from minference_vllm.offline.evaluate.tasks import LINES, NEEDLES, PAIRS, PLANTED, SAID, Answer, Passages, Prompt
+from minference_vllm.offline.texts import load_text
 
 TOKENS, CHUNK = 9000, 2048
 TOKENIZER = byte_tokenizer()
