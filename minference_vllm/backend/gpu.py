@@ -41,11 +41,12 @@ class GPUBackend(AttentionBackend):
 
 
 class GPUBuilder(SparsePrefillBuilder):
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+    def prepare_layers(self) -> None:
+        super().prepare_layers()
         # Builders are made once the weights are there and before CUDA graphs are captured.
-        if device.type == "cuda":
-            warm_up(self.sparse_layers, kv_cache_spec, vllm_config.model_config.dtype, self.runtime.settings, device)
+        if self.device.type == "cuda":
+            dtype = self.vllm_config.model_config.dtype
+            warm_up(self.sparse_layers, self.kv_cache_spec, dtype, self.runtime.settings, self.device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
 from typing import Any, Protocol
@@ -43,6 +44,24 @@ class Runtime:
     raised: RaisedSteps = field(default_factory=RaisedSteps)
     recorder: Recorder | None = None
     """While a model is calibrated; every sparse chunk then runs densely."""
+    layer_groups: list[Callable[[], Callable[[], None] | None]] = field(default_factory=list)
+    """Weak references to what finds the patterns of a group's layers anew, in the order in which groups were made."""
+
+    def use(self, patterns: PatternFile, source: str) -> None:
+        """Run other patterns from the next batch on, and count from zero; between batches only.
+
+        Args:
+            source: where they came from, for the log.
+
+        Raises:
+            ValueError: they cannot run on this model or its pages; the message says which and what is allowed.
+        """
+        self.patterns, self.source = patterns, source
+        self.counters, self.raised = Counters(), RaisedSteps()
+        for group in self.layer_groups:
+            prepare = group()
+            if prepare is not None:
+                prepare()
 
     def summary(self, kernels: str) -> str:
         """One line for the log: where the patterns come from, and the settings that are not at their default.
@@ -83,12 +102,17 @@ def _make_runtime(vllm_config: Any) -> Runtime:
     if problems:
         raise ValueError(f"minference cannot serve {model.model}: " + "; ".join(problems))
     settings = load_settings(vllm_config.additional_config)
-    patterns, source = discover_patterns(settings, model, _on_gpu())
-    patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
-    runtime = Runtime(settings, patterns, source)
+    runtime = Runtime(settings, *discovered_patterns(settings, model))
     # Also runs in processes that multiprocessing starts, which end without ``atexit``.
     Finalize(None, _log_the_rest, (runtime,), exitpriority=1)
     return runtime
+
+
+def discovered_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
+    """See ``discover_patterns``; checked against vLLM's configuration of the model."""
+    patterns, source = discover_patterns(settings, model, _on_gpu())
+    patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
+    return patterns, source
 
 
 def _log_the_rest(runtime: Runtime) -> None:

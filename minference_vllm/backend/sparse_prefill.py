@@ -5,6 +5,7 @@ Its classes stand in front of vLLM's own in the order of base classes: ``super()
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -50,22 +51,28 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.runtime = runtime_for(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
-        ours = [layer for layer in layers if isinstance(layer.impl, SparsePrefillImpl)]
+        self.layers = [layer for layer in layers if isinstance(layer.impl, SparsePrefillImpl)]
         # Builders are made once the weights are there and pages have their size; the layers were made before.
-        for layer in ours:
-            layer.impl.prepare(layer, kv_cache_spec, vllm_config.model_config.dtype, device)
-        self.sparse_layers = [layer for layer in ours if layer.impl.sparse_layer is not None]
+        self.prepare_layers()
+        self.runtime.layer_groups.append(weakref.WeakMethod(self.prepare_layers))
         # A group of windowed layers, say: its batches are the parent's alone, and are not counted.
-        self.dense_only = bool(layers) and all(layer.impl.dense_only for layer in ours)
-        # Pages may also be written from outside (a KV connector); then nothing is kept.
-        connected = getattr(vllm_config, "kv_transfer_config", None) is not None
-        wanting = () if connected else filter(_wants_page_means, self.sparse_layers)
-        self.page_means = [layer.impl.keep_page_means() for layer in wanting]
+        self.dense_only = bool(layers) and all(layer.impl.dense_only for layer in self.layers)
         speculative = getattr(vllm_config, "speculative_config", None)
         # Decodes may replay a CUDA graph of the parent's path: whatever the setting says, they are never ours.
         decode_len = 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
         self.min_chunk = max(self.runtime.settings.min_chunk, decode_len + 1)
         logger.info_once("minference: %s", self.runtime.summary(self._kernels()))
+
+    def prepare_layers(self) -> None:
+        """Find the patterns of the group's layers, and what they need; again when the runtime has others."""
+        config = self.vllm_config
+        for layer in self.layers:
+            layer.impl.prepare(layer, self.kv_cache_spec, config.model_config.dtype, self.device)
+        self.sparse_layers = [layer for layer in self.layers if layer.impl.sparse_layer is not None]
+        # Pages may also be written from outside (a KV connector); then nothing is kept.
+        connected = getattr(config, "kv_transfer_config", None) is not None
+        wanting = () if connected else filter(_wants_page_means, self.sparse_layers)
+        self.page_means = [layer.impl.keep_page_means() for layer in wanting]
 
     def _kernels(self) -> str:
         """What attends the sparse chunks of these layers, for the log."""
@@ -192,7 +199,7 @@ class SparsePrefillImpl(AttentionImpl):
         Raises:
             ValueError: the kernel that the user named, or a pattern, cannot run on such a cache.
         """
-        self.sparse_layer = None
+        self.sparse_layer = self.page_means = None
         if self.dense_only:
             return
         settings, page = self.runtime.settings, spec.block_size

@@ -24,6 +24,7 @@ class Command(NamedTuple):
 # A new command is one line here and its module.
 COMMANDS = {
     "calibrate": Command("minference_vllm.commands.calibrate", "find the pattern of every head on long prompts"),
+    "evaluate": Command("minference_vllm.commands.evaluate", "sparse beside dense: loss, answers, time to first token"),
     "inspect": Command("minference_vllm.commands.inspect", "what would run for a model: per layer and head, and why"),
     "convert": Command("minference_vllm.commands.convert", "translate a pattern file into another format"),
     "plot": Command("minference_vllm.commands.plot", "draw a model's patterns, attention, density and recall"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -20,23 +21,24 @@ def prepare() -> None:
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 
 
-def model_limit(model: str, engine_args: dict[str, Any]) -> int:
-    """The longest sequence that vLLM allows for the model, in tokens; from its configuration alone.
+def model_config(model: str, engine_args: dict[str, Any]) -> Any:
+    """vLLM's ``ModelConfig``, before any weight loads; its ``max_model_len`` is the longest sequence that it allows.
 
     Raises:
-        EngineError: vLLM cannot read it.
+        EngineError: vLLM cannot read the model.
     """
     from vllm.engine.arg_utils import EngineArgs
 
     with failures_named(f"vLLM cannot read {model}"):
-        return int(EngineArgs(model, **engine_args).create_model_config().max_model_len)
+        return EngineArgs(model, **engine_args).create_model_config()
 
 
-def start(model: str, options: dict[str, Any], engine_args: dict[str, Any], command: str) -> Any:
-    """vLLM's ``LLM``.
+def start(config: Any, options: dict[str, Any], engine_args: dict[str, Any], command: str) -> Any:
+    """vLLM's ``LLM``, for one sequence at a time.
 
     Args:
-        options: the command's own arguments.
+        config: of ``model_config``.
+        options: the command's own arguments, ``max_model_len`` among them.
         engine_args: the user's.
 
     Raises:
@@ -47,9 +49,18 @@ def start(model: str, options: dict[str, Any], engine_args: dict[str, Any], comm
     taken = sorted(options.keys() & engine_args.keys())
     if taken:
         raise EngineError(f"--engine-args may not set {', '.join(taken)}: {command} does")
-    print(f"starting vLLM with {model} (VLLM_LOGGING_LEVEL=INFO shows its log)", flush=True)
-    with failures_named(f"vLLM did not start with {model}"):
-        return LLM(model, **options, **engine_args)
+    if not engine_args.keys() & {"gpu_memory_utilization", "kv_cache_memory_bytes"}:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cache_gib(config, options["max_model_len"])))
+    print(f"starting vLLM with {config.model} (VLLM_LOGGING_LEVEL=INFO shows its log)", flush=True)
+    with failures_named(f"vLLM did not start with {config.model}"):
+        return LLM(config.model, **options, **engine_args)
+
+
+def cache_gib(config: Any, tokens: int) -> int:
+    """KV cache of one sequence, GiB: on CPUs vLLM would take nearly all memory, and not start where some is in use."""
+    per_token = 2 * config.get_total_num_kv_heads() * config.get_head_size() * config.dtype.itemsize
+    # A tenth more for whole pages, and the one page that vLLM keeps for itself.
+    return math.ceil(1.1 * tokens * per_token * config.get_total_num_hidden_layers() / 2**30)
 
 
 @contextlib.contextmanager

@@ -64,8 +64,8 @@ def covered(ask: Callable) -> Asked:
 
 
 def recall_in(log: str) -> tuple[float, float]:
-    """Mean, and that of the worst head, in the last line of statistics."""
-    lines = re.findall(r"minference: .*, recall ([\d.]+) \(least ([\d.]+), layer \d head \d\)", log)
+    """Mean value recall, and that of the worst head, in the last line of statistics."""
+    lines = re.findall(r"minference: .*, value recall ([\d.]+) \(least ([\d.]+), layer \d head \d\)", log)
     assert lines, "no recall in the log:\n" + log[-3000:]
     return float(lines[-1][0]), float(lines[-1][1])
 
@@ -97,5 +97,5 @@ def test_a_recall_floor_finds_them_again(ask: Callable) -> None:
     answers = ask(BLIND, {"recall_floor": FLOOR})
     assert answers.right == [True] * len(PLACES)
     assert recall_in(answers.log)[1] >= FLOOR
-    assert re.search(rf"layer \d, head \d: recall below the floor of {FLOOR}", answers.log)
+    assert re.search(rf"layer \d, head \d: value recall below the floor of {FLOOR}", answers.log)
     assert re.search(r"below the floor [1-9]\d* times given more keys", answers.log)

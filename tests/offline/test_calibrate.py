@@ -262,7 +262,7 @@ def test_a_model_that_reads_no_long_prompts_is_refused(tmp_path: Path, monkeypat
 
 def test_a_model_that_vllm_cannot_read_is_named() -> None:
     with pytest.raises(engine.EngineError, match="vLLM cannot read no/such/model"):
-        engine.model_limit("no/such/model", {})
+        engine.model_config("no/such/model", {})
 
 
 def test_the_written_file_loads_and_names_every_layer() -> None:

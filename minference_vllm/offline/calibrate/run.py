@@ -117,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
     from vllm import SamplingParams
 
     # One token is generated after the prompt.
-    limit = engine.model_limit(args.model, args.engine_args) - 1
+    config = engine.model_config(args.model, args.engine_args)
+    limit = int(config.max_model_len) - 1
     if limit < MIN_TOKENS:
         raise CalibrationError(
             f"{args.model} reads prompts of {limit} tokens; calibration needs at least {MIN_TOKENS}. A model this "
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = [cut(tokenizer.encode(text), args.tokens, number) for number, text in enumerate(texts)]
     lengths = [len(ids) for ids in prompts]
     print(f"calibrating on {source}: {' and '.join(map(str, lengths))} tokens")
-    llm = engine.start(args.model, engine_options(args, lengths), args.engine_args, "calibrate")
+    llm = engine.start(config, engine_options(args, lengths), args.engine_args, "calibrate")
     plan = Plan(identity(args, prompts), chunk_ends(lengths), args.kernel, f"{args.output}.partial")
     found = llm.collective_rpc(install, args=dataclasses.astuple(plan))
     processes = [process for process, _, _ in found]

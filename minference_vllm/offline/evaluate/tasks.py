@@ -199,7 +199,10 @@ class Passages:
         """
         room = len(self.ids) - tokens
         if room < 0:
-            raise ValueError(f"text {self.label!r} has {len(self.ids)} tokens, fewer than the {tokens} of a prompt")
+            raise ValueError(
+                f"text {self.label!r} has {len(self.ids)} tokens, fewer than the {tokens} of a prompt; name a longer "
+                "text or shorter prompts"
+            )
         first = room * (2 * number + 1) // (2 * of)
         return list(self.ids[first : first + tokens])
 
@@ -209,14 +212,19 @@ class Passages:
         answers = [Answer("perplexity", place, 1) for place in range(tokens // 2, tokens)]
         return Prompt(torch.tensor(ids), answers, [])
 
-    def planted(self, number: int, of: int, tokens: int, chunk: int, tasks: Sequence[str]) -> Prompt:
+    def planted(self, number: int, of: int, tokens: int, chunk: int, tasks: Sequence[str], seed: int = 0) -> Prompt:
         """A passage with what some tasks plant in it, ``tokens`` long; ``needles`` ask behind it.
+
+        Args:
+            seed: decides what is planted, and where.
 
         Raises:
             ValueError: the text is too short, or the prompt for what is planted.
         """
         prompt = _Growing(list(self.begin), self.passage(number, of, tokens), self._starts_word)
-        pieces = [piece for task in tasks for piece in PLANTED[task](Planner(task, tokens, chunk, number))]
+        pieces = [
+            piece for task in tasks for piece in PLANTED[task](Planner(task, tokens, chunk, number + 1000 * seed))
+        ]
         encoded = [Encoded(piece.task, *map(self._encode, piece[3:])) for piece in pieces]
         ends: list[tuple[int, Encoded]] = []
         others: list[tuple[int, Encoded]] = []
