@@ -45,7 +45,7 @@ from minference_vllm.patterns.kinds import AShape, BlockSparse, Coverage, HeadPa
 from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.prefill.timing import Timing
 
-# Fixed budgets are about 4K tokens per row; low_rank and coverage are the defaults on CPUs and on GPUs.
+# Fixed budgets are about 4K tokens per row; low_rank is the default.
 PATTERNS: dict[str, HeadPattern] = {
     "coverage": Coverage(),
     "low_rank": LowRank(),

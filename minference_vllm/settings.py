@@ -26,7 +26,7 @@ class Settings(BaseModel):
     """Pattern file: a path, or the name of one shipped in ``pattern_configs`` (``a_shape``, ``block_sparse`` ...); or
     one pattern for all heads, ``low_rank(32, 0.95)``.
     None: the checkpoint's own ``sparse_attention_config.json`` if it has one, else a shipped file for the model, else
-    ``low_rank`` on CPUs and ``coverage`` on GPUs."""
+    ``low_rank``."""
 
     min_context: int = Field(default=8192, ge=0, le=1 << 24)
     """A prefill chunk whose last token lies below this position (in tokens) is computed densely."""

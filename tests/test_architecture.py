@@ -24,7 +24,7 @@ OUTSIDE: dict[str, set[str]] = {
     "triton_kernels": {"torch", "triton"},
     "prefill": {"torch"},
     "backend": {"torch", "vllm", "fastapi", "prometheus_client"},
-    "offline": {"torch", "transformers", "matplotlib", "tqdm", "vllm"},
+    "offline": {"torch", "transformers", "matplotlib", "tqdm", "vllm", "numpy", "lm_eval"},
     "commands": {"torch", "transformers"},
     "reference": {"torch"},
 }

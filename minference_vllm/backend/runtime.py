@@ -110,7 +110,7 @@ def _make_runtime(vllm_config: Any) -> Runtime:
 
 def discovered_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
     """See ``discover_patterns``; checked against vLLM's configuration of the model."""
-    patterns, source = discover_patterns(settings, model, _on_gpu())
+    patterns, source = discover_patterns(settings, model)
     patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
     return patterns, source
 
@@ -119,13 +119,6 @@ def _log_the_rest(runtime: Runtime) -> None:
     """The statistics of the last chunks, when the process ends."""
     if runtime.settings.log_interval and runtime.counters.has_more_to_log:
         logger.info(runtime.counters.line())
-
-
-def _on_gpu() -> bool:
-    # vLLM looks for its platform when this is imported, and asks plugins, us among them.
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cuda())
 
 
 def unsupported_model_reasons(model: Any) -> list[str]:

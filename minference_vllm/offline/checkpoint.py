@@ -128,6 +128,6 @@ def planned_patterns(checkpoint: Checkpoint, pattern_file: str | None = None) ->
         SettingsError: the environment sets what cannot be used.
     """
     settings = load_settings({"minference": {} if pattern_file is None else {"patterns": pattern_file}})
-    patterns, source = discover_patterns(settings, checkpoint, torch.cuda.is_available())
+    patterns, source = discover_patterns(settings, checkpoint)
     patterns.check_model(checkpoint.get_total_num_hidden_layers(), checkpoint.num_heads, source)
     return patterns, source, settings

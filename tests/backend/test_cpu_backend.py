@@ -301,6 +301,33 @@ def test_pooled_estimates_keep_the_pages_of_the_chunk_before(
     assert sum(read[2:]) <= -(-(SECOND[0] + SECOND[1]) // PAGE) - whole + 2, "of the second chunk's, the new ones"
 
 
+def test_a_runtime_takes_other_patterns_between_batches(make_cpu_layer: Callable[..., Layer]) -> None:
+    """What runs then is what would have run from the start, and counting begins anew."""
+    from minference_vllm.patterns.file import load_pattern_file
+
+    layer = make_cpu_layer([FIRST], patterns=[{"kind": "block_sparse", "top_k": 1}] * HEADS)
+    runtime, pooled = layer.impl.runtime, layer.run(layer.impl, layer.metadata())
+    assert layer.impl.page_means is not None and runtime.counters.sparse_chunks == 1
+    runtime.use(load_pattern_file("dense"), "dense")
+    assert torch.equal(layer.run(layer.impl, layer.metadata()), layer.run(layer.parent, layer.metadata()))
+    assert layer.impl.page_means is None and runtime.counters.dense_pairs == 0
+    runtime.use(load_pattern_file("a_shape(32, 64)"), "a_shape(32, 64)")
+    fixed = layer.run(layer.impl, layer.metadata())
+    assert runtime.counters.density < 1.0 and runtime.source == "a_shape(32, 64)"
+    fresh = make_cpu_layer([FIRST], patterns=[{"kind": "a_shape", "sink": 32, "local": 64}] * HEADS)
+    assert torch.equal(fixed, fresh.run(fresh.impl, fresh.metadata())) and not torch.equal(fixed, pooled)
+
+
+def test_patterns_that_do_not_fit_the_pages_are_refused_while_an_engine_runs(
+    make_cpu_layer: Callable[..., Layer],
+) -> None:
+    from minference_vllm.patterns.file import load_pattern_file
+
+    layer = make_cpu_layer([FIRST])
+    with pytest.raises(ValueError, match=r"antidiagonal\(3, 0.9\).*stride"):
+        layer.impl.runtime.use(load_pattern_file("antidiagonal(3, 0.9)"), "antidiagonal(3, 0.9)")
+
+
 # Mean correction
 
 CORRECTED = {"kind": "peak_threshold", "alpha": 0.99, "sink": 0, "window": 0, "mean_correction": True}
