@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -52,6 +53,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.is_relative_to(slow):
             item.add_marker(pytest.mark.engine)
     items.sort(key=lambda item: item.path.is_relative_to(slow))
+
+
+def pytest_sessionfinish() -> None:
+    """Statistics that are logged when a process ends meet a stream that pytest has closed; nobody waits for them."""
+    logging.raiseExceptions = False
 
 
 @pytest.fixture

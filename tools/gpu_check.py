@@ -117,7 +117,9 @@ def attention(contexts: Sequence[int], quick: bool) -> Iterator[Item]:
         for chunk in sorted({8192, context} if quick else {8192, 32768, context}):
             if chunk == context > LONGEST_WHOLE or chunk > context:
                 continue
-            patterns = ["low_rank", "coverage", "vertical_slash"] + ["block_sparse", "a_shape"] * (chunk == 8192 and not quick)
+            patterns = ["low_rank", "coverage", "vertical_slash"] + ["block_sparse", "a_shape"] * (
+                chunk == 8192 and not quick
+            )
             words = [*script, "--context", str(context), "--chunk", str(chunk), "--pattern", *patterns]
             size = Size("cuda", context, chunk, HEADS, HEAD_SIZE, PAGE, TILE)
             reasons = {name: peer.reason(size) for name, peer in PEERS.items()}

@@ -56,6 +56,11 @@ def start(config: Any, options: dict[str, Any], engine_args: dict[str, Any], com
         return LLM(config.model, **options, **engine_args)
 
 
+def stop(llm: Any) -> None:
+    """End the engine's processes, before Python ends and finds them gone in any order."""
+    llm.llm_engine.engine_core.shutdown()
+
+
 def cache_gib(config: Any, tokens: int) -> int:
     """KV cache of one sequence, GiB: on CPUs vLLM would take nearly all memory, and not start where some is in use."""
     per_token = 2 * config.get_total_num_kv_heads() * config.get_head_size() * config.dtype.itemsize

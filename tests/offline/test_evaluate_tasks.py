@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from language_inputs import byte_tokenizer
@@ -88,7 +91,7 @@ def test_a_task_plants_the_same_beside_others(passages: Passages) -> None:
 
 
 def test_what_does_not_fit_is_refused(passages: Passages) -> None:
-    with pytest.raises(ValueError, match="the prompt is too short for these tasks in these chunks"):
+    with pytest.raises(ValueError, match="the prompt is too short for what these tasks plant"):
         passages.planted(0, 1, 1000, 512, list(PLANTED))
     with pytest.raises(ValueError, match=r"text 'words' has \d+ tokens, fewer than the 999999 of a prompt"):
         passages.plain(0, 1, 999999)
@@ -101,3 +104,27 @@ def test_texts(tmp_path: Path) -> None:
     assert load_text(str(tmp_path / "mine.txt")) == ("mine.txt", "some words")
     with pytest.raises(ValueError, match="text 'nowhere'"):
         load_text("nowhere")
+
+
+class WholeWords:
+    """A tokenizer that, as many, decodes a single word without the space in front of it."""
+
+    def __init__(self, separator: str) -> None:
+        self.separator, self.words = separator, [""]
+
+    def __call__(self, text: str, **options: object) -> SimpleNamespace:
+        words = re.findall(r"\S+|\n", text)
+        self.words += [word for word in dict.fromkeys(words) if word not in self.words]
+        return SimpleNamespace(input_ids=[self.words.index(word) for word in words])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.separator.join(self.words[token] for token in ids)
+
+
+@pytest.mark.parametrize("separator", [" ", ""], ids=["words", "a text without spaces"])
+def test_pieces_are_planted_whatever_the_tokenizer_makes_of_spaces(separator: str) -> None:
+    passages = Passages(WholeWords(separator), "some words of a text " * 2000, "words")
+    prompt = passages.planted(0, 1, 8192, 2048, list(PLANTED))
+    assert prompt.questions[0].start == 8192
+    inside = [answer for answer in prompt.answers if answer.task == "inside"]
+    assert len(inside) == NEEDLES and inside[-1].first > 0.7 * 8192

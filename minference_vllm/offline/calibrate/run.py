@@ -142,6 +142,7 @@ def run(args: argparse.Namespace) -> int:
         llm.collective_rpc(next_prompt, args=(number,))
         llm.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
     llm.collective_rpc(next_prompt, args=(len(prompts),))
+    engine.stop(llm)
     measured = collect(plan, processes, num_heads)
     if not measured:
         raise CalibrationError(

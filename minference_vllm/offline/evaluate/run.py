@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     for found in sets:
         rows += measure(reader, found, names, args.repeats)
         report.write(args.output, header, rows)
+    engine.stop(llm)
     print(report.summary(rows))
     print(f"report in {args.output}: {', '.join(sorted(path.name for path in args.output.glob('report.*')))}")
     return too_much_lost(rows, args.max_loss)

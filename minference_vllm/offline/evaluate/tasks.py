@@ -41,6 +41,8 @@ NAMES = {"needles": "special magic number", "end": "secret access code", "inside
 """What each task asks for, so that no needle of one is mistaken for another's."""
 NEEDLES, LINES, PAIRS = 8, 12, 16
 """Of a task in one prompt: needles or questions inside, repeated lines, pairs of words."""
+LONGEST_WORD = 64
+"""Tokens."""
 SAID = 3
 """How often a line or a pair of words stands in the text before it is asked for. What was said once, a small model has
 forgotten, however it is read."""
@@ -190,6 +192,7 @@ class Passages:
         self.ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         self.begin = tokenizer("").input_ids
         """What the model expects before its first token."""
+        self._anchor = self._encode("a")[-1:]
 
     def passage(self, number: int, of: int, tokens: int) -> list[int]:
         """Tokens of passage ``number``; they begin evenly spread over the text.
@@ -257,7 +260,9 @@ class Passages:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []
 
     def _starts_word(self, token: int) -> bool:
-        return bool(self.tokenizer.decode([token])[:1].isspace())
+        # Behind another token: alone, many tokenizers leave the space in front of a word out.
+        before = self.tokenizer.decode(self._anchor)
+        return bool(self.tokenizer.decode([*self._anchor, token])[len(before) :][:1].isspace())
 
 
 class Encoded(NamedTuple):
@@ -283,19 +288,20 @@ class _Growing:
         self.answers: list[Answer] = []
 
     def next_word(self, place: int) -> int:
-        """The first position, from ``place`` and from the prompt's end on, at which a word of the text would begin."""
-        at = max(place, len(self.ids))
-        while self.taken + at - len(self.ids) < len(self.text):
-            if self.starts_word(self.text[self.taken + at - len(self.ids)]):
-                return at
-            at += 1
-        return at
+        """The first position, from ``place`` and from the prompt's end on, at which a word of the text would begin.
+
+        In a text without spaces no word begins soon: then where the search began.
+        """
+        first = max(place, len(self.ids))
+        begin = self.taken + first - len(self.ids)
+        upcoming = self.text[begin : begin + LONGEST_WORD]
+        return next((first + number for number, token in enumerate(upcoming) if self.starts_word(token)), first)
 
     def fill(self, length: int) -> None:
         """Text up to a length."""
         missing = length - len(self.ids)
         if missing < 0:
-            raise ValueError("the prompt is too short for these tasks in these chunks; name fewer tasks or more tokens")
+            raise ValueError("the prompt is too short for what these tasks plant; take longer prompts or larger chunks")
         self.ids += self.text[self.taken : self.taken + missing]
         self.taken += missing
 
