@@ -43,7 +43,8 @@ class Settings(BaseModel):
     here."""
 
     audit_rows: int = Field(default=4, ge=0, le=1024)
-    """Sampled rows per chunk and layer whose attention recall, and value recall, is taken; 0 turns the audit off."""
+    """Rows per chunk and layer whose attention recall, and value recall, is taken, half of them drawn, half those most
+    unlike the others; 0 turns the audit off."""
 
     audit_share: float = Field(default=0.01, ge=0.0, le=1.0)
     """How much of the time spent on sparse attention the audit may take (on GPUs: of its planned work); chunks and

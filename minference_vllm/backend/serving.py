@@ -14,7 +14,7 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.patterns.kinds import MAX_STEP, Dense, HeadPattern
 from minference_vllm.prefill.attend import attend_chunk
-from minference_vllm.prefill.recall import RecallCheck, audit_frequency, sample_rows
+from minference_vllm.prefill.recall import RecallCheck, audit_frequency, audited_rows
 from minference_vllm.prefill.timing import Timing
 
 logger = init_logger(f"vllm.{__name__}")
@@ -40,13 +40,14 @@ def serve_chunk(runtime: Runtime, layer: SparseLayer, inputs: Inputs, out: torch
         runtime.recorder.record(layer.number, layer.first_head, inputs)
         attend_chunk(inputs, [Dense()] * inputs.num_heads, layer.kernel, out, settings.tile)
         return
-    check = None
+    check, timing = None, Timing()
     if audit_is_due(runtime, layer, inputs):
         # Other rows in every layer and chunk, the same ones whenever the same prompt comes in the same chunks.
         seed = zlib.crc32(f"{layer.number} {chunk.context_len} {chunk.seq_len}".encode())
         steps = runtime.raised.at(layer.number, chunk.context_len, inputs.pages, inputs.cache.block_size)
-        check = RecallCheck(sample_rows(chunk.query_len, settings.audit_rows, seed), settings.recall_floor, steps)
-    timing = Timing()
+        with timing.stage("audit"):
+            rows = audited_rows(inputs.query, settings.audit_rows, seed)
+        check = RecallCheck(rows, settings.recall_floor, steps)
     index = attend_chunk(inputs, layer.patterns, layer.kernel, out, settings.tile, check, timing)
     overflowed = 0 if index.overflowed is None else index.overflowed.sum() * index.heads_per_list
     counters.count_layer(index.computed_pairs().sum(), index.num_heads * index.dense_pairs(), overflowed)

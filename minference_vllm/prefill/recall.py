@@ -48,11 +48,8 @@ def chunk_recall(scores: TorchScores, index: SparseIndex, rows: torch.Tensor) ->
     """``sampled_recall`` of a chunk over its paged cache.
 
     Args:
-        rows: int64 ``[R]``, rows of the chunk, in the host's memory.
+        rows: int64 ``[R]``, rows of the chunk, on the query's device.
     """
-    if scores.query.is_cuda:
-        # From ordinary memory the copy would wait for the GPU.
-        rows = rows.pin_memory().to(scores.query.device, non_blocking=True)
     parts = [
         sampled_recall(scores.query, scores.audited_pieces(len(part)), index, part, scores.scale)
         for part in rows.split(ROWS_AT_ONCE)
@@ -121,19 +118,45 @@ def sample_rows(rows: int, samples: int, seed: int) -> torch.Tensor:
     return borders[:-1] + (place * sizes).long().clamp(max=sizes - 1)
 
 
+def audited_rows(query: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
+    """Rows whose recall is taken: half of them ``sample_rows``, half those whose queries are most unlike the others'.
+
+    A few rows that look where no other row looks are missed by a random sample, and by an estimate that samples rows.
+
+    Args:
+        query: ``[chunk, H, D]``.
+
+    Returns:
+        int64 ``[min(samples, chunk)]``, on the query's device. Nothing waits for a GPU.
+    """
+    samples = min(samples, len(query))
+    drawn = sample_rows(len(query), samples - samples // 2, seed)
+    if query.is_cuda:
+        # From ordinary memory the copy would wait for the GPU.
+        drawn = drawn.pin_memory()
+    drawn = drawn.to(query.device, non_blocking=True)
+    rows = query.float()
+    distance = (rows - rows.mean(0)).square_().sum(-1)  # [chunk, H]
+    # Each head by its own measure: one with large queries must not outvote the others.
+    unlike = (distance / distance.mean(0).clamp_min(1e-20)).amax(1).nan_to_num(0.0)
+    # One that was drawn anyway makes room for the next.
+    unlike[drawn] = -1.0
+    return torch.cat([drawn, unlike.topk(samples // 2).indices])
+
+
 @dataclass
 class RecallCheck:
     """What to check of one chunk in one layer, and what was found."""
 
     rows: torch.Tensor
-    """int64 ``[R]``: rows of the chunk that are sampled."""
+    """int64 ``[R]``: rows of the chunk that are audited, on the query's device."""
     floor: float | None = None
-    """Mean value recall of the sampled rows below which a head gets more keys."""
+    """Mean value recall of these rows below which a head gets more keys."""
     steps: tuple[int, ...] = ()
     """Per head, how far its pattern is strengthened from the start (``at_step``); empty: not at all. Afterwards: how
     far it was."""
     recall: Recall | None = None
-    """Afterwards: the sampled rows' means, of the index that runs."""
+    """Afterwards: the rows' means, of the index that runs."""
 
     def strengthened(self, patterns: Sequence[HeadPattern]) -> list[HeadPattern]:
         """The patterns at their steps."""

@@ -126,7 +126,7 @@ def test_nothing_waits_for_the_gpu(kernel: str, patterns: list[HeadPattern]) -> 
     """Every call after the first, which compiles and copies the few constants."""
     query, cache, pages, chunk = layer(32768, 2048)
     out = torch.empty_like(query)
-    first, second = (RecallCheck(torch.tensor([0, 700, 2047], device="cpu")) for _ in range(2))
+    first, second = (RecallCheck(torch.tensor([0, 700, 2047], device="cuda")) for _ in range(2))
     attend(query, cache, pages, chunk, patterns, out, kernel, check=first)
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")

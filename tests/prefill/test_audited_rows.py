@@ -1,0 +1,56 @@
+"""Which rows the audit looks at, and that it finds what the estimate did not hear."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from low_rank_inputs import CONTEXT, DIM, LENGTH, PAGE, neighbours
+
+from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
+from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import LowRank
+from minference_vllm.prefill.recall import audited_rows, chunk_recall
+from minference_vllm.selection.build import build_index
+from minference_vllm.selection.torch_scores import TorchScores
+
+
+@pytest.mark.parametrize(("rows", "samples"), [(1, 4), (2, 4), (3, 1), (64, 4), (1000, 5), (1000, 64)])
+def test_audited_rows_differ_and_half_of_them_are_unlike_the_others(rows: int, samples: int) -> None:
+    query = torch.randn(rows, 3, 16, generator=torch.Generator().manual_seed(0))
+    query[:, 2] *= 100.0  # must not decide alone
+    query[rows // 3, 0] += 20.0
+    for seed in range(20):
+        found = audited_rows(query, samples, seed).tolist()
+        count = min(rows, samples)
+        assert len(set(found)) == len(found) == count and set(found) <= set(range(rows))
+        assert found == audited_rows(query, samples, seed).tolist()
+        assert count < 2 or rows // 3 in found
+        assert count < 4 or rows - 1 in found
+
+
+def test_audited_rows_of_equal_or_broken_queries() -> None:
+    for query in (torch.zeros(100, 2, 8), torch.full((100, 2, 8), torch.nan)):
+        assert len(set(audited_rows(query, 8, 1).tolist())) == 8
+
+
+@pytest.mark.parametrize("looking", [1, 8, 32])
+def test_the_audit_sees_rows_that_the_estimate_did_not_hear(looking: int) -> None:
+    """Some neighbouring rows in mid-chunk look at a far key; ``low_rank`` decides by a sample, and may miss them."""
+    seen = 0
+    for number in range(12):
+        query, keys = neighbours(sink=False)
+        needle, first = 100 + 151 * number, 130 + 67 * number
+        keys[0, needle, 62], query[first : first + looking, 0, 62] = 20.0, 10.0
+        pages = keys.view(1, -1, PAGE, DIM).transpose(0, 1)
+        inputs = Inputs(
+            query, PagedCache(pages, pages, "rows"), torch.arange(len(pages)), Chunk(0, 0, CONTEXT, LENGTH), DIM**-0.5
+        )
+        scores = TorchScores(inputs)
+        index = build_index(Tiling.of(CONTEXT, LENGTH, PAGE, 128, 1), [LowRank()], scores)
+        heard = chunk_recall(scores, index, torch.arange(first, first + looking)).value
+        audited = chunk_recall(scores, index, audited_rows(query, 4, number)).value
+        assert float(audited.min()) <= float(heard.min()) + 0.1
+        seen += float(heard.min()) < 0.5
+    assert seen or looking == 32, "nothing was lost, so nothing was tested"
