@@ -21,7 +21,7 @@ import torch
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.patterns.kinds import MAX_STEP, HeadPattern
 from minference_vllm.selection.families import family_of
-from minference_vllm.selection.probe_queries import logits
+from minference_vllm.selection.probe_queries import logits, unlike_rows
 from minference_vllm.selection.torch_scores import TorchScores
 
 ROWS_AT_ONCE = 16
@@ -135,13 +135,7 @@ def audited_rows(query: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
         # From ordinary memory the copy would wait for the GPU.
         drawn = drawn.pin_memory()
     drawn = drawn.to(query.device, non_blocking=True)
-    rows = query.float()
-    distance = (rows - rows.mean(0)).square_().sum(-1)  # [chunk, H]
-    # Each head by its own measure: one with large queries must not outvote the others.
-    unlike = (distance / distance.mean(0).clamp_min(1e-20)).amax(1).nan_to_num(0.0)
-    # One that was drawn anyway makes room for the next.
-    unlike[drawn] = -1.0
-    return torch.cat([drawn, unlike.topk(samples // 2).indices])
+    return torch.cat([drawn, unlike_rows(query, samples // 2, drawn)])
 
 
 @dataclass

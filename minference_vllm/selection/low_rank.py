@@ -24,6 +24,7 @@ from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import Capacity, Selection
 from minference_vllm.selection.coverage import mass_per_token
 from minference_vllm.selection.family import Family
+from minference_vllm.selection.probe_queries import unlike_rows
 from minference_vllm.selection.projection import (
     Projection,
     QuantizedQK,
@@ -45,6 +46,14 @@ MIN_ROWS = 16
 LAST_ROWS = 16
 """So many of the measured rows, but no more than a quarter, are among the chunk's last, where a prompt's question
 stands."""
+UNLIKE_ROWS = 16
+"""So many, but no more than a quarter, are rows whose queries are unlike the others': a few rows that look where no
+other row looks are in no sample."""
+MOST_MISSED = 3.0
+"""A single one of the last and the unlike rows may miss so many times what their mean may."""
+FIT_SHARE = 1.0
+"""How much the last and the unlike rows together count in the fit, beside all rows: dimensions in which few rows look
+carry next to nothing of the mean square."""
 STANDARD_ERRORS = 3.0
 """How far the mean of the other rows, which are a sample, must lie above what is wanted."""
 FIT_ROWS = 4096
@@ -70,32 +79,48 @@ class CalibrationRows(NamedTuple):
     """Rows of a chunk whose attention is measured."""
 
     rows: torch.Tensor
-    """int64 ``[R]``, ascending; the last one is the chunk's last."""
-    last: int
-    """So many in the end speak for the chunk's last rows, the others for all."""
+    """int64 ``[R]``, ascending."""
+    spread: torch.Tensor
+    """int64: places in ``rows`` of a sample of all rows."""
+    others: tuple[torch.Tensor, ...]
+    """Likewise, of groups that speak for themselves: some of the last rows, and those most unlike the others."""
 
     def threshold(self, mass: torch.Tensor, gamma: float) -> torch.Tensor:
-        """int32 ``[h]``: the bin down to which both groups have a share ``gamma`` of their attention.
+        """int32 ``[h]``: the bin down to which every group has a share ``gamma`` of its attention.
 
         Args:
             mass: float32 ``[h, R, 256]``, see ``score_bins.mass_by_bin``.
         """
-        spread = mass.shape[1] - self.last
-        found = score_bins.threshold(mass[:, :spread], gamma, STANDARD_ERRORS)
-        return torch.minimum(found, score_bins.threshold(mass[:, spread:], gamma)) if self.last else found
+        found = score_bins.threshold(mass[:, self.spread], gamma, STANDARD_ERRORS)
+        least = max(0.0, 1 - MOST_MISSED * (1 - gamma))
+        for group in self.others:
+            each = score_bins.threshold(mass[:, group].flatten(0, 1)[:, None], least).view(len(mass), -1).amin(1)
+            found = torch.minimum(found, torch.minimum(score_bins.threshold(mass[:, group], gamma), each))
+        return found
 
 
-def calibration_rows(chunk: int, length: int, device: torch.device) -> CalibrationRows:
-    """One row of each of some equal parts of a chunk, at ever other places in them, and every second of its last."""
+def calibration_rows(query: torch.Tensor, length: int) -> CalibrationRows:
+    """One row of each of some equal parts of a chunk, at ever other places in them; every second of its last; and those
+    most unlike the others.
+
+    Args:
+        query: ``[chunk, h, D]``.
+        length: tokens in the sequence.
+    """
+    chunk, device = len(query), query.device
     room = min(WEIGHTS_BYTES // (4 * length), chunk // ROWS_PER_SAMPLE)
     count = min(chunk, CALIBRATION_ROWS, max(MIN_ROWS, room))
-    last = min(LAST_ROWS, count // 4)
+    last, unlike = min(LAST_ROWS, count // 4), min(UNLIKE_ROWS, count // 4)
     before = chunk - 2 * last
-    parts = min(count - last, before)
+    parts = min(count - last - unlike, before)
     part = torch.arange(parts, device=device)
     begin, end = part * before // parts, (part + 1) * before // parts
     spread = begin + (part.mul(0.618034).frac() * (end - begin)).long()
-    return CalibrationRows(torch.cat([spread, before + 1 + 2 * torch.arange(last, device=device)]), last)
+    drawn = torch.cat([spread, before + 1 + 2 * torch.arange(last, device=device)])
+    rows, order = torch.cat([drawn, unlike_rows(query, unlike, drawn)]).sort()
+    places = order.argsort()
+    sample, *others = places.split([parts, last, unlike])
+    return CalibrationRows(rows, sample, tuple(group for group in others if len(group)))
 
 
 def row_weights(
@@ -177,8 +202,7 @@ class Measured(NamedTuple):
 
     @classmethod
     def of(cls, scores: LowRankOps, heads: Sequence[int], tiling: Tiling) -> Measured:
-        chunk = tiling.seq_len - tiling.context_len
-        sample = calibration_rows(chunk, tiling.seq_len, tiling.starts.device)
+        sample = calibration_rows(scores.queries_of(heads).transpose(0, 1), tiling.seq_len)
         tile = torch.searchsorted(tiling.starts, sample.rows + tiling.context_len, right=True) - 1
         weights = by_value(scores.row_weights(sample.rows, heads), scores.value_norms(heads))
         return cls(sample, weights, tile)
@@ -244,7 +268,13 @@ def columns_and_diagonals(
 
 
 def fitted(
-    scores: LowRankOps, queries: torch.Tensor, heads: Sequence[int], seq_len: int, rank: int, fewer: bool
+    scores: LowRankOps,
+    measured: Measured,
+    queries: torch.Tensor,
+    heads: Sequence[int],
+    seq_len: int,
+    rank: int,
+    fewer: bool,
 ) -> Projection:
     """The dimensions in which a chunk is scored, from a part of its queries and of the sequence's keys.
 
@@ -254,6 +284,10 @@ def fitted(
     """
     rank = min(rank, queries.shape[2])
     some_queries = queries[:, :: math.ceil(queries.shape[1] / FIT_ROWS)]
+    if measured.sample.others:
+        alone = queries[:, measured.sample.rows[torch.cat(measured.sample.others)]].float()
+        weight = math.sqrt(FIT_SHARE * some_queries.shape[1] / alone.shape[1])
+        some_queries = torch.cat([some_queries.float(), alone.mul_(weight)], 1)
     # Copies: views would keep all keys.
     some_keys = joined([piece.clone() for piece in scores.keys_of(heads, math.ceil(seq_len / FIT_ROWS))], 1)
     if fewer:
@@ -282,7 +316,7 @@ def score_keys(
         fewer: see ``fitted``.
     """
     queries = scores.queries_of(heads)
-    projection = fitted(scores, queries, heads, tiling.seq_len, rank, fewer)
+    projection = fitted(scores, measured, queries, heads, tiling.seq_len, rank, fewer)
     keys = joined([quantize_keys(piece, projection) for piece in scores.keys_of(heads)], 1)
     low_query, dequant_scale = quantize_queries(queries, projection, scores.scale)
     quantized = QuantizedQK(low_query, keys, dequant_scale)

@@ -37,6 +37,29 @@ def probe_groups(chunk: int) -> tuple[tuple[int, int], ...]:
     return (*((end - SPREAD_GROUP, end) for end in ends), (chunk - PROBE_QUERIES + SPREAD_GROUP * len(ends), chunk))
 
 
+def unlike_rows(query: torch.Tensor, count: int, taken: torch.Tensor) -> torch.Tensor:
+    """Of each of ``count`` equal parts of a chunk the row whose query is farthest from the chunk's mean query.
+
+    Such a row may look where no other row looks, and a sample of rows misses it.
+
+    Args:
+        query: ``[chunk, h, D]``.
+        count: at most half of the chunk's rows.
+        taken: int64 ``[n]``, rows that others have named; one comes only where its part has no other.
+
+    Returns:
+        int64 ``[count]``, ascending. Nothing waits for a GPU.
+    """
+    rows = query.float()
+    distance = (rows - rows.mean(0)).square_().sum(-1)  # [chunk, h]
+    # Each head by its own measure: one with large queries must not outvote the others.
+    unlike = (distance / distance.mean(0).clamp_min(1e-20)).amax(1).nan_to_num(0.0)
+    unlike[taken] = -1.0
+    chunk, size = len(query), -(-len(query) // max(1, count))
+    parts = torch.nn.functional.pad(unlike, (0, count * size - chunk), value=-2.0).view(count, size)
+    return parts.argmax(1) + torch.arange(count, device=query.device) * size
+
+
 def logits(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
     """float32 ``[..., R, S]``: scaled products of ``query [..., R, D]`` and ``keys [..., S, D]``.
 

@@ -76,7 +76,7 @@ def test_tile_bins(name: str, sharpness: float, rank: int, scores: TorchScores) 
 def test_a_row_gives_no_key_a_higher_bin_than_its_tile() -> None:
     tiling = Tiling.of(333, 700, 32, 128)
     quantized = random_quantized(2, 367, 700, 16, 3.0)
-    rows = calibration_rows(367, 700, quantized.keys.device).rows
+    rows = calibration_rows(quantized.query.transpose(0, 1), 700).rows
     positions = rows + 333
     own = row_bins(quantized.rows(rows), positions, tiling)
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
@@ -108,7 +108,7 @@ def test_mass_of_rows(name: str, rank: int, scores: TorchScores) -> None:
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
     quantized = random_quantized(2, length - context, length, rank, 2.0)
-    rows = calibration_rows(length - context, length, quantized.keys.device).rows
+    rows = calibration_rows(quantized.query.transpose(0, 1), length).rows
     positions = rows + context
     weights = torch.rand(2, len(rows), length, generator=torch.Generator().manual_seed(0)).pow(20)
     weights.masked_fill_(torch.arange(length) > positions[:, None], 0)
