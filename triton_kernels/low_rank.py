@@ -173,8 +173,8 @@ def tile_bins_kernel(
 def mass_kernel(p_bins, p_bin_row, p_weights, p_mass, num_bin_rows, seq_len, BLOCK_N: tl.constexpr):
     """One program: BLOCK_N weights of one row, added by bin to ``p_mass``, float32 ``[h, R, 256]``."""
     i_block, i_row, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_bin_row = tl.load(p_bin_row + i_row).to(tl.int64)
     i_mass = (i_head * tl.num_programs(1) + i_row).to(tl.int64)
+    i_bin_row = tl.load(p_bin_row + i_mass).to(tl.int64)
     o_key = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
     b_weight = tl.load(p_weights + i_mass * seq_len + o_key, mask=o_key < seq_len, other=0.0)
     # Later keys weigh nothing, and many others as good as that.
@@ -242,7 +242,7 @@ def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor
 
     Args:
         bins: uint8 ``[h, L, S]``.
-        bin_row: int64 ``[R]``.
+        bin_row: int64 ``[h, R]``.
         weights: float32 ``[h, R, S]``; all three contiguous.
 
     Returns:
@@ -251,7 +251,7 @@ def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor
     heads, rows, length = weights.shape
     mass = torch.zeros(heads, rows, 256, device=weights.device)
     launcher(mass_kernel, (triton.cdiv(length, WEIGHTS), rows, heads))(
-        bins, bin_row, weights, mass, bins.shape[1], length, BLOCK_N=WEIGHTS, num_warps=NUM_WARPS
+        bins, bin_row.contiguous(), weights, mass, bins.shape[1], length, BLOCK_N=WEIGHTS, num_warps=NUM_WARPS
     )
     return mass
 
@@ -259,4 +259,4 @@ def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor
 def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
     """``score_bins.row_mass``."""
     own = score_bins.row_bins(quantized.rows(rows), rows + tiling.context_len, tiling)
-    return mass_by_bin(own, torch.arange(len(rows), device=rows.device), weights)
+    return mass_by_bin(own, torch.arange(rows.shape[1], device=rows.device).expand(rows.shape), weights)

@@ -21,7 +21,7 @@ import torch
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.patterns.kinds import MAX_STEP, HeadPattern
 from minference_vllm.selection.families import family_of
-from minference_vllm.selection.probe_queries import logits, unlike_rows
+from minference_vllm.selection.probe_queries import logits, most_unlike, unlikeness
 from minference_vllm.selection.torch_scores import TorchScores
 
 ROWS_AT_ONCE = 16
@@ -135,7 +135,8 @@ def audited_rows(query: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
         # From ordinary memory the copy would wait for the GPU.
         drawn = drawn.pin_memory()
     drawn = drawn.to(query.device, non_blocking=True)
-    return torch.cat([drawn, unlike_rows(query, samples // 2, drawn)])
+    unlike = unlikeness(query.transpose(0, 1)).amax(0, keepdim=True)
+    return torch.cat([drawn, most_unlike(unlike, samples // 2, drawn)[0]])
 
 
 @dataclass

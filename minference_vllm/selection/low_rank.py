@@ -24,7 +24,7 @@ from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import Capacity, Selection
 from minference_vllm.selection.coverage import mass_per_token
 from minference_vllm.selection.family import Family
-from minference_vllm.selection.probe_queries import unlike_rows
+from minference_vllm.selection.probe_queries import most_unlike, unlikeness
 from minference_vllm.selection.projection import (
     Projection,
     QuantizedQK,
@@ -76,51 +76,60 @@ def scoring_cost(rank: int, head_size: int, chunk: int, device: torch.device) ->
 
 
 class CalibrationRows(NamedTuple):
-    """Rows of a chunk whose attention is measured."""
+    """Rows of a chunk whose attention is measured, of each head its own."""
 
     rows: torch.Tensor
-    """int64 ``[R]``, ascending."""
+    """int64 ``[h, R]``, ascending."""
     spread: torch.Tensor
-    """int64: places in ``rows`` of a sample of all rows."""
+    """int64 ``[h, n]``: places in ``rows`` of a sample of all rows."""
     others: tuple[torch.Tensor, ...]
     """Likewise, of groups that speak for themselves: some of the last rows, and those most unlike the others."""
 
     def threshold(self, mass: torch.Tensor, gamma: float) -> torch.Tensor:
-        """int32 ``[h]``: the bin down to which every group has a share ``gamma`` of its attention.
+        """int32 ``[h]``: the bin down to which every group has a share ``gamma`` of its attention, and no row of the
+        last and the unlike ones misses ``MOST_MISSED`` times as much.
 
         Args:
             mass: float32 ``[h, R, 256]``, see ``score_bins.mass_by_bin``.
         """
-        found = score_bins.threshold(mass[:, self.spread], gamma, STANDARD_ERRORS)
+        spread, *others = (
+            mass.gather(1, group[..., None].expand(-1, -1, mass.shape[2])) for group in (self.spread, *self.others)
+        )
+        found = score_bins.threshold(spread, gamma, STANDARD_ERRORS)
         least = max(0.0, 1 - MOST_MISSED * (1 - gamma))
-        for group in self.others:
-            each = score_bins.threshold(mass[:, group].flatten(0, 1)[:, None], least).view(len(mass), -1).amin(1)
-            found = torch.minimum(found, torch.minimum(score_bins.threshold(mass[:, group], gamma), each))
+        for group in others:
+            each = score_bins.threshold(group.flatten(0, 1)[:, None], least).view(group.shape[:2])
+            found = torch.minimum(found, torch.minimum(score_bins.threshold(group, gamma), each.amin(1)))
         return found
+
+    def alone(self) -> torch.Tensor:
+        """int64 ``[h, n]``: rows of the groups that speak for themselves."""
+        places = torch.cat(self.others, 1) if self.others else self.spread[:, :0]
+        return self.rows.gather(1, places)
 
 
 def calibration_rows(query: torch.Tensor, length: int) -> CalibrationRows:
-    """One row of each of some equal parts of a chunk, at ever other places in them; every second of its last; and those
-    most unlike the others.
+    """One row of each of some equal parts of a chunk, at ever other places in them; every second of its last; and the
+    ones most unlike the others.
 
     Args:
-        query: ``[chunk, h, D]``.
+        query: ``[h, chunk, D]``.
         length: tokens in the sequence.
     """
-    chunk, device = len(query), query.device
+    heads, chunk, _ = query.shape
     room = min(WEIGHTS_BYTES // (4 * length), chunk // ROWS_PER_SAMPLE)
     count = min(chunk, CALIBRATION_ROWS, max(MIN_ROWS, room))
     last, unlike = min(LAST_ROWS, count // 4), min(UNLIKE_ROWS, count // 4)
     before = chunk - 2 * last
     parts = min(count - last - unlike, before)
-    part = torch.arange(parts, device=device)
+    part = torch.arange(parts, device=query.device)
     begin, end = part * before // parts, (part + 1) * before // parts
     spread = begin + (part.mul(0.618034).frac() * (end - begin)).long()
-    drawn = torch.cat([spread, before + 1 + 2 * torch.arange(last, device=device)])
-    rows, order = torch.cat([drawn, unlike_rows(query, unlike, drawn)]).sort()
-    places = order.argsort()
-    sample, *others = places.split([parts, last, unlike])
-    return CalibrationRows(rows, sample, tuple(group for group in others if len(group)))
+    drawn = torch.cat([spread, before + 1 + 2 * torch.arange(last, device=query.device)])
+    found = [drawn.expand(heads, -1), most_unlike(unlikeness(query), unlike, drawn)]
+    rows, order = torch.cat(found, 1).sort(1)
+    sample, *others = order.argsort(1).split([parts, last, unlike], 1)
+    return CalibrationRows(rows, sample, tuple(group for group in others if group.shape[1]))
 
 
 def row_weights(
@@ -131,11 +140,11 @@ def row_weights(
     Args:
         query: ``[h, R, D]``.
         keys: ``[h, n, D]`` each, pieces that together are the sequence.
-        positions: int64 ``[R]``.
+        positions: int64 ``[h, R]``.
     """
     query = query.float() * scale
     scores = joined([torch.matmul(query, piece.float().transpose(1, 2)) for piece in keys], -1)
-    scores.masked_fill_(torch.arange(scores.shape[-1], device=query.device) > positions[:, None], -torch.inf)
+    scores.masked_fill_(torch.arange(scores.shape[-1], device=query.device) > positions[..., None], -torch.inf)
     return torch.softmax(scores, -1, out=scores)
 
 
@@ -156,7 +165,7 @@ class LowRankOps(Protocol):
         """``[h, n, D]`` each: pieces that together are the sequence, every ``step``-th key of each."""
 
     def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-        """float32 ``[h, R, S]``: exact softmax weights of rows of the chunk (int64 ``[R]``, ascending)."""
+        """float32 ``[h, R, S]``: exact softmax weights of rows of the chunk (int64 ``[h, R]``, ascending)."""
 
     def value_norms(self, heads: Sequence[int]) -> torch.Tensor:
         """float32 ``[h, S]``: norm of every key's value, up to one factor for all."""
@@ -198,11 +207,11 @@ class Measured(NamedTuple):
     weights: torch.Tensor
     """float32 ``[h, R, S]``, see ``by_value``."""
     tile: torch.Tensor
-    """int64 ``[R]``: the tile of each row."""
+    """int64 ``[h, R]``: the tile of each row."""
 
     @classmethod
     def of(cls, scores: LowRankOps, heads: Sequence[int], tiling: Tiling) -> Measured:
-        sample = calibration_rows(scores.queries_of(heads).transpose(0, 1), tiling.seq_len)
+        sample = calibration_rows(scores.queries_of(heads), tiling.seq_len)
         tile = torch.searchsorted(tiling.starts, sample.rows + tiling.context_len, right=True) - 1
         weights = by_value(scores.row_weights(sample.rows, heads), scores.value_norms(heads))
         return cls(sample, weights, tile)
@@ -238,7 +247,7 @@ def needed_keys(weights: torch.Tensor, gamma: float, scores: LowRankOps) -> torc
     Args:
         weights: float32 ``[h, R, S]``.
     """
-    rows = torch.arange(weights.shape[1], device=weights.device)
+    rows = torch.arange(weights.shape[1], device=weights.device).expand(len(weights), -1)
     found = score_bins.as_bins(weights.clamp(min=1e-20).log2_())
     wanted = score_bins.threshold(scores.mass_by_bin(found, rows, weights), gamma)
     return scores.page_counts(found, wanted, weights.shape[2]).sum(2).float().mean(1)
@@ -284,8 +293,9 @@ def fitted(
     """
     rank = min(rank, queries.shape[2])
     some_queries = queries[:, :: math.ceil(queries.shape[1] / FIT_ROWS)]
-    if measured.sample.others:
-        alone = queries[:, measured.sample.rows[torch.cat(measured.sample.others)]].float()
+    few = measured.sample.alone()
+    if few.shape[1]:
+        alone = queries.gather(1, few[..., None].expand(-1, -1, queries.shape[2])).float()
         weight = math.sqrt(FIT_SHARE * some_queries.shape[1] / alone.shape[1])
         some_queries = torch.cat([some_queries.float(), alone.mul_(weight)], 1)
     # Copies: views would keep all keys.

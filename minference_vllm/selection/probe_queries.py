@@ -37,27 +37,32 @@ def probe_groups(chunk: int) -> tuple[tuple[int, int], ...]:
     return (*((end - SPREAD_GROUP, end) for end in ends), (chunk - PROBE_QUERIES + SPREAD_GROUP * len(ends), chunk))
 
 
-def unlike_rows(query: torch.Tensor, count: int, taken: torch.Tensor) -> torch.Tensor:
-    """Of each of ``count`` equal parts of a chunk the row whose query is farthest from the chunk's mean query.
+def unlikeness(query: torch.Tensor) -> torch.Tensor:
+    """float32 ``[h, chunk]``: squared distance of each query from the head's mean query, its mean 1.
 
-    Such a row may look where no other row looks, and a sample of rows misses it.
+    A row whose query is unlike the others' may look where no other row looks, and a sample of rows misses it.
 
     Args:
-        query: ``[chunk, h, D]``.
-        count: at most half of the chunk's rows.
-        taken: int64 ``[n]``, rows that others have named; one comes only where its part has no other.
-
-    Returns:
-        int64 ``[count]``, ascending. Nothing waits for a GPU.
+        query: ``[h, chunk, D]``.
     """
     rows = query.float()
-    distance = (rows - rows.mean(0)).square_().sum(-1)  # [chunk, h]
-    # Each head by its own measure: one with large queries must not outvote the others.
-    unlike = (distance / distance.mean(0).clamp_min(1e-20)).amax(1).nan_to_num(0.0)
-    unlike[taken] = -1.0
-    chunk, size = len(query), -(-len(query) // max(1, count))
-    parts = torch.nn.functional.pad(unlike, (0, count * size - chunk), value=-2.0).view(count, size)
-    return parts.argmax(1) + torch.arange(count, device=query.device) * size
+    distance = (rows - rows.mean(1, keepdim=True)).square_().sum(-1)
+    return (distance / distance.mean(1, keepdim=True).clamp_min(1e-20)).nan_to_num_(0.0)
+
+
+def most_unlike(unlikeness: torch.Tensor, count: int, taken: torch.Tensor) -> torch.Tensor:
+    """int64 ``[h, count]``, ascending: of each of so many equal parts of a chunk the row most unlike the others.
+
+    Args:
+        unlikeness: float32 ``[h, chunk]``, at least 0.
+        count: at most half of the chunk's rows.
+        taken: int64 ``[n]``, rows that others have named; one comes only where its part has no other.
+    """
+    heads, chunk = unlikeness.shape
+    size = -(-chunk // max(1, count))
+    unlike = unlikeness.index_fill(1, taken, -1.0)
+    parts = torch.nn.functional.pad(unlike, (0, count * size - chunk), value=-2.0).view(heads, count, size)
+    return parts.argmax(2) + torch.arange(count, device=unlike.device) * size
 
 
 def logits(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:

@@ -51,8 +51,9 @@ class QuantizedQK(NamedTuple):
     """int16 ``[h, chunk]``: bins per unit of a row's products, times ``2 ** 15``."""
 
     def rows(self, rows: torch.Tensor) -> QuantizedQK:
-        """Those of some rows of the chunk."""
-        return QuantizedQK(self.query[:, rows], self.keys, self.dequant_scale[:, rows])
+        """Those of some rows of the chunk, int64 ``[h, R]``."""
+        query = self.query.gather(1, rows[..., None].expand(-1, -1, self.query.shape[2]))
+        return QuantizedQK(query, self.keys, self.dequant_scale.gather(1, rows))
 
     def bits(self) -> torch.Tensor:
         """float32 ``[h, chunk, 1]``: bits per unit of a row's products."""

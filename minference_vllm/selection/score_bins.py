@@ -89,15 +89,15 @@ def row_bins(quantized: QuantizedQK, positions: torch.Tensor, tiling: Tiling) ->
 
     Args:
         quantized: ``QuantizedQK.rows`` of ``R`` rows.
-        positions: int64 ``[R]``, theirs.
+        positions: int64 ``[h, R]``, theirs.
 
     Returns:
         uint8 ``[h, R, S]``.
     """
     places = torch.arange(quantized.keys.shape[1], device=quantized.keys.device)
     scores = torch.matmul(quantized.query.float(), quantized.keys.float().transpose(1, 2)).mul_(quantized.bits())
-    scores.masked_fill_(places > positions[:, None], -torch.inf)
-    own = places >= (positions // tiling.tile * tiling.tile)[:, None]
+    scores.masked_fill_(places > positions[..., None], -torch.inf)
+    own = places >= (positions // tiling.tile * tiling.tile)[..., None]
     return as_bins(scores.sub_(approx_lse(scores))).masked_fill_(own, LOCAL_BIN)
 
 
@@ -106,22 +106,22 @@ def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor
 
     Args:
         bins: uint8 ``[h, L, S]``.
-        bin_row: int64 ``[R]``: which of the ``L`` holds each row's bins.
+        bin_row: int64 ``[h, R]``: which of the ``L`` holds each row's bins.
         weights: float32 ``[h, R, S]``.
     """
     mass = torch.zeros(*weights.shape[:2], 256, device=weights.device)
-    return mass.scatter_add_(2, bins[:, bin_row].long(), weights)
+    return mass.scatter_add_(2, bins.gather(1, bin_row[..., None].expand(weights.shape)).long(), weights)
 
 
 def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
     """``mass_by_bin`` of some rows at the bins that they themselves give the keys.
 
     Args:
-        rows: int64 ``[R]``, rows of the chunk, ascending.
+        rows: int64 ``[h, R]``, rows of the chunk, ascending.
         weights: float32 ``[h, R, S]``.
     """
     own = row_bins(quantized.rows(rows), rows + tiling.context_len, tiling)
-    return mass_by_bin(own, torch.arange(len(rows), device=rows.device), weights)
+    return mass_by_bin(own, torch.arange(rows.shape[1], device=rows.device).expand(rows.shape), weights)
 
 
 def threshold(mass: torch.Tensor, gamma: float, errors: float = 0.0) -> torch.Tensor:

@@ -137,7 +137,7 @@ class TorchScores:
             yield low_rank.joined(parts, 0)
 
     def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-        query = torch.stack([self.query[rows, head] for head in heads])
+        query = torch.stack([self.query[of_head, head] for of_head, head in zip(rows, heads, strict=True)])
         positions = rows + self.inputs.chunk.context_len
         return low_rank.row_weights(query, self.keys_of(heads), positions, self.scale)
 

@@ -76,12 +76,13 @@ def test_tile_bins(name: str, sharpness: float, rank: int, scores: TorchScores) 
 def test_a_row_gives_no_key_a_higher_bin_than_its_tile() -> None:
     tiling = Tiling.of(333, 700, 32, 128)
     quantized = random_quantized(2, 367, 700, 16, 3.0)
-    rows = calibration_rows(quantized.query.transpose(0, 1), 700).rows
+    rows = calibration_rows(quantized.query, 700).rows
     positions = rows + 333
     own = row_bins(quantized.rows(rows), positions, tiling)
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
-    of_tiles = tile_bins(quantized, tiling, torch.zeros(2, dtype=torch.int32))[:, tiles]
-    future = torch.arange(700) > positions[:, None]
+    found = tile_bins(quantized, tiling, torch.zeros(2, dtype=torch.int32))
+    of_tiles = torch.stack([found[head, tiles[head]] for head in range(2)])
+    future = torch.arange(700) > positions[..., None]
     assert ((own <= of_tiles) | future).all()
 
 
@@ -91,15 +92,15 @@ def test_mass_by_bin(scores: TorchScores) -> None:
     weights = torch.rand(3, 7, 301, generator=generator)
     weights[:, :, 40:200] *= 1e-12
     weights /= weights.sum(-1, keepdim=True)
-    bin_row = torch.tensor([0, 0, 1, 3, 4, 4, 2])
+    bin_row = torch.tensor([[0, 0, 1, 3, 4, 4, 2], [1, 1, 1, 0, 2, 3, 4], [4, 3, 2, 1, 0, 0, 0]])
     exact = torch.zeros(3, 7, 256, dtype=torch.float64)
     for head in range(3):
-        for row, which in enumerate(bin_row.tolist()):
+        for row, which in enumerate(bin_row[head].tolist()):
             exact[head, row].index_add_(0, bins[head, which].long(), weights[head, row].double())
     found = scores.mass_by_bin(bins, bin_row, weights)
     torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=0)
     torch.testing.assert_close(found.sum(2), torch.ones(3, 7), atol=1e-5, rtol=0)
-    assert torch.equal(scores.mass_by_bin(bins, bin_row[::2], weights[:, ::2]), found[:, ::2])
+    assert torch.equal(scores.mass_by_bin(bins, bin_row[:, ::2], weights[:, ::2]), found[:, ::2])
 
 
 @pytest.mark.parametrize("rank", [16, 80])
@@ -108,18 +109,18 @@ def test_mass_of_rows(name: str, rank: int, scores: TorchScores) -> None:
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
     quantized = random_quantized(2, length - context, length, rank, 2.0)
-    rows = calibration_rows(quantized.query.transpose(0, 1), length).rows
+    rows = calibration_rows(quantized.query, length).rows
     positions = rows + context
-    weights = torch.rand(2, len(rows), length, generator=torch.Generator().manual_seed(0)).pow(20)
-    weights.masked_fill_(torch.arange(length) > positions[:, None], 0)
+    weights = torch.rand(*rows.shape, length, generator=torch.Generator().manual_seed(0)).pow(20)
+    weights.masked_fill_(torch.arange(length) > positions[..., None], 0)
     weights /= weights.sum(-1, keepdim=True)
     found = scores.row_mass(quantized, rows, tiling, weights).double()
     bins = row_bins(quantized.rows(rows), positions, tiling)
-    exact = torch.zeros(2, len(rows), 256, dtype=torch.float64).scatter_add_(2, bins.long(), weights.double())
+    exact = torch.zeros(*rows.shape, 256, dtype=torch.float64).scatter_add_(2, bins.long(), weights.double())
     # Where a key's bin is rounded otherwise, its mass moves to the next one.
     ours, right = found.cumsum(2), exact.cumsum(2)
     assert (ours[..., :-1] <= right[..., 1:] + 1e-3).all() and (ours[..., 1:] >= right[..., :-1] - 1e-3).all()
-    torch.testing.assert_close(found.sum(2), torch.ones(2, len(rows), dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.sum(2), torch.ones(rows.shape, dtype=torch.float64), atol=1e-4, rtol=0)
     torch.testing.assert_close(found[..., LOCAL_BIN], exact[..., LOCAL_BIN], atol=1e-3, rtol=0)
 
 

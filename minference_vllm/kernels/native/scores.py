@@ -56,30 +56,37 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> t
 def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
     """``score_bins.row_mass``."""
     mass = torch.empty(*weights.shape[:2], 256)
-    call = interface.RowMassArguments(
-        _describe(quantized), rows.data_ptr(), weights.data_ptr(), mass.data_ptr(), len(rows), tiling.tile
-    )
-    library().minference_row_mass(ctypes.byref(call))
+    for head, (own, weight, found) in enumerate(zip(rows.contiguous(), weights, mass, strict=True)):
+        call = interface.RowMassArguments(
+            _describe(QuantizedQK(*(part[head : head + 1] for part in quantized))),
+            own.data_ptr(),
+            weight.data_ptr(),
+            found.data_ptr(),
+            len(own),
+            tiling.tile,
+        )
+        library().minference_row_mass(ctypes.byref(call))
     return mass
 
 
 def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """``score_bins.mass_by_bin``."""
     bins, bin_row, weights = (part.contiguous() for part in (bins, bin_row, weights))
-    heads, rows, length = weights.shape
-    mass = torch.empty(heads, rows, 256)
-    call = interface.BinMassArguments(
-        bins.data_ptr(),
-        bin_row.data_ptr(),
-        weights.data_ptr(),
-        mass.data_ptr(),
-        length,
-        heads,
-        rows,
-        bins.shape[1],
-        torch.get_num_threads(),
-    )
-    library().minference_mass_by_bin(ctypes.byref(call))
+    _, rows, length = weights.shape
+    mass = torch.empty(*weights.shape[:2], 256)
+    for of_head, own, weight, found in zip(bins, bin_row, weights, mass, strict=True):
+        call = interface.BinMassArguments(
+            of_head.data_ptr(),
+            own.data_ptr(),
+            weight.data_ptr(),
+            found.data_ptr(),
+            length,
+            1,
+            rows,
+            bins.shape[1],
+            torch.get_num_threads(),
+        )
+        library().minference_mass_by_bin(ctypes.byref(call))
     return mass
 
 
@@ -149,14 +156,15 @@ class NativeScores(TorchScores):
         return columns, diagonals
 
     def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-        """``low_rank.row_weights`` straight from the pages; at most ``MAX_ROWS``, heads ascending."""
+        """``low_rank.row_weights`` straight from the pages; at most ``MAX_ROWS`` of a head."""
         if not self.from_pages:
             return super().row_weights(rows, heads)
-        assert len(rows) <= MAX_ROWS
-        wanted = torch.tensor(list(heads), dtype=torch.int32)
-        weights = torch.empty(len(wanted), len(rows), self.inputs.chunk.seq_len)
-        call = interface.RowWeightArguments(self._rows(rows, wanted), weights.data_ptr())
-        library(self.inputs.cache.key.dtype).minference_row_weights(ctypes.byref(call))
+        assert rows.shape[1] <= MAX_ROWS
+        weights = torch.empty(*rows.shape, self.inputs.chunk.seq_len)
+        for own, head, found in zip(rows.contiguous(), heads, weights, strict=True):
+            wanted = torch.tensor([head], dtype=torch.int32)
+            call = interface.RowWeightArguments(self._rows(own, wanted), found.data_ptr())
+            library(self.inputs.cache.key.dtype).minference_row_weights(ctypes.byref(call))
         return weights
 
     def _rows(self, rows: torch.Tensor, heads: torch.Tensor) -> interface.RowArguments:
