@@ -58,11 +58,11 @@ def most_unlike(unlikeness: torch.Tensor, count: int, taken: torch.Tensor) -> to
         count: at most half of the chunk's rows.
         taken: int64 ``[n]``, rows that others have named; one comes only where its part has no other.
     """
-    heads, chunk = unlikeness.shape
-    size = -(-chunk // max(1, count))
-    unlike = unlikeness.index_fill(1, taken, -1.0)
-    parts = torch.nn.functional.pad(unlike, (0, count * size - chunk), value=-2.0).view(heads, count, size)
-    return parts.argmax(2) + torch.arange(count, device=unlike.device) * size
+    chunk, device = unlikeness.shape[1], unlikeness.device
+    borders = torch.arange(count + 1, device=device) * chunk // max(1, count)
+    rows = borders[:-1, None] + torch.arange(-(-chunk // max(1, count)), device=device)
+    unlike = unlikeness.index_fill(1, taken, -1.0)[:, rows.clamp(max=chunk - 1)]  # [h, count, rows of a part]
+    return unlike.masked_fill_(rows >= borders[1:, None], -2.0).argmax(2) + borders[:-1]
 
 
 def logits(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:

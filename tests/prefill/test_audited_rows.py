@@ -16,7 +16,9 @@ from minference_vllm.selection.build import build_index
 from minference_vllm.selection.torch_scores import TorchScores
 
 
-@pytest.mark.parametrize(("rows", "samples"), [(1, 4), (2, 4), (3, 1), (64, 4), (1000, 5), (1000, 64)])
+@pytest.mark.parametrize(
+    ("rows", "samples"), [(1, 4), (2, 4), (3, 1), (64, 4), (1000, 5), (1000, 64), (400, 64), (70, 64)]
+)
 def test_audited_rows_differ_and_half_of_them_are_unlike_the_others(rows: int, samples: int) -> None:
     query = torch.randn(rows, 3, 16, generator=torch.Generator().manual_seed(0))
     query[:, 2] *= 100.0  # must not decide alone

@@ -77,7 +77,7 @@ def test_keys_that_single_rows_need() -> None:
 )
 def test_calibration_rows(chunk: int, length: int, count: int, last: int, unlike: int) -> None:
     query = torch.randn(2, chunk, 8, generator=torch.Generator().manual_seed(0))
-    odd = [part * -(-chunk // max(1, unlike)) + 1 for part in range(unlike - 1)]
+    odd = [part * chunk // unlike + 1 for part in range(unlike)]
     query[1, odd] += 50.0
     found = low_rank.calibration_rows(query, length)
     rows = found.rows[1].tolist()
