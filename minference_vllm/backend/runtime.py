@@ -47,6 +47,10 @@ class Runtime:
     layer_groups: list[Callable[[], Callable[[], None] | None]] = field(default_factory=list)
     """Weak references to what finds the patterns of a group's layers anew, in the order in which groups were made."""
 
+    def __post_init__(self) -> None:
+        self.discovered = self.patterns, self.source
+        """What the model is served with where nobody asks for other patterns."""
+
     def use(self, patterns: PatternFile, source: str) -> None:
         """Run other patterns from the next batch on, and count from zero; between batches only.
 
@@ -102,17 +106,12 @@ def _make_runtime(vllm_config: Any) -> Runtime:
     if problems:
         raise ValueError(f"minference cannot serve {model.model}: " + "; ".join(problems))
     settings = load_settings(vllm_config.additional_config)
-    runtime = Runtime(settings, *discovered_patterns(settings, model))
+    patterns, source = discover_patterns(settings, model)
+    patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
+    runtime = Runtime(settings, patterns, source)
     # Also runs in processes that multiprocessing starts, which end without ``atexit``.
     Finalize(None, _log_the_rest, (runtime,), exitpriority=1)
     return runtime
-
-
-def discovered_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
-    """See ``discover_patterns``; checked against vLLM's configuration of the model."""
-    patterns, source = discover_patterns(settings, model)
-    patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
-    return patterns, source
 
 
 def _log_the_rest(runtime: Runtime) -> None:

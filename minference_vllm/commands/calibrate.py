@@ -10,8 +10,9 @@ An interrupted run goes on where it stopped when it is started again with the sa
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from minference_vllm.commands.options import json_object
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kernel", default="auto", help="the setting of that name; costs are counted as it works")
     parser.add_argument(
-        "--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments for vLLM's LLM(...)"
+        "--engine-args", type=json_object, default={}, metavar="JSON", help="more arguments for vLLM's LLM(...)"
     )
 
 

@@ -14,8 +14,9 @@ A report is written as Markdown, CSV and, where matplotlib is installed, a pictu
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from minference_vllm.commands.options import count, json_object, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,61 +30,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lengths",
-        type=_positive,
+        type=positive,
         nargs="+",
         default=[16384, 32768],
         metavar="N",
         help="of prompts with their answers, in tokens; cut to the model's limit (default: 16384 32768)",
     )
     parser.add_argument(
-        "--chunk", type=_positive, default=2048, metavar="N", help="max_num_batched_tokens (default: %(default)s)"
+        "--chunk", type=positive, default=2048, metavar="N", help="max_num_batched_tokens (default: %(default)s)"
     )
     parser.add_argument(
         "--text", default="pydoc", help="pydoc (Python's help topics), opticks, or a text file (default: %(default)s)"
     )
-    parser.add_argument("--passages", type=_positive, default=1, metavar="N", help="of the text (default: %(default)s)")
+    parser.add_argument("--passages", type=positive, default=1, metavar="N", help="of the text (default: %(default)s)")
     parser.add_argument(
-        "--samples", type=_count, default=3, metavar="N", help="of each RULER task; 0: none (default: %(default)s)"
+        "--samples", type=count, default=3, metavar="N", help="of each RULER task; 0: none (default: %(default)s)"
     )
-    parser.add_argument(
-        "--repeats", type=_positive, default=3, metavar="N", help="of timed runs (default: %(default)s)"
-    )
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="of timed runs (default: %(default)s)")
     parser.add_argument("--apply-chat-template", action="store_true", help="for RULER's questions")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
     parser.add_argument(
         "--max-loss", type=float, metavar="NATS", help="exit with 1 where the text loses more per token than this"
     )
     parser.add_argument(
-        "--settings", type=_object, default={}, metavar="JSON", help="of minference, as in --additional-config"
+        "--settings", type=json_object, default={}, metavar="JSON", help="of minference, as in --additional-config"
     )
     parser.add_argument(
-        "--engine-args", type=_object, default={}, metavar="JSON", help="more arguments for vLLM's LLM(...)"
+        "--engine-args", type=json_object, default={}, metavar="JSON", help="more arguments for vLLM's LLM(...)"
     )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("evaluation"), metavar="FOLDER", help="(default: %(default)s)"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, not {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return int(text)
-
-
-def _object(text: str) -> dict[str, object]:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"must be a JSON object, not {text!r}: {error}") from None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, not {text!r}")
-    return found
 
 
 def run(args: argparse.Namespace) -> int:

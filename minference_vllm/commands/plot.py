@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minference_vllm.commands.options import positive
 from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.settings import Settings
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder, or a name on the Hugging Face hub")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="FILE", type=Path, help="text to read; UTF-8")
-    prompt.add_argument("--tokens", metavar="N", type=_count, help="read a generated key-value prompt of this length")
+    prompt.add_argument("--tokens", metavar="N", type=positive, help="read a generated key-value prompt of this length")
     parser.add_argument(
         "--head",
         metavar="LAYER:HEAD",
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk",
         metavar="N",
-        type=_count,
+        type=positive,
         default=2048,
         help="the server's max_num_batched_tokens (default: %(default)s)",
     )
@@ -65,12 +66,6 @@ def _picture(text: str) -> Path:
     if path.suffix not in (".png", ".svg"):
         raise argparse.ArgumentTypeError(f"must end in .png or .svg, not {text!r}")
     return path
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive number, not {text!r}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -203,6 +203,8 @@ def by_value(weights: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 class Measured(NamedTuple):
     """Exact attention of a chunk's calibration rows, for some heads."""
 
+    queries: torch.Tensor
+    """``[h, chunk, D]``, all of the chunk."""
     sample: CalibrationRows
     weights: torch.Tensor
     """float32 ``[h, R, S]``, see ``by_value``."""
@@ -211,10 +213,11 @@ class Measured(NamedTuple):
 
     @classmethod
     def of(cls, scores: LowRankOps, heads: Sequence[int], tiling: Tiling) -> Measured:
-        sample = calibration_rows(scores.queries_of(heads), tiling.seq_len)
+        queries = scores.queries_of(heads)
+        sample = calibration_rows(queries, tiling.seq_len)
         tile = torch.searchsorted(tiling.starts, sample.rows + tiling.context_len, right=True) - 1
         weights = by_value(scores.row_weights(sample.rows, heads), scores.value_norms(heads))
-        return cls(sample, weights, tile)
+        return cls(queries, sample, weights, tile)
 
 
 def column_diagonal_bins(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor) -> torch.Tensor:
@@ -279,7 +282,6 @@ def columns_and_diagonals(
 def fitted(
     scores: LowRankOps,
     measured: Measured,
-    queries: torch.Tensor,
     heads: Sequence[int],
     seq_len: int,
     rank: int,
@@ -287,10 +289,12 @@ def fitted(
 ) -> Projection:
     """The dimensions in which a chunk is scored, from a part of its queries and of the sequence's keys.
 
+    The measured rows that speak for themselves count ``FIT_SHARE`` times as much as all others together.
+
     Args:
-        queries: ``[h, chunk, D]``.
         fewer: whether fewer dimensions are taken where they suffice (``SCORE_ERROR``); that waits for a GPU.
     """
+    queries = measured.queries
     rank = min(rank, queries.shape[2])
     some_queries = queries[:, :: math.ceil(queries.shape[1] / FIT_ROWS)]
     few = measured.sample.alone()
@@ -325,10 +329,9 @@ def score_keys(
         gamma: share of the rows' attention that is wanted; ``CalibrationRows`` says of which rows.
         fewer: see ``fitted``.
     """
-    queries = scores.queries_of(heads)
-    projection = fitted(scores, measured, queries, heads, tiling.seq_len, rank, fewer)
+    projection = fitted(scores, measured, heads, tiling.seq_len, rank, fewer)
     keys = joined([quantize_keys(piece, projection) for piece in scores.keys_of(heads)], 1)
-    low_query, dequant_scale = quantize_queries(queries, projection, scores.scale)
+    low_query, dequant_scale = quantize_queries(measured.queries, projection, scores.scale)
     quantized = QuantizedQK(low_query, keys, dequant_scale)
     sample, weights = measured.sample, measured.weights
     # One less: kernels may round otherwise.

@@ -27,16 +27,11 @@ def use_patterns(worker: Any, patterns: str | None) -> str:
     Returns:
         where they came from.
     """
-    from minference_vllm.backend.runtime import discovered_patterns, runtime_for
+    from minference_vllm.backend.runtime import runtime_for
     from minference_vllm.patterns.file import load_pattern_file
 
     runtime = runtime_for(worker.vllm_config)
-    found = (
-        discovered_patterns(runtime.settings, worker.vllm_config.model_config)
-        if patterns is None
-        else (load_pattern_file(patterns), patterns)
-    )
-    runtime.use(*found)
+    runtime.use(*(runtime.discovered if patterns is None else (load_pattern_file(patterns), patterns)))
     return runtime.source
 
 

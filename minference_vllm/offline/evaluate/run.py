@@ -83,7 +83,6 @@ def run(args: argparse.Namespace) -> int:
         EngineError: a model that vLLM cannot start.
     """
     args.output.mkdir(parents=True, exist_ok=True)
-    load_settings({"minference": args.settings})
     engine.prepare()
     from transformers import AutoTokenizer
 
