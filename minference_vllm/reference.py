@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -69,6 +70,55 @@ def with_mean_pages(
     left_out = (~seen & before_tile & corrected).repeat_interleave(size, dim=2)
     extended = (torch.cat([part.double(), mean], 1) for part, mean in zip((keys, values), means, strict=True))
     return *extended, torch.cat([mask, left_out], 2)
+
+
+def with_remainder(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    tiling: Tiling,
+    scale: float,
+    heads: Sequence[int],
+    positions: torch.Tensor,
+    step: int,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Attention under a mask with the remainder (``prefill.remainder``): what a tile leaves out stands in the softmax of
+    its rows as one key.
+
+    Args:
+        query: ``[rows, H, D]``. keys, values: ``[HK, S, D]``. mask: bool ``[H, rows, S]``.
+        heads: query heads that have it.
+        positions: int64, the keys that are sampled, of which each stands for ``step``.
+
+    Returns:
+        float64 ``[rows, H, D]``.
+    """
+
+    def capped(logits: torch.Tensor) -> torch.Tensor:
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    num_heads, starts = query.shape[1], tiling.starts.tolist()
+    query = query.double().transpose(0, 1)
+    keys, values = (repeat_heads(part.double(), num_heads) for part in (keys, values))
+    out = torch.empty_like(query)
+    for head in range(num_heads):
+        for begin, end in itertools.pairwise(starts):
+            rows = slice(begin - tiling.context_len, end - tiling.context_len)
+            scores = capped(query[head, rows] @ keys[head].T * scale).masked_fill(~mask[head, rows], -torch.inf)
+            own_values, left_out = values[head], positions[positions < begin]
+            left_out = left_out[~mask[head, rows.start, left_out]]
+            if head in heads and len(left_out):
+                mean = query[head, rows].mean(0)
+                logits = capped(keys[head, left_out] @ mean * scale)
+                weights = logits.softmax(0)
+                key, value = weights @ keys[head, left_out], weights @ values[head, left_out]
+                bias = logits.logsumexp(0) + math.log(step) - capped(mean @ key * scale)
+                scores = torch.cat([scores, (capped(query[head, rows] @ key * scale) + bias)[:, None]], 1)
+                own_values = torch.cat([own_values, value[None]])
+            out[head, rows] = scores.softmax(1) @ own_values
+    return out.transpose(0, 1)
 
 
 def causal_mask(context_len: int, seq_len: int) -> torch.Tensor:

@@ -24,8 +24,8 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.page_means import PageMeans
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import PREFILL_FROM, Chunk, plan_batch
-from minference_vllm.kernels.choose import choose, description
-from minference_vllm.selection.families import family_of, mean_corrected_heads
+from minference_vllm.kernels.choose import choose_for, description
+from minference_vllm.selection.families import family_of
 
 # A child of vLLM's own logger, so that our lines appear where vLLM's do.
 logger = init_logger(f"vllm.{__name__}")
@@ -215,9 +215,11 @@ class SparsePrefillImpl(AttentionImpl):
         one_page = torch.zeros(1, self.num_kv_heads, page, 2 * self.head_size, dtype=spec.dtype, device=device)
         cache = self.paged_cache(layer, one_page, dtype)
         try:
-            kernel = choose(settings.kernel, dtype, cache, with_lse=bool(mean_corrected_heads(patterns)))
+            kernel, patterns, without = choose_for(patterns, settings.kernel, dtype, cache)
         except ValueError as error:
             raise ValueError(f"minference: patterns from {self.runtime.source}: {error}") from None
+        if without:
+            logger.info_once("minference: low_rank selects more keys and adds no remainder: %s", without)
         self.attends = description(kernel, settings.kernel, dtype, cache)
         self.sparse_layer = SparseLayer(number, self.first_head, patterns, kernel)
 

@@ -71,6 +71,19 @@ class SparseIndex:
         blocks = self.blocks[self._lists(tiles, heads), tiles]
         return _marks(blocks, first, last) | (blocks[..., :1] < 0)
 
+    def names(self, positions: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
+        """bool ``[H, T, n]``: which of some keys (int64 ``[n]``, ascending) each tile attends, future ones included."""
+        tiles = torch.arange(self.num_tiles, device=positions.device)
+        by_block = self.block_mask(tiles, heads, 0, self.tiling.num_key_blocks)[
+            ..., positions // self.tiling.block_size
+        ]
+        columns = self.columns[self._lists(tiles, heads), tiles].long()
+        places = torch.searchsorted(positions, columns).clamp_(max=len(positions) - 1)
+        by_column = torch.zeros(*columns.shape[:2], len(positions) + 1, dtype=torch.bool, device=positions.device)
+        # Columns that are none of the keys are marked in one spare last place, which is cut off again.
+        found = places.masked_fill_(positions[places] != columns, len(positions))
+        return by_block | by_column.scatter_(-1, found, True)[..., :-1]
+
     def _lists(self, tiles: torch.Tensor, heads: slice) -> torch.Tensor:
         return torch.arange(self.num_heads, device=tiles.device)[heads, None] // self.heads_per_list
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -13,12 +14,17 @@ from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.kernels.native import attention as native
 from minference_vllm.kernels.native import library
 from minference_vllm.kernels.native.scores import NativeScores
+from minference_vllm.patterns.kinds import HeadPattern, LowRank
+from minference_vllm.selection.families import mean_corrected_heads, remainder_heads
 from minference_vllm.selection.torch_scores import TorchScores
 
 KERNELS = ("auto", "block_table", "native", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TRITON_HEAD_SIZE = 256
-NO_LSE = "mean correction needs every row's log-sum-exp, which vLLM's CPU kernel does not give and kernel 'native' does"
+NO_LSE = (
+    "mean correction and the remainder need every row's log-sum-exp, which vLLM's CPU kernel does not give and kernel "
+    "'native' does"
+)
 
 
 def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = False) -> Kernel:
@@ -31,7 +37,7 @@ def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = Fa
         name: one of ``KERNELS``.
         dtype: of the queries.
         cache: the layer's, or one like it: of the same types, sizes, layout and device.
-        with_lse: whether the kernel must give the log-sum-exp of every row, for mean correction.
+        with_lse: whether the kernel must give the log-sum-exp of every row, for mean correction and the remainder.
 
     Raises:
         ValueError: the kernel cannot run; the message says why.
@@ -50,6 +56,31 @@ def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = Fa
     if library.unavailable_reason():
         return BLOCK_TABLE_ALONE
     return BLOCK_TABLE_WITH_NATIVE_PRODUCTS if reason else BLOCK_TABLE
+
+
+def choose_for(
+    patterns: Sequence[HeadPattern], name: str, dtype: torch.dtype, cache: PagedCache
+) -> tuple[Kernel, tuple[HeadPattern, ...], str | None]:
+    """The kernel for some heads' patterns, as ``choose`` finds it, and the patterns as it can serve them.
+
+    Returns:
+        the kernel; the patterns, without the remainder where the kernel cannot add it; and why it cannot, or None.
+
+    Raises:
+        ValueError: as ``choose``.
+    """
+    corrected = bool(mean_corrected_heads(patterns))
+    try:
+        return choose(name, dtype, cache, with_lse=corrected or bool(remainder_heads(patterns))), tuple(patterns), None
+    except ValueError as error:
+        if corrected or not remainder_heads(patterns):
+            raise
+        kernel, why = choose(name, dtype, cache), str(error)
+    alone = (
+        pattern.without_remainder() if isinstance(pattern, LowRank) and pattern.remainder else pattern
+        for pattern in patterns
+    )
+    return kernel, tuple(alone), why
 
 
 def _on_gpu(name: str, dtype: torch.dtype, cache: PagedCache) -> Kernel:
@@ -81,7 +112,7 @@ def description(kernel: Kernel, wanted: str, dtype: torch.dtype, cache: PagedCac
 
 
 def no_lse_reason(native_reason: str | None) -> str:
-    """Why vLLM's CPU kernel cannot serve mean correction, and why ``native`` cannot either, if so."""
+    """Why vLLM's CPU kernel cannot serve what needs the log-sum-exp, and why ``native`` cannot either, if so."""
     return f"{NO_LSE}, but {native_reason}" if native_reason else NO_LSE
 
 

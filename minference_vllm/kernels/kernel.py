@@ -37,6 +37,6 @@ class Kernel:
     lists_everything: bool = False
     """Also tiles that attend everything need a list."""
     gives_lse: bool = True
-    """Whether ``run`` gives the log-sum-exp of rows, which mean correction needs."""
+    """Whether ``run`` gives the log-sum-exp of rows, which mean correction and the remainder need."""
     fused: bool = False
     """Whether it knows soft caps, sinks and FP8 caches with one scale per tensor."""

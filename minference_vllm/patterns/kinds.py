@@ -121,11 +121,16 @@ class LowRank(_Pattern):
     """Per query tile, the single keys, and pages full of them, that some row of the tile looks at, scored in up to
     ``rank`` dimensions (after Loki, arXiv 2406.02542); as many as hold ``gamma`` of what the output of the chunk's last
     rows is made of (exact weights times the norms of values), and of sampled rows less three standard errors. A head
-    that is not sparse comes out dense."""
+    that is not sparse comes out dense. With ``remainder`` all keys that a tile leaves out stand in its softmax as one."""
 
     kind: Literal["low_rank"] = "low_rank"
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
     gamma: Share = 0.95
+    remainder: StrictBool = False
+
+    def without_remainder(self) -> LowRank:
+        """For kernels that cannot add it: half of the missing share errs no more (``docs/estimator.md``)."""
+        return self.model_copy(update={"remainder": False, "gamma": 1 - (1 - self.gamma) / 2})
 
     def at_step(self, step: int) -> LowRank | Dense:
         """With a quarter of the missing share at each step."""

@@ -12,13 +12,13 @@ from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling, whole_tile
 from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.patterns.kinds import HeadPattern
-from minference_vllm.prefill import mean_correction
+from minference_vllm.prefill import mean_correction, remainder
 from minference_vllm.prefill.recall import Recall, RecallCheck, chunk_recall
 from minference_vllm.prefill.timing import TimedScores, Timing
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.capacity import plan_capacity
 from minference_vllm.selection.compaction import EXACT_WIDTH
-from minference_vllm.selection.families import mean_corrected_heads
+from minference_vllm.selection.families import mean_corrected_heads, remainder_heads
 
 
 def tiling_for(inputs: Inputs, kernel: Kernel, tile: int | None) -> Tiling:
@@ -77,10 +77,12 @@ def attend_chunk(
             return chunk_recall(scores, index, rows)
 
     index = build(patterns) if check is None else check.run(patterns, build, recall)
-    corrected = mean_corrected_heads(patterns if check is None else check.strengthened(patterns))
-    lse = out.new_empty(inputs.num_heads, len(out), dtype=torch.float32) if corrected else None
+    used = patterns if check is None else check.strengthened(patterns)
+    corrected, with_remainder = mean_corrected_heads(used), remainder_heads(used)
+    lse = out.new_empty(inputs.num_heads, len(out), dtype=torch.float32) if corrected or with_remainder else None
     with timing.stage("attend"):
         kernel.run(inputs, index, out, lse)
         if lse is not None:
             mean_correction.add(scores, index, corrected, out, lse)
+            remainder.add(inputs, index, with_remainder, out, lse)
     return index

@@ -49,7 +49,7 @@ stands."""
 UNLIKE_ROWS = 16
 """So many, but no more than a quarter, are rows whose queries are unlike the others': a few rows that look where no
 other row looks are in no sample."""
-MOST_MISSED = 3.0
+MOST_MISSED = 1.5
 """A single one of the last and the unlike rows may miss so many times what their mean may."""
 FIT_SHARE = 1.0
 """How much the last and the unlike rows together count in the fit, beside all rows: dimensions in which few rows look
@@ -364,6 +364,9 @@ class LowRankFamily(Family[LowRank]):
 
     def kernel_size(self, pattern: LowRank) -> int:
         return pattern.rank
+
+    def has_remainder(self, pattern: LowRank) -> bool:
+        return pattern.remainder
 
 
 FAMILY = LowRankFamily()

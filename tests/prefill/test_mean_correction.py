@@ -287,7 +287,9 @@ def test_a_kernel_without_a_log_sum_exp_is_refused(
     paged_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = paged_batch(query_lens=[200], context_lens=[300])
-    with pytest.raises(ValueError, match="'block_table' cannot run: mean correction needs every row's log-sum-exp"):
+    with pytest.raises(
+        ValueError, match="'block_table' cannot run: mean correction and the remainder need every row's log-sum-exp"
+    ):
         sparse_prefill(*batch.arguments, CORRECTED, kernel="block_table")
     monkeypatch.setattr(library, "unavailable_reason", lambda dtype=None: "the processor has no AVX2")
     with pytest.raises(ValueError, match="kernel 'native' does, but the processor has no AVX2"):

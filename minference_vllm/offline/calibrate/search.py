@@ -14,7 +14,8 @@ import torch
 
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.kernels.choose import choose as choose_kernel
+from minference_vllm.kernels.choose import choose_for
+from minference_vllm.patterns.discovery import default_pattern
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
@@ -25,6 +26,7 @@ from minference_vllm.patterns.kinds import (
     PeakThreshold,
     VerticalSlash,
 )
+from minference_vllm.prefill import remainder
 from minference_vllm.prefill.attend import tiling_for
 from minference_vllm.prefill.recall import sample_rows
 from minference_vllm.selection.build import build_index
@@ -47,7 +49,7 @@ def _ladder(pattern: HeadPattern, *budgets: str) -> tuple[HeadPattern, ...]:
     )
 
 
-DEFAULT = LowRank()
+DEFAULT = default_pattern()
 """What every head runs without a file. A head keeps it where nothing cheaper is as good."""
 CANDIDATES: tuple[HeadPattern, ...] = (
     DEFAULT,
@@ -65,7 +67,10 @@ CANDIDATES: tuple[HeadPattern, ...] = (
     ),
     *(Antidiagonal(tau=tau) for tau in (0.8, 0.9, 0.95, 0.98)),
     *(PeakThreshold(alpha=alpha) for alpha in (0.3, 0.1, 0.03, 0.01)),
-    *(LowRank(rank=rank, gamma=gamma) for rank, gamma in ((16, 0.95), (16, 0.97), (32, 0.9), (32, 0.97), (64, 0.95))),
+    *(
+        LowRank(rank=rank, gamma=gamma, remainder=True)
+        for rank, gamma in ((16, 0.9), (16, 0.95), (32, 0.85), (32, 0.95), (64, 0.9))
+    ),
 )
 
 
@@ -174,7 +179,8 @@ def measure(
         seed: decides which rows are sampled.
     """
     heads, chunk, device = inputs.num_heads, inputs.chunk, inputs.query.device
-    cache, chosen = inputs.cache, choose_kernel(kernel, inputs.query.dtype, inputs.cache)
+    cache = inputs.cache
+    chosen, candidates, _ = choose_for(candidates, kernel, inputs.query.dtype, cache)
     tiling = tiling_for(inputs, chosen, tile)
     exact = chosen.scores(inputs)
     scores = _Remembered(exact, heads)
@@ -188,7 +194,9 @@ def measure(
     # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
     by_kv_head = inputs.query[rows].transpose(0, 1).reshape(cache.num_kv_heads, -1, cache.head_size)
     weights = logits(by_kv_head, exact.keys, inputs.scale).view(heads, len(rows), -1)
-    weights = weights.masked_fill_(future, -torch.inf).softmax(-1)
+    weights.masked_fill_(future, -torch.inf)
+    lse = weights.logsumexp(-1)
+    weights = weights.softmax(-1)
 
     def times(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return (weights.view(cache.num_kv_heads, -1, chunk.seq_len) @ values).view(heads, len(rows), -1)
@@ -199,7 +207,10 @@ def measure(
         index = build_index(tiling, [pattern] * heads, scores)
         kept = weights * index.tile_mask(tiles)
         recall = kept.sum(-1, keepdim=True)
-        error = times(kept, values) / recall - dense
+        found = times(kept, values) / recall
+        if family_of(pattern).has_remainder(pattern):
+            remainder.add_to_rows(inputs, index, rows, found, lse + recall.squeeze(-1).log())
+        error = found - dense
         pairs = index.dense_pairs()
         scoring = family_of(pattern).scoring_cost(pattern, cache.head_size, chunk.query_len, device)
         result.cost[number] = index.computed_pairs().cpu() + pairs * scoring * scores.scored
