@@ -84,8 +84,8 @@ def with_remainder(
     step: int,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """Attention under a mask with the remainder (``prefill.remainder``): what a tile leaves out stands in the softmax of
-    its rows as one key.
+    """Attention under a mask with the remainder (``prefill.remainder``): what a tile leaves out stands in its rows'
+    softmax as one key.
 
     Args:
         query: ``[rows, H, D]``. keys, values: ``[HK, S, D]``. mask: bool ``[H, rows, S]``.

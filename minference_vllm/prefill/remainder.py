@@ -12,7 +12,7 @@ weights have in common.
 the cost does not grow with the prompt. The remainder is merged by log-sum-exp with what a kernel computed under the
 index, so that kernels know nothing of it. ``reference.with_remainder`` is the definition.
 
-Sizes: ``H`` query heads over ``HK`` KV heads of size ``D``, ``h`` of them at once, ``T`` query tiles, ``n`` sampled keys.
+Sizes: ``H`` query heads over KV heads of size ``D``, ``h`` of them at once, ``T`` query tiles, ``n`` sampled keys.
 """
 
 from __future__ import annotations

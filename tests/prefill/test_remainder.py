@@ -18,6 +18,7 @@ from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.choose import choose
 from minference_vllm.kernels.native import library
+from minference_vllm.patterns.discovery import default_pattern
 from minference_vllm.patterns.kinds import (
     AShape,
     Dense,
@@ -187,9 +188,24 @@ def test_from_pages_in_any_order_and_with_anything_behind_the_last_token(
 @needs_native
 def test_a_kernel_without_a_log_sum_exp_is_refused(paged_batch: Callable[..., Any]) -> None:
     batch = paged_batch(query_lens=[200], context_lens=[300])
-    with pytest.raises(ValueError, match="'block_table' cannot run: .* the remainder need every row's log-sum-exp"):
+    with pytest.raises(ValueError, match=r"'block_table' cannot run: .* the remainder need every row's log-sum-exp"):
         sparse_prefill(*batch.arguments, LowRank(remainder=True), kernel="block_table")
     assert choose("auto", torch.bfloat16, batch.cache, with_lse=True).name == "native"
+
+
+@needs_native
+def test_without_patterns_every_head_runs_the_default(
+    paged_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = paged_batch(query_lens=[200], context_lens=[300])
+    assert default_pattern() == LowRank(gamma=0.9, remainder=True)
+    found, named = (sparse_prefill(*batch.arguments, *patterns) for patterns in ((), (default_pattern(),)))
+    assert torch.equal(found, named)
+    # A kernel that cannot add the remainder serves more keys without it.
+    found, named = (
+        sparse_prefill(*batch.arguments, patterns, kernel="block_table") for patterns in (None, LowRank(gamma=0.95))
+    )
+    assert torch.equal(found, named)
 
 
 def test_in_files_it_is_off_unless_it_is_named() -> None:

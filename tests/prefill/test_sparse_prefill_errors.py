@@ -130,7 +130,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         f"patterns_{name}": ({"patterns": value}, f"patterns must be one of Dense, AShape, .*, not {shown}")
         for name, value, shown in (
             ("string", "dense", "'dense'"),
-            ("missing", None, "None"),
             ("class", AShape, "the class AShape"),
             ("dictionary", {"kind": "dense"}, "a dict"),
             ("number", 3, "3"),
