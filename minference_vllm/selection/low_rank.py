@@ -46,15 +46,15 @@ MIN_ROWS = 16
 LAST_ROWS = 16
 """So many of the measured rows, but no more than a quarter, are among the chunk's last, where a prompt's question
 stands."""
-UNLIKE_ROWS = 16
-"""So many, but no more than a quarter, are rows whose queries are unlike the others': a few rows that look where no
+UNLIKE_ROWS = 32
+"""So many, but no more than half, are rows whose queries are unlike the others': a few rows that look where no
 other row looks are in no sample."""
 MOST_MISSED = 1.5
 """A single one of the last and the unlike rows may miss so many times what their mean may."""
 FIT_SHARE = 1.0
 """How much the last and the unlike rows together count in the fit, beside all rows: dimensions in which few rows look
 carry next to nothing of the mean square."""
-STANDARD_ERRORS = 3.0
+STANDARD_ERRORS = 2.5
 """How far the mean of the other rows, which are a sample, must lie above what is wanted."""
 FIT_ROWS = 4096
 """Queries, and keys, from which dimensions are fitted, at most about."""
@@ -119,7 +119,7 @@ def calibration_rows(query: torch.Tensor, length: int) -> CalibrationRows:
     heads, chunk, _ = query.shape
     room = min(WEIGHTS_BYTES // (4 * length), chunk // ROWS_PER_SAMPLE)
     count = min(chunk, CALIBRATION_ROWS, max(MIN_ROWS, room))
-    last, unlike = min(LAST_ROWS, count // 4), min(UNLIKE_ROWS, count // 4)
+    last, unlike = min(LAST_ROWS, count // 4), min(UNLIKE_ROWS, count // 2)
     before = chunk - 2 * last
     parts = min(count - last - unlike, before)
     part = torch.arange(parts, device=query.device)
