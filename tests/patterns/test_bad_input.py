@@ -143,7 +143,7 @@ def test_a_checkpoints_file_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_then_the_shipped_default() -> None:
     runtime = runtime_for(configuration())
-    assert runtime.patterns.for_layer(0, 1) == (LowRank(rank=32, gamma=0.95),)
+    assert runtime.patterns.for_layer(0, 1) == (LowRank(rank=32, gamma=0.88, remainder=True),)
     assert "the default (no file was set" in runtime.source
 
 
