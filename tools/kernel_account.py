@@ -2,7 +2,7 @@
 
 Prints registers, spills, shared memory, tensor-core and asynchronous-copy instructions, and blocks per multiprocessor;
 of attention's loops the instructions per warp and key, the steps whose keys have room at once (what Triton made of
-num_stages), how many steps a wait comes after its request, and on sm_90 the TFLOP/s of a model (``machine_code``), whose
+num_stages), how many steps a wait comes after its request, and on sm_90 the TFLOP/s of a model (``machine_code``). Its
 one factor is set so that a dense flash attention kernel in Triton (``dense_kernel``) reaches what is known of it.
 
 Exits with 1 when a default variant spills, does not fit, has lost its tensor-core instructions, or reads whole pages or
@@ -17,23 +17,17 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces the functions that are compiled here
-
 import dense_kernel
-import torch
 import triton
+from kernel_variants import DEFAULT, ESTIMATES, OTHERS, RANKS, STRIDE, TILE, Variant, compile_kernel
 from machine_code import Loop, machine_code
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.triton_kernels import (
     antidiagonal,
     attention,
@@ -42,6 +36,7 @@ from minference_vllm.triton_kernels import (
     page_means,
     physical_lists,
 )
+from minference_vllm.triton_kernels.launch import LaunchShape, launch_shape
 
 # Per multiprocessor: shared memory in bytes. All have 65,536 registers, 2,048 threads and 32 blocks.
 SHARED_MEMORY = {80: 167936, 90: 233472, 100: 233472}
@@ -51,6 +46,8 @@ DENSE_TFLOPS = 380
 LEAST_OF_DENSE = 0.8
 MODELLED = (64, 128)
 """Head sizes that the dense kernel has a shape for."""
+NARROW = LaunchShape(block_m=128, block_n=64, block_own=64, stages=5)
+"""On Hopper, beside the shape that is launched: half as many keys per step, and more steps ahead."""
 LOOPS = ("whole pages", "single keys", "own pages")
 """Of the attention kernel, in order. A tile passes through the last one a few times, whatever the context."""
 
@@ -118,21 +115,6 @@ class Account:
             values[f"{prefix}_steps_ahead"] = one and one.loop.ahead
             values[f"{prefix}_model_tflops"] = one and one.tflops and round(one.tflops)
         return values
-
-
-def compile_kernel(function: Any, types: dict[str, str], constants: dict[str, Any], arch: int, **options: int) -> Any:
-    """Compile one variant; a type ending in ``!``, and every pointer, is known to be divisible by 16."""
-    signature, attributes = {}, {}
-    for position, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        kind = types[name]
-        if kind.endswith("!") or kind.startswith("*"):
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        signature[name] = kind.rstrip("!")
-    source = ASTSource(function, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options | {"enable_fp_fusion": True})
 
 
 def account(
@@ -204,90 +186,10 @@ def dense_account(head_size: int) -> Account:
     return account("dense_flash", name, False, compiled_dense(head_size), 90, loops, block, head_size)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A shape that models use."""
-
-    dtype: torch.dtype = torch.bfloat16
-    head_size: int = 128
-    page: int = 128
-    fp8: bool = False
-    extras: bool = False
-    """Soft cap, sinks and log-sum-exp."""
-    group: int = 4
-    """Query heads per KV head."""
-    packed: bool = False
-    """Whether they share their lists."""
-
-    @property
-    def name(self) -> str:
-        cache = " fp8 cache" if self.fp8 else ""
-        extras = " cap+sinks+lse" if self.extras else ""
-        packed = f" packed {self.group}" if self.packed else ""
-        return f"{_SHORT[self.dtype]} D={self.head_size} page={self.page}{cache}{extras}{packed}"
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        compute, precision = attention.compute_type(self.dtype)
-        return {
-            "GROUP": self.group,
-            "HEAD_SIZE": self.head_size,
-            "D": triton.next_power_of_2(self.head_size),
-            "PAGE": self.page,
-            "COMPUTE": compute,
-            "PRECISION": precision,
-        }
-
-    def types(self, function: Any) -> dict[str, str]:
-        """Triton's names of the arguments' types; what is not listed is a length, int32."""
-        query, cache = f"*{_SHORT[self.dtype]}", "*fp8e4nv" if self.fp8 else f"*{_SHORT[self.dtype]}"
-        pointers = {"p_query": query, "p_out": query, "p_key": cache, "p_value": cache}
-        positions = ("p_pages", "p_tile_starts", "p_bin_row", "p_order")
-        pointers |= {name: "*i64" for name in positions} | {"p_bins": "*u8"}
-        floats = ("p_lse", "p_sinks", "p_mean", "p_scores", "p_weights", "p_mass")
-        pointers |= {name: "*fp32" for name in floats}
-        integers = ("p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads", "p_rows", "p_lowest")
-        integers += ("p_table", "p_listed", "p_singles", "p_work")
-        pointers |= {name: "*i32" for name in integers}
-        if function is column_diagonal.column_diagonal_kernel:
-            pointers |= {"p_columns": "*fp32", "p_nearer": "*fp32", "p_farther": "*fp32"}
-        scalars = {name: "fp32" for name in ("scale_log2", "softcap_log2", "value_scale", "key_scale")}
-        strides = {name: "i32!" for name in function.arg_names if name.startswith("stride_")}
-        return {name: "i32" for name in function.arg_names} | pointers | scalars | strides
-
-
-_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-DEFAULT = (
-    Variant(head_size=64, page=16),
-    Variant(page=16),
-    Variant(page=128),
-    Variant(torch.float16, page=64),
-    Variant(page=16, packed=True),
-    Variant(packed=True, group=7),
-)
-OTHERS = (
-    Variant(head_size=96),
-    Variant(head_size=256),
-    Variant(extras=True),
-    Variant(fp8=True),
-    Variant(head_size=64, fp8=True),
-    Variant(head_size=64, packed=True),
-    Variant(head_size=256, packed=True),
-    Variant(fp8=True, packed=True),
-)
-ESTIMATES = (Variant(page=16), Variant(page=128))
-RANKS = {LowRank().rank: True, 16: False, 64: False}
-"""Ranks, and whether they are the default."""
-TILE, STRIDE = 128, 16
-"""Rows of a query tile, and tokens of an antidiagonal's square: the defaults."""
-
-
-def attention_account(
-    variant: Variant, default: bool, arch: int, launch: attention.LaunchShape | None = None
-) -> Account:
+def attention_account(variant: Variant, default: bool, arch: int, launch: LaunchShape | None = None) -> Account:
     """By its own launch shape, or another."""
     function, constants = attention.sparse_attention_kernel, variant.constants
-    launch = launch or attention.launch_shape(
+    launch = launch or launch_shape(
         arch // 10, variant.head_size, variant.dtype.itemsize, 1 if variant.fp8 else variant.dtype.itemsize
     )
     heads_per_list = variant.group if variant.packed else 1
@@ -308,12 +210,13 @@ def attention_account(
     keys = launch.block_n, launch.block_n, launch.block_own
     loops = tuple(zip(LOOPS, keys, strict=True))
     head_size = variant.constants["D"]
-    return account("sparse_attention", variant.name, default, compiled, arch, loops, launch.block_m, head_size)
+    name = f"{variant.name} {launch.block_m}x{launch.block_n}"
+    return account("sparse_attention", name, default, compiled, arch, loops, launch.block_m, head_size)
 
 
 def lists_account(variant: Variant, arch: int) -> Account:
     function = physical_lists.physical_lists_kernel
-    block_n = attention.launch_shape(arch // 10, variant.head_size, 2, 2).block_n
+    block_n = launch_shape(arch // 10, variant.head_size, 2, 2).block_n
     own = {"LISTS": variant.group, "BLOCK": physical_lists.BLOCK, "WORK": physical_lists.WORK, "BLOCK_N": block_n}
     compiled = compile_kernel(function, variant.types(function), {"PAGE": variant.page} | own, arch, num_warps=4)
     return account("physical_lists", variant.name, True, compiled, arch)
@@ -367,6 +270,8 @@ def accounts(arch: int, everything: bool) -> list[Account]:
         # Before compute capability 8.9 GPUs have no FP8 and Triton refuses it.
         if arch >= 89 or not variant.fp8:
             rows.append(attention_account(variant, False, arch))
+    if arch == 90 and everything:
+        rows += [attention_account(variant, False, arch, NARROW) for variant in ESTIMATES]
     rows += [lists_account(variant, arch) for variant in ESTIMATES]
     rows += [row for variant in ESTIMATES for row in estimate_accounts(variant, arch)]
     ranks = [rank for rank, default in RANKS.items() if default or everything]
@@ -383,7 +288,7 @@ def main() -> int:
     for row in rows:
         verdict = ", ".join(row.problems) or "ok"
         print(
-            f"{row.kernel:16s} {row.variant:34s} sm_{row.arch:<4d} regs {row.registers:3d} spills {row.spill_loads}/"
+            f"{row.kernel:16s} {row.variant:41s} sm_{row.arch:<4d} regs {row.registers:3d} spills {row.spill_loads}/"
             f"{row.spill_stores} smem {row.shared_kib:6.1f}K tensor {row.tensor_core:3d} async {row.async_copies:3d} "
             f"blocks/SM {row.blocks_per_sm}  {verdict}"
         )

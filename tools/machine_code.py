@@ -62,7 +62,7 @@ def machine_code(compiled: Any, arch: int) -> MachineCode:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
-        instructions, loops = _instructions(_run("nvdisasm", "-c", "-ndf", file.name))
+        instructions, loops = innermost(_run("nvdisasm", "-c", "-ndf", file.name))
     registers = re.search(r"REG:(\d+)", usage)
     if not registers or not instructions:
         raise RuntimeError(f"{TOOLS} says nothing of this kernel: {usage}")
@@ -70,16 +70,16 @@ def machine_code(compiled: Any, arch: int) -> MachineCode:
     def count(pattern: str) -> int:
         return sum(bool(re.search(rf"\b({pattern})\b", one)) for one in instructions)
 
-    bodies = [instructions[first : last + 1] for first, last in loops]
+    bodies = [instructions[loop] for loop in loops]
     bodies = [body for body in bodies if any(re.search(rf"\b({TENSOR_CORES[arch]})\b", one) for one in body)]
-    buffers = _buffers(compiled.asm["ttgir"], len(bodies))
+    buffers = buffers_of(compiled.asm["ttgir"], len(bodies))
     return MachineCode(
         int(registers.group(1)),
         count("LDL"),
         count("STL"),
         count(TENSOR_CORES[arch]),
         count("LDGSTS"),
-        tuple(Loop(len(body), depth, _ahead(body)) for body, depth in zip(bodies, buffers, strict=True)),
+        tuple(Loop(len(body), depth, ahead(body)) for body, depth in zip(bodies, buffers, strict=True)),
     )
 
 
@@ -87,53 +87,53 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _instructions(code: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """All instructions, and first and last of the innermost loops."""
+def innermost(code: str) -> tuple[list[str], list[slice]]:
+    """All instructions that ``nvdisasm`` printed, and which of them are the innermost loops."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in code.splitlines():
         if label := re.match(r"\s*(\.L\w+):", line):
             labels[label.group(1)] = len(instructions)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
             instructions.append(instruction.group(1))
     loops = []
-    for place, instruction in enumerate(instructions):
-        target = re.search(r"\bBRA\b.*`\((\.L\w+)\)", instruction)
+    for place, text in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*`\((\.L\w+)\)", text)
         if target and labels[target.group(1)] <= place:
             loops.append((labels[target.group(1)], place))
-    inner = [
-        (first, last)
+    return instructions, [
+        slice(first, last + 1)
         for first, last in loops
         if not any(first <= begin and end <= last and (begin, end) != (first, last) for begin, end in loops)
     ]
-    return instructions, inner
 
 
-def _ahead(body: list[str]) -> float:
-    """Copies come in groups, some per step; a wait leaves so many of the last ones under way."""
+def ahead(body: list[str]) -> float:
+    """``Loop.ahead`` of these instructions.
+
+    Copies come in groups, some per step; a wait leaves so many of the last ones under way.
+    """
     groups = sum("LDGDEPBAR" in one for one in body)
     depths = [int(found.group(1), 16) for one in body if (found := re.search(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)", one))]
     return min(depths) / groups if groups and depths else 0.0
 
 
-def _buffers(ttgir: str, loops: int) -> list[int]:
-    """Per loop, from the shared memory ``[buffers, rows, columns]`` that is laid out before it."""
-    found, pending = [], 1
-    depth = None
+def buffers_of(ttgir: str, loops: int) -> list[int]:
+    """Per loop with a product of matrices, from the shared memory ``[buffers, rows, columns]`` laid out before it."""
+    found, buffers, loop = [], 1, None
     for line in ttgir.splitlines():
         indent = len(line) - len(line.lstrip())
-        if depth is not None:
-            # Inside a loop; it ends where its own indentation comes again.
-            if indent == depth and line.lstrip().startswith("}"):
-                if has_dot:
-                    found.append(pending)
-                    pending = 1
-                depth = None
-            has_dot = has_dot or "_dot" in line or "tt.dot" in line or "mma" in line
-        elif re.search(r"\bscf\.for\b", line):
-            depth, has_dot = indent, False
-        elif shape := re.search(r"ttg\.local_alloc\b.*!ttg\.memdesc<(\d+)x\d+x\d+x", line):
-            pending = int(shape.group(1))
+        if loop is None and re.search(r"\bscf\.for\b", line):
+            loop, multiplies = indent, False
+        elif loop is None and (shape := re.search(r"ttg\.local_alloc\b.*!ttg\.memdesc<(\d+)x\d+x\d+x", line)):
+            buffers = int(shape.group(1))
+        elif loop is not None:
+            multiplies |= bool(re.search(r"\b(tt\.dot|\w+\.(warp_group_dot|tc_gen5_mma))\b", line))
+            if indent == loop and line.lstrip().startswith("}"):
+                loop = None
+                if multiplies:
+                    found.append(buffers)
+                    buffers = 1
     if len(found) != loops:
-        raise RuntimeError(f"{loops} loops with tensor-core instructions in machine code, {len(found)} before")
+        raise RuntimeError(f"{loops} loops with tensor-core instructions in machine code, {len(found)} in TTGIR")
     return found

@@ -7,15 +7,13 @@ Triton would prefetch fewer keys and values (see ``tools/kernel_account.py``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.sparse_index import SparseIndex
-from minference_vllm.triton_kernels.launch import launcher
+from minference_vllm.triton_kernels.launch import launch_shape, launcher
 from minference_vllm.triton_kernels.physical_lists import physical_lists, place_of, split_keys
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -232,41 +230,6 @@ def sparse_attention_kernel(
             tl.store(p_lse + o_head * num_rows + o_query, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
 
 
-@dataclass(frozen=True)
-class LaunchShape:
-    """How one variant is launched; found with ``tools/kernel_account.py``, not yet timed on a GPU."""
-
-    block_m: int
-    """Packed rows per program."""
-    block_n: int
-    """Keys of whole pages per step, and single ones."""
-    block_own: int
-    """Keys of the tile's own pages per step."""
-    stages: int
-    """Steps whose keys and values are under way at once, as far as Triton can (see the account)."""
-    num_warps: int = 8
-
-
-def launch_shape(major: int, head_size: int, compute_size: int, cache_size: int) -> LaunchShape:
-    """The shape that by the account takes the least time, spills no registers and fits into shared memory.
-
-    Args:
-        major: compute capability.
-        compute_size: bytes of an element that is multiplied.
-        cache_size: bytes of an element of the cache.
-    """
-    if compute_size == 4:
-        return LaunchShape(block_m=64, block_n=32, block_own=32, stages=2)
-    if major not in (9, 10):
-        # 99 KiB of shared memory, except for compute capability 8.0.
-        return LaunchShape(64, 32, 32, 2) if head_size > 128 else LaunchShape(128, 64, 32, 3)
-    if head_size > 128:
-        return LaunchShape(128, 32, 32, 4)
-    if head_size > 64 and (major == 10 or cache_size < compute_size):
-        return LaunchShape(128, 64, 64, 5)
-    return LaunchShape(128, 128, 64, 3 if head_size > 64 else 4)
-
-
 def compute_type(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     """What queries, keys and values are multiplied in, given the queries' type; and the precision of float32."""
     types = {torch.float32: tl.float32, torch.float16: tl.float16}
@@ -319,5 +282,4 @@ def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor
         WITH_SINKS=sinks is not None,
         WITH_LSE=lse is not None,
         num_warps=launch.num_warps,
-        enable_fp_fusion=True,
     )  # fmt: skip

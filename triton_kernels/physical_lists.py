@@ -39,7 +39,11 @@ def place_of(i_item, num_tiles, LISTS: tl.constexpr):
     return i_kv_head, i_kv_head * LISTS + i_item % LISTS, i_item // LISTS % num_tiles
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_items", "num_pages", "max_blocks", "max_columns", "max_singles"])
+@triton.jit(
+    do_not_specialize=[
+        "num_tiles", "num_items", "num_pages", "max_blocks", "max_columns", "max_singles", "page_units", "slot_units"
+    ]
+)  # fmt: skip
 def physical_lists_kernel(
     p_pages,
     p_tile_starts,
@@ -119,7 +123,7 @@ class PhysicalLists:
     listed: torch.Tensor
     """int32 ``[L * T * max_blocks + ...]``: of the pages before each tile."""
     singles: torch.Tensor
-    """int32 ``[L * T * max_singles + ...]``: of single keys: a tile's columns, then the keys that remain of its pages."""
+    """int32 ``[L * T * max_singles + ...]``: of a tile's columns, then of those keys of its pages that remain."""
     max_singles: int
     order: torch.Tensor
     """int64 ``[L * T]``: items (see ``place_of``), those with most keys first."""
