@@ -2,7 +2,7 @@
 
 Prints registers, spills, shared memory, tensor-core and asynchronous-copy instructions, and blocks per multiprocessor;
 of attention's loops the instructions per warp and key, the steps whose keys have room at once (what Triton made of
-num_stages), how many steps a wait comes after its request, and on sm_90 the TFLOP/s of a model (``machine_code``). Its
+num_stages), how many steps lie between a request and its wait, and on sm_90 the TFLOP/s of a model (``machine_code``). Its
 one factor is set so that a dense flash attention kernel in Triton (``dense_kernel``) reaches what is known of it.
 
 Exits with 1 when a default variant spills, does not fit, has lost its tensor-core instructions, or reads whole pages or
@@ -68,7 +68,7 @@ class LoopAccount:
         model = "" if self.tflops is None else f"  model {self.tflops:3.0f} TFLOP/s, {self.of_dense:.2f} of dense"
         return (
             f"    {self.name:12s} {self.loop.instructions:4d} instructions / {self.keys:3d} keys = {per_key:5.2f}, "
-            f"{self.loop.buffers} buffers, waits {self.loop.ahead:.1f} steps later{model}"
+            f"{self.loop.buffers} buffers, read {self.loop.ahead:.1f} steps ahead{model}"
         )
 
 

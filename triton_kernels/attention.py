@@ -1,8 +1,8 @@
 """Attention under a ``SparseIndex`` over paged keys and values of any strides, in one online softmax.
 
-Three loops read a tile's keys: whole pages before it, without a mask; single keys, without a mask; and what is left of
-those, with the tile's own pages, causally. Keys come from ``physical_lists``; a list is read one step ahead, or
-Triton would prefetch fewer keys and values (see ``tools/kernel_account.py``).
+Three loops read a tile's keys: whole pages before it, without a mask; single keys, without a mask; and those of them
+that fill no step, with the tile's own pages, causally. Keys come from ``physical_lists``; a list is read one step ahead,
+or Triton would prefetch fewer keys and values (see ``tools/kernel_account.py``).
 """
 
 from __future__ import annotations
@@ -193,26 +193,22 @@ def sparse_attention_kernel(
             )  # fmt: skip
             b_single = tl.load(p_singles + first + BLOCK_N + o_slot)
 
-        # The first key of the first step lies before every row, so that all of them have a maximum.
+        # Those that are left lie before the tile: the position 0 stands for theirs. As the first key of the first step
+        # lies before every row, all rows have a maximum.
         p_singles += num_full
         num_left = num_singles - num_full
         own = tile_start // PAGE * PAGE
         last = tl.minimum(tile_start + ((i_part + 1) * BLOCK_M - 1) // HEADS_PER_LIST, tile_end - 1)
         o_own = tl.arange(0, BLOCK_OWN)
-        for first in tl.range(0, num_left + last + 1 - own, BLOCK_OWN, num_stages=2):
-            o_key = first + o_own
-            m_own = o_key >= num_left
-            # Those that are left lie before the tile: the position 0 stands for theirs.
-            o_position = tl.where(m_own, own + o_key - num_left, 0)
-            # Past the tile's end there may be anything: its last key is read instead, and masked.
-            o_there = tl.minimum(o_position, tile_end - 1)
-            b_own = tl.load(p_table + o_there // PAGE) + o_there % PAGE * (stride_slot // UNIT)
-            b_left = tl.load(p_singles + o_key, mask=o_key < num_left, other=0)
-            o_own_tile = (tl.where(m_own, b_own, b_left).to(tl.int64) * UNIT)[:, None] + o_dim[None, :]
+        b_place = tl.load(p_singles + o_own)
+        for first in tl.range(0, num_left + last + 1 - own, BLOCK_OWN, num_stages=STAGES):
+            o_position = tl.where(first + o_own < num_left, 0, own + first + o_own - num_left)
+            o_rest = (b_place.to(tl.int64) * UNIT)[:, None] + o_dim[None, :]
             b_out, b_sum, b_max = _attend_keys(
-                b_query, p_key + o_own_tile, p_value + o_own_tile, o_position[None, :] <= o_row[:, None], m_dim,
+                b_query, p_key + o_rest, p_value + o_rest, o_position[None, :] <= o_row[:, None], m_dim,
                 b_out, b_sum, b_max, scale_log2, softcap_log2, True, PADDED, WITH_SOFTCAP, PRECISION,
             )  # fmt: skip
+            b_place = tl.load(p_singles + first + BLOCK_OWN + o_own)
 
         # Read again, or what addresses the output would have to stay in registers beside the loops.
         i_item = tl.load(p_order + tl.program_id(0) // num_parts, volatile=True).to(tl.int32)

@@ -111,6 +111,15 @@ def physical_lists_kernel(
             b_left_page = tl.load(p_pages + b_left, mask=m_left, other=0).to(tl.int64)
             b_left_place = b_left_page * page_units + o_key % PAGE * slot_units
             tl.store(p_singles + num_columns + o_left, b_left_place.to(tl.int32), mask=m_left)
+        # The tile's last key stands for what follows it.
+        own = tile_start // PAGE * PAGE
+        p_singles += num_columns + num_left
+        for first in range(0, tile_end - own + BLOCK_N, BLOCK):
+            o_own = first + o_entry
+            o_position = tl.minimum(own + o_own, tile_end - 1)
+            b_own_page = tl.load(p_pages + o_position // PAGE).to(tl.int64)
+            b_own_place = b_own_page * page_units + o_position % PAGE * slot_units
+            tl.store(p_singles + o_own, b_own_place.to(tl.int32), mask=o_own < tile_end - own + BLOCK_N)
 
 
 @dataclass(frozen=True)
@@ -119,11 +128,12 @@ class PhysicalLists:
 
     unit: int
     table: torch.Tensor
-    """int32 ``[N + ...]``: of every page in order, for tiles without a list, and tiles' own pages."""
+    """int32 ``[N + ...]``: of every page in order, for tiles without a list."""
     listed: torch.Tensor
     """int32 ``[L * T * max_blocks + ...]``: of the pages before each tile."""
     singles: torch.Tensor
-    """int32 ``[L * T * max_singles + ...]``: of a tile's columns, then of those keys of its pages that remain."""
+    """int32 ``[L * T * max_singles + ...]``: of a tile's columns, then of those keys of its pages that remain, then of
+    its own pages' keys, filled up."""
     max_singles: int
     order: torch.Tensor
     """int64 ``[L * T]``: items (see ``place_of``), those with most keys first."""
@@ -152,7 +162,8 @@ def physical_lists(inputs: Inputs, index: SparseIndex, block_n: int) -> Physical
         )
     rows = index.num_lists * index.num_tiles
     num_pages, max_blocks = len(inputs.pages), index.blocks.shape[2]
-    max_singles = columns.shape[2] + (block_n if cache.block_size % block_n else 0)
+    # Columns, remaining keys, own ones, and room to fill up.
+    max_singles = columns.shape[2] + index.tiling.tile + (2 if cache.block_size % block_n else 1) * block_n
     table, listed, singles = (
         torch.empty(entries + block_n, dtype=torch.int32, device=device)
         for entries in (num_pages, rows * max_blocks, rows * max_singles)

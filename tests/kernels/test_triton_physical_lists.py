@@ -125,8 +125,12 @@ def run_case(seq_len: int, context_len: int, block_size: int, block_n: int, grou
         if listed:
             places = found.listed[row * max_blocks :][:before].tolist()
             wrong += [(one, tile, "page")] * (places != [place(block * block_size) for block in blocks])
-        singles = found.singles[row * found.max_singles :][: len(columns) + len(rest)].tolist()
-        wrong += [(one, tile, "single")] * (singles != [place(position) for position in columns + rest])
+        # The last key fills up the last step.
+        last = starts[tile + 1] - 1
+        own_keys = [*range(starts[tile] // block_size * block_size, last + 1), *[last] * block_n]
+        singles = [place(position) for position in columns + rest + own_keys]
+        assert len(singles) <= found.max_singles
+        wrong += [(one, tile, "single")] * (found.singles[row * found.max_singles :][: len(singles)].tolist() != singles)
     # Items go by KV head, then by tile, then by the lists of the KV head.
     work = (index.num_blocks * block_size + index.num_columns).view(2, lists // 2, tiles).transpose(1, 2).flatten()
     order = found.order.tolist()
