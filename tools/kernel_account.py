@@ -2,8 +2,9 @@
 
 Prints registers, spills, shared memory, tensor-core and asynchronous-copy instructions, and blocks per multiprocessor;
 of attention's loops the instructions per warp and key, the steps whose keys have room at once (what Triton made of
-num_stages), how many steps lie between a request and its wait, and on sm_90 the TFLOP/s of a model (``machine_code``). Its
-one factor is set so that a dense flash attention kernel in Triton (``dense_kernel``) reaches what is known of it.
+num_stages), how many steps lie between a request and its wait, and on sm_90 the TFLOP/s of a model
+(``machine_code``). Its one factor is set so that a dense flash attention kernel in Triton (``dense_kernel``) reaches
+what is known of it.
 
 Exits with 1 when a default variant spills, does not fit, has lost its tensor-core instructions, or reads whole pages or
 single keys at less than 80 % of that dense kernel by the model; the other variants (rarer head sizes, soft cap and

@@ -1,7 +1,7 @@
 """Attention under a ``SparseIndex`` over paged keys and values of any strides, in one online softmax.
 
 Three loops read a tile's keys: whole pages before it, without a mask; single keys, without a mask; and those of them
-that fill no step, with the tile's own pages, causally. Keys come from ``physical_lists``; a list is read one step ahead,
+that fill no step, with the tile's own pages, causally. Keys come from ``physical_lists``; lists are read a step ahead,
 or Triton would prefetch fewer keys and values (see ``tools/kernel_account.py``).
 """
 

@@ -151,7 +151,7 @@ def physical_lists(inputs: Inputs, index: SparseIndex, block_n: int) -> Physical
     """
     cache, columns, device = inputs.cache, index.columns, index.blocks.device
     page_stride, _, slot_stride, _ = cache.key.stride()
-    if cache.value.stride() != cache.key.stride():
+    if any(cache.key.stride(d) != cache.value.stride(d) for d in range(4) if cache.key.shape[d] > 1):
         raise ValueError(
             f"keys and values must lie at the same strides, not {cache.key.stride()} and {cache.value.stride()}"
         )

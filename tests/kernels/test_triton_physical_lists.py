@@ -72,6 +72,38 @@ def test_a_cache_whose_places_need_more_than_32_bits_is_refused() -> None:
         physical_lists(replace(inputs, cache=PagedCache(huge, huge, "rows")), index, 64)
 
 
+def test_the_widest_lists_stay_within_the_stated_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last 8K of a million tokens, 32 heads: lists of blocks and of columns with all the room that they may get."""
+    import torch
+    from live_bytes import LiveBytes
+
+    from minference_vllm.core.inputs import Inputs
+    from minference_vllm.core.paged_cache import PagedCache
+    from minference_vllm.core.plan import Chunk
+    from minference_vllm.core.sparse_index import SparseIndex
+    from minference_vllm.core.tiling import Tiling
+    from minference_vllm.selection.capacity import ADAPTIVE_BYTES
+    from minference_vllm.triton_kernels import physical_lists
+
+    monkeypatch.setattr(physical_lists, "launcher", lambda kernel, grid: lambda *arguments, **constants: None)
+    length, chunk, page, lists = 1 << 20, 8192, 16, 32
+    query = torch.empty(chunk, lists, 128, device="meta")
+    stored = torch.empty(length // page, 8, page, 128, device="meta")
+    with LiveBytes(query, stored) as memory:
+        tiling = Tiling.of(length - chunk, length, page, 128, device="meta")
+        size = lists, tiling.num_tiles
+        width = ADAPTIVE_BYTES // (4 * lists * tiling.num_tiles)
+        blocks, columns = (torch.empty(*size, width, dtype=torch.int32, device="meta") for _ in range(2))
+        counts = [torch.empty(size, dtype=torch.int32, device="meta") for _ in range(2)]
+        index = SparseIndex(tiling, blocks, counts[0], columns, counts[1])
+        pages = torch.empty(length // page, dtype=torch.int64, device="meta")
+        cache = PagedCache(stored, stored, "rows")
+        inputs = Inputs(query, cache, pages, Chunk(0, 0, length - chunk, length), 1.0)
+        found = physical_lists.physical_lists(inputs, index, 128)
+    assert 4 * ADAPTIVE_BYTES < memory.peak <= 264 << 20
+    assert found.max_singles == width + 128 + 2 * 128
+
+
 def prepare(seq_len: int, context_len: int, block_size: int, group: int, shared: int) -> tuple[Inputs, SparseIndex]:
     """Of two KV heads, with dense tiles that have no list."""
     import torch
@@ -130,7 +162,9 @@ def run_case(seq_len: int, context_len: int, block_size: int, block_n: int, grou
         own_keys = [*range(starts[tile] // block_size * block_size, last + 1), *[last] * block_n]
         singles = [place(position) for position in columns + rest + own_keys]
         assert len(singles) <= found.max_singles
-        wrong += [(one, tile, "single")] * (found.singles[row * found.max_singles :][: len(singles)].tolist() != singles)
+        wrong += [(one, tile, "single")] * (
+            found.singles[row * found.max_singles :][: len(singles)].tolist() != singles
+        )
     # Items go by KV head, then by tile, then by the lists of the KV head.
     work = (index.num_blocks * block_size + index.num_columns).view(2, lists // 2, tiles).transpose(1, 2).flatten()
     order = found.order.tolist()
