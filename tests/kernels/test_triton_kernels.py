@@ -7,11 +7,16 @@ both the test and, run as a script, that process.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
+
+if TYPE_CHECKING:
+    from minference_vllm.core.inputs import Inputs
 
 pytest.importorskip("triton")
 
@@ -197,7 +202,7 @@ def run_case(
     lse = torch.full((heads, len(query)), torch.nan)
     inputs = shuffled(query, *rows, block_size, scale * query_scale, *scales, softcap=softcap, sinks=sink)
     inputs = replace(inputs, cache=LAYOUTS[layout](inputs.cache))
-    with launched_as_on(major):
+    with launched_as_on(major), unwritten_entries_lead_to_nan(inputs):
         attention.run(inputs, index, out, lse)
     mask = index.to_mask()
 
@@ -233,6 +238,19 @@ def launched_as_on(major: int) -> Iterator[None]:
     attention.launch_shape = lambda _, *sizes: shape(major, *sizes)
     yield
     attention.launch_shape = shape
+
+
+@contextmanager
+def unwritten_entries_lead_to_nan(inputs: Inputs) -> Iterator[None]:
+    """What is allocated, the kernel's lists, names a page that the sequence does not own until it is written."""
+    import torch
+
+    page, _, slot, _ = inputs.cache.key.stride()
+    foreign = min({*range(len(inputs.cache.key))} - {*inputs.pages.tolist()})
+    assert inputs.cache.key[foreign].float().isnan().all()
+    place = foreign * page // math.gcd(16, page, slot)
+    with mock.patch("torch.empty", lambda size, **options: torch.full((size,), place, **options)):
+        yield
 
 
 def run_shared_case(group: int, context_len: int, seq_len: int, block_size: int) -> dict[str, Any]:
