@@ -38,7 +38,7 @@ def sparse_prefill(
     Args:
         query: ``[num_tokens, num_heads, head_size]``, bf16, fp16 or fp32: the new tokens of all requests, concatenated.
         key_cache: ``[num_blocks, block_size, num_kv_heads, head_size]``, plain rows, any strides, same dtype; the new
-            tokens' keys are already in it. ``value_cache`` alike.
+            tokens' keys are already in it. ``value_cache`` alike; for ``triton`` at the same strides.
         block_table: int32 or int64 ``[num_requests, max_blocks]``, physical block of each logical block.
         query_start_loc: int32 or int64 ``[num_requests + 1]``, first query row of each request, and the end.
         seq_lens: int32 or int64 ``[num_requests]``, context plus new tokens.

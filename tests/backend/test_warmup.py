@@ -170,6 +170,7 @@ def test_a_launch_that_fails_names_the_kernel_and_its_shapes() -> None:
 
 def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, Any]) -> None:
     assert {name for name, *_ in interpreted["compiled"]} == {
+        "physical_lists_kernel",
         "sparse_attention_kernel",
         "row_lse_kernel",
         "column_diagonal_kernel",
@@ -188,7 +189,14 @@ def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, A
 def interpret() -> None:
     from minference_vllm.backend import warmup
     from minference_vllm.prefill.attend import attend_chunk
-    from minference_vllm.triton_kernels import antidiagonal, attention, column_diagonal, low_rank, page_means
+    from minference_vllm.triton_kernels import (
+        antidiagonal,
+        attention,
+        column_diagonal,
+        low_rank,
+        page_means,
+        physical_lists,
+    )
 
     def kind(value: Any) -> Any:
         """What Triton compiles anew for, as far as arguments that are not named in the kernel decide it."""
@@ -214,7 +222,7 @@ def interpret() -> None:
 
     lengths = (
         "num_tiles", "num_blocks", "num_rows", "num_lists", "max_blocks", "max_columns", "rows", "context_len",
-        "seq_len", "first_kv_head",
+        "seq_len", "first_kv_head", "num_items", "num_pages", "num_parts", "max_singles", "page_units", "slot_units",
     )  # fmt: skip
     compiled: list[Any] = []
     served: list[Any] = []
@@ -227,7 +235,7 @@ def interpret() -> None:
     settings = Settings(kernel="triton", tile=32)
 
     def record(variants: list[Any]) -> None:
-        for module in (antidiagonal, attention, column_diagonal, low_rank, page_means):
+        for module in (antidiagonal, attention, column_diagonal, low_rank, page_means, physical_lists):
             module.launcher = recording(variants)  # type: ignore[attr-defined]
 
     record(compiled)
