@@ -22,21 +22,37 @@ def repeat_heads(keys: torch.Tensor, num_heads: int) -> torch.Tensor:
     return keys.repeat_interleave(num_heads // keys.shape[0], dim=0)
 
 
+def capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    """``softcap * tanh(scores / softcap)``; 0: as they are."""
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def logits(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
+    """float64 ``[H, rows, S]``: scores of ``query [rows, H, D]`` and ``keys [HK, S, D]``."""
+    repeated = repeat_heads(keys.double(), query.shape[1])
+    return capped(query.double().transpose(0, 1) @ repeated.transpose(1, 2) * scale, softcap)
+
+
 def masked_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Softmax attention over the keys that the mask allows.
 
     Args:
         query: ``[rows, H, D]``. keys, values: ``[HK, S, D]``.
         mask: bool ``[H, rows, S]``; each row allows at least one key.
+        softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2); 0: no cap.
 
     Returns:
         float64 ``[rows, H, D]``.
     """
     heads = query.shape[1]
-    scores = query.double().transpose(0, 1) @ repeat_heads(keys.double(), heads).transpose(1, 2) * scale
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    weights = logits(query, keys, scale, softcap).masked_fill(~mask, -torch.inf).softmax(-1)
     return (weights @ repeat_heads(values.double(), heads)).transpose(0, 1)
 
 
@@ -83,6 +99,7 @@ def attention_recall(
     context_len: int,
     scale: float,
     values: torch.Tensor | None = None,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Share of each row's dense softmax mass that the mask keeps, ``exp(lse_sparse - lse_dense)``; with values, each
     weight counts times the norm of its key's value (value recall).
@@ -93,7 +110,7 @@ def attention_recall(
         float64 ``[H, rows]``.
     """
     heads, seq_len = query.shape[1], keys.shape[1]
-    scores = query.double().transpose(0, 1) @ repeat_heads(keys.double(), heads).transpose(1, 2) * scale
+    scores = logits(query, keys, scale, softcap)
     if values is not None:
         scores = scores + repeat_heads(values.double(), heads).norm(dim=2).log()[:, None]
     dense = scores.masked_fill(~causal_mask(context_len, seq_len), -torch.inf).logsumexp(-1)
@@ -101,7 +118,7 @@ def attention_recall(
 
 
 def column_diagonal_scores(
-    query: torch.Tensor, keys: torch.Tensor, scale: float, groups: Sequence[tuple[int, int]]
+    query: torch.Tensor, keys: torch.Tensor, scale: float, groups: Sequence[tuple[int, int]], softcap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Column and diagonal mass of groups of queries (arXiv 2407.02490, Algorithm 1), float64 ``[H, S]`` each.
 
@@ -121,7 +138,7 @@ def column_diagonal_scores(
         for row in range(begin, end):
             position = seq_len - chunk + row
             scores = torch.einsum("hd,hsd->hs", query[row].double(), repeated[:, : position + 1]) * scale
-            weights = scores.softmax(-1)
+            weights = capped(scores, softcap).softmax(-1)
             columns[:, : position + 1] += weights
             mass[:, : position + 1] += weights.flip(1)
         reach = seq_len - chunk + end
@@ -153,46 +170,45 @@ def page_means(rows: torch.Tensor, block_size: int) -> torch.Tensor:
     return torch.stack([block.mean(1) for block in rows.double().split(block_size, dim=1)], dim=1)
 
 
-def pooled_scores(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
+def pooled_scores(
+    query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale: float, softcap: float = 0.0
+) -> torch.Tensor:
     """Softmax over blocks of mean query times mean key, float64 ``[H, T, N]``."""
     heads = query.shape[1]
     starts = (tiling.starts - tiling.context_len).tolist()
     queries = torch.stack([query[a:b].double().mean(0) for a, b in itertools.pairwise(starts)], dim=1)
     scores = queries @ repeat_heads(page_means(keys, tiling.block_size), heads).transpose(1, 2) * scale
-    return scores.masked_fill(~tiling.reachable(), -torch.inf).softmax(-1)
+    return capped(scores, softcap).masked_fill(~tiling.reachable(), -torch.inf).softmax(-1)
 
 
-def peak_scores(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
+def peak_scores(
+    query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale: float, softcap: float = 0.0
+) -> torch.Tensor:
     """Softmax over blocks of every single query times mean key, mean over a tile's rows, float64 ``[H, T, N]``."""
-    heads = query.shape[1]
-    logits = (
-        query.double().transpose(0, 1)
-        @ repeat_heads(page_means(keys, tiling.block_size), heads).transpose(1, 2)
-        * scale
-    )
+    heads, found = query.shape[1], logits(query, page_means(keys, tiling.block_size), scale, softcap)
     reachable = tiling.reachable()
     scores = torch.zeros(heads, tiling.num_tiles, tiling.num_key_blocks, dtype=torch.float64)
     starts = (tiling.starts - tiling.context_len).tolist()
     for tile, (first, end) in enumerate(itertools.pairwise(starts)):
-        rows = logits[:, first:end].masked_fill(~reachable[tile], -torch.inf)
+        rows = found[:, first:end].masked_fill(~reachable[tile], -torch.inf)
         scores[:, tile] = rows.softmax(-1).mean(1)
     return scores
 
 
 def antidiagonal_scores(
-    query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, stride: int, scale: float
+    query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, stride: int, scale: float, softcap: float = 0.0
 ) -> torch.Tensor:
     """Attention mass of blocks, by the mean logits of antidiagonals of ``stride`` x ``stride`` squares.
 
     Squares lie at multiples of ``stride`` in the prompt; a square's logit is the mean over its antidiagonal, in which
     tokens outside the chunk (queries) or past its end (keys) count as zero. Softmax over the squares up to the row's
-    own, mean over the rows of squares of a tile, sum over the squares of a block.
+    own, mean over the rows of squares of a tile, sum over the squares of a block. A soft cap is taken of the means.
 
     Returns:
         float64 ``[H, T, N]``.
     """
     heads, seq_len = query.shape[1], keys.shape[1]
-    logits = query.double().transpose(0, 1) @ repeat_heads(keys.double(), heads).transpose(1, 2) * scale
+    of_pairs = logits(query, keys, scale)
     scores = torch.zeros(heads, tiling.num_tiles, tiling.num_key_blocks, dtype=torch.float64)
     for tile, (first, end) in enumerate(itertools.pairwise(tiling.starts.tolist())):
         square_rows = range(first // stride, -(-end // stride))
@@ -203,8 +219,9 @@ def antidiagonal_scores(
                 row, key = square_row * stride + place, begin + stride - 1 - place
                 if tiling.context_len <= row < seq_len:
                     there = key < seq_len
-                    means[:, there] += logits[:, row - tiling.context_len, key[there]] / stride
-            scores[:, tile].index_add_(1, begin // tiling.block_size, means.softmax(-1) / len(square_rows))
+                    means[:, there] += of_pairs[:, row - tiling.context_len, key[there]] / stride
+            weights = capped(means, softcap).softmax(-1) / len(square_rows)
+            scores[:, tile].index_add_(1, begin // tiling.block_size, weights)
     return scores
 
 

@@ -57,6 +57,7 @@ struct AttendArguments {
   int64_t seq_len;
   int32_t heads, tiles, max_blocks, max_columns;
   float scale;  // of query-key products before the softmax
+  float softcap;  // scores s become softcap * tanh(s / softcap); 0: no cap
   int32_t threads;
 };
 
@@ -71,8 +72,9 @@ struct RowArguments {
   int64_t context_len;       // position of the chunk's first row
   int64_t seq_len;
   int32_t num_heads, num_wanted;
-  int32_t rows;  // at most 64
-  float scale;   // of query-key products before the softmax
+  int32_t rows;   // at most 64
+  float scale;    // of query-key products before the softmax
+  float softcap;  // scores s become softcap * tanh(s / softcap); 0: no cap
   int32_t threads;
 };
 

@@ -15,7 +15,6 @@ namespace minference {
 
 constexpr int kMaxRows = 64;
 constexpr int kTilesPerTask = 8;
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Zeros on both sides of a tile's scores, so that diagonals can be read past it.
@@ -104,9 +103,10 @@ class RowScores {
                                              a_.cache.head_size, kKeyTile);
       });
     }
-    const Floats scale = repeat(a_.scale * kLog2e);
+    const Floats scale = repeat(a_.softcap == 0.0f ? a_.scale * kLog2e : kLog2e);
     for (int r = 0; r < a_.rows; ++r) {
       float* row = w.row(r);
+      if (a_.softcap != 0.0f) soft_cap_row(row, kKeyTile, a_.scale, a_.softcap);
       const int64_t visible = a_.context_len + a_.row_index[r] - first_key;  // last visible key of the tile
       const auto limit = static_cast<int32_t>(std::clamp<int64_t>(visible, -1, kKeyTile));
       for (int n = 0; n < kKeyTile; n += kLanes) {

@@ -9,7 +9,6 @@
 namespace minference {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Sums are rescaled only when a row's maximum (in units of log2) has grown by more than this since the last time.
@@ -136,6 +135,9 @@ class TileTask {
     product_rows<R, kQueryStride, false>(w_.query.data() + static_cast<size_t>(r) * kQueryStride, w_.keys, kKeyTile,
                                          w_.scores, kKeyTile, dim_, keys);
     float* out = w_.out.data() + static_cast<size_t>(r) * dim_;
+    if (a_.softcap != 0.0f) {
+      for (int i = 0; i < R; ++i) soft_cap_row(w_.scores + i * kKeyTile, keys, a_.scale, a_.softcap);
+    }
     for (int i = 0; i < R; ++i) softmax_row(r + i, i, keys, masked, out + static_cast<size_t>(i) * dim_);
     product_rows<R, kKeyTile, true>(w_.weights, w_.values, dim_, out, dim_, keys, dim_);
   }
@@ -143,7 +145,7 @@ class TileTask {
   void softmax_row(int row, int i, int keys, bool masked, float* out) {
     float* scores = w_.scores + i * kKeyTile;
     Factor* weights = w_.weights + i * kKeyTile;
-    const Floats scale = repeat(a_.scale * kLog2e);
+    const Floats scale = repeat(a_.softcap == 0.0f ? a_.scale * kLog2e : kLog2e);
     Floats largest = repeat(-kInfinity);
     for (int n = 0; n < keys; n += kLanes) {
       Floats x = load(scores + n) * scale;

@@ -17,8 +17,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 from minference_vllm.backend.compat import NAME
 from minference_vllm.backend.runtime import unsupported_layer_reasons
 from minference_vllm.backend.sparse_prefill import SparsePrefillBuilder, SparsePrefillImpl, SparsePrefillMetadata
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
 from minference_vllm.kernels.block_table import cpu_ops
+from minference_vllm.kernels.choose import own_kernel_reason
 from minference_vllm.kernels.native import library
 
 
@@ -48,9 +51,11 @@ class MInferenceCPUMetadataBuilder(SparsePrefillBuilder, CPUAttentionMetadataBui
 class MInferenceCPUImpl(SparsePrefillImpl, CPUAttentionBackendImpl):
     def dense_reasons(self, vllm_config: Any) -> list[str]:
         dtype, kernel = vllm_config.model_config.dtype, self.runtime.settings.kernel
+        # Our own kernel knows soft caps; vLLM's, which runs what ours cannot, is not told of them.
+        own = own_kernel_reason(kernel, dtype, self.head_size) is None
         reasons = unsupported_layer_reasons(
             sliding_window=self.sliding_window,
-            logits_soft_cap=self.logits_soft_cap,
+            logits_soft_cap=None if own else self.logits_soft_cap,
             alibi_slopes=self.alibi_slopes,
             sinks=self.sinks,
             is_decoder=self.attn_type == AttentionType.DECODER,
@@ -66,9 +71,20 @@ class MInferenceCPUImpl(SparsePrefillImpl, CPUAttentionBackendImpl):
         return reasons
 
     def cache_reasons(self, layer: Any, block_size: int, dtype: torch.dtype) -> list[str]:
-        if cpu_ops.layout_for(dtype, block_size, self.head_size) is not None:
-            return []
-        return [f"unknown page layout of vLLM's CPU kernel ({cpu_ops.isa_for(dtype, block_size, self.head_size)})"]
+        if cpu_ops.layout_for(dtype, block_size, self.head_size) is None:
+            return [f"unknown page layout of vLLM's CPU kernel ({cpu_ops.isa_for(dtype, block_size, self.head_size)})"]
+        reason = own_kernel_reason(self.runtime.settings.kernel, dtype, self.head_size, block_size)
+        return [f"soft cap on logits ({reason})"] if reason and self.needs_own_kernel else []
+
+    @property
+    def needs_own_kernel(self) -> bool:
+        return bool(self.logits_soft_cap)
+
+    def inputs(
+        self, layer: Any, query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, chunk: Chunk
+    ) -> Inputs:
+        softcap = float(self.logits_soft_cap or 0.0)
+        return Inputs.of(query, cache, block_table, chunk, self.scale, softcap, page_means=self.page_means)
 
     def paged_cache(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedCache:
         num_blocks, num_kv_heads, block_size, _ = kv_cache.shape

@@ -186,7 +186,12 @@ class SparsePrefillImpl(AttentionImpl):
         self, layer: Any, query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, chunk: Chunk
     ) -> Inputs:
         """One chunk of this layer; ``query`` holds the chunk's rows."""
-        return Inputs.of(query, cache, block_table, chunk, self.scale, page_means=self.page_means)
+        raise NotImplementedError
+
+    @property
+    def needs_own_kernel(self) -> bool:
+        """Whether only a kernel of ours can serve the layer (``choose``)."""
+        return False
 
     def prepare(self, layer: Any, spec: Any, dtype: torch.dtype, device: torch.device) -> None:
         """Find the layer's patterns and choose its kernel, once the weights are loaded and pages have their size.
@@ -215,7 +220,8 @@ class SparsePrefillImpl(AttentionImpl):
         one_page = torch.zeros(1, self.num_kv_heads, page, 2 * self.head_size, dtype=spec.dtype, device=device)
         cache = self.paged_cache(layer, one_page, dtype)
         try:
-            kernel = choose(settings.kernel, dtype, cache, with_lse=bool(mean_corrected_heads(patterns)))
+            with_lse = bool(mean_corrected_heads(patterns))
+            kernel = choose(settings.kernel, dtype, cache, with_lse, own=self.needs_own_kernel)
         except ValueError as error:
             raise ValueError(f"minference: patterns from {self.runtime.source}: {error}") from None
         self.attends = description(kernel, settings.kernel, dtype, cache)

@@ -25,8 +25,7 @@ class Inputs:
     scale: float
     """Softmax scale."""
     softcap: float = 0.0
-    """Scores ``s`` become ``softcap * tanh(s / softcap)``; 0: no cap. Scores leave it out: it keeps a row's order of
-    keys."""
+    """Scores ``s`` become ``softcap * tanh(s / softcap)``; 0: no cap."""
     sinks: torch.Tensor | None = None
     """``[H]``: logit of each head's attention sink. Scores leave it out: its share is the same for all keys."""
     page_means: PageMeans | None = None

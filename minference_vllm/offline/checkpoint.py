@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from minference_vllm.backend.runtime import unsupported_layer_reasons
+from minference_vllm.kernels.choose import own_kernel_reason
 from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.settings import Settings, load_settings
@@ -74,6 +75,11 @@ class Checkpoint:
     def num_kv_heads(self) -> int:
         return int(getattr(self.hf_text_config, "num_key_value_heads", None) or self.num_heads)
 
+    @property
+    def head_size(self) -> int:
+        config = self.hf_text_config
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
     def get_total_num_hidden_layers(self) -> int:
         return int(self.hf_text_config.num_hidden_layers)
 
@@ -83,9 +89,10 @@ class Checkpoint:
         Args:
             kernel: the setting of that name.
         """
-        # Our fused kernel, which GPUs alone run, knows soft caps and sinks.
-        fused = torch.cuda.is_available() and kernel != "block_table"
         config = self.hf_text_config
+        # Our own kernels know soft caps; the Triton kernel knows sinks, too.
+        fused = torch.cuda.is_available() and kernel != "block_table"
+        own = fused or own_kernel_reason(kernel, self.dtype, self.head_size) is None
         window = getattr(config, "sliding_window", None)
         # Without a list of kinds, a window is every layer's.
         unlisted = "full_attention" if window is None else "sliding_attention"
@@ -98,7 +105,7 @@ class Checkpoint:
                 continue
             reasons = unsupported_layer_reasons(
                 sliding_window=window if kind in WINDOWED else None,
-                logits_soft_cap=None if fused else getattr(config, "attn_logit_softcapping", None),
+                logits_soft_cap=None if own else getattr(config, "attn_logit_softcapping", None),
                 alibi_slopes=True if getattr(config, "alibi", False) or config.model_type == "bloom" else None,
                 sinks=True if config.model_type == "gpt_oss" and not fused else None,
                 is_decoder=True,

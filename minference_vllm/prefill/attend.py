@@ -59,8 +59,9 @@ def attend_chunk(
     Raises:
         ValueError: the inputs ask for what the kernel does not know.
     """
-    if not kernel.fused and (inputs.softcap or inputs.sinks is not None or inputs.cache.key.element_size() == 1):
-        raise ValueError(f"kernel {kernel.name!r} knows no soft cap, no sinks and no FP8 caches; 'triton' does")
+    unknown = kernel.unknown(inputs)
+    if unknown:
+        raise ValueError(f"kernel {kernel.name!r} knows no {unknown}")
     timing = timing or Timing()
     tiling = tiling_for(inputs, kernel, tile)
     scores = kernel.scores(inputs)

@@ -51,7 +51,7 @@ def chunk_recall(scores: TorchScores, index: SparseIndex, rows: torch.Tensor) ->
         rows: int64 ``[R]``, rows of the chunk, on the query's device.
     """
     parts = [
-        sampled_recall(scores.query, scores.audited_pieces(len(part)), index, part, scores.scale)
+        sampled_recall(scores.query, scores.audited_pieces(len(part)), index, part, scores.scale, scores.softcap)
         for part in rows.split(ROWS_AT_ONCE)
     ]
     return Recall(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
@@ -63,6 +63,7 @@ def sampled_recall(
     index: SparseIndex,
     rows: torch.Tensor,
     scale: float,
+    softcap: float = 0.0,
 ) -> Recall:
     """Recall of sampled rows of a chunk. Nothing waits for a GPU.
 
@@ -71,6 +72,7 @@ def sampled_recall(
         pieces: keys ``[HK, n, D]`` and norms of their values, float32 ``[HK, n]``, up to one factor for all; together
             they are the sequence.
         rows: int64 ``[R]``, rows of the chunk, on the query's device.
+        softcap: see ``Inputs``.
     """
     positions = rows + index.tiling.context_len
     tiles = torch.searchsorted(index.tiling.starts, positions, right=True) - 1
@@ -83,7 +85,7 @@ def sampled_recall(
     for piece, value_norms in pieces:
         # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
         by_kv_head = sampled.reshape(piece.shape[0], -1, dim)
-        scores = logits(by_kv_head, piece, scale).view(heads, count, -1)
+        scores = logits(by_kv_head, piece, scale, softcap).view(heads, count, -1)
         last = first + piece.shape[1]
         scores.masked_fill_(torch.arange(first, last, device=rows.device) > positions[:, None], -torch.inf)
         # Every row sees the first key of the sequence, so this is never -inf.

@@ -31,7 +31,13 @@ def squares_per_block(block_size: int, stride: int) -> int:
 
 
 def antidiagonal_scores(
-    query: torch.Tensor, keys: torch.Tensor, heads: Sequence[int], tiling: Tiling, stride: int, scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    heads: Sequence[int],
+    tiling: Tiling,
+    stride: int,
+    scale: float,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Attention mass of blocks, seen along every ``stride``-th antidiagonal (XAttention, arXiv 2503.16428).
 
@@ -47,6 +53,7 @@ def antidiagonal_scores(
         keys: ``[HK, S, D]``.
         heads: query heads wanted.
         stride: divides the block size.
+        softcap: see ``Inputs``; of the mean logits.
 
     Returns:
         float32 ``[h, T, N]``, zero where no key of a block is in a tile's reach.
@@ -74,7 +81,7 @@ def antidiagonal_scores(
             padded = torch.nn.functional.pad(keys[kv_head], (0, 0, 0, after))
             long_keys = {kv_head: padded.view(squares, stride, dim).flip(1).reshape(squares, -1)}
         rows = torch.nn.functional.pad(query[:, head], (0, 0, before, after)).view(-1, stride * dim)
-        weights = logits(rows, long_keys[kv_head], scale / stride)
+        weights = logits(rows, long_keys[kv_head], scale / stride, softcap)
         weights = weights.masked_fill_(future, -torch.inf).softmax(-1)
         by_block = torch.nn.functional.pad(weights, (0, missing)).view(len(rows), -1, per_block).sum(-1)
         result[slot].index_add_(0, tile_of_square, by_block)

@@ -24,7 +24,7 @@ from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import Capacity, Selection
 from minference_vllm.selection.coverage import mass_per_token
 from minference_vllm.selection.family import Family
-from minference_vllm.selection.probe_queries import most_unlike, unlikeness
+from minference_vllm.selection.probe_queries import cap_, most_unlike, unlikeness
 from minference_vllm.selection.projection import (
     Projection,
     QuantizedQK,
@@ -133,7 +133,7 @@ def calibration_rows(query: torch.Tensor, length: int) -> CalibrationRows:
 
 
 def row_weights(
-    query: torch.Tensor, keys: Iterable[torch.Tensor], positions: torch.Tensor, scale: float
+    query: torch.Tensor, keys: Iterable[torch.Tensor], positions: torch.Tensor, scale: float, softcap: float = 0.0
 ) -> torch.Tensor:
     """float32 ``[h, R, S]``: softmax weights of some rows.
 
@@ -141,9 +141,10 @@ def row_weights(
         query: ``[h, R, D]``.
         keys: ``[h, n, D]`` each, pieces that together are the sequence.
         positions: int64 ``[h, R]``.
+        softcap: see ``Inputs``.
     """
     query = query.float() * scale
-    scores = joined([torch.matmul(query, piece.float().transpose(1, 2)) for piece in keys], -1)
+    scores = cap_(joined([torch.matmul(query, piece.float().transpose(1, 2)) for piece in keys], -1), softcap)
     scores.masked_fill_(torch.arange(scores.shape[-1], device=query.device) > positions[..., None], -torch.inf)
     return torch.softmax(scores, -1, out=scores)
 

@@ -65,18 +65,23 @@ def most_unlike(unlikeness: torch.Tensor, count: int, taken: torch.Tensor) -> to
     return unlike.masked_fill_(rows >= borders[1:, None], -2.0).argmax(2) + borders[:-1]
 
 
-def logits(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """float32 ``[..., R, S]``: scaled products of ``query [..., R, D]`` and ``keys [..., S, D]``.
+def cap_(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Scores ``s`` as ``softcap * tanh(s / softcap)``, in place; 0: as they are."""
+    return scores.div_(softcap).tanh_().mul_(softcap) if softcap else scores
+
+
+def logits(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
+    """float32 ``[..., R, S]``: scaled products of ``query [..., R, D]`` and ``keys [..., S, D]``, with a soft cap.
 
     CPUs multiply in float32, since few of them multiply bf16 or fp16 at any speed.
     """
     if not query.is_cuda:
         query, keys = query.float(), keys.float()
-    return torch.matmul(query, keys.transpose(-1, -2)).float().mul_(scale)
+    return cap_(torch.matmul(query, keys.transpose(-1, -2)).float().mul_(scale), softcap)
 
 
 def column_diagonal_scores(
-    query: torch.Tensor, keys: torch.Tensor, heads: Sequence[int], scale: float
+    query: torch.Tensor, keys: torch.Tensor, heads: Sequence[int], scale: float, softcap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention mass per column and per diagonal, of the queries in ``probe_groups`` (arXiv 2407.02490, Algorithm 1).
 
@@ -90,6 +95,7 @@ def column_diagonal_scores(
         keys: ``[HK, S, D]``.
         heads: query heads wanted.
         scale: softmax scale.
+        softcap: see ``Inputs``.
 
     Returns:
         float32 ``[h, S]`` twice. Columns: the mass on key ``j``, summed over the queries. Diagonals: the mass
@@ -108,7 +114,7 @@ def column_diagonal_scores(
         # left stand for keys before the first.
         padded = torch.zeros(len(heads), rows, length + rows, device=query.device)
         for slot, head in enumerate(heads):
-            scores = logits(query[begin:end, head], keys[head // group], scale)
+            scores = logits(query[begin:end, head], keys[head // group], scale, softcap)
             torch.softmax(scores.masked_fill_(future, -torch.inf), -1, out=padded[slot, :, rows:])
         columns += padded[:, :, rows:].sum(1)
         # Key first + r - d stands in row r at place first + r - d + rows: d places left of first + rows, along a step

@@ -62,7 +62,6 @@ def test_layers_whose_heads_are_all_dense_take_the_parents_path(make_cpu_layer: 
     "options",
     [
         {"sliding_window": 128},
-        {"logits_soft_cap": 20.0},
         {"alibi_slopes": [2.0**-head for head in range(HEADS)]},
         {"sinks": torch.linspace(-2, 2, HEADS)},
     ],
@@ -89,9 +88,71 @@ def test_the_reason_is_logged(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: C
     lines = record_once(monkeypatch)
     make_cpu_layer([(0, 10)])
     assert not [line for line in lines if "densely" in line]
-    make_cpu_layer([(0, 10)], options={"sliding_window": 128, "logits_soft_cap": 20.0})
+    options = {"sliding_window": 128, "logits_soft_cap": 20.0}
+    make_cpu_layer([(0, 10)], options=options, settings={"kernel": "block_table"})
     (line,) = [line for line in lines if "densely" in line]
     assert "sliding window, soft cap" in line
+
+
+# What vLLM's own CPU kernel serves, and ours, but not vLLM's under an index.
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "soft cap": {"logits_soft_cap": 1.0},
+}
+
+
+@needs_native
+@pytest.mark.parametrize("kinds", [KINDS, ADAPTIVE_KINDS], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_of_our_own_kernel(
+    feature: str, dtype: torch.dtype, kinds: list[dict[str, Any]], make_cpu_layer: Callable[..., Layer]
+) -> None:
+    layer = make_cpu_layer(MIXED, dtype=dtype, patterns=kinds, options=FEATURES[feature])
+    output = layer.run(layer.impl, layer.metadata())
+    assert layer.impl.sparse_layer.kernel.name == "native" and len(layer.indices) == len(SPARSE)
+    assert_right(layer, output, SPARSE)
+    assert all(float(index.density().mean()) < 0.95 for index in layer.indices)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_mean_what_they_mean_to_vllm(
+    feature: str, dtype: torch.dtype, make_cpu_layer: Callable[..., Layer]
+) -> None:
+    """With all keys selected we give what vLLM's own kernel gives."""
+    everything = [{"kind": "a_shape", "sink": 0, "local": 100_000}] * HEADS
+    layer = make_cpu_layer(MIXED, dtype=dtype, patterns=everything, options=FEATURES[feature])
+    metadata = layer.metadata()
+    found, expected = (layer.run(impl, metadata) for impl in (layer.impl, layer.parent))
+    assert len(layer.indices) == len(SPARSE) and float(layer.indices[0].density().mean()) == 1.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=3 * max(torch.finfo(dtype).eps, 1e-6))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"settings": {"kernel": "block_table"}}, None),
+        ({"page": 16}, "kernel 'native' cannot run: page size 16 is not a multiple of 32"),
+    ],
+    ids=["block_table", "small pages"],
+)
+@pytest.mark.parametrize(("feature", "named"), [("soft cap", "soft cap on logits")])
+def test_without_our_own_kernel_such_layers_run_densely(
+    feature: str,
+    named: str,
+    changes: dict[str, Any],
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    make_cpu_layer: Callable[..., Layer],
+) -> None:
+    lines = record_once(monkeypatch)
+    layer = make_cpu_layer(MIXED, options=FEATURES[feature], **changes)
+    (line,) = [line for line in lines if "densely" in line]
+    assert named in line and (reason or "") in line
+    assert torch.equal(layer.run(layer.impl, layer.metadata()), layer.run(layer.parent, layer.metadata()))
+    assert not layer.indices
 
 
 def test_the_source_of_the_patterns_is_logged(

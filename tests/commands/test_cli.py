@@ -230,6 +230,10 @@ def test_inspect_says_why_a_model_is_refused(
         ({"model_type": "gpt_oss"}, {"0": "dense: sliding window, attention sinks", "1": "dense: attention sinks"}),
         (
             {"model_type": "gemma2"},
+            {"0": "dense: sliding window"},
+        ),
+        (
+            {"model_type": "gemma2", "head_dim": 512},
             {"0": "dense: sliding window, soft cap on logits", "1": "dense: soft cap on logits"},
         ),
         ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}, {}),

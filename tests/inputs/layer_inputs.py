@@ -71,7 +71,14 @@ def assert_right(layer: Any, output: torch.Tensor, sparse: Sequence[int]) -> Non
         else:
             mask = reference.causal_mask(context, seq_len).expand(layer.heads, -1, -1)
         query = batch.query[batch.rows(request)]
-        exact = reference.masked_attention(query, batch.keys(request), batch.values(request), mask, layer.scale)
+        exact = reference.masked_attention(
+            query,
+            batch.keys(request),
+            batch.values(request),
+            mask,
+            layer.scale,
+            layer.options.get("logits_soft_cap") or 0.0,
+        )
         found = output[batch.rows(request)]
         assert torch.isfinite(found).all(), f"request {request}"
         budget = 3 * max(torch.finfo(layer.dtype).eps, 1e-6) * float(exact.abs().max())

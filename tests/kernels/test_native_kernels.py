@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from paged_inputs import PagedBatch, make_batch
+from native_inputs import LAYOUTS, budget, in_layout, small_batch
+from paged_inputs import PagedBatch
 
 from minference_vllm import reference
-from minference_vllm.core.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
+from minference_vllm.core.paged_cache import Layout
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.choose import choose
 from minference_vllm.kernels.native import library
@@ -22,44 +23,10 @@ from minference_vllm.selection import low_rank
 from minference_vllm.selection.probe_queries import probe_groups
 from minference_vllm.selection.torch_scores import TorchScores
 
-LAYOUTS: tuple[Layout, ...] = ("rows", "transposed", "amx")
-BUILDS = (("avx512bf16", torch.bfloat16), ("avx2", torch.bfloat16), ("avx2", torch.float32))
 built = pytest.mark.skipif(bool(library.unavailable_reason()), reason=str(library.unavailable_reason()))
 
 
-@pytest.fixture(params=BUILDS, ids=lambda param: f"{param[0]}-{param[1]}".replace("torch.", ""))
-def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Served by each build of the kernels that the processor can run, not the best alone."""
-    build, dtype = request.param
-    loaded = library.load(build)
-    if loaded is None:
-        pytest.skip(f"no kernels for {library.INSTRUCTIONS[build]} here")
-    monkeypatch.setattr(library, "_best", lambda dtype: (build, loaded))
-    return dtype
-
-
-def in_layout(batch: PagedBatch, layout: Layout) -> PagedCache:
-    """The batch's pages in a layout, keys and values of a page side by side as in vLLM's cache."""
-    if layout == "amx" and batch.key_cache.dtype != torch.bfloat16:
-        pytest.skip("pages in tiles of the AMX unit hold bfloat16")
-    blocks, size, heads, dim = batch.key_cache.shape
-    place = torch.arange(size * dim).view(size, dim)
-    stored = torch.empty(blocks, heads, 2, size * dim, dtype=batch.key_cache.dtype)
-    for half, unpack, cache in ((0, unpack_keys, batch.key_cache), (1, unpack_values, batch.value_cache)):
-        stored[:, :, half, unpack(place, layout).flatten()] = cache.transpose(1, 2).flatten(2)
-    pages = stored.view(blocks, heads, 2, size, dim)
-    return PagedCache(pages[:, :, 0], pages[:, :, 1], layout)
-
-
 # All layouts and builds are held against one batch of each shape, and one answer.
-
-
-@functools.cache
-def small_batch(
-    chunk: int, context: int, heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, block_size: int = 32
-) -> PagedBatch:
-    """One request, with NaN behind its last token."""
-    return make_batch([chunk], [context], heads, kv_heads, head_size, block_size, dtype, behind=torch.nan)
 
 
 @functools.cache
@@ -88,10 +55,7 @@ def test_attention_and_log_sum_exp(layout: Layout, block_size: int, head_size: i
     mask = index.to_mask()
     scores = exact_logits(*shape).masked_fill(~mask, -torch.inf)
     exact = (scores.softmax(-1) @ reference.repeat_heads(batch.values(0), 8)).transpose(0, 1)
-    # Two roundings to bf16 (of the weights and of the output) of values that are at most as large as the largest; in
-    # float32 the exponential's error, and a sum of 511.
-    budget = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 3e-6
-    assert float((out.double() - exact).abs().max()) <= budget * float(exact.abs().max())
+    assert float((out.double() - exact).abs().max()) <= budget(dtype) * float(exact.abs().max())
     lse, again = torch.full((8, 301), torch.nan), torch.full_like(out, torch.nan)
     kernel.run(inputs, index, again, lse)
     assert torch.equal(again, out)

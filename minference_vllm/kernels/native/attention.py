@@ -41,6 +41,7 @@ def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor
         index.blocks.shape[2],
         index.columns.shape[2],
         inputs.scale,
+        inputs.softcap,
         torch.get_num_threads(),
     )
     library(cache.key.dtype).minference_attend(ctypes.byref(call))

@@ -61,6 +61,7 @@ class AttendArguments(ctypes.Structure):
         ("max_blocks", ctypes.c_int32),
         ("max_columns", ctypes.c_int32),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("threads", ctypes.c_int32),
     )
 
@@ -80,6 +81,7 @@ class RowArguments(ctypes.Structure):
         ("num_wanted", ctypes.c_int32),
         ("rows", ctypes.c_int32),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("threads", ctypes.c_int32),
     )
 

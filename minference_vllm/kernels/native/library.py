@@ -95,6 +95,13 @@ def unsupported_reason(dtype: torch.dtype, head_size: int) -> str | None:
     return None
 
 
+def unsupported_page_reason(block_size: int) -> str | None:
+    """Why the kernels cannot serve pages of so many tokens, or None when they can."""
+    if block_size % PAGE_MULTIPLE:
+        return f"page size {block_size} is not a multiple of {PAGE_MULTIPLE}"
+    return None
+
+
 def unsupported_cache_reason(dtype: torch.dtype, cache: PagedCache) -> str | None:
     """Why the kernels cannot serve this cache, its device and strides included, or None when they can."""
     if cache.key.device.type != "cpu":
@@ -103,9 +110,7 @@ def unsupported_cache_reason(dtype: torch.dtype, cache: PagedCache) -> str | Non
         return "keys and values differ in strides, or a head's elements do not lie side by side"
     if cache.layout == "amx" and dtype != torch.bfloat16:
         return f"pages in tiles of the AMX unit hold bfloat16, not {dtype}"
-    if cache.block_size % PAGE_MULTIPLE:
-        return f"page size {cache.block_size} is not a multiple of {PAGE_MULTIPLE}"
-    return unsupported_reason(dtype, cache.head_size)
+    return unsupported_page_reason(cache.block_size) or unsupported_reason(dtype, cache.head_size)
 
 
 def describe_cache(cache: PagedCache) -> interface.Cache:

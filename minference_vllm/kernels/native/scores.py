@@ -184,6 +184,7 @@ class NativeScores(TorchScores):
             len(heads),
             len(rows),
             inputs.scale,
+            inputs.softcap,
             torch.get_num_threads(),
         )
 

@@ -187,7 +187,7 @@ def measure(
     norms = exact.kv_value_norms.unsqueeze(-1)  # [HK, S, 1]
     # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
     by_kv_head = inputs.query[rows].transpose(0, 1).reshape(cache.num_kv_heads, -1, cache.head_size)
-    weights = logits(by_kv_head, exact.keys, inputs.scale).view(heads, len(rows), -1)
+    weights = logits(by_kv_head, exact.keys, inputs.scale, inputs.softcap).view(heads, len(rows), -1)
     weights = weights.masked_fill_(future, -torch.inf).softmax(-1)
 
     def times(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
