@@ -40,6 +40,7 @@ def masked_attention(
     mask: torch.Tensor,
     scale: float,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention over the keys that the mask allows.
 
@@ -47,12 +48,17 @@ def masked_attention(
         query: ``[rows, H, D]``. keys, values: ``[HK, S, D]``.
         mask: bool ``[H, rows, S]``; each row allows at least one key.
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2); 0: no cap.
+        sinks: ``[H]``: one more score in every row's softmax, without a value and without a cap (gpt-oss).
 
     Returns:
         float64 ``[rows, H, D]``.
     """
     heads = query.shape[1]
-    weights = logits(query, keys, scale, softcap).masked_fill(~mask, -torch.inf).softmax(-1)
+    scores = logits(query, keys, scale, softcap).masked_fill(~mask, -torch.inf)
+    total = scores.logsumexp(-1, keepdim=True)
+    if sinks is not None:
+        total = torch.logaddexp(total, sinks.double()[:, None, None])
+    weights = (scores - total).exp()
     return (weights @ repeat_heads(values.double(), heads)).transpose(0, 1)
 
 

@@ -43,7 +43,7 @@ struct AttendArguments {
   Cache cache;
   const void* query;  // row r, head h at r * query_token_stride + h * query_head_stride
   void* out;          // written; row r, head h at r * out_token_stride + h * out_head_stride
-  float* lse;         // [heads][chunk], written; natural logarithm. May be null
+  float* lse;         // [heads][chunk], written; natural logarithm, of a sink, too. May be null
   int64_t query_token_stride, query_head_stride, out_token_stride, out_head_stride;
   const int64_t* pages;        // [logical blocks], the physical page of each
   const int64_t* tile_starts;  // [tiles + 1], positions
@@ -54,6 +54,7 @@ struct AttendArguments {
   const void* column_keys;     // [n][head_size], the keys of all columns
   const void* column_values;   // [n][head_size]
   const int64_t* column_row;   // [heads][seq_len], the row of column_keys that holds this position
+  const float* sinks;          // [heads], logit of each head's attention sink. May be null
   int64_t seq_len;
   int32_t heads, tiles, max_blocks, max_columns;
   float scale;  // of query-key products before the softmax

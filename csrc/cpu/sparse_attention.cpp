@@ -174,7 +174,23 @@ class TileTask {
     sum += reduce_add(total);
   }
 
+  // One more key, with a score of its own and a value of zero.
+  void add_sink(float score) {
+    for (int r = 0; r < rows_; ++r) {
+      float& maximum = w_.maximum[r];
+      if (score > maximum + kRescale) {
+        const float shrink = std::exp2(maximum - score);
+        maximum = score;
+        w_.sum[r] *= shrink;
+        float* out = w_.out.data() + static_cast<size_t>(r) * dim_;
+        for (int d = 0; d < dim_; ++d) out[d] *= shrink;
+      }
+      w_.sum[r] += std::exp2(score - maximum);
+    }
+  }
+
   void write_out() {
+    if (a_.sinks != nullptr) add_sink(a_.sinks[head_] * kLog2e);
     for (int r = 0; r < rows_; ++r) {
       const Floats inverse = repeat(1.0f / w_.sum[r]);
       T* out = static_cast<T*>(a_.out) + (row_of_query_ + r) * a_.out_token_stride + head_ * a_.out_head_stride;

@@ -51,13 +51,13 @@ class MInferenceCPUMetadataBuilder(SparsePrefillBuilder, CPUAttentionMetadataBui
 class MInferenceCPUImpl(SparsePrefillImpl, CPUAttentionBackendImpl):
     def dense_reasons(self, vllm_config: Any) -> list[str]:
         dtype, kernel = vllm_config.model_config.dtype, self.runtime.settings.kernel
-        # Our own kernel knows soft caps; vLLM's, which runs what ours cannot, is not told of them.
+        # Our own kernel knows soft caps and sinks; vLLM's, which runs what ours cannot, is not told of them.
         own = own_kernel_reason(kernel, dtype, self.head_size) is None
         reasons = unsupported_layer_reasons(
             sliding_window=self.sliding_window,
             logits_soft_cap=None if own else self.logits_soft_cap,
             alibi_slopes=self.alibi_slopes,
-            sinks=self.sinks,
+            sinks=None if own else self.sinks,
             is_decoder=self.attn_type == AttentionType.DECODER,
             kv_cache_dtype=self.kv_cache_dtype,
             dtype=dtype,
@@ -74,17 +74,17 @@ class MInferenceCPUImpl(SparsePrefillImpl, CPUAttentionBackendImpl):
         if cpu_ops.layout_for(dtype, block_size, self.head_size) is None:
             return [f"unknown page layout of vLLM's CPU kernel ({cpu_ops.isa_for(dtype, block_size, self.head_size)})"]
         reason = own_kernel_reason(self.runtime.settings.kernel, dtype, self.head_size, block_size)
-        return [f"soft cap on logits ({reason})"] if reason and self.needs_own_kernel else []
+        return [f"soft cap or attention sinks ({reason})"] if reason and self.needs_own_kernel else []
 
     @property
     def needs_own_kernel(self) -> bool:
-        return bool(self.logits_soft_cap)
+        return bool(self.logits_soft_cap) or self.sinks is not None
 
     def inputs(
         self, layer: Any, query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, chunk: Chunk
     ) -> Inputs:
         softcap = float(self.logits_soft_cap or 0.0)
-        return Inputs.of(query, cache, block_table, chunk, self.scale, softcap, page_means=self.page_means)
+        return Inputs.of(query, cache, block_table, chunk, self.scale, softcap, self.sinks, self.page_means)
 
     def paged_cache(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedCache:
         num_blocks, num_kv_heads, block_size, _ = kv_cache.shape

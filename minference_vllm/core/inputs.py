@@ -27,7 +27,8 @@ class Inputs:
     softcap: float = 0.0
     """Scores ``s`` become ``softcap * tanh(s / softcap)``; 0: no cap."""
     sinks: torch.Tensor | None = None
-    """``[H]``: logit of each head's attention sink. Scores leave it out: its share is the same for all keys."""
+    """``[H]``: logit of each head's attention sink: it takes its part in the softmax, and has a value of zero. Scores
+    leave it out: its share is the same for all keys of a row."""
     page_means: PageMeans | None = None
     """The layer's, where they are kept from chunk to chunk; None: pages are averaged anew when that is needed."""
 

@@ -90,7 +90,7 @@ class Checkpoint:
             kernel: the setting of that name.
         """
         config = self.hf_text_config
-        # Our own kernels know soft caps; the Triton kernel knows sinks, too.
+        # Our own kernels know soft caps and sinks.
         fused = torch.cuda.is_available() and kernel != "block_table"
         own = fused or own_kernel_reason(kernel, self.dtype, self.head_size) is None
         window = getattr(config, "sliding_window", None)
@@ -107,7 +107,7 @@ class Checkpoint:
                 sliding_window=window if kind in WINDOWED else None,
                 logits_soft_cap=None if own else getattr(config, "attn_logit_softcapping", None),
                 alibi_slopes=True if getattr(config, "alibi", False) or config.model_type == "bloom" else None,
-                sinks=True if config.model_type == "gpt_oss" and not fused else None,
+                sinks=True if config.model_type == "gpt_oss" and not own else None,
                 is_decoder=True,
                 kv_cache_dtype="auto",
                 dtype=self.dtype,

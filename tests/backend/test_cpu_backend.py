@@ -63,7 +63,6 @@ def test_layers_whose_heads_are_all_dense_take_the_parents_path(make_cpu_layer: 
     [
         {"sliding_window": 128},
         {"alibi_slopes": [2.0**-head for head in range(HEADS)]},
-        {"sinks": torch.linspace(-2, 2, HEADS)},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -98,6 +97,8 @@ def test_the_reason_is_logged(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: C
 
 FEATURES: dict[str, dict[str, Any]] = {
     "soft cap": {"logits_soft_cap": 1.0},
+    "sinks": {"sinks": torch.linspace(-2, 8, HEADS)},
+    "sinks in bfloat16": {"sinks": torch.linspace(-2, 8, HEADS).bfloat16()},
 }
 
 
@@ -138,7 +139,7 @@ def test_features_mean_what_they_mean_to_vllm(
     ],
     ids=["block_table", "small pages"],
 )
-@pytest.mark.parametrize(("feature", "named"), [("soft cap", "soft cap on logits")])
+@pytest.mark.parametrize(("feature", "named"), [("soft cap", "soft cap"), ("sinks", "attention sinks")])
 def test_without_our_own_kernel_such_layers_run_densely(
     feature: str,
     named: str,

@@ -227,7 +227,11 @@ def test_inspect_says_why_a_model_is_refused(
     ("fields", "rows"),
     [
         ({"model_type": "mistral", "sliding_window": 4096}, {"0-1": "dense: sliding window"}),
-        ({"model_type": "gpt_oss"}, {"0": "dense: sliding window, attention sinks", "1": "dense: attention sinks"}),
+        ({"model_type": "gpt_oss"}, {"0": "dense: sliding window"}),
+        (
+            {"model_type": "gpt_oss", "head_dim": 512},
+            {"0": "dense: sliding window, attention sinks", "1": "dense: attention sinks"},
+        ),
         (
             {"model_type": "gemma2"},
             {"0": "dense: sliding window"},
@@ -258,11 +262,12 @@ def test_inspect_names_layers_that_run_no_pattern(
     assert found == rows
 
 
-def test_our_gpu_kernel_runs_patterns_where_the_cpu_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_kernels_run_patterns_where_vllms_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpt_oss = Checkpoint(str(model(tmp_path / "model", **{**LLAMA, "model_type": "gpt_oss"})))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert gpt_oss.fixed_layers() == {0: "dense: sliding window"}
-    assert gpt_oss.fixed_layers("block_table")[1] == "dense: attention sinks"
+    for on_gpu in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda on_gpu=on_gpu: on_gpu)
+        assert gpt_oss.fixed_layers() == {0: "dense: sliding window"}
+        assert gpt_oss.fixed_layers("block_table")[1] == "dense: attention sinks"
 
 
 def test_table_groups_what_is_alike() -> None:

@@ -78,6 +78,7 @@ def assert_right(layer: Any, output: torch.Tensor, sparse: Sequence[int]) -> Non
             mask,
             layer.scale,
             layer.options.get("logits_soft_cap") or 0.0,
+            layer.options.get("sinks"),
         )
         found = output[batch.rows(request)]
         assert torch.isfinite(found).all(), f"request {request}"

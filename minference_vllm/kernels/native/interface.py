@@ -55,6 +55,7 @@ class AttendArguments(ctypes.Structure):
         ("column_keys", _VoidPtr),
         ("column_values", _VoidPtr),
         ("column_row", _Int64Ptr),
+        ("sinks", _Float32Ptr),
         ("seq_len", ctypes.c_int64),
         ("heads", ctypes.c_int32),
         ("tiles", ctypes.c_int32),
