@@ -38,7 +38,7 @@ class Settings(BaseModel):
     """Query rows that share one selection of keys, rounded up to whole pages. None: 128."""
 
     kernel: Literal["auto", "block_table", "native", "triton"] = "auto"
-    """What runs attention under an index: ``native``, our kernels for bf16 and float32 on x86 processors from AVX2 on;
+    """What runs attention under an index: ``native``, our kernels for x86 processors from AVX2 on;
     ``triton``, our kernel for GPUs; ``block_table``, vLLM's own kernel, on both; ``auto``, the faster of those that run
     here."""
 

@@ -15,6 +15,9 @@ namespace minference {
 
 using bf16 = uint16_t;
 using pair = uint32_t;  // two bf16, the lower index in the low half
+struct fp16 {
+  uint16_t bits;
+};
 
 // A page in memory, for one KV head:
 //   rows:       keys and values [block_size][head_size], with `row_stride` between tokens
@@ -22,7 +25,7 @@ using pair = uint32_t;  // two bf16, the lower index in the low half
 //   amx:        bf16 in tiles of the AMX unit. Pairs along the dimension that a product sums over stay together: keys
 //               [block_size / 16][head_size / 2][16 tokens][2], values [head_size / 16][block_size / 2][16 dims][2]
 enum class Layout : int32_t { rows = 0, transposed = 1, amx = 2 };
-enum class Element : int32_t { bfloat16 = 0, float32 = 1 };
+enum class Element : int32_t { bfloat16 = 0, float32 = 1, float16 = 2 };
 
 // Keys and values of one layer in vLLM's pages. KV head h of page p starts at p * page_stride + h * head_stride.
 struct Cache {

@@ -104,7 +104,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 @needs_native
 @pytest.mark.parametrize("kinds", [KINDS, ADAPTIVE_KINDS], ids=["fixed", "adaptive"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features_of_our_own_kernel(
     feature: str, dtype: torch.dtype, kinds: list[dict[str, Any]], make_cpu_layer: Callable[..., Layer]
@@ -117,7 +117,7 @@ def test_features_of_our_own_kernel(
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features_mean_what_they_mean_to_vllm(
     feature: str, dtype: torch.dtype, make_cpu_layer: Callable[..., Layer]
@@ -191,8 +191,8 @@ def test_the_kernels_that_run_are_logged(
     }
     assert expected[name] in line
     assert ("our " in line) == (name == "native")
-    if dtype == torch.float16 and kernel == "auto":
-        assert "(kernel 'block_table': torch.float16 is neither bfloat16 nor float32)" in line
+    if kernel == "auto" and dtype != torch.bfloat16:
+        assert (name == "native") == (library.unsupported_reason(dtype, DIM) is None)
 
 
 @needs_native
@@ -412,20 +412,20 @@ def test_heads_with_mean_correction_are_served(make_cpu_layer: Callable[..., Lay
 
 
 @pytest.mark.parametrize(
-    ("settings", "dtype", "message"),
+    ("changes", "message"),
     [
-        ({"kernel": "block_table"}, torch.bfloat16, "vLLM's CPU kernel does not give"),
-        ({}, torch.float16, "kernel 'native' does, but .*"),
+        ({"settings": {"kernel": "block_table"}}, "vLLM's CPU kernel does not give"),
+        ({"page": 16}, "kernel 'native' does, but .*"),
     ],
-    ids=["block_table", "auto without native kernels for the dtype"],
+    ids=["block_table", "auto without native kernels for the page size"],
 )
 def test_mean_correction_without_its_kernel_is_refused_at_the_start(
-    settings: dict[str, Any], dtype: torch.dtype, message: str, make_cpu_layer: Callable[..., Layer]
+    changes: dict[str, Any], message: str, make_cpu_layer: Callable[..., Layer]
 ) -> None:
     with pytest.raises(
         ValueError, match=rf"patterns\.json.*: kernel 'block_table' cannot run: mean correction .*{message}"
     ):
-        make_cpu_layer(MIXED, patterns=[CORRECTED, *KINDS[1:]], settings=settings, dtype=dtype)
+        make_cpu_layer(MIXED, patterns=[CORRECTED, *KINDS[1:]], **changes)
 
 
 # Page sizes: vLLM may settle them, and tell them to the builder alone, after its layers are made.

@@ -142,7 +142,7 @@ def test_the_best_build_that_the_processor_can_run_is_taken(monkeypatch: pytest.
     best = library._best.__wrapped__
     assert best(torch.bfloat16) == ("avx512bf16", libraries["avx512bf16"])
     # The other one's instructions multiply bf16.
-    assert best(torch.float32) == ("avx2", libraries["avx2"])
+    assert best(torch.float32) == best(torch.float16) == ("avx2", libraries["avx2"])
     del libraries["avx512bf16"]
     assert best(torch.bfloat16) == ("avx2", libraries["avx2"])
     del libraries["avx2"]
@@ -166,7 +166,7 @@ def test_amx_pages_hold_bf16(paged_batch: Callable[..., PagedBatch]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"dtype": torch.float16}, "float16 is neither bfloat16 nor float32"),
+        ({"dtype": torch.float64}, "float64 is neither bfloat16, float16 nor float32"),
         ({"block_size": 16}, "page size 16 is not a multiple of 32"),
         ({"head_size": 72}, "head size 72 is not a multiple of 16"),
         ({"head_size": 512}, "head size 512 is not a multiple of 16 up to 256"),

@@ -1,8 +1,11 @@
 """The libraries built from ``csrc/cpu``: which one runs here, and what it can serve.
 
 There are two, for AVX512-BF16 and for AVX2, built by ``pip install`` where a compiler is there; without them everything
-runs through vLLM's kernel. float32 is served by the one for AVX2, on newer processors too: the instructions that the
-other one is for multiply bf16.
+runs through vLLM's kernel. float32 and float16 are served by the one for AVX2, on newer processors too: what the other
+one's instructions multiply is bf16.
+
+Head sizes are multiples of 16, the width of a register tile, up to 256: larger heads do not fit the buffers that a
+thread keeps in its core's caches. Of the sizes that vLLM's own CPU kernel knows, 512 is the one that is left out.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from minference_vllm.kernels.native import interface
 
 logger = logging.getLogger("vllm.minference_vllm")
 
-ELEMENTS = {torch.bfloat16: 0, torch.float32: 1}
+ELEMENTS = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
 LAYOUTS = {"rows": 0, "transposed": 1, "amx": 2}
 PAGE_MULTIPLE = 32
 MAX_HEAD_SIZE = 256
@@ -60,7 +63,7 @@ def load(build: str) -> ctypes.CDLL | None:
 
 @functools.cache
 def _best(dtype: torch.dtype) -> tuple[str, ctypes.CDLL] | None:
-    builds = ["avx2"] if dtype == torch.float32 else INSTRUCTIONS
+    builds = INSTRUCTIONS if dtype == torch.bfloat16 else ["avx2"]
     return next(((build, library) for build in builds if (library := load(build))), None)
 
 
@@ -87,7 +90,7 @@ def unavailable_reason(dtype: torch.dtype = torch.bfloat16) -> str | None:
 def unsupported_reason(dtype: torch.dtype, head_size: int) -> str | None:
     """Why the kernels cannot serve heads of this size and type, or None when they can."""
     if dtype not in ELEMENTS:
-        return f"{dtype} is neither bfloat16 nor float32"
+        return f"{dtype} is neither bfloat16, float16 nor float32"
     if unavailable_reason(dtype):
         return unavailable_reason(dtype)
     if head_size % 16 or head_size > MAX_HEAD_SIZE:
