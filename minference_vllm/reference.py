@@ -93,9 +93,10 @@ def with_mean_pages(
     return *extended, torch.cat([mask, left_out], 2)
 
 
-def causal_mask(context_len: int, seq_len: int) -> torch.Tensor:
-    """bool ``[seq_len - context_len, seq_len]``."""
-    return torch.arange(seq_len) <= torch.arange(context_len, seq_len)[:, None]
+def causal_mask(context_len: int, seq_len: int, window: int = 0) -> torch.Tensor:
+    """bool ``[seq_len - context_len, seq_len]``; a row sees its last ``window`` keys alone, itself included; 0: all."""
+    keys, rows = torch.arange(seq_len), torch.arange(context_len, seq_len)[:, None]
+    return (keys <= rows) & (keys > rows - window) if window else keys <= rows
 
 
 def attention_recall(
@@ -106,6 +107,7 @@ def attention_recall(
     scale: float,
     values: torch.Tensor | None = None,
     softcap: float = 0.0,
+    window: int = 0,
 ) -> torch.Tensor:
     """Share of each row's dense softmax mass that the mask keeps, ``exp(lse_sparse - lse_dense)``; with values, each
     weight counts times the norm of its key's value (value recall).
@@ -119,12 +121,17 @@ def attention_recall(
     scores = logits(query, keys, scale, softcap)
     if values is not None:
         scores = scores + repeat_heads(values.double(), heads).norm(dim=2).log()[:, None]
-    dense = scores.masked_fill(~causal_mask(context_len, seq_len), -torch.inf).logsumexp(-1)
+    dense = scores.masked_fill(~causal_mask(context_len, seq_len, window), -torch.inf).logsumexp(-1)
     return (scores.masked_fill(~mask, -torch.inf).logsumexp(-1) - dense).exp()
 
 
 def column_diagonal_scores(
-    query: torch.Tensor, keys: torch.Tensor, scale: float, groups: Sequence[tuple[int, int]], softcap: float = 0.0
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    groups: Sequence[tuple[int, int]],
+    softcap: float = 0.0,
+    window: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Column and diagonal mass of groups of queries (arXiv 2407.02490, Algorithm 1), float64 ``[H, S]`` each.
 
@@ -144,7 +151,8 @@ def column_diagonal_scores(
         for row in range(begin, end):
             position = seq_len - chunk + row
             scores = torch.einsum("hd,hsd->hs", query[row].double(), repeated[:, : position + 1]) * scale
-            weights = capped(scores, softcap).softmax(-1)
+            seen = causal_mask(position, position + 1, window)
+            weights = capped(scores, softcap).masked_fill(~seen, -torch.inf).softmax(-1)
             columns[:, : position + 1] += weights
             mass[:, : position + 1] += weights.flip(1)
         reach = seq_len - chunk + end
@@ -226,7 +234,10 @@ def antidiagonal_scores(
                 if tiling.context_len <= row < seq_len:
                     there = key < seq_len
                     means[:, there] += of_pairs[:, row - tiling.context_len, key[there]] / stride
-            weights = capped(means, softcap).softmax(-1) / len(square_rows)
+            means = capped(means, softcap)
+            if tiling.window:  # squares that end before the window of the first row of squares
+                means[:, begin + stride - 1 <= square_row * stride - tiling.window] = -torch.inf
+            weights = means.softmax(-1) / len(square_rows)
             scores[:, tile].index_add_(1, begin // tiling.block_size, weights)
     return scores
 

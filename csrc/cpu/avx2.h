@@ -44,6 +44,13 @@ inline Floats hide_after(Floats x, const int32_t* position, int32_t limit) {
   return _mm256_blendv_ps(x, _mm256_set1_ps(-std::numeric_limits<float>::infinity()), hidden);
 }
 
+// x where position >= first, -inf elsewhere.
+inline Floats hide_before(Floats x, const int32_t* position, int32_t first) {
+  const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(position));
+  const __m256 hidden = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(first), at));
+  return _mm256_blendv_ps(x, _mm256_set1_ps(-std::numeric_limits<float>::infinity()), hidden);
+}
+
 // 2^x for x < 128, relative error 2e-7; 0 where the result is below 2^-126 (subnormal).
 inline Floats exp2(Floats x) {
   x = _mm256_max_ps(x, _mm256_set1_ps(-127.0f));

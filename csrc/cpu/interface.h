@@ -59,6 +59,7 @@ struct AttendArguments {
   const int64_t* column_row;   // [heads][seq_len], the row of column_keys that holds this position
   const float* sinks;          // [heads], logit of each head's attention sink. May be null
   int64_t seq_len;
+  int64_t window;  // keys that a row sees at most, itself included; 0: all before it
   int32_t heads, tiles, max_blocks, max_columns;
   float scale;  // of query-key products before the softmax
   float softcap;  // scores s become softcap * tanh(s / softcap); 0: no cap
@@ -75,6 +76,7 @@ struct RowArguments {
   const int32_t* heads;      // [num_wanted], query heads, ascending
   int64_t context_len;       // position of the chunk's first row
   int64_t seq_len;
+  int64_t window;  // keys that a row sees at most, itself included; 0: all before it
   int32_t num_heads, num_wanted;
   int32_t rows;   // at most 64
   float scale;    // of query-key products before the softmax

@@ -45,7 +45,7 @@ class RowScores {
   int tasks() const { return static_cast<int>((first_of_group_.size() - 1) * parts); }
 
   // Calls use(wanted head, key tile) with the scores (in units of log2) in w.row(r)[n], for every tile of a task. Keys
-  // in the future or past the end score -inf.
+  // in the future, past the end or before the row's window score -inf.
   template <typename Use>
   void run(int task, RowWorkspace& w, const Use& use) const {
     const int64_t group = task / parts, first_tile = task % parts * kTilesPerTask;
@@ -112,6 +112,7 @@ class RowScores {
       for (int n = 0; n < kKeyTile; n += kLanes) {
         store(row + n, hide_after(load(row + n) * scale, kPlaces.data() + n, limit));
       }
+      if (a_.window != 0) std::fill_n(row, std::clamp<int64_t>(visible - a_.window + 1, 0, kKeyTile), -kInfinity);
     }
   }
 

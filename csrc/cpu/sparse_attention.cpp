@@ -121,16 +121,21 @@ class TileTask {
       earliest = std::min(earliest, w_.position[i]);
     }
     const bool masked = latest > start_;
+    // Whether the last row's window begins behind some of these keys.
+    const bool cut = a_.window != 0 && earliest < first_seen(rows_ - 1);
     for (int r = 0; r < rows_; r += kRows) {
       const int rows = std::min(kRows, rows_ - r);
-      if (start_ + r + rows - 1 < earliest) continue;
-      with_rows(rows, [&]<int R>() { attend_rows<R>(r, masked); });
+      if (start_ + r + rows - 1 < earliest || (cut && latest < first_seen(r))) continue;
+      with_rows(rows, [&]<int R>() { attend_rows<R>(r, masked, cut); });
     }
     filled_ = 0;
   }
 
+  // The first key in the window of a row of the tile.
+  int64_t first_seen(int row) const { return start_ + row - a_.window + 1; }
+
   template <int R>
-  void attend_rows(int r, bool masked) {
+  void attend_rows(int r, bool masked, bool cut) {
     const int keys = filled_;
     product_rows<R, kQueryStride, false>(w_.query.data() + static_cast<size_t>(r) * kQueryStride, w_.keys, kKeyTile,
                                          w_.scores, kKeyTile, dim_, keys);
@@ -138,8 +143,16 @@ class TileTask {
     if (a_.softcap != 0.0f) {
       for (int i = 0; i < R; ++i) soft_cap_row(w_.scores + i * kKeyTile, keys, a_.scale, a_.softcap);
     }
+    if (cut) {
+      for (int i = 0; i < R; ++i) hide_before_window(w_.scores + i * kKeyTile, keys, r + i);
+    }
     for (int i = 0; i < R; ++i) softmax_row(r + i, i, keys, masked, out + static_cast<size_t>(i) * dim_);
     product_rows<R, kKeyTile, true>(w_.weights, w_.values, dim_, out, dim_, keys, dim_);
+  }
+
+  void hide_before_window(float* scores, int keys, int row) const {
+    const auto first = static_cast<int32_t>(first_seen(row));
+    for (int n = 0; n < keys; n += kLanes) store(scores + n, hide_before(load(scores + n), w_.position + n, first));
   }
 
   void softmax_row(int row, int i, int keys, bool masked, float* out) {

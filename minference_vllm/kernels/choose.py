@@ -49,7 +49,9 @@ def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = Fa
     if with_lse:
         raise ValueError(f"kernel 'block_table' cannot run: {no_lse_reason(reason)}")
     if own:
-        raise ValueError(f"kernel 'block_table' cannot run: it knows no soft caps and sinks; {reason or 'native does'}")
+        raise ValueError(
+            f"kernel 'block_table' cannot run: it knows no soft caps, sinks and windows; {reason or 'native does'}"
+        )
     if library.unavailable_reason():
         return BLOCK_TABLE_ALONE
     return BLOCK_TABLE_WITH_NATIVE_PRODUCTS if reason else BLOCK_TABLE
@@ -114,7 +116,7 @@ def triton_reason(cache: PagedCache) -> str | None:
     return None
 
 
-NATIVE = Kernel("native", native.run, NativeScores, softcap=True, sinks=True)
+NATIVE = Kernel("native", native.run, NativeScores, softcap=True, sinks=True, window=True)
 BLOCK_TABLE = Kernel("block_table", cpu.run, NativeScores, whole_pages=True, gives_lse=False)
 BLOCK_TABLE_WITH_NATIVE_PRODUCTS = Kernel(
     "block_table", cpu.run, functools.partial(NativeScores, from_pages=False), whole_pages=True, gives_lse=False

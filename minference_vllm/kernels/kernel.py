@@ -42,14 +42,7 @@ class Kernel:
     """Whether it knows soft caps."""
     sinks: bool = False
     """Whether it knows attention sinks."""
+    window: bool = False
+    """Whether it knows sliding windows."""
     fp8: bool = False
     """Whether it knows FP8 caches with one scale per tensor."""
-
-    def unknown(self, inputs: Inputs) -> str | None:
-        """What these inputs ask for and the kernel does not know, or None."""
-        asked = {
-            "soft cap": bool(inputs.softcap) and not self.softcap,
-            "attention sinks": inputs.sinks is not None and not self.sinks,
-            "FP8 caches": inputs.cache.key.element_size() == 1 and not self.fp8,
-        }
-        return next((name for name, unknown in asked.items() if unknown), None)

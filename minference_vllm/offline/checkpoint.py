@@ -83,16 +83,13 @@ class Checkpoint:
     def get_total_num_hidden_layers(self) -> int:
         return int(self.hf_text_config.num_hidden_layers)
 
-    def fixed_layers(self, kernel: str = "auto") -> dict[int, str]:
-        """Layer -> what runs on this machine whatever its patterns, and why, as far as the configuration tells.
-
-        Args:
-            kernel: the setting of that name.
-        """
+    def fixed_layers(self, settings: Settings) -> dict[int, str]:
+        """Layer -> what runs on this machine whatever its patterns, and why, as far as the configuration tells."""
         config = self.hf_text_config
-        # Our own kernels know soft caps and sinks.
-        fused = torch.cuda.is_available() and kernel != "block_table"
-        own = fused or own_kernel_reason(kernel, self.dtype, self.head_size) is None
+        # Our own kernels know soft caps and sinks, the one for CPUs sliding windows, too.
+        on_gpu, kernel = torch.cuda.is_available(), settings.kernel
+        native = not on_gpu and own_kernel_reason(kernel, self.dtype, self.head_size) is None
+        own = native or (on_gpu and kernel != "block_table")
         window = getattr(config, "sliding_window", None)
         # Without a list of kinds, a window is every layer's.
         unlisted = "full_attention" if window is None else "sliding_attention"
@@ -111,6 +108,7 @@ class Checkpoint:
                 is_decoder=True,
                 kv_cache_dtype="auto",
                 dtype=self.dtype,
+                min_window=settings.min_context if native else None,
             )
             if reasons:
                 found[layer] = f"dense: {', '.join(reasons)}"

@@ -71,7 +71,11 @@ def antidiagonal_scores(
     # The tile of a square of rows is that of its last row in the chunk: tiles, too, lie at multiples of the stride.
     last_rows = (square_rows * stride + stride - 1).clamp(max=length - 1)
     tile_of_square = torch.searchsorted(tiling.starts, last_rows, right=True) - 1
-    future = torch.arange(squares, device=query.device) > square_rows[:, None]
+    # Of a square that lies across a border of the window all counts.
+    hidden = torch.arange(squares, device=query.device) > square_rows[:, None]
+    if tiling.window:
+        oldest = (square_rows * stride - tiling.window + 1).clamp(min=0) // stride
+        hidden |= torch.arange(squares, device=query.device) < oldest[:, None]
     missing = tiling.num_key_blocks * per_block - squares
     result = torch.zeros(len(heads), tiling.num_tiles, tiling.num_key_blocks, device=query.device)
     long_keys: dict[int, torch.Tensor] = {}
@@ -82,7 +86,7 @@ def antidiagonal_scores(
             long_keys = {kv_head: padded.view(squares, stride, dim).flip(1).reshape(squares, -1)}
         rows = torch.nn.functional.pad(query[:, head], (0, 0, before, after)).view(-1, stride * dim)
         weights = logits(rows, long_keys[kv_head], scale / stride, softcap)
-        weights = weights.masked_fill_(future, -torch.inf).softmax(-1)
+        weights = weights.masked_fill_(hidden, -torch.inf).softmax(-1)
         by_block = torch.nn.functional.pad(weights, (0, missing)).view(len(rows), -1, per_block).sum(-1)
         result[slot].index_add_(0, tile_of_square, by_block)
     squares_of_tile = torch.zeros(tiling.num_tiles, device=query.device)

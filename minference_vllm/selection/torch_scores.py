@@ -98,7 +98,7 @@ class TorchScores:
 
     def column_diagonal_scores(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``probe_queries.column_diagonal_scores``."""
-        return column_diagonal_scores(self.query, self.keys, heads, self.scale, self.softcap)
+        return column_diagonal_scores(self.query, self.keys, heads, self.scale, self.softcap, self.inputs.window)
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
         return pooled_scores(self.query, self.mean_keys, heads, tiling, self.scale, self.softcap)
@@ -139,7 +139,7 @@ class TorchScores:
     def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
         query = torch.stack([self.query[of_head, head] for of_head, head in zip(rows, heads, strict=True)])
         positions = rows + self.inputs.chunk.context_len
-        return low_rank.row_weights(query, self.keys_of(heads), positions, self.scale, self.softcap)
+        return low_rank.row_weights(query, self.keys_of(heads), positions, self.scale, self.softcap, self.inputs.window)
 
     tile_bins = staticmethod(score_bins.tile_bins)
     row_mass = staticmethod(score_bins.row_mass)

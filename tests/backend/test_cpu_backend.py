@@ -99,6 +99,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "soft cap": {"logits_soft_cap": 1.0},
     "sinks": {"sinks": torch.linspace(-2, 8, HEADS)},
     "sinks in bfloat16": {"sinks": torch.linspace(-2, 8, HEADS).bfloat16()},
+    "window": {"sliding_window": MIN_CONTEXT},
+    "all": {"sliding_window": 333, "logits_soft_cap": 2.0, "sinks": torch.linspace(-2, 8, HEADS)},
 }
 
 
@@ -139,7 +141,9 @@ def test_features_mean_what_they_mean_to_vllm(
     ],
     ids=["block_table", "small pages"],
 )
-@pytest.mark.parametrize(("feature", "named"), [("soft cap", "soft cap"), ("sinks", "attention sinks")])
+@pytest.mark.parametrize(
+    ("feature", "named"), [("soft cap", "soft cap"), ("sinks", "attention sinks"), ("window", "sliding window")]
+)
 def test_without_our_own_kernel_such_layers_run_densely(
     feature: str,
     named: str,
@@ -154,6 +158,43 @@ def test_without_our_own_kernel_such_layers_run_densely(
     assert named in line and (reason or "") in line
     assert torch.equal(layer.run(layer.impl, layer.metadata()), layer.run(layer.parent, layer.metadata()))
     assert not layer.indices
+
+
+@needs_native
+def test_pages_before_a_window_are_never_read(make_cpu_layer: Callable[..., Layer]) -> None:
+    """vLLM gives them to other requests."""
+    layer = make_cpu_layer([(600, 150)], patterns=KINDS, options=FEATURES["window"], settings={"tile": PAGE})
+    output = layer.run(layer.impl, layer.metadata())
+    assert_right(layer, output, [0])
+    gone = (600 - MIN_CONTEXT + 1) // PAGE
+    assert layer.indices[0].tiling.context_len == 600 - gone * PAGE
+    layer.cache[layer.batch.block_table[0, :gone].long()] = torch.nan
+    assert torch.equal(layer.run(layer.impl, layer.metadata()), output)
+
+
+@needs_native
+def test_short_windows_run_densely(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]) -> None:
+    """A row of theirs attends fewer keys than where sparse prefill begins."""
+    lines = record_once(monkeypatch)
+    layer = make_cpu_layer(MIXED, options={"sliding_window": MIN_CONTEXT - 1})
+    (line,) = [line for line in lines if "run densely:" in line]
+    assert f"sliding window of {MIN_CONTEXT - 1} tokens, below min_context" in line
+    assert torch.equal(layer.run(layer.impl, layer.metadata()), layer.run(layer.parent, layer.metadata()))
+
+
+@needs_native
+def test_mean_correction_in_a_window_runs_densely_until_other_patterns_come(
+    monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]
+) -> None:
+    from minference_vllm.patterns.file import load_pattern_file
+
+    lines = record_once(monkeypatch)
+    layer = make_cpu_layer(MIXED, patterns=[CORRECTED, *KINDS[1:]], options=FEATURES["window"])
+    (line,) = [line for line in lines if "run densely:" in line]
+    assert "mean correction" in line
+    assert torch.equal(layer.run(layer.impl, layer.metadata()), layer.run(layer.parent, layer.metadata()))
+    layer.impl.runtime.use(load_pattern_file("a_shape(32, 64)"), "a_shape(32, 64)")
+    assert_right(layer, layer.run(layer.impl, layer.metadata()), SPARSE)
 
 
 def test_the_source_of_the_patterns_is_logged(

@@ -236,6 +236,23 @@ def test_a_stride_that_does_not_divide_the_page_is_refused(stride: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["regular", "context_before_chunk", "gqa_7"])
+@pytest.mark.parametrize("window", [1, 50, 128, 200])
+def test_block_scores_in_a_window(name: str, window: int) -> None:
+    query, keys, context, scale = inputs(name, torch.float32)
+    tiling, heads = Tiling.of(context, keys.shape[1], 32, 64, window=window), wanted_heads(query.shape[1])
+    scores = scores_of(query, keys, scale, window=window)
+    for kind, definition, stride in (
+        ("pooled", reference.pooled_scores, ()),
+        ("peaks", reference.peak_scores, ()),
+        ("antidiagonal", reference.antidiagonal_scores, (16,)),
+    ):
+        found = getattr(scores, kind)(heads, tiling, *stride)
+        exact = definition(query, keys, tiling, *stride, scale)[heads]
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-6)
+        assert not found[:, ~tiling.reachable()].any()
+
+
+@pytest.mark.parametrize("name", ["regular", "context_before_chunk", "gqa_7"])
 def test_block_scores_with_a_soft_cap(name: str) -> None:
     """Our CPU kernels' own scores are held to it in ``tests/kernels/test_native_features.py``."""
     query, keys, context, scale = inputs(name, torch.float32)

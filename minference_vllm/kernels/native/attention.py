@@ -42,6 +42,7 @@ def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor
         columns.row_of.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
         index.tiling.seq_len,
+        inputs.window,
         index.num_heads,
         index.num_tiles,
         index.blocks.shape[2],

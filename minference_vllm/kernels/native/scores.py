@@ -180,6 +180,7 @@ class NativeScores(TorchScores):
             heads.data_ptr(),
             inputs.chunk.context_len,
             inputs.chunk.seq_len,
+            inputs.window,
             inputs.num_heads,
             len(heads),
             len(rows),
