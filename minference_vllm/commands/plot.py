@@ -150,7 +150,9 @@ def _draw_prompt(
             heads = [int(recall.argmin())]
             maps.clear()
         for head in heads:
-            maps[number, head] = head_map(layer.query[head], layer.keys_of(head), indices, head, layer.scale)
+            maps[number, head] = head_map(
+                layer.query[head], layer.keys_of(head), indices, head, layer.scale, softcap=layer.softcap
+            )
 
     visit_layers(args.model, torch.tensor([ids]), visit, args.device, args.trust_remote_code)
     if not measured:

@@ -44,7 +44,10 @@ def exact_logits(*shape: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("block_size, head_size", [(32, 64), (32, 80), (64, 96), (128, 128), (32, 256)])
+@pytest.mark.parametrize(
+    "block_size, head_size",
+    [(32, 64), (32, 80), (64, 96), (32, 112), (128, 128), (64, 160), (32, 192), (64, 224), (32, 256)],
+)
 def test_attention_and_log_sum_exp(layout: Layout, block_size: int, head_size: int, dtype: torch.dtype) -> None:
     shape = 301, 210, 8, 2, head_size, dtype, block_size
     batch = small_batch(*shape)
@@ -157,6 +160,17 @@ def test_amx_pages_go_to_vllms_kernel_unless_ours_is_named(paged_batch: Callable
     assert choose("auto", torch.bfloat16, in_layout(paged_batch(), "transposed")).name == "native"
 
 
+@built
+def test_what_vllms_kernel_does_not_know_goes_to_ours(paged_batch: Callable[..., PagedBatch]) -> None:
+    cache = in_layout(paged_batch(), "amx")
+    assert choose("auto", torch.bfloat16, cache, own=True).name == "native"
+    with pytest.raises(ValueError, match="'block_table' cannot run: it knows no soft caps, sinks and windows; native"):
+        choose("block_table", torch.bfloat16, cache, own=True)
+    small = in_layout(paged_batch(block_size=16), "rows")
+    with pytest.raises(ValueError, match=r"'block_table' cannot run: it knows no soft caps, .* page size 16"):
+        choose("auto", torch.bfloat16, small, own=True)
+
+
 def test_amx_pages_hold_bf16(paged_batch: Callable[..., PagedBatch]) -> None:
     cache = in_layout(paged_batch(), "amx")
     assert library.unsupported_cache_reason(torch.float32, cache)
@@ -178,6 +192,18 @@ def test_reasons(arguments: dict[str, Any], reason: str, paged_batch: Callable[.
     assert reason in str(library.unsupported_cache_reason(dtype, cache))
     of_heads = library.unsupported_reason(dtype, cache.head_size)
     assert of_heads is None if "block_size" in arguments else reason in str(of_heads)
+
+
+@built
+def test_of_vllms_head_sizes_those_up_to_256_are_served() -> None:
+    """512 goes to vLLM's own kernel, or runs densely."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    assert {64, 80, 96, 112, 128, 160, 192, 224, 256} <= set(sizes)
+    for dtype in library.ELEMENTS:
+        served = [size for size in sizes if library.unsupported_reason(dtype, size) is None]
+        assert served == [size for size in sizes if size <= 256]
 
 
 def test_index_and_tiling_fit_the_kernels_types(paged_batch: Callable[..., PagedBatch]) -> None:

@@ -174,7 +174,8 @@ def measure(
         seed: decides which rows are sampled.
     """
     heads, chunk, device = inputs.num_heads, inputs.chunk, inputs.query.device
-    cache, chosen = inputs.cache, choose_kernel(kernel, inputs.query.dtype, inputs.cache)
+    own = bool(inputs.softcap or inputs.window) or inputs.sinks is not None
+    cache, chosen = inputs.cache, choose_kernel(kernel, inputs.query.dtype, inputs.cache, own=own)
     tiling = tiling_for(inputs, chosen, tile)
     exact = chosen.scores(inputs)
     scores = _Remembered(exact, heads)
