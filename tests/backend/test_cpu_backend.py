@@ -133,6 +133,7 @@ def test_features_mean_what_they_mean_to_vllm(
     torch.testing.assert_close(found, expected, rtol=0, atol=3 * max(torch.finfo(dtype).eps, 1e-6))
 
 
+@needs_native
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

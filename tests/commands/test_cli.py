@@ -18,6 +18,7 @@ from minference_vllm.backend import compat, registration
 from minference_vllm.commands import doctor
 from minference_vllm.commands.cli import COMMANDS, main
 from minference_vllm.commands.inspect import spans, table
+from minference_vllm.kernels.native import library
 from minference_vllm.offline.checkpoint import Checkpoint
 from minference_vllm.settings import Settings
 
@@ -260,6 +261,7 @@ def test_inspect_names_layers_that_run_no_pattern(
     fields: dict[str, Any],
     rows: dict[str, str],
 ) -> None:
+    monkeypatch.setattr(library, "unavailable_reason", lambda dtype=None: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     ended = tool("inspect", model(tmp_path / "model", **{**LLAMA, "architectures": ["SomeForCausalLM"], **fields}))
     assert ended.code == 0, ended.err
@@ -270,6 +272,7 @@ def test_inspect_names_layers_that_run_no_pattern(
 
 def test_our_own_kernels_run_patterns_where_vllms_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpt_oss = Checkpoint(str(model(tmp_path / "model", **{**LLAMA, "model_type": "gpt_oss"})))
+    monkeypatch.setattr(library, "unavailable_reason", lambda dtype=None: None)
     for on_gpu in (True, False):
         monkeypatch.setattr("torch.cuda.is_available", lambda on_gpu=on_gpu: on_gpu)
         window = "sliding window" if on_gpu else "sliding window of 128 tokens, below min_context"

@@ -17,6 +17,7 @@ from minference_vllm.core.paged_cache import Layout
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import whole_tile
 from minference_vllm.kernels.choose import choose
+from minference_vllm.kernels.native import library
 from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.patterns.kinds import Dense
 from minference_vllm.prefill.attend import attend_chunk
@@ -24,6 +25,8 @@ from minference_vllm.prefill.recall import chunk_recall
 from minference_vllm.selection import low_rank
 from minference_vllm.selection.probe_queries import probe_groups
 from minference_vllm.selection.torch_scores import TorchScores
+
+pytestmark = pytest.mark.skipif(bool(library.unavailable_reason()), reason=str(library.unavailable_reason()))
 
 FEATURES: dict[str, dict[str, Any]] = {
     # The tests' scores are as large as a normal distribution's: 1 changes most of them.
