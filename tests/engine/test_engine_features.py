@@ -52,7 +52,7 @@ def test_full_selection_gives_the_tokens_of_vllms_own_backend(
 ) -> None:
     # In float32: roundings of bfloat16 send a token to other experts now and then.
     stock, answer = (served.by(dtype="float32", **llm) for llm in ({}, with_minference(EVERYTHING)))
-    assert len({token for tokens in stock.tokens[0] for token in tokens}) > 10, "the answers say nothing"
+    assert len({token for tokens in stock.tokens[0] for token in tokens}) > 5, "the answers say nothing"
     assert answer.density == 1.0 and "(kernel 'native')" in answer.log
     short = "some layers run densely: sliding window of 128 tokens, below min_context"
     assert (short in answer.log) == (served.model.name == "gpt_oss")

@@ -78,7 +78,7 @@ def _alike(model: Any) -> torch.Tensor:
         What they have in common; what the answers are made of must not know it, or they would be alike.
     """
     common = torch.randn(SIZES["hidden_size"])
-    model.model.embed_tokens.weight.data += 0.2 * common
+    model.model.embed_tokens.weight.data += 0.3 * common
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data.mul_(4)
     return common
