@@ -62,7 +62,7 @@ def test_full_selection_gives_the_tokens_of_vllms_own_backend(
 
 def test_low_rank_runs_sparsely(served: Served, with_minference: Callable[..., dict[str, Any]]) -> None:
     answer = served.by(**with_minference("low_rank(32, 0.95)"))
-    assert 0.05 < answer.density < 0.95 and "(kernel 'native')" in answer.log
+    assert 0.05 < answer.density < 0.98 and "(kernel 'native')" in answer.log
 
 
 def test_float16_runs_on_our_kernels(
