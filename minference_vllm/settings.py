@@ -29,7 +29,8 @@ class Settings(BaseModel):
     ``low_rank``."""
 
     min_context: int = Field(default=8192, ge=0, le=1 << 24)
-    """A prefill chunk whose last token lies below this position (in tokens) is computed densely."""
+    """A prefill chunk whose last token lies below this position (in tokens) is computed densely, and so is every chunk
+    in a layer whose sliding window is shorter."""
 
     min_chunk: int = Field(default=256, ge=1, le=1 << 24)
     """A chunk with fewer new tokens than this is computed densely: its index would cost more than it saves."""
@@ -38,7 +39,7 @@ class Settings(BaseModel):
     """Query rows that share one selection of keys, rounded up to whole pages. None: 128."""
 
     kernel: Literal["auto", "block_table", "native", "triton"] = "auto"
-    """What runs attention under an index: ``native``, our kernels for bf16 and float32 on x86 processors from AVX2 on;
+    """What runs attention under an index: ``native``, our kernels for x86 processors from AVX2 on;
     ``triton``, our kernel for GPUs; ``block_table``, vLLM's own kernel, on both; ``auto``, the faster of those that run
     here."""
 

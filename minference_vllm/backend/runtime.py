@@ -153,13 +153,21 @@ def unsupported_layer_reasons(
     is_decoder: bool,
     kv_cache_dtype: str,
     dtype: torch.dtype,
+    min_window: int | None = None,
 ) -> list[str]:
-    """Why a single layer runs densely; empty when it can run sparsely."""
+    """Why a single layer runs densely; empty when it can run sparsely.
+
+    Args:
+        min_window: the shortest sliding window, in tokens, that runs sparsely; None: none does.
+    """
     reasons = []
     if not is_decoder:
         reasons.append("not causal self-attention")
     if sliding_window is not None and sliding_window >= 0:
-        reasons.append("sliding window")
+        if min_window is None:
+            reasons.append("sliding window")
+        elif sliding_window < min_window:
+            reasons.append(f"sliding window of {sliding_window} tokens, below min_context")
     if logits_soft_cap:
         reasons.append("soft cap on logits")
     if alibi_slopes is not None:

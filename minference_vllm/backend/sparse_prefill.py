@@ -6,6 +6,7 @@ Its classes stand in front of vLLM's own in the order of base classes: ``super()
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,11 +25,16 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.page_means import PageMeans
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import PREFILL_FROM, Chunk, plan_batch
+from minference_vllm.core.tiling import whole_tile
 from minference_vllm.kernels.choose import choose_for, description
+from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.selection.families import family_of
 
 # A child of vLLM's own logger, so that our lines appear where vLLM's do.
 logger = init_logger(f"vllm.{__name__}")
+
+
+DENSE_LAYERS = "minference: some layers run densely: %s"
 
 
 @dataclass
@@ -164,7 +170,7 @@ class SparsePrefillImpl(AttentionImpl):
     def _run_densely(self, reasons: list[str]) -> None:
         if reasons:
             self.dense_only = True
-            logger.info_once("minference: some layers run densely: %s", ", ".join(reasons))
+            logger.info_once(DENSE_LAYERS, ", ".join(reasons))
 
     def dense_reasons(self, vllm_config: Any) -> list[str]:
         """Why this layer runs densely, as far as that is known when it is made; empty when it can run sparsely.
@@ -178,6 +184,10 @@ class SparsePrefillImpl(AttentionImpl):
         """The same, once the weights are loaded and pages have their size."""
         return []
 
+    def pattern_reasons(self, patterns: Sequence[HeadPattern]) -> list[str]:
+        """Why the layer runs densely with these patterns of its heads; with others it may run sparsely."""
+        return []
+
     def paged_cache(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedCache:
         """vLLM's cache of this layer as ours."""
         raise NotImplementedError
@@ -186,7 +196,21 @@ class SparsePrefillImpl(AttentionImpl):
         self, layer: Any, query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, chunk: Chunk
     ) -> Inputs:
         """One chunk of this layer; ``query`` holds the chunk's rows."""
-        return Inputs.of(query, cache, block_table, chunk, self.scale, page_means=self.page_means)
+        softcap = float(self.logits_soft_cap or 0.0)
+        inputs = Inputs.of(query, cache, block_table, chunk, self.scale, softcap, self.sinks, self.page_means)
+        if not self.window:
+            return inputs
+        return inputs.in_window(self.window, whole_tile(self.runtime.settings.tile, cache.block_size))
+
+    @property
+    def window(self) -> int:
+        """Keys that a row of a sparse layer sees at most, itself included; 0: all before it."""
+        return 0
+
+    @property
+    def needs_own_kernel(self) -> bool:
+        """Whether only a kernel of ours can serve the layer (``choose``)."""
+        return False
 
     def prepare(self, layer: Any, spec: Any, dtype: torch.dtype, device: torch.device) -> None:
         """Find the layer's patterns and choose its kernel, once the weights are loaded and pages have their size.
@@ -212,10 +236,15 @@ class SparsePrefillImpl(AttentionImpl):
         patterns = self.runtime.patterns.for_layer(number, self.num_heads, self.first_head)
         if all(pattern.kind == "dense" for pattern in patterns):
             return
+        reasons = self.pattern_reasons(patterns)
+        if reasons:
+            logger.info_once(DENSE_LAYERS, ", ".join(reasons))
+            return
         one_page = torch.zeros(1, self.num_kv_heads, page, 2 * self.head_size, dtype=spec.dtype, device=device)
         cache = self.paged_cache(layer, one_page, dtype)
         try:
-            kernel, patterns, without = choose_for(patterns, settings.kernel, dtype, cache)
+            own = self.needs_own_kernel
+            kernel, patterns, without = choose_for(patterns, settings.kernel, dtype, cache, own)
         except ValueError as error:
             raise ValueError(f"minference: patterns from {self.runtime.source}: {error}") from None
         if without:

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     patterns, source, settings = planned_patterns(checkpoint, args.patterns)
     if args.min_context is not None:
         settings = settings.model_copy(update={"min_context": args.min_context})
-    fixed = checkpoint.fixed_layers(settings.kernel)
+    fixed = checkpoint.fixed_layers(settings)
     _check_heads(args.head or [], checkpoint, fixed)
     layers = checkpoint.get_total_num_hidden_layers()
     every = [patterns.for_layer(layer, checkpoint.num_heads) for layer in range(layers)]
@@ -150,7 +150,9 @@ def _draw_prompt(
             heads = [int(recall.argmin())]
             maps.clear()
         for head in heads:
-            maps[number, head] = head_map(layer.query[head], layer.keys_of(head), indices, head, layer.scale)
+            maps[number, head] = head_map(
+                layer.query[head], layer.keys_of(head), indices, head, layer.scale, softcap=layer.softcap
+            )
 
     visit_layers(args.model, torch.tensor([ids]), visit, args.device, args.trust_remote_code)
     if not measured:

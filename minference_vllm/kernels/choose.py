@@ -27,7 +27,7 @@ NO_LSE = (
 )
 
 
-def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = False) -> Kernel:
+def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = False, own: bool = False) -> Kernel:
     """The named kernel, or for ``auto`` the fastest that can serve this cache.
 
     On processors with AMX vLLM's own kernel is faster than ours, which has no AMX path. ``triton`` runs on GPUs, and on
@@ -38,6 +38,7 @@ def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = Fa
         dtype: of the queries.
         cache: the layer's, or one like it: of the same types, sizes, layout and device.
         with_lse: whether the kernel must give the log-sum-exp of every row, for mean correction and the remainder.
+        own: whether it must be one of ours, for what ``block_table`` does not know (``own_kernel_reason``).
 
     Raises:
         ValueError: the kernel cannot run; the message says why.
@@ -46,20 +47,24 @@ def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = Fa
         return _on_gpu("triton" if name == "auto" else name, dtype, cache)
     reason = library.unsupported_cache_reason(dtype, cache)
     if name == "auto":
-        name = "block_table" if reason or (cache.layout == "amx" and not with_lse) else "native"
+        name = "block_table" if reason or (cache.layout == "amx" and not (with_lse or own)) else "native"
     if name == "native":
         if reason:
             raise ValueError(f"kernel 'native' cannot run: {reason}")
         return NATIVE
     if with_lse:
         raise ValueError(f"kernel 'block_table' cannot run: {no_lse_reason(reason)}")
+    if own:
+        raise ValueError(
+            f"kernel 'block_table' cannot run: it knows no soft caps, sinks and windows; {reason or 'native does'}"
+        )
     if library.unavailable_reason():
         return BLOCK_TABLE_ALONE
     return BLOCK_TABLE_WITH_NATIVE_PRODUCTS if reason else BLOCK_TABLE
 
 
 def choose_for(
-    patterns: Sequence[HeadPattern], name: str, dtype: torch.dtype, cache: PagedCache
+    patterns: Sequence[HeadPattern], name: str, dtype: torch.dtype, cache: PagedCache, own: bool = False
 ) -> tuple[Kernel, tuple[HeadPattern, ...], str | None]:
     """The kernel for some heads' patterns, as ``choose`` finds it, and the patterns as it can serve them.
 
@@ -70,17 +75,33 @@ def choose_for(
         ValueError: as ``choose``.
     """
     corrected = bool(mean_corrected_heads(patterns))
+    with_lse = corrected or bool(remainder_heads(patterns))
     try:
-        return choose(name, dtype, cache, with_lse=corrected or bool(remainder_heads(patterns))), tuple(patterns), None
+        return choose(name, dtype, cache, with_lse, own), tuple(patterns), None
     except ValueError as error:
-        if corrected or not remainder_heads(patterns):
+        if corrected or not with_lse:
             raise
-        kernel, why = choose(name, dtype, cache), str(error)
+        kernel, why = choose(name, dtype, cache, own=own), str(error)
     alone = (
         pattern.without_remainder() if isinstance(pattern, LowRank) and pattern.remainder else pattern
         for pattern in patterns
     )
     return kernel, tuple(alone), why
+
+
+def own_kernel_reason(name: str, dtype: torch.dtype, head_size: int, block_size: int | None = None) -> str | None:
+    """Why none of our own kernels can serve a layer on CPUs, or None when one can.
+
+    Args:
+        name: the setting ``kernel``.
+        block_size: tokens per page; None: not known yet.
+    """
+    if name == "block_table":
+        return "kernel 'block_table' knows none"
+    reason = library.unsupported_reason(dtype, head_size)
+    if reason is None and block_size is not None:
+        reason = library.unsupported_page_reason(block_size)
+    return reason and f"kernel 'native' cannot run: {reason}"
 
 
 def _on_gpu(name: str, dtype: torch.dtype, cache: PagedCache) -> Kernel:
@@ -127,7 +148,7 @@ def triton_reason(cache: PagedCache) -> str | None:
     return None
 
 
-NATIVE = Kernel("native", native.run, NativeScores)
+NATIVE = Kernel("native", native.run, NativeScores, softcap=True, sinks=True, window=True)
 BLOCK_TABLE = Kernel("block_table", cpu.run, NativeScores, whole_pages=True, gives_lse=False)
 BLOCK_TABLE_WITH_NATIVE_PRODUCTS = Kernel(
     "block_table", cpu.run, functools.partial(NativeScores, from_pages=False), whole_pages=True, gives_lse=False
@@ -142,7 +163,7 @@ def _triton() -> Kernel:
     from minference_vllm.triton_kernels import attention
     from minference_vllm.triton_kernels.scores import TritonScores
 
-    return Kernel("triton", attention.run, TritonScores, planned=True, fused=True)
+    return Kernel("triton", attention.run, TritonScores, planned=True, softcap=True, sinks=True, fp8=True)
 
 
 @functools.cache

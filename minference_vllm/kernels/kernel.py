@@ -38,5 +38,11 @@ class Kernel:
     """Also tiles that attend everything need a list."""
     gives_lse: bool = True
     """Whether ``run`` gives the log-sum-exp of rows, which mean correction and the remainder need."""
-    fused: bool = False
-    """Whether it knows soft caps, sinks and FP8 caches with one scale per tensor."""
+    softcap: bool = False
+    """Whether it knows soft caps."""
+    sinks: bool = False
+    """Whether it knows attention sinks."""
+    window: bool = False
+    """Whether it knows sliding windows."""
+    fp8: bool = False
+    """Whether it knows FP8 caches with one scale per tensor."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from minference_vllm.backend.runtime import unsupported_layer_reasons
+from minference_vllm.kernels.choose import own_kernel_reason
 from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.settings import Settings, load_settings
@@ -74,18 +75,21 @@ class Checkpoint:
     def num_kv_heads(self) -> int:
         return int(getattr(self.hf_text_config, "num_key_value_heads", None) or self.num_heads)
 
+    @property
+    def head_size(self) -> int:
+        config = self.hf_text_config
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
     def get_total_num_hidden_layers(self) -> int:
         return int(self.hf_text_config.num_hidden_layers)
 
-    def fixed_layers(self, kernel: str = "auto") -> dict[int, str]:
-        """Layer -> what runs on this machine whatever its patterns, and why, as far as the configuration tells.
-
-        Args:
-            kernel: the setting of that name.
-        """
-        # Our fused kernel, which GPUs alone run, knows soft caps and sinks.
-        fused = torch.cuda.is_available() and kernel != "block_table"
+    def fixed_layers(self, settings: Settings) -> dict[int, str]:
+        """Layer -> what runs on this machine whatever its patterns, and why, as far as the configuration tells."""
         config = self.hf_text_config
+        # Our own kernels know soft caps and sinks, the one for CPUs sliding windows, too.
+        on_gpu, kernel = torch.cuda.is_available(), settings.kernel
+        native = not on_gpu and own_kernel_reason(kernel, self.dtype, self.head_size) is None
+        own = native or (on_gpu and kernel != "block_table")
         window = getattr(config, "sliding_window", None)
         # Without a list of kinds, a window is every layer's.
         unlisted = "full_attention" if window is None else "sliding_attention"
@@ -98,12 +102,13 @@ class Checkpoint:
                 continue
             reasons = unsupported_layer_reasons(
                 sliding_window=window if kind in WINDOWED else None,
-                logits_soft_cap=None if fused else getattr(config, "attn_logit_softcapping", None),
+                logits_soft_cap=None if own else getattr(config, "attn_logit_softcapping", None),
                 alibi_slopes=True if getattr(config, "alibi", False) or config.model_type == "bloom" else None,
-                sinks=True if config.model_type == "gpt_oss" and not fused else None,
+                sinks=True if config.model_type == "gpt_oss" and not own else None,
                 is_decoder=True,
                 kv_cache_dtype="auto",
                 dtype=self.dtype,
+                min_window=settings.min_context if native else None,
             )
             if reasons:
                 found[layer] = f"dense: {', '.join(reasons)}"

@@ -20,6 +20,8 @@ from minference_vllm.selection.capacity import plan_capacity
 from minference_vllm.selection.compaction import EXACT_WIDTH
 from minference_vllm.selection.families import mean_corrected_heads, remainder_heads
 
+MEANS_IN_WINDOW = "mean correction is not defined in a sliding window, which cuts pages"
+
 
 def tiling_for(inputs: Inputs, kernel: Kernel, tile: int | None) -> Tiling:
     """The chunk's query tiles, and the columns as the kernel takes them.
@@ -29,12 +31,25 @@ def tiling_for(inputs: Inputs, kernel: Kernel, tile: int | None) -> Tiling:
     """
     size, chunk = inputs.cache.block_size, inputs.chunk
     multiple = size if kernel.whole_pages else 1
-    return _tiling(chunk.context_len, chunk.seq_len, size, whole_tile(tile, size), multiple, inputs.query.device)
+    return _tiling(
+        chunk.context_len, chunk.seq_len, size, whole_tile(tile, size), multiple, inputs.query.device, inputs.window
+    )
 
 
 # All layers of a batch ask for the same.
 _tiling = functools.lru_cache(maxsize=64)(Tiling.of)
 _capacity = functools.lru_cache(maxsize=256)(plan_capacity)
+
+
+def unknown_to(kernel: Kernel, inputs: Inputs) -> str | None:
+    """What these inputs ask for and the kernel does not know, or None."""
+    asked = {
+        "soft cap": bool(inputs.softcap) and not kernel.softcap,
+        "attention sinks": inputs.sinks is not None and not kernel.sinks,
+        "sliding windows": bool(inputs.window) and not kernel.window,
+        "FP8 caches": inputs.cache.key.element_size() == 1 and not kernel.fp8,
+    }
+    return next((name for name, unknown in asked.items() if unknown), None)
 
 
 def attend_chunk(
@@ -59,8 +74,11 @@ def attend_chunk(
     Raises:
         ValueError: the inputs ask for what the kernel does not know.
     """
-    if not kernel.fused and (inputs.softcap or inputs.sinks is not None or inputs.cache.key.element_size() == 1):
-        raise ValueError(f"kernel {kernel.name!r} knows no soft cap, no sinks and no FP8 caches; 'triton' does")
+    unknown = unknown_to(kernel, inputs)
+    if unknown:
+        raise ValueError(f"kernel {kernel.name!r} knows no {unknown}")
+    if inputs.window and mean_corrected_heads(patterns):
+        raise ValueError(MEANS_IN_WINDOW)
     timing = timing or Timing()
     tiling = tiling_for(inputs, kernel, tile)
     scores = kernel.scores(inputs)

@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import torch
 
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.patterns.kinds import MAX_STEP, HeadPattern
 from minference_vllm.selection.families import family_of
-from minference_vllm.selection.probe_queries import logits, most_unlike, unlikeness
+from minference_vllm.selection.probe_queries import logits, most_unlike, unlikeness, unseen
 from minference_vllm.selection.torch_scores import TorchScores
 
 ROWS_AT_ONCE = 16
@@ -51,7 +52,15 @@ def chunk_recall(scores: TorchScores, index: SparseIndex, rows: torch.Tensor) ->
         rows: int64 ``[R]``, rows of the chunk, on the query's device.
     """
     parts = [
-        sampled_recall(scores.query, scores.audited_pieces(len(part)), index, part, scores.scale)
+        sampled_recall(
+            scores.query,
+            scores.audited_pieces(len(part)),
+            index,
+            part,
+            scores.scale,
+            scores.softcap,
+            scores.inputs.window,
+        )
         for part in rows.split(ROWS_AT_ONCE)
     ]
     return Recall(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
@@ -63,6 +72,8 @@ def sampled_recall(
     index: SparseIndex,
     rows: torch.Tensor,
     scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
 ) -> Recall:
     """Recall of sampled rows of a chunk. Nothing waits for a GPU.
 
@@ -71,6 +82,7 @@ def sampled_recall(
         pieces: keys ``[HK, n, D]`` and norms of their values, float32 ``[HK, n]``, up to one factor for all; together
             they are the sequence.
         rows: int64 ``[R]``, rows of the chunk, on the query's device.
+        softcap, window: see ``Inputs``.
     """
     positions = rows + index.tiling.context_len
     tiles = torch.searchsorted(index.tiling.starts, positions, right=True) - 1
@@ -83,13 +95,14 @@ def sampled_recall(
     for piece, value_norms in pieces:
         # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
         by_kv_head = sampled.reshape(piece.shape[0], -1, dim)
-        scores = logits(by_kv_head, piece, scale).view(heads, count, -1)
+        scores = logits(by_kv_head, piece, scale, softcap).view(heads, count, -1)
         last = first + piece.shape[1]
-        scores.masked_fill_(torch.arange(first, last, device=rows.device) > positions[:, None], -torch.inf)
-        # Every row sees the first key of the sequence, so this is never -inf.
+        scores.masked_fill_(unseen(positions - first, piece.shape[1], window), -torch.inf)
         new_largest = torch.maximum(largest, scores.amax(-1, keepdim=True))
-        weights = scores.sub_(new_largest).exp_()
-        sums *= (largest - new_largest).exp_()
+        # -inf before the row's window begins.
+        shift = new_largest.masked_fill(new_largest == -torch.inf, 0.0)
+        weights = scores.sub_(shift).exp_()
+        sums *= (largest - shift).exp_()
         norms = value_norms[:, None, None].clamp(1e-20, 1e20)  # as ``low_rank.by_value`` has them
         kept = index.tile_mask(tiles, first=first, last=last)
         sums[0] += weights.sum(-1, keepdim=True)
@@ -210,16 +223,21 @@ class RaisedSteps:
     def __init__(self) -> None:
         self._by_end: OrderedDict[tuple[int, int, int], tuple[int, ...]] = OrderedDict()
 
-    def at(self, layer: int, position: int, pages: torch.Tensor, block_size: int) -> tuple[int, ...]:
-        """Steps of a layer's heads for the chunk that begins at ``position``; empty: none was taken."""
-        if not position or not self._by_end:
+    def at(self, layer: int, inputs: Inputs) -> tuple[int, ...]:
+        """Steps of a layer's heads for the chunk that begins here; empty: none was taken."""
+        if not inputs.chunk.context_len or not self._by_end:
             return ()
-        return self._by_end.get((layer, position, int(pages[(position - 1) // block_size])), ())
+        return self._by_end.get(_place(layer, inputs, inputs.chunk.context_len), ())
 
-    def keep(self, layer: int, position: int, pages: torch.Tensor, block_size: int, steps: tuple[int, ...]) -> None:
-        """Remember the steps of the chunk that ended at ``position``."""
+    def keep(self, layer: int, inputs: Inputs, steps: tuple[int, ...]) -> None:
+        """Remember the steps of the chunk that ends here."""
         if not any(steps):
             return
-        self._by_end[layer, position, int(pages[(position - 1) // block_size])] = steps
+        self._by_end[_place(layer, inputs, inputs.chunk.seq_len)] = steps
         if len(self._by_end) > self.CAPACITY:
             self._by_end.popitem(last=False)
+
+
+def _place(layer: int, inputs: Inputs, end: int) -> tuple[int, int, int]:
+    """Layer, position in the request, and physical page of the key before it."""
+    return layer, inputs.first_key + end, int(inputs.pages[(end - 1) // inputs.cache.block_size])

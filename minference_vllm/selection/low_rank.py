@@ -24,7 +24,7 @@ from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import Capacity, Selection
 from minference_vllm.selection.coverage import mass_per_token
 from minference_vllm.selection.family import Family
-from minference_vllm.selection.probe_queries import most_unlike, unlikeness
+from minference_vllm.selection.probe_queries import cap_, most_unlike, unlikeness, unseen
 from minference_vllm.selection.projection import (
     Projection,
     QuantizedQK,
@@ -133,7 +133,12 @@ def calibration_rows(query: torch.Tensor, length: int) -> CalibrationRows:
 
 
 def row_weights(
-    query: torch.Tensor, keys: Iterable[torch.Tensor], positions: torch.Tensor, scale: float
+    query: torch.Tensor,
+    keys: Iterable[torch.Tensor],
+    positions: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
 ) -> torch.Tensor:
     """float32 ``[h, R, S]``: softmax weights of some rows.
 
@@ -141,10 +146,11 @@ def row_weights(
         query: ``[h, R, D]``.
         keys: ``[h, n, D]`` each, pieces that together are the sequence.
         positions: int64 ``[h, R]``.
+        softcap, window: see ``Inputs``.
     """
     query = query.float() * scale
-    scores = joined([torch.matmul(query, piece.float().transpose(1, 2)) for piece in keys], -1)
-    scores.masked_fill_(torch.arange(scores.shape[-1], device=query.device) > positions[..., None], -torch.inf)
+    scores = cap_(joined([torch.matmul(query, piece.float().transpose(1, 2)) for piece in keys], -1), softcap)
+    scores.masked_fill_(unseen(positions, scores.shape[-1], window), -torch.inf)
     return torch.softmax(scores, -1, out=scores)
 
 
@@ -241,7 +247,7 @@ def column_diagonal_bins(tiling: Tiling, by_column: torch.Tensor, by_offset: tor
     missing = tiling.num_key_blocks * size - tiling.seq_len
     columns = torch.nn.functional.pad(of_column, (0, missing)).view(len(of_column), 1, -1, size)
     found = torch.maximum(pages[..., None], columns * before[..., None])
-    return found.flatten(2)[..., : tiling.seq_len].contiguous()
+    return score_bins.hide_before_window(found.flatten(2)[..., : tiling.seq_len].contiguous(), tiling)
 
 
 def needed_keys(weights: torch.Tensor, gamma: float, scores: LowRankOps) -> torch.Tensor:
@@ -337,7 +343,7 @@ def score_keys(
     # One less: kernels may round otherwise.
     mass = scores.row_mass(quantized, sample.rows, tiling, weights)
     lowest = sample.threshold(mass, gamma).sub_(1).clamp_(min=0)
-    bins = scores.tile_bins(quantized, tiling, lowest)
+    bins = score_bins.hide_before_window(scores.tile_bins(quantized, tiling, lowest), tiling)
     wanted = sample.threshold(scores.mass_by_bin(bins, measured.tile, weights), gamma)
     # Standard errors need not fall where every row has more: but what suffices the rows themselves does.
     return ScoreBins(bins, torch.maximum(wanted, lowest))

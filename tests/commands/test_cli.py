@@ -18,7 +18,9 @@ from minference_vllm.backend import compat, registration
 from minference_vllm.commands import doctor
 from minference_vllm.commands.cli import COMMANDS, main
 from minference_vllm.commands.inspect import spans, table
+from minference_vllm.kernels.native import library
 from minference_vllm.offline.checkpoint import Checkpoint
+from minference_vllm.settings import Settings
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 LAYERS, HEADS = 3, 4
@@ -58,6 +60,7 @@ LLAMA = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 64,
     "dtype": "bfloat16",
 }
 
@@ -223,13 +226,25 @@ def test_inspect_says_why_a_model_is_refused(
     assert ended.code == 1 and f"refused   {reason}" in ended.out
 
 
+SHORT_WINDOW = "sliding window of 4096 tokens, below min_context"
+
+
 @pytest.mark.parametrize(
     ("fields", "rows"),
     [
-        ({"model_type": "mistral", "sliding_window": 4096}, {"0-1": "dense: sliding window"}),
-        ({"model_type": "gpt_oss"}, {"0": "dense: sliding window, attention sinks", "1": "dense: attention sinks"}),
+        ({"model_type": "mistral", "sliding_window": 4096}, {"0-1": f"dense: {SHORT_WINDOW}"}),
+        ({"model_type": "mistral", "sliding_window": 8192}, {}),
+        ({"model_type": "gpt_oss"}, {"0": "dense: sliding window of 128 tokens, below min_context"}),
+        (
+            {"model_type": "gpt_oss", "head_dim": 512},
+            {"0": "dense: sliding window, attention sinks", "1": "dense: attention sinks"},
+        ),
         (
             {"model_type": "gemma2"},
+            {"0": f"dense: {SHORT_WINDOW}"},
+        ),
+        (
+            {"model_type": "gemma2", "head_dim": 512},
             {"0": "dense: sliding window, soft cap on logits", "1": "dense: soft cap on logits"},
         ),
         ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}, {}),
@@ -246,6 +261,7 @@ def test_inspect_names_layers_that_run_no_pattern(
     fields: dict[str, Any],
     rows: dict[str, str],
 ) -> None:
+    monkeypatch.setattr(library, "unavailable_reason", lambda dtype=None: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     ended = tool("inspect", model(tmp_path / "model", **{**LLAMA, "architectures": ["SomeForCausalLM"], **fields}))
     assert ended.code == 0, ended.err
@@ -254,11 +270,14 @@ def test_inspect_names_layers_that_run_no_pattern(
     assert found == rows
 
 
-def test_our_gpu_kernel_runs_patterns_where_the_cpu_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_kernels_run_patterns_where_vllms_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpt_oss = Checkpoint(str(model(tmp_path / "model", **{**LLAMA, "model_type": "gpt_oss"})))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert gpt_oss.fixed_layers() == {0: "dense: sliding window"}
-    assert gpt_oss.fixed_layers("block_table")[1] == "dense: attention sinks"
+    monkeypatch.setattr(library, "unavailable_reason", lambda dtype=None: None)
+    for on_gpu in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda on_gpu=on_gpu: on_gpu)
+        window = "sliding window" if on_gpu else "sliding window of 128 tokens, below min_context"
+        assert gpt_oss.fixed_layers(Settings()) == {0: f"dense: {window}"}
+        assert gpt_oss.fixed_layers(Settings(kernel="block_table"))[1] == "dense: attention sinks"
 
 
 def test_table_groups_what_is_alike() -> None:

@@ -88,6 +88,26 @@ def test_agrees_with_its_definition(context: int, length: int, tile: int, heads:
     assert not torch.equal(out[:, heads], plain[:, heads])
 
 
+@pytest.mark.parametrize(("context", "length"), [(0, 517), (333, 700), (900, 1500)])
+def test_of_a_window_only_what_all_rows_see(context: int, length: int) -> None:
+    """What lies before it may be another request's, NaN included."""
+    window = 300
+    query, keys, values = drawn(context, length)
+    tiling = Tiling.of(context, length, 32, 64, window=window)
+    inputs = Inputs.of_rows(query, keys, values, SCALE, 32)
+    index = build_index(tiling, [WINDOW] * 4, TorchScores(inputs))
+    exact = reference.with_remainder(
+        query, keys, values, index.to_mask(), tiling, SCALE, range(4), remainder.sampled_positions(length),
+        remainder.sample_step(length),
+    )  # fmt: skip
+    out, lse = under(query, keys, values, index)
+    gone = torch.arange(max(0, context - window + 1))
+    for stored in (inputs.cache.key, inputs.cache.value):
+        stored[gone // 32, :, gone % 32] = torch.nan
+    remainder.add(inputs, index, range(4), out, lse)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_never_more_than_the_weight_that_was_left_out() -> None:
     """With every key sampled (Jensen's inequality)."""
     query, keys, values = drawn(300, 800)

@@ -31,7 +31,7 @@ from minference_vllm.prefill.attend import tiling_for
 from minference_vllm.prefill.recall import sample_rows
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.families import family_of
-from minference_vllm.selection.probe_queries import logits
+from minference_vllm.selection.probe_queries import logits, unseen
 from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.scores import Scores
 
@@ -179,8 +179,9 @@ def measure(
         seed: decides which rows are sampled.
     """
     heads, chunk, device = inputs.num_heads, inputs.chunk, inputs.query.device
+    own = bool(inputs.softcap or inputs.window) or inputs.sinks is not None
     cache = inputs.cache
-    chosen, candidates, _ = choose_for(candidates, kernel, inputs.query.dtype, cache)
+    chosen, candidates, _ = choose_for(candidates, kernel, inputs.query.dtype, cache, own)
     tiling = tiling_for(inputs, chosen, tile)
     exact = chosen.scores(inputs)
     scores = _Remembered(exact, heads)
@@ -188,13 +189,13 @@ def measure(
     rows = sample_rows(chunk.query_len, samples, seed).to(device)
     positions = rows + chunk.context_len
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
-    future = torch.arange(chunk.seq_len, device=device) > positions[:, None]
+    hidden = unseen(positions, chunk.seq_len, inputs.window)
     values = cache.values_by_head(inputs.pages)[:, : chunk.seq_len].float()
     norms = exact.kv_value_norms.unsqueeze(-1)  # [HK, S, 1]
     # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
     by_kv_head = inputs.query[rows].transpose(0, 1).reshape(cache.num_kv_heads, -1, cache.head_size)
-    weights = logits(by_kv_head, exact.keys, inputs.scale).view(heads, len(rows), -1)
-    weights.masked_fill_(future, -torch.inf)
+    weights = logits(by_kv_head, exact.keys, inputs.scale, inputs.softcap).view(heads, len(rows), -1)
+    weights.masked_fill_(hidden, -torch.inf)
     lse = weights.logsumexp(-1)
     weights = weights.softmax(-1)
 
