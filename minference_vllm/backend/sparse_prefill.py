@@ -49,9 +49,10 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.runtime = runtime_for(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
         self.layers = [layer for layer in layers if isinstance(layer.impl, SparsePrefillImpl)]
+        # The configuration is the served model's, also where the layers are a draft model's.
+        self.runtime = self.layers[0].impl.runtime if self.layers else runtime_for(vllm_config)
         # Builders are made once the weights are there and pages have their size; the layers were made before.
         self.prepare_layers()
         self.runtime.layer_groups.append(weakref.WeakMethod(self.prepare_layers))

@@ -69,10 +69,12 @@ def _picture(text: str) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
+    from minference_vllm.backend.runtime import check_model
     from minference_vllm.offline.checkpoint import Checkpoint, planned_patterns
     from minference_vllm.offline.plot import draw_pattern_map
 
     checkpoint = Checkpoint(args.model, args.trust_remote_code)
+    check_model(checkpoint)
     patterns, source, settings = planned_patterns(checkpoint, args.patterns)
     if args.min_context is not None:
         settings = settings.model_copy(update={"min_context": args.min_context})

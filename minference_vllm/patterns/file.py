@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -15,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from minference_vllm.core.validation import cut
 from minference_vllm.patterns.kinds import (
     MAX_NUMBER,
     HeadPattern,
@@ -24,9 +26,12 @@ from minference_vllm.patterns.kinds import (
     parse_written_pattern,
 )
 from minference_vllm.patterns.published import head_pattern, is_number, published_layers
+from minference_vllm.settings import PATTERNS_ARE
 
 Format = Literal["minference-vllm", "minference", "qwen"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+MAX_PATH = 240
+"""Characters of a path that a message repeats."""
 
 
 class Measurement(BaseModel):
@@ -145,7 +150,7 @@ def load_pattern_file(name_or_path: str) -> PatternFile:
     Raises:
         PatternError: no such file, broken JSON, or content that ``parse_patterns`` refuses.
     """
-    written = None if Path(name_or_path).is_file() else parse_written_pattern(name_or_path)
+    written = None if _is_file(name_or_path) else parse_written_pattern(name_or_path)
     if written is not None:
         return PatternFile(default=written, provenance="written out")
     content, path = read_pattern_json(name_or_path)
@@ -160,10 +165,10 @@ def read_pattern_json(name_or_path: str) -> tuple[Any, Path]:
     """
     shipped = shipped_pattern_files()
     path = shipped.get(name_or_path, Path(name_or_path))
-    if not path.is_file():
+    if not _is_file(path):
         raise PatternError(
-            f"no pattern file at {name_or_path!r}; give a path, one of the shipped names ({', '.join(shipped)}), or a "
-            "pattern for all heads, such as low_rank(32, 0.95)"
+            f"no pattern file at {cut(name_or_path, MAX_PATH)!r}; give {PATTERNS_ARE}; shipped names are "
+            f"{', '.join(shipped)}"
         )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -175,9 +180,20 @@ def read_pattern_json(name_or_path: str) -> tuple[Any, Path]:
         return found
 
     try:
-        return json.loads(path.read_text(), object_pairs_hook=unique), path
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique), path
+    except OSError as error:
+        raise PatternError(f"pattern file {cut(str(path), MAX_PATH)!r}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PatternError(f"{path}: not valid JSON: {error}") from None
+
+
+def _is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # the content of a file, most likely
+            return False
+        raise PatternError(f"pattern file {cut(str(path), MAX_PATH)!r}: {error.strerror}") from None
 
 
 def to_text(content: Any, indent: str = "") -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +150,33 @@ def test_bytes_that_are_no_text_name_the_file(tmp_path: Path) -> None:
     path.write_bytes(b"\x80\x02\xff\x00")
     with pytest.raises(PatternError, match=r"patterns\.json: not valid JSON"):
         load_pattern_file(str(path))
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, ours())
+
+    def refuse(*arguments: Any, **options: Any) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for method in ("read_text", "is_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, refuse)
+            with pytest.raises(PatternError, match=r"pattern file '.*patterns\.json': Permission denied"):
+                load_pattern_file(path)
+
+
+def test_a_file_is_read_as_utf_8_in_any_locale(tmp_path: Path) -> None:
+    path = tmp_path / "patterns.json"
+    path.write_bytes(json.dumps(ours(provenance="\u00fc"), ensure_ascii=False).encode())
+    script = (
+        "import sys; from minference_vllm import load_pattern_file; "
+        "print(ascii(load_pattern_file(sys.argv[1]).provenance))"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "'\\xfc'\n"
 
 
 @pytest.mark.parametrize("content", [{}, {"heads": []}, {"0": {}, "x": {}}, "dense", 5, None, True])
