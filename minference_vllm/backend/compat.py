@@ -204,18 +204,21 @@ def slice_requests(common: CommonAttentionMetadata, first: int, last: int) -> Co
     return dataclasses.replace(common, **fields)
 
 
-def host_seq_lens(common: CommonAttentionMetadata) -> list[int] | None:
+def host_seq_lens(common: CommonAttentionMetadata, is_draft: bool = False) -> list[int] | None:
     """The sequence length of each request, without waiting for the GPU; None when the host does not know them.
 
-    Exact for prefills; a decode that verifies drafted tokens may be shorter.
+    Exact for prefills; on a GPU a decode that verifies drafted tokens may be shorter.
+
+    Args:
+        is_draft: a draft model's batch. vLLM makes those longer by a token, and tells the device alone.
     """
+    if common.seq_lens.device.type == "cpu":
+        return [int(length) for length in common.seq_lens[: common.num_reqs].tolist()]
     # The upper bound is the newer field; before 0.30 the lengths themselves were there, perhaps unfilled.
-    for name in ("seq_lens_cpu_upper_bound", "_seq_lens_cpu"):
+    for name in () if is_draft else ("seq_lens_cpu_upper_bound", "_seq_lens_cpu"):
         lengths = getattr(common, name, None)
         if lengths is not None:
             return [int(length) for length in lengths[: common.num_reqs].tolist()]
-    if common.seq_lens.device.type == "cpu":
-        return [int(length) for length in common.seq_lens[: common.num_reqs].tolist()]
     return None
 
 

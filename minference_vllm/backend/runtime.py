@@ -41,8 +41,9 @@ class Runtime:
     patterns: PatternFile
     source: str
     """Where the patterns came from and why, for the log."""
-    name: str = "minference"
-    """What lines of statistics begin with."""
+    counters: Counters = field(default_factory=Counters)
+    is_draft: bool = False
+    """Whether the model drafts tokens for another."""
     raised: RaisedSteps = field(default_factory=RaisedSteps)
     recorder: Recorder | None = None
     """While a model is calibrated; every sparse chunk then runs densely."""
@@ -50,7 +51,6 @@ class Runtime:
     """Weak references to what finds the patterns of a group's layers anew, in the order in which groups were made."""
 
     def __post_init__(self) -> None:
-        self.counters = Counters(self.name)
         self.discovered = self.patterns, self.source
         """What the model is served with where nobody asks for other patterns."""
 
@@ -64,7 +64,7 @@ class Runtime:
             ValueError: they cannot run on this model or its pages; the message says which and what is allowed.
         """
         self.patterns, self.source = patterns, source
-        self.counters, self.raised = Counters(self.name), RaisedSteps()
+        self.counters, self.raised = Counters(self.counters.name), RaisedSteps()
         for group in self.layer_groups:
             prepare = group()
             if prepare is not None:
@@ -81,7 +81,7 @@ class Runtime:
         return f"patterns from {self.source}; {settings}; {kernels}; sparse from {self.settings.min_context} tokens"
 
 
-_runtimes: dict[tuple[int, str], tuple[Any, Runtime]] = {}
+_runtimes: dict[tuple[int, str, str], tuple[Any, Runtime]] = {}
 
 
 def runtime_for(vllm_config: Any) -> Runtime:
@@ -93,8 +93,9 @@ def runtime_for(vllm_config: Any) -> Runtime:
     Raises:
         ValueError: settings, pattern file or model cannot be used; the message says which and what is allowed.
     """
-    engine = vllm_config.compilation_config
-    key = id(engine), vllm_config.model_config.model
+    engine, model = vllm_config.compilation_config, vllm_config.model_config
+    # A model may draft for itself.
+    key = id(engine), model.model, model.runner_type
     known = _runtimes.get(key)
     if known is None:
         # The engine's part is kept beside the runtime so that its id stays its own.
@@ -107,16 +108,13 @@ def _make_runtime(vllm_config: Any) -> Runtime:
     model = vllm_config.model_config
     check_model(model)
     settings = load_settings(vllm_config.additional_config)
-    find = draft_patterns if is_draft(model) else model_patterns
-    runtime = Runtime(settings, *find(settings, model), "minference (draft model)" if is_draft(model) else "minference")
+    is_draft = model.runner_type == "draft"
+    patterns, source = (draft_patterns if is_draft else model_patterns)(settings, model)
+    counters = Counters("minference (draft model)" if is_draft else "minference")
+    runtime = Runtime(settings, patterns, source, counters, is_draft)
     # Also runs in processes that multiprocessing starts, which end without ``atexit``.
     Finalize(None, _log_the_rest, (runtime,), exitpriority=1)
     return runtime
-
-
-def is_draft(model: Any) -> bool:
-    """Whether vLLM's model configuration is that of a model that drafts tokens for another."""
-    return bool(model.runner_type == "draft")
 
 
 def model_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:

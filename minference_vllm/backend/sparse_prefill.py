@@ -96,7 +96,7 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
             means.forget(common_attn_metadata.slot_mapping, self.kv_cache_spec.block_size)
         if common_attn_metadata.max_query_len < PREFILL_FROM or self.dense_only or common_prefix_len:
             return metadata  # nothing but decodes, most of the time
-        lengths = host_seq_lens(common_attn_metadata)
+        lengths = host_seq_lens(common_attn_metadata, self.runtime.is_draft)
         reason = dense_batch_reason(common_attn_metadata)
         if reason or lengths is None:
             logger.info_once("minference: some batches are served densely: %s", reason or "lengths are on the GPU only")
