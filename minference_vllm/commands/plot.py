@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
     checkpoint = Checkpoint(args.model, args.trust_remote_code)
     check_model(checkpoint)
+    _check_device(args.device)
     patterns, source, settings = planned_patterns(checkpoint, args.patterns)
     if args.min_context is not None:
         settings = settings.model_copy(update={"min_context": args.min_context})
@@ -87,6 +88,15 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt or args.tokens:
         _draw_prompt(args, every, settings, fixed)
     return 0
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device!r}: {error}") from None
 
 
 def _check_heads(heads: Sequence[tuple[int, int]], checkpoint: Checkpoint, fixed: Mapping[int, str]) -> None:

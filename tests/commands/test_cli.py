@@ -245,6 +245,13 @@ def test_inspect_sums_up_what_was_measured(tool: Callable[..., Ended], tmp_path:
     assert "measured  density 0.200; recall 0.950, lowest 0.900 (layer 1, head 2)" in ended.out
 
 
+def test_inspect_takes_a_file_that_measured_nothing(tool: Callable[..., Ended], tmp_path: Path) -> None:
+    path = pattern_file(tmp_path / "patterns.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "measured": {"0": {}}}))
+    ended = tool("inspect", DEMO, "--patterns", path)
+    assert ended.code == 0 and "measured" not in ended.out
+
+
 def test_inspect_takes_the_checkpoints_own_file(tool: Callable[..., Ended], tmp_path: Path) -> None:
     folder = model(tmp_path / "llama", **LLAMA)
     entry = {str(head): ["stream_llm", 7, 8, 1.0] for head in range(4)}
@@ -373,6 +380,10 @@ def test_plot_refuses_what_it_cannot_draw(tool: Callable[..., Ended], tmp_path: 
     empty.write_text("")
     assert f"{empty} is empty" in tool("plot", DEMO, "--prompt", empty, "-o", tmp_path / "x.png").err
     assert "No such file" in tool("plot", DEMO, "--prompt", tmp_path / "no.txt", "-o", tmp_path / "x.png").err
+    for device in ("foo", "meta", "cuda:9999"):
+        ended = tool("plot", DEMO, "--device", device, "-o", tmp_path / "x.png")
+        (line,) = ended.err.splitlines()
+        assert ended.code == 1 and line.startswith(f"minference-vllm plot: --device {device!r}: ")
     mamba = model(tmp_path / "mamba", model_type="mamba", architectures=["MambaForCausalLM"], dtype="bfloat16")
     ended = tool("plot", mamba, "-o", tmp_path / "x.png")
     assert ended.code == 1 and ended.err.startswith(f"minference-vllm plot: minference cannot serve {mamba}: it has no")

@@ -85,6 +85,13 @@ def test_low_rank_costs_its_scoring_where_it_scores() -> None:
     assert (found.cost[0] - index.computed_pairs()).tolist() == [pytest.approx(scoring), 0]
 
 
+def test_a_head_whose_values_are_zero_loses_nothing() -> None:
+    inputs = layer()
+    inputs.cache.value.zero_()
+    found = measure(inputs, [AShape(sink=32, local=64), LowRank()], kernel="block_table", tile=64)
+    assert not found.squared_error.any() and (found.value_recall == 1).all()
+
+
 def chunk(cost: list[float], error: list[float]) -> Measured:
     """Of one head; the default stands first."""
     found = Measured.nothing(len(cost), 1)
@@ -214,6 +221,9 @@ def test_prompt_files(tmp_path: Path) -> None:
     lines.write_text('{"prompt": "one"}\n\n{"prompt": "two"}\n')
     assert texts.read_prompts(lines) == ["one", "two"]
     lines.write_text('{"text": "one"}\n')
+    with pytest.raises(ValueError, match=r'must be a JSON object \{"prompt": "..."\}'):
+        texts.read_prompts(lines)
+    lines.write_text('{"prompt": "one"}\n{"prompt": 5}\n')
     with pytest.raises(ValueError, match=r'must be a JSON object \{"prompt": "..."\}'):
         texts.read_prompts(lines)
     lines.write_text("\n")

@@ -205,9 +205,15 @@ def measure(
         result.cost[number] = index.computed_pairs().cpu() + pairs * scoring * scores.scored
         result.pairs[number] = pairs
         result.recall[number] = recall.double().mean((1, 2)).cpu()
-        result.value_recall[number] = (times(kept, norms) / by_norm).double().mean((1, 2)).cpu()
-        result.squared_error[number] = (error.double().square().sum((1, 2)) / dense.double().square().sum((1, 2))).cpu()
+        result.value_recall[number] = _share(times(kept, norms), by_norm, of_nothing=1.0).double().mean((1, 2)).cpu()
+        lost, whole = (part.double().square().sum((1, 2)) for part in (error, dense))
+        result.squared_error[number] = _share(lost, whole, of_nothing=0.0).cpu()
     return result
+
+
+def _share(part: torch.Tensor, whole: torch.Tensor, of_nothing: float) -> torch.Tensor:
+    """``part / whole``; a head whose values are all zero has no output to lose."""
+    return torch.where(whole == 0, of_nothing, part / whole)
 
 
 def choose(chunks: Sequence[Measured]) -> torch.Tensor:
