@@ -22,6 +22,14 @@ CLASS_PATHS = {
 }
 
 
+class StartError(RuntimeError):
+    """vLLM cannot start with minference; the message says why and what to do.
+
+    No ValueError: pydantic, in which vLLM checks its configuration, would put that into an error of its own, before an
+    excerpt of the configuration and a link. So this message is the last line of the traceback.
+    """
+
+
 def check_vllm() -> str:
     """What to say of the installed vLLM.
 
@@ -82,7 +90,7 @@ def register_name() -> None:
 
 
 def refuse_name(reason: str) -> None:
-    """Let the selection of our name raise ValueError with this reason, in place of vLLM's "Unknown attention backend".
+    """Let the selection of our name raise StartError with this reason, in place of vLLM's "Unknown attention backend".
     Nothing else changes: the name is no member, and the platform is left alone. Idempotent."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -97,7 +105,7 @@ class _RefusingMembers(dict[str, Any]):
         self.reason = reason
 
     def __missing__(self, name: str) -> Any:
-        raise ValueError(self.reason) if name == NAME else KeyError(name)
+        raise StartError(self.reason) if name == NAME else KeyError(name)
 
 
 def unavailable(reason: str) -> str:

@@ -15,11 +15,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from minference_vllm.backend.compat import NAME
-from minference_vllm.backend.runtime import unsupported_layer_reasons
+from minference_vllm.backend.runtime import check_cpu_kernel, unsupported_layer_reasons
 from minference_vllm.backend.sparse_prefill import SparsePrefillBuilder, SparsePrefillImpl, SparsePrefillMetadata
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.kernels.block_table import cpu_ops
-from minference_vllm.kernels.native import library
 
 
 class MInferenceCPUBackend(CPUAttentionBackend):
@@ -57,12 +56,8 @@ class MInferenceCPUImpl(SparsePrefillImpl, CPUAttentionBackendImpl):
             kv_cache_dtype=self.kv_cache_dtype,
             dtype=dtype,
         )
-        if kernel == "triton":
-            raise ValueError("minference: kernel 'triton' needs an NVIDIA GPU; set kernel to 'auto'")
-        if kernel == "native" and not reasons:
-            reason = library.unsupported_reason(dtype, self.head_size)
-            if reason:
-                raise ValueError(f"minference: kernel 'native' cannot run here: {reason}; set kernel to 'auto'")
+        # A layer that is dense in any case needs none of our kernels.
+        check_cpu_kernel("auto" if reasons else kernel, dtype, self.head_size)
         return reasons
 
     def cache_reasons(self, layer: Any, block_size: int, dtype: torch.dtype) -> list[str]:

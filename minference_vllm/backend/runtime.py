@@ -14,6 +14,7 @@ from minference_vllm.backend.compat import add_worker_method
 from minference_vllm.backend.counters import Counters
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.kernels.choose import DTYPES
+from minference_vllm.kernels.native import library
 from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.patterns.kinds import PatternError
@@ -164,6 +165,21 @@ def unsupported_model_reasons(model: Any) -> list[str]:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         reasons.append(f"dtype {str(model.dtype).removeprefix('torch.')} is not supported; allowed are {allowed}")
     return reasons
+
+
+def check_cpu_kernel(kernel: str, dtype: torch.dtype, head_size: int) -> None:
+    """Raise ValueError when the kernel that the user named cannot run on this CPU.
+
+    Args:
+        kernel: the setting of that name.
+    """
+    reason = None
+    if kernel == "triton":
+        reason = "it needs an NVIDIA GPU"
+    elif kernel == "native":
+        reason = library.unsupported_reason(dtype, head_size)
+    if reason:
+        raise ValueError(f"minference: kernel {kernel!r} cannot run here: {reason}; set kernel to 'auto'")
 
 
 def check_page_size(runtime: Runtime, block_size: int) -> None:
