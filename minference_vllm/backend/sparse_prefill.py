@@ -70,6 +70,9 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         for layer in self.layers:
             layer.impl.prepare(layer, self.kv_cache_spec, config.model_config.dtype, self.device)
         self.sparse_layers = [layer for layer in self.layers if layer.impl.sparse_layer is not None]
+        # Heads of layers that are dense by their patterns, beside sparse ones: the density is that of the patterns.
+        dense = [layer for layer in self.layers if layer.impl.sparse_layer is None and not layer.impl.dense_only]
+        self.dense_heads = sum(layer.impl.num_heads for layer in dense) if self.sparse_layers else 0
         # Pages may also be written from outside (a KV connector); then nothing is kept.
         connected = getattr(config, "kv_transfer_config", None) is not None
         wanting = () if connected else filter(_wants_page_means, self.sparse_layers)
@@ -107,6 +110,8 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         counters.count_batch(plan)
         if not plan.sparse:
             return metadata
+        pairs = self.dense_heads * sum(chunk.dense_pairs for chunk in plan.sparse)
+        counters.count_layer(pairs, pairs)
         table = common_attn_metadata.block_table_tensor
         # A fast build: FlashAttention keeps its ahead-of-time schedule in one buffer per builder, which every run
         # would write anew.

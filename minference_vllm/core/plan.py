@@ -28,6 +28,17 @@ class Chunk:
     def query_len(self) -> int:
         return self.seq_len - self.context_len
 
+    @property
+    def dense_pairs(self) -> float:
+        """Query-key pairs of one head that dense causal attention computes."""
+        return dense_pairs(self.context_len, self.seq_len)
+
+
+def dense_pairs(context_len: int, seq_len: int) -> float:
+    """Query-key pairs of one head that dense causal attention computes in rows ``[context_len, seq_len)``."""
+    rows = seq_len - context_len
+    return rows * (context_len + (rows + 1) / 2)
+
 
 @dataclass(frozen=True)
 class Plan:

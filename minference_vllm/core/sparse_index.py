@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from minference_vllm.core.plan import dense_pairs
 from minference_vllm.core.tiling import Tiling
 
 
@@ -92,8 +93,7 @@ class SparseIndex:
 
     def dense_pairs(self) -> float:
         """Pairs of one head that dense causal attention computes."""
-        rows = self.tiling.seq_len - self.tiling.context_len
-        return rows * (self.tiling.context_len + (rows + 1) / 2)
+        return dense_pairs(self.tiling.context_len, self.tiling.seq_len)
 
     def density(self) -> torch.Tensor:
         """float64 ``[H]``: computed pairs as a share of the dense ones."""
