@@ -6,13 +6,22 @@ Order of precedence: ``--additional-config '{"minference": {...}}'``, then envir
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from minference_vllm.core.validation import cut, did_you_mean, nearest, value_problem
+
+KEY = "minference"
+"""Of ``additional_config``."""
 ENVIRONMENT_PREFIX = "MINFERENCE_"
+PATTERNS_ARE = "the path of a pattern file, the name of a shipped one, or a pattern for all heads: low_rank(32, 0.95)"
+INSTALLERS = "MINFERENCE_CPU"
+"""A variable that is no setting: ``tools/install_engine.py`` reads it."""
 RENAMED = {"engine": "kernel"}
 """Settings that had another name once: old -> new."""
 
@@ -58,6 +67,20 @@ class Settings(BaseModel):
     log_interval: float = Field(default=10.0, ge=0.0)
     """Seconds between two lines of statistics in the log while sparse chunks are served; 0 turns them off."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_setting_is_true_or_false(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("no setting is true or false")
+        return value
+
+    @field_validator("patterns", mode="before")
+    @classmethod
+    def _patterns_are_named(cls, patterns: Any) -> Any:
+        if patterns is None or isinstance(patterns, str):
+            return patterns
+        raise ValueError(f"must be {PATTERNS_ARE}")
+
     @field_validator("recall_floor")
     @classmethod
     def _a_floor_needs_an_audit(cls, floor: float | None, info: ValidationInfo) -> float | None:
@@ -84,30 +107,72 @@ def load_settings(additional_config: Any = None, environment: Mapping[str, str] 
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     for field in (*Settings.model_fields, *RENAMED):
-        variable = ENVIRONMENT_PREFIX + field.upper()
+        variable = _variable(field)
         if environment.get(variable):
             values[field] = environment[variable]
             places[field] = variable
-    configured = additional_config.get("minference", {}) if isinstance(additional_config, Mapping) else {}
+    others = additional_config if isinstance(additional_config, Mapping) else {}
+    configured = others.get(KEY, {})
     if not isinstance(configured, Mapping):
         raise SettingsError(
-            f'additional_config["minference"] must be an object of settings, not {type(configured).__name__}'
+            f'additional_config["{KEY}"] must be an object of settings, not {type(configured).__name__}'
         )
     for field, value in configured.items():
         values[field] = value
-        places[field] = f'additional_config["minference"]["{field}"]'
+        places[field] = f'additional_config["{KEY}"]["{cut(str(field))}"]'
+    problems = [*_misspelt_variables(environment), *_misspelt_keys(others)]
     try:
-        return Settings(**values)
+        settings = Settings(**values)
     except ValidationError as error:
-        known = ", ".join(Settings.model_fields)
-        problems = []
         for item in error.errors():
             field = str(item["loc"][0])
-            place = places.get(field, field)
+            place = places[field]
             if field in RENAMED:
                 problems.append(f"{place}: this setting is now named {RENAMED[field]!r}")
             elif item["type"] == "extra_forbidden":
-                problems.append(f"{place}: unknown setting; known ones are {known}")
+                known = Settings.model_fields
+                problems.append(
+                    f"{place}: unknown setting; known ones are {', '.join(known)}{did_you_mean(field, known)}"
+                )
             else:
-                problems.append(f"{place} = {item['input']!r}: {item['msg']}")
-        raise SettingsError("minference settings: " + "; ".join(problems)) from None
+                problems.append(f"{place} = {value_problem(item, Settings.model_fields[field])}")
+    if problems:
+        raise SettingsError("minference settings: " + "; ".join(problems))
+    return settings
+
+
+def _variable(field: str) -> str:
+    return ENVIRONMENT_PREFIX + field.upper()
+
+
+def _misspelt_variables(environment: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with variables whose names are like those of settings. Others with our prefix are logged only:
+    Kubernetes sets ``MINFERENCE_PORT`` and the like for a service of that name."""
+    fields = (*Settings.model_fields, *RENAMED)
+    known = list(map(_variable, fields))
+    given = {variable for variable, value in environment.items() if value}
+    for variable in sorted(given - {*known, INSTALLERS}):
+        if variable.upper().startswith(ENVIRONMENT_PREFIX):
+            field = nearest(variable[len(ENVIRONMENT_PREFIX) :], fields)
+            meant = field and _variable(field)
+            if meant is None:
+                _warn_of_variable(variable, ", ".join(map(_variable, Settings.model_fields)))
+        else:
+            # "INFERENCE_KERNEL" may well be somebody else's.
+            meant = nearest(variable, known, alike=0.9) if variable[:1] in "Mm" else None
+        if meant:
+            yield f"{variable}: unknown variable; did you mean {meant}?"
+
+
+@functools.cache
+def _warn_of_variable(variable: str, known: str) -> None:
+    logging.getLogger("vllm.minference_vllm").warning("%s is no setting of minference; those are %s", variable, known)
+
+
+def _misspelt_keys(additional_config: Mapping[Any, Any]) -> Iterator[str]:
+    """What is wrong with keys beside ours that are like it, or like what belongs below it."""
+    for key in additional_config.keys() - {KEY, "inference"}:  # a word of its own
+        if nearest(str(key), [KEY], alike=0.8):
+            yield f'additional_config["{cut(str(key))}"]: unknown; did you mean "{KEY}"?'
+        elif key in Settings.model_fields:
+            yield f'additional_config["{key}"]: settings of minference stand in additional_config["{KEY}"]'

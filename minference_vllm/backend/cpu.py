@@ -16,12 +16,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from minference_vllm.backend.compat import NAME
-from minference_vllm.backend.runtime import unsupported_layer_reasons
+from minference_vllm.backend.runtime import check_cpu_kernel, unsupported_layer_reasons
 from minference_vllm.backend.sparse_prefill import SparsePrefillBuilder, SparsePrefillImpl, SparsePrefillMetadata
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.kernels.block_table import cpu_ops
 from minference_vllm.kernels.choose import own_kernel_reason
-from minference_vllm.kernels.native import library
 from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.prefill.attend import MEANS_IN_WINDOW
 from minference_vllm.selection.families import mean_corrected_heads
@@ -66,12 +65,8 @@ class MInferenceCPUImpl(SparsePrefillImpl, CPUAttentionBackendImpl):
             # A row of a shorter one attends fewer keys than where sparse prefill begins.
             min_window=self.runtime.settings.min_context if own else None,
         )
-        if kernel == "triton":
-            raise ValueError("minference: kernel 'triton' needs an NVIDIA GPU; set kernel to 'auto'")
-        if kernel == "native" and not reasons:
-            reason = library.unsupported_reason(dtype, self.head_size)
-            if reason:
-                raise ValueError(f"minference: kernel 'native' cannot run here: {reason}; set kernel to 'auto'")
+        # A layer that is dense in any case needs none of our kernels.
+        check_cpu_kernel("auto" if reasons else kernel, dtype, self.head_size)
         return reasons
 
     def cache_reasons(self, layer: Any, block_size: int, dtype: torch.dtype) -> list[str]:

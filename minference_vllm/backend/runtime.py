@@ -14,8 +14,10 @@ from minference_vllm.backend.compat import add_worker_method
 from minference_vllm.backend.counters import Counters
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.kernels.choose import DTYPES
+from minference_vllm.kernels.native import library
 from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
 from minference_vllm.patterns.file import PatternFile
+from minference_vllm.patterns.kinds import PatternError
 from minference_vllm.prefill.recall import RaisedSteps
 from minference_vllm.selection.families import family_of
 from minference_vllm.settings import Settings, load_settings
@@ -41,6 +43,8 @@ class Runtime:
     source: str
     """Where the patterns came from and why, for the log."""
     counters: Counters = field(default_factory=Counters)
+    is_draft: bool = False
+    """Whether the model drafts tokens for another."""
     raised: RaisedSteps = field(default_factory=RaisedSteps)
     recorder: Recorder | None = None
     """While a model is calibrated; every sparse chunk then runs densely."""
@@ -61,7 +65,7 @@ class Runtime:
             ValueError: they cannot run on this model or its pages; the message says which and what is allowed.
         """
         self.patterns, self.source = patterns, source
-        self.counters, self.raised = Counters(), RaisedSteps()
+        self.counters, self.raised = Counters(self.counters.name), RaisedSteps()
         for group in self.layer_groups:
             prepare = group()
             if prepare is not None:
@@ -78,7 +82,7 @@ class Runtime:
         return f"patterns from {self.source}; {settings}; {kernels}; sparse from {self.settings.min_context} tokens"
 
 
-_runtimes: dict[tuple[int, str], tuple[Any, Runtime]] = {}
+_runtimes: dict[tuple[int, str, str], tuple[Any, Runtime]] = {}
 
 
 def runtime_for(vllm_config: Any) -> Runtime:
@@ -90,8 +94,9 @@ def runtime_for(vllm_config: Any) -> Runtime:
     Raises:
         ValueError: settings, pattern file or model cannot be used; the message says which and what is allowed.
     """
-    engine = vllm_config.compilation_config
-    key = id(engine), vllm_config.model_config.model
+    engine, model = vllm_config.compilation_config, vllm_config.model_config
+    # A model may draft for itself.
+    key = id(engine), model.model, model.runner_type
     known = _runtimes.get(key)
     if known is None:
         # The engine's part is kept beside the runtime so that its id stays its own.
@@ -102,16 +107,34 @@ def runtime_for(vllm_config: Any) -> Runtime:
 
 def _make_runtime(vllm_config: Any) -> Runtime:
     model = vllm_config.model_config
-    problems = unsupported_model_reasons(model)
-    if problems:
-        raise ValueError(f"minference cannot serve {model.model}: " + "; ".join(problems))
+    check_model(model)
     settings = load_settings(vllm_config.additional_config)
-    patterns, source = discover_patterns(settings, model)
-    patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
-    runtime = Runtime(settings, patterns, source)
+    is_draft = model.runner_type == "draft"
+    patterns, source = (draft_patterns if is_draft else model_patterns)(settings, model)
+    counters = Counters("minference (draft model)" if is_draft else "minference")
+    runtime = Runtime(settings, patterns, source, counters, is_draft)
     # Also runs in processes that multiprocessing starts, which end without ``atexit``.
     Finalize(None, _log_the_rest, (runtime,), exitpriority=1)
     return runtime
+
+
+def model_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
+    """As ``discover_patterns``; the file must be of this model."""
+    patterns, source = discover_patterns(settings, model)
+    patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
+    return patterns, source
+
+
+def draft_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
+    """Those of a draft model: the setting ``patterns`` where it describes the draft as well, else what is found for the
+    draft itself."""
+    try:
+        return model_patterns(settings, model)
+    except PatternError:
+        if settings.patterns is None:
+            raise
+    patterns, source = model_patterns(settings.model_copy(update={"patterns": None}), model)
+    return patterns, f"{source}, since {settings.patterns} describes another model than the draft"
 
 
 def _log_the_rest(runtime: Runtime) -> None:
@@ -120,19 +143,43 @@ def _log_the_rest(runtime: Runtime) -> None:
         logger.info(runtime.counters.line())
 
 
+def check_model(model: Any) -> None:
+    """Raise ValueError, with all reasons, where a model as a whole cannot be served."""
+    reasons = unsupported_model_reasons(model)
+    if reasons:
+        raise ValueError(f"minference cannot serve {model.model}: " + "; ".join(reasons))
+
+
 def unsupported_model_reasons(model: Any) -> list[str]:
     """Why a model as a whole cannot be served; empty when it can."""
     reasons = []
     if getattr(model, "use_mla", False):
         reasons.append("multi-head latent attention (MLA) keeps no keys per head; choose another attention backend")
-    if getattr(model, "runner_type", "generate") != "generate":
+    if model.runner_type not in ("generate", "draft"):
         reasons.append(f"{model.runner_type} models run no causal prefill; minference serves text generation")
     elif getattr(model, "is_encoder_decoder", False):
         reasons.append("encoder-decoder models are not supported; minference serves decoder-only models")
+    if not getattr(model.hf_text_config, "num_attention_heads", None):
+        reasons.append("it has no attention heads, and with them nothing that an attention backend computes")
     if model.dtype not in DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         reasons.append(f"dtype {str(model.dtype).removeprefix('torch.')} is not supported; allowed are {allowed}")
     return reasons
+
+
+def check_cpu_kernel(kernel: str, dtype: torch.dtype, head_size: int) -> None:
+    """Raise ValueError when the kernel that the user named cannot run on this CPU.
+
+    Args:
+        kernel: the setting of that name.
+    """
+    reason = None
+    if kernel == "triton":
+        reason = "it needs an NVIDIA GPU"
+    elif kernel == "native":
+        reason = library.unsupported_reason(dtype, head_size)
+    if reason:
+        raise ValueError(f"minference: kernel {kernel!r} cannot run here: {reason}; set kernel to 'auto'")
 
 
 def check_page_size(runtime: Runtime, block_size: int) -> None:

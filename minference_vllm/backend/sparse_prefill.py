@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -55,9 +55,10 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.runtime = runtime_for(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
         self.layers = [layer for layer in layers if isinstance(layer.impl, SparsePrefillImpl)]
+        # The configuration is the served model's, also where the layers are a draft model's.
+        self.runtime = self.layers[0].impl.runtime if self.layers else runtime_for(vllm_config)
         # Builders are made once the weights are there and pages have their size; the layers were made before.
         self.prepare_layers()
         self.runtime.layer_groups.append(weakref.WeakMethod(self.prepare_layers))
@@ -75,6 +76,9 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         for layer in self.layers:
             layer.impl.prepare(layer, self.kv_cache_spec, config.model_config.dtype, self.device)
         self.sparse_layers = [layer for layer in self.layers if layer.impl.sparse_layer is not None]
+        # Heads of layers that are dense by their patterns, beside sparse ones: the density is that of the patterns.
+        dense = [layer for layer in self.layers if layer.impl.sparse_layer is None and not layer.impl.dense_only]
+        self.dense_heads = sum(layer.impl.num_heads for layer in dense) if self.sparse_layers else 0
         # Pages may also be written from outside (a KV connector); then nothing is kept.
         connected = getattr(config, "kv_transfer_config", None) is not None
         wanting = () if connected else filter(_wants_page_means, self.sparse_layers)
@@ -101,7 +105,7 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
             means.forget(common_attn_metadata.slot_mapping, self.kv_cache_spec.block_size)
         if common_attn_metadata.max_query_len < PREFILL_FROM or self.dense_only or common_prefix_len:
             return metadata  # nothing but decodes, most of the time
-        lengths = host_seq_lens(common_attn_metadata)
+        lengths = host_seq_lens(common_attn_metadata, self.runtime.is_draft)
         reason = dense_batch_reason(common_attn_metadata)
         if reason or lengths is None:
             logger.info_once("minference: some batches are served densely: %s", reason or "lengths are on the GPU only")
@@ -112,6 +116,8 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         counters.count_batch(plan)
         if not plan.sparse:
             return metadata
+        pairs = self.dense_heads * sum(chunk.dense_pairs for chunk in plan.sparse)
+        counters.count_layer(pairs, pairs)
         table = common_attn_metadata.block_table_tensor
         # A fast build: FlashAttention keeps its ahead-of-time schedule in one buffer per builder, which every run
         # would write anew.

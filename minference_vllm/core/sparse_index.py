@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from minference_vllm.core.plan import dense_pairs
 from minference_vllm.core.tiling import Tiling
 
 
@@ -132,9 +133,7 @@ class SparseIndex:
 
     def dense_pairs(self) -> float:
         """Pairs of one head that dense causal attention computes."""
-        first, last, window = self.tiling.context_len, self.tiling.seq_len, self.tiling.window
-        full = min(max(window, first), last) if window else last  # from this row on the window is full
-        return (full - first) * (first + full + 1) / 2 + (last - full) * window
+        return dense_pairs(self.tiling.context_len, self.tiling.seq_len, self.tiling.window)
 
     def density(self) -> torch.Tensor:
         """float64 ``[H]``: computed pairs as a share of the dense ones."""

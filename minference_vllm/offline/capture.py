@@ -110,9 +110,18 @@ def chunk_indices(
     ]
 
 
+def sparse_chunks(indices: Sequence[SparseIndex], settings: Settings) -> list[SparseIndex]:
+    """Those of ``chunk_indices`` that the backend serves; a server's density and recall are of these."""
+    return [index for index in indices if not _dense(index.tiling.context_len, index.tiling.seq_len, settings)]
+
+
+def _dense(begin: int, end: int, settings: Settings) -> bool:
+    return dense_reason(Chunk(0, begin, begin, end), settings.min_context, settings.min_chunk) is not None
+
+
 def chunk_index(layer: Layer, patterns: Sequence[HeadPattern], begin: int, end: int, settings: Settings) -> SparseIndex:
     """The index of the chunk of rows ``begin`` to ``end``; dense where the backend would leave it to vLLM."""
-    if dense_reason(Chunk(0, begin, begin, end), settings.min_context, settings.min_chunk):
+    if _dense(begin, end, settings):
         patterns = [Dense()] * len(patterns)
     query = layer.query[:, begin:end].transpose(0, 1).contiguous()
     inputs = Inputs.of_rows(query, layer.keys[:, :end], layer.values[:, :end], layer.scale, PAGE)
@@ -124,10 +133,10 @@ def chunk_index(layer: Layer, patterns: Sequence[HeadPattern], begin: int, end: 
 
 
 def measure(layer: Layer, indices: Sequence[SparseIndex], rows: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """Density and recall of every head over a prompt.
+    """Density and recall of every head over chunks of a prompt.
 
     Args:
-        indices: of all chunks, as ``chunk_indices`` makes them.
+        indices: of the chunks, some of those that ``chunk_indices`` makes.
         rows: sampled per chunk for the recall.
 
     Returns:
@@ -135,6 +144,7 @@ def measure(layer: Layer, indices: Sequence[SparseIndex], rows: int = 16) -> tup
     """
     pairs = sum(index.dense_pairs() for index in indices)
     density = torch.stack([index.computed_pairs() for index in indices]).sum(0) / pairs
+    rows_in_all = sum(index.tiling.seq_len - index.tiling.context_len for index in indices)
     recall = torch.zeros_like(density)
     for index in indices:
         begin, end = index.tiling.context_len, index.tiling.seq_len
@@ -143,5 +153,5 @@ def measure(layer: Layer, indices: Sequence[SparseIndex], rows: int = 16) -> tup
         norms, at_once = layer.values[:, :end].float().norm(dim=2), keys_at_once(len(query), rows, *keys.shape[::2])
         pieces = zip(keys.split(at_once, 1), norms.split(at_once, 1), strict=True)
         found = sampled_recall(query.transpose(0, 1), pieces, index, sampled, layer.scale, layer.softcap, layer.window)
-        recall += found.mass.double().mean(1) * (end - begin) / layer.keys.shape[1]
+        recall += found.mass.double().mean(1) * (end - begin) / rows_in_all
     return density, recall

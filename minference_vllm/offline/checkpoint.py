@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from minference_vllm.backend.runtime import unsupported_layer_reasons
+from minference_vllm.backend.runtime import model_patterns, unsupported_layer_reasons
 from minference_vllm.kernels.choose import own_kernel_reason
-from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
+from minference_vllm.patterns.discovery import total_query_heads
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.settings import Settings, load_settings
 
@@ -28,7 +28,7 @@ class Checkpoint:
 
     Raises:
         OSError: no such model, or no configuration in it.
-        ValueError: a model that transformers does not know, or one without attention heads.
+        ValueError: a model that transformers does not know, or one without layers.
     """
 
     def __init__(self, model: str, trust_remote_code: bool = False) -> None:
@@ -42,9 +42,8 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"{model}: {error}") from None
         self.hf_text_config: Any = self.hf_config.get_text_config()
-        for field in ("num_hidden_layers", "num_attention_heads"):
-            if not isinstance(getattr(self.hf_text_config, field, None), int):
-                raise ValueError(f"{model}: the configuration has no {field}")
+        if not isinstance(getattr(self.hf_text_config, "num_hidden_layers", None), int):
+            raise ValueError(f"{model}: the configuration has no num_hidden_layers")
 
     @property
     def use_mla(self) -> bool:
@@ -116,9 +115,11 @@ class Checkpoint:
 
     def __str__(self) -> str:
         architecture = self.architectures[0] if self.architectures else self.hf_config.model_type
+        heads = getattr(self.hf_text_config, "num_attention_heads", None)
+        described = f"{heads} query heads over {self.num_kv_heads}" if heads else "no attention heads"
         return (
-            f"{self.model} ({architecture}, {self.get_total_num_hidden_layers()} layers, {self.num_heads} query "
-            f"heads over {self.num_kv_heads}, {str(self.dtype).removeprefix('torch.')})"
+            f"{self.model} ({architecture}, {self.get_total_num_hidden_layers()} layers, {described}, "
+            f"{str(self.dtype).removeprefix('torch.')})"
         )
 
 
@@ -133,6 +134,4 @@ def planned_patterns(checkpoint: Checkpoint, pattern_file: str | None = None) ->
         SettingsError: the environment sets what cannot be used.
     """
     settings = load_settings({"minference": {} if pattern_file is None else {"patterns": pattern_file}})
-    patterns, source = discover_patterns(settings, checkpoint)
-    patterns.check_model(checkpoint.get_total_num_hidden_layers(), checkpoint.num_heads, source)
-    return patterns, source, settings
+    return *model_patterns(settings, checkpoint), settings

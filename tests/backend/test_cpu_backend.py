@@ -58,6 +58,15 @@ def test_layers_whose_heads_are_all_dense_take_the_parents_path(make_cpu_layer: 
     assert not layer.indices
 
 
+def test_layers_that_are_dense_by_their_patterns_count_beside_sparse_ones(make_cpu_layer: Callable[..., Layer]) -> None:
+    """Or the density would be that of the other layers. Without any sparse layer there is none to tell."""
+    layer = make_cpu_layer(MIXED, patterns=[{"kind": "dense"}] * HEADS)
+    assert layer.metadata().sparse and layer.counters.dense_pairs == 0
+    layer.builder = layer.make_builder(layer.layer, layer.make_layer(0, {}))
+    pairs = HEADS * sum(chunk.dense_pairs for chunk, _ in layer.metadata().sparse)
+    assert layer.counters.dense_pairs == layer.counters.computed_pairs == pairs > 0
+
+
 @pytest.mark.parametrize(
     "options",
     [

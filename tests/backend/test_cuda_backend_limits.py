@@ -31,6 +31,22 @@ def test_batches_that_we_do_not_serve(
     assert len(lines) == 1 and reason in lines[0]
 
 
+def test_a_draft_models_batches_on_a_gpu_are_not_ours(
+    monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
+) -> None:
+    """vLLM makes them longer by a token and leaves what the host knows as it was."""
+    layer = make_gpu_layer([(0, 400)])
+    stale = {"seq_lens_cpu_upper_bound": layer.batch.seq_lens - 1}
+    ((chunk, _),) = layer.builder.build(0, layer.common(**stale)).sparse
+    assert (chunk.context_len, chunk.seq_len) == (0, 400), "lengths on the CPU are exact"
+    layer.builder.runtime.is_draft = True
+    assert layer.builder.build(0, layer.common(**stale)).sparse
+    lines = record_once(monkeypatch)
+    on_device = {**stale, "seq_lens": layer.batch.seq_lens.to("meta")}
+    assert not getattr(layer.builder.build(0, layer.common(**on_device)), "sparse", ())
+    assert len(lines) == 1 and "on the GPU only" in lines[0]
+
+
 @pytest.mark.parametrize(
     ("option", "reason"),
     [

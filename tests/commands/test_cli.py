@@ -136,6 +136,61 @@ def test_expected_errors_are_one_line(tool: Callable[..., Ended], arguments: lis
     assert ended.code == 1 and line.startswith(f"minference-vllm {arguments[0]}: ") and message in line
 
 
+def test_commands_without_torch_say_so_in_one_line(tmp_path: Path) -> None:
+    """Those that need it; the others do their work."""
+    script = f"""
+import contextlib, importlib.metadata, io, json, sys
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "vllm", "transformers"):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Without())
+real = importlib.metadata.version
+
+def version(name):
+    if name in ("torch", "vllm", "transformers"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(name)
+
+importlib.metadata.version = version
+from minference_vllm.commands import doctor
+from minference_vllm.commands.cli import main
+doctor.importlib.util.find_spec = lambda name: None
+found = {{}}
+for command in json.loads({json.dumps(json.dumps(WITHOUT_TORCH))}):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(command)
+    found[command[0]] = [code, out.getvalue(), err.getvalue()]
+print(json.dumps(found))
+"""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["convert"][0] == 0 and '"kind": "dense"' in found["convert"][1]
+    assert found["doctor"][0] == 1 and found["doctor"][2] == ""
+    assert "Serving with minference does not work here: torch, vllm, transformers." in found["doctor"][1]
+    for name in ("inspect", "plot", "calibrate", "evaluate"):
+        line = f"minference-vllm {name}: No module named 'torch'; minference-vllm doctor says what is missing\n"
+        assert found[name] == [1, "", line]
+
+
+WITHOUT_TORCH = [
+    ["doctor"],
+    ["convert", "dense", "-o", "-"],
+    ["inspect", str(DEMO)],
+    ["plot", str(DEMO)],
+    ["calibrate", str(DEMO), "-o", "file.json"],
+    ["evaluate", str(DEMO)],
+]
+
+
 # convert
 
 
@@ -193,6 +248,13 @@ def test_inspect_sums_up_what_was_measured(tool: Callable[..., Ended], tmp_path:
     assert "measured  density 0.200; recall 0.950, lowest 0.900 (layer 1, head 2)" in ended.out
 
 
+def test_inspect_takes_a_file_that_measured_nothing(tool: Callable[..., Ended], tmp_path: Path) -> None:
+    path = pattern_file(tmp_path / "patterns.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "measured": {"0": {}}}))
+    ended = tool("inspect", DEMO, "--patterns", path)
+    assert ended.code == 0 and "measured" not in ended.out
+
+
 def test_inspect_takes_the_checkpoints_own_file(tool: Callable[..., Ended], tmp_path: Path) -> None:
     folder = model(tmp_path / "llama", **LLAMA)
     entry = {str(head): ["stream_llm", 7, 8, 1.0] for head in range(4)}
@@ -217,6 +279,7 @@ def test_inspect_refuses_another_models_file(tool: Callable[..., Ended], tmp_pat
         ({"model_type": "bert", "architectures": ["BertModel"]}, "pooling models run no causal prefill"),
         ({"model_type": "bart", "architectures": ["BartForConditionalGeneration"]}, "encoder-decoder models"),
         ({**LLAMA, "dtype": "float64"}, "dtype float64 is not supported"),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "it has no attention heads"),
     ],
 )
 def test_inspect_says_why_a_model_is_refused(
@@ -336,6 +399,13 @@ def test_plot_refuses_what_it_cannot_draw(tool: Callable[..., Ended], tmp_path: 
     empty.write_text("")
     assert f"{empty} is empty" in tool("plot", DEMO, "--prompt", empty, "-o", tmp_path / "x.png").err
     assert "No such file" in tool("plot", DEMO, "--prompt", tmp_path / "no.txt", "-o", tmp_path / "x.png").err
+    for device in ("foo", "meta", "cuda:9999"):
+        ended = tool("plot", DEMO, "--device", device, "-o", tmp_path / "x.png")
+        (line,) = ended.err.splitlines()
+        assert ended.code == 1 and line.startswith(f"minference-vllm plot: --device {device!r}: ")
+    mamba = model(tmp_path / "mamba", model_type="mamba", architectures=["MambaForCausalLM"], dtype="bfloat16")
+    ended = tool("plot", mamba, "-o", tmp_path / "x.png")
+    assert ended.code == 1 and ended.err.startswith(f"minference-vllm plot: minference cannot serve {mamba}: it has no")
     windowed = model(tmp_path / "mistral", **{**LLAMA, "model_type": "mistral", "sliding_window": 64})
     ended = tool("plot", windowed, "--head", "0:0", "-o", tmp_path / "x.png")
     assert ended.code == 1 and "head 0:0 runs no pattern; dense: sliding window" in ended.err

@@ -10,7 +10,15 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from minference_vllm.offline.capture import Layer, capture_layers, chunk_indices, measure, visit_layers
+from minference_vllm.backend.counters import Counters
+from minference_vllm.offline.capture import (
+    Layer,
+    capture_layers,
+    chunk_indices,
+    measure,
+    sparse_chunks,
+    visit_layers,
+)
 from minference_vllm.offline.plot import head_map
 from minference_vllm.patterns.kinds import AShape, Dense, HeadPattern, VerticalSlash
 from minference_vllm.settings import Settings
@@ -106,3 +114,16 @@ def test_chunks_that_the_backend_leaves_to_vllm_are_dense() -> None:
     indices = chunk_indices(layer, PATTERNS, 300, Settings(min_context=400, min_chunk=150))
     densities = [float(index.density()[0]) for index in indices]
     assert densities[0] == densities[2] == 1 and densities[1] < 1
+
+
+def test_density_and_recall_of_the_sparse_chunks_are_those_of_a_server() -> None:
+    layer, settings = random_layer(), Settings(min_context=400, min_chunk=150)
+    indices = chunk_indices(layer, PATTERNS, 300, settings)
+    (served,) = sparse_chunks(indices, settings)
+    assert served is indices[1]
+    counters = Counters()
+    counters.count_layer(served.computed_pairs().sum(), served.num_heads * served.dense_pairs())
+    density, recall = measure(layer, [served], rows=LENGTH)
+    assert float(density.mean()) == pytest.approx(counters.density)
+    _, of_all = measure(layer, indices, rows=LENGTH)
+    torch.testing.assert_close(1 - of_all, (1 - recall) * 300 / LENGTH, rtol=1e-4, atol=1e-6)

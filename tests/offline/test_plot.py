@@ -137,7 +137,7 @@ def test_a_head_as_svg(drawn: HeadMap, tmp_path: Path) -> None:
         "tiny, layer 3, head 1",
         "query position (token)",
         "key position (token)",
-        f"keys computed: {drawn.density:.1%} of the dense pairs",
+        f"keys computed: {drawn.density:.1%} of the prompt's dense pairs",
         f"(recall {drawn.recall:.2%})",
         "largest weight in a cell of 6 x 6 tokens",
         "whole blocks of 32 keys",
@@ -248,7 +248,7 @@ def test_layers_as_svg(tmp_path: Path) -> None:
     for expected in (
         "tiny, 301 tokens",
         "recall: mean 97.00%, worst head 90.00%",
-        "density: mean 20.00% of the dense pairs",
+        "density: mean 20.00% of the dense pairs in sparse chunks",
         "layer",
         "one head",
         "mean of the layer",

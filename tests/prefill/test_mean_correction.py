@@ -314,7 +314,7 @@ def test_in_files_it_is_off_unless_it_is_named() -> None:
     assert mean_corrected_heads([old, named]) == [1]
     assert parse_head_pattern(named.model_dump(mode="json")) == named
     for wrong in (1, "true", None):
-        with pytest.raises(PatternError, match=r"mean_correction = .*valid boolean"):
+        with pytest.raises(PatternError, match=r"mean_correction = .*: must be true or false"):
             parse_head_pattern({"kind": "peak_threshold", "mean_correction": wrong})
     with pytest.raises(PatternError, match="mean_correction"):
         parse_head_pattern({"kind": "antidiagonal", "mean_correction": True})

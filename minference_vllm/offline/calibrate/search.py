@@ -78,8 +78,10 @@ CANDIDATES: tuple[HeadPattern, ...] = (
 class Measured:
     """Of one chunk in one layer, or of several; float64 ``[C, H]`` each."""
 
+    computed: torch.Tensor
+    """Computed query-key pairs."""
     cost: torch.Tensor
-    """Computed query-key pairs, and what scoring keys takes in such pairs."""
+    """The same with what scoring keys takes in such pairs."""
     pairs: torch.Tensor
     """Query-key pairs of dense attention."""
     recall: torch.Tensor
@@ -96,8 +98,9 @@ class Measured:
 
     @classmethod
     def together(cls, chunks: Sequence[Measured]) -> Measured:
-        """Of several chunks: costs and pairs added up, shares and errors averaged."""
+        """Of several chunks: pairs and costs added up, shares and errors averaged."""
         total = cls(*(torch.stack(parts).mean(0) for parts in _side_by_side(chunks)))
+        total.computed *= len(chunks)
         total.cost *= len(chunks)
         total.pairs *= len(chunks)
         return total
@@ -113,7 +116,12 @@ class Measured:
 
     @property
     def density(self) -> float:
-        """Of everything, scoring included."""
+        """Of everything: computed pairs as a share of the dense ones, as the log counts them while serving."""
+        return float(self.computed.sum() / self.pairs.sum())
+
+    @property
+    def cost_share(self) -> float:
+        """The same with scoring included: what patterns are chosen by."""
         return float(self.cost.sum() / self.pairs.sum())
 
     @property
@@ -214,12 +222,19 @@ def measure(
         error = found - dense
         pairs = index.dense_pairs()
         scoring = family_of(pattern).scoring_cost(pattern, cache.head_size, chunk.query_len, device)
-        result.cost[number] = index.computed_pairs().cpu() + pairs * scoring * scores.scored
+        result.computed[number] = index.computed_pairs().cpu()
+        result.cost[number] = result.computed[number] + pairs * scoring * scores.scored
         result.pairs[number] = pairs
         result.recall[number] = recall.double().mean((1, 2)).cpu()
-        result.value_recall[number] = (times(kept, norms) / by_norm).double().mean((1, 2)).cpu()
-        result.squared_error[number] = (error.double().square().sum((1, 2)) / dense.double().square().sum((1, 2))).cpu()
+        result.value_recall[number] = _share(times(kept, norms), by_norm, of_nothing=1.0).double().mean((1, 2)).cpu()
+        lost, whole = (part.double().square().sum((1, 2)) for part in (error, dense))
+        result.squared_error[number] = _share(lost, whole, of_nothing=0.0).cpu()
     return result
+
+
+def _share(part: torch.Tensor, whole: torch.Tensor, of_nothing: float) -> torch.Tensor:
+    """``part / whole``; a head whose values are all zero has no output to lose."""
+    return torch.where(whole == 0, of_nothing, part / whole)
 
 
 def choose(chunks: Sequence[Measured]) -> torch.Tensor:

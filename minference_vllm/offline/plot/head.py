@@ -35,7 +35,7 @@ class HeadMap:
     columns: torch.Tensor
     """float32 ``[W, W]``: share that lies in the index's single columns."""
     density: float
-    """Computed pairs as a share of the dense ones."""
+    """Computed pairs as a share of the dense ones, of the whole prompt: chunks that are served densely count."""
     recall: float
     """Mean over the rows of the share of a row's attention that lies on computed keys."""
     seq_len: int
@@ -133,7 +133,7 @@ def draw_head(
     extent = (0, edge * head.cell, edge * head.cell, 0)
     images = (
         ("attention", head.attention),
-        (f"keys computed: {head.density:.1%} of the dense pairs", None),
+        (f"keys computed: {head.density:.1%} of the prompt's dense pairs", None),
         (f"attention left out: {1 - head.recall:.2%} of all (recall {head.recall:.2%})", head.left_out),
     )
     for axes, (name, weights) in zip(panels, images, strict=True):
