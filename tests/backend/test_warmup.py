@@ -186,38 +186,11 @@ def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, A
 
 
 def interpret() -> None:
+    from kernel_variants import Variants
+
     from minference_vllm.backend import warmup
     from minference_vllm.prefill.attend import attend_chunk
-    from minference_vllm.triton_kernels import antidiagonal, attention, column_diagonal, low_rank, page_means
 
-    def kind(value: Any) -> Any:
-        """What Triton compiles anew for, as far as arguments that are not named in the kernel decide it."""
-        if isinstance(value, torch.Tensor):
-            return [str(value.dtype), value.data_ptr() % 16 == 0]
-        return [type(value).__name__, isinstance(value, int) and value % 16 == 0]
-
-    def recording(variants: list[Any]) -> Callable[..., Callable[..., None]]:
-        def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-            def run(*arguments: Any, **constants: Any) -> None:
-                free = [kernel.arg_names.index(name) for name in lengths if name in kernel.arg_names]
-                kinds = [kind(value) for place, value in enumerate(arguments) if place not in free]
-                variant = [kernel.__name__, kinds, {name: str(value) for name, value in constants.items()}]
-                if variant not in variants:
-                    variants.append(variant)
-                # What the last kernel of a chunk computes decides no launch.
-                if kernel is not attention.sparse_attention_kernel:
-                    launcher(kernel, grid)(*arguments, **constants)
-
-            return run
-
-        return launch
-
-    lengths = (
-        "num_tiles", "num_blocks", "num_rows", "num_lists", "max_blocks", "max_columns", "rows", "context_len",
-        "seq_len", "first_kv_head",
-    )  # fmt: skip
-    compiled: list[Any] = []
-    served: list[Any] = []
     layers = [
         make_layer(VerticalSlash(vertical=40, slash=64), BlockSparse(top_k=2), Coverage(gamma=0.5), Antidiagonal()),
         make_layer(AShape(sink=40, local=40), LowRank(gamma=0.5)),
@@ -226,26 +199,22 @@ def interpret() -> None:
     ]
     settings = Settings(kernel="triton", tile=32)
 
-    def record(variants: list[Any]) -> None:
-        for module in (antidiagonal, attention, column_diagonal, low_rank, page_means):
-            module.launcher = recording(variants)  # type: ignore[attr-defined]
-
-    record(compiled)
-    warmup.warm_up(layers, spec(), torch.bfloat16, settings, torch.device("cpu"))
-    record(served)
-    for context, length, heads_first in ((0, 70, True), (77, 210, False)):
-        for layer in layers:
-            memory = torch.randn(9, 2, PAGE, 2 * DIM).bfloat16()
-            if not heads_first:
-                memory = memory.transpose(1, 2).contiguous().transpose(1, 2)
-            # The queries as vLLM cuts them out of one projection, and a later request's rows.
-            query = torch.randn(5 + length - context, 8, DIM).bfloat16()[5:, :4]
-            cache = layer.impl.paged_cache(layer, memory, torch.bfloat16)
-            out = torch.empty(query.shape, dtype=query.dtype)
-            chunk = Chunk(0, 0, context, length)
-            inputs = Inputs.of(query, cache, torch.randperm(9), chunk, 0.1)
-            attend_chunk(inputs, layer.impl.sparse_layer.patterns, layer.impl.sparse_layer.kernel, out, 32)
-    print(json.dumps({"compiled": compiled, "served": served}))
+    with Variants(run_attention=False) as compiled:
+        warmup.warm_up(layers, spec(), torch.bfloat16, settings, torch.device("cpu"))
+    with Variants(run_attention=False) as served:
+        for context, length, heads_first in ((0, 70, True), (77, 210, False)):
+            for layer in layers:
+                memory = torch.randn(9, 2, PAGE, 2 * DIM).bfloat16()
+                if not heads_first:
+                    memory = memory.transpose(1, 2).contiguous().transpose(1, 2)
+                # The queries as vLLM cuts them out of one projection, and a later request's rows.
+                query = torch.randn(5 + length - context, 8, DIM).bfloat16()[5:, :4]
+                cache = layer.impl.paged_cache(layer, memory, torch.bfloat16)
+                out = torch.empty(query.shape, dtype=query.dtype)
+                chunk = Chunk(0, 0, context, length)
+                inputs = Inputs.of(query, cache, torch.randperm(9), chunk, 0.1)
+                attend_chunk(inputs, layer.impl.sparse_layer.patterns, layer.impl.sparse_layer.kernel, out, 32)
+    print(json.dumps({"compiled": compiled.found, "served": served.found}))
 
 
 if __name__ == "__main__":
