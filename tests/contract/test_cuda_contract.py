@@ -199,6 +199,22 @@ def case_another_group_of_layers_takes_the_metadata_over() -> None:
     engine.check(other, engine.run(other, {name: updated}), SPARSE, STEP)
 
 
+def case_over_the_triton_backend() -> None:
+    """On GPUs for which vLLM has no FlashAttention. A batch without dense runs: vLLM's own kernels are for GPUs."""
+    from contract_engine import Engine
+    from vllm.v1.attention.backends import fa_utils
+
+    from minference_vllm.backend.triton_attn import MInferenceTritonImpl, MInferenceTritonMetadata
+
+    fa_utils.get_flash_attn_version = lambda **options: None
+    engine = Engine()
+    assert all(type(layer.impl) is MInferenceTritonImpl for layer in engine.layers) and engine.page == 128
+    batch = engine.batch([(300, 200), (0, 160)])
+    metadata = engine.metadata(batch)
+    assert all(type(built) is MInferenceTritonMetadata for built in metadata.values())
+    engine.check(batch, engine.run(batch, metadata), [0, 1], STEP)
+
+
 def case_building_waits_for_no_gpu() -> None:
     """Tensors that would be on the GPU are on a device without data: whatever reads them there fails."""
     from contract_engine import SPARSE, Engine
@@ -209,6 +225,31 @@ def case_building_waits_for_no_gpu() -> None:
     common = dataclasses.replace(common, **{name: getattr(common, name).to("meta") for name in on_gpu})
     built = engine.builder.build(0, common)
     assert [chunk.request for chunk, _ in built.sparse] == list(SPARSE)
+
+
+def case_serving_waits_for_no_gpu() -> None:
+    """The same of a layer, with decodes and several prefills; vLLM's own operations and FlashAttention included."""
+    from contract_engine import DIM, HEADS, KV_HEADS, SPARSE, Engine
+    from device_account import DeviceAccount
+    from vllm.v1.attention.backends import flash_attn
+
+    engine = Engine()
+    (layer,), batch = engine.layers, engine.batch()
+    on_gpu = ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping")
+    common = engine.common(batch)
+    common = dataclasses.replace(common, **{name: getattr(common, name).to("meta") for name in on_gpu})
+    metadata = engine.builder.build(0, common)
+    calls: list[Any] = []
+    flash_attn.flash_attn_varlen_func = lambda **arguments: calls.append(arguments["cu_seqlens_q"].shape[0] - 1)
+    tokens = len(batch.query) + 5
+    query = torch.empty(tokens, HEADS, DIM, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(tokens, KV_HEADS, DIM, dtype=torch.bfloat16, device="meta")
+    cache, output = layer.kv_cache.to("meta"), torch.empty_like(query)
+    with DeviceAccount(pytest.MonkeyPatch()) as account:
+        layer.impl.forward(layer, query, key, key, cache, metadata, output)
+    assert len(engine.indices) == len(SPARSE) == account.launches["sparse_attention_kernel"]
+    assert calls == [3, 1], "requests of the runs between sparse chunks"
+    assert not account.waits and not account.pageable, (account.waits, account.pageable)
 
 
 def case_warm_up_compiles_what_serving_runs() -> None:
