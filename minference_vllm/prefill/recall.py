@@ -23,7 +23,7 @@ from minference_vllm.core.transfer import to_device
 from minference_vllm.patterns.kinds import MAX_STEP, HeadPattern
 from minference_vllm.selection.families import family_of
 from minference_vllm.selection.probe_queries import logits, most_unlike, unlikeness
-from minference_vllm.selection.torch_scores import TorchScores
+from minference_vllm.selection.torch_scores import PIECE_BYTES, TorchScores
 
 ROWS_AT_ONCE = 16
 """Rows of a large audit that are sampled together: the lists of their tiles take memory, too."""
@@ -133,8 +133,10 @@ def audited_rows(query: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
     """
     samples = min(samples, len(query))
     drawn = to_device(sample_rows(len(query), samples - samples // 2, seed), query.device, query.is_cuda)
-    unlike = unlikeness(query.transpose(0, 1)).amax(0, keepdim=True)
-    return torch.cat([drawn, most_unlike(unlike, samples // 2, drawn)[0]])
+    # Some heads at a time: of each a copy in float32, and one of its differences.
+    heads_at_once = max(1, PIECE_BYTES // (2 * 4 * query[:, 0].numel()))
+    unlike = [unlikeness(heads.transpose(0, 1)).amax(0) for heads in query.split(heads_at_once, 1)]
+    return torch.cat([drawn, most_unlike(torch.stack(unlike).amax(0, keepdim=True), samples // 2, drawn)[0]])
 
 
 @dataclass

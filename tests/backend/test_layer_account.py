@@ -6,12 +6,14 @@ to see the chunk. The limits are what was counted when they were written down. A
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from device_account import DeviceAccount
+from live_bytes import LiveBytes
 
 from minference_vllm.backend.runtime import Runtime
 from minference_vllm.backend.serving import SparseLayer, serve_chunk
@@ -33,6 +35,9 @@ from minference_vllm.patterns.kinds import (
     TriShape,
     VerticalSlash,
 )
+from minference_vllm.prefill.attend import attend_chunk
+from minference_vllm.prefill.recall import RecallCheck, audited_rows
+from minference_vllm.selection.capacity import MEMORY_LIMIT
 from minference_vllm.settings import Settings
 
 pytest.importorskip("triton")
@@ -63,7 +68,7 @@ LIMITS: dict[str, tuple[tuple[int, int], ...]] = {
     "mixed": ((537, 4), (537, 4), (1153, 10)),
 }
 """Operations and launches of a layer, from the first of ``LENGTHS`` on; ``low_rank`` takes minutes at the last."""
-AUDIT_LIMITS = (246, 798, 5904)
+AUDIT_LIMITS = (278, 830, 5936)
 """Operations that an audit of 4 rows adds."""
 CASES = [(name, *case) for name, limits in LIMITS.items() for case in zip(LENGTHS, limits, strict=False)]
 
@@ -116,6 +121,23 @@ def test_an_audit_stays_within_its_account(seq_len: int, limit: int, monkeypatch
             counted.append(serving.serve(MIXTURES["a_shape"])[0])
             assert serving.account.pinned - pinned == (rows > 0)
     assert counted[1] - counted[0] <= limit, f"{counted[1] - counted[0]} operations"
+
+
+@pytest.mark.parametrize("name", ["coverage", "vertical_slash", "antidiagonal", "peak_threshold", "mixed"])
+@pytest.mark.parametrize("seq_len", LENGTHS)
+def test_chunks_of_any_length_fit_into_what_is_taken_at_the_start(
+    name: str, seq_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short chunks score more heads at once; ``backend/warmup.py`` takes as much as they are planned to take."""
+    serving = Serving(monkeypatch, seq_len, audit_rows=0)
+    for chunk in (256, 1024, 4096):
+        query = serving.inputs.query[:chunk]
+        inputs = dataclasses.replace(serving.inputs, query=query, chunk=Chunk(0, 0, seq_len - chunk, seq_len))
+        layer = serving.layer(MIXTURES[name])
+        with LiveBytes(serving.inputs.query, inputs.pages, serving.cache.key, serving.out) as memory:
+            check = RecallCheck(audited_rows(query, 4, seed=0))
+            attend_chunk(inputs, layer.patterns, layer.kernel, serving.out[:chunk], check=check)
+        assert memory.peak <= MEMORY_LIMIT, f"{memory.peak >> 20} MiB for {chunk} rows"
 
 
 def test_layers_of_many_pattern_files_copy_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:

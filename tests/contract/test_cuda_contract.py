@@ -7,6 +7,7 @@ Each case runs in a process of its own, in which vLLM is such a release (see ``f
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def cuda_vllm(request: pytest.FixtureRequest) -> Iterator[CudaVLLM]:
 def case_what_vllm_asks_the_backend() -> None:
     from contract_engine import Engine
     from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backend import AttentionCGSupport
 
     from minference_vllm.backend.cuda import MInferenceCUDABackend, MInferenceCUDAImpl
@@ -54,6 +56,16 @@ def case_what_vllm_asks_the_backend() -> None:
     assert engine.page == 128, "pages that our backend prefers"
     assert engine.graphs.min_cg_support is AttentionCGSupport.UNIFORM_BATCH
     assert engine.config.compilation_config.cudagraph_mode is CUDAGraphMode.FULL_AND_PIECEWISE
+    validate = layer.attn_backend.validate_configuration
+    asked = {
+        "head_size": 64, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": None, "use_mla": False,
+        "has_sink": False, "use_sparse": False, "use_mm_prefix": False, "use_per_head_quant_scales": False,
+        "device_capability": current_platform.get_device_capability(), "attn_type": "decoder",
+    }  # fmt: skip
+    assert validate(**asked) == []
+    if "use_adaptive_verification" in inspect.signature(validate).parameters:  # since 0.30
+        (reason,) = validate(**asked, use_adaptive_verification=True)
+        assert "query lens mismatch" in reason
 
 
 def case_a_mixed_batch() -> None:
@@ -213,6 +225,37 @@ def case_over_the_triton_backend() -> None:
     metadata = engine.metadata(batch)
     assert all(type(built) is MInferenceTritonMetadata for built in metadata.values())
     engine.check(batch, engine.run(batch, metadata), [0, 1], STEP)
+
+
+def case_memory_is_taken_in_the_profiling_run() -> None:
+    """vLLM then calls its layers before there is a cache or a batch."""
+    from contract_engine import Engine
+
+    from minference_vllm.backend import warmup
+
+    engine = Engine(layers=3, shared=1, max_model_len=1024, pages=16, max_num_batched_tokens=256)
+    caches = [layer.kv_cache for layer in engine.layers]
+    taken: list[Any] = []
+    serve = warmup.attend_chunk
+
+    def watched(inputs: Any, *others: Any) -> None:
+        taken.append((inputs.chunk.context_len, inputs.chunk.seq_len))
+        serve(inputs, *others)
+
+    warmup.attend_chunk = watched
+    tokens = engine.batch([(0, 256)])
+    torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment,method-assign]
+    torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[assignment,method-assign]
+    for layer, cache in zip(engine.layers, caches, strict=True):
+        layer.kv_cache = torch.tensor([])  # vLLM's placeholder, until the cache is there
+        assert cache.numel()
+    assert not any(bool(output.any()) for output in engine.run(tokens, None, padding=0))
+    assert taken == [(768, 1024)], f"layers are alike, but took {taken}"
+    for layer, cache in zip(engine.layers, caches, strict=True):
+        layer.kv_cache = cache
+    warmup._profiled.clear()
+    engine.run(tokens, None, padding=0)
+    assert len(taken) == 1, "with the cache in place nothing is measured"
 
 
 def case_building_waits_for_no_gpu() -> None:

@@ -111,7 +111,8 @@ class Engine:
         with set_current_vllm_config(config):
             specs = attn_utils.get_kv_cache_spec(config)
             memory = pages * sum(spec.page_size_bytes for spec in specs.values())
-            config.model_config.max_model_len = min(4096, (pages - 1) * config.cache_config.block_size)
+            room = (pages - 1) * config.cache_config.block_size
+            config.model_config.max_model_len = min(config.model_config.max_model_len, room)
             self.cache_config = _planned_cache(config, specs, memory)
             self.groups, self.graphs, sizes = attn_utils.init_attn_backend(self.cache_config, config, device)
             context = config.compilation_config.static_forward_context
