@@ -56,7 +56,7 @@ format: setup ## let ruff rewrite what it can
 kernels: setup ## what the Triton kernels cost on NVIDIA GPUs, compiled ahead of time (no GPU needed)
 	@$(BIN)/python tools/kernel_account.py $(ARGS)
 
-gpu-check: setup ## on a machine with an NVIDIA GPU: all its tests and benchmarks (hours; ARGS=--quick: 10 minutes)
+gpu-check: setup ## on a machine with an NVIDIA GPU: all its tests and benchmarks (hours; ARGS=--quick: 10 minutes; ARGS=--rehearse: without a GPU)
 	@$(BIN)/python tools/gpu_check.py $(ARGS)
 
 clean: ## remove everything that make has made, the environment included
