@@ -227,7 +227,8 @@ def rehearsed(item: Item) -> Item:
         words = [sys.executable, script, *options]
     else:
         words = on_cpu
-    return item._replace(words=words)
+    paths = [str(ROOT / "tests" / "inputs"), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return item._replace(words=words, environment=(*item.environment, ("PYTHONPATH", os.pathsep.join(paths))))
 
 
 def run(command: Command, seconds: float | None = None) -> str:

@@ -4,6 +4,7 @@ Tensors that are put on a GPU stay on the CPU and say that they are on one; Trit
 vLLM's FlashAttention is a torch stand-in; events time with the host's clock. Everything else is the script's own. No
 figure that it prints means anything.
 
+    export PYTHONPATH=tests/inputs:benchmarks
     python tools/rehearsal.py benchmarks/bench_attention.py --device cuda ...
     python tools/rehearsal.py -m pytest -m gpu ...
 """
@@ -15,7 +16,6 @@ import os
 import runpy
 import sys
 import time
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -25,7 +25,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch.overrides import TorchFunctionMode
 
-INPUTS = Path(__file__).parent.parent / "tests" / "inputs"
 NAME, CAPABILITY = "no GPU (a rehearsal)", (9, 0)
 
 
@@ -82,14 +81,12 @@ def pretend() -> None:
 
 
 def main() -> None:
-    sys.path[:1] = [str(INPUTS)]
     pretend()
     if sys.argv[1] == "-m":
         sys.argv[:] = sys.argv[2:]
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv[:] = sys.argv[1:]
-        sys.path.insert(0, str(Path(sys.argv[0]).parent))
         runpy.run_path(sys.argv[0], run_name="__main__")
 
 
