@@ -241,6 +241,14 @@ def dense_batch_reason(common: CommonAttentionMetadata) -> str | None:
     return None
 
 
+def page_reasons(spec: Any) -> list[str]:
+    """Why pages of this KV-cache spec of vLLM's are not keys and values of the layer's heads and nothing else; empty
+    when they are. Padding behind a page does not matter, padding inside of it (scales of single tokens, say) does."""
+    plain = spec.block_size * spec.num_kv_heads * 2 * spec.head_size * spec.dtype.itemsize
+    stored = spec.real_page_size_bytes
+    return [] if stored == plain else [f"pages of {stored} bytes, where keys and values take {plain}"]
+
+
 def gpu_pages(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of the keys and the values in the cache of vLLM's FlashAttention or Triton backend, each
     ``[num_blocks, num_kv_heads, block_size, D]``.

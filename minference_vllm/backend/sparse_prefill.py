@@ -18,7 +18,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
 
-from minference_vllm.backend.compat import dense_batch_reason, host_seq_lens, slice_requests
+from minference_vllm.backend.compat import dense_batch_reason, host_seq_lens, page_reasons, slice_requests
 from minference_vllm.backend.runtime import check_page_size, runtime_for
 from minference_vllm.backend.serving import SparseLayer, serve_chunk
 from minference_vllm.core.inputs import Inputs
@@ -161,7 +161,7 @@ class SparsePrefillImpl(AttentionImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        vllm_config = get_current_vllm_config()
+        self.vllm_config = vllm_config = get_current_vllm_config()
         self.runtime = runtime_for(vllm_config)
         self.first_head = get_tensor_model_parallel_rank() * self.num_heads
         self.sparse_layer: SparseLayer | None = None
@@ -193,6 +193,10 @@ class SparsePrefillImpl(AttentionImpl):
     def pattern_reasons(self, patterns: Sequence[HeadPattern]) -> list[str]:
         """Why the layer runs densely with these patterns of its heads; with others it may run sparsely."""
         return []
+
+    def measure(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
+        """Take the memory that sparse chunks will take, while vLLM measures what it may give to its cache. Not on CPUs,
+        where the user says how large the cache is."""
 
     def paged_cache(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedCache:
         """vLLM's cache of this layer as ours."""
@@ -234,7 +238,7 @@ class SparsePrefillImpl(AttentionImpl):
             return
         settings, page = self.runtime.settings, spec.block_size
         check_page_size(self.runtime, page)
-        reasons = self.cache_reasons(layer, page, dtype)
+        reasons = [*page_reasons(spec), *self.cache_reasons(layer, page, dtype)]
         if reasons:
             self._run_densely(reasons)
             return
@@ -275,6 +279,8 @@ class SparsePrefillImpl(AttentionImpl):
         Args:
             key, value: of the new tokens; None in a layer that shares another one's cache.
         """
+        if attn_metadata is None:
+            self.measure(layer, query, kv_cache)
         sparse = getattr(attn_metadata, "sparse", None)
         if not sparse or self.sparse_layer is None:
             return super().forward(

@@ -132,7 +132,7 @@ class LowRank(_Pattern):
     kind: Literal["low_rank"] = "low_rank"
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
     gamma: Share = 0.95
-    remainder: StrictBool = False
+    remainder: bool = False
 
     def without_remainder(self) -> LowRank:
         """For kernels that cannot add it: half of the missing share errs no more (``docs/estimator.md``)."""

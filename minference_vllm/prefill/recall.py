@@ -20,10 +20,11 @@ import torch
 
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.sparse_index import SparseIndex
+from minference_vllm.core.transfer import to_device
 from minference_vllm.patterns.kinds import MAX_STEP, HeadPattern
 from minference_vllm.selection.families import family_of
 from minference_vllm.selection.probe_queries import logits, most_unlike, unlikeness, unseen
-from minference_vllm.selection.torch_scores import TorchScores
+from minference_vllm.selection.torch_scores import PIECE_BYTES, TorchScores
 
 ROWS_AT_ONCE = 16
 """Rows of a large audit that are sampled together: the lists of their tiles take memory, too."""
@@ -121,11 +122,12 @@ def _by_norm(weights: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 def sample_rows(rows: int, samples: int, seed: int) -> torch.Tensor:
-    """int64 ``[min(samples, rows)]``, ascending: one random row of each of as many equal parts of the chunk; of the
-    last of several parts its last row, where a question ends. ``seed`` decides."""
+    """int64 ``[min(samples, rows)]`` on the CPU, ascending: one random row of each of as many equal parts of the chunk;
+    of the last of several parts its last row, where a question ends. ``seed`` decides."""
     count = min(samples, rows)
-    borders = torch.arange(count + 1) * rows // count
-    place = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    # Whatever PyTorch's default device is: the draw is the host's.
+    borders = torch.arange(count + 1, device="cpu") * rows // count
+    place = torch.rand(count, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(seed))
     place[1:][-1:] = 1.0
     sizes = borders[1:] - borders[:-1]
     return borders[:-1] + (place * sizes).long().clamp(max=sizes - 1)
@@ -143,13 +145,11 @@ def audited_rows(query: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
         int64 ``[min(samples, chunk)]``, on the query's device. Nothing waits for a GPU.
     """
     samples = min(samples, len(query))
-    drawn = sample_rows(len(query), samples - samples // 2, seed)
-    if query.is_cuda:
-        # From ordinary memory the copy would wait for the GPU.
-        drawn = drawn.pin_memory()
-    drawn = drawn.to(query.device, non_blocking=True)
-    unlike = unlikeness(query.transpose(0, 1)).amax(0, keepdim=True)
-    return torch.cat([drawn, most_unlike(unlike, samples // 2, drawn)[0]])
+    drawn = to_device(sample_rows(len(query), samples - samples // 2, seed), query.device, query.is_cuda)
+    # Some heads at a time: of each a copy in float32, and one of its differences.
+    heads_at_once = max(1, PIECE_BYTES // (2 * 4 * query[:, 0].numel()))
+    unlike = [unlikeness(heads.transpose(0, 1)).amax(0) for heads in query.split(heads_at_once, 1)]
+    return torch.cat([drawn, most_unlike(torch.stack(unlike).amax(0, keepdim=True), samples // 2, drawn)[0]])
 
 
 @dataclass
