@@ -120,20 +120,20 @@ def coverage(
 
 
 def fill_up(tiling: Tiling, blocks: torch.Tensor, columns: torch.Tensor, budget: int) -> torch.Tensor:
-    """Blocks with the nearest others of every tile that has fewer keys before it than the budget: what the last tile
-    has lies in part behind an earlier one, or before the prompt.
+    """Blocks with the nearest others of every tile that has fewer keys than the budget: what the last tile has lies in
+    part behind an earlier one, or before the prompt.
 
     Args:
         blocks: bool ``[h, T, N]``.
         columns: bool ``[h, S]``.
-        budget: keys before a tile, or all where there are fewer.
+        budget: keys of a tile, its own pages included, or all where there are fewer.
     """
     earlier = tiling.reachable() & (tiling.distance() > 0)
     free = ~blocks & earlier
     in_page = torch.nn.functional.pad(columns, (0, -columns.shape[1] % tiling.block_size))
     in_page = in_page.unflatten(1, (-1, tiling.block_size)).sum(2, dtype=torch.int32)
-    before = (blocks & earlier).sum(2, dtype=torch.int32) * tiling.block_size
-    missing = budget - before - (free * in_page[:, None]).sum(2, dtype=torch.int32)
+    whole = (blocks & earlier | tiling.own()).sum(2, dtype=torch.int32) * tiling.block_size
+    missing = budget - whole - (free * in_page[:, None]).sum(2, dtype=torch.int32)
     # A page that is taken replaces its columns.
     gained = (free * (tiling.block_size - in_page[:, None])).flip(2).cumsum(2)
     nearest = free & ((gained.flip(2) - tiling.block_size + in_page[:, None]) < missing[..., None])
