@@ -100,7 +100,7 @@ SHIPPED: dict[str, HeadPattern] = {
     "a_shape": AShape(sink=1024, local=4096),
     "block_sparse": BlockSparse(top_k=100),
     "coverage": Coverage(gamma=0.95, min_budget=3072),
-    "low_rank": LowRank(rank=32, gamma=0.88, remainder=True),
+    "low_rank": LowRank(rank=32, gamma=0.92, remainder=True),
     "dense": Dense(),
     "tri_shape": TriShape(sink=1024, local=4096, last=128),
     "vertical_slash_1000_6096": VerticalSlash(vertical=1000, slash=6096),
