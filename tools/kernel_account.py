@@ -190,7 +190,7 @@ TILE, STRIDE = 128, 16
 def attention_account(variant: Variant, default: bool, arch: int) -> Account:
     function = attention.sparse_attention_kernel
     launch = attention.launch_shape(arch // 10, variant.head_size)
-    flags = dict.fromkeys(("WITH_SOFTCAP", "WITH_SINKS", "WITH_LSE"), variant.extras)
+    flags = dict.fromkeys(("WITH_SOFTCAP", "WITH_SINKS", "WITH_LSE"), variant.extras) | {"CAUSAL": True}
     heads_per_list = variant.group if variant.packed else 1
     blocks = {"HEADS_PER_LIST": heads_per_list, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
     compiled = compile_kernel(

@@ -117,6 +117,7 @@ def sparse_attention_kernel(
     WITH_SOFTCAP: tl.constexpr,
     WITH_SINKS: tl.constexpr,
     WITH_LSE: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """One program: BLOCK_M packed rows of one query tile, of the query heads that share a list.
 
@@ -144,10 +145,12 @@ def sparse_attention_kernel(
         i_list = i_heads * num_tiles + i_tile
         p_blocks += i_list.to(tl.int64) * max_blocks
         p_columns += i_list.to(tl.int64) * max_columns
-        # Of the tile's own blocks, its last, those after the program's last row are not read.
-        last = tl.minimum(tile_start + ((i_part + 1) * BLOCK_M - 1) // HEADS_PER_LIST, tile_end - 1)
-        num_unseen = (tile_end - 1) // PAGE - last // PAGE
-        num_keys = (tl.load(p_num_blocks + i_list) - num_unseen) * PAGE
+        num_blocks = tl.load(p_num_blocks + i_list)
+        if CAUSAL:
+            # Of the tile's own blocks, its last, those after the program's last row are not read.
+            last = tl.minimum(tile_start + ((i_part + 1) * BLOCK_M - 1) // HEADS_PER_LIST, tile_end - 1)
+            num_blocks -= (tile_end - 1) // PAGE - last // PAGE
+        num_keys = num_blocks * PAGE
         num_columns = tl.load(p_num_columns + i_list)
         # Without a list the tile attends every block, in order.
         num_listed = tl.where(tl.load(p_blocks) >= 0, num_keys, 0)
@@ -247,6 +250,7 @@ def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor
         WITH_SOFTCAP=inputs.softcap != 0.0,
         WITH_SINKS=sinks is not None,
         WITH_LSE=lse is not None,
+        CAUSAL=index.causal,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from minference_vllm.selection.build import build_index
 from minference_vllm.selection.capacity import plan_capacity
 from minference_vllm.selection.compaction import EXACT_WIDTH
 from minference_vllm.selection.families import mean_corrected_heads
+from minference_vllm.selection.torch_scores import TorchScores
 
 
 def tiling_for(inputs: Inputs, kernel: Kernel, tile: int | None) -> Tiling:
@@ -35,6 +36,29 @@ def tiling_for(inputs: Inputs, kernel: Kernel, tile: int | None) -> Tiling:
 # All layers of a batch ask for the same.
 _tiling = functools.lru_cache(maxsize=64)(Tiling.of)
 _capacity = functools.lru_cache(maxsize=256)(plan_capacity)
+
+
+def select(
+    inputs: Inputs,
+    patterns: Sequence[HeadPattern],
+    kernel: Kernel,
+    scores: TorchScores,
+    tile: int | None = None,
+    timing: Timing | None = None,
+) -> SparseIndex:
+    """The index of one chunk, for other arguments as ``attend_chunk`` has them.
+
+    Args:
+        scores: the kernel's, of these inputs.
+    """
+    timing = timing or Timing()
+    tiling = tiling_for(inputs, kernel, tile)
+    sizes = tiling.context_len, tiling.seq_len, tiling.block_size, tiling.tile, tiling.column_multiple
+    capacity = _capacity(tuple(patterns), *sizes, kernel.lists_everything) if kernel.planned else EXACT_WIDTH
+    with timing.stage("index"):
+        return build_index(
+            tiling, patterns, TimedScores(scores, timing), capacity, inputs.group if kernel.planned else 1
+        )
 
 
 def attend_chunk(
@@ -62,15 +86,10 @@ def attend_chunk(
     if not kernel.fused and (inputs.softcap or inputs.sinks is not None or inputs.cache.key.element_size() == 1):
         raise ValueError(f"kernel {kernel.name!r} knows no soft cap, no sinks and no FP8 caches; 'triton' does")
     timing = timing or Timing()
-    tiling = tiling_for(inputs, kernel, tile)
     scores = kernel.scores(inputs)
-    timed = TimedScores(scores, timing)
-    sizes = tiling.context_len, tiling.seq_len, tiling.block_size, tiling.tile, tiling.column_multiple
 
     def build(patterns: Sequence[HeadPattern]) -> SparseIndex:
-        capacity = _capacity(tuple(patterns), *sizes, kernel.lists_everything) if kernel.planned else EXACT_WIDTH
-        with timing.stage("index"):
-            return build_index(tiling, patterns, timed, capacity, inputs.group if kernel.planned else 1)
+        return select(inputs, patterns, kernel, scores, tile, timing)
 
     def recall(index: SparseIndex, rows: torch.Tensor) -> Recall:
         with timing.stage("audit"):

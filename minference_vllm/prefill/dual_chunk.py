@@ -1,0 +1,194 @@
+"""Dual chunk attention (arXiv 2402.17463), with which Qwen2.5-1M checkpoints read beyond the length of their training.
+
+The sequence is cut at multiples of ``L = chunk_size - local_size``. Keys are rotated by their place in their own chunk,
+``j % L``. A query attends three ranges of keys, each with a rotation of its own, and all of them in one softmax:
+
+==========  =======================================  ===============================
+part        keys, for a query in chunk ``c``         the query's position
+==========  =======================================  ===============================
+intra       ``[c * L, i]``                           ``i % L``
+successive  ``[(c - 1) * L, c * L)``                 ``min(i % L + L, chunk_size)``
+inter       ``[0, (c - 1) * L)``                     ``min(2 * L - 1, chunk_size)``
+==========  =======================================  ===============================
+
+So each part is ordinary attention over a range of pages, for which keys are selected as for any other chunk, and the
+parts are merged by log-sum-exp. Within the first chunk it is plain attention.
+
+Beyond ``original_max_position_embeddings`` (``N``) scores are multiplied by ``(0.1 * ln(n / N) + 1) ** 2`` (YaRN, arXiv
+2309.00071), ``n`` being the tokens up to the row. vLLM's V0 took the whole prompt's length for ``n``, which chunked
+prefill does not know, and cached prefixes must not depend on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.plan import Chunk
+from minference_vllm.core.sparse_index import SparseIndex
+from minference_vllm.kernels.kernel import Kernel
+from minference_vllm.patterns.kinds import HeadPattern
+from minference_vllm.prefill.attend import select
+from minference_vllm.prefill.timing import Timing
+
+ROTATIONS = 5
+"""Rotations in which vLLM hands a query over, side by side. The last two (successive and inter without their upper
+bounds) are for choosing keys over all parts at once, and are not used: every part chooses its own."""
+
+
+@dataclass(frozen=True)
+class DualChunk:
+    """The geometry, as a checkpoint's ``dual_chunk_attention_config`` has it."""
+
+    chunk_size: int
+    local_size: int
+    original_len: int = 0
+    """``original_max_position_embeddings``; 0: scores are left as they are."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> DualChunk:
+        """From ``dual_chunk_attention_config``.
+
+        Raises:
+            ValueError: sizes are missing, or no integers that leave a chunk.
+        """
+        chunk, local = config.get("chunk_size"), config.get("local_size")
+        original = config.get("original_max_position_embeddings") or 0
+        integers = type(chunk) is int and type(local) is int and type(original) is int
+        if integers and 0 <= local < chunk and original >= 0:
+            return cls(chunk, local, original)
+        raise ValueError(
+            "dual_chunk_attention_config needs integers chunk_size > local_size >= 0 and "
+            f"original_max_position_embeddings >= 0, not {chunk!r}, {local!r} and {original!r}"
+        )
+
+    @property
+    def chunk_len(self) -> int:
+        """Tokens per chunk, ``L``."""
+        return self.chunk_size - self.local_size
+
+    @property
+    def plain_len(self) -> int:
+        """Tokens of a sequence up to which all of it is plain attention with the first rotation."""
+        return min(self.chunk_len, self.original_len or self.chunk_len)
+
+    def sharpened(self, query: torch.Tensor, first: int) -> torch.Tensor:
+        """Queries times what their scores are multiplied by.
+
+        Args:
+            query: ``[n, ...]``, of the positions from ``first`` on.
+        """
+        if not self.original_len or first + len(query) <= self.original_len:
+            return query
+        tokens = torch.arange(first + 1, first + len(query) + 1, dtype=torch.float64, device=query.device)
+        factor = ((tokens / self.original_len).log() * 0.1 + 1).clamp_(min=1).square_().float()
+        return (query * factor.view(-1, *[1] * (query.dim() - 1))).to(query.dtype)
+
+    def pieces(self, chunk: Chunk) -> Iterator[tuple[int, int]]:
+        """Positions ``[begin, end)`` of the rows of an engine step's chunk that lie in one of ours."""
+        begin = chunk.context_len
+        while begin < chunk.seq_len:
+            end = min((begin // self.chunk_len + 1) * self.chunk_len, chunk.seq_len)
+            yield begin, end
+            begin = end
+
+    def key_ranges(self, begin: int, end: int) -> tuple[tuple[int, int], ...]:
+        """Keys ``[first, last)`` of the parts that a piece's rows have: intra, successive, inter."""
+        own = begin // self.chunk_len * self.chunk_len
+        before = max(0, own - self.chunk_len)
+        ranges = ((own, end), (before, own), (0, before))
+        return tuple(keys for keys in ranges if keys[0] < keys[1])
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was attended in one part of a piece."""
+
+    rows: tuple[int, int]
+    """Positions of the queries."""
+    keys: tuple[int, int]
+    """Positions of the range of keys; the index counts from its first, and may go on behind it."""
+    index: SparseIndex
+
+
+def attend_dual_chunk(
+    rotated: torch.Tensor,
+    inputs: Inputs,
+    geometry: DualChunk,
+    patterns: Sequence[HeadPattern],
+    kernel: Kernel,
+    out: torch.Tensor,
+    tile: int | None = None,
+    timing: Timing | None = None,
+) -> list[Part]:
+    """Dual chunk attention of one request's chunk, written to ``out``. Each part selects by its own scores, with the
+    whole budget.
+
+    Args:
+        rotated: ``[chunk, ROTATIONS, H, D]``.
+        inputs: the chunk's, with the first rotation as its query. Pages divide ``geometry.chunk_len``.
+        patterns: one per query head, without mean correction.
+        kernel: one that gives the log-sum-exp of rows and has single columns, ``native`` or ``triton``.
+        out: ``[chunk, H, D]``.
+        tile, timing: see ``attend_chunk``.
+    """
+    timing = timing or Timing()
+    parts = []
+    start = inputs.chunk.context_len
+    for begin, end in geometry.pieces(inputs.chunk):
+        rows = slice(begin - start, end - start)
+        query = geometry.sharpened(rotated[rows], begin)
+        found = []
+        for which, keys in enumerate(geometry.key_ranges(begin, end)):
+            part = _part(inputs, query[:, which], (begin, end), keys)
+            index = select(part, patterns, kernel, kernel.scores(part), tile, timing)
+            if which:
+                index = index.without_own_keys()
+            result = torch.empty(query[:, 0].shape, dtype=out.dtype, device=out.device)
+            lse = torch.empty(inputs.num_heads, end - begin, dtype=torch.float32, device=out.device)
+            with timing.stage("attend"):
+                kernel.run(part, index, result, lse)
+            found.append((result, lse))
+            parts.append(Part((begin, end), keys, index))
+        with timing.stage("attend"):
+            out[rows] = merged(found)
+    return parts
+
+
+def _part(inputs: Inputs, query: torch.Tensor, rows: tuple[int, int], keys: tuple[int, int]) -> Inputs:
+    """A part as an ordinary chunk, whose last row is the last token of its sequence.
+
+    Rows behind their range of keys have no keys of their own in it, and whatever selects keys takes those for granted.
+    Pages from the middle of the range stand in for them (neither the first keys nor the nearest ones, which have most
+    of the attention), until the index is freed of them: their keys count twice while others are chosen.
+    """
+    size, (begin, end), (first, last) = inputs.cache.block_size, rows, keys
+    pages = inputs.pages[first // size : -(-last // size)]
+    if last == end:
+        chunk = Chunk(inputs.chunk.request, 0, begin - first, end - first)
+    else:
+        chunk = Chunk(inputs.chunk.request, 0, last - first, last - first + end - begin)
+        spare = -(-(end - begin) // size)
+        middle = (len(pages) - spare) // 2
+        pages = torch.cat([pages, pages[middle : middle + spare]])
+    return replace(inputs, query=query, pages=pages, chunk=chunk)
+
+
+def merged(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Attention over several sets of keys together.
+
+    Args:
+        parts: of each set the attention ``[n, H, D]``, and the log-sum-exp of its scores ``[H, n]``; -inf where a row
+            has none of its keys, whatever stands in the attention then. Each row has keys of some set.
+
+    Returns:
+        float32 ``[n, H, D]``.
+    """
+    lse = torch.stack([part for _, part in parts])
+    weights = lse.softmax(0).transpose(1, 2)[..., None]  # [parts, n, H, 1]
+    results = torch.stack([result.float() for result, _ in parts])
+    return torch.where(weights > 0, results * weights, 0.0).sum(0)
