@@ -59,8 +59,12 @@ class MInferenceCPUImpl(SparsePrefillImpl, CPUAttentionBackendImpl):
         )
         if kernel == "triton":
             raise ValueError("minference: kernel 'triton' needs an NVIDIA GPU; set kernel to 'auto'")
-        if kernel == "native" and not reasons:
+        if (kernel == "native" or self.dual_chunk is not None) and not reasons:
             reason = library.unsupported_reason(dtype, self.head_size)
+            if reason and self.dual_chunk is not None:
+                raise ValueError(
+                    f"minference: dual chunk attention needs kernel 'native', which cannot run here: {reason}"
+                )
             if reason:
                 raise ValueError(f"minference: kernel 'native' cannot run here: {reason}; set kernel to 'auto'")
         return reasons

@@ -10,12 +10,14 @@ from typing import Any, Protocol
 
 import torch
 
+from minference_vllm.backend import dual_chunk_limits
 from minference_vllm.backend.compat import add_worker_method
 from minference_vllm.backend.counters import Counters
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.kernels.choose import DTYPES
 from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
 from minference_vllm.patterns.file import PatternFile
+from minference_vllm.prefill.dual_chunk import DualChunk
 from minference_vllm.prefill.recall import RaisedSteps
 from minference_vllm.selection.families import family_of
 from minference_vllm.settings import Settings, load_settings
@@ -46,6 +48,8 @@ class Runtime:
     """While a model is calibrated; every sparse chunk then runs densely."""
     layer_groups: list[Callable[[], Callable[[], None] | None]] = field(default_factory=list)
     """Weak references to what finds the patterns of a group's layers anew, in the order in which groups were made."""
+    dual_chunk: DualChunk | None = None
+    """Of a model with dual chunk attention."""
 
     def __post_init__(self) -> None:
         self.discovered = self.patterns, self.source
@@ -60,6 +64,8 @@ class Runtime:
         Raises:
             ValueError: they cannot run on this model or its pages; the message says which and what is allowed.
         """
+        if self.dual_chunk is not None:
+            dual_chunk_limits.check_patterns(patterns)
         self.patterns, self.source = patterns, source
         self.counters, self.raised = Counters(), RaisedSteps()
         for group in self.layer_groups:
@@ -108,7 +114,10 @@ def _make_runtime(vllm_config: Any) -> Runtime:
     settings = load_settings(vllm_config.additional_config)
     patterns, source = discover_patterns(settings, model)
     patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
-    runtime = Runtime(settings, patterns, source)
+    dual_chunk = dual_chunk_limits.dual_chunk_of(model)
+    if dual_chunk is not None:
+        dual_chunk_limits.check_configuration(vllm_config, settings, patterns)
+    runtime = Runtime(settings, patterns, source, dual_chunk=dual_chunk)
     # Also runs in processes that multiprocessing starts, which end without ``atexit``.
     Finalize(None, _log_the_rest, (runtime,), exitpriority=1)
     return runtime

@@ -56,15 +56,14 @@ class DualChunk:
         Raises:
             ValueError: sizes are missing, or no integers that leave a chunk.
         """
-        chunk, local = config.get("chunk_size"), config.get("local_size")
         original = config.get("original_max_position_embeddings") or 0
-        integers = type(chunk) is int and type(local) is int and type(original) is int
-        if integers and 0 <= local < chunk and original >= 0:
-            return cls(chunk, local, original)
-        raise ValueError(
-            "dual_chunk_attention_config needs integers chunk_size > local_size >= 0 and "
-            f"original_max_position_embeddings >= 0, not {chunk!r}, {local!r} and {original!r}"
-        )
+        sizes: list[Any] = [config.get("chunk_size"), config.get("local_size"), original]
+        if not all(type(size) is int for size in sizes) or not (0 <= sizes[1] < sizes[0] and original >= 0):
+            raise ValueError(
+                "dual_chunk_attention_config needs integers chunk_size > local_size >= 0 and "
+                f"original_max_position_embeddings >= 0, not {', '.join(map(repr, sizes))}"
+            )
+        return cls(*sizes)
 
     @property
     def chunk_len(self) -> int:

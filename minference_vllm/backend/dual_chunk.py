@@ -1,0 +1,79 @@
+"""One layer with dual chunk attention: the chunks of a batch that are not plain attention, served and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from minference_vllm.backend.dual_chunk_limits import check_pages
+from minference_vllm.backend.runtime import Runtime
+from minference_vllm.backend.serving import SparseLayer
+from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
+from minference_vllm.kernels.choose import choose
+from minference_vllm.patterns.kinds import Dense, HeadPattern
+from minference_vllm.prefill.dual_chunk import ROTATIONS, DualChunk, attend_dual_chunk
+from minference_vllm.prefill.timing import Timing
+
+
+class DualChunkLayer:
+    """Part of an implementation."""
+
+    def __init__(self, runtime: Runtime, geometry: DualChunk) -> None:
+        self.runtime, self.geometry = runtime, geometry
+        self.layer: SparseLayer | None = None
+        """Its patterns, and the kernel for parts; None before ``prepare``."""
+
+    def prepare(self, number: int, first_head: int, patterns: Sequence[HeadPattern], cache: PagedCache) -> None:
+        """Choose the kernel, for a cache like the layer's.
+
+        Raises:
+            ValueError: pages of this size, or any kernel that serves parts, cannot run on such a cache.
+        """
+        check_pages(self.geometry, cache.block_size)
+        # The two that give the log-sum-exp of rows and attend an index without the rows' own keys.
+        name = "triton" if cache.key.is_cuda else "native"
+        try:
+            kernel = choose(name, cache.key.dtype, cache, with_lse=True)
+        except ValueError as error:
+            raise ValueError(f"minference: dual chunk attention: {error}") from None
+        self.layer = SparseLayer(number, first_head, tuple(patterns), kernel)
+
+    def rotations(self, query: torch.Tensor, num_heads: int, head_size: int) -> torch.Tensor:
+        """``[tokens, ROTATIONS, H, D]`` of what vLLM's attention layer hands over as ``[tokens * ROTATIONS, H, D]``."""
+        return query.view(-1, ROTATIONS, num_heads, head_size)
+
+    def is_far(self, chunk: Chunk) -> bool:
+        """Whether it is not plain attention with the first rotation."""
+        return chunk.seq_len > self.geometry.plain_len
+
+    def serve(self, rotated: torch.Tensor, inputs: Inputs, out: torch.Tensor, sparse: bool) -> None:
+        """As ``attend_dual_chunk``; counts what was done sparsely. Nothing is audited.
+
+        Args:
+            sparse: False: every key is attended, whatever the patterns are.
+
+        Raises:
+            ValueError: a model is calibrated, which measures plain attention alone.
+        """
+        runtime, layer = self.runtime, self.layer
+        assert layer is not None, "attention ran before its layer was prepared"
+        if runtime.recorder is not None:
+            raise ValueError(
+                "minference: patterns are measured on plain attention, which this model with dual chunk attention has "
+                f"for prompts of up to {self.geometry.plain_len} tokens"
+            )
+        patterns = layer.patterns if sparse else (Dense(),) * inputs.num_heads
+        timing = Timing()
+        parts = attend_dual_chunk(
+            rotated, inputs, self.geometry, patterns, layer.kernel, out, runtime.settings.tile, timing
+        )
+        if not sparse:
+            return
+        for index in (part.index for part in parts):
+            overflowed = 0 if index.overflowed is None else index.overflowed.sum() * index.heads_per_list
+            pairs = index.computed_pairs().sum()
+            runtime.counters.count_layer(pairs, index.num_heads * index.dense_pairs(), overflowed)
+        runtime.counters.count_seconds(timing.estimate + timing.index + timing.attend, 0.0)
