@@ -88,6 +88,25 @@ class DualChunkBatch:
         return found
 
 
+def turn(paged: PagedBatch, geometry: DualChunk) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Rotate the keys in a batch's pages.
+
+    Returns:
+        the queries as vLLM hands them over, ``[tokens, 5, H, D]``; of every request the keys before, ``[HK, S, D]``.
+    """
+    size, rotated, keys = paged.key_cache.shape[1], [], []
+    for request, context_len in enumerate(paged.context_lens):
+        before = paged.keys(request)
+        positions = torch.arange(before.shape[1])
+        pages = paged.block_table[request, positions // size].long()
+        turned = rotate(before.transpose(0, 1), positions % geometry.chunk_len)
+        paged.key_cache[pages, positions % size] = turned.to(paged.key_cache.dtype)
+        query = paged.query[paged.rows(request)]
+        rotated.append(rotations(query, positions[context_len:], geometry).to(query.dtype))
+        keys.append(before)
+    return torch.cat(rotated), keys
+
+
 def make_dual_chunk_batch(
     geometry: DualChunk,
     context_len: int,
@@ -99,11 +118,6 @@ def make_dual_chunk_batch(
     block_size: int = 32,
 ) -> DualChunkBatch:
     paged = make_batch([rows], [context_len], heads, kv_heads, head_size, block_size, dtype)
-    seq_len = context_len + rows
-    keys = paged.keys(0)
-    positions = torch.arange(seq_len)
-    turned = rotate(keys.transpose(0, 1), positions % geometry.chunk_len).to(dtype)
-    pages = paged.block_table[0, positions // block_size].long()
-    paged.key_cache[pages, positions % block_size] = turned
-    rotated = rotations(paged.query, positions[context_len:], geometry).to(dtype)
-    return DualChunkBatch(paged, geometry, paged.query, keys, rotated)
+    query = paged.query
+    rotated, (keys,) = turn(paged, geometry)
+    return DualChunkBatch(paged, geometry, query, keys, rotated)
