@@ -39,6 +39,9 @@ ROTATIONS = 5
 """Rotations in which vLLM hands a query over, side by side. The last two (successive and inter without their upper
 bounds) are for choosing keys over all parts at once, and are not used: every part chooses its own."""
 
+MERGED_ROWS = 1024
+"""Rows that are merged at once: they take float32 beside the output's own type."""
+
 
 @dataclass(frozen=True)
 class DualChunk:
@@ -141,21 +144,27 @@ def attend_dual_chunk(
     for begin, end in geometry.pieces(inputs.chunk):
         rows = slice(begin - start, end - start)
         query = geometry.sharpened(rotated[rows], begin)
-        found = []
+        lse = _lse(out[rows])
         for which, keys in enumerate(geometry.key_ranges(begin, end)):
             part = _part(inputs, query[:, which], (begin, end), keys)
             index = select(part, patterns, kernel, kernel.scores(part), tile, timing)
             if which:
                 index = index.without_own_keys()
-            result = torch.empty(query[:, 0].shape, dtype=out.dtype, device=out.device)
-            lse = torch.empty(inputs.num_heads, end - begin, dtype=torch.float32, device=out.device)
             with timing.stage("attend"):
-                kernel.run(part, index, result, lse)
-            found.append((result, lse))
+                if which:
+                    more = torch.empty_like(out[rows])
+                    more_lse = _lse(more)
+                    kernel.run(part, index, more, more_lse)
+                    merge(out[rows], lse, more, more_lse)
+                else:
+                    kernel.run(part, index, out[rows], lse)
             parts.append(Part((begin, end), keys, index))
-        with timing.stage("attend"):
-            out[rows] = merged(found)
     return parts
+
+
+def _lse(out: torch.Tensor) -> torch.Tensor:
+    """float32 ``[H, n]`` for attention ``[n, H, D]``, not initialised."""
+    return torch.empty(out.shape[1], out.shape[0], dtype=torch.float32, device=out.device)
 
 
 def _part(inputs: Inputs, query: torch.Tensor, rows: tuple[int, int], keys: tuple[int, int]) -> Inputs:
@@ -177,17 +186,17 @@ def _part(inputs: Inputs, query: torch.Tensor, rows: tuple[int, int], keys: tupl
     return replace(inputs, query=query, pages=pages, chunk=chunk)
 
 
-def merged(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Attention over several sets of keys together.
+def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> None:
+    """Attention over two sets of keys together, in place of that over the first.
 
     Args:
-        parts: of each set the attention ``[n, H, D]``, and the log-sum-exp of its scores ``[H, n]``; -inf where a row
-            has none of its keys, whatever stands in the attention then. Each row has keys of some set.
-
-    Returns:
-        float32 ``[n, H, D]``.
+        out: ``[n, H, D]``, attention over the first set, of which every row has keys.
+        lse: float32 ``[H, n]``, log-sum-exp of its scores.
+        more, more_lse: the same of the second set; -inf where a row has none of its keys, whatever stands in ``more``.
     """
-    lse = torch.stack([part for _, part in parts])
-    weights = lse.softmax(0).transpose(1, 2)[..., None]  # [parts, n, H, 1]
-    results = torch.stack([result.float() for result, _ in parts])
-    return torch.where(weights > 0, results * weights, 0.0).sum(0)
+    share = torch.sigmoid(more_lse - lse).T[..., None]
+    pieces = (part.split(MERGED_ROWS) for part in (out, more, share))
+    for own, other, weight in zip(*pieces, strict=True):
+        before = own.float()
+        own.copy_(torch.where(weight > 0, before.lerp(other.float(), weight), before))
+    lse.copy_(torch.logaddexp(lse, more_lse))

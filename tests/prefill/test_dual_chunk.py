@@ -8,8 +8,6 @@ from dual_chunk_inputs import DualChunkBatch, make_dual_chunk_batch
 
 from minference_vllm import reference
 from minference_vllm.core.plan import Chunk
-from minference_vllm.core.sparse_index import SparseIndex
-from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.choose import choose
 from minference_vllm.kernels.native import library
 from minference_vllm.patterns.kinds import (
@@ -24,7 +22,7 @@ from minference_vllm.patterns.kinds import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.prefill.dual_chunk import DualChunk, Part, attend_dual_chunk, merged
+from minference_vllm.prefill.dual_chunk import MERGED_ROWS, DualChunk, Part, attend_dual_chunk, merge
 
 needs_native = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
 SMALL = DualChunk(chunk_size=256, local_size=64)  # 192 tokens a chunk
@@ -195,25 +193,13 @@ def test_impossible_geometry_is_refused(config: dict[str, object]) -> None:
         DualChunk.of(config)
 
 
-def test_sets_without_keys_do_not_count_in_a_merge() -> None:
-    results = [torch.randn(4, 2, 8) for _ in range(2)]
-    lses = [torch.randn(2, 4) for _ in range(2)]
-    both = merged(list(zip(results, lses, strict=True)))
-    weight = torch.sigmoid(lses[0] - lses[1]).T[..., None]
-    torch.testing.assert_close(both, results[0] * weight + results[1] * (1 - weight))
-    results[1][2], lses[1][:, 2] = torch.nan, -torch.inf
-    assert torch.equal(merged(list(zip(results, lses, strict=True)))[2], results[0][2])
-
-
-def test_an_index_without_own_keys() -> None:
-    """Lists, a tile that attends everything without a list, and one that is left with nothing."""
-    tiling = Tiling.of(64, 160, 32, 32)  # two blocks of keys, three tiles
-    blocks = torch.tensor([[[1, 2, -1, -1], [-1, -1, -1, -1], [2, 4, -1, -1]]], dtype=torch.int32)
-    columns = torch.tensor([[[5, 70, 9], [-1, -1, -1], [66, -1, -1]]], dtype=torch.int32)
-    counts = torch.tensor([[2, 4, 2]], dtype=torch.int32), torch.tensor([[3, 0, 1]], dtype=torch.int32)
-    found = SparseIndex(tiling, blocks, counts[0], columns, counts[1]).without_own_keys()
-    assert found.num_blocks.tolist() == [[1, 2, 0]] and found.num_columns.tolist() == [[2, 0, 0]]
-    keys = found.to_mask()[0, ::32, :64]
-    assert keys[0].nonzero()[:, 0].tolist() == [5, 9, *range(32, 64)]
-    assert keys[1].all() and not keys[2].any()
-    assert found.computed_pairs().tolist() == [32 * (34 + 64)] and found.dense_pairs() == 96 * 64
+def test_merging() -> None:
+    rows = MERGED_ROWS + 76
+    (out, more), (lse, more_lse) = torch.randn(2, rows, 2, 8), torch.randn(2, 2, rows)
+    more[2], more_lse[:, 2] = torch.nan, -torch.inf
+    weight = torch.sigmoid(lse - more_lse).T[..., None]
+    expected = torch.where(weight < 1, out * weight + more * (1 - weight), out)
+    expected[2], total = out[2], torch.logaddexp(lse, more_lse)
+    merge(out, lse, more, more_lse)
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(lse, total) and torch.isfinite(lse).all()
