@@ -181,13 +181,12 @@ def test_prefixes_came_from_the_cache(dense: Any) -> None:
 
 
 def test_budgets_that_cover_everything_answer_the_same(qwen: Path, full: Any, prompt: Callable[..., list[int]]) -> None:
-    assert "enforce_eager=False" in full.log
+    assert "enforce_eager=False" in full.log and "patterns from the checkpoint's configuration" in full.log
     assert full.density == 1.0
     assert_all_right(qwen, batches(prompt), full)
 
 
-def test_the_checkpoints_own_patterns_run_per_head(sparse: Any, full: Any) -> None:
-    for answer in (sparse, full):
-        assert "patterns from the checkpoint's configuration" in answer.log
+def test_the_checkpoints_own_patterns_run_per_head(sparse: Any) -> None:
+    assert "patterns from the checkpoint's configuration" in sparse.log
     assert 0.1 < sparse.density < 0.9
     assert all(len(tokens) == MAX_TOKENS for tokens in sparse.tokens[0])
