@@ -49,6 +49,14 @@ class DualChunkLayer:
         """Whether it is not plain attention with the first rotation."""
         return chunk.seq_len > self.geometry.plain_len
 
+    def warm_up(self, inputs: Inputs, patterns: Sequence[HeadPattern], out: torch.Tensor, tile: int | None) -> None:
+        """Run what serving will run, for a chunk of two tiles behind one: sparse and dense, in all parts."""
+        assert self.layer is not None
+        rotated = inputs.query[:, None].expand(-1, ROTATIONS, -1, -1)
+        geometry = DualChunk(inputs.chunk.context_len, 0)
+        for of_heads in (patterns, [Dense()] * inputs.num_heads):
+            attend_dual_chunk(rotated, inputs, geometry, of_heads, self.layer.kernel, out, tile)
+
     def serve(self, rotated: torch.Tensor, inputs: Inputs, out: torch.Tensor, sparse: bool) -> None:
         """As ``attend_dual_chunk``; counts what was done sparsely. Nothing is audited.
 

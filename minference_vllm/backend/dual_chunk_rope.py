@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 
+@functools.cache
 def register_rotary_embedding() -> None:
     """Let vLLM build its ``DualChunkRotaryEmbedding`` on any device, and rotate single tokens. Idempotent.
 
@@ -13,17 +15,13 @@ def register_rotary_embedding() -> None:
     nobody else builds one.
     """
     import torch
-    from vllm.model_executor.custom_op import CustomOp, op_registry_oot
+    from vllm.model_executor.custom_op import CustomOp
     from vllm.model_executor.layers.rotary_embedding.dual_chunk_rope import DualChunkRotaryEmbedding
     from vllm.platforms import current_platform
 
-    name = DualChunkRotaryEmbedding.__name__
-    if name in op_registry_oot:
-        return
-
     class OnAnyDevice(DualChunkRotaryEmbedding):  # type: ignore[misc]  # vLLM's decorator hides its type
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # The only thing that the constructor asks of an accelerator, for a device that is replaced below.
+            # For the number of a CUDA device that is replaced below; without an accelerator torch raises.
             asked = torch.accelerator.current_device_index
             torch.accelerator.current_device_index = lambda: 0
             try:
@@ -40,4 +38,4 @@ def register_rotary_embedding() -> None:
             found = super().forward_native(positions, query, key, offsets)
             return tuple(rows.reshape(tokens, -1) for rows in found)
 
-    CustomOp.register_oot(OnAnyDevice, name=name)
+    CustomOp.register_oot(OnAnyDevice, name=DualChunkRotaryEmbedding.__name__)

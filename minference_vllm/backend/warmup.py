@@ -40,10 +40,11 @@ class Variant:
     cache: torch.dtype
     softcap: bool
     sinks: bool
+    dual_chunk: bool = False
 
     def __str__(self) -> str:
         query, cache = (str(dtype).removeprefix("torch.") for dtype in (self.query, self.cache))
-        flags = [name for name in ("softcap", "sinks") if getattr(self, name)]
+        flags = [name for name in ("softcap", "sinks", "dual_chunk") if getattr(self, name)]
         sizes = f"{self.heads} heads over {self.kv_heads} of size {self.head_size}, pages of {self.page}"
         return ", ".join([f"{query} over {cache}", sizes, *flags, *sorted({kind for kind, _ in self.kinds})])
 
@@ -100,12 +101,15 @@ def _warm_up_layer(
         cache.key.dtype,
         inputs.softcap != 0.0,
         inputs.sinks is not None,
+        impl.dual_chunk is not None,
     )
     if variant in _ready:
         return
     out = torch.empty(query.shape, dtype=dtype, device=device)
     try:
         attend_chunk(inputs, patterns, impl.sparse_layer.kernel, out, settings.tile)
+        if impl.dual_chunk is not None:
+            impl.dual_chunk.warm_up(inputs, patterns, out, settings.tile)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:

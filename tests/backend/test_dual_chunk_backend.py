@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dual_chunk_inputs import frequencies, turn
-from layer_inputs import DIM, HEADS, KINDS, KV_HEADS
+from layer_inputs import DIM, GPU_KINDS, HEADS, KINDS, KV_HEADS
 
 from minference_vllm import reference, reference_dual_chunk
 from minference_vllm.kernels.native import library
@@ -212,6 +212,22 @@ def test_it_is_not_calibrated_beyond_plain_attention(make_cpu_layer: Callable[..
     rotated, _ = turn(layer.batch, GEOMETRY)
     with pytest.raises(ValueError, match="for prompts of up to 200 tokens"):
         run(layer, rotated, layer.metadata())
+
+
+@needs_native
+def test_kernels_for_parts_are_warmed_up(monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Any]) -> None:
+    """All three parts, selected from and dense."""
+    from minference_vllm.backend import dual_chunk, warmup
+
+    layer = make_gpu_layer([(0, 10)], dual_chunk=CONFIG)
+    ran = []
+    watched = lambda *arguments: ran.append((arguments[3][0].kind, len(attend_dual_chunk(*arguments))))  # noqa: E731
+    monkeypatch.setattr(dual_chunk, "attend_dual_chunk", watched)
+    monkeypatch.setattr(warmup, "_ready", set())
+    settings = layer.impl.runtime.settings
+    for _ in range(2):
+        warmup.warm_up([layer.layer], layer.spec, layer.dtype, settings, torch.device("cpu"))
+    assert ran == [(GPU_KINDS[0]["kind"], 5), ("dense", 5)]
 
 
 def test_decodes_replay_no_cuda_graph(make_gpu_layer: Callable[..., Any]) -> None:

@@ -49,7 +49,7 @@ def test_five_rotations_of_a_query_and_one_of_a_key(tokens: int, rotary: torch.n
 def test_registering_twice_changes_nothing(rotary: torch.nn.Module) -> None:
     from vllm.model_executor.custom_op import op_registry_oot
 
-    from minference_vllm.backend.dual_chunk_rope import register_rotary_embedding
+    from minference_vllm.plugin import register
 
-    register_rotary_embedding()
+    register()
     assert op_registry_oot["DualChunkRotaryEmbedding"] is type(rotary)

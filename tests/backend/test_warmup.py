@@ -57,6 +57,7 @@ def make_layer(*patterns: HeadPattern, sinks: bool = False, softcap: float = 0.0
         head_size=DIM,
         sparse_layer=SparseLayer(0, 0, (patterns * 4)[:4], kernel),
         paged_cache=paged_cache,
+        dual_chunk=None,
         inputs=inputs,
     )
     return SimpleNamespace(impl=impl, query_quant=object() if quantised else None)
