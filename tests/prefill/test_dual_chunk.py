@@ -123,6 +123,16 @@ def test_each_part_keeps_its_share_of_the_attention(place: str, gamma: float) ->
 
 
 @needs_native
+def test_the_checkpoints_own_sizes() -> None:
+    """Four rows across the end of the second chunk, at 507,904 tokens."""
+    geometry = DualChunk(chunk_size=262_144, local_size=8192, original_len=262_144)
+    batch = make_dual_chunk_batch(geometry, 507_902, 4, heads=1, kv_heads=1, block_size=128)
+    out, parts = attended(batch, [Dense()])
+    assert [part.keys[1] - part.keys[0] for part in parts] == [253_952, 253_952, 2, 253_952, 253_952]
+    assert_close(out, batch.exact(), torch.float32)
+
+
+@needs_native
 def test_chunks_of_any_cut_are_the_same_attention() -> None:
     whole = make_dual_chunk_batch(SHARPENED, 0, 700)
     out, _ = attended(whole, [Dense()] * 4)
