@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +15,7 @@ from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
 from minference_vllm.kernels.choose import choose
 from minference_vllm.patterns.kinds import Dense, HeadPattern
-from minference_vllm.prefill.dual_chunk import ROTATIONS, DualChunk, attend_dual_chunk
+from minference_vllm.prefill.dual_chunk import ROTATIONS, DualChunk, attend_dual_chunk, decode_dual_chunk
 from minference_vllm.prefill.timing import Timing
 
 
@@ -50,12 +51,16 @@ class DualChunkLayer:
         return chunk.seq_len > self.geometry.plain_len
 
     def warm_up(self, inputs: Inputs, patterns: Sequence[HeadPattern], out: torch.Tensor, tile: int | None) -> None:
-        """Run what serving will run, for a chunk of two tiles behind one: sparse and dense, in all parts."""
+        """Run what serving will run, for a chunk of two tiles behind one: sparse, dense and decoding, in all parts."""
         assert self.layer is not None
         rotated = inputs.query[:, None].expand(-1, ROTATIONS, -1, -1)
         geometry = DualChunk(inputs.chunk.context_len, 0)
         for of_heads in (patterns, [Dense()] * inputs.num_heads):
             attend_dual_chunk(rotated, inputs, geometry, of_heads, self.layer.kernel, out, tile)
+        last = replace(
+            inputs, query=inputs.query[-1:], chunk=replace(inputs.chunk, context_len=inputs.chunk.seq_len - 1)
+        )
+        decode_dual_chunk(rotated[-1:], last, geometry, self.layer.kernel, out[-1:])
 
     def serve(self, rotated: torch.Tensor, inputs: Inputs, out: torch.Tensor, sparse: bool) -> None:
         """As ``attend_dual_chunk``; counts what was done sparsely. Nothing is audited.
@@ -73,6 +78,9 @@ class DualChunkLayer:
                 "minference: patterns are measured on plain attention, which this model with dual chunk attention has "
                 f"for prompts of up to {self.geometry.plain_len} tokens"
             )
+        if inputs.chunk.query_len == 1 and not sparse:
+            decode_dual_chunk(rotated, inputs, self.geometry, layer.kernel, out)
+            return
         patterns = layer.patterns if sparse else (Dense(),) * inputs.num_heads
         timing = Timing()
         parts = attend_dual_chunk(

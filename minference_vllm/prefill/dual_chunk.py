@@ -31,7 +31,7 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.kernels.kernel import Kernel
-from minference_vllm.patterns.kinds import HeadPattern
+from minference_vllm.patterns.kinds import Dense, HeadPattern
 from minference_vllm.prefill.attend import select
 from minference_vllm.prefill.timing import Timing
 
@@ -160,6 +160,35 @@ def attend_dual_chunk(
                     kernel.run(part, index, out[rows], lse)
             parts.append(Part((begin, end), keys, index))
     return parts
+
+
+def decode_dual_chunk(
+    rotated: torch.Tensor, inputs: Inputs, geometry: DualChunk, kernel: Kernel, out: torch.Tensor
+) -> None:
+    """``attend_dual_chunk`` of a single row to all of its keys.
+
+    Beyond the row's own page nothing is masked, and the query heads of a KV head are handed over as rows of one head:
+    the kernel then reads keys once for all of them.
+    """
+    position, size, kv_heads = inputs.chunk.context_len, inputs.cache.block_size, inputs.cache.num_kv_heads
+    query, page = geometry.sharpened(rotated, position), position // size * size
+    own = _part(inputs, query[:, 0], (position, position + 1), (page, position + 1))
+    lse = _lse(out)
+    kernel.run(own, _everything(own, kernel), out, lse)
+    (intra, *others) = geometry.key_ranges(position, position + 1)
+    for which, keys in enumerate([(intra[0], page), *others]):
+        if keys[0] == keys[1]:
+            continue
+        rows = query[0, which].unflatten(0, (kv_heads, -1)).transpose(0, 1)  # [H / HK, HK, D]
+        part = _part(inputs, rows, (position, position + len(rows)), keys)
+        more = torch.empty(rows.shape, dtype=out.dtype, device=out.device)
+        more_lse = _lse(more)
+        kernel.run(part, _everything(part, kernel).without_own_keys(), more, more_lse)
+        merge(out, lse, more.transpose(0, 1).reshape(out.shape), more_lse.view(lse.shape))
+
+
+def _everything(inputs: Inputs, kernel: Kernel) -> SparseIndex:
+    return select(inputs, [Dense()] * inputs.num_heads, kernel, kernel.scores(inputs))
 
 
 def _lse(out: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from minference_vllm import reference, reference_dual_chunk
 from minference_vllm.kernels.native import library
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.patterns.kinds import PeakThreshold
-from minference_vllm.prefill.dual_chunk import ROTATIONS, DualChunk, attend_dual_chunk
+from minference_vllm.prefill.dual_chunk import ROTATIONS, DualChunk, attend_dual_chunk, decode_dual_chunk
 
 needs_native = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
 CONFIG = {"chunk_size": 320, "local_size": 64, "original_max_position_embeddings": 200}
@@ -28,7 +28,7 @@ SETTINGS = {"min_context": 100}
 
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
-    """What was attended in parts from now on, by request."""
+    """What was attended in parts from now on, by request; of decodes nothing."""
     from minference_vllm.backend import dual_chunk
 
     found = {}
@@ -37,7 +37,12 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
         parts = found[inputs.chunk.request] = attend_dual_chunk(rotated, inputs, *arguments)
         return parts
 
+    def watched_decode(rotated: torch.Tensor, inputs: Any, *arguments: Any) -> None:
+        found[inputs.chunk.request] = []
+        decode_dual_chunk(rotated, inputs, *arguments)
+
     monkeypatch.setattr(dual_chunk, "attend_dual_chunk", watched)
+    monkeypatch.setattr(dual_chunk, "decode_dual_chunk", watched_decode)
     return found
 
 
@@ -62,7 +67,7 @@ def assert_all_right(
     for request, context_len in enumerate(batch.context_lens):
         seq_len = int(batch.seq_lens[request])
         mask = reference.causal_mask(context_len, seq_len).expand(HEADS, -1, -1)
-        if request in parts:
+        if parts.get(request):
             named = torch.zeros_like(mask)
             for part in parts[request]:
                 rows = slice(*(position - context_len for position in part.rows))

@@ -46,8 +46,12 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def with_sparse_attention_config(qwen: Path, name: str, budget: tuple[int, int]) -> Path:
-    """The same model with a ``sparse_attention_config.json``, whose last head has ten columns more than the others."""
+def with_sparse_attention_config(qwen: Path, name: str, budget: tuple[int, int], as_list: bool) -> Path:
+    """The same model with a ``sparse_attention_config.json``, whose last head has ten columns more than the others.
+
+    Args:
+        as_list: layers are a list, not an object of layer numbers.
+    """
     folder = qwen.parent / name
     folder.mkdir()
     for file in qwen.iterdir():
@@ -55,7 +59,8 @@ def with_sparse_attention_config(qwen: Path, name: str, budget: tuple[int, int])
     columns, diagonals = budget
     heads = {str(head): ["vertical_and_slash", columns, diagonals, 1.0] for head in range(HEADS)}
     heads[str(HEADS - 1)][1] = columns + 10
-    (folder / "sparse_attention_config.json").write_text(json.dumps({str(layer): heads for layer in range(LAYERS)}))
+    layers = [heads] * LAYERS if as_list else {str(layer): heads for layer in range(LAYERS)}
+    (folder / "sparse_attention_config.json").write_text(json.dumps(layers))
     return folder
 
 
@@ -153,13 +158,13 @@ def dense(qwen: Path, run_engine: Runner, prompt: Callable[..., list[int]]) -> A
 @pytest.fixture(scope="module")
 def full(qwen: Path, run_engine: Runner, prompt: Callable[..., list[int]]) -> Any:
     """torch.compile, and the checkpoint's own budgets, which cover everything."""
-    folder = with_sparse_attention_config(qwen, "full", (100_000, 100_000))
+    folder = with_sparse_attention_config(qwen, "full", (100_000, 100_000), as_list=False)
     return run_engine(folder, batches(prompt), options(), MAX_TOKENS)
 
 
 @pytest.fixture(scope="module")
 def sparse(qwen: Path, run_engine: Runner, prompt: Callable[..., list[int]]) -> Any:
-    folder = with_sparse_attention_config(qwen, "sparse", (40, 128))
+    folder = with_sparse_attention_config(qwen, "sparse", (40, 128), as_list=True)
     return run_engine(folder, batches(prompt)[:1], {**options(), "enforce_eager": True}, MAX_TOKENS)
 
 

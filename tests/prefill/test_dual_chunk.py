@@ -22,7 +22,7 @@ from minference_vllm.patterns.kinds import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.prefill.dual_chunk import MERGED_ROWS, DualChunk, Part, attend_dual_chunk, merge
+from minference_vllm.prefill.dual_chunk import MERGED_ROWS, DualChunk, Part, attend_dual_chunk, decode_dual_chunk, merge
 
 needs_native = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
 SMALL = DualChunk(chunk_size=256, local_size=64)  # 192 tokens a chunk
@@ -76,6 +76,18 @@ def test_all_keys_are_the_definition(place: str, geometry: DualChunk, dtype: tor
     out, parts = attended(batch, [Dense()] * 4)
     assert_close(out, batch.exact(), dtype)
     assert torch.equal(batch.mask(parts), causal(batch))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("context", [100, 160, 191, 192, 193, 383, 384, 400, 700, 767, 768])
+def test_decoding_is_the_definition(context: int, dtype: torch.dtype) -> None:
+    for kv_heads in (1, 2, 4):
+        batch = make_dual_chunk_batch(SHARPENED, context, 1, dtype=dtype, kv_heads=kv_heads)
+        inputs = batch.inputs
+        out = torch.full_like(inputs.query, torch.nan)
+        decode_dual_chunk(batch.rotated, inputs, SHARPENED, choose("native", dtype, inputs.cache, with_lse=True), out)
+        assert_close(out, batch.exact(), dtype)
 
 
 @needs_native

@@ -28,6 +28,7 @@ def test_parts_are_the_definition(name: str, interpreted: dict[str, Any]) -> Non
     assert found["error"] < 2e-5
     assert (found["kept"] == 1) == (name not in ("selected", "shared lists"))
     assert (found["unlisted"] > 0) == (name in ("dense", "one row"))
+    assert name != "one row" or found["decoding_error"] < 2e-5
     assert found["heads_per_list"] == (1 if name == "selected" else 2)
 
 
@@ -38,7 +39,7 @@ def run_case(name: str, context_len: int, rows: int, block_size: int) -> dict[st
     from minference_vllm import AShape, Dense, VerticalSlash, reference
     from minference_vllm.kernels.choose import choose
     from minference_vllm.patterns.kinds import HeadPattern
-    from minference_vllm.prefill.dual_chunk import DualChunk, attend_dual_chunk
+    from minference_vllm.prefill.dual_chunk import DualChunk, attend_dual_chunk, decode_dual_chunk
 
     patterns: dict[str, list[HeadPattern]] = {
         "selected": [VerticalSlash(vertical=20, slash=32), AShape(sink=16, local=40)] * 2,
@@ -52,7 +53,11 @@ def run_case(name: str, context_len: int, rows: int, block_size: int) -> dict[st
         batch.rotated, inputs, batch.geometry, patterns.get(name, [Dense()] * 4), kernel, out, tile=128
     )
     mask, indices = batch.mask(parts), [part.index for part in parts]
+    decoded = torch.full_like(out, torch.nan)
+    if rows == 1:
+        decode_dual_chunk(batch.rotated, inputs, batch.geometry, kernel, decoded)
     return {
+        "decoding_error": float((decoded.double() - batch.exact()).abs().max()),
         "error": float((out.double() - batch.exact(mask)).abs().max()),
         "kept": float(mask.sum() / (4 * reference.causal_mask(context_len, context_len + rows).sum())),
         "unlisted": sum(int(((index.blocks[..., 0] < 0) & (index.num_blocks > 0)).sum()) for index in indices[1:]),
