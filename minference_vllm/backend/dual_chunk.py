@@ -9,13 +9,14 @@ import torch
 
 from minference_vllm.backend.dual_chunk_limits import check_pages
 from minference_vllm.backend.runtime import Runtime
-from minference_vllm.backend.serving import SparseLayer
+from minference_vllm.backend.serving import SparseLayer, audit_is_due, audit_seed
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
 from minference_vllm.kernels.choose import choose
 from minference_vllm.patterns.kinds import Dense, HeadPattern
 from minference_vllm.prefill.dual_chunk import ROTATIONS, DualChunk, attend_dual_chunk, decode_dual_chunk
+from minference_vllm.prefill.dual_chunk_recall import audited_recall
 from minference_vllm.prefill.timing import Timing
 
 
@@ -63,7 +64,7 @@ class DualChunkLayer:
         decode_dual_chunk(rotated[-1:], last, geometry, self.layer.kernel, out[-1:])
 
     def serve(self, rotated: torch.Tensor, inputs: Inputs, out: torch.Tensor, sparse: bool) -> None:
-        """As ``attend_dual_chunk``; counts what was done sparsely. Nothing is audited.
+        """As ``attend_dual_chunk``; audits recall when that is due, and counts what was done sparsely.
 
         Args:
             sparse: False: every key is attended, whatever the patterns are.
@@ -88,8 +89,14 @@ class DualChunkLayer:
         )
         if not sparse:
             return
+        counters, chunk = runtime.counters, inputs.chunk
+        if audit_is_due(runtime, layer, inputs):
+            with timing.stage("audit"):
+                seed = audit_seed(layer, chunk)
+                recall = audited_recall(parts, layer.kernel, runtime.settings.audit_rows, seed).mean()
+            counters.count_recall(layer.number, layer.first_head, torch.stack(recall).double())
         for index in (part.index for part in parts):
             overflowed = 0 if index.overflowed is None else index.overflowed.sum() * index.heads_per_list
             pairs = index.computed_pairs().sum()
-            runtime.counters.count_layer(pairs, index.num_heads * index.dense_pairs(), overflowed)
-        runtime.counters.count_seconds(timing.estimate + timing.index + timing.attend, 0.0)
+            counters.count_layer(pairs, index.num_heads * index.dense_pairs(), overflowed)
+        counters.count_seconds(timing.estimate + timing.index + timing.attend, timing.audit)

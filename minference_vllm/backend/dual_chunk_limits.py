@@ -34,7 +34,7 @@ def check_configuration(vllm_config: Any, settings: Settings, patterns: PatternF
     if settings.kernel == "block_table":
         raise refusal("the kernel 'block_table'", "set kernel to 'auto'")
     if settings.recall_floor is not None:
-        raise refusal("a recall_floor, since no recall is taken beyond the first chunk", "leave recall_floor out")
+        raise refusal("a recall_floor, since parts of chunks are not selected again", "leave recall_floor out")
     check_patterns(patterns)
 
 

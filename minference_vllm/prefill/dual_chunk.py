@@ -115,6 +115,8 @@ class Part:
     keys: tuple[int, int]
     """Positions of the range of keys; the index counts from its first, and may go on behind it."""
     index: SparseIndex
+    inputs: Inputs
+    """As an ordinary chunk."""
 
 
 def attend_dual_chunk(
@@ -158,7 +160,7 @@ def attend_dual_chunk(
                     merge(out[rows], lse, more, more_lse)
                 else:
                     kernel.run(part, index, out[rows], lse)
-            parts.append(Part((begin, end), keys, index))
+            parts.append(Part((begin, end), keys, index, part))
     return parts
 
 

@@ -92,6 +92,10 @@ def assert_all_right(
 def test_a_mixed_batch_on_the_cpu(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Any]
 ) -> None:
+    from minference_vllm.backend import dual_chunk, serving
+
+    for module in (dual_chunk, serving):
+        monkeypatch.setattr(module, "audit_is_due", lambda *arguments: True)
     layer = make_cpu_layer(MIXED, dtype=dtype, dual_chunk=CONFIG, settings=SETTINGS)
     query = layer.batch.query.clone()
     rotated, keys = turn(layer.batch, GEOMETRY)
@@ -104,6 +108,9 @@ def test_a_mixed_batch_on_the_cpu(
     assert_all_right(layer, out, keys, query, parts)
     counters = layer.counters
     assert counters.sparse_chunks == len(SPARSE) and 0.1 < counters.density < 1
+    recall = counters.recall
+    assert sorted(recall) == [(1, head) for head in range(HEADS)]
+    assert all(0 < found.recall <= 1 and found.chunks == len(SPARSE) for found in recall.values())
 
 
 @needs_native
@@ -154,6 +161,14 @@ def test_heads_that_are_all_dense(monkeypatch: pytest.MonkeyPatch, make_cpu_laye
     alone.fill(alone.batch)
     run(alone, rotated, alone.metadata())
     assert not alone.indices
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@needs_native
+def test_a_tensor_parallel_rank_runs_its_own_heads_patterns(rank: int, make_cpu_layer: Callable[..., Any]) -> None:
+    layer = make_cpu_layer([(0, 10)], dual_chunk=CONFIG, rank=rank, ranks=2).impl.dual_chunk.layer
+    assert (layer.number, layer.first_head) == (1, 4 * rank)
+    assert [pattern.kind for pattern in layer.patterns] == [entry["kind"] for entry in KINDS[4 * rank : 4 * rank + 4]]
 
 
 # Refusals

@@ -23,6 +23,7 @@ from minference_vllm.patterns.kinds import (
     VerticalSlash,
 )
 from minference_vllm.prefill.dual_chunk import MERGED_ROWS, DualChunk, Part, attend_dual_chunk, decode_dual_chunk, merge
+from minference_vllm.prefill.dual_chunk_recall import audited_recall, piece_recall
 
 needs_native = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
 SMALL = DualChunk(chunk_size=256, local_size=64)  # 192 tokens a chunk
@@ -132,6 +133,29 @@ def test_each_part_keeps_its_share_of_the_attention(place: str, gamma: float) ->
     weights = batch.scores().masked_fill(~causal(batch), -torch.inf).softmax(-1)
     kept = (weights * batch.mask(parts)).sum(-1).mean()
     assert float(kept) > 2 * gamma - 1
+
+
+@needs_native
+@pytest.mark.parametrize("place", ["first_chunk", "whole_chunk", "late"])
+def test_recall_is_that_of_the_definition(place: str) -> None:
+    """Of single rows, over all parts of their piece together; and of the audit's rows, at least as plausible."""
+    context_len, new = PLACES[place]
+    batch = make_dual_chunk_batch(SHARPENED, context_len, new)
+    _, parts = attended(batch, list(SELECTIVE[:4]))
+    kernel = choose("native", torch.float32, batch.inputs.cache, with_lse=True)
+    weights = batch.scores().masked_fill(~causal(batch), -torch.inf).softmax(-1)
+    by_norm = weights * reference.repeat_heads(batch.paged.values(0), 4).norm(dim=2)[:, None]
+    mask = batch.mask(parts)
+    for begin, end in SHARPENED.pieces(Chunk(0, 0, context_len, context_len + new)):
+        rows = torch.tensor([0, (end - begin) // 2, end - begin - 1])
+        found = piece_recall([part for part in parts if part.rows == (begin, end)], kernel, rows)
+        of_chunk = rows + begin - context_len
+        for shares, kind in zip(found, (weights, by_norm), strict=True):
+            expected = (kind * mask).sum(-1) / kind.sum(-1)
+            torch.testing.assert_close(shares.double(), expected[:, of_chunk], rtol=1e-4, atol=1e-5)
+    audited = audited_recall(parts, kernel, samples=20, seed=0)
+    pieces = len({part.rows for part in parts})
+    assert audited.mass.shape == (4, 20 * pieces) and 0 < float(audited.mass.mean()) < 1
 
 
 @needs_native
