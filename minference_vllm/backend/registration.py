@@ -16,5 +16,5 @@ def make_name_known() -> None:
     check_vllm_version()
     # First, so that no name is known that the platform does not serve.
     serve_our_name()
-    register_name()
     register_rotary_embedding()
+    register_name()

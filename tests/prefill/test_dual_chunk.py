@@ -35,6 +35,7 @@ PLACES = {
     "many_borders": (0, 800),
     "whole_chunk": (192, 192),
     "late": (500, 333),
+    "pieces_of_one_row": (191, 194),
     "one_row": (700, 1),
     "first_row_of_a_chunk": (384, 1),
     "last_row_of_a_chunk": (383, 1),
@@ -92,7 +93,7 @@ def test_decoding_is_the_definition(context: int, dtype: torch.dtype) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("place", ["one_border", "many_borders", "whole_chunk", "late"])
+@pytest.mark.parametrize("place", ["one_border", "many_borders", "whole_chunk", "late", "pieces_of_one_row"])
 def test_selected_keys_are_attended_as_defined(place: str) -> None:
     for first in (0, 4):
         batch = make_dual_chunk_batch(SHARPENED, *PLACES[place])
