@@ -8,7 +8,7 @@ READY := .venv/.ready
 # Read by the demo; given on make's command line.
 export TOKENS JSON
 
-.PHONY: help setup demo test test-fast lint format kernels gpu-check clean
+.PHONY: help setup demo test test-fast contract lint format kernels gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -32,7 +32,7 @@ demo: setup ## a needle in a long prompt, dense and sparse, through vllm serve (
 	@$(BIN)/python examples/demo/run.py $(ARGS)
 
 # Two processes; the tests of a file stay together, since they share what they start.
-FAST := -m "not engine" -n 2 --dist loadfile
+FAST := -m "not engine and not older_vllm" -n 2 --dist loadfile
 
 test: setup lint ## lint, types, and all tests (ten to fifteen minutes)
 	@$(BIN)/pytest $(FAST) $(ARGS)
@@ -40,6 +40,9 @@ test: setup lint ## lint, types, and all tests (ten to fifteen minutes)
 
 test-fast: setup ## the tests that start no engine (one to three minutes)
 	@$(BIN)/pytest $(FAST) $(ARGS)
+
+contract: setup ## our GPU classes in CUDA releases of vLLM, old and new, without a GPU (downloads 1 GB the first time)
+	@$(BIN)/pytest -m contract $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check
@@ -53,7 +56,7 @@ format: setup ## let ruff rewrite what it can
 kernels: setup ## what the Triton kernels cost on NVIDIA GPUs, compiled ahead of time (no GPU needed)
 	@$(BIN)/python tools/kernel_account.py $(ARGS)
 
-gpu-check: setup ## on a machine with an NVIDIA GPU: all its tests and benchmarks (hours; ARGS=--quick: 10 minutes)
+gpu-check: setup ## on a machine with an NVIDIA GPU: all its tests and benchmarks (hours; ARGS=--quick: 10 minutes; ARGS=--rehearse: without a GPU)
 	@$(BIN)/python tools/gpu_check.py $(ARGS)
 
 clean: ## remove everything that make has made, the environment included

@@ -20,7 +20,8 @@ OUTSIDE = {
 }
 INSTRUCTIONS = {
     "avx512bf16": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16")],
-    "avx2": ["-mavx2"],
+    # Conversions of float16 (F16C) are as old as AVX2, but no part of it.
+    "avx2": ["-mavx2", "-mf16c"],
 }
 
 

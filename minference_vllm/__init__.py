@@ -6,6 +6,7 @@ parts themselves.
 
 from typing import TYPE_CHECKING
 
+from minference_vllm.patterns.discovery import default_pattern
 from minference_vllm.patterns.file import PatternFile, load_pattern_file
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
@@ -42,6 +43,7 @@ __all__ = [
     "TriShape",
     "VerticalSlash",
     "__version__",
+    "default_pattern",
     "load_pattern_file",
     "sparse_prefill",
 ]

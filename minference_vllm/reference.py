@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,21 +23,43 @@ def repeat_heads(keys: torch.Tensor, num_heads: int) -> torch.Tensor:
     return keys.repeat_interleave(num_heads // keys.shape[0], dim=0)
 
 
+def capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    """``softcap * tanh(scores / softcap)``; 0: as they are."""
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def logits(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
+    """float64 ``[H, rows, S]``: scores of ``query [rows, H, D]`` and ``keys [HK, S, D]``."""
+    repeated = repeat_heads(keys.double(), query.shape[1])
+    return capped(query.double().transpose(0, 1) @ repeated.transpose(1, 2) * scale, softcap)
+
+
 def masked_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention over the keys that the mask allows.
 
     Args:
         query: ``[rows, H, D]``. keys, values: ``[HK, S, D]``.
         mask: bool ``[H, rows, S]``; each row allows at least one key.
+        softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2); 0: no cap.
+        sinks: ``[H]``: one more score in every row's softmax, without a value and without a cap (gpt-oss).
 
     Returns:
         float64 ``[rows, H, D]``.
     """
     heads = query.shape[1]
-    scores = query.double().transpose(0, 1) @ repeat_heads(keys.double(), heads).transpose(1, 2) * scale
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    scores = logits(query, keys, scale, softcap).masked_fill(~mask, -torch.inf)
+    total = scores.logsumexp(-1, keepdim=True)
+    if sinks is not None:
+        total = torch.logaddexp(total, sinks.double()[:, None, None])
+    weights = (scores - total).exp()
     return (weights @ repeat_heads(values.double(), heads)).transpose(0, 1)
 
 
@@ -71,9 +94,60 @@ def with_mean_pages(
     return *extended, torch.cat([mask, left_out], 2)
 
 
-def causal_mask(context_len: int, seq_len: int) -> torch.Tensor:
-    """bool ``[seq_len - context_len, seq_len]``."""
-    return torch.arange(seq_len) <= torch.arange(context_len, seq_len)[:, None]
+def with_remainder(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    tiling: Tiling,
+    scale: float,
+    heads: Sequence[int],
+    positions: torch.Tensor,
+    step: int,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Attention under a mask with the remainder (``prefill.remainder``): what a tile leaves out stands in its rows'
+    softmax as one key.
+
+    Args:
+        query: ``[rows, H, D]``. keys, values: ``[HK, S, D]``. mask: bool ``[H, rows, S]``.
+        heads: query heads that have it.
+        positions: int64, the keys that are sampled, of which each stands for ``step``.
+
+    Returns:
+        float64 ``[rows, H, D]``.
+    """
+    num_heads, starts = query.shape[1], tiling.starts.tolist()
+    query = query.double().transpose(0, 1)
+    keys, values = (repeat_heads(part.double(), num_heads) for part in (keys, values))
+    out = torch.empty_like(query)
+    for head in range(num_heads):
+        for begin, end in itertools.pairwise(starts):
+            rows = slice(begin - tiling.context_len, end - tiling.context_len)
+            scores = capped(query[head, rows] @ keys[head].T * scale, softcap).masked_fill(
+                ~mask[head, rows], -torch.inf
+            )
+            # All of the tile's rows see them.
+            own_values, first = values[head], end - tiling.window if tiling.window else 0
+            left_out = positions[(positions >= first) & (positions < begin)]
+            left_out = left_out[~mask[head, rows.start, left_out]]
+            if head in heads and len(left_out):
+                mean = query[head, rows].mean(0)
+                at_mean = capped(keys[head, left_out] @ mean * scale, softcap)
+                weights = at_mean.softmax(0)
+                key, value = weights @ keys[head, left_out], weights @ values[head, left_out]
+                bias = at_mean.logsumexp(0) + math.log(step) - capped(mean @ key * scale, softcap)
+                one_more = capped(query[head, rows] @ key * scale, softcap) + bias
+                scores = torch.cat([scores, one_more[:, None]], 1)
+                own_values = torch.cat([own_values, value[None]])
+            out[head, rows] = scores.softmax(1) @ own_values
+    return out.transpose(0, 1)
+
+
+def causal_mask(context_len: int, seq_len: int, window: int = 0) -> torch.Tensor:
+    """bool ``[seq_len - context_len, seq_len]``; a row sees its last ``window`` keys alone, itself included; 0: all."""
+    keys, rows = torch.arange(seq_len), torch.arange(context_len, seq_len)[:, None]
+    return (keys <= rows) & (keys > rows - window) if window else keys <= rows
 
 
 def attention_recall(
@@ -83,6 +157,8 @@ def attention_recall(
     context_len: int,
     scale: float,
     values: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
 ) -> torch.Tensor:
     """Share of each row's dense softmax mass that the mask keeps, ``exp(lse_sparse - lse_dense)``; with values, each
     weight counts times the norm of its key's value (value recall).
@@ -93,15 +169,20 @@ def attention_recall(
         float64 ``[H, rows]``.
     """
     heads, seq_len = query.shape[1], keys.shape[1]
-    scores = query.double().transpose(0, 1) @ repeat_heads(keys.double(), heads).transpose(1, 2) * scale
+    scores = logits(query, keys, scale, softcap)
     if values is not None:
         scores = scores + repeat_heads(values.double(), heads).norm(dim=2).log()[:, None]
-    dense = scores.masked_fill(~causal_mask(context_len, seq_len), -torch.inf).logsumexp(-1)
+    dense = scores.masked_fill(~causal_mask(context_len, seq_len, window), -torch.inf).logsumexp(-1)
     return (scores.masked_fill(~mask, -torch.inf).logsumexp(-1) - dense).exp()
 
 
 def column_diagonal_scores(
-    query: torch.Tensor, keys: torch.Tensor, scale: float, groups: Sequence[tuple[int, int]]
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    scale: float,
+    groups: Sequence[tuple[int, int]],
+    softcap: float = 0.0,
+    window: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Column and diagonal mass of groups of queries (arXiv 2407.02490, Algorithm 1), float64 ``[H, S]`` each.
 
@@ -121,7 +202,8 @@ def column_diagonal_scores(
         for row in range(begin, end):
             position = seq_len - chunk + row
             scores = torch.einsum("hd,hsd->hs", query[row].double(), repeated[:, : position + 1]) * scale
-            weights = scores.softmax(-1)
+            seen = causal_mask(position, position + 1, window)
+            weights = capped(scores, softcap).masked_fill(~seen, -torch.inf).softmax(-1)
             columns[:, : position + 1] += weights
             mass[:, : position + 1] += weights.flip(1)
         reach = seq_len - chunk + end
@@ -153,46 +235,45 @@ def page_means(rows: torch.Tensor, block_size: int) -> torch.Tensor:
     return torch.stack([block.mean(1) for block in rows.double().split(block_size, dim=1)], dim=1)
 
 
-def pooled_scores(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
+def pooled_scores(
+    query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale: float, softcap: float = 0.0
+) -> torch.Tensor:
     """Softmax over blocks of mean query times mean key, float64 ``[H, T, N]``."""
     heads = query.shape[1]
     starts = (tiling.starts - tiling.context_len).tolist()
     queries = torch.stack([query[a:b].double().mean(0) for a, b in itertools.pairwise(starts)], dim=1)
     scores = queries @ repeat_heads(page_means(keys, tiling.block_size), heads).transpose(1, 2) * scale
-    return scores.masked_fill(~tiling.reachable(), -torch.inf).softmax(-1)
+    return capped(scores, softcap).masked_fill(~tiling.reachable(), -torch.inf).softmax(-1)
 
 
-def peak_scores(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale: float) -> torch.Tensor:
+def peak_scores(
+    query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, scale: float, softcap: float = 0.0
+) -> torch.Tensor:
     """Softmax over blocks of every single query times mean key, mean over a tile's rows, float64 ``[H, T, N]``."""
-    heads = query.shape[1]
-    logits = (
-        query.double().transpose(0, 1)
-        @ repeat_heads(page_means(keys, tiling.block_size), heads).transpose(1, 2)
-        * scale
-    )
+    heads, found = query.shape[1], logits(query, page_means(keys, tiling.block_size), scale, softcap)
     reachable = tiling.reachable()
     scores = torch.zeros(heads, tiling.num_tiles, tiling.num_key_blocks, dtype=torch.float64)
     starts = (tiling.starts - tiling.context_len).tolist()
     for tile, (first, end) in enumerate(itertools.pairwise(starts)):
-        rows = logits[:, first:end].masked_fill(~reachable[tile], -torch.inf)
+        rows = found[:, first:end].masked_fill(~reachable[tile], -torch.inf)
         scores[:, tile] = rows.softmax(-1).mean(1)
     return scores
 
 
 def antidiagonal_scores(
-    query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, stride: int, scale: float
+    query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, stride: int, scale: float, softcap: float = 0.0
 ) -> torch.Tensor:
     """Attention mass of blocks, by the mean logits of antidiagonals of ``stride`` x ``stride`` squares.
 
     Squares lie at multiples of ``stride`` in the prompt; a square's logit is the mean over its antidiagonal, in which
     tokens outside the chunk (queries) or past its end (keys) count as zero. Softmax over the squares up to the row's
-    own, mean over the rows of squares of a tile, sum over the squares of a block.
+    own, mean over the rows of squares of a tile, sum over the squares of a block. A soft cap is taken of the means.
 
     Returns:
         float64 ``[H, T, N]``.
     """
     heads, seq_len = query.shape[1], keys.shape[1]
-    logits = query.double().transpose(0, 1) @ repeat_heads(keys.double(), heads).transpose(1, 2) * scale
+    of_pairs = logits(query, keys, scale)
     scores = torch.zeros(heads, tiling.num_tiles, tiling.num_key_blocks, dtype=torch.float64)
     for tile, (first, end) in enumerate(itertools.pairwise(tiling.starts.tolist())):
         square_rows = range(first // stride, -(-end // stride))
@@ -203,8 +284,12 @@ def antidiagonal_scores(
                 row, key = square_row * stride + place, begin + stride - 1 - place
                 if tiling.context_len <= row < seq_len:
                     there = key < seq_len
-                    means[:, there] += logits[:, row - tiling.context_len, key[there]] / stride
-            scores[:, tile].index_add_(1, begin // tiling.block_size, means.softmax(-1) / len(square_rows))
+                    means[:, there] += of_pairs[:, row - tiling.context_len, key[there]] / stride
+            means = capped(means, softcap)
+            if tiling.window:  # squares that end before the window of the first row of squares
+                means[:, begin + stride - 1 <= square_row * stride - tiling.window] = -torch.inf
+            weights = means.softmax(-1) / len(square_rows)
+            scores[:, tile].index_add_(1, begin // tiling.block_size, weights)
     return scores
 
 

@@ -6,13 +6,22 @@ Order of precedence: ``--additional-config '{"minference": {...}}'``, then envir
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from minference_vllm.core.validation import cut, did_you_mean, nearest, value_problem
+
+KEY = "minference"
+"""Of ``additional_config``."""
 ENVIRONMENT_PREFIX = "MINFERENCE_"
+PATTERNS_ARE = "the path of a pattern file, the name of a shipped one, or a pattern for all heads: low_rank(32, 0.95)"
+INSTALLERS = "MINFERENCE_CPU"
+"""A variable that is no setting: ``tools/install_engine.py`` reads it."""
 RENAMED = {"engine": "kernel"}
 """Settings that had another name once: old -> new."""
 
@@ -29,7 +38,8 @@ class Settings(BaseModel):
     ``low_rank``."""
 
     min_context: int = Field(default=8192, ge=0, le=1 << 24)
-    """A prefill chunk whose last token lies below this position (in tokens) is computed densely."""
+    """A prefill chunk whose last token lies below this position (in tokens) is computed densely, and so is every chunk
+    in a layer whose sliding window is shorter."""
 
     min_chunk: int = Field(default=256, ge=1, le=1 << 24)
     """A chunk with fewer new tokens than this is computed densely: its index would cost more than it saves."""
@@ -38,7 +48,7 @@ class Settings(BaseModel):
     """Query rows that share one selection of keys, rounded up to whole pages. None: 128."""
 
     kernel: Literal["auto", "block_table", "native", "triton"] = "auto"
-    """What runs attention under an index: ``native``, our kernels for bf16 and float32 on x86 processors from AVX2 on;
+    """What runs attention under an index: ``native``, our kernels for x86 processors from AVX2 on;
     ``triton``, our kernel for GPUs; ``block_table``, vLLM's own kernel, on both; ``auto``, the faster of those that run
     here."""
 
@@ -56,6 +66,20 @@ class Settings(BaseModel):
 
     log_interval: float = Field(default=10.0, ge=0.0)
     """Seconds between two lines of statistics in the log while sparse chunks are served; 0 turns them off."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_setting_is_true_or_false(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("no setting is true or false")
+        return value
+
+    @field_validator("patterns", mode="before")
+    @classmethod
+    def _patterns_are_named(cls, patterns: Any) -> Any:
+        if patterns is None or isinstance(patterns, str):
+            return patterns
+        raise ValueError(f"must be {PATTERNS_ARE}")
 
     @field_validator("recall_floor")
     @classmethod
@@ -83,30 +107,72 @@ def load_settings(additional_config: Any = None, environment: Mapping[str, str] 
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     for field in (*Settings.model_fields, *RENAMED):
-        variable = ENVIRONMENT_PREFIX + field.upper()
+        variable = _variable(field)
         if environment.get(variable):
             values[field] = environment[variable]
             places[field] = variable
-    configured = additional_config.get("minference", {}) if isinstance(additional_config, Mapping) else {}
+    others = additional_config if isinstance(additional_config, Mapping) else {}
+    configured = others.get(KEY, {})
     if not isinstance(configured, Mapping):
         raise SettingsError(
-            f'additional_config["minference"] must be an object of settings, not {type(configured).__name__}'
+            f'additional_config["{KEY}"] must be an object of settings, not {type(configured).__name__}'
         )
     for field, value in configured.items():
         values[field] = value
-        places[field] = f'additional_config["minference"]["{field}"]'
+        places[field] = f'additional_config["{KEY}"]["{cut(str(field))}"]'
+    problems = [*_misspelt_variables(environment), *_misspelt_keys(others)]
     try:
-        return Settings(**values)
+        settings = Settings(**values)
     except ValidationError as error:
-        known = ", ".join(Settings.model_fields)
-        problems = []
         for item in error.errors():
             field = str(item["loc"][0])
-            place = places.get(field, field)
+            place = places[field]
             if field in RENAMED:
                 problems.append(f"{place}: this setting is now named {RENAMED[field]!r}")
             elif item["type"] == "extra_forbidden":
-                problems.append(f"{place}: unknown setting; known ones are {known}")
+                known = Settings.model_fields
+                problems.append(
+                    f"{place}: unknown setting; known ones are {', '.join(known)}{did_you_mean(field, known)}"
+                )
             else:
-                problems.append(f"{place} = {item['input']!r}: {item['msg']}")
-        raise SettingsError("minference settings: " + "; ".join(problems)) from None
+                problems.append(f"{place} = {value_problem(item, Settings.model_fields[field])}")
+    if problems:
+        raise SettingsError("minference settings: " + "; ".join(problems))
+    return settings
+
+
+def _variable(field: str) -> str:
+    return ENVIRONMENT_PREFIX + field.upper()
+
+
+def _misspelt_variables(environment: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with variables whose names are like those of settings. Others with our prefix are logged only:
+    Kubernetes sets ``MINFERENCE_PORT`` and the like for a service of that name."""
+    fields = (*Settings.model_fields, *RENAMED)
+    known = list(map(_variable, fields))
+    given = {variable for variable, value in environment.items() if value}
+    for variable in sorted(given - {*known, INSTALLERS}):
+        if variable.upper().startswith(ENVIRONMENT_PREFIX):
+            field = nearest(variable[len(ENVIRONMENT_PREFIX) :], fields)
+            meant = field and _variable(field)
+            if meant is None:
+                _warn_of_variable(variable, ", ".join(map(_variable, Settings.model_fields)))
+        else:
+            # "INFERENCE_KERNEL" may well be somebody else's.
+            meant = nearest(variable, known, alike=0.9) if variable[:1] in "Mm" else None
+        if meant:
+            yield f"{variable}: unknown variable; did you mean {meant}?"
+
+
+@functools.cache
+def _warn_of_variable(variable: str, known: str) -> None:
+    logging.getLogger("vllm.minference_vllm").warning("%s is no setting of minference; those are %s", variable, known)
+
+
+def _misspelt_keys(additional_config: Mapping[Any, Any]) -> Iterator[str]:
+    """What is wrong with keys beside ours that are like it, or like what belongs below it."""
+    for key in additional_config.keys() - {KEY, "inference"}:  # a word of its own
+        if nearest(str(key), [KEY], alike=0.8):
+            yield f'additional_config["{cut(str(key))}"]: unknown; did you mean "{KEY}"?'
+        elif key in Settings.model_fields:
+            yield f'additional_config["{key}"]: settings of minference stand in additional_config["{KEY}"]'

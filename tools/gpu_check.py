@@ -17,6 +17,10 @@ plot         a picture of the attention rows
 
 --quick, for a GPU that is lent for minutes: the layer's tests and attention at 32K and 128K, about 10 minutes; a step
 whose minutes are over is stopped.
+
+--rehearse, without a GPU: the same commands on the CPU in its place (``rehearsal.py``) and in small, so that on the day
+nothing but the GPU is new. Tests are collected, those for a sanitizer run; first tokens come from vLLM's CPU engine.
+The figures mean nothing; rows go to a folder that is removed.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,7 +42,7 @@ from peers import PEERS, Size, installed
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-ATTENTION_ROWS = RESULTS / "attention_gpu.csv"
+ATTENTION_ROWS = "attention_gpu.csv"
 CONTEXTS = (32768, 65536, 131072, 262144, 524288, 1048576)
 QUICK_CONTEXTS = (32768, 131072)
 LONGEST_WHOLE = 262144
@@ -50,6 +55,14 @@ SHAPE = ["--heads", str(HEADS), "--kv-heads", str(KV_HEADS), "--head-size", str(
 MINUTES = {"tests": 10, "sanitizer": 15, "kernels": 5, "attention": 45, "engine": 30, "ttft": 30, "plot": 1}
 QUICK_MINUTES = {"tests": 3, "attention": 6, "plot": 1}
 SANITIZER = "compute-sanitizer"
+# Options of a rehearsal.
+SMALL = {
+    "--heads": "2", "--kv-heads": "1", "--head-size": "64", "--hidden": "128", "--intermediate": "256", "--layers": "1",
+    "--repeat": "1",
+}  # fmt: skip
+TOKENS = ("--context", "--chunk")
+REHEARSED_SHARE = 256
+"""One token of a rehearsal stands for so many."""
 # By pytest's -k. Under a sanitizer a kernel takes 10 to 100 times as long.
 SANITIZED = {
     "memcheck": "soft_caps or fp8 or (agrees_with_attention and cuda:triton and pages_of)",
@@ -87,8 +100,7 @@ def tests(quick: bool) -> Iterator[Item]:
     yield Command("tests of one layer", words)
 
 
-def sanitizer() -> Iterator[Item]:
-    program = shutil.which(SANITIZER)
+def sanitizer(program: str | None) -> Iterator[Item]:
     if program is None:
         yield Skipped("tests under a sanitizer", f"{SANITIZER} is not installed (it comes with the CUDA toolkit)")
         return
@@ -102,16 +114,16 @@ def sanitizer() -> Iterator[Item]:
         yield Command(f"tests under {tool}", [*words, *tested], (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
 
 
-def kernels() -> Iterator[Item]:
-    words = [sys.executable, "tools/kernel_account.py", "--all", "--csv", str(RESULTS / "kernel_account.csv")]
+def kernels(results: Path) -> Iterator[Item]:
+    words = [sys.executable, "tools/kernel_account.py", "--all", "--csv", str(results / "kernel_account.csv")]
     yield Command("static account", words)
 
 
-def attention(contexts: Sequence[int], quick: bool) -> Iterator[Item]:
+def attention(contexts: Sequence[int], quick: bool, results: Path = RESULTS) -> Iterator[Item]:
     """Chunks of 8K and 32K at the context's end, and the whole prompt; the quick ones without 32K."""
     script = [sys.executable, "benchmarks/bench_attention.py", "--device", "cuda", *SHAPE]
-    script += ["--block-size", str(PAGE), "--tile", str(TILE), "--csv", str(ATTENTION_ROWS), "--kernel", "triton"]
-    script += ["block_table"] if installed("vllm") else []
+    script += ["--block-size", str(PAGE), "--tile", str(TILE), "--csv", str(results / ATTENTION_ROWS)]
+    script += ["--kernel", "triton", *(["block_table"] if installed("vllm") else [])]
     missing: dict[Skipped, None] = {}
     for context in contexts:
         for chunk in sorted({8192, context} if quick else {8192, 32768, context}):
@@ -136,7 +148,7 @@ def engine() -> Iterator[Item]:
     yield Command(title, pytest("-m", "engine")) if installed("vllm") else no_vllm(title)
 
 
-def ttft(longest: int) -> Iterator[Item]:
+def ttft(longest: int, results: Path) -> Iterator[Item]:
     """Four layers: their share of attention is the whole model's, their weights and caches fit beside each other."""
     title = "first token, dense and sparse"
     if not installed("vllm"):
@@ -144,7 +156,7 @@ def ttft(longest: int) -> Iterator[Item]:
         return
     script = [sys.executable, "benchmarks/bench_ttft.py", "--device", "cuda", "--compile", "--chunk", "8192", *SHAPE]
     script += ["--hidden", str(HIDDEN), "--intermediate", str(INTERMEDIATE), "--layers", "4"]
-    script += ["--csv", str(RESULTS / "ttft_gpu.csv")]
+    script += ["--csv", str(results / "ttft_gpu.csv")]
     contexts = [context for context in (4096, *CONTEXTS) if context <= longest]
     # By arithmetic the longest take a minute for every dense prompt.
     often = [context for context in contexts if context <= LONGEST_WHOLE]
@@ -154,31 +166,69 @@ def ttft(longest: int) -> Iterator[Item]:
             yield Command(f"{title}, up to {few[-1]} tokens", words)
 
 
-def plot() -> Iterator[Item]:
-    title = "picture of the attention rows"
+def plot(results: Path) -> Iterator[Item]:
+    title, rows = "picture of the attention rows", results / ATTENTION_ROWS
     if not installed("matplotlib"):
         yield Skipped(title, "matplotlib is not installed (pip install 'minference-vllm[plot]')")
-    elif not ATTENTION_ROWS.exists():
+    elif not rows.exists():
         yield Skipped(title, "there are no rows")
     else:
-        target = ATTENTION_ROWS.with_suffix(".png")
-        yield Command(title, [sys.executable, "benchmarks/plot_speedup.py", str(ATTENTION_ROWS), "-o", str(target)])
+        target = rows.with_suffix(".png")
+        yield Command(title, [sys.executable, "benchmarks/plot_speedup.py", str(rows), "-o", str(target)])
 
 
 def no_vllm(title: str) -> Skipped:
     return Skipped(title, "vLLM is not installed")
 
 
-def items_of(step: str, quick: bool, longest: int) -> Iterator[Item]:
+def items_of(step: str, quick: bool, longest: int, results: Path = RESULTS, rehearse: bool = False) -> Iterator[Item]:
     """What a step runs and what it leaves out, asked for when its turn comes."""
-    contexts = [context for context in (QUICK_CONTEXTS if quick else CONTEXTS) if context <= longest]
-    if step == "tests":
-        return tests(quick)
-    if step == "attention":
-        return attention(contexts, quick)
-    if step == "ttft":
-        return ttft(longest)
-    return {"sanitizer": sanitizer, "kernels": kernels, "engine": engine, "plot": plot}[step]()
+    wanted = QUICK_CONTEXTS if quick or rehearse else CONTEXTS
+    contexts = [context for context in (wanted[:1] if quick and rehearse else wanted) if context <= longest]
+    items = {
+        "tests": lambda: tests(quick),
+        "sanitizer": lambda: sanitizer(shutil.which(SANITIZER) or (SANITIZER if rehearse else None)),
+        "kernels": lambda: kernels(results),
+        "attention": lambda: attention(contexts, quick, results),
+        "engine": engine,
+        "ttft": lambda: ttft(longest, results),
+        "plot": lambda: plot(results),
+    }[step]()
+    return map(rehearsed, items) if rehearse else items
+
+
+def rehearsed(item: Item) -> Item:
+    """A command in small, without a GPU, and without peers: those compile for it."""
+    if isinstance(item, Skipped):
+        return item
+    words, option = [], ""
+    for word in item.words:
+        option = word if word.startswith("-") else option
+        if option == "--peer":
+            continue
+        if option in SMALL and word.isdigit():
+            word = SMALL[option]
+        elif option in TOKENS and word.isdigit():
+            word = str(int(word) // REHEARSED_SHARE)
+        words.append(word)
+    # A sanitizer and its options stand before the tests.
+    script, *options = words[words.index(sys.executable) + 1 :]
+    on_cpu = [sys.executable, "tools/rehearsal.py", script, *options]
+    if script == "-m":
+        # Those for the quickest sanitizer run, in the interpreter; the others are found.
+        runs = SANITIZED["racecheck"] in options
+        words = on_cpu if runs else [*(words if "engine" in options else on_cpu), "--collect-only", "-qq"]
+    elif script.endswith("bench_ttft.py"):
+        changed = {"cuda": "cpu", "--compile": "--json"}
+        words = [changed.get(word, word) for word in words]
+    elif script.endswith("kernel_account.py"):
+        words = [sys.executable, script, "--arch", "90", *(word for word in options if word != "--all")]
+    elif script.endswith("plot_speedup.py"):
+        words = [sys.executable, script, *options]
+    else:
+        words = on_cpu
+    paths = [str(ROOT / "tests" / "inputs"), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return item._replace(words=words, environment=(*item.environment, ("PYTHONPATH", os.pathsep.join(paths))))
 
 
 def run(command: Command, seconds: float | None = None) -> str:
@@ -197,16 +247,18 @@ def run(command: Command, seconds: float | None = None) -> str:
     return "ok" if status == 0 else f"failed ({status})"
 
 
-def announce(minutes: dict[str, int]) -> None:
-    print(f"{torch.cuda.get_device_name()}: {', '.join(f'{step} {count} min' for step, count in minutes.items())};")
-    print(f"about {sum(minutes.values())} min in all, a guess: no run has been timed yet. Rows: {RESULTS}", flush=True)
+def announce(gpu: str, minutes: dict[str, int], results: Path) -> None:
+    print(f"{gpu}: {', '.join(f'{step} {count} min' for step, count in minutes.items())};")
+    print(f"about {sum(minutes.values())} min in all, a guess: no run has been timed yet. Rows: {results}", flush=True)
 
 
-def check(minutes: dict[str, int], quick: bool, longest: int) -> Iterator[Done]:
+def check(
+    minutes: dict[str, int], quick: bool, longest: int, results: Path = RESULTS, rehearse: bool = False
+) -> Iterator[Done]:
     """Run the steps; in a quick run each has no more than its minutes."""
     for step, allowed in minutes.items():
         end = time.monotonic() + 60 * allowed
-        for item in items_of(step, quick, longest):
+        for item in items_of(step, quick, longest, results, rehearse):
             if isinstance(item, Skipped):
                 yield Done(f"{item.title}: {item.reason}", "skipped", 0.0)
                 continue
@@ -221,23 +273,35 @@ def check(minutes: dict[str, int], quick: bool, longest: int) -> Iterator[Done]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="about 10 minutes: few tests, 32K and 128K alone")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: every command on the CPU, in small")
     parser.add_argument("--only", nargs="+", choices=list(MINUTES), help="these steps alone")
     parser.add_argument("--longest", type=int, default=CONTEXTS[-1], help="tokens of the longest context measured")
     args = parser.parse_args()
     minutes = QUICK_MINUTES if args.quick else MINUTES
     if args.only:
         minutes = {step: minutes.get(step, MINUTES[step]) for step in args.only}
+    if args.rehearse:
+        with tempfile.TemporaryDirectory() as folder:
+            return run_all("a rehearsal without a GPU", minutes, args, Path(folder))
     if not torch.cuda.is_available():
-        print("gpu-check needs an NVIDIA GPU; without one, `make test` and `make kernels` check what can be checked")
+        print(
+            "gpu-check needs an NVIDIA GPU; without one, `make test` and `make kernels` check what can be checked, and "
+            "ARGS=--rehearse runs its commands in small"
+        )
         return 1
-    announce(minutes)
+    return run_all(torch.cuda.get_device_name(), minutes, args, RESULTS)
+
+
+def run_all(gpu: str, minutes: dict[str, int], args: argparse.Namespace, results: Path) -> int:
+    """The exit status."""
+    announce(gpu, minutes, results)
     done: list[Done] = []
     try:
-        for one in check(minutes, args.quick, args.longest):
+        for one in check(minutes, args.quick, args.longest, results, args.rehearse):
             done.append(one)
     except KeyboardInterrupt:
         done.append(Done("the rest", "stopped", 0.0))
-    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"\n{gpu}, torch {torch.__version__}")
     for title, verdict, seconds in done:
         print(f"{verdict:12s} {seconds:7.0f} s  {title}")
     return int(any(verdict.startswith(("failed", "stopped")) for _, verdict, _ in done))

@@ -1,8 +1,14 @@
 """What every variant of the Triton kernels costs on NVIDIA GPUs, compiled ahead of time: no GPU is needed.
 
-Prints registers, spills, shared memory, tensor-core and asynchronous-copy instructions, and blocks per multiprocessor.
-Exits with 1 when a default variant spills, does not fit, or has lost its tensor-core instructions; the other variants
-(rarer head sizes, soft cap and sinks, FP8 caches) are only shown, and only with --all.
+Prints registers, spills, shared memory, tensor-core and asynchronous-copy instructions, and blocks per multiprocessor;
+of attention's loops the instructions per warp and key, the steps whose keys have room at once (what Triton made of
+num_stages), how many steps lie between a request and its wait, and on sm_90 the TFLOP/s of a model
+(``machine_code``). Its one factor is set so that a dense flash attention kernel in Triton (``dense_kernel``) reaches
+what is known of it.
+
+Exits with 1 when a default variant spills, does not fit, has lost its tensor-core instructions, or reads whole pages or
+single keys at less than 80 % of that dense kernel by the model; the other variants (rarer head sizes, soft cap and
+sinks, FP8 caches) are only shown, and only with --all.
 
     python tools/kernel_account.py [--arch 80 90 100] [--all] [--csv FILE]
 """
@@ -11,29 +17,60 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
-import re
-import subprocess
+import functools
 import sys
-import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces the functions that are compiled here
-
-import torch
+import dense_kernel
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from kernel_variants import DEFAULT, ESTIMATES, OTHERS, RANKS, STRIDE, TILE, Variant, compile_kernel
+from machine_code import Loop, machine_code
 
-from minference_vllm.patterns.kinds import LowRank
-from minference_vllm.triton_kernels import antidiagonal, attention, column_diagonal, low_rank, page_means
+from minference_vllm.triton_kernels import (
+    antidiagonal,
+    attention,
+    column_diagonal,
+    low_rank,
+    page_means,
+    physical_lists,
+)
+from minference_vllm.triton_kernels.launch import LaunchShape, launch_shape
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Per multiprocessor: shared memory in bytes. All have 65,536 registers, 2,048 threads and 32 blocks.
 SHARED_MEMORY = {80: 167936, 90: 233472, 100: 233472}
-TENSOR_CORES = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
+WITHOUT_TENSOR_CORES = ("block_mean", "mass", "physical_lists")
+DENSE_TFLOPS = 380
+"""Of dense flash attention in Triton on an H100: bf16, heads of 128, long sequences."""
+LEAST_OF_DENSE = 0.8
+MODELLED = (64, 128)
+"""Head sizes that the dense kernel has a shape for."""
+NARROW = LaunchShape(block_m=128, block_n=64, block_own=64, stages=5)
+"""On Hopper, beside the shape that is launched: half as many keys per step, and more steps ahead."""
+LOOPS = ("whole pages", "single keys", "own pages")
+"""Of the attention kernel, in order. A tile passes through the last one a few times, whatever the context."""
+
+
+@dataclass(frozen=True)
+class LoopAccount:
+    name: str
+    loop: Loop
+    keys: int
+    """Per step."""
+    tflops: float | None
+    """By the model; None where it is not calibrated."""
+    of_dense: float | None
+    """The same as a share of the dense kernel's at this head size."""
+
+    def __str__(self) -> str:
+        per_key = self.loop.instructions / self.keys
+        model = "" if self.tflops is None else f"  model {self.tflops:3.0f} TFLOP/s, {self.of_dense:.2f} of dense"
+        return (
+            f"    {self.name:12s} {self.loop.instructions:4d} instructions / {self.keys:3d} keys = {per_key:5.2f}, "
+            f"{self.loop.buffers} buffers, read {self.loop.ahead:.1f} steps ahead{model}"
+        )
 
 
 @dataclass(frozen=True)
@@ -51,49 +88,64 @@ class Account:
     tensor_core: int
     async_copies: int
     blocks_per_sm: int
+    loops: tuple[LoopAccount, ...] = ()
 
     @property
     def problems(self) -> list[str]:
         found = []
         if self.spill_loads or self.spill_stores:
             found.append(f"spills {self.spill_loads}/{self.spill_stores}")
-        if not self.tensor_core and self.kernel not in ("block_mean", "mass"):
+        if not self.tensor_core and self.kernel not in WITHOUT_TENSOR_CORES:
             found.append("no tensor-core instruction")
         if not self.blocks_per_sm:
             found.append("does not fit a multiprocessor")
+        for one in self.loops:
+            if one.name in LOOPS[:2] and one.of_dense is not None and one.of_dense < LEAST_OF_DENSE:
+                found.append(f"{one.name} at {one.of_dense:.2f} of the dense kernel")
         return found
 
-
-def compile_kernel(function: Any, types: dict[str, str], constants: dict[str, Any], arch: int, **options: int) -> Any:
-    """Compile one variant; a type ending in ``!``, and every pointer, is known to be divisible by 16."""
-    signature, attributes = {}, {}
-    for position, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        kind = types[name]
-        if kind.endswith("!") or kind.startswith("*"):
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        signature[name] = kind.rstrip("!")
-    source = ASTSource(function, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    @property
+    def row(self) -> dict[str, Any]:
+        """For a CSV file."""
+        values = {name: value for name, value in vars(self).items() if name != "loops"}
+        for name in LOOPS:
+            one = next((one for one in self.loops if one.name == name), None)
+            prefix = name.replace(" ", "_")
+            values[f"{prefix}_instructions_per_key"] = one and round(one.loop.instructions / one.keys, 2)
+            values[f"{prefix}_buffers"] = one and one.loop.buffers
+            values[f"{prefix}_steps_ahead"] = one and one.loop.ahead
+            values[f"{prefix}_model_tflops"] = one and one.tflops and round(one.tflops)
+        return values
 
 
-def account(kernel: str, variant: str, default: bool, compiled: Any, arch: int) -> Account:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True).stdout
-        code = subprocess.run([TOOLS / "nvdisasm", "-c", "-ndf", file.name], capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+)", usage)
-    registers = int(found.group(1)) if found else 0
+def account(
+    kernel: str,
+    variant: str,
+    default: bool,
+    compiled: Any,
+    arch: int,
+    loops: Sequence[tuple[str, int]] = (),
+    rows: int = 0,
+    head_size: int = 0,
+) -> Account:
+    """One kernel's.
+
+    Args:
+        loops: names and keys per step of those loops with tensor-core instructions that are looked into; all, or none.
+        rows, head_size: that each of them multiplies keys with.
+    """
+    code = machine_code(compiled, arch)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    per_warp = -(-registers * 32 // 256) * 256
+    per_warp = -(-code.registers * 32 // 256) * 256
     fits = [65536 // max(1, per_warp * warps), SHARED_MEMORY[arch] // (shared + 1024), 2048 // (32 * warps), 32]
-
-    def count(pattern: str) -> int:
-        return len(re.findall(rf"\b{pattern}\b", code))
-
+    if loops and len(loops) != len(code.loops):
+        raise RuntimeError(f"{kernel} {variant}: {len(code.loops)} loops with tensor-core instructions, not {loops}")
+    modelled = arch == 90 and head_size in MODELLED
+    found = []
+    for (name, keys), loop in zip(loops, code.loops, strict=False):
+        rate = loop.rate(warps, 4 * rows * keys * head_size)
+        model = (DENSE_TFLOPS * rate / dense_rate(128), rate / dense_rate(head_size)) if modelled else (None, None)
+        found.append(LoopAccount(name, loop, keys, *model))
     return Account(
         kernel,
         variant,
@@ -101,107 +153,75 @@ def account(kernel: str, variant: str, default: bool, compiled: Any, arch: int) 
         arch,
         triton.__version__,
         warps,
-        registers,
-        count("LDL"),
-        count("STL"),
+        code.registers,
+        code.spill_loads,
+        code.spill_stores,
         round(shared / 1024, 1),
-        count(TENSOR_CORES[arch]),
-        count("LDGSTS"),
+        code.tensor_core,
+        code.async_copies,
         min(fits),
+        tuple(found),
     )
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A shape that models use."""
-
-    dtype: torch.dtype = torch.bfloat16
-    head_size: int = 128
-    page: int = 128
-    fp8: bool = False
-    extras: bool = False
-    """Soft cap, sinks and log-sum-exp."""
-    group: int = 4
-    """Query heads per KV head."""
-    packed: bool = False
-    """Whether they share their lists."""
-
-    @property
-    def name(self) -> str:
-        cache = " fp8 cache" if self.fp8 else ""
-        extras = " cap+sinks+lse" if self.extras else ""
-        packed = f" packed {self.group}" if self.packed else ""
-        return f"{_SHORT[self.dtype]} D={self.head_size} page={self.page}{cache}{extras}{packed}"
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        compute, precision = attention.compute_type(self.dtype)
-        return {
-            "GROUP": self.group,
-            "HEAD_SIZE": self.head_size,
-            "D": triton.next_power_of_2(self.head_size),
-            "PAGE": self.page,
-            "COMPUTE": compute,
-            "PRECISION": precision,
-        }
-
-    def types(self, function: Any) -> dict[str, str]:
-        """Triton's names of the arguments' types; what is not listed is a length, int32."""
-        query, cache = f"*{_SHORT[self.dtype]}", "*fp8e4nv" if self.fp8 else f"*{_SHORT[self.dtype]}"
-        pointers = {"p_query": query, "p_out": query, "p_key": cache, "p_value": cache}
-        pointers |= {"p_pages": "*i64", "p_tile_starts": "*i64", "p_bin_row": "*i64", "p_bins": "*u8"}
-        floats = ("p_lse", "p_sinks", "p_mean", "p_scores", "p_weights", "p_mass")
-        pointers |= {name: "*fp32" for name in floats}
-        integers = ("p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads", "p_rows", "p_lowest")
-        pointers |= {name: "*i32" for name in integers}
-        if function is column_diagonal.column_diagonal_kernel:
-            pointers |= {"p_columns": "*fp32", "p_nearer": "*fp32", "p_farther": "*fp32"}
-        scalars = {name: "fp32" for name in ("scale_log2", "softcap_log2", "value_scale", "key_scale")}
-        strides = {name: "i64!" for name in function.arg_names if name.startswith("stride_")}
-        return {name: "i32" for name in function.arg_names} | pointers | scalars | strides
+@functools.cache
+def compiled_dense(head_size: int) -> Any:
+    types = dict.fromkeys(("p_query", "p_key", "p_value", "p_out"), "*bf16")
+    types |= {"stride_row": "i32!", "stride_head": "i32!", "scale_log2": "fp32"}
+    constants = {"GROUP": 4, "D": head_size, "BLOCK": dense_kernel.BLOCK}
+    shape = {"num_warps": dense_kernel.NUM_WARPS, "num_stages": dense_kernel.NUM_STAGES}
+    return compile_kernel(dense_kernel.dense_kernel, types, constants, 90, **shape)
 
 
-_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-DEFAULT = (
-    Variant(head_size=64, page=16),
-    Variant(page=16),
-    Variant(page=128),
-    Variant(torch.float16, page=64),
-    Variant(page=16, packed=True),
-    Variant(packed=True, group=7),
-)
-OTHERS = (
-    Variant(head_size=96),
-    Variant(head_size=256),
-    Variant(extras=True),
-    Variant(fp8=True),
-    Variant(head_size=64, fp8=True),
-    Variant(head_size=64, packed=True),
-    Variant(head_size=256, packed=True),
-    Variant(fp8=True, packed=True),
-)
-ESTIMATES = (Variant(page=16), Variant(page=128))
-RANKS = {LowRank().rank: True, 16: False, 64: False}
-"""Ranks, and whether they are the default."""
-TILE, STRIDE = 128, 16
-"""Rows of a query tile, and tokens of an antidiagonal's square: the defaults."""
+@functools.cache
+def dense_rate(head_size: int) -> float:
+    """FLOPs per cycle of the dense kernel's loop over the keys before a tile, on Hopper by the model."""
+    block = dense_kernel.BLOCK
+    loop = machine_code(compiled_dense(head_size), 90).loops[0]
+    return loop.rate(dense_kernel.NUM_WARPS, 4 * block * block * head_size)
 
 
-def attention_account(variant: Variant, default: bool, arch: int) -> Account:
-    function = attention.sparse_attention_kernel
-    launch = attention.launch_shape(arch // 10, variant.head_size)
-    flags = dict.fromkeys(("WITH_SOFTCAP", "WITH_SINKS", "WITH_LSE"), variant.extras) | {"CAUSAL": True}
+def dense_account(head_size: int) -> Account:
+    block, name = dense_kernel.BLOCK, f"bf16 D={head_size} contiguous"
+    loops = (("keys before", block), ("own keys", block // 2))
+    return account("dense_flash", name, False, compiled_dense(head_size), 90, loops, block, head_size)
+
+
+def attention_account(variant: Variant, default: bool, arch: int, launch: LaunchShape | None = None) -> Account:
+    """By its own launch shape, or another."""
+    function, constants = attention.sparse_attention_kernel, variant.constants
+    launch = launch or launch_shape(
+        arch // 10, variant.head_size, variant.dtype.itemsize, 1 if variant.fp8 else variant.dtype.itemsize
+    )
     heads_per_list = variant.group if variant.packed else 1
-    blocks = {"HEADS_PER_LIST": heads_per_list, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
+    own = {
+        "LISTS": variant.group // heads_per_list,
+        "HEADS_PER_LIST": heads_per_list,
+        "UNIT": 16,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_OWN": launch.block_own,
+        "STAGES": launch.stages,
+    }
+    flags = dict.fromkeys(("WITH_SOFTCAP", "WITH_SINKS", "WITH_LSE"), variant.extras) | {"CAUSAL": True}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
     compiled = compile_kernel(
-        function,
-        variant.types(function),
-        variant.constants | blocks | flags,
-        arch,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        function, variant.types(function), constants | own | flags, arch, num_warps=launch.num_warps
     )
-    return account("sparse_attention", variant.name, default, compiled, arch)
+    keys = launch.block_n, launch.block_n, launch.block_own
+    loops = tuple(zip(LOOPS, keys, strict=True))
+    head_size = variant.constants["D"]
+    name = f"{variant.name} {launch.block_m}x{launch.block_n}"
+    return account("sparse_attention", name, default, compiled, arch, loops, launch.block_m, head_size)
+
+
+def lists_account(variant: Variant, arch: int) -> Account:
+    function = physical_lists.physical_lists_kernel
+    block_n = launch_shape(arch // 10, variant.head_size, 2, 2).block_n
+    own = {"LISTS": variant.group, "BLOCK": physical_lists.BLOCK, "WORK": physical_lists.WORK, "BLOCK_N": block_n}
+    own |= {"PAGE": variant.page, "CAUSAL": True}
+    compiled = compile_kernel(function, variant.types(function), own, arch, num_warps=4)
+    return account("physical_lists", variant.name, True, compiled, arch)
 
 
 def estimate_accounts(variant: Variant, arch: int) -> list[Account]:
@@ -246,11 +266,15 @@ def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
 
 
 def accounts(arch: int, everything: bool) -> list[Account]:
-    rows = [attention_account(variant, True, arch) for variant in DEFAULT]
+    rows = [dense_account(head_size) for head_size in MODELLED] if arch == 90 else []
+    rows += [attention_account(variant, True, arch) for variant in DEFAULT]
     for variant in OTHERS if everything else ():
         # Before compute capability 8.9 GPUs have no FP8 and Triton refuses it.
         if arch >= 89 or not variant.fp8:
             rows.append(attention_account(variant, False, arch))
+    if arch == 90 and everything:
+        rows += [attention_account(variant, False, arch, NARROW) for variant in ESTIMATES]
+    rows += [lists_account(variant, arch) for variant in ESTIMATES]
     rows += [row for variant in ESTIMATES for row in estimate_accounts(variant, arch)]
     ranks = [rank for rank, default in RANKS.items() if default or everything]
     return rows + [row for rank in ranks for row in low_rank_accounts(rank, RANKS[rank], arch)]
@@ -266,15 +290,17 @@ def main() -> int:
     for row in rows:
         verdict = ", ".join(row.problems) or "ok"
         print(
-            f"{row.kernel:16s} {row.variant:34s} sm_{row.arch:<4d} regs {row.registers:3d} spills {row.spill_loads}/"
+            f"{row.kernel:16s} {row.variant:41s} sm_{row.arch:<4d} regs {row.registers:3d} spills {row.spill_loads}/"
             f"{row.spill_stores} smem {row.shared_kib:6.1f}K tensor {row.tensor_core:3d} async {row.async_copies:3d} "
             f"blocks/SM {row.blocks_per_sm}  {verdict}"
         )
+        for loop in row.loops:
+            print(loop)
     if args.csv:
         with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
+            writer = csv.DictWriter(file, fieldnames=list(rows[0].row))
             writer.writeheader()
-            writer.writerows(map(asdict, rows))
+            writer.writerows(row.row for row in rows)
     return int(any(row.default and row.problems for row in rows))
 
 

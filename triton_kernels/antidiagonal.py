@@ -231,7 +231,7 @@ def antidiagonal_scores(
         float32 ``[len(heads), T, N]``.
     """
     squares_per_block(tiling.block_size, stride)
-    device, wanted = query.device, on_device(tuple(heads), query.device)
+    device, wanted = query.device, on_device(heads, query)
     compute, precision = compute_type(query.dtype)
     block_d = min(BLOCK_D_BYTES // query.element_size(), max(16, triton.next_power_of_2(cache.head_size)))
     strides = query.stride(0), query.stride(1), *cache.key.stride()[:3]

@@ -1,12 +1,12 @@
 """Attention under a ``SparseIndex`` over paged keys and values of any strides, in one online softmax.
 
-A key is addressed by its position alone, ``pages[position // PAGE]`` and ``position % PAGE``, so a tile's blocks and
-its single columns differ only in where the positions come from.
+Three loops read a tile's keys: whole pages before it, without a mask; single keys, without a mask; and those of them
+that fill no step, with the tile's own pages, causally (without these under an index that is not ``causal``). Keys come
+from ``physical_lists``; lists are read a step ahead, or Triton would prefetch fewer keys and values (see
+``tools/kernel_account.py``).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,7 +14,8 @@ import triton.language as tl
 
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.sparse_index import SparseIndex
-from minference_vllm.triton_kernels.launch import launcher
+from minference_vllm.triton_kernels.launch import launch_shape, launcher
+from minference_vllm.triton_kernels.physical_lists import physical_lists, place_of, split_keys
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -23,58 +24,61 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def _attend_keys(
     b_query,  # [BLOCK_M, D]
-    o_row,  # [BLOCK_M] positions of the rows
-    b_position,  # [BLOCK_N] positions of the keys
-    m_key,  # [BLOCK_N] which of them are there
+    p_keys,  # [N, D]
+    p_values,  # [N, D]
+    m_score,  # [BLOCK_M, N] which keys a row attends, where MASKED: at least one, unless it has seen others
+    m_dim,  # [D] which dimensions are there, where PADDED
     b_out,  # [BLOCK_M, D] float32
     b_sum,  # [BLOCK_M]
     b_max,  # [BLOCK_M]
-    p_key,
-    p_value,
-    p_pages,
-    stride_key_page,
-    stride_key_slot,
-    stride_value_page,
-    stride_value_slot,
     scale_log2,
     softcap_log2,
-    HEAD_SIZE: tl.constexpr,
-    D: tl.constexpr,
-    PAGE: tl.constexpr,
+    MASKED: tl.constexpr,
+    PADDED: tl.constexpr,
     WITH_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    CAUSAL: tl.constexpr,
 ):
-    """One online-softmax step over BLOCK_N keys."""
-    o_dim = tl.arange(0, D)
-    m_dim = o_dim < HEAD_SIZE
-    b_page = tl.load(p_pages + b_position // PAGE, mask=m_key, other=0).to(tl.int64)
-    b_slot = b_position % PAGE
-    o_key = b_page * stride_key_page + b_slot * stride_key_slot
-    o_value = b_page * stride_value_page + b_slot * stride_value_slot
-    m_tile = m_key[:, None] & m_dim[None, :]
-    b_key = tl.load(p_key + o_key[:, None] + o_dim[None, :], mask=m_tile, other=0.0).to(b_query.dtype)  # [BLOCK_N, D]
-    b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2  # [BLOCK_M, BLOCK_N]
+    """One online-softmax step over N keys."""
+    b_key = (tl.load(p_keys, mask=m_dim[None, :], other=0.0) if PADDED else tl.load(p_keys)).to(b_query.dtype)
+    b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)  # [BLOCK_M, N]
     if WITH_SOFTCAP:
         # cap * tanh(score / cap), with tanh(x) = 1 - 2 / (exp(2 x) + 1); everything in powers of two.
-        b_score = softcap_log2 * (1.0 - 2.0 / (tl.exp2(b_score / softcap_log2 * (2.0 * LOG2E)) + 1.0))
-    m_score = m_key[None, :]
-    if CAUSAL:
-        m_score = m_score & (b_position[None, :] <= o_row[:, None])
-    b_score = tl.where(m_score, b_score, -float("inf"))
-    b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
-    # A row that has seen no key yet keeps a maximum of -inf; subtracting 0 then gives weights of 0, not NaN.
-    b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
-    b_weight = tl.exp2(b_score - b_shift[:, None])
-    b_decay = tl.exp2(b_max - b_shift)
+        b_score = softcap_log2 * (1.0 - 2.0 / (tl.exp2(b_score * scale_log2) + 1.0))
+        factor = 1.0
+    else:
+        factor = scale_log2
+    if MASKED:
+        b_score = tl.where(m_score, b_score, -float("inf"))
+    # The scale is positive: one multiplication and addition per score, fused, and one per row.
+    b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * factor)
+    b_weight = tl.exp2(b_score * factor - b_new_max[:, None])
+    b_decay = tl.exp2(b_max - b_new_max)
     b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
-    b_value = tl.load(p_value + o_value[:, None] + o_dim[None, :], mask=m_tile, other=0.0).to(b_query.dtype)
+    b_value = (tl.load(p_values, mask=m_dim[None, :], other=0.0) if PADDED else tl.load(p_values)).to(b_query.dtype)
     b_out = tl.dot(b_weight.to(b_query.dtype), b_value, b_out * b_decay[:, None], input_precision=PRECISION)
     return b_out, b_sum, b_new_max
 
 
+@triton.jit
+def _packed_rows(
+    i_item, i_part, p_tile_starts, num_tiles, LISTS: tl.constexpr, HEADS_PER_LIST: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """``[BLOCK_M]``: positions, places in the chunk and heads of a program's rows, and which of them are there.
+
+    The heads of a row are packed side by side, as they lie in memory: short tiles fill a program, too.
+    """
+    _, i_list, i_tile = place_of(i_item, num_tiles, LISTS)
+    # Positions take 32 bits: rows keep theirs in registers.
+    tile_start = tl.load(p_tile_starts + i_tile).to(tl.int32)
+    o_packed = i_part * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_row = tile_start + o_packed // HEADS_PER_LIST
+    o_query = (o_row - tl.load(p_tile_starts).to(tl.int32)).to(tl.int64)
+    o_head = (i_list * HEADS_PER_LIST + o_packed % HEADS_PER_LIST).to(tl.int64)
+    return o_row, o_query, o_head, o_row < tl.load(p_tile_starts + i_tile + 1).to(tl.int32)
+
+
 # Sizes differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
-@triton.jit(do_not_specialize=["num_tiles", "num_rows", "max_blocks", "max_columns"])
+@triton.jit(do_not_specialize=["num_tiles", "num_parts", "num_rows", "max_blocks", "max_singles"])
 def sparse_attention_kernel(
     p_query,
     p_key,
@@ -82,36 +86,38 @@ def sparse_attention_kernel(
     p_out,
     p_lse,
     p_sinks,
-    p_pages,
     p_tile_starts,
+    p_order,
     p_blocks,
     p_num_blocks,
-    p_columns,
     p_num_columns,
+    p_table,
+    p_listed,
+    p_singles,
     stride_query_row,
     stride_query_head,
     stride_out_row,
     stride_out_head,
-    stride_key_page,
     stride_key_head,
-    stride_key_slot,
-    stride_value_page,
-    stride_value_head,
-    stride_value_slot,
+    stride_slot,
     num_tiles,
+    num_parts,
     num_rows,
     max_blocks,
-    max_columns,
+    max_singles,
     scale_log2,
     softcap_log2,
     value_scale,
-    GROUP: tl.constexpr,
+    LISTS: tl.constexpr,
     HEADS_PER_LIST: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_OWN: tl.constexpr,
+    STAGES: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     WITH_SOFTCAP: tl.constexpr,
@@ -119,91 +125,114 @@ def sparse_attention_kernel(
     WITH_LSE: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """One program: BLOCK_M packed rows of one query tile, of the query heads that share a list.
-
-    The heads of a row are packed side by side, as they lie in memory: short tiles fill a program, too.
-    """
-    i_tile, i_part, i_heads = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    # Positions take 32 bits: rows keep theirs in registers.
+    """One program: BLOCK_M packed rows of one query tile, of the query heads that share a list."""
+    PADDED: tl.constexpr = HEAD_SIZE != D
+    i_item = tl.load(p_order + tl.program_id(0) // num_parts).to(tl.int32)
+    i_part = num_parts - 1 - tl.program_id(0) % num_parts
+    i_kv_head, i_list, i_tile = place_of(i_item, num_tiles, LISTS)
     tile_start = tl.load(p_tile_starts + i_tile).to(tl.int32)
     tile_end = tl.load(p_tile_starts + i_tile + 1).to(tl.int32)
-    first = tile_start + i_part * BLOCK_M // HEADS_PER_LIST
-    if first < tile_end:
-        o_packed = i_part * BLOCK_M + tl.arange(0, BLOCK_M)
-        o_row = tile_start + o_packed // HEADS_PER_LIST
-        m_row = o_row < tile_end
-        # Unsigned, or what addresses the output would not stay in registers beside the loops.
-        o_query = (o_row - tl.load(p_tile_starts).to(tl.int32)).to(tl.uint32)
-        o_head = (i_heads * HEADS_PER_LIST + o_packed % HEADS_PER_LIST).to(tl.uint32)
+    if tile_start + i_part * BLOCK_M // HEADS_PER_LIST < tile_end:
         o_dim = tl.arange(0, D)
-        m_tile = m_row[:, None] & (o_dim < HEAD_SIZE)[None, :]
-        p_row = p_query + o_query.to(tl.int64) * stride_query_row + o_head.to(tl.int64) * stride_query_head
+        m_dim = o_dim < HEAD_SIZE
+        o_row, o_query, o_head, m_row = _packed_rows(
+            i_item, i_part, p_tile_starts, num_tiles, LISTS, HEADS_PER_LIST, BLOCK_M
+        )
+        p_row = p_query + o_query * stride_query_row + o_head * stride_query_head
+        m_tile = m_row[:, None] & m_dim[None, :]
         b_query = tl.load(p_row[:, None] + o_dim[None, :], mask=m_tile, other=0.0).to(COMPUTE)
-        i_kv_head = (i_heads * HEADS_PER_LIST // GROUP).to(tl.int64)
-        p_key += i_kv_head * stride_key_head
-        p_value += i_kv_head * stride_value_head
-        i_list = i_heads * num_tiles + i_tile
-        p_blocks += i_list.to(tl.int64) * max_blocks
-        p_columns += i_list.to(tl.int64) * max_columns
-        num_blocks = tl.load(p_num_blocks + i_list)
-        if CAUSAL:
-            # Of the tile's own blocks, its last, those after the program's last row are not read.
-            last = tl.minimum(tile_start + ((i_part + 1) * BLOCK_M - 1) // HEADS_PER_LIST, tile_end - 1)
-            num_blocks -= (tile_end - 1) // PAGE - last // PAGE
-        num_keys = num_blocks * PAGE
-        num_columns = tl.load(p_num_columns + i_list)
-        # Without a list the tile attends every block, in order.
-        num_listed = tl.where(tl.load(p_blocks) >= 0, num_keys, 0)
+        p_key += i_kv_head.to(tl.int64) * stride_key_head
+        p_value += i_kv_head.to(tl.int64) * stride_key_head
+        i_list_row = (i_list * num_tiles + i_tile).to(tl.int64)
+        num_blocks = tl.load(p_num_blocks + i_list_row)
+        num_before, num_left = split_keys(num_blocks, tile_start, tile_end, PAGE, BLOCK_N, CAUSAL)
+        num_steps = num_before * PAGE // BLOCK_N
+        num_singles = tl.load(p_num_columns + i_list_row) + num_left
+        # Without a list the tile attends every page, in order.
+        is_listed = tl.load(p_blocks + i_list_row * max_blocks) >= 0
+        p_before = tl.where(is_listed, p_listed + i_list_row * max_blocks, p_table)
+        p_singles += i_list_row * max_singles
 
         b_out = tl.zeros([BLOCK_M, D], dtype=tl.float32)
         b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
         b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-        for i_key in range(0, num_keys, BLOCK_N):
-            o_key = i_key + tl.arange(0, BLOCK_N)
-            m_key = o_key < num_keys
-            m_listed = o_key < num_listed
-            b_block = tl.where(m_listed, tl.load(p_blocks + o_key // PAGE, mask=m_listed, other=0), o_key // PAGE)
-            b_position = b_block * PAGE + o_key % PAGE
+        o_slot = tl.arange(0, BLOCK_N)
+        if PAGE % BLOCK_N == 0:
+            o_in_page = o_slot[:, None] * stride_slot + o_dim[None, :]
+            page = tl.load(p_before)
+            for i_step in tl.range(0, num_steps, num_stages=STAGES):
+                o_page = page.to(tl.int64) * UNIT
+                if PAGE != BLOCK_N:
+                    o_page += i_step * BLOCK_N % PAGE * stride_slot
+                b_out, b_sum, b_max = _attend_keys(
+                    b_query, p_key + o_page + o_in_page, p_value + o_page + o_in_page, m_dim, m_dim,
+                    b_out, b_sum, b_max, scale_log2, softcap_log2, False, PADDED, WITH_SOFTCAP, PRECISION,
+                )  # fmt: skip
+                page = tl.load(p_before + (i_step + 1) * BLOCK_N // PAGE)
+        else:
+            b_page = tl.load(p_before + o_slot // PAGE)
+            for i_step in tl.range(0, num_steps, num_stages=STAGES):
+                o_key = i_step * BLOCK_N + o_slot
+                o_place = b_page.to(tl.int64) * UNIT
+                if BLOCK_N % PAGE == 0:
+                    o_place += o_slot % PAGE * stride_slot
+                else:
+                    o_place += o_key % PAGE * stride_slot
+                o_before = o_place[:, None] + o_dim[None, :]
+                b_out, b_sum, b_max = _attend_keys(
+                    b_query, p_key + o_before, p_value + o_before, m_dim, m_dim,
+                    b_out, b_sum, b_max, scale_log2, softcap_log2, False, PADDED, WITH_SOFTCAP, PRECISION,
+                )  # fmt: skip
+                b_page = tl.load(p_before + (o_key + BLOCK_N) // PAGE)
+
+        num_full = num_singles // BLOCK_N * BLOCK_N
+        b_single = tl.load(p_singles + o_slot)
+        for first in tl.range(0, num_full, BLOCK_N, num_stages=STAGES):
+            o_columns = (b_single.to(tl.int64) * UNIT)[:, None] + o_dim[None, :]
             b_out, b_sum, b_max = _attend_keys(
-                b_query, o_row, b_position, m_key & (b_position < tile_end), b_out, b_sum, b_max,
-                p_key, p_value, p_pages, stride_key_page, stride_key_slot, stride_value_page, stride_value_slot,
-                scale_log2, softcap_log2, HEAD_SIZE, D, PAGE, WITH_SOFTCAP, PRECISION, True,
+                b_query, p_key + o_columns, p_value + o_columns, m_dim, m_dim,
+                b_out, b_sum, b_max, scale_log2, softcap_log2, False, PADDED, WITH_SOFTCAP, PRECISION,
             )  # fmt: skip
-        for i_key in range(0, num_columns, BLOCK_N):
-            o_key = i_key + tl.arange(0, BLOCK_N)
-            m_key = o_key < num_columns
-            b_position = tl.load(p_columns + o_key, mask=m_key, other=0)
+            b_single = tl.load(p_singles + first + BLOCK_N + o_slot)
+
+        # Those that are left lie before the tile: the position 0 stands for theirs. As the first key of the first step
+        # lies before every row, all rows have a maximum.
+        p_singles += num_full
+        num_left = num_singles - num_full
+        if CAUSAL:
+            own = tile_start // PAGE * PAGE
+            last = tl.minimum(tile_start + ((i_part + 1) * BLOCK_M - 1) // HEADS_PER_LIST, tile_end - 1)
+        else:
+            # No own keys: what follows those that are left lies behind every row.
+            own = tile_end
+            last = tile_end - 1
+        o_own = tl.arange(0, BLOCK_OWN)
+        b_place = tl.load(p_singles + o_own)
+        for first in tl.range(0, num_left + last + 1 - own, BLOCK_OWN, num_stages=STAGES):
+            o_position = tl.where(first + o_own < num_left, 0, own + first + o_own - num_left)
+            o_rest = (b_place.to(tl.int64) * UNIT)[:, None] + o_dim[None, :]
             b_out, b_sum, b_max = _attend_keys(
-                b_query, o_row, b_position, m_key, b_out, b_sum, b_max,
-                p_key, p_value, p_pages, stride_key_page, stride_key_slot, stride_value_page, stride_value_slot,
-                scale_log2, softcap_log2, HEAD_SIZE, D, PAGE, WITH_SOFTCAP, PRECISION, False,
+                b_query, p_key + o_rest, p_value + o_rest, o_position[None, :] <= o_row[:, None], m_dim,
+                b_out, b_sum, b_max, scale_log2, softcap_log2, True, PADDED, WITH_SOFTCAP, PRECISION,
             )  # fmt: skip
+            b_place = tl.load(p_singles + first + BLOCK_OWN + o_own)
+
+        # Read again, or what addresses the output would have to stay in registers beside the loops.
+        i_item = tl.load(p_order + tl.program_id(0) // num_parts, volatile=True).to(tl.int32)
+        _, o_query, o_head, m_row = _packed_rows(
+            i_item, i_part, p_tile_starts, num_tiles, LISTS, HEADS_PER_LIST, BLOCK_M
+        )
         if WITH_SINKS:
             # One more key, with a score of its own and a value of zero.
             b_sum += tl.exp2(tl.load(p_sinks + o_head).to(tl.float32) * LOG2E - b_max)
-        b_out = b_out * (value_scale / b_sum)[:, None]
-        b_out = b_out.to(p_out.dtype.element_ty)
-        p_row = p_out + o_query.to(tl.int64) * stride_out_row + o_head.to(tl.int64) * stride_out_head
-        tl.store(p_row[:, None] + o_dim[None, :], b_out, mask=m_tile)
+        # Only an index without own keys leaves rows without any: zeros, and a log-sum-exp of -inf.
+        b_divisor = b_sum if CAUSAL else tl.where(b_sum > 0, b_sum, 1.0)
+        b_out = b_out * (value_scale / b_divisor)[:, None]
+        p_row = p_out + o_query * stride_out_row + o_head * stride_out_head
+        m_tile = m_row[:, None] & m_dim[None, :]
+        tl.store(p_row[:, None] + o_dim[None, :], b_out.to(p_out.dtype.element_ty), mask=m_tile)
         if WITH_LSE:
-            tl.store(p_lse + o_head.to(tl.int64) * num_rows + o_query, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
-
-
-@dataclass(frozen=True)
-class LaunchShape:
-    """How one variant is launched; found with ``tools/kernel_account.py``, not yet timed on a GPU."""
-
-    block_m: int
-    block_n: int
-    num_warps: int = 8
-    num_stages: int = 2
-
-
-def launch_shape(major: int, head_size: int) -> LaunchShape:
-    """By compute capability and head size: the largest that does not spill registers."""
-    if head_size > 128:
-        return LaunchShape(block_m=64, block_n=32)
-    return LaunchShape(block_m=128, block_n=32 if major < 9 and head_size > 64 else 64)
+            tl.store(p_lse + o_head * num_rows + o_query, (b_max + tl.log2(b_sum)) * LN2, mask=m_row)
 
 
 def compute_type(dtype: torch.dtype) -> tuple[tl.dtype, str]:
@@ -217,9 +246,12 @@ def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor
 
     Args:
         inputs: head sizes up to 256; the query may be FP8, its scale is then part of ``inputs.scale``; the cache of
-            layout ``rows``, a head's elements side by side, of the query's type or FP8 with scales; ``sinks``
-            contiguous.
+            layout ``rows``, a head's elements side by side, keys and values at the same strides, of the query's type
+            or FP8 with scales; ``sinks`` contiguous.
         index: on the device of the query.
+
+    Raises:
+        ValueError: the cache has another layout, or other strides for values than for keys.
     """
     query, cache, sinks = inputs.query, inputs.cache, inputs.sinks
     if cache.layout != "rows":
@@ -227,24 +259,28 @@ def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor
     chunk = len(query)
     major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
     compute, precision = compute_type(query.dtype)
-    launch = launch_shape(major, cache.head_size)
-    packed = min(index.tiling.tile, chunk) * index.heads_per_list
-    grid = (index.num_tiles, triton.cdiv(packed, launch.block_m), index.num_lists)
-    launcher(sparse_attention_kernel, grid)(
+    launch = launch_shape(major, cache.head_size, compute.primitive_bitwidth // 8, cache.key.element_size())
+    lists = physical_lists(inputs, index, launch.block_n)
+    parts = triton.cdiv(min(index.tiling.tile, chunk) * index.heads_per_list, launch.block_m)
+    # In powers of two; with a soft cap the scale is the one of tanh's exponential.
+    scale = inputs.scale * cache.key_scale * LOG2E.value
+    launcher(sparse_attention_kernel, (index.num_lists * index.num_tiles * parts,))(
         query, cache.key, cache.value, out, query if lse is None else lse, query if sinks is None else sinks,
-        inputs.pages, index.tiling.starts, index.blocks, index.num_blocks, index.columns, index.num_columns,
-        query.stride(0), query.stride(1), out.stride(0), out.stride(1),
-        cache.key.stride(0), cache.key.stride(1), cache.key.stride(2),
-        cache.value.stride(0), cache.value.stride(1), cache.value.stride(2),
-        index.num_tiles, chunk, index.blocks.shape[2], index.columns.shape[2],
-        inputs.scale * cache.key_scale * LOG2E.value, inputs.softcap * LOG2E.value, cache.value_scale,
-        GROUP=inputs.group,
+        index.tiling.starts, lists.order, index.blocks, index.num_blocks, index.num_columns,
+        lists.table, lists.listed, lists.singles,
+        query.stride(0), query.stride(1), out.stride(0), out.stride(1), cache.key.stride(1), cache.key.stride(2),
+        index.num_tiles, parts, chunk, index.blocks.shape[2], lists.max_singles,
+        2 * scale / inputs.softcap if inputs.softcap else scale, inputs.softcap * LOG2E.value, cache.value_scale,
+        LISTS=inputs.group // index.heads_per_list,
         HEADS_PER_LIST=index.heads_per_list,
         HEAD_SIZE=cache.head_size,
         D=max(16, triton.next_power_of_2(cache.head_size)),
         PAGE=cache.block_size,
+        UNIT=lists.unit,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
+        BLOCK_OWN=launch.block_own,
+        STAGES=launch.stages,
         COMPUTE=compute,
         PRECISION=precision,
         WITH_SOFTCAP=inputs.softcap != 0.0,
@@ -252,5 +288,4 @@ def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor
         WITH_LSE=lse is not None,
         CAUSAL=index.causal,
         num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.transfer import to_device
 from minference_vllm.selection.probe_queries import PROBE_GROUPS, PROBE_QUERIES, probe_groups
 from minference_vllm.triton_kernels.attention import LN2, LOG2E, compute_type
 from minference_vllm.triton_kernels.launch import launcher
@@ -201,10 +202,14 @@ def column_diagonal_kernel(
 KEYS_PER_PART, BLOCK_N, NUM_WARPS = 4096, 64, 4
 
 
-@functools.lru_cache(maxsize=256)
-def on_device(heads: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """int32 heads; a copy to a GPU, which waits for it, once for all layers that ask for the same."""
-    return torch.tensor(heads, dtype=torch.int32, device=device)
+def on_device(heads: Sequence[int], query: torch.Tensor) -> torch.Tensor:
+    """int32 heads on the device of the query; copied once for all layers that ask for the same."""
+    return _on_device(tuple(heads), query.device, query.is_cuda)
+
+
+@functools.lru_cache(maxsize=4096)
+def _on_device(heads: tuple[int, ...], device: torch.device, is_cuda: bool) -> torch.Tensor:
+    return to_device(torch.tensor(heads, dtype=torch.int32, device="cpu"), device, is_cuda)
 
 
 @functools.lru_cache(maxsize=64)
@@ -232,7 +237,7 @@ def column_diagonal_scores(
         float32 ``[len(heads), S]`` twice: columns and diagonals.
     """
     device, context_len = query.device, seq_len - query.shape[0]
-    wanted, rows = on_device(tuple(heads), device), _rows(query.shape[0], device)
+    wanted, rows = on_device(heads, query), _rows(query.shape[0], device)
     parts = triton.cdiv(seq_len, KEYS_PER_PART)
     lse = torch.empty(len(heads), parts, PROBE_QUERIES, device=device)
     compute, precision = compute_type(query.dtype)

@@ -48,10 +48,10 @@ class TritonScores(TorchScores):
         )
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
-        return pooled_scores(*self._means_of(heads), tiling, self.scale)
+        return pooled_scores(*self._means_of(heads), tiling, self.scale, self.softcap)
 
     def peaks(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
-        return peak_scores(*self._means_of(heads), tiling, self.scale)
+        return peak_scores(*self._means_of(heads), tiling, self.scale, self.softcap)
 
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return antidiagonal.antidiagonal_scores(

@@ -1,7 +1,7 @@
 // Vectors and packing on processors with AVX2 and FMA (x86-64-v3); avx512bf16.h has the same names for newer ones.
 //
-// bf16 is converted to float32, which is exact, when keys and values are packed; products and weights are float32.
-// Caches of float32 are supported too.
+// bf16 and fp16 are converted to float32, which is exact, when keys and values are packed; products and weights are
+// float32. Caches of float32 are supported too. fp16 takes F16C, which every processor with AVX2 has.
 #pragma once
 
 #include <immintrin.h>
@@ -44,6 +44,13 @@ inline Floats hide_after(Floats x, const int32_t* position, int32_t limit) {
   return _mm256_blendv_ps(x, _mm256_set1_ps(-std::numeric_limits<float>::infinity()), hidden);
 }
 
+// x where position >= first, -inf elsewhere.
+inline Floats hide_before(Floats x, const int32_t* position, int32_t first) {
+  const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(position));
+  const __m256 hidden = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(first), at));
+  return _mm256_blendv_ps(x, _mm256_set1_ps(-std::numeric_limits<float>::infinity()), hidden);
+}
+
 // 2^x for x < 128, relative error 2e-7; 0 where the result is below 2^-126 (subnormal).
 inline Floats exp2(Floats x) {
   x = _mm256_max_ps(x, _mm256_set1_ps(-127.0f));
@@ -73,6 +80,10 @@ inline Floats widen(const bf16* in) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
 }
 
+inline Floats widen(const fp16* in) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
+}
+
 inline Floats widen(const float* in) { return load(in); }
 
 template <typename T>
@@ -95,6 +106,10 @@ inline void store_element(bf16* out, Floats x) {
   const __m256i upper = _mm256_srli_epi32(rounded, 16);
   const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
+}
+
+inline void store_element(fp16* out, Floats x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 
 inline void store_element(float* out, Floats x) { store(out, x); }
@@ -140,11 +155,12 @@ inline void transpose8(const bf16* const* rows, Packed* out, int64_t stride) {
   }
 }
 
-// 8 rows of 16 elements each -> 16 rows (stride `stride`) of 8.
-inline void transpose8(const float* const* rows, Packed* out, int64_t stride) {
+// 8 rows of 16 elements each, float32 or fp16 -> 16 rows (stride `stride`) of 8.
+template <typename T>
+inline void transpose8(const T* const* rows, Packed* out, int64_t stride) {
   for (int d = 0; d < 16; d += 8) {
     __m256 r[8], t[8];
-    for (int i = 0; i < 8; ++i) r[i] = load(rows[i] + d);
+    for (int i = 0; i < 8; ++i) r[i] = widen(rows[i] + d);
     for (int i = 0; i < 8; i += 2) {
       t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
       t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
@@ -182,6 +198,8 @@ template <typename Body>
 inline void with_element(Element element, const Body& body) {
   if (element == Element::float32) {
     body.template operator()<float>();
+  } else if (element == Element::float16) {
+    body.template operator()<fp16>();
   } else {
     body.template operator()<bf16>();
   }

@@ -35,6 +35,12 @@ inline Floats hide_after(Floats x, const int32_t* position, int32_t limit) {
   return _mm512_mask_blend_ps(visible, _mm512_set1_ps(-std::numeric_limits<float>::infinity()), x);
 }
 
+// x where position >= first, -inf elsewhere.
+inline Floats hide_before(Floats x, const int32_t* position, int32_t first) {
+  const __mmask16 visible = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(position), _mm512_set1_epi32(first));
+  return _mm512_mask_blend_ps(visible, _mm512_set1_ps(-std::numeric_limits<float>::infinity()), x);
+}
+
 // 2^x, relative error 2e-7; -inf gives 0.
 inline Floats exp2(Floats x) {
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -76,11 +76,11 @@ TABLE(Cache, FIELD(key), FIELD(value), FIELD(page_stride), FIELD(head_stride), F
 TABLE(AttendArguments, FIELD(cache), FIELD(query), FIELD(out), FIELD(lse), FIELD(query_token_stride),
       FIELD(query_head_stride), FIELD(out_token_stride), FIELD(out_head_stride), FIELD(pages), FIELD(tile_starts),
       FIELD(blocks), FIELD(num_blocks), FIELD(columns), FIELD(num_columns), FIELD(column_keys), FIELD(column_values),
-      FIELD(column_row), FIELD(seq_len), FIELD(heads), FIELD(tiles), FIELD(max_blocks), FIELD(max_columns),
-      FIELD(scale), FIELD(threads));
+      FIELD(column_row), FIELD(sinks), FIELD(seq_len), FIELD(window), FIELD(heads), FIELD(tiles), FIELD(max_blocks), FIELD(max_columns),
+      FIELD(scale), FIELD(softcap), FIELD(threads));
 TABLE(RowArguments, FIELD(cache), FIELD(query), FIELD(query_token_stride), FIELD(query_head_stride), FIELD(pages),
-      FIELD(row_index), FIELD(heads), FIELD(context_len), FIELD(seq_len), FIELD(num_heads), FIELD(num_wanted),
-      FIELD(rows), FIELD(scale), FIELD(threads));
+      FIELD(row_index), FIELD(heads), FIELD(context_len), FIELD(seq_len), FIELD(window), FIELD(num_heads), FIELD(num_wanted),
+      FIELD(rows), FIELD(scale), FIELD(softcap), FIELD(threads));
 TABLE(RowWeightArguments, FIELD(row_arguments), FIELD(weights));
 TABLE(ColumnDiagonalArguments, FIELD(row_arguments), FIELD(group_starts), FIELD(columns), FIELD(diagonals),
       FIELD(num_groups));

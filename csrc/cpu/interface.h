@@ -15,6 +15,9 @@ namespace minference {
 
 using bf16 = uint16_t;
 using pair = uint32_t;  // two bf16, the lower index in the low half
+struct fp16 {
+  uint16_t bits;
+};
 
 // A page in memory, for one KV head:
 //   rows:       keys and values [block_size][head_size], with `row_stride` between tokens
@@ -22,7 +25,7 @@ using pair = uint32_t;  // two bf16, the lower index in the low half
 //   amx:        bf16 in tiles of the AMX unit. Pairs along the dimension that a product sums over stay together: keys
 //               [block_size / 16][head_size / 2][16 tokens][2], values [head_size / 16][block_size / 2][16 dims][2]
 enum class Layout : int32_t { rows = 0, transposed = 1, amx = 2 };
-enum class Element : int32_t { bfloat16 = 0, float32 = 1 };
+enum class Element : int32_t { bfloat16 = 0, float32 = 1, float16 = 2 };
 
 // Keys and values of one layer in vLLM's pages. KV head h of page p starts at p * page_stride + h * head_stride.
 struct Cache {
@@ -43,7 +46,7 @@ struct AttendArguments {
   Cache cache;
   const void* query;  // row r, head h at r * query_token_stride + h * query_head_stride
   void* out;          // written; row r, head h at r * out_token_stride + h * out_head_stride
-  float* lse;         // [heads][chunk], written; natural logarithm. May be null
+  float* lse;         // [heads][chunk], written; natural logarithm, of a sink, too. May be null
   int64_t query_token_stride, query_head_stride, out_token_stride, out_head_stride;
   const int64_t* pages;        // [logical blocks], the physical page of each
   const int64_t* tile_starts;  // [tiles + 1], positions
@@ -54,9 +57,12 @@ struct AttendArguments {
   const void* column_keys;     // [n][head_size], the keys of all columns
   const void* column_values;   // [n][head_size]
   const int64_t* column_row;   // [heads][seq_len], the row of column_keys that holds this position
+  const float* sinks;          // [heads], logit of each head's attention sink. May be null
   int64_t seq_len;
+  int64_t window;  // keys that a row sees at most, itself included; 0: all before it
   int32_t heads, tiles, max_blocks, max_columns;
   float scale;  // of query-key products before the softmax
+  float softcap;  // scores s become softcap * tanh(s / softcap); 0: no cap
   int32_t threads;
 };
 
@@ -70,9 +76,11 @@ struct RowArguments {
   const int32_t* heads;      // [num_wanted], query heads, ascending
   int64_t context_len;       // position of the chunk's first row
   int64_t seq_len;
+  int64_t window;  // keys that a row sees at most, itself included; 0: all before it
   int32_t num_heads, num_wanted;
-  int32_t rows;  // at most 64
-  float scale;   // of query-key products before the softmax
+  int32_t rows;   // at most 64
+  float scale;    // of query-key products before the softmax
+  float softcap;  // scores s become softcap * tanh(s / softcap); 0: no cap
   int32_t threads;
 };
 

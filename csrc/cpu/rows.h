@@ -15,7 +15,6 @@ namespace minference {
 
 constexpr int kMaxRows = 64;
 constexpr int kTilesPerTask = 8;
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Zeros on both sides of a tile's scores, so that diagonals can be read past it.
@@ -46,7 +45,7 @@ class RowScores {
   int tasks() const { return static_cast<int>((first_of_group_.size() - 1) * parts); }
 
   // Calls use(wanted head, key tile) with the scores (in units of log2) in w.row(r)[n], for every tile of a task. Keys
-  // in the future or past the end score -inf.
+  // in the future, past the end or before the row's window score -inf.
   template <typename Use>
   void run(int task, RowWorkspace& w, const Use& use) const {
     const int64_t group = task / parts, first_tile = task % parts * kTilesPerTask;
@@ -104,14 +103,16 @@ class RowScores {
                                              a_.cache.head_size, kKeyTile);
       });
     }
-    const Floats scale = repeat(a_.scale * kLog2e);
+    const Floats scale = repeat(a_.softcap == 0.0f ? a_.scale * kLog2e : kLog2e);
     for (int r = 0; r < a_.rows; ++r) {
       float* row = w.row(r);
+      if (a_.softcap != 0.0f) soft_cap_row(row, kKeyTile, a_.scale, a_.softcap);
       const int64_t visible = a_.context_len + a_.row_index[r] - first_key;  // last visible key of the tile
       const auto limit = static_cast<int32_t>(std::clamp<int64_t>(visible, -1, kKeyTile));
       for (int n = 0; n < kKeyTile; n += kLanes) {
         store(row + n, hide_after(load(row + n) * scale, kPlaces.data() + n, limit));
       }
+      if (a_.window != 0) std::fill_n(row, std::clamp<int64_t>(visible - a_.window + 1, 0, kKeyTile), -kInfinity);
     }
   }
 

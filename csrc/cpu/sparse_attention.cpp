@@ -9,7 +9,6 @@
 namespace minference {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Sums are rescaled only when a row's maximum (in units of log2) has grown by more than this since the last time.
@@ -122,28 +121,44 @@ class TileTask {
       earliest = std::min(earliest, w_.position[i]);
     }
     const bool masked = latest > start_;
+    // Whether the last row's window begins behind some of these keys.
+    const bool cut = a_.window != 0 && earliest < first_seen(rows_ - 1);
     for (int r = 0; r < rows_; r += kRows) {
       const int rows = std::min(kRows, rows_ - r);
-      if (start_ + r + rows - 1 < earliest) continue;
-      with_rows(rows, [&]<int R>() { attend_rows<R>(r, masked); });
+      if (start_ + r + rows - 1 < earliest || (cut && latest < first_seen(r))) continue;
+      with_rows(rows, [&]<int R>() { attend_rows<R>(r, masked, cut); });
     }
     filled_ = 0;
   }
 
+  // The first key in the window of a row of the tile.
+  int64_t first_seen(int row) const { return start_ + row - a_.window + 1; }
+
   template <int R>
-  void attend_rows(int r, bool masked) {
+  void attend_rows(int r, bool masked, bool cut) {
     const int keys = filled_;
     product_rows<R, kQueryStride, false>(w_.query.data() + static_cast<size_t>(r) * kQueryStride, w_.keys, kKeyTile,
                                          w_.scores, kKeyTile, dim_, keys);
     float* out = w_.out.data() + static_cast<size_t>(r) * dim_;
+    if (a_.softcap != 0.0f) {
+      for (int i = 0; i < R; ++i) soft_cap_row(w_.scores + i * kKeyTile, keys, a_.scale, a_.softcap);
+    }
+    if (cut) {
+      for (int i = 0; i < R; ++i) hide_before_window(w_.scores + i * kKeyTile, keys, r + i);
+    }
     for (int i = 0; i < R; ++i) softmax_row(r + i, i, keys, masked, out + static_cast<size_t>(i) * dim_);
     product_rows<R, kKeyTile, true>(w_.weights, w_.values, dim_, out, dim_, keys, dim_);
+  }
+
+  void hide_before_window(float* scores, int keys, int row) const {
+    const auto first = static_cast<int32_t>(first_seen(row));
+    for (int n = 0; n < keys; n += kLanes) store(scores + n, hide_before(load(scores + n), w_.position + n, first));
   }
 
   void softmax_row(int row, int i, int keys, bool masked, float* out) {
     float* scores = w_.scores + i * kKeyTile;
     Factor* weights = w_.weights + i * kKeyTile;
-    const Floats scale = repeat(a_.scale * kLog2e);
+    const Floats scale = repeat(a_.softcap == 0.0f ? a_.scale * kLog2e : kLog2e);
     Floats largest = repeat(-kInfinity);
     for (int n = 0; n < keys; n += kLanes) {
       Floats x = load(scores + n) * scale;
@@ -172,7 +187,23 @@ class TileTask {
     sum += reduce_add(total);
   }
 
+  // One more key, with a score of its own and a value of zero.
+  void add_sink(float score) {
+    for (int r = 0; r < rows_; ++r) {
+      float& maximum = w_.maximum[r];
+      if (score > maximum + kRescale) {
+        const float shrink = std::exp2(maximum - score);
+        maximum = score;
+        w_.sum[r] *= shrink;
+        float* out = w_.out.data() + static_cast<size_t>(r) * dim_;
+        for (int d = 0; d < dim_; ++d) out[d] *= shrink;
+      }
+      w_.sum[r] += std::exp2(score - maximum);
+    }
+  }
+
   void write_out() {
+    if (a_.sinks != nullptr) add_sink(a_.sinks[head_] * kLog2e);
     for (int r = 0; r < rows_; ++r) {
       const Floats inverse = repeat(1.0f / w_.sum[r]);
       T* out = static_cast<T*>(a_.out) + (row_of_query_ + r) * a_.out_token_stride + head_ * a_.out_head_stride;

@@ -14,6 +14,7 @@
 
 namespace minference {
 
+constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kKeyTile = 128;      // keys handled together
 constexpr int kMaxHead = 256;      // largest head size
 constexpr int kQueryStride = 288;  // row stride of copied queries: a constant, and not a power of two (cache sets)
@@ -110,6 +111,28 @@ inline void repeat_byte_pairs(const int8_t* in, int32_t* out) {
   const __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
   const __m256i once = _mm256_cvtepu16_epi32(bytes);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_or_si256(once, _mm256_slli_epi32(once, 16)));
+}
+
+// cap * tanh(x / cap), with a relative error of 3e-7. Near zero, where 1 - 2 / (e^2y + 1) cancels, tanh is y times a
+// polynomial in y^2 (least squares, error 1e-7).
+inline Floats soft_cap(Floats x, Floats cap, Floats inverse_cap) {
+  const Floats y = x * inverse_cap, square = y * y;
+  Floats p = repeat(-5.7040425e-3f);
+  p = p * square + repeat(2.0637862e-2f);
+  p = p * square + repeat(-5.3739157e-2f);
+  p = p * square + repeat(1.3331432e-1f);
+  p = p * square + repeat(-3.3333281e-1f);
+  const Floats near = y + y * square * p;
+  // Beyond 10 float32 knows no difference to 1.
+  const Floats bounded = max(repeat(-10.0f), repeat(0.0f) - max(repeat(-10.0f), repeat(0.0f) - y));
+  const Floats far = repeat(1.0f) - repeat(2.0f) / (exp2(bounded * repeat(2.0f * kLog2e)) + repeat(1.0f));
+  return cap * (square < repeat(0.390625f) ? near : far);
+}
+
+// Products of one row -> scores with a soft cap, in place. `count` is a multiple of 16.
+inline void soft_cap_row(float* products, int count, float scale, float cap) {
+  const Floats to_score = repeat(scale), caps = repeat(cap), inverse_cap = repeat(1.0f / cap);
+  for (int n = 0; n < count; n += kLanes) store(products + n, soft_cap(load(products + n) * to_score, caps, inverse_cap));
 }
 
 // Calls body.template operator()<R>() for the run-time number of rows 1 .. kRows.

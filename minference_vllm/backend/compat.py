@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,22 +14,47 @@ if TYPE_CHECKING:
 
 NAME = "MINFERENCE"
 OLDEST, NEWEST = (0, 26), (0, 33)
+FIRST_RELEASE = (0, 2)
+"""Lower numbers are those that builds have where no tag of vLLM's repository was there to count from."""
 CLASS_PATHS = {
     "cpu": "minference_vllm.backend.cpu.MInferenceCPUBackend",
     "cuda": "minference_vllm.backend.gpu_parent.MInferenceGPUBackend",
 }
 
 
-def check_vllm_version() -> None:
-    """Raise RuntimeError unless the installed vLLM is in the supported range."""
+class StartError(RuntimeError):
+    """vLLM cannot start with minference; the message says why and what to do.
+
+    No ValueError: pydantic, in which vLLM checks its configuration, would put that into an error of its own, before an
+    excerpt of the configuration and a link. So this message is the last line of the traceback.
+    """
+
+
+def check_vllm() -> str:
+    """What to say of the installed vLLM.
+
+    A release is judged by its number. A build from source often has none that tells anything (``0.1.dev1+g3f2a9c1``,
+    ``dev``): it is judged by whether it has the parts that we use.
+
+    Raises:
+        RuntimeError: a release outside the supported range, or a build that lacks parts.
+    """
     version = vllm_version()
-    supported = f"minference-vllm supports vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-    try:
-        major, minor = (int(part) for part in version.split(".")[:2])
-    except ValueError:
-        raise RuntimeError(f"{supported}, and cannot read the version {version!r} of this one") from None
-    if not OLDEST <= (major, minor) <= NEWEST:
-        raise RuntimeError(f"{supported}, found {version}")
+    span = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+    supported = f"minference-vllm supports vLLM {span}"
+    number = re.match(r"v?(\d+)\.(\d+)", version)
+    release = (int(number[1]), int(number[2])) if number else (0, 0)
+    if release >= FIRST_RELEASE:
+        if not OLDEST <= release <= NEWEST:
+            raise RuntimeError(f"{supported}, found {version}")
+        return f"{version} (supported: {span})"
+    from minference_vllm.backend.vllm_parts import missing_parts, vllm_folder
+
+    missing = list(missing_parts(vllm_folder()))
+    if missing:
+        others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise RuntimeError(f"{supported}; this build from source, {version!r}, lacks {', '.join(missing[:3])}{others}")
+    return f"{version}, a build from source with all that minference uses (supported: {span}, others untested)"
 
 
 def vllm_version() -> str:
@@ -50,7 +76,7 @@ def register_name() -> None:
 
     Raises:
         RuntimeError: another plugin has taken the slot. One that takes it later takes the name out of use again, with
-            a warning: the alias would stand for that plugin's backend.
+            a warning: the alias would stand for that plugin's backend, and whoever selects it is told so.
     """
     from vllm.v1.attention.backends import registry
 
@@ -61,6 +87,29 @@ def register_name() -> None:
     registry.AttentionBackendEnum._member_map_[NAME] = custom
     if not isinstance(registry._ATTN_OVERRIDES, _WatchedOverrides):
         registry._ATTN_OVERRIDES = _WatchedOverrides(registry._ATTN_OVERRIDES)
+
+
+def refuse_name(reason: str) -> None:
+    """Let the selection of our name raise StartError with this reason, in place of vLLM's "Unknown attention backend".
+    Nothing else changes: the name is no member, and the platform is left alone. Idempotent."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    AttentionBackendEnum._member_map_ = _RefusingMembers(AttentionBackendEnum._member_map_, reason)
+
+
+class _RefusingMembers(dict[str, Any]):
+    """The members of vLLM's enum of backends, with a reason why ours is not among them."""
+
+    def __init__(self, members: dict[str, Any], reason: str) -> None:
+        super().__init__(members)
+        self.reason = reason
+
+    def __missing__(self, name: str) -> Any:
+        raise StartError(self.reason) if name == NAME else KeyError(name)
+
+
+def unavailable(reason: str) -> str:
+    return f"attention backend 'minference' is not available: {reason}"
 
 
 def _slot_is_taken_by(path: str) -> str:
@@ -78,9 +127,9 @@ class _WatchedOverrides(dict[Any, str]):
         if backend.name != "CUSTOM" or path in CLASS_PATHS.values():
             return
         if type(backend)._member_map_.pop(NAME, None) is not None:
-            logging.getLogger("vllm.minference_vllm").warning(
-                "attention backend 'minference' is no longer available: %s", _slot_is_taken_by(path)
-            )
+            reason = unavailable(_slot_is_taken_by(path))
+            logging.getLogger("vllm.minference_vllm").warning(reason)
+            refuse_name(reason)
 
 
 def vllm_platform() -> Any:
@@ -163,18 +212,21 @@ def slice_requests(common: CommonAttentionMetadata, first: int, last: int) -> Co
     return dataclasses.replace(common, **fields)
 
 
-def host_seq_lens(common: CommonAttentionMetadata) -> list[int] | None:
+def host_seq_lens(common: CommonAttentionMetadata, is_draft: bool = False) -> list[int] | None:
     """The sequence length of each request, without waiting for the GPU; None when the host does not know them.
 
-    Exact for prefills; a decode that verifies drafted tokens may be shorter.
+    Exact for prefills; on a GPU a decode that verifies drafted tokens may be shorter.
+
+    Args:
+        is_draft: a draft model's batch. vLLM makes those longer by a token, and tells the device alone.
     """
+    if common.seq_lens.device.type == "cpu":
+        return [int(length) for length in common.seq_lens[: common.num_reqs].tolist()]
     # The upper bound is the newer field; before 0.30 the lengths themselves were there, perhaps unfilled.
-    for name in ("seq_lens_cpu_upper_bound", "_seq_lens_cpu"):
+    for name in () if is_draft else ("seq_lens_cpu_upper_bound", "_seq_lens_cpu"):
         lengths = getattr(common, name, None)
         if lengths is not None:
             return [int(length) for length in lengths[: common.num_reqs].tolist()]
-    if common.seq_lens.device.type == "cpu":
-        return [int(length) for length in common.seq_lens[: common.num_reqs].tolist()]
     return None
 
 
@@ -187,6 +239,14 @@ def dense_batch_reason(common: CommonAttentionMetadata) -> str | None:
     if getattr(common, "rswa_prefix_lens", None) is not None:
         return "reference sliding window"
     return None
+
+
+def page_reasons(spec: Any) -> list[str]:
+    """Why pages of this KV-cache spec of vLLM's are not keys and values of the layer's heads and nothing else; empty
+    when they are. Padding behind a page does not matter, padding inside of it (scales of single tokens, say) does."""
+    plain = spec.block_size * spec.num_kv_heads * 2 * spec.head_size * spec.dtype.itemsize
+    stored = spec.real_page_size_bytes
+    return [] if stored == plain else [f"pages of {stored} bytes, where keys and values take {plain}"]
 
 
 def gpu_pages(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,6 +28,8 @@ class HeadRecall:
 class Counters:
     """Totals of one engine process since its start."""
 
+    name: str = "minference"
+    """What lines begin with."""
     sparse_chunks: int = 0
     sparse_tokens: int = 0
     dense_chunks: Counter[str] = field(default_factory=Counter)
@@ -150,7 +152,7 @@ class Counters:
         """One line of statistics."""
         self._logged_pairs = self.dense_pairs
         line = (
-            f"minference: {self.sparse_chunks} prefill chunks ({self.sparse_tokens} tokens) sparse, "
+            f"{self.name}: {self.sparse_chunks} prefill chunks ({self.sparse_tokens} tokens) sparse, "
             f"density {self.density:.4f}"
         )
         if recall := self.recall:

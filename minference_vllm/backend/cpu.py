@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,14 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from minference_vllm.backend.compat import NAME
-from minference_vllm.backend.runtime import unsupported_layer_reasons
+from minference_vllm.backend.runtime import check_cpu_kernel, unsupported_layer_reasons
 from minference_vllm.backend.sparse_prefill import SparsePrefillBuilder, SparsePrefillImpl, SparsePrefillMetadata
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.kernels.block_table import cpu_ops
-from minference_vllm.kernels.native import library
+from minference_vllm.kernels.choose import own_kernel_reason
+from minference_vllm.patterns.kinds import HeadPattern
+from minference_vllm.prefill.attend import MEANS_IN_WINDOW
+from minference_vllm.selection.families import mean_corrected_heads
 
 
 class MInferenceCPUBackend(CPUAttentionBackend):
@@ -48,31 +52,40 @@ class MInferenceCPUMetadataBuilder(SparsePrefillBuilder, CPUAttentionMetadataBui
 class MInferenceCPUImpl(SparsePrefillImpl, CPUAttentionBackendImpl):
     def dense_reasons(self, vllm_config: Any) -> list[str]:
         dtype, kernel = vllm_config.model_config.dtype, self.runtime.settings.kernel
+        # Our own kernel knows soft caps, sinks and windows, but not in parts of dual chunks. vLLM's, for what ours
+        # cannot run, is not told of them.
+        own = own_kernel_reason(kernel, dtype, self.head_size) is None and self.dual_chunk is None
         reasons = unsupported_layer_reasons(
             sliding_window=self.sliding_window,
-            logits_soft_cap=self.logits_soft_cap,
+            logits_soft_cap=None if own else self.logits_soft_cap,
             alibi_slopes=self.alibi_slopes,
-            sinks=self.sinks,
+            sinks=None if own else self.sinks,
             is_decoder=self.attn_type == AttentionType.DECODER,
             kv_cache_dtype=self.kv_cache_dtype,
             dtype=dtype,
+            # A row of a shorter one attends fewer keys than where sparse prefill begins.
+            min_window=self.runtime.settings.min_context if own else None,
         )
-        if kernel == "triton":
-            raise ValueError("minference: kernel 'triton' needs an NVIDIA GPU; set kernel to 'auto'")
-        if (kernel == "native" or self.dual_chunk is not None) and not reasons:
-            reason = library.unsupported_reason(dtype, self.head_size)
-            if reason and self.dual_chunk is not None:
-                raise ValueError(
-                    f"minference: dual chunk attention needs kernel 'native', which cannot run here: {reason}"
-                )
-            if reason:
-                raise ValueError(f"minference: kernel 'native' cannot run here: {reason}; set kernel to 'auto'")
+        if not reasons:  # a layer that is dense in any case needs none of our kernels
+            check_cpu_kernel(kernel, dtype, self.head_size, self.dual_chunk is not None)
         return reasons
 
     def cache_reasons(self, layer: Any, block_size: int, dtype: torch.dtype) -> list[str]:
-        if cpu_ops.layout_for(dtype, block_size, self.head_size) is not None:
-            return []
-        return [f"unknown page layout of vLLM's CPU kernel ({cpu_ops.isa_for(dtype, block_size, self.head_size)})"]
+        if cpu_ops.layout_for(dtype, block_size, self.head_size) is None:
+            return [f"unknown page layout of vLLM's CPU kernel ({cpu_ops.isa_for(dtype, block_size, self.head_size)})"]
+        reason = own_kernel_reason(self.runtime.settings.kernel, dtype, self.head_size, block_size)
+        return [f"soft cap, attention sinks or sliding window ({reason})"] if reason and self.needs_own_kernel else []
+
+    def pattern_reasons(self, patterns: Sequence[HeadPattern]) -> list[str]:
+        return [MEANS_IN_WINDOW] if self.window and mean_corrected_heads(patterns) else []
+
+    @property
+    def needs_own_kernel(self) -> bool:
+        return bool(self.logits_soft_cap or self.window) or self.sinks is not None
+
+    @property
+    def window(self) -> int:
+        return max(0, self.sliding_window)
 
     def paged_cache(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedCache:
         num_blocks, num_kv_heads, block_size, _ = kv_cache.shape

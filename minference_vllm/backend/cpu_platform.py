@@ -7,12 +7,15 @@ use, whatever its class, in every process where our name is known.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from minference_vllm.backend.compat import (
     NAME,
+    StartError,
     is_minference,
     platform_name,
     selects_minference,
@@ -65,20 +68,35 @@ def check_and_update_config(platform: Any, earlier: Any, vllm_config: Any) -> No
     first process, before weights are loaded.
 
     Raises:
-        ValueError: minference is selected and cannot serve.
+        StartError: minference is selected and cannot serve.
     """
-    selected = vllm_config.model_config is not None and selects_minference(vllm_config)
-    if selected:
-        _check_device(platform)
-    _before(platform, "check_and_update_config", earlier)(vllm_config)
-    if not selected:
+    before = _before(platform, "check_and_update_config", earlier)
+    if vllm_config.model_config is None or not selects_minference(vllm_config):
+        before(vllm_config)
         return
-    if not selects_minference(vllm_config):
-        raise ValueError(_replaced_by(platform, str(vllm_config.attention_config.backend)))
-    if platform.is_cpu():
-        from minference_vllm.backend.runtime import runtime_for
+    with _ends_the_start():
+        _check_device(platform)
+    before(vllm_config)
+    with _ends_the_start():
+        if not selects_minference(vllm_config):
+            raise ValueError(_replaced_by(platform, str(vllm_config.attention_config.backend)))
+        if platform.is_cpu():
+            _check_cpu(vllm_config)
 
-        runtime_for(vllm_config)
+
+@contextlib.contextmanager
+def _ends_the_start() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise StartError(str(error)) from None
+
+
+def _check_cpu(vllm_config: Any) -> None:
+    from minference_vllm.backend.runtime import check_cpu_kernel, runtime_for
+
+    model, runtime = vllm_config.model_config, runtime_for(vllm_config)
+    check_cpu_kernel(runtime.settings.kernel, model.dtype, model.get_head_size(), runtime.dual_chunk is not None)
 
 
 def _check_device(platform: Any) -> None:

@@ -18,6 +18,7 @@ from minference_vllm.patterns.kinds import Dense, HeadPattern
 from minference_vllm.prefill.dual_chunk import ROTATIONS, DualChunk, attend_dual_chunk, decode_dual_chunk
 from minference_vllm.prefill.dual_chunk_recall import audited_recall
 from minference_vllm.prefill.timing import Timing
+from minference_vllm.settings import Settings
 
 
 class DualChunkLayer:
@@ -26,7 +27,7 @@ class DualChunkLayer:
     def __init__(self, runtime: Runtime, geometry: DualChunk) -> None:
         self.runtime, self.geometry = runtime, geometry
         self.layer: SparseLayer | None = None
-        """Its patterns, and the kernel for parts; None before ``prepare``."""
+        """Its patterns as parts run them, and their kernel; None before ``prepare``."""
 
     def prepare(self, number: int, first_head: int, patterns: Sequence[HeadPattern], cache: PagedCache) -> None:
         """Choose the kernel, for a cache like the layer's.
@@ -41,7 +42,9 @@ class DualChunkLayer:
             kernel = choose(name, cache.key.dtype, cache, with_lse=True)
         except ValueError as error:
             raise ValueError(f"minference: dual chunk attention: {error}") from None
-        self.layer = SparseLayer(number, first_head, tuple(patterns), kernel)
+        # The remainder is that of one set of keys, and parts are selected and merged one by one.
+        alone = tuple(pattern.without_remainder() for pattern in patterns)
+        self.layer = SparseLayer(number, first_head, alone, kernel)
 
     def rotations(self, query: torch.Tensor, num_heads: int, head_size: int) -> torch.Tensor:
         """``[tokens, ROTATIONS, H, D]`` of what vLLM's attention layer hands over as ``[tokens * ROTATIONS, H, D]``."""
@@ -49,19 +52,33 @@ class DualChunkLayer:
 
     def is_far(self, chunk: Chunk) -> bool:
         """Whether it is not plain attention with the first rotation."""
-        return chunk.seq_len > self.geometry.plain_len
+        return chunk.seq_len > self.plain_len
 
-    def warm_up(self, inputs: Inputs, patterns: Sequence[HeadPattern], out: torch.Tensor, tile: int | None) -> None:
+    @property
+    def plain_len(self) -> int:
+        """See ``DualChunk``."""
+        return self.geometry.plain_len
+
+    def warm_up(self, inputs: Inputs, out: torch.Tensor, tile: int | None) -> None:
         """Run what serving will run, for a chunk of two tiles behind one: sparse, dense and decoding, in all parts."""
         assert self.layer is not None
         rotated = inputs.query[:, None].expand(-1, ROTATIONS, -1, -1)
         geometry = DualChunk(inputs.chunk.context_len, 0)
-        for of_heads in (patterns, [Dense()] * inputs.num_heads):
+        for of_heads in (self.layer.patterns, [Dense()] * inputs.num_heads):
             attend_dual_chunk(rotated, inputs, geometry, of_heads, self.layer.kernel, out, tile)
         last = replace(
             inputs, query=inputs.query[-1:], chunk=replace(inputs.chunk, context_len=inputs.chunk.seq_len - 1)
         )
         decode_dual_chunk(rotated[-1:], last, geometry, self.layer.kernel, out[-1:])
+
+    def take_memory(self, inputs: Inputs, out: torch.Tensor, settings: Settings) -> None:
+        """Take the memory that a sparse chunk takes with its audit."""
+        assert self.layer is not None
+        rotated = inputs.query[:, None].expand(-1, ROTATIONS, -1, -1)
+        patterns, kernel = self.layer.patterns, self.layer.kernel
+        parts = attend_dual_chunk(rotated, inputs, self.geometry, patterns, kernel, out, settings.tile)
+        if settings.audit_rows:
+            audited_recall(parts, kernel, settings.audit_rows, seed=0)
 
     def serve(self, rotated: torch.Tensor, inputs: Inputs, out: torch.Tensor, sparse: bool) -> None:
         """As ``attend_dual_chunk``; audits recall when that is due, and counts what was done sparsely.
@@ -77,7 +94,7 @@ class DualChunkLayer:
         if runtime.recorder is not None:
             raise ValueError(
                 "minference: patterns are measured on plain attention, which this model with dual chunk attention has "
-                f"for prompts of up to {self.geometry.plain_len} tokens"
+                f"for prompts of up to {self.plain_len} tokens"
             )
         if inputs.chunk.query_len == 1 and not sparse:
             decode_dual_chunk(rotated, inputs, self.geometry, layer.kernel, out)

@@ -14,7 +14,7 @@ from minference_vllm.backend import compat
 from minference_vllm.backend.dual_chunk_limits import dual_chunk_of
 from minference_vllm.backend.runtime import unsupported_layer_reasons
 from minference_vllm.backend.sparse_prefill import SparsePrefillBuilder, SparsePrefillImpl
-from minference_vllm.backend.warmup import warm_up
+from minference_vllm.backend.warmup import take_memory, warm_up
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
@@ -38,6 +38,11 @@ class GPUBackend(AttentionBackend):
     @classmethod
     def supports_batch_invariance(cls) -> bool:
         """No: a chunk's selection depends on where the scheduler cut the prompt."""
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """No: a batch is cut into runs by the lengths that the host knows (asked since vLLM 0.30)."""
         return False
 
 
@@ -82,6 +87,11 @@ class GPUImpl(SparsePrefillImpl):
             if getattr(self, f"{kind}_world_size", 1) > 1:
                 reasons.append(f"context parallelism ({kind})")
         return reasons
+
+    def measure(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
+        # Later, too, vLLM calls layers without a batch, as when it captures CUDA graphs; the cache is there by then.
+        if query.is_cuda and not kv_cache.numel() and not self.dense_only:
+            take_memory(layer, self.vllm_config, len(query), query.device)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """No: our kernels write what they compute."""

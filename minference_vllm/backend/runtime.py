@@ -15,8 +15,10 @@ from minference_vllm.backend.compat import add_worker_method
 from minference_vllm.backend.counters import Counters
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.kernels.choose import DTYPES
+from minference_vllm.kernels.native import library
 from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
 from minference_vllm.patterns.file import PatternFile
+from minference_vllm.patterns.kinds import PatternError
 from minference_vllm.prefill.dual_chunk import DualChunk
 from minference_vllm.prefill.recall import RaisedSteps
 from minference_vllm.selection.families import family_of
@@ -43,6 +45,8 @@ class Runtime:
     source: str
     """Where the patterns came from and why, for the log."""
     counters: Counters = field(default_factory=Counters)
+    is_draft: bool = False
+    """Whether the model drafts tokens for another."""
     raised: RaisedSteps = field(default_factory=RaisedSteps)
     recorder: Recorder | None = None
     """While a model is calibrated; every sparse chunk then runs densely."""
@@ -67,7 +71,7 @@ class Runtime:
         if self.dual_chunk is not None:
             dual_chunk_limits.check_patterns(patterns)
         self.patterns, self.source = patterns, source
-        self.counters, self.raised = Counters(), RaisedSteps()
+        self.counters, self.raised = Counters(self.counters.name), RaisedSteps()
         for group in self.layer_groups:
             prepare = group()
             if prepare is not None:
@@ -84,7 +88,7 @@ class Runtime:
         return f"patterns from {self.source}; {settings}; {kernels}; sparse from {self.settings.min_context} tokens"
 
 
-_runtimes: dict[tuple[int, str], tuple[Any, Runtime]] = {}
+_runtimes: dict[tuple[int, str, str], tuple[Any, Runtime]] = {}
 
 
 def runtime_for(vllm_config: Any) -> Runtime:
@@ -96,8 +100,9 @@ def runtime_for(vllm_config: Any) -> Runtime:
     Raises:
         ValueError: settings, pattern file or model cannot be used; the message says which and what is allowed.
     """
-    engine = vllm_config.compilation_config
-    key = id(engine), vllm_config.model_config.model
+    engine, model = vllm_config.compilation_config, vllm_config.model_config
+    # A model may draft for itself.
+    key = id(engine), model.model, model.runner_type
     known = _runtimes.get(key)
     if known is None:
         # The engine's part is kept beside the runtime so that its id stays its own.
@@ -108,19 +113,37 @@ def runtime_for(vllm_config: Any) -> Runtime:
 
 def _make_runtime(vllm_config: Any) -> Runtime:
     model = vllm_config.model_config
-    problems = unsupported_model_reasons(model)
-    if problems:
-        raise ValueError(f"minference cannot serve {model.model}: " + "; ".join(problems))
+    check_model(model)
     settings = load_settings(vllm_config.additional_config)
-    patterns, source = discover_patterns(settings, model)
-    patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
+    is_draft = model.runner_type == "draft"
+    patterns, source = (draft_patterns if is_draft else model_patterns)(settings, model)
     dual_chunk = dual_chunk_limits.dual_chunk_of(model)
     if dual_chunk is not None:
         dual_chunk_limits.check_configuration(vllm_config, settings, patterns)
-    runtime = Runtime(settings, patterns, source, dual_chunk=dual_chunk)
+    counters = Counters("minference (draft model)" if is_draft else "minference")
+    runtime = Runtime(settings, patterns, source, counters, is_draft, dual_chunk=dual_chunk)
     # Also runs in processes that multiprocessing starts, which end without ``atexit``.
     Finalize(None, _log_the_rest, (runtime,), exitpriority=1)
     return runtime
+
+
+def model_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
+    """As ``discover_patterns``; the file must be of this model."""
+    patterns, source = discover_patterns(settings, model)
+    patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
+    return patterns, source
+
+
+def draft_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
+    """Those of a draft model: the setting ``patterns`` where it describes the draft as well, else what is found for the
+    draft itself."""
+    try:
+        return model_patterns(settings, model)
+    except PatternError:
+        if settings.patterns is None:
+            raise
+    patterns, source = model_patterns(settings.model_copy(update={"patterns": None}), model)
+    return patterns, f"{source}, since {settings.patterns} describes another model than the draft"
 
 
 def _log_the_rest(runtime: Runtime) -> None:
@@ -129,19 +152,46 @@ def _log_the_rest(runtime: Runtime) -> None:
         logger.info(runtime.counters.line())
 
 
+def check_model(model: Any) -> None:
+    """Raise ValueError, with all reasons, where a model as a whole cannot be served."""
+    reasons = unsupported_model_reasons(model)
+    if reasons:
+        raise ValueError(f"minference cannot serve {model.model}: " + "; ".join(reasons))
+
+
 def unsupported_model_reasons(model: Any) -> list[str]:
     """Why a model as a whole cannot be served; empty when it can."""
     reasons = []
     if getattr(model, "use_mla", False):
         reasons.append("multi-head latent attention (MLA) keeps no keys per head; choose another attention backend")
-    if getattr(model, "runner_type", "generate") != "generate":
+    if model.runner_type not in ("generate", "draft"):
         reasons.append(f"{model.runner_type} models run no causal prefill; minference serves text generation")
     elif getattr(model, "is_encoder_decoder", False):
         reasons.append("encoder-decoder models are not supported; minference serves decoder-only models")
+    if not getattr(model.hf_text_config, "num_attention_heads", None):
+        reasons.append("it has no attention heads, and with them nothing that an attention backend computes")
     if model.dtype not in DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         reasons.append(f"dtype {str(model.dtype).removeprefix('torch.')} is not supported; allowed are {allowed}")
     return reasons
+
+
+def check_cpu_kernel(kernel: str, dtype: torch.dtype, head_size: int, dual_chunk: bool = False) -> None:
+    """Raise ValueError when the kernel that the user named, or that the layer needs, cannot run on this CPU.
+
+    Args:
+        kernel: the setting of that name.
+        dual_chunk: whether the layer has dual chunk attention.
+    """
+    reason = None
+    if kernel == "triton":
+        reason = "it needs an NVIDIA GPU"
+    elif kernel == "native" or dual_chunk:
+        reason = library.unsupported_reason(dtype, head_size)
+        if reason and dual_chunk:
+            raise ValueError(f"minference: dual chunk attention needs kernel 'native', which cannot run here: {reason}")
+    if reason:
+        raise ValueError(f"minference: kernel {kernel!r} cannot run here: {reason}; set kernel to 'auto'")
 
 
 def check_page_size(runtime: Runtime, block_size: int) -> None:
@@ -162,13 +212,21 @@ def unsupported_layer_reasons(
     is_decoder: bool,
     kv_cache_dtype: str,
     dtype: torch.dtype,
+    min_window: int | None = None,
 ) -> list[str]:
-    """Why a single layer runs densely; empty when it can run sparsely."""
+    """Why a single layer runs densely; empty when it can run sparsely.
+
+    Args:
+        min_window: the shortest sliding window, in tokens, that runs sparsely; None: none does.
+    """
     reasons = []
     if not is_decoder:
         reasons.append("not causal self-attention")
     if sliding_window is not None and sliding_window >= 0:
-        reasons.append("sliding window")
+        if min_window is None:
+            reasons.append("sliding window")
+        elif sliding_window < min_window:
+            reasons.append(f"sliding window of {sliding_window} tokens, below min_context")
     if logits_soft_cap:
         reasons.append("soft cap on logits")
     if alibi_slopes is not None:

@@ -44,7 +44,7 @@ def serve_chunk(runtime: Runtime, layer: SparseLayer, inputs: Inputs, out: torch
     check, timing = None, Timing()
     if audit_is_due(runtime, layer, inputs):
         seed = audit_seed(layer, chunk)
-        steps = runtime.raised.at(layer.number, chunk.context_len, inputs.pages, inputs.cache.block_size)
+        steps = runtime.raised.at(layer.number, inputs)
         with timing.stage("audit"):
             rows = audited_rows(inputs.query, settings.audit_rows, seed)
         check = RecallCheck(rows, settings.recall_floor, steps)
@@ -55,7 +55,7 @@ def serve_chunk(runtime: Runtime, layer: SparseLayer, inputs: Inputs, out: torch
     if check is None or check.recall is None:
         return
     counters.count_recall(layer.number, layer.first_head, torch.stack(check.recall).double())
-    runtime.raised.keep(layer.number, chunk.seq_len, inputs.pages, inputs.cache.block_size, check.steps)
+    runtime.raised.keep(layer.number, inputs, check.steps)
     for head, step in enumerate(check.steps, layer.first_head):
         if step:
             counters.count_raised(layer.number, head, dense=step == MAX_STEP)

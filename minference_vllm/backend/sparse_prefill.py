@@ -6,18 +6,19 @@ Its classes stand in front of vLLM's own in the order of base classes: ``super()
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config, get_layers_from_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
 
-from minference_vllm.backend.compat import dense_batch_reason, host_seq_lens, slice_requests
+from minference_vllm.backend.compat import dense_batch_reason, host_seq_lens, page_reasons, slice_requests
 from minference_vllm.backend.dual_chunk import DualChunkLayer
 from minference_vllm.backend.dual_chunk_limits import refusal
 from minference_vllm.backend.runtime import check_page_size, runtime_for
@@ -26,11 +27,16 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.page_means import PageMeans
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import PREFILL_FROM, Chunk, plan_batch
-from minference_vllm.kernels.choose import choose, description
-from minference_vllm.selection.families import family_of, mean_corrected_heads
+from minference_vllm.core.tiling import whole_tile
+from minference_vllm.kernels.choose import choose_for, description
+from minference_vllm.patterns.kinds import HeadPattern
+from minference_vllm.selection.families import family_of
 
 # A child of vLLM's own logger, so that our lines appear where vLLM's do.
 logger = init_logger(f"vllm.{__name__}")
+
+
+DENSE_LAYERS = "minference: some layers run densely: %s"
 
 
 @dataclass
@@ -53,9 +59,10 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.runtime = runtime_for(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
         self.layers = [layer for layer in layers if isinstance(layer.impl, SparsePrefillImpl)]
+        # The configuration is the served model's, also where the layers are a draft model's.
+        self.runtime = self.layers[0].impl.runtime if self.layers else runtime_for(vllm_config)
         # Builders are made once the weights are there and pages have their size; the layers were made before.
         self.prepare_layers()
         self.runtime.layer_groups.append(weakref.WeakMethod(self.prepare_layers))
@@ -75,6 +82,9 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         for layer in self.layers:
             layer.impl.prepare(layer, self.kv_cache_spec, config.model_config.dtype, self.device)
         self.sparse_layers = [layer for layer in self.layers if layer.impl.sparse_layer is not None]
+        # Heads of layers that are dense by their patterns, beside sparse ones: the density is that of the patterns.
+        dense = [layer for layer in self.layers if layer.impl.sparse_layer is None and not layer.impl.dense_only]
+        self.dense_heads = sum(layer.impl.num_heads for layer in dense) if self.sparse_layers else 0
         # Pages may also be written from outside (a KV connector); then nothing is kept.
         connected = getattr(config, "kv_transfer_config", None) is not None
         wanting = () if connected else filter(_wants_page_means, self.sparse_layers)
@@ -102,7 +112,7 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         far = self.plain_len is not None and common_attn_metadata.max_seq_len > self.plain_len
         if not far and (common_attn_metadata.max_query_len < PREFILL_FROM or self.dense_only or common_prefix_len):
             return metadata  # nothing but decodes, most of the time
-        lengths = host_seq_lens(common_attn_metadata)
+        lengths = host_seq_lens(common_attn_metadata, self.runtime.is_draft)
         reason = dense_batch_reason(common_attn_metadata)
         if reason or lengths is None:
             if far:
@@ -115,6 +125,8 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         counters.count_batch(plan)
         if not plan.sparse and not plan.far:
             return metadata
+        pairs = self.dense_heads * sum(chunk.dense_pairs for chunk in plan.sparse)
+        counters.count_layer(pairs, pairs)
         table = common_attn_metadata.block_table_tensor
         # A fast build: FlashAttention keeps its ahead-of-time schedule in one buffer per builder, which every run
         # would write anew.
@@ -167,7 +179,7 @@ class SparsePrefillImpl(AttentionImpl):
                 layer's name and the model's configuration do.
         """
         super().__init__(*args, **kwargs)
-        vllm_config = get_current_vllm_config()
+        self.vllm_config = vllm_config = get_current_vllm_config()
         self.runtime = runtime_for(vllm_config)
         geometry = self.runtime.dual_chunk
         if (geometry is None) != (not dual_chunk_attention_config):
@@ -188,7 +200,7 @@ class SparsePrefillImpl(AttentionImpl):
             if self.dual_chunk is not None:
                 raise refusal(", ".join(reasons), "choose another attention backend")
             self.dense_only = True
-            logger.info_once("minference: some layers run densely: %s", ", ".join(reasons))
+            logger.info_once(DENSE_LAYERS, ", ".join(reasons))
 
     def dense_reasons(self, vllm_config: Any) -> list[str]:
         """Why this layer runs densely, as far as that is known when it is made; empty when it can run sparsely.
@@ -202,6 +214,14 @@ class SparsePrefillImpl(AttentionImpl):
         """The same, once the weights are loaded and pages have their size."""
         return []
 
+    def pattern_reasons(self, patterns: Sequence[HeadPattern]) -> list[str]:
+        """Why the layer runs densely with these patterns of its heads; with others it may run sparsely."""
+        return []
+
+    def measure(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
+        """Take the memory that sparse chunks will take, while vLLM measures what it may give to its cache. Not on CPUs,
+        where the user says how large the cache is."""
+
     def paged_cache(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedCache:
         """vLLM's cache of this layer as ours."""
         raise NotImplementedError
@@ -210,7 +230,21 @@ class SparsePrefillImpl(AttentionImpl):
         self, layer: Any, query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, chunk: Chunk
     ) -> Inputs:
         """One chunk of this layer; ``query`` holds the chunk's rows."""
-        return Inputs.of(query, cache, block_table, chunk, self.scale, page_means=self.page_means)
+        softcap = float(self.logits_soft_cap or 0.0)
+        inputs = Inputs.of(query, cache, block_table, chunk, self.scale, softcap, self.sinks, self.page_means)
+        if not self.window:
+            return inputs
+        return inputs.in_window(self.window, whole_tile(self.runtime.settings.tile, cache.block_size))
+
+    @property
+    def window(self) -> int:
+        """Keys that a row of a sparse layer sees at most, itself included; 0: all before it."""
+        return 0
+
+    @property
+    def needs_own_kernel(self) -> bool:
+        """Whether only a kernel of ours can serve the layer (``choose``)."""
+        return False
 
     def prepare(self, layer: Any, spec: Any, dtype: torch.dtype, device: torch.device) -> None:
         """Find the layer's patterns and choose its kernel, once the weights are loaded and pages have their size.
@@ -228,12 +262,16 @@ class SparsePrefillImpl(AttentionImpl):
             return
         settings, page = self.runtime.settings, spec.block_size
         check_page_size(self.runtime, page)
-        reasons = self.cache_reasons(layer, page, dtype)
+        reasons = [*page_reasons(spec), *self.cache_reasons(layer, page, dtype)]
         if reasons:
             self._run_densely(reasons)
             return
         number = _layer_number(layer.layer_name)
         patterns = self.runtime.patterns.for_layer(number, self.num_heads, self.first_head)
+        reasons = self.pattern_reasons(patterns)
+        if reasons:
+            logger.info_once(DENSE_LAYERS, ", ".join(reasons))
+            return
         one_page = torch.zeros(1, self.num_kv_heads, page, 2 * self.head_size, dtype=spec.dtype, device=device)
         cache = self.paged_cache(layer, one_page, dtype)
         if self.dual_chunk is not None:
@@ -241,9 +279,12 @@ class SparsePrefillImpl(AttentionImpl):
         if all(pattern.kind == "dense" for pattern in patterns):
             return
         try:
-            kernel = choose(settings.kernel, dtype, cache, with_lse=bool(mean_corrected_heads(patterns)))
+            own = self.needs_own_kernel
+            kernel, patterns, without = choose_for(patterns, settings.kernel, dtype, cache, own)
         except ValueError as error:
             raise ValueError(f"minference: patterns from {self.runtime.source}: {error}") from None
+        if without:
+            logger.info_once("minference: low_rank selects more keys and adds no remainder: %s", without)
         self.attends = description(kernel, settings.kernel, dtype, cache)
         self.sparse_layer = SparseLayer(number, self.first_head, patterns, kernel)
 
@@ -272,6 +313,8 @@ class SparsePrefillImpl(AttentionImpl):
             query = rotated[:, 0].contiguous()
             if any(self.dual_chunk.is_far(chunk) for chunk, _ in (*sparse, *far)):
                 plain_layer = plain_layer or self.dual_chunk.layer
+        if attn_metadata is None:
+            self.measure(layer, query, kv_cache)
         if not (sparse or far) or plain_layer is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale

@@ -1,23 +1,28 @@
-"""Our Triton kernels compiled when the engine starts, so that the first long prompt does not wait for them.
+"""What the first long prompt would meet for the first time, met when the engine starts: kernels that are not compiled
+yet, and memory that vLLM has given to its cache.
 
 Triton compiles a kernel for every combination of types, sizes and flags that it meets. The surest way to meet those
-that serving will is to serve: a chunk of two tiles for every kind of layer, over a few empty pages.
+that serving will is to serve: a chunk of two tiles for every kind of layer, over an empty page. Likewise memory:
+where vLLM measures what the model needs beside its cache, the largest chunk is served over one empty page.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
 
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.tiling import whole_tile
 from minference_vllm.patterns.kinds import MAX_STEP, HeadPattern
 from minference_vllm.prefill.attend import attend_chunk
+from minference_vllm.prefill.recall import RecallCheck, audited_rows
+from minference_vllm.selection.capacity import MEMORY_LIMIT
 from minference_vllm.selection.families import family_of, share_lists
 from minference_vllm.settings import Settings
 
@@ -65,53 +70,148 @@ def warm_up(layers: Sequence[Any], spec: Any, dtype: torch.dtype, settings: Sett
         RuntimeError: a kernel does not compile or does not run here; names the variant, the kernel and its shapes.
     """
     begin, before = time.perf_counter(), len(_ready)
-    # A floor raises heads to other kinds of patterns.
-    for step in range(1 if settings.recall_floor is None else MAX_STEP + 1):
-        for layer in layers:
-            patterns = [pattern.at_step(step) for pattern in layer.impl.sparse_layer.patterns]
+    for layer in layers:
+        for patterns in _patterns_of(layer, settings):
             _warm_up_layer(layer, patterns, spec, dtype, settings, device)
     if len(_ready) > before:
         seconds = time.perf_counter() - begin
         logger.info("minference: kernels for %d kinds of layers ready after %.1f s", len(_ready) - before, seconds)
 
 
-@torch.inference_mode()
+_profiled: dict[tuple[Variant, tuple[HeadPattern, ...], bool], int] = {}
+"""Tokens of the largest chunk, far in dual chunk attention or not, whose memory this process has taken once."""
+
+
+def take_memory(layer: Any, vllm_config: Any, tokens: int, device: torch.device) -> None:
+    """Take, once, all the memory that the largest sparse chunk of a layer takes: the index with its scores, and the
+    audit. vLLM calls its layers so while it measures how much memory is left for its cache.
+
+    Sizes of an index come from patterns and lengths alone, so the content does not matter: every page of the sequence
+    is the same empty one.
+
+    Args:
+        layer: vLLM's attention layer with our implementation.
+        tokens: most tokens of a batch.
+
+    Raises:
+        RuntimeError: see ``warm_up``.
+    """
+    model, settings = vllm_config.model_config, layer.impl.runtime.settings
+    spec = layer.get_kv_cache_spec(vllm_config)
+    layer.impl.prepare(layer, spec, model.dtype, device)
+    dual_chunk, seq_len = layer.impl.dual_chunk, model.max_model_len
+    if dual_chunk is not None and dual_chunk.plain_len < seq_len:
+        chunk = _last_chunk(tokens, seq_len)
+        _take_memory(layer, spec, model.dtype, chunk, dual_chunk.layer.patterns, settings, device)
+        seq_len = dual_chunk.plain_len
+    chunk = _last_chunk(tokens, seq_len)
+    if layer.impl.sparse_layer is None or seq_len < settings.min_context or chunk.query_len < settings.min_chunk:
+        return
+    for patterns in _patterns_of(layer, settings):
+        _take_memory(layer, spec, model.dtype, chunk, patterns, settings, device)
+
+
+def _last_chunk(tokens: int, seq_len: int) -> Chunk:
+    return Chunk(request=0, query_start=0, context_len=max(0, seq_len - tokens), seq_len=seq_len)
+
+
+def _take_memory(
+    layer: Any,
+    spec: Any,
+    dtype: torch.dtype,
+    chunk: Chunk,
+    patterns: Sequence[HeadPattern],
+    settings: Settings,
+    device: torch.device,
+) -> None:
+    inputs = _empty_inputs(layer, spec, dtype, chunk, device)
+    impl, is_far = layer.impl, layer.impl.dual_chunk is not None and layer.impl.dual_chunk.is_far(chunk)
+    key = _variant(layer, inputs, patterns), tuple(patterns), is_far
+    if _profiled.get(key, 0) >= chunk.query_len:
+        return
+    _profiled[key] = chunk.query_len
+    # Shorter chunks score as many heads at once as this holds, and may so take more than the largest.
+    torch.empty(MEMORY_LIMIT, dtype=torch.uint8, device=device)
+
+    def run(out: torch.Tensor) -> None:
+        if is_far:
+            impl.dual_chunk.take_memory(inputs, out, settings)
+            return
+        rows = audited_rows(inputs.query, settings.audit_rows, seed=0) if settings.audit_rows else None
+        check = None if rows is None else RecallCheck(rows)
+        attend_chunk(inputs, patterns, impl.sparse_layer.kernel, out, settings.tile, check)
+
+    _serve(layer, inputs, patterns, dtype, run)
+
+
+def _patterns_of(layer: Any, settings: Settings) -> Iterator[list[HeadPattern]]:
+    """Those of a layer's heads, and what a floor raises them to."""
+    for step in range(1 if settings.recall_floor is None else MAX_STEP + 1):
+        yield [pattern.at_step(step) for pattern in layer.impl.sparse_layer.patterns]
+
+
 def _warm_up_layer(
     layer: Any, patterns: list[HeadPattern], spec: Any, dtype: torch.dtype, settings: Settings, device: torch.device
 ) -> None:
-    impl, page = layer.impl, spec.block_size
-    group = impl.num_heads // impl.num_kv_heads
+    tile = whole_tile(settings.tile, spec.block_size)
+    chunk = Chunk(request=0, query_start=0, context_len=tile, seq_len=3 * tile)
+    inputs = _empty_inputs(layer, spec, dtype, chunk, device)
+    variant, impl = _variant(layer, inputs, patterns), layer.impl
+
+    def run(out: torch.Tensor) -> None:
+        attend_chunk(inputs, patterns, impl.sparse_layer.kernel, out, settings.tile)
+        if impl.dual_chunk is not None:
+            impl.dual_chunk.warm_up(inputs, out, settings.tile)
+
+    if variant not in _ready:
+        _serve(layer, inputs, patterns, dtype, run)
+        _ready.add(variant)
+
+
+def _empty_inputs(layer: Any, spec: Any, dtype: torch.dtype, chunk: Chunk, device: torch.device) -> Inputs:
+    """A chunk of zeros, all pages of whose sequence are one page of zeros."""
+    impl = layer.impl
     # Quantised queries come with quantised caches, where the parent asked for them.
     query_dtype = torch.float8_e4m3fn if getattr(layer, "query_quant", None) is not None else dtype
-    tile = whole_tile(settings.tile, page)
-    chunk = Chunk(request=0, query_start=0, context_len=tile, seq_len=3 * tile)
-    pages = torch.arange(chunk.seq_len // page, device=device)
-    memory = torch.zeros(len(pages), impl.num_kv_heads, page, 2 * impl.head_size, dtype=spec.dtype, device=device)
-    cache = impl.paged_cache(layer, memory, dtype)
+    memory = torch.zeros(1, impl.num_kv_heads, spec.block_size, 2 * impl.head_size, dtype=spec.dtype, device=device)
+    pages = torch.zeros(-(-chunk.seq_len // spec.block_size), dtype=torch.int64, device=device)
     query = torch.zeros(chunk.query_len, impl.num_heads, impl.head_size, dtype=query_dtype, device=device)
-    inputs = impl.inputs(layer, query, cache, pages, chunk)
-    variant = Variant(
+    inputs = impl.inputs(layer, query, impl.paged_cache(layer, memory, dtype), pages, chunk)
+    assert isinstance(inputs, Inputs)
+    return inputs
+
+
+def _variant(layer: Any, inputs: Inputs, patterns: Sequence[HeadPattern]) -> Variant:
+    cache = inputs.cache
+    return Variant(
         frozenset((pattern.kind, family_of(pattern).kernel_size(pattern)) for pattern in patterns),
-        group if share_lists(patterns, group) else 1,
-        impl.num_heads,
-        impl.num_kv_heads,
-        impl.head_size,
-        page,
-        query_dtype,
+        inputs.group if share_lists(patterns, inputs.group) else 1,
+        inputs.num_heads,
+        cache.num_kv_heads,
+        cache.head_size,
+        cache.block_size,
+        inputs.query.dtype,
         cache.key.dtype,
         inputs.softcap != 0.0,
         inputs.sinks is not None,
-        impl.dual_chunk is not None,
+        layer.impl.dual_chunk is not None,
     )
-    if variant in _ready:
-        return
-    out = torch.empty(query.shape, dtype=dtype, device=device)
+
+
+@torch.inference_mode()
+def _serve(
+    layer: Any,
+    inputs: Inputs,
+    patterns: Sequence[HeadPattern],
+    dtype: torch.dtype,
+    run: Callable[[torch.Tensor], None],
+) -> None:
+    """Have ``run`` write the chunk's attention."""
+    out = torch.empty(inputs.query.shape, dtype=dtype, device=inputs.query.device)
     try:
-        attend_chunk(inputs, patterns, impl.sparse_layer.kernel, out, settings.tile)
-        if impl.dual_chunk is not None:
-            impl.dual_chunk.warm_up(inputs, patterns, out, settings.tile)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        run(out)
+        if out.device.type == "cuda":
+            torch.cuda.synchronize(out.device)
     except Exception as error:
+        variant = _variant(layer, inputs, patterns)
         raise RuntimeError(f"minference: kernels for layers of {variant} do not run here: {error}") from error
-    _ready.add(variant)

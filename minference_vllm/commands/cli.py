@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, ImportError) as error:
         # Expected: a file that is not there or is wrong (PatternError, SettingsError), a model nobody knows, an
         # optional package that is not installed. Anything else is a bug and shows where.
-        print(f"minference-vllm {args.command}: {_one_line(error)}", file=sys.stderr)
+        remedy = "; minference-vllm doctor says what is missing" if isinstance(error, ImportError) else ""
+        print(f"minference-vllm {args.command}: {_one_line(error)}{remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

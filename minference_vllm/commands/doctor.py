@@ -100,9 +100,8 @@ def package(name: str, missing: Literal["--", "!!"], remedy: str) -> Finding:
 
 
 def vllm_version() -> Finding:
-    from minference_vllm.backend.compat import NEWEST, OLDEST, check_vllm_version
+    from minference_vllm.backend.compat import NEWEST, OLDEST, check_vllm
 
-    supported = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
     install = (
         f"pip install 'vllm>={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}'; "
         "without a GPU: python tools/install_engine.py, from a checkout"
@@ -113,10 +112,9 @@ def vllm_version() -> Finding:
             found = found._replace(text="not installed as a distribution, which the vllm command asks for its version")
         return found
     try:
-        check_vllm_version()
+        return found._replace(text=check_vllm())
     except RuntimeError as error:
         return Finding("!!", "vllm", str(error), install)
-    return found._replace(text=f"{found.text} (supported: {supported})")
 
 
 def device() -> Iterator[Finding]:

@@ -39,10 +39,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"patterns  {source}")
     if patterns.provenance:
         print(f"          {patterns.provenance}")
-    if patterns.measured:
+    if any(patterns.measured.values()):
         print(f"measured  {measured_line(patterns)}")
     print(f"sparse    prompts from {settings.min_context} tokens, in chunks of at least {settings.min_chunk}")
-    fixed = checkpoint.fixed_layers(settings.kernel)
+    fixed = checkpoint.fixed_layers(settings)
     heads = checkpoint.num_heads
     rows = [
         (("all", fixed[layer]),) if layer in fixed else head_rows(patterns.for_layer(layer, heads))

@@ -2,6 +2,8 @@
 
 Without a prompt: the pattern map, one cell per layer and head. With one, the model runs over it and there is also a
 picture of density and recall per layer, and one of the attention of each chosen head with the selected keys beside it.
+Density and recall of layers are those that a server logs, of the chunks that run sparsely (of all where none does); a
+head is drawn over the whole prompt.
 Pictures are named after the file given with -o: for attention.png they are attention_patterns.png,
 attention_layers.png and attention_layer2_head5.png. The suffix, .png or .svg, chooses the format.
 """
@@ -69,14 +71,17 @@ def _picture(text: str) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
+    from minference_vllm.backend.runtime import check_model
     from minference_vllm.offline.checkpoint import Checkpoint, planned_patterns
     from minference_vllm.offline.plot import draw_pattern_map
 
     checkpoint = Checkpoint(args.model, args.trust_remote_code)
+    check_model(checkpoint)
+    _check_device(args.device)
     patterns, source, settings = planned_patterns(checkpoint, args.patterns)
     if args.min_context is not None:
         settings = settings.model_copy(update={"min_context": args.min_context})
-    fixed = checkpoint.fixed_layers(settings.kernel)
+    fixed = checkpoint.fixed_layers(settings)
     _check_heads(args.head or [], checkpoint, fixed)
     layers = checkpoint.get_total_num_hidden_layers()
     every = [patterns.for_layer(layer, checkpoint.num_heads) for layer in range(layers)]
@@ -85,6 +90,15 @@ def run(args: argparse.Namespace) -> int:
     if args.prompt or args.tokens:
         _draw_prompt(args, every, settings, fixed)
     return 0
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device!r}: {error}") from None
 
 
 def _check_heads(heads: Sequence[tuple[int, int]], checkpoint: Checkpoint, fixed: Mapping[int, str]) -> None:
@@ -122,7 +136,7 @@ def _draw_prompt(
     """Run the model over the prompt; density and recall of all layers, and the attention of the chosen heads."""
     import torch
 
-    from minference_vllm.offline.capture import PAGE, Layer, chunk_indices, measure, visit_layers
+    from minference_vllm.offline.capture import PAGE, Layer, chunk_indices, measure, sparse_chunks, visit_layers
     from minference_vllm.offline.plot import HeadMap, draw_head, draw_layers, head_map
 
     ids = _prompt_ids(args)
@@ -141,7 +155,7 @@ def _draw_prompt(
         if number in fixed:
             return
         indices = chunk_indices(layer, patterns[number], args.chunk, settings)
-        measured[number] = measure(layer, indices)
+        measured[number] = measure(layer, sparse_chunks(indices, settings) or indices)
         recall = measured[number][1]
         heads = [head for chosen, head in args.head or () if chosen == number]
         if not args.head and float(recall.min()) < lowest:
@@ -150,7 +164,9 @@ def _draw_prompt(
             heads = [int(recall.argmin())]
             maps.clear()
         for head in heads:
-            maps[number, head] = head_map(layer.query[head], layer.keys_of(head), indices, head, layer.scale)
+            maps[number, head] = head_map(
+                layer.query[head], layer.keys_of(head), indices, head, layer.scale, softcap=layer.softcap
+            )
 
     visit_layers(args.model, torch.tensor([ids]), visit, args.device, args.trust_remote_code)
     if not measured:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,10 +25,14 @@ class Inputs:
     scale: float
     """Softmax scale."""
     softcap: float = 0.0
-    """Scores ``s`` become ``softcap * tanh(s / softcap)``; 0: no cap. Scores leave it out: it keeps a row's order of
-    keys."""
+    """Scores ``s`` become ``softcap * tanh(s / softcap)``; 0: no cap."""
     sinks: torch.Tensor | None = None
-    """``[H]``: logit of each head's attention sink. Scores leave it out: its share is the same for all keys."""
+    """``[H]``: logit of each head's attention sink: it takes its part in the softmax, and has a value of zero. Scores
+    leave it out: its share is the same for all keys of a row."""
+    window: int = 0
+    """Keys that a row sees at most, itself included; 0: all before it."""
+    first_key: int = 0
+    """Position in the request of what is key 0 here, see ``in_window``: ``chunk`` counts from there."""
     page_means: PageMeans | None = None
     """The layer's, where they are kept from chunk to chunk; None: pages are averaged anew when that is needed."""
 
@@ -46,7 +50,7 @@ class Inputs:
     ) -> Inputs:
         """From a row of the block table, int64, which may be longer than the sequence."""
         pages = block_table[: -(-chunk.seq_len // cache.block_size)].contiguous()
-        return cls(query, cache, pages, chunk, scale, softcap, sinks, page_means)
+        return cls(query, cache, pages, chunk, scale, softcap, sinks, page_means=page_means)
 
     @classmethod
     def of_rows(
@@ -63,6 +67,25 @@ class Inputs:
         cache = PagedCache(paged(keys), paged(values), "rows")
         pages = torch.arange(len(cache.key), device=keys.device)
         return cls(query, cache, pages, Chunk(0, 0, length - len(query), length), scale)
+
+    def in_window(self, window: int, tile: int) -> Inputs:
+        """The same in a layer whose rows see ``window`` keys at most, themselves included.
+
+        The keys before the first row's window are left out: nobody sees them, and vLLM may have given their pages to
+        another request.
+
+        Args:
+            tile: rows per query tile, whole pages: tiles begin at multiples of it in the prompt still.
+        """
+        size, chunk = self.cache.block_size, self.chunk
+        oldest = max(0, chunk.context_len - window + 1)
+        first_key = oldest // tile * tile
+        pages = self.pages[first_key // size :].clone()
+        # Up to a tile's pages lie before the window still, and are read by some estimates before they are masked.
+        gone = (oldest - first_key) // size
+        pages[:gone] = pages[gone]
+        own = replace(chunk, context_len=chunk.context_len - first_key, seq_len=chunk.seq_len - first_key)
+        return replace(self, pages=pages, chunk=own, window=window, first_key=first_key)
 
     @property
     def num_heads(self) -> int:

@@ -28,6 +28,21 @@ class Chunk:
     def query_len(self) -> int:
         return self.seq_len - self.context_len
 
+    @property
+    def dense_pairs(self) -> float:
+        """Query-key pairs of one head that dense causal attention computes."""
+        return dense_pairs(self.context_len, self.seq_len)
+
+
+def dense_pairs(context_len: int, seq_len: int, window: int = 0) -> float:
+    """Query-key pairs of one head that dense causal attention computes in rows ``[context_len, seq_len)``.
+
+    Args:
+        window: keys that a row sees at most, itself included; 0: all before it.
+    """
+    full = min(max(window, context_len), seq_len) if window else seq_len  # from this row on the window is full
+    return (full - context_len) * (context_len + full + 1) / 2 + (seq_len - full) * window
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from minference_vllm.core.plan import dense_pairs
 from minference_vllm.core.tiling import Tiling
 
 
@@ -17,9 +18,9 @@ from minference_vllm.core.tiling import Tiling
 class SparseIndex:
     """The keys that each query tile of one chunk attends, causally.
 
-    Row ``i`` of a tile attends every key ``j <= i`` that lies in one of the tile's blocks or is one of its columns. No
-    key is named twice. Every tile has the blocks that hold its own rows, so every row attends at least itself; but for
-    an index that is not ``causal``.
+    Row ``i`` of a tile attends every key ``j <= i``, and in a window ``j > i - window``, that lies in one of the tile's
+    blocks or is one of its columns. No key is named twice. Every tile has the blocks that hold its own rows, so every
+    row attends at least itself; but for an index that is not ``causal``.
 
     ``blocks``, ``num_blocks``, ``columns`` and ``num_columns`` are what MInference's kernels, and vLLM's
     ``sparse_attn_func``, call ``block_offset``, ``block_count``, ``column_index`` and ``column_count``; blocks are
@@ -60,7 +61,7 @@ class SparseIndex:
         self, tiles: torch.Tensor, heads: slice = slice(None), first: int = 0, last: int | None = None
     ) -> torch.Tensor:
         """bool ``[H, R, last - first]``: which of the keys ``[first, last)`` the named tiles (int64 ``[R]``) have,
-        future ones included. ``last``: default ``seq_len``."""
+        future ones, and those before a row's window, included. ``last``: default ``seq_len``."""
         last = self.tiling.seq_len if last is None else last
         first_block, last_block = first // self.tiling.block_size, -(-last // self.tiling.block_size)
         by_block = self.block_mask(tiles, heads, first_block, last_block)
@@ -75,6 +76,19 @@ class SparseIndex:
         blocks, some = self.blocks[lists, tiles], self.num_blocks[lists, tiles][..., None] > 0
         return _marks(blocks, first, last) | ((blocks[..., :1] < 0) & some)
 
+    def names(self, positions: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
+        """bool ``[H, T, n]``: which of some keys (int64 ``[n]``, ascending) each tile attends, future ones included."""
+        tiles = torch.arange(self.num_tiles, device=positions.device)
+        by_block = self.block_mask(tiles, heads, 0, self.tiling.num_key_blocks)[
+            ..., positions // self.tiling.block_size
+        ]
+        columns = self.columns[self._lists(tiles, heads), tiles].long()
+        places = torch.searchsorted(positions, columns).clamp_(max=len(positions) - 1)
+        by_column = torch.zeros(*columns.shape[:2], len(positions) + 1, dtype=torch.bool, device=positions.device)
+        # Columns that are none of the keys are marked in one spare last place, which is cut off again.
+        found = places.masked_fill_(positions[places] != columns, len(positions))
+        return by_block | by_column.scatter_(-1, found, True)[..., :-1]
+
     def _lists(self, tiles: torch.Tensor, heads: slice) -> torch.Tensor:
         return torch.arange(self.num_heads, device=tiles.device)[heads, None] // self.heads_per_list
 
@@ -84,7 +98,9 @@ class SparseIndex:
         rows = self.tiling.starts[1:] - self.tiling.starts[:-1]
         mask = self.tile_mask(torch.arange(self.num_tiles, device=device)).repeat_interleave(rows, dim=1)
         positions = torch.arange(self.tiling.context_len, self.tiling.seq_len, device=device)
-        return mask & (torch.arange(self.tiling.seq_len, device=device) <= positions[:, None])
+        keys = torch.arange(self.tiling.seq_len, device=device)
+        mask &= keys <= positions[:, None]
+        return mask & (keys > positions[:, None] - self.tiling.window) if self.tiling.window else mask
 
     def without_own_keys(self) -> SparseIndex:
         """The same for rows that attend, without a mask, a range of keys which they are no part of.
@@ -108,7 +124,8 @@ class SparseIndex:
         )
 
     def computed_pairs(self) -> torch.Tensor:
-        """float64 ``[H]``: query-key pairs that the kernel works on (whole blocks; the causal half of the last)."""
+        """float64 ``[H]``: query-key pairs that the kernel works on (whole blocks; the causal half of the last, what
+        lies in the rows' window of the first)."""
         rows = (self.tiling.starts[1:] - self.tiling.starts[:-1]).double()
         if not self.causal:
             keys = self.num_blocks.double() * self.tiling.block_size + self.num_columns.double()
@@ -116,14 +133,36 @@ class SparseIndex:
         last_start = (self.tiling.starts[1:] - 1) // self.tiling.block_size * self.tiling.block_size
         in_last = (self.tiling.starts[1:] - last_start).double()
         keys = (self.num_blocks - 1).double() * self.tiling.block_size + in_last + self.num_columns.double()
-        return ((keys - (rows - 1) / 2) * rows).sum(-1).repeat_interleave(self.heads_per_list)
+        pairs = (keys - (rows - 1) / 2) * rows
+        if self.tiling.window:
+            pairs -= self._pairs_before_window(rows)
+        return pairs.sum(-1).repeat_interleave(self.heads_per_list)
+
+    def _pairs_before_window(self, rows: torch.Tensor) -> torch.Tensor:
+        """float64 ``[L, T]``: pairs of a row and a key of its tile that lies before the row's window; of lists alone.
+
+        Args:
+            rows: float64 ``[T]``, of each tile.
+        """
+        size = self.tiling.block_size
+        # How many keys lie from a position on before the last row's window; as many rows do not see that key.
+        end = (self.tiling.starts[1:] - self.tiling.window)[:, None]
+
+        def up_to(keys: torch.Tensor) -> torch.Tensor:
+            """Pairs in that many keys before the last row's window: 1 + 2 + ..., at most a tile's rows each."""
+            rising = torch.minimum(keys.clamp(min=0).double(), rows[:, None])
+            return rising * (rising + 1) / 2 + (keys.double() - rising).clamp(min=0) * rows[:, None]
+
+        before = end - self.blocks * size
+        in_blocks = (up_to(before) - up_to(before - size)).masked_fill_(self.blocks < 0, 0.0)
+        of_columns = torch.minimum((end - self.columns).clamp(min=0).double(), rows[:, None])
+        return in_blocks.sum(-1) + of_columns.masked_fill_(self.columns < 0, 0.0).sum(-1)
 
     def dense_pairs(self) -> float:
         """Pairs of one head that dense attention computes."""
-        rows = self.tiling.seq_len - self.tiling.context_len
         if not self.causal:
-            return float(rows * self.tiling.context_len)
-        return rows * (self.tiling.context_len + (rows + 1) / 2)
+            return float((self.tiling.seq_len - self.tiling.context_len) * self.tiling.context_len)
+        return dense_pairs(self.tiling.context_len, self.tiling.seq_len, self.tiling.window)
 
     def density(self) -> torch.Tensor:
         """float64 ``[H]``: computed pairs as a share of the dense ones."""

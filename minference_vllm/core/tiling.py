@@ -30,6 +30,8 @@ class Tiling:
     """int64 ``[T + 1]``."""
     column_multiple: int = 1
     """The kernel takes columns in groups of this many: the page size for one that sees whole pages only."""
+    window: int = 0
+    """Keys that a row sees at most, itself included; 0: all before it."""
 
     @classmethod
     def of(
@@ -40,6 +42,7 @@ class Tiling:
         tile: int,
         column_multiple: int = 1,
         device: torch.device | str = "cpu",
+        window: int = 0,
     ) -> Tiling:
         if tile % block_size:
             raise ValueError(f"tile must be a multiple of the page size {block_size}, not {tile}")
@@ -47,7 +50,7 @@ class Tiling:
         # same tiles, except for the pieces at a chunk's two ends. A copy from the host would wait for a GPU.
         first, last = context_len // tile, -(-seq_len // tile)
         starts = torch.arange(first, last + 1, device=device).mul_(tile).clamp_(context_len, seq_len)
-        return cls(context_len, seq_len, block_size, tile, starts, column_multiple)
+        return cls(context_len, seq_len, block_size, tile, starts, column_multiple, window)
 
     @property
     def num_tiles(self) -> int:
@@ -66,10 +69,17 @@ class Tiling:
         first = self.starts[:-1] // self.tile * (self.tile // self.block_size)
         return first[:, None] - self.key_blocks()
 
+    def first_seen(self) -> torch.Tensor:
+        """int64 ``[T]``: the first key that a row of each tile sees."""
+        oldest = self.starts[:-1] - self.window + 1
+        return oldest.clamp_(min=0) if self.window else torch.zeros_like(oldest)
+
     def reachable(self) -> torch.Tensor:
-        """bool ``[T, N]``: blocks that hold a key not later than the tile's last row."""
-        last = (self.starts[1:] - 1) // self.block_size
-        return self.key_blocks() <= last[:, None]
+        """bool ``[T, N]``: blocks that hold a key not later than the tile's last row, nor before its first one's
+        window."""
+        blocks, last = self.key_blocks(), (self.starts[1:] - 1) // self.block_size
+        reached = blocks <= last[:, None]
+        return reached & (blocks >= (self.first_seen() // self.block_size)[:, None]) if self.window else reached
 
     def own(self) -> torch.Tensor:
         """bool ``[T, N]``: blocks at and after the tile's aligned start, up to its last row."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -13,15 +14,20 @@ from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.kernels.native import attention as native
 from minference_vllm.kernels.native import library
 from minference_vllm.kernels.native.scores import NativeScores
+from minference_vllm.patterns.kinds import HeadPattern
+from minference_vllm.selection.families import mean_corrected_heads, remainder_heads
 from minference_vllm.selection.torch_scores import TorchScores
 
 KERNELS = ("auto", "block_table", "native", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TRITON_HEAD_SIZE = 256
-NO_LSE = "mean correction needs every row's log-sum-exp, which vLLM's CPU kernel does not give and kernel 'native' does"
+NO_LSE = (
+    "mean correction and the remainder need every row's log-sum-exp, which vLLM's CPU kernel does not give and kernel "
+    "'native' does"
+)
 
 
-def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = False) -> Kernel:
+def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = False, own: bool = False) -> Kernel:
     """The named kernel, or for ``auto`` the fastest that can serve this cache.
 
     On processors with AMX vLLM's own kernel is faster than ours, which has no AMX path. ``triton`` runs on GPUs, and on
@@ -31,7 +37,8 @@ def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = Fa
         name: one of ``KERNELS``.
         dtype: of the queries.
         cache: the layer's, or one like it: of the same types, sizes, layout and device.
-        with_lse: whether the kernel must give the log-sum-exp of every row, for mean correction.
+        with_lse: whether the kernel must give the log-sum-exp of every row, for mean correction and the remainder.
+        own: whether it must be one of ours, for what ``block_table`` does not know (``own_kernel_reason``).
 
     Raises:
         ValueError: the kernel cannot run; the message says why.
@@ -40,16 +47,57 @@ def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = Fa
         return _on_gpu("triton" if name == "auto" else name, dtype, cache)
     reason = library.unsupported_cache_reason(dtype, cache)
     if name == "auto":
-        name = "block_table" if reason or (cache.layout == "amx" and not with_lse) else "native"
+        name = "block_table" if reason or (cache.layout == "amx" and not (with_lse or own)) else "native"
     if name == "native":
         if reason:
             raise ValueError(f"kernel 'native' cannot run: {reason}")
         return NATIVE
     if with_lse:
         raise ValueError(f"kernel 'block_table' cannot run: {no_lse_reason(reason)}")
+    if own:
+        raise ValueError(
+            f"kernel 'block_table' cannot run: it knows no soft caps, sinks and windows; {reason or 'native does'}"
+        )
     if library.unavailable_reason():
         return BLOCK_TABLE_ALONE
     return BLOCK_TABLE_WITH_NATIVE_PRODUCTS if reason else BLOCK_TABLE
+
+
+def choose_for(
+    patterns: Sequence[HeadPattern], name: str, dtype: torch.dtype, cache: PagedCache, own: bool = False
+) -> tuple[Kernel, tuple[HeadPattern, ...], str | None]:
+    """The kernel for some heads' patterns, as ``choose`` finds it, and the patterns as it can serve them.
+
+    Returns:
+        the kernel; the patterns, without the remainder where the kernel cannot add it; and why it cannot, or None.
+
+    Raises:
+        ValueError: as ``choose``.
+    """
+    corrected = bool(mean_corrected_heads(patterns))
+    with_lse = corrected or bool(remainder_heads(patterns))
+    try:
+        return choose(name, dtype, cache, with_lse, own), tuple(patterns), None
+    except ValueError as error:
+        if corrected or not with_lse:
+            raise
+        kernel, why = choose(name, dtype, cache, own=own), str(error)
+    return kernel, tuple(pattern.without_remainder() for pattern in patterns), why
+
+
+def own_kernel_reason(name: str, dtype: torch.dtype, head_size: int, block_size: int | None = None) -> str | None:
+    """Why none of our own kernels can serve a layer on CPUs, or None when one can.
+
+    Args:
+        name: the setting ``kernel``.
+        block_size: tokens per page; None: not known yet.
+    """
+    if name == "block_table":
+        return "kernel 'block_table' knows none"
+    reason = library.unsupported_reason(dtype, head_size)
+    if reason is None and block_size is not None:
+        reason = library.unsupported_page_reason(block_size)
+    return reason and f"kernel 'native' cannot run: {reason}"
 
 
 def _on_gpu(name: str, dtype: torch.dtype, cache: PagedCache) -> Kernel:
@@ -81,7 +129,7 @@ def description(kernel: Kernel, wanted: str, dtype: torch.dtype, cache: PagedCac
 
 
 def no_lse_reason(native_reason: str | None) -> str:
-    """Why vLLM's CPU kernel cannot serve mean correction, and why ``native`` cannot either, if so."""
+    """Why vLLM's CPU kernel cannot serve what needs the log-sum-exp, and why ``native`` cannot either, if so."""
     return f"{NO_LSE}, but {native_reason}" if native_reason else NO_LSE
 
 
@@ -96,7 +144,7 @@ def triton_reason(cache: PagedCache) -> str | None:
     return None
 
 
-NATIVE = Kernel("native", native.run, NativeScores)
+NATIVE = Kernel("native", native.run, NativeScores, softcap=True, sinks=True, window=True)
 BLOCK_TABLE = Kernel("block_table", cpu.run, NativeScores, whole_pages=True, gives_lse=False)
 BLOCK_TABLE_WITH_NATIVE_PRODUCTS = Kernel(
     "block_table", cpu.run, functools.partial(NativeScores, from_pages=False), whole_pages=True, gives_lse=False
@@ -111,7 +159,7 @@ def _triton() -> Kernel:
     from minference_vllm.triton_kernels import attention
     from minference_vllm.triton_kernels.scores import TritonScores
 
-    return Kernel("triton", attention.run, TritonScores, planned=True, fused=True)
+    return Kernel("triton", attention.run, TritonScores, planned=True, softcap=True, sinks=True, fp8=True)
 
 
 @functools.cache

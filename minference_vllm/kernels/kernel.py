@@ -37,6 +37,12 @@ class Kernel:
     lists_everything: bool = False
     """Also tiles that attend everything need a list."""
     gives_lse: bool = True
-    """Whether ``run`` gives the log-sum-exp of rows, which mean correction needs."""
-    fused: bool = False
-    """Whether it knows soft caps, sinks and FP8 caches with one scale per tensor."""
+    """Whether ``run`` gives the log-sum-exp of rows, which mean correction and the remainder need."""
+    softcap: bool = False
+    """Whether it knows soft caps."""
+    sinks: bool = False
+    """Whether it knows attention sinks."""
+    window: bool = False
+    """Whether it knows sliding windows."""
+    fp8: bool = False
+    """Whether it knows FP8 caches with one scale per tensor."""

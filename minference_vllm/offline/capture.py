@@ -7,6 +7,7 @@ tokens, ``D`` head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,9 @@ class Layer(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     scale: float
+    softcap: float = 0.0
+    """See ``Inputs``; ``window``, too."""
+    window: int = 0
 
     def keys_of(self, head: int) -> torch.Tensor:
         """``[S, D]``: the keys of a query head."""
@@ -69,7 +73,9 @@ def visit_layers(
     def attention(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        visit(module.layer_idx, Layer(query[0].cpu(), key[0].cpu(), value[0].cpu(), kwargs["scaling"]))
+        rows = query[0].cpu(), key[0].cpu(), value[0].cpu()
+        softcap, window = kwargs.get("softcap") or 0.0, kwargs.get("sliding_window") or 0
+        visit(module.layer_idx, Layer(*rows, kwargs["scaling"], softcap, window))
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register("capture", attention)
@@ -104,23 +110,33 @@ def chunk_indices(
     ]
 
 
+def sparse_chunks(indices: Sequence[SparseIndex], settings: Settings) -> list[SparseIndex]:
+    """Those of ``chunk_indices`` that the backend serves; a server's density and recall are of these."""
+    return [index for index in indices if not _dense(index.tiling.context_len, index.tiling.seq_len, settings)]
+
+
+def _dense(begin: int, end: int, settings: Settings) -> bool:
+    return dense_reason(Chunk(0, begin, begin, end), settings.min_context, settings.min_chunk) is not None
+
+
 def chunk_index(layer: Layer, patterns: Sequence[HeadPattern], begin: int, end: int, settings: Settings) -> SparseIndex:
     """The index of the chunk of rows ``begin`` to ``end``; dense where the backend would leave it to vLLM."""
-    if dense_reason(Chunk(0, begin, begin, end), settings.min_context, settings.min_chunk):
+    if _dense(begin, end, settings):
         patterns = [Dense()] * len(patterns)
     query = layer.query[:, begin:end].transpose(0, 1).contiguous()
     inputs = Inputs.of_rows(query, layer.keys[:, :end], layer.values[:, :end], layer.scale, PAGE)
+    inputs = replace(inputs, softcap=layer.softcap, window=layer.window)
     # Columns one by one, also where vLLM's kernel would need pages of them: a picture shows what patterns select.
     kernel = choose("auto", query.dtype, inputs.cache)
-    tiling = Tiling.of(begin, end, PAGE, whole_tile(settings.tile, PAGE))
+    tiling = Tiling.of(begin, end, PAGE, whole_tile(settings.tile, PAGE), window=layer.window)
     return build_index(tiling, patterns, kernel.scores(inputs))
 
 
 def measure(layer: Layer, indices: Sequence[SparseIndex], rows: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """Density and recall of every head over a prompt.
+    """Density and recall of every head over chunks of a prompt.
 
     Args:
-        indices: of all chunks, as ``chunk_indices`` makes them.
+        indices: of the chunks, some of those that ``chunk_indices`` makes.
         rows: sampled per chunk for the recall.
 
     Returns:
@@ -128,6 +144,7 @@ def measure(layer: Layer, indices: Sequence[SparseIndex], rows: int = 16) -> tup
     """
     pairs = sum(index.dense_pairs() for index in indices)
     density = torch.stack([index.computed_pairs() for index in indices]).sum(0) / pairs
+    rows_in_all = sum(index.tiling.seq_len - index.tiling.context_len for index in indices)
     recall = torch.zeros_like(density)
     for index in indices:
         begin, end = index.tiling.context_len, index.tiling.seq_len
@@ -135,6 +152,6 @@ def measure(layer: Layer, indices: Sequence[SparseIndex], rows: int = 16) -> tup
         sampled = sample_rows(end - begin, rows, seed=begin)
         norms, at_once = layer.values[:, :end].float().norm(dim=2), keys_at_once(len(query), rows, *keys.shape[::2])
         pieces = zip(keys.split(at_once, 1), norms.split(at_once, 1), strict=True)
-        found = sampled_recall(query.transpose(0, 1), pieces, index, sampled, layer.scale)
-        recall += found.mass.double().mean(1) * (end - begin) / layer.keys.shape[1]
+        found = sampled_recall(query.transpose(0, 1), pieces, index, sampled, layer.scale, layer.softcap, layer.window)
+        recall += found.mass.double().mean(1) * (end - begin) / rows_in_all
     return density, recall

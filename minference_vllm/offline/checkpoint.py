@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from minference_vllm.backend.runtime import unsupported_layer_reasons
-from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
+from minference_vllm.backend.runtime import model_patterns, unsupported_layer_reasons
+from minference_vllm.kernels.choose import own_kernel_reason
+from minference_vllm.patterns.discovery import total_query_heads
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.settings import Settings, load_settings
 
@@ -27,7 +28,7 @@ class Checkpoint:
 
     Raises:
         OSError: no such model, or no configuration in it.
-        ValueError: a model that transformers does not know, or one without attention heads.
+        ValueError: a model that transformers does not know, or one without layers.
     """
 
     def __init__(self, model: str, trust_remote_code: bool = False) -> None:
@@ -41,9 +42,8 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(f"{model}: {error}") from None
         self.hf_text_config: Any = self.hf_config.get_text_config()
-        for field in ("num_hidden_layers", "num_attention_heads"):
-            if not isinstance(getattr(self.hf_text_config, field, None), int):
-                raise ValueError(f"{model}: the configuration has no {field}")
+        if not isinstance(getattr(self.hf_text_config, "num_hidden_layers", None), int):
+            raise ValueError(f"{model}: the configuration has no num_hidden_layers")
 
     @property
     def use_mla(self) -> bool:
@@ -74,18 +74,21 @@ class Checkpoint:
     def num_kv_heads(self) -> int:
         return int(getattr(self.hf_text_config, "num_key_value_heads", None) or self.num_heads)
 
+    @property
+    def head_size(self) -> int:
+        config = self.hf_text_config
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
     def get_total_num_hidden_layers(self) -> int:
         return int(self.hf_text_config.num_hidden_layers)
 
-    def fixed_layers(self, kernel: str = "auto") -> dict[int, str]:
-        """Layer -> what runs on this machine whatever its patterns, and why, as far as the configuration tells.
-
-        Args:
-            kernel: the setting of that name.
-        """
-        # Our fused kernel, which GPUs alone run, knows soft caps and sinks.
-        fused = torch.cuda.is_available() and kernel != "block_table"
+    def fixed_layers(self, settings: Settings) -> dict[int, str]:
+        """Layer -> what runs on this machine whatever its patterns, and why, as far as the configuration tells."""
         config = self.hf_text_config
+        # Our own kernels know soft caps and sinks, the one for CPUs sliding windows, too.
+        on_gpu, kernel = torch.cuda.is_available(), settings.kernel
+        native = not on_gpu and own_kernel_reason(kernel, self.dtype, self.head_size) is None
+        own = native or (on_gpu and kernel != "block_table")
         window = getattr(config, "sliding_window", None)
         # Without a list of kinds, a window is every layer's.
         unlisted = "full_attention" if window is None else "sliding_attention"
@@ -98,12 +101,13 @@ class Checkpoint:
                 continue
             reasons = unsupported_layer_reasons(
                 sliding_window=window if kind in WINDOWED else None,
-                logits_soft_cap=None if fused else getattr(config, "attn_logit_softcapping", None),
+                logits_soft_cap=None if own else getattr(config, "attn_logit_softcapping", None),
                 alibi_slopes=True if getattr(config, "alibi", False) or config.model_type == "bloom" else None,
-                sinks=True if config.model_type == "gpt_oss" and not fused else None,
+                sinks=True if config.model_type == "gpt_oss" and not own else None,
                 is_decoder=True,
                 kv_cache_dtype="auto",
                 dtype=self.dtype,
+                min_window=settings.min_context if native else None,
             )
             if reasons:
                 found[layer] = f"dense: {', '.join(reasons)}"
@@ -111,9 +115,11 @@ class Checkpoint:
 
     def __str__(self) -> str:
         architecture = self.architectures[0] if self.architectures else self.hf_config.model_type
+        heads = getattr(self.hf_text_config, "num_attention_heads", None)
+        described = f"{heads} query heads over {self.num_kv_heads}" if heads else "no attention heads"
         return (
-            f"{self.model} ({architecture}, {self.get_total_num_hidden_layers()} layers, {self.num_heads} query "
-            f"heads over {self.num_kv_heads}, {str(self.dtype).removeprefix('torch.')})"
+            f"{self.model} ({architecture}, {self.get_total_num_hidden_layers()} layers, {described}, "
+            f"{str(self.dtype).removeprefix('torch.')})"
         )
 
 
@@ -128,6 +134,4 @@ def planned_patterns(checkpoint: Checkpoint, pattern_file: str | None = None) ->
         SettingsError: the environment sets what cannot be used.
     """
     settings = load_settings({"minference": {} if pattern_file is None else {"patterns": pattern_file}})
-    patterns, source = discover_patterns(settings, checkpoint)
-    patterns.check_model(checkpoint.get_total_num_hidden_layers(), checkpoint.num_heads, source)
-    return patterns, source, settings
+    return *model_patterns(settings, checkpoint), settings

@@ -58,13 +58,15 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         ValueError: a line that is no ``{"prompt": "..."}``.
     """
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     if path.suffix != ".jsonl":
         return [text]
     try:
         prompts = [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f'{path}: every line must be a JSON object {{"prompt": "..."}}') from None
+        prompts = [None]
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f'{path}: every line must be a JSON object {{"prompt": "..."}}')
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minference_vllm.patterns.file import PatternFile, load_pattern_file, parse_patterns, shipped_pattern_files
+from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.settings import Settings
 
 DEFAULT = "low_rank"
@@ -47,6 +48,11 @@ def discover_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]
     return load_pattern_file(DEFAULT), (
         f"shipped {DEFAULT!r}, the default (no file was set, the checkpoint has none, none ships for this model)"
     )
+
+
+def default_pattern() -> HeadPattern:
+    """What every head runs where no pattern is given, on every platform: the shipped default's."""
+    return load_pattern_file(DEFAULT).default
 
 
 def model_names(model: str) -> set[str]:

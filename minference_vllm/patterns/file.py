@@ -7,16 +7,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from minference_vllm.core.validation import cut, shortened
 from minference_vllm.patterns.kinds import (
-    MAX_NUMBER,
+    NUMBERS,
     HeadPattern,
     PatternError,
     VerticalSlash,
@@ -24,23 +27,45 @@ from minference_vllm.patterns.kinds import (
     parse_written_pattern,
 )
 from minference_vllm.patterns.published import head_pattern, is_number, published_layers
+from minference_vllm.settings import PATTERNS_ARE
 
 Format = Literal["minference-vllm", "minference", "qwen"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+MAX_SIZE = 8 << 20
+"""Of a pattern file, in bytes. One of 128 layers of 128 heads, measurements included, has three million."""
+MAX_PATH = 240
+"""Characters of a path that a message repeats."""
+
+
+def _number(key: Any) -> int:
+    if not is_number(key):
+        raise ValueError(NUMBERS)
+    return int(key)
+
+
+def _version(version: Any) -> Any:
+    if type(version) is not int or version != 1:
+        raise ValueError("must be 1, the only version so far")
+    return version
+
+
+Number = Annotated[int, BeforeValidator(_number)]
 
 
 class Measurement(BaseModel):
     """What a head's pattern was measured to do when it was found."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    recall: float
+    recall: float = Field(ge=0, le=1, allow_inf_nan=False)
     """Mean share of the dense attention that lies on the selected keys."""
-    value_recall: float | None = None
+    value_recall: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     """The same with every weight times the norm of its key's value."""
-    density: float
-    """Computed query-key pairs as a share of the dense ones, with what ``low_rank`` spends where it scores keys."""
-    output_error: float
+    density: float = Field(ge=0, allow_inf_nan=False)
+    """Computed query-key pairs as a share of the dense ones, as a server logs it."""
+    cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """The same with what ``low_rank`` spends where it scores keys; what patterns are chosen by."""
+    output_error: float = Field(ge=0, allow_inf_nan=False)
     """Of the attention output, relative to the dense output."""
 
 
@@ -49,24 +74,17 @@ class PatternFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
+    schema_version: Annotated[Literal[1], BeforeValidator(_version)] = 1
     model: str | None = None
     """The model these patterns were found on; None: any model."""
     provenance: str = ""
     """Where the patterns come from: the paper, a calibration command, a converted file."""
     default: HeadPattern = VerticalSlash()
     """What a head without an entry runs."""
-    layers: dict[int, dict[int, HeadPattern]] = {}
+    layers: dict[Number, dict[Number, HeadPattern]] = {}
     """Layer number -> query head number (global, before tensor parallelism) -> pattern."""
-    measured: dict[int, dict[int, Measurement]] = {}
+    measured: dict[Number, dict[Number, Measurement]] = {}
     """Layer number -> query head number -> what ``calibrate`` measured; for people, nothing runs by it."""
-
-    @model_validator(mode="after")
-    def _numbers_are_in_range(self) -> PatternFile:
-        for layer, heads in self.layers.items():
-            if any(not 0 <= number <= MAX_NUMBER for number in (layer, *heads)):
-                raise ValueError(f"layer and head numbers start at 0 and end at {MAX_NUMBER} (layer {layer})")
-        return self
 
     def check_model(self, num_layers: int, num_heads: int, source: str = "pattern file") -> None:
         """Raise PatternError when the file speaks of layers or heads that the model does not have.
@@ -104,11 +122,11 @@ def format_of(content: Any, source: str) -> Format:
         return "minference-vllm"
     if isinstance(content, Sequence) and not isinstance(content, str):
         return "minference"
-    if isinstance(content, Mapping) and content and all(map(is_number, content)):
+    if isinstance(content, Mapping) and any(map(is_number, content)):
         return "qwen"
     raise PatternError(
         f"{source}: neither a minference pattern file (an object with schema_version), nor MInference's list of "
-        "layers, nor an object of layers as in sparse_attention_config.json"
+        f"layers, nor an object of layers as in sparse_attention_config.json; found {shortened(content)}"
     )
 
 
@@ -129,7 +147,8 @@ def parse_patterns(content: Any, source: str) -> PatternFile:
     try:
         return PatternFile.model_validate(fields)
     except ValidationError as error:
-        raise PatternError(f"{source}: {first_problem(error)}") from None
+        others = {"": PatternFile.model_fields, "measured": Measurement.model_fields}
+        raise PatternError(f"{source}: {first_problem(error, others)}") from None
 
 
 def shipped_pattern_files() -> dict[str, Path]:
@@ -145,7 +164,7 @@ def load_pattern_file(name_or_path: str) -> PatternFile:
     Raises:
         PatternError: no such file, broken JSON, or content that ``parse_patterns`` refuses.
     """
-    written = None if Path(name_or_path).is_file() else parse_written_pattern(name_or_path)
+    written = None if _is_file(name_or_path) else parse_written_pattern(name_or_path)
     if written is not None:
         return PatternFile(default=written, provenance="written out")
     content, path = read_pattern_json(name_or_path)
@@ -156,28 +175,69 @@ def read_pattern_json(name_or_path: str) -> tuple[Any, Path]:
     """Parsed JSON of a pattern file, by path or by the name of a shipped one, and its path.
 
     Raises:
-        PatternError: no such file, broken JSON, or a name that stands twice in one object.
+        PatternError: no such file, one that is too large, broken JSON, a name that stands twice in one object, or a
+            number that is not finite.
     """
     shipped = shipped_pattern_files()
     path = shipped.get(name_or_path, Path(name_or_path))
-    if not path.is_file():
+    if not _is_file(path):
         raise PatternError(
-            f"no pattern file at {name_or_path!r}; give a path, one of the shipped names ({', '.join(shipped)}), or a "
-            "pattern for all heads, such as low_rank(32, 0.95)"
+            f"no pattern file at {cut(name_or_path, MAX_PATH)!r}; give {PATTERNS_ARE}; shipped names are "
+            f"{', '.join(shipped)}"
         )
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise PatternError(f"{path}: {twice!r} stands twice in one object")
-        return found
-
     try:
-        return json.loads(path.read_text(), object_pairs_hook=unique), path
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        size = path.stat().st_size
+        if size > MAX_SIZE:
+            raise PatternError(f"{path}: {size / 2**20:.1f} MiB; a pattern file has at most {MAX_SIZE >> 20} MiB")
+        text = path.read_bytes()
+    except OSError as error:
+        raise PatternError(f"pattern file {cut(str(path), MAX_PATH)!r}: {error.strerror}") from None
+    try:
+        content = json.loads(text.decode(), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:  # broken, no UTF-8, a number of thousands of digits, too deep
         raise PatternError(f"{path}: not valid JSON: {error}") from None
+    problem = _json_problem(content)
+    if problem:
+        raise PatternError(f"{path}: {problem}")
+    return content, path
+
+
+class _Twice(dict[str, Any]):
+    """An object in which a name stands twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        seen: set[str] = set()
+        self.name = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else _Twice(pairs)
+
+
+def _json_problem(content: Any) -> str | None:
+    """What Python's JSON lets pass and would be lost, or could not be written again."""
+    waiting = [("", content)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, _Twice):
+            return f"{shortened(value.name)} stands twice in {place or 'the outermost object'}"
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [(f"{place}.{cut(str(name))}".lstrip("."), inner) for name, inner in items]
+        elif isinstance(value, float) and not math.isfinite(value):
+            return f"{place} = {value}: numbers must be finite"
+    return None
+
+
+def _is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # the content of a file, most likely
+            return False
+        raise PatternError(f"pattern file {cut(str(path), MAX_PATH)!r}: {error.strerror}") from None
 
 
 def to_text(content: Any, indent: str = "") -> str:

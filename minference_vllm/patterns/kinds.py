@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from minference_vllm.core.validation import cut, did_you_mean, shortened, value_problem
 
 MAX_BUDGET = 1 << 24
 ESTIMATION_BLOCK = 64
@@ -18,6 +22,7 @@ ESTIMATION_BLOCK = 64
 
 MAX_NUMBER = 4095
 """The highest layer or head number in a pattern file."""
+NUMBERS = f"layers and heads are numbered 0 to {MAX_NUMBER}, without other signs, spaces or leading zeros"
 MAX_STEP = 3
 """The step at which every pattern is dense, see ``at_step``."""
 
@@ -26,7 +31,8 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class _Pattern(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Strict: no text, and neither true nor 0.0, is a whole number.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     def __str__(self) -> str:
         """For people: ``a_shape(sink=1024, local=4096)``."""
@@ -43,6 +49,10 @@ class _Pattern(BaseModel):
         if step <= 0:
             return self  # type: ignore[return-value]  # every subclass below is one of HeadPattern
         return LowRank().at_step(step - 1) if step < MAX_STEP else Dense()
+
+    def without_remainder(self) -> HeadPattern:
+        """For what cannot add the remainder of ``low_rank``."""
+        return self  # type: ignore[return-value]
 
 
 class Dense(_Pattern):
@@ -114,18 +124,25 @@ class PeakThreshold(_Pattern):
     alpha: Share = 0.1
     sink: Budget = 256
     window: Budget = 512
-    mean_correction: StrictBool = False
+    mean_correction: bool = False
 
 
 class LowRank(_Pattern):
     """Per query tile, the single keys, and pages full of them, that some row of the tile looks at, scored in up to
     ``rank`` dimensions (after Loki, arXiv 2406.02542); as many as hold ``gamma`` of what the output of the chunk's last
     rows is made of (exact weights times the norms of values), and of sampled rows less three standard errors. A head
-    that is not sparse comes out dense."""
+    that is not sparse comes out dense. With ``remainder`` what a tile leaves out stands in its softmax as one key."""
 
     kind: Literal["low_rank"] = "low_rank"
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
     gamma: Share = 0.95
+    remainder: bool = False
+
+    def without_remainder(self) -> LowRank:
+        """Half of the missing share errs no more (``docs/estimator.md``)."""
+        if not self.remainder:
+            return self
+        return self.model_copy(update={"remainder": False, "gamma": 1 - (1 - self.gamma) / 2})
 
     def at_step(self, step: int) -> LowRank | Dense:
         """With a quarter of the missing share at each step."""
@@ -138,10 +155,11 @@ HeadPattern = Annotated[
     Dense | AShape | TriShape | VerticalSlash | BlockSparse | Coverage | Antidiagonal | PeakThreshold | LowRank,
     Field(discriminator="kind"),
 ]
-KINDS = (
-    "dense", "a_shape", "tri_shape", "vertical_slash", "block_sparse", "coverage", "antidiagonal", "peak_threshold",
-    "low_rank",
-)  # fmt: skip
+FIELDS: dict[str, dict[str, FieldInfo]] = {
+    str(kind.model_fields["kind"].default): kind.model_fields for kind in get_args(get_args(HeadPattern)[0])
+}
+"""Of every kind."""
+KINDS = tuple(FIELDS)
 _head_pattern: TypeAdapter[HeadPattern] = TypeAdapter(HeadPattern)
 
 
@@ -158,7 +176,7 @@ def parse_head_pattern(content: Any) -> HeadPattern:
     try:
         return _head_pattern.validate_python(content)
     except ValidationError as error:
-        raise PatternError(f"pattern {content!r}: {first_problem(error)}") from None
+        raise PatternError(f"pattern {shortened(content)}: {first_problem(error)}") from None
 
 
 def parse_written_pattern(text: str) -> HeadPattern | None:
@@ -177,21 +195,45 @@ def parse_written_pattern(text: str) -> HeadPattern | None:
         name, given, value = (part.strip() for part in argument.rpartition("="))
         if not given:
             if number >= len(names):
-                raise PatternError(f"pattern {text!r}: {kind} takes {len(names)} values ({', '.join(names) or 'none'})")
+                raise PatternError(
+                    f"pattern {cut(text)!r}: {kind} takes {len(names)} values ({', '.join(names) or 'none'})"
+                )
             name = names[number]
         if name in fields:
-            raise PatternError(f"pattern {text!r}: {name} is given twice")
+            raise PatternError(f"pattern {cut(text)!r}: {cut(name)} is given twice")
         try:
             fields[name] = json.loads(value)
-        except json.JSONDecodeError:
-            raise PatternError(f"pattern {text!r}: {value!r} is not a number") from None
+        except ValueError:
+            raise PatternError(f"pattern {cut(text)!r}: {shortened(value)} is not a number") from None
     return parse_head_pattern(fields)
 
 
-def first_problem(error: ValidationError) -> str:
-    """Where in the content the first thing is wrong, and what is allowed."""
-    item = error.errors()[0]
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "union_tag_invalid":
-        return f"{where}: unknown pattern kind; allowed are {', '.join(KINDS)}"
-    return f"{where} = {item['input']!r}: {item['msg']}" if where else str(item["msg"])
+def first_problem(error: ValidationError, others: Mapping[str, Mapping[str, FieldInfo]] | None = None) -> str:
+    """Where in the content the first thing is wrong, what stands there, and what is allowed.
+
+    Args:
+        others: the fields of what is no pattern, by the name at the top of the content; of the top itself by the empty
+            name.
+    """
+    item = error.errors(include_url=False)[0]
+    kind, place = item["type"], [str(part) for part in item["loc"] if part != "[key]"]
+    where = ".".join(map(cut, place))
+    others = others or {}
+    fields = FIELDS.get(place[-2], others.get(place[0], {})) if len(place) > 1 else others.get("", {})
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        found = dict(item["input"]).get("kind")
+        named = f"{where}.kind".lstrip(".") + (f" = {shortened(found)}" if kind == "union_tag_invalid" else "")
+        what = "unknown pattern kind" if kind == "union_tag_invalid" else "a pattern needs its kind"
+        return f"{named}: {what}; allowed are {', '.join(KINDS)}{did_you_mean(str(found), KINDS)}"
+    if kind == "extra_forbidden":
+        known = [name for name in fields if name != "kind"]
+        return f"{where}: unknown field; known ones are {', '.join(known) or 'none'}{did_you_mean(place[-1], known)}"
+    if kind == "missing":
+        return f"{where}: missing"
+    if kind in ("dict_type", "model_type", "model_attributes_type"):
+        return f"{where} = {shortened(item['input'])}: must be an object"
+    if kind == "invalid_key":
+        return f"{shortened(item['input'])} is no name of a field"
+    if item["loc"][-1:] == ("[key]",):
+        return f"{where}: {item['ctx']['error']}"
+    return f"{where} = {value_problem(item, fields.get(place[-1]))}"

@@ -4,10 +4,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from minference_vllm.core.validation import shortened
 from minference_vllm.patterns.kinds import (
+    MAX_NUMBER,
+    NUMBERS,
     AShape,
     BlockSparse,
     HeadPattern,
@@ -23,24 +27,35 @@ def published_layers(content: Any, source: str) -> dict[int, dict[int, Any]]:
     """The entries of a published file as they stand there: layer -> head -> ``[kind, a, b, score]``.
 
     Raises:
-        PatternError: a layer is no object of head numbers.
+        PatternError: a layer is no object of head numbers, a number is not written plainly, or no head is named.
     """
     layers = dict(enumerate(content)) if isinstance(content, Sequence) else content
     for layer, heads in layers.items():
-        if not isinstance(heads, Mapping) or not all(map(is_number, heads)):
-            raise PatternError(f"{source}, layer {layer}: expected an object of head numbers, found {heads!r:.80}")
+        if not is_number(layer):
+            raise PatternError(f"{source}, layer {shortened(layer)}: {NUMBERS}")
+        if not isinstance(heads, Mapping):
+            raise PatternError(f"{source}, layer {layer}: expected an object of head numbers, found {shortened(heads)}")
+        for head in heads:
+            if not is_number(head):
+                raise PatternError(
+                    f"{source}, layer {layer}: expected an object of head numbers, found {shortened(head)}; {NUMBERS}"
+                )
+    if not any(layers.values()):
+        raise PatternError(f"{source}: no head of any layer is named")
     return {int(layer): {int(head): entry for head, entry in heads.items()} for layer, heads in layers.items()}
 
 
 def is_number(key: Any) -> bool:
-    # "07" and "7" would be the same head.
-    return str(key).isdecimal() and str(int(key)) == str(key)
+    """Whether this is a layer or head number as JSON has it for a name, or a whole number: "07" and "7" would be the
+    same."""
+    text = str(key) if type(key) is int else key
+    return isinstance(text, str) and re.fullmatch("0|[1-9][0-9]{0,3}", text) is not None and int(text) <= MAX_NUMBER
 
 
 def head_pattern(entry: Any, place: str) -> HeadPattern:
     """One head of a published file: ``[kind, a, b, score]``."""
     if not isinstance(entry, Sequence) or isinstance(entry, str) or len(entry) < 3:
-        raise PatternError(f"{place}: expected [kind, a, b, score], found {entry!r}")
+        raise PatternError(f"{place}: expected [kind, a, b, score], found {shortened(entry)}")
     kind, first, second = entry[0], entry[1], entry[2]
     fields: dict[str, Any]
     if kind == "vertical_and_slash":
@@ -53,11 +68,11 @@ def head_pattern(entry: Any, place: str) -> HeadPattern:
         # [gamma, min_budget] for columns and for diagonals; ours covers them together, by the larger of each.
         pairs = [part for part in (first, second) if isinstance(part, list) and len(part) == 2]
         if len(pairs) < 2 or not all(isinstance(value, int | float) for pair in pairs for value in pair):
-            raise PatternError(f"{place}: expected {kind} with [gamma, min_budget] twice, found {first!r}, {second!r}")
+            raise PatternError(f"{place}: expected {kind} with [gamma, min_budget] twice, found {shortened(entry)}")
         gammas, budgets = zip(*pairs, strict=True)
         fields = {"kind": "coverage", "gamma": max(gammas), "min_budget": max(budgets)}
     else:
-        raise PatternError(f"{place}: unknown kind {kind!r}; published files have {PUBLISHED_KINDS}")
+        raise PatternError(f"{place}: unknown kind {shortened(kind)}; published files have {PUBLISHED_KINDS}")
     try:
         return parse_head_pattern(fields)
     except PatternError as error:

@@ -10,11 +10,11 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.sparse_index import SparseIndex
-from minference_vllm.kernels.choose import choose
+from minference_vllm.kernels.choose import choose_for
+from minference_vllm.patterns.discovery import default_pattern
 from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.prefill.arguments import check_arguments
 from minference_vllm.prefill.attend import attend_chunk
-from minference_vllm.selection.families import mean_corrected_heads
 
 
 def sparse_prefill(
@@ -24,7 +24,7 @@ def sparse_prefill(
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
-    patterns: HeadPattern | Sequence[HeadPattern],
+    patterns: HeadPattern | Sequence[HeadPattern] | None = None,
     scale: float | None = None,
     kernel: str = "auto",
     tile: int | None = None,
@@ -38,11 +38,12 @@ def sparse_prefill(
     Args:
         query: ``[num_tokens, num_heads, head_size]``, bf16, fp16 or fp32: the new tokens of all requests, concatenated.
         key_cache: ``[num_blocks, block_size, num_kv_heads, head_size]``, plain rows, any strides, same dtype; the new
-            tokens' keys are already in it. ``value_cache`` alike.
+            tokens' keys are already in it. ``value_cache`` alike; for ``triton`` at the same strides.
         block_table: int32 or int64 ``[num_requests, max_blocks]``, physical block of each logical block.
         query_start_loc: int32 or int64 ``[num_requests + 1]``, first query row of each request, and the end.
         seq_lens: int32 or int64 ``[num_requests]``, context plus new tokens.
-        patterns: one per query head, or one for all.
+        patterns: one per query head, or one for all; default: ``default_pattern()``, without its remainder where the
+            kernel cannot add it.
         scale: softmax scale, above 0; default ``head_size ** -0.5``.
         kernel: ``auto``; ``block_table`` or ``native`` on CPUs, ``triton`` or ``block_table`` on GPUs.
         tile: query rows per selection of keys; default 128, rounded up to whole blocks.
@@ -60,11 +61,14 @@ def sparse_prefill(
         query, key_cache, value_cache, block_table, query_start_loc, seq_lens, patterns, scale, kernel, tile, out,
         return_index,
     )  # fmt: skip
-    per_head = list(patterns) if isinstance(patterns, Sequence) else [patterns] * query.shape[1]
     out = torch.empty_like(query) if out is None else out
     scale = query.shape[2] ** -0.5 if scale is None else float(scale)
     cache = PagedCache(key_cache.transpose(1, 2), value_cache.transpose(1, 2), "rows")
-    chosen = choose(kernel, query.dtype, cache, with_lse=bool(mean_corrected_heads(per_head)))
+    wanted_patterns = default_pattern() if patterns is None else patterns
+    per_head = tuple(wanted_patterns) if isinstance(wanted_patterns, Sequence) else (wanted_patterns,) * query.shape[1]
+    chosen, per_head, without = choose_for(per_head, kernel, query.dtype, cache)
+    if without and patterns is not None:
+        raise ValueError(without)
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     # Kernels want a head's elements side by side.
     query = query if query.stride(2) == 1 else query.contiguous()

@@ -26,7 +26,7 @@ def check_arguments(
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
-    patterns: HeadPattern | Sequence[HeadPattern],
+    patterns: HeadPattern | Sequence[HeadPattern] | None,
     scale: float | None,
     kernel: str,
     tile: int | None,
@@ -59,7 +59,8 @@ def check_arguments(
     }
     _check_kind(tensors if out is None else tensors | {"out": out})
     _check_shapes(query, key_cache, value_cache)
-    _check_patterns(patterns, query.shape[1])
+    if patterns is not None:
+        _check_patterns(patterns, query.shape[1])
     if out is not None:
         _check_out(out, query, key_cache, value_cache)
     _check_requests(block_table, query_start_loc, seq_lens, len(query), *key_cache.shape[:2])

@@ -12,14 +12,16 @@ from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling, whole_tile
 from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.patterns.kinds import HeadPattern
-from minference_vllm.prefill import mean_correction
+from minference_vllm.prefill import mean_correction, remainder
 from minference_vllm.prefill.recall import Recall, RecallCheck, chunk_recall
 from minference_vllm.prefill.timing import TimedScores, Timing
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.capacity import plan_capacity
 from minference_vllm.selection.compaction import EXACT_WIDTH
-from minference_vllm.selection.families import mean_corrected_heads
+from minference_vllm.selection.families import mean_corrected_heads, remainder_heads
 from minference_vllm.selection.torch_scores import TorchScores
+
+MEANS_IN_WINDOW = "mean correction is not defined in a sliding window, which cuts pages"
 
 
 def tiling_for(inputs: Inputs, kernel: Kernel, tile: int | None) -> Tiling:
@@ -30,7 +32,9 @@ def tiling_for(inputs: Inputs, kernel: Kernel, tile: int | None) -> Tiling:
     """
     size, chunk = inputs.cache.block_size, inputs.chunk
     multiple = size if kernel.whole_pages else 1
-    return _tiling(chunk.context_len, chunk.seq_len, size, whole_tile(tile, size), multiple, inputs.query.device)
+    return _tiling(
+        chunk.context_len, chunk.seq_len, size, whole_tile(tile, size), multiple, inputs.query.device, inputs.window
+    )
 
 
 # All layers of a batch ask for the same.
@@ -61,6 +65,17 @@ def select(
         )
 
 
+def unknown_to(kernel: Kernel, inputs: Inputs) -> str | None:
+    """What these inputs ask for and the kernel does not know, or None."""
+    asked = {
+        "soft cap": bool(inputs.softcap) and not kernel.softcap,
+        "attention sinks": inputs.sinks is not None and not kernel.sinks,
+        "sliding windows": bool(inputs.window) and not kernel.window,
+        "FP8 caches": inputs.cache.key.element_size() == 1 and not kernel.fp8,
+    }
+    return next((name for name, unknown in asked.items() if unknown), None)
+
+
 def attend_chunk(
     inputs: Inputs,
     patterns: Sequence[HeadPattern],
@@ -83,8 +98,11 @@ def attend_chunk(
     Raises:
         ValueError: the inputs ask for what the kernel does not know.
     """
-    if not kernel.fused and (inputs.softcap or inputs.sinks is not None or inputs.cache.key.element_size() == 1):
-        raise ValueError(f"kernel {kernel.name!r} knows no soft cap, no sinks and no FP8 caches; 'triton' does")
+    unknown = unknown_to(kernel, inputs)
+    if unknown:
+        raise ValueError(f"kernel {kernel.name!r} knows no {unknown}")
+    if inputs.window and mean_corrected_heads(patterns):
+        raise ValueError(MEANS_IN_WINDOW)
     timing = timing or Timing()
     scores = kernel.scores(inputs)
 
@@ -96,10 +114,12 @@ def attend_chunk(
             return chunk_recall(scores, index, rows)
 
     index = build(patterns) if check is None else check.run(patterns, build, recall)
-    corrected = mean_corrected_heads(patterns if check is None else check.strengthened(patterns))
-    lse = out.new_empty(inputs.num_heads, len(out), dtype=torch.float32) if corrected else None
+    used = patterns if check is None else check.strengthened(patterns)
+    corrected, with_remainder = mean_corrected_heads(used), remainder_heads(used)
+    lse = out.new_empty(inputs.num_heads, len(out), dtype=torch.float32) if corrected or with_remainder else None
     with timing.stage("attend"):
         kernel.run(inputs, index, out, lse)
         if lse is not None:
             mean_correction.add(scores, index, corrected, out, lse)
+            remainder.add(inputs, index, with_remainder, out, lse)
     return index

@@ -16,6 +16,7 @@ import torch
 
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.selection.peak_threshold import PART_BYTES
+from minference_vllm.selection.probe_queries import cap_
 from minference_vllm.selection.torch_scores import TorchScores
 
 
@@ -33,7 +34,7 @@ def add(scores: TorchScores, index: SparseIndex, heads: Sequence[int], out: torc
         lse: float32 ``[H, chunk]``, natural log-sum-exp of each row's scores under the index, a sink's included.
     """
     query, keys, values = scores.query, scores.mean_keys, scores.mean_values
-    scale, softcap, tiling = scores.scale, scores.inputs.softcap, index.tiling
+    scale, softcap, tiling = scores.scale, scores.softcap, index.tiling
     group, size, tile = query.shape[1] // keys.shape[0], tiling.block_size, tiling.tile
     context, first_tile = tiling.context_len, tiling.context_len // tile
     at_once = max(1, PART_BYTES // (4 * tile * keys.shape[1]))
@@ -51,9 +52,7 @@ def add(scores: TorchScores, index: SparseIndex, heads: Sequence[int], out: torc
         for head in heads:
             taken = index.block_mask(tiles, slice(head, head + 1), 0, num_pages)[0] | own
             logits = torch.matmul(query[rows, head].float(), keys[head // group, :num_pages].T).mul_(scale)
-            if softcap:
-                logits.div_(softcap).tanh_().mul_(softcap)
-            logits.add_(math.log(size)).masked_fill_(taken[tile_of_row], -torch.inf)
+            cap_(logits, softcap).add_(math.log(size)).masked_fill_(taken[tile_of_row], -torch.inf)
             own_lse = lse[head, rows]
             # A row attends itself: this is never -inf.
             largest = torch.maximum(own_lse, logits.amax(-1))[:, None]

@@ -18,11 +18,13 @@ from typing import NamedTuple
 
 import torch
 
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.sparse_index import SparseIndex
+from minference_vllm.core.transfer import to_device
 from minference_vllm.patterns.kinds import MAX_STEP, HeadPattern
 from minference_vllm.selection.families import family_of
-from minference_vllm.selection.probe_queries import logits, most_unlike, unlikeness
-from minference_vllm.selection.torch_scores import TorchScores
+from minference_vllm.selection.probe_queries import logits, most_unlike, unlikeness, unseen
+from minference_vllm.selection.torch_scores import PIECE_BYTES, TorchScores
 
 ROWS_AT_ONCE = 16
 """Rows of a large audit that are sampled together: the lists of their tiles take memory, too."""
@@ -51,7 +53,15 @@ def chunk_recall(scores: TorchScores, index: SparseIndex, rows: torch.Tensor) ->
         rows: int64 ``[R]``, rows of the chunk, on the query's device.
     """
     parts = [
-        sampled_recall(scores.query, scores.audited_pieces(len(part)), index, part, scores.scale)
+        sampled_recall(
+            scores.query,
+            scores.audited_pieces(len(part)),
+            index,
+            part,
+            scores.scale,
+            scores.softcap,
+            scores.inputs.window,
+        )
         for part in rows.split(ROWS_AT_ONCE)
     ]
     return Recall(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
@@ -63,6 +73,8 @@ def sampled_recall(
     index: SparseIndex,
     rows: torch.Tensor,
     scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
 ) -> Recall:
     """Recall of sampled rows of a chunk. Nothing waits for a GPU.
 
@@ -71,9 +83,10 @@ def sampled_recall(
         pieces: keys ``[HK, n, D]`` and norms of their values, float32 ``[HK, n]``, up to one factor for all; together
             they are the sequence.
         rows: int64 ``[R]``, rows of the chunk, on the query's device.
+        softcap, window: see ``Inputs``.
     """
     sums = RecallSums()
-    sums.add(query, pieces, index, rows, scale)
+    sums.add(query, pieces, index, rows, scale, softcap, window)
     return sums.recall()
 
 
@@ -94,8 +107,10 @@ class RecallSums:
         index: SparseIndex,
         rows: torch.Tensor,
         scale: float,
+        softcap: float = 0.0,
+        window: int = 0,
     ) -> None:
-        """Arguments as ``sampled_recall`` has them; every row sees the first key."""
+        """Arguments as ``sampled_recall`` has them."""
         positions = rows + index.tiling.context_len
         tiles = torch.searchsorted(index.tiling.starts, positions, right=True) - 1
         sampled = query[rows].transpose(0, 1)  # [H, R, D]
@@ -107,13 +122,14 @@ class RecallSums:
         for piece, value_norms in pieces:
             # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
             by_kv_head = sampled.reshape(piece.shape[0], -1, dim)
-            scores = logits(by_kv_head, piece, scale).view(heads, count, -1)
+            scores = logits(by_kv_head, piece, scale, softcap).view(heads, count, -1)
             last = first + piece.shape[1]
-            scores.masked_fill_(torch.arange(first, last, device=rows.device) > positions[:, None], -torch.inf)
-            # Every row sees the first key, so this is never -inf.
+            scores.masked_fill_(unseen(positions - first, piece.shape[1], window), -torch.inf)
             new_largest = torch.maximum(self._largest, scores.amax(-1, keepdim=True))
-            weights = scores.sub_(new_largest).exp_()
-            sums *= (self._largest - new_largest).exp_()
+            # -inf before the row's window begins.
+            shift = new_largest.masked_fill(new_largest == -torch.inf, 0.0)
+            weights = scores.sub_(shift).exp_()
+            sums *= (self._largest - shift).exp_()
             norms = value_norms[:, None, None].clamp(1e-20, 1e20)  # as ``low_rank.by_value`` has them
             kept = index.tile_mask(tiles, first=first, last=last)
             sums[0] += weights.sum(-1, keepdim=True)
@@ -135,11 +151,12 @@ def _by_norm(weights: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 def sample_rows(rows: int, samples: int, seed: int) -> torch.Tensor:
-    """int64 ``[min(samples, rows)]``, ascending: one random row of each of as many equal parts of the chunk; of the
-    last of several parts its last row, where a question ends. ``seed`` decides."""
+    """int64 ``[min(samples, rows)]`` on the CPU, ascending: one random row of each of as many equal parts of the chunk;
+    of the last of several parts its last row, where a question ends. ``seed`` decides."""
     count = min(samples, rows)
-    borders = torch.arange(count + 1) * rows // count
-    place = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    # Whatever PyTorch's default device is: the draw is the host's.
+    borders = torch.arange(count + 1, device="cpu") * rows // count
+    place = torch.rand(count, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(seed))
     place[1:][-1:] = 1.0
     sizes = borders[1:] - borders[:-1]
     return borders[:-1] + (place * sizes).long().clamp(max=sizes - 1)
@@ -157,13 +174,11 @@ def audited_rows(query: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
         int64 ``[min(samples, chunk)]``, on the query's device. Nothing waits for a GPU.
     """
     samples = min(samples, len(query))
-    drawn = sample_rows(len(query), samples - samples // 2, seed)
-    if query.is_cuda:
-        # From ordinary memory the copy would wait for the GPU.
-        drawn = drawn.pin_memory()
-    drawn = drawn.to(query.device, non_blocking=True)
-    unlike = unlikeness(query.transpose(0, 1)).amax(0, keepdim=True)
-    return torch.cat([drawn, most_unlike(unlike, samples // 2, drawn)[0]])
+    drawn = to_device(sample_rows(len(query), samples - samples // 2, seed), query.device, query.is_cuda)
+    # Some heads at a time: of each a copy in float32, and one of its differences.
+    heads_at_once = max(1, PIECE_BYTES // (2 * 4 * query[:, 0].numel()))
+    unlike = [unlikeness(heads.transpose(0, 1)).amax(0) for heads in query.split(heads_at_once, 1)]
+    return torch.cat([drawn, most_unlike(torch.stack(unlike).amax(0, keepdim=True), samples // 2, drawn)[0]])
 
 
 @dataclass
@@ -237,16 +252,21 @@ class RaisedSteps:
     def __init__(self) -> None:
         self._by_end: OrderedDict[tuple[int, int, int], tuple[int, ...]] = OrderedDict()
 
-    def at(self, layer: int, position: int, pages: torch.Tensor, block_size: int) -> tuple[int, ...]:
-        """Steps of a layer's heads for the chunk that begins at ``position``; empty: none was taken."""
-        if not position or not self._by_end:
+    def at(self, layer: int, inputs: Inputs) -> tuple[int, ...]:
+        """Steps of a layer's heads for the chunk that begins here; empty: none was taken."""
+        if not inputs.chunk.context_len or not self._by_end:
             return ()
-        return self._by_end.get((layer, position, int(pages[(position - 1) // block_size])), ())
+        return self._by_end.get(_place(layer, inputs, inputs.chunk.context_len), ())
 
-    def keep(self, layer: int, position: int, pages: torch.Tensor, block_size: int, steps: tuple[int, ...]) -> None:
-        """Remember the steps of the chunk that ended at ``position``."""
+    def keep(self, layer: int, inputs: Inputs, steps: tuple[int, ...]) -> None:
+        """Remember the steps of the chunk that ends here."""
         if not any(steps):
             return
-        self._by_end[layer, position, int(pages[(position - 1) // block_size])] = steps
+        self._by_end[_place(layer, inputs, inputs.chunk.seq_len)] = steps
         if len(self._by_end) > self.CAPACITY:
             self._by_end.popitem(last=False)
+
+
+def _place(layer: int, inputs: Inputs, end: int) -> tuple[int, int, int]:
+    """Layer, position in the request, and physical page of the key before it."""
+    return layer, inputs.first_key + end, int(inputs.pages[(end - 1) // inputs.cache.block_size])

@@ -31,7 +31,13 @@ def squares_per_block(block_size: int, stride: int) -> int:
 
 
 def antidiagonal_scores(
-    query: torch.Tensor, keys: torch.Tensor, heads: Sequence[int], tiling: Tiling, stride: int, scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    heads: Sequence[int],
+    tiling: Tiling,
+    stride: int,
+    scale: float,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Attention mass of blocks, seen along every ``stride``-th antidiagonal (XAttention, arXiv 2503.16428).
 
@@ -47,6 +53,7 @@ def antidiagonal_scores(
         keys: ``[HK, S, D]``.
         heads: query heads wanted.
         stride: divides the block size.
+        softcap: see ``Inputs``; of the mean logits.
 
     Returns:
         float32 ``[h, T, N]``, zero where no key of a block is in a tile's reach.
@@ -64,7 +71,11 @@ def antidiagonal_scores(
     # The tile of a square of rows is that of its last row in the chunk: tiles, too, lie at multiples of the stride.
     last_rows = (square_rows * stride + stride - 1).clamp(max=length - 1)
     tile_of_square = torch.searchsorted(tiling.starts, last_rows, right=True) - 1
-    future = torch.arange(squares, device=query.device) > square_rows[:, None]
+    # Of a square that lies across a border of the window all counts.
+    hidden = torch.arange(squares, device=query.device) > square_rows[:, None]
+    if tiling.window:
+        oldest = (square_rows * stride - tiling.window + 1).clamp(min=0) // stride
+        hidden |= torch.arange(squares, device=query.device) < oldest[:, None]
     missing = tiling.num_key_blocks * per_block - squares
     result = torch.zeros(len(heads), tiling.num_tiles, tiling.num_key_blocks, device=query.device)
     long_keys: dict[int, torch.Tensor] = {}
@@ -74,8 +85,8 @@ def antidiagonal_scores(
             padded = torch.nn.functional.pad(keys[kv_head], (0, 0, 0, after))
             long_keys = {kv_head: padded.view(squares, stride, dim).flip(1).reshape(squares, -1)}
         rows = torch.nn.functional.pad(query[:, head], (0, 0, before, after)).view(-1, stride * dim)
-        weights = logits(rows, long_keys[kv_head], scale / stride)
-        weights = weights.masked_fill_(future, -torch.inf).softmax(-1)
+        weights = logits(rows, long_keys[kv_head], scale / stride, softcap)
+        weights = weights.masked_fill_(hidden, -torch.inf).softmax(-1)
         by_block = torch.nn.functional.pad(weights, (0, missing)).view(len(rows), -1, per_block).sum(-1)
         result[slot].index_add_(0, tile_of_square, by_block)
     squares_of_tile = torch.zeros(tiling.num_tiles, device=query.device)

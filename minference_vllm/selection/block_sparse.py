@@ -14,11 +14,12 @@ from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import ESTIMATION_BLOCK, BlockSparse
 from minference_vllm.selection.compaction import Capacity, Selection
 from minference_vllm.selection.family import Family, Room
+from minference_vllm.selection.probe_queries import cap_
 from minference_vllm.selection.scores import Scores
 
 
 def pooled_scores(
-    query: torch.Tensor, means: torch.Tensor, heads: Sequence[int], tiling: Tiling, scale: float
+    query: torch.Tensor, means: torch.Tensor, heads: Sequence[int], tiling: Tiling, scale: float, softcap: float = 0.0
 ) -> torch.Tensor:
     """Softmax over blocks of mean query times mean key (MInference's block-sparse estimate), per query tile.
 
@@ -26,6 +27,7 @@ def pooled_scores(
         query: ``[chunk, H, D]``.
         means: ``[HK, N, D]``, see ``mean_keys``.
         heads: query heads wanted.
+        softcap: see ``Inputs``.
 
     Returns:
         float32 ``[h, T, N]``, zero where no key of a block is in a tile's reach.
@@ -36,7 +38,7 @@ def pooled_scores(
     for slot, head in enumerate(heads):
         queries = tiling.by_tile(query[:, head].float()).sum(1) / rows[:, None]
         torch.matmul(queries, means[head // group].T, out=scores[slot])
-    return scores.mul_(scale).masked_fill_(~tiling.reachable(), -torch.inf).softmax(-1)
+    return cap_(scores.mul_(scale), softcap).masked_fill_(~tiling.reachable(), -torch.inf).softmax(-1)
 
 
 def top_blocks(tiling: Tiling, scores: torch.Tensor, top_k: int) -> torch.Tensor:

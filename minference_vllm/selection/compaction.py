@@ -148,9 +148,11 @@ def columns_outside_blocks(
     """
     heads, tiles, _ = blocks.shape
     multiple = tiling.column_multiple
-    free = ~blocks & (tiling.distance() > 0)
+    free = ~blocks & (tiling.distance() > 0) & tiling.reachable()
     candidates = columns.ranked[:, None, :].expand(heads, tiles, -1)
     outside = free.gather(2, candidates // tiling.block_size) & columns.wanted[:, None, :]
+    if tiling.window:
+        outside &= candidates >= tiling.first_seen()[:, None]
     wanted = outside.sum(-1)
     if multiple > 1:
         fillers, usable = _fillers(tiling, free, columns)

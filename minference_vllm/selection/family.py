@@ -83,3 +83,7 @@ class Family(ABC, Generic[P]):
     def is_mean_corrected(self, pattern: P) -> bool:
         """Whether pages that are left out stand in the softmax as their means."""
         return False
+
+    def has_remainder(self, pattern: P) -> bool:
+        """Whether all keys that a tile leaves out stand in its softmax as one."""
+        return False

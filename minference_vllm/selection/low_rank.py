@@ -24,7 +24,7 @@ from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import Capacity, Selection
 from minference_vllm.selection.coverage import mass_per_token
 from minference_vllm.selection.family import Family
-from minference_vllm.selection.probe_queries import most_unlike, unlikeness
+from minference_vllm.selection.probe_queries import cap_, most_unlike, unlikeness, unseen
 from minference_vllm.selection.projection import (
     Projection,
     QuantizedQK,
@@ -46,15 +46,15 @@ MIN_ROWS = 16
 LAST_ROWS = 16
 """So many of the measured rows, but no more than a quarter, are among the chunk's last, where a prompt's question
 stands."""
-UNLIKE_ROWS = 16
-"""So many, but no more than a quarter, are rows whose queries are unlike the others': a few rows that look where no
+UNLIKE_ROWS = 32
+"""So many, but no more than half, are rows whose queries are unlike the others': a few rows that look where no
 other row looks are in no sample."""
-MOST_MISSED = 3.0
+MOST_MISSED = 1.5
 """A single one of the last and the unlike rows may miss so many times what their mean may."""
 FIT_SHARE = 1.0
 """How much the last and the unlike rows together count in the fit, beside all rows: dimensions in which few rows look
 carry next to nothing of the mean square."""
-STANDARD_ERRORS = 3.0
+STANDARD_ERRORS = 2.5
 """How far the mean of the other rows, which are a sample, must lie above what is wanted."""
 FIT_ROWS = 4096
 """Queries, and keys, from which dimensions are fitted, at most about."""
@@ -119,7 +119,7 @@ def calibration_rows(query: torch.Tensor, length: int) -> CalibrationRows:
     heads, chunk, _ = query.shape
     room = min(WEIGHTS_BYTES // (4 * length), chunk // ROWS_PER_SAMPLE)
     count = min(chunk, CALIBRATION_ROWS, max(MIN_ROWS, room))
-    last, unlike = min(LAST_ROWS, count // 4), min(UNLIKE_ROWS, count // 4)
+    last, unlike = min(LAST_ROWS, count // 4), min(UNLIKE_ROWS, count // 2)
     before = chunk - 2 * last
     parts = min(count - last - unlike, before)
     part = torch.arange(parts, device=query.device)
@@ -133,7 +133,12 @@ def calibration_rows(query: torch.Tensor, length: int) -> CalibrationRows:
 
 
 def row_weights(
-    query: torch.Tensor, keys: Iterable[torch.Tensor], positions: torch.Tensor, scale: float
+    query: torch.Tensor,
+    keys: Iterable[torch.Tensor],
+    positions: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
 ) -> torch.Tensor:
     """float32 ``[h, R, S]``: softmax weights of some rows.
 
@@ -141,10 +146,11 @@ def row_weights(
         query: ``[h, R, D]``.
         keys: ``[h, n, D]`` each, pieces that together are the sequence.
         positions: int64 ``[h, R]``.
+        softcap, window: see ``Inputs``.
     """
     query = query.float() * scale
-    scores = joined([torch.matmul(query, piece.float().transpose(1, 2)) for piece in keys], -1)
-    scores.masked_fill_(torch.arange(scores.shape[-1], device=query.device) > positions[..., None], -torch.inf)
+    scores = cap_(joined([torch.matmul(query, piece.float().transpose(1, 2)) for piece in keys], -1), softcap)
+    scores.masked_fill_(unseen(positions, scores.shape[-1], window), -torch.inf)
     return torch.softmax(scores, -1, out=scores)
 
 
@@ -241,7 +247,7 @@ def column_diagonal_bins(tiling: Tiling, by_column: torch.Tensor, by_offset: tor
     missing = tiling.num_key_blocks * size - tiling.seq_len
     columns = torch.nn.functional.pad(of_column, (0, missing)).view(len(of_column), 1, -1, size)
     found = torch.maximum(pages[..., None], columns * before[..., None])
-    return found.flatten(2)[..., : tiling.seq_len].contiguous()
+    return score_bins.hide_before_window(found.flatten(2)[..., : tiling.seq_len].contiguous(), tiling)
 
 
 def needed_keys(weights: torch.Tensor, gamma: float, scores: LowRankOps) -> torch.Tensor:
@@ -337,7 +343,7 @@ def score_keys(
     # One less: kernels may round otherwise.
     mass = scores.row_mass(quantized, sample.rows, tiling, weights)
     lowest = sample.threshold(mass, gamma).sub_(1).clamp_(min=0)
-    bins = scores.tile_bins(quantized, tiling, lowest)
+    bins = score_bins.hide_before_window(scores.tile_bins(quantized, tiling, lowest), tiling)
     wanted = sample.threshold(scores.mass_by_bin(bins, measured.tile, weights), gamma)
     # Standard errors need not fall where every row has more: but what suffices the rows themselves does.
     return ScoreBins(bins, torch.maximum(wanted, lowest))
@@ -364,6 +370,9 @@ class LowRankFamily(Family[LowRank]):
 
     def kernel_size(self, pattern: LowRank) -> int:
         return pattern.rank
+
+    def has_remainder(self, pattern: LowRank) -> bool:
+        return pattern.remainder
 
 
 FAMILY = LowRankFamily()

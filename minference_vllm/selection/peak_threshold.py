@@ -22,7 +22,7 @@ PART_BYTES = 32 << 20
 
 
 def peak_scores(
-    query: torch.Tensor, means: torch.Tensor, heads: Sequence[int], tiling: Tiling, scale: float
+    query: torch.Tensor, means: torch.Tensor, heads: Sequence[int], tiling: Tiling, scale: float, softcap: float = 0.0
 ) -> torch.Tensor:
     """Softmax over blocks of every single query times mean keys, averaged over the tile's rows, per query tile.
 
@@ -33,6 +33,7 @@ def peak_scores(
         query: ``[chunk, H, D]``.
         means: ``[HK, N, D]``, see ``mean_keys``.
         heads: query heads wanted.
+        softcap: see ``Inputs``.
 
     Returns:
         float32 ``[h, T, N]``, zero where no key of a block is in a tile's reach.
@@ -48,7 +49,7 @@ def peak_scores(
         rows, kv_means = tiling.by_tile(query[:, head]), means[head // group].to(query.dtype)
         for first in range(0, tiling.num_tiles, at_once):
             part = slice(first, first + at_once)
-            weights = logits(rows[part], kv_means, scale)
+            weights = logits(rows[part], kv_means, scale, softcap)
             weights = weights.masked_fill_(unseen[part, None], -torch.inf).softmax(-1)
             result[slot, part] = torch.matmul(there[part, None].float(), weights)[:, 0]
     return result.div_((tiling.starts[1:] - tiling.starts[:-1])[:, None])

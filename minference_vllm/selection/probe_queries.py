@@ -65,18 +65,39 @@ def most_unlike(unlikeness: torch.Tensor, count: int, taken: torch.Tensor) -> to
     return unlike.masked_fill_(rows >= borders[1:, None], -2.0).argmax(2) + borders[:-1]
 
 
-def logits(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """float32 ``[..., R, S]``: scaled products of ``query [..., R, D]`` and ``keys [..., S, D]``.
+def unseen(positions: torch.Tensor, length: int, window: int = 0) -> torch.Tensor:
+    """bool ``[..., length]``: keys that rows at these positions do not see, later ones and those before their window.
+
+    Args:
+        window: see ``Inputs``.
+    """
+    places = torch.arange(length, device=positions.device)
+    hidden = places > positions[..., None]
+    return hidden | (places <= positions[..., None] - window) if window else hidden
+
+
+def cap_(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Scores ``s`` as ``softcap * tanh(s / softcap)``, in place; 0: as they are."""
+    return scores.div_(softcap).tanh_().mul_(softcap) if softcap else scores
+
+
+def logits(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
+    """float32 ``[..., R, S]``: scaled products of ``query [..., R, D]`` and ``keys [..., S, D]``, with a soft cap.
 
     CPUs multiply in float32, since few of them multiply bf16 or fp16 at any speed.
     """
     if not query.is_cuda:
         query, keys = query.float(), keys.float()
-    return torch.matmul(query, keys.transpose(-1, -2)).float().mul_(scale)
+    return cap_(torch.matmul(query, keys.transpose(-1, -2)).float().mul_(scale), softcap)
 
 
 def column_diagonal_scores(
-    query: torch.Tensor, keys: torch.Tensor, heads: Sequence[int], scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    heads: Sequence[int],
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention mass per column and per diagonal, of the queries in ``probe_groups`` (arXiv 2407.02490, Algorithm 1).
 
@@ -90,6 +111,7 @@ def column_diagonal_scores(
         keys: ``[HK, S, D]``.
         heads: query heads wanted.
         scale: softmax scale.
+        softcap, window: see ``Inputs``.
 
     Returns:
         float32 ``[h, S]`` twice. Columns: the mass on key ``j``, summed over the queries. Diagonals: the mass
@@ -97,19 +119,18 @@ def column_diagonal_scores(
     """
     group = query.shape[1] // keys.shape[0]
     chunk, length = query.shape[0], keys.shape[1]
-    places = torch.arange(length, device=query.device)
     columns = torch.zeros(len(heads), length, device=query.device)
     agreed = torch.full((len(heads), length), torch.inf, device=query.device)
     groups = probe_groups(chunk)
     for begin, end in groups:
         rows, first = end - begin, length - chunk + begin
-        future = places > (first + torch.arange(rows, device=query.device))[:, None]
+        hidden = unseen(first + torch.arange(rows, device=query.device), length, window)
         # Row r's weights are shifted r places, so that a diagonal becomes a column of a strided view; zeros on the
         # left stand for keys before the first.
         padded = torch.zeros(len(heads), rows, length + rows, device=query.device)
         for slot, head in enumerate(heads):
-            scores = logits(query[begin:end, head], keys[head // group], scale)
-            torch.softmax(scores.masked_fill_(future, -torch.inf), -1, out=padded[slot, :, rows:])
+            scores = logits(query[begin:end, head], keys[head // group], scale, softcap)
+            torch.softmax(scores.masked_fill_(hidden, -torch.inf), -1, out=padded[slot, :, rows:])
         columns += padded[:, :, rows:].sum(1)
         # Key first + r - d stands in row r at place first + r - d + rows: d places left of first + rows, along a step
         # of one row and one place.

@@ -84,6 +84,14 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> t
     return bins
 
 
+def hide_before_window(bins: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+    """The bins, uint8 ``[h, T, S]``, 0 for keys that no row of a tile has in its window; overwritten."""
+    if not tiling.window:
+        return bins
+    places = torch.arange(tiling.seq_len, device=bins.device)
+    return bins.masked_fill_(places < tiling.first_seen()[:, None], 0)
+
+
 def row_bins(quantized: QuantizedQK, positions: torch.Tensor, tiling: Tiling) -> torch.Tensor:
     """Bins that single rows give the keys: no higher than those of their tiles.
 

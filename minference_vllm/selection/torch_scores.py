@@ -39,7 +39,7 @@ class TorchScores:
     def __init__(self, inputs: Inputs) -> None:
         # An FP8 query serves the attention kernel alone; scores take it as it is meant, but for its scale.
         self.query = inputs.query.bfloat16() if inputs.query.element_size() == 1 else inputs.query
-        self.inputs, self.scale = inputs, inputs.scale
+        self.inputs, self.scale, self.softcap = inputs, inputs.scale, inputs.softcap
 
     @functools.cached_property
     def keys(self) -> torch.Tensor:
@@ -98,16 +98,16 @@ class TorchScores:
 
     def column_diagonal_scores(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """See ``probe_queries.column_diagonal_scores``."""
-        return column_diagonal_scores(self.query, self.keys, heads, self.scale)
+        return column_diagonal_scores(self.query, self.keys, heads, self.scale, self.softcap, self.inputs.window)
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
-        return pooled_scores(self.query, self.mean_keys, heads, tiling, self.scale)
+        return pooled_scores(self.query, self.mean_keys, heads, tiling, self.scale, self.softcap)
 
     def peaks(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
-        return peak_scores(self.query, self.mean_keys, heads, tiling, self.scale)
+        return peak_scores(self.query, self.mean_keys, heads, tiling, self.scale, self.softcap)
 
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
-        return antidiagonal_scores(self.query, self.keys, heads, tiling, stride, self.scale)
+        return antidiagonal_scores(self.query, self.keys, heads, tiling, stride, self.scale, self.softcap)
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
         measured = low_rank.Measured.of(self, heads, tiling)
@@ -139,7 +139,7 @@ class TorchScores:
     def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
         query = torch.stack([self.query[of_head, head] for of_head, head in zip(rows, heads, strict=True)])
         positions = rows + self.inputs.chunk.context_len
-        return low_rank.row_weights(query, self.keys_of(heads), positions, self.scale)
+        return low_rank.row_weights(query, self.keys_of(heads), positions, self.scale, self.softcap, self.inputs.window)
 
     tile_bins = staticmethod(score_bins.tile_bins)
     row_mass = staticmethod(score_bins.row_mass)

@@ -62,7 +62,7 @@ def blocks_at(tiling: Tiling, marks: torch.Tensor) -> torch.Tensor:
     distance = tiling.distance()
     places = distance.clamp(min=0)
     before = marks[:, places] if marks.dim() == 2 else marks.gather(2, places.expand(len(marks), -1, -1))
-    return (before & (distance > 0)) | tiling.own()
+    return (before & (distance > 0) & tiling.reachable()) | tiling.own()
 
 
 def slash_blocks(tiling: Tiling, by_offset: torch.Tensor, slash: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_layer import FIRST, Layer, two_chunks
+from cpu_layer import FIRST, PAGE, SECOND, Layer, two_chunks
 from layer_inputs import HEADS, MIXED, SPARSE, assert_right
 
 from minference_vllm import reference
@@ -140,9 +140,11 @@ MISFITS: list[dict[str, Any]] = [
 FITTING = (1, 4)
 
 
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 300}], ids=["plain", "window"])
 @pytest.mark.parametrize("max_step", [1, MAX_STEP])
 def test_heads_below_the_floor_are_served_right_and_stay_raised(
     max_step: int,
+    options: dict[str, Any],
     make_cpu_layer: Callable[..., Layer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -156,7 +158,8 @@ def test_heads_below_the_floor_are_served_right_and_stay_raised(
     monkeypatch.setattr(
         serving.logger, "warning_once", lambda message, *values: lines.append(message % values), raising=False
     )
-    layer = make_cpu_layer([FIRST], patterns=MISFITS, settings={"recall_floor": 0.999})
+    # With tiles of a page the second chunk of a layer with a window leaves keys out.
+    layer = make_cpu_layer([FIRST], patterns=MISFITS, options=options, settings={"recall_floor": 0.999, "tile": PAGE})
     raised = tuple(head not in FITTING for head in range(HEADS))
     for number, batch in enumerate(two_chunks(layer)):
         layer.fill(batch)
@@ -172,6 +175,7 @@ def test_heads_below_the_floor_are_served_right_and_stay_raised(
         expected = layer.run(layer.parent, layer.metadata())
         torch.testing.assert_close(output[:, dense], expected[:, dense], rtol=0.02, atol=0.01)
     assert layer.steps_before == [(), layer.checks[0].steps]
+    assert layer.indices[1].tiling.context_len == SECOND[0] - (PAGE if options else 0)
     # Both chunks are counted under each raised head, and the log names those heads.
     counters = layer.counters
     both = counters.raised + counters.raised_to_dense

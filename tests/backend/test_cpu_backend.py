@@ -58,13 +58,20 @@ def test_layers_whose_heads_are_all_dense_take_the_parents_path(make_cpu_layer: 
     assert not layer.indices
 
 
+def test_layers_that_are_dense_by_their_patterns_count_beside_sparse_ones(make_cpu_layer: Callable[..., Layer]) -> None:
+    """Or the density would be that of the other layers. Without any sparse layer there is none to tell."""
+    layer = make_cpu_layer(MIXED, patterns=[{"kind": "dense"}] * HEADS)
+    assert layer.metadata().sparse and layer.counters.dense_pairs == 0
+    layer.builder = layer.make_builder(layer.layer, layer.make_layer(0, {}))
+    pairs = HEADS * sum(chunk.dense_pairs for chunk, _ in layer.metadata().sparse)
+    assert layer.counters.dense_pairs == layer.counters.computed_pairs == pairs > 0
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"sliding_window": 128},
-        {"logits_soft_cap": 20.0},
         {"alibi_slopes": [2.0**-head for head in range(HEADS)]},
-        {"sinks": torch.linspace(-2, 2, HEADS)},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -89,9 +96,115 @@ def test_the_reason_is_logged(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: C
     lines = record_once(monkeypatch)
     make_cpu_layer([(0, 10)])
     assert not [line for line in lines if "densely" in line]
-    make_cpu_layer([(0, 10)], options={"sliding_window": 128, "logits_soft_cap": 20.0})
+    options = {"sliding_window": 128, "logits_soft_cap": 20.0}
+    make_cpu_layer([(0, 10)], options=options, settings={"kernel": "block_table"})
     (line,) = [line for line in lines if "densely" in line]
     assert "sliding window, soft cap" in line
+
+
+# What vLLM's own CPU kernel serves, and ours, but not vLLM's under an index.
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "soft cap": {"logits_soft_cap": 1.0},
+    "sinks": {"sinks": torch.linspace(-2, 8, HEADS)},
+    "sinks in bfloat16": {"sinks": torch.linspace(-2, 8, HEADS).bfloat16()},
+    "window": {"sliding_window": MIN_CONTEXT},
+    "all": {"sliding_window": 333, "logits_soft_cap": 2.0, "sinks": torch.linspace(-2, 8, HEADS)},
+}
+
+
+@needs_native
+@pytest.mark.parametrize("kinds", [KINDS, ADAPTIVE_KINDS], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_of_our_own_kernel(
+    feature: str, dtype: torch.dtype, kinds: list[dict[str, Any]], make_cpu_layer: Callable[..., Layer]
+) -> None:
+    layer = make_cpu_layer(MIXED, dtype=dtype, patterns=kinds, options=FEATURES[feature])
+    output = layer.run(layer.impl, layer.metadata())
+    assert layer.impl.sparse_layer.kernel.name == "native" and len(layer.indices) == len(SPARSE)
+    assert_right(layer, output, SPARSE)
+    assert all(float(index.density().mean()) < 0.95 for index in layer.indices)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_mean_what_they_mean_to_vllm(
+    feature: str, dtype: torch.dtype, make_cpu_layer: Callable[..., Layer]
+) -> None:
+    """With all keys selected we give what vLLM's own kernel gives."""
+    everything = [{"kind": "a_shape", "sink": 0, "local": 100_000}] * HEADS
+    layer = make_cpu_layer(MIXED, dtype=dtype, patterns=everything, options=FEATURES[feature])
+    metadata = layer.metadata()
+    found, expected = (layer.run(impl, metadata) for impl in (layer.impl, layer.parent))
+    assert len(layer.indices) == len(SPARSE) and float(layer.indices[0].density().mean()) == 1.0
+    torch.testing.assert_close(found, expected, rtol=0, atol=3 * max(torch.finfo(dtype).eps, 1e-6))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"settings": {"kernel": "block_table"}}, None),
+        ({"page": 16}, "kernel 'native' cannot run: page size 16 is not a multiple of 32"),
+    ],
+    ids=["block_table", "small pages"],
+)
+@pytest.mark.parametrize(
+    ("feature", "named"), [("soft cap", "soft cap"), ("sinks", "attention sinks"), ("window", "sliding window")]
+)
+def test_without_our_own_kernel_such_layers_run_densely(
+    feature: str,
+    named: str,
+    changes: dict[str, Any],
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    make_cpu_layer: Callable[..., Layer],
+) -> None:
+    lines = record_once(monkeypatch)
+    layer = make_cpu_layer(MIXED, options=FEATURES[feature], **changes)
+    (line,) = [line for line in lines if "densely" in line]
+    assert named in line and (reason or "") in line
+    assert torch.equal(layer.run(layer.impl, layer.metadata()), layer.run(layer.parent, layer.metadata()))
+    assert not layer.indices
+
+
+@needs_native
+def test_pages_before_a_window_are_never_read(make_cpu_layer: Callable[..., Layer]) -> None:
+    """vLLM gives them to other requests."""
+    layer = make_cpu_layer([(600, 150)], patterns=KINDS, options=FEATURES["window"], settings={"tile": PAGE})
+    output = layer.run(layer.impl, layer.metadata())
+    assert_right(layer, output, [0])
+    gone = (600 - MIN_CONTEXT + 1) // PAGE
+    assert layer.indices[0].tiling.context_len == 600 - gone * PAGE
+    layer.cache[layer.batch.block_table[0, :gone].long()] = torch.nan
+    assert torch.equal(layer.run(layer.impl, layer.metadata()), output)
+
+
+@needs_native
+def test_short_windows_run_densely(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]) -> None:
+    """A row of theirs attends fewer keys than where sparse prefill begins."""
+    lines = record_once(monkeypatch)
+    layer = make_cpu_layer(MIXED, options={"sliding_window": MIN_CONTEXT - 1})
+    (line,) = [line for line in lines if "run densely:" in line]
+    assert f"sliding window of {MIN_CONTEXT - 1} tokens, below min_context" in line
+    assert torch.equal(layer.run(layer.impl, layer.metadata()), layer.run(layer.parent, layer.metadata()))
+
+
+@needs_native
+def test_mean_correction_in_a_window_runs_densely_until_other_patterns_come(
+    monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]
+) -> None:
+    from minference_vllm.patterns.file import load_pattern_file
+
+    lines = record_once(monkeypatch)
+    layer = make_cpu_layer(MIXED, patterns=[CORRECTED, *KINDS[1:]], options=FEATURES["window"])
+    (line,) = [line for line in lines if "run densely:" in line]
+    assert "mean correction" in line
+    assert torch.equal(layer.run(layer.impl, layer.metadata()), layer.run(layer.parent, layer.metadata()))
+    layer.impl.runtime.use(load_pattern_file("a_shape(32, 64)"), "a_shape(32, 64)")
+    assert_right(layer, layer.run(layer.impl, layer.metadata()), SPARSE)
 
 
 def test_the_source_of_the_patterns_is_logged(
@@ -129,8 +242,8 @@ def test_the_kernels_that_run_are_logged(
     }
     assert expected[name] in line
     assert ("our " in line) == (name == "native")
-    if dtype == torch.float16 and kernel == "auto":
-        assert "(kernel 'block_table': torch.float16 is neither bfloat16 nor float32)" in line
+    if kernel == "auto" and dtype != torch.bfloat16:
+        assert (name == "native") == (library.unsupported_reason(dtype, DIM) is None)
 
 
 @needs_native
@@ -350,20 +463,20 @@ def test_heads_with_mean_correction_are_served(make_cpu_layer: Callable[..., Lay
 
 
 @pytest.mark.parametrize(
-    ("settings", "dtype", "message"),
+    ("changes", "message"),
     [
-        ({"kernel": "block_table"}, torch.bfloat16, "vLLM's CPU kernel does not give"),
-        ({}, torch.float16, "kernel 'native' does, but .*"),
+        ({"settings": {"kernel": "block_table"}}, "vLLM's CPU kernel does not give"),
+        ({"page": 16}, "kernel 'native' does, but .*"),
     ],
-    ids=["block_table", "auto without native kernels for the dtype"],
+    ids=["block_table", "auto without native kernels for the page size"],
 )
 def test_mean_correction_without_its_kernel_is_refused_at_the_start(
-    settings: dict[str, Any], dtype: torch.dtype, message: str, make_cpu_layer: Callable[..., Layer]
+    changes: dict[str, Any], message: str, make_cpu_layer: Callable[..., Layer]
 ) -> None:
     with pytest.raises(
         ValueError, match=rf"patterns\.json.*: kernel 'block_table' cannot run: mean correction .*{message}"
     ):
-        make_cpu_layer(MIXED, patterns=[CORRECTED, *KINDS[1:]], settings=settings, dtype=dtype)
+        make_cpu_layer(MIXED, patterns=[CORRECTED, *KINDS[1:]], **changes)
 
 
 # Page sizes: vLLM may settle them, and tell them to the builder alone, after its layers are made.

@@ -113,7 +113,7 @@ def test_a_platform_that_changes_the_selection_ends_the_start(custom: Any, monke
         vllm_config.attention_config.backend = "OTHER"
 
     platform = taught(monkeypatch, kind="cpu", check_and_update_config=staticmethod(change))
-    with pytest.raises(ValueError, match=r"minference is selected, but vLLM's platform \S+Foreign serves OTHER"):
+    with pytest.raises(compat.StartError, match=r"minference is selected, but vLLM's platform \S+Foreign serves OTHER"):
         platform.check_and_update_config(config(custom))
 
 
@@ -121,7 +121,7 @@ def test_other_devices_end_the_start(custom: Any, monkeypatch: pytest.MonkeyPatc
     platform = taught(monkeypatch, kind="npu")
     message = r"runs on CPUs and NVIDIA GPUs, and vLLM's platform here is \S+Foreign: select another attention backend"
     for selected in (config(custom), config(None, full_attention=custom)):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(compat.StartError, match=message):
             platform.check_and_update_config(selected)
     with pytest.raises(ValueError, match=message):
         platform.get_attn_backend_cls(custom, "asked")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_layer import DTYPE, Layer, Parent, only
-from layer_inputs import HEADS, MIXED, record_once
+from layer_inputs import DIM, HEADS, KV_HEADS, MIXED, record_once
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,22 @@ def test_batches_that_we_do_not_serve(
     lines = record_once(monkeypatch)
     assert not getattr(layer.builder.build(0, layer.common(**change)), "sparse", ())
     assert len(lines) == 1 and reason in lines[0]
+
+
+def test_a_draft_models_batches_on_a_gpu_are_not_ours(
+    monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
+) -> None:
+    """vLLM makes them longer by a token and leaves what the host knows as it was."""
+    layer = make_gpu_layer([(0, 400)])
+    stale = {"seq_lens_cpu_upper_bound": layer.batch.seq_lens - 1}
+    ((chunk, _),) = layer.builder.build(0, layer.common(**stale)).sparse
+    assert (chunk.context_len, chunk.seq_len) == (0, 400), "lengths on the CPU are exact"
+    layer.builder.runtime.is_draft = True
+    assert layer.builder.build(0, layer.common(**stale)).sparse
+    lines = record_once(monkeypatch)
+    on_device = {**stale, "seq_lens": layer.batch.seq_lens.to("meta")}
+    assert not getattr(layer.builder.build(0, layer.common(**on_device)), "sparse", ())
+    assert len(lines) == 1 and "on the GPU only" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +87,29 @@ def test_layers_that_we_do_not_serve_run_as_vllms(
         layer.dense_calls.clear()
         layer.run(metadata)
         assert layer.dense_calls == [metadata] and not layer.indices
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"state_content_bytes": 2 * 2 * DIM + 8}, {"num_head_slots": 2 * KV_HEADS}, {"head_size_v": DIM // 2}],
+    ids=["scales beside keys and values", "packed heads", "smaller values"],
+)
+def test_pages_with_something_else_in_them_run_densely(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
+) -> None:
+    """Not so pages with padding behind them."""
+    layer = make_gpu_layer(MIXED)
+    padded = dataclasses.replace(layer.spec, page_size_padded=2 * layer.spec.page_size_bytes)
+    layer.impl.prepare(layer.layer, padded, DTYPE, torch.device("cpu"))
+    assert layer.impl.sparse_layer is not None and not layer.impl.dense_only
+    lines = record_once(monkeypatch)
+    other = dataclasses.replace(layer.spec, **changes)
+    layer.impl.prepare(layer.layer, other, DTYPE, torch.device("cpu"))
+    assert layer.impl.sparse_layer is None and layer.impl.dense_only
+    stored, plain = other.real_page_size_bytes, layer.spec.real_page_size_bytes
+    assert lines == [
+        f"minference: some layers run densely: pages of {stored} bytes, where keys and values take {plain}"
+    ]
 
 
 @only("FlashAttention")

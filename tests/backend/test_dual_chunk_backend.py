@@ -88,7 +88,7 @@ def assert_all_right(
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_mixed_batch_on_the_cpu(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Any]
 ) -> None:
@@ -183,7 +183,8 @@ def test_a_tensor_parallel_rank_runs_its_own_heads_patterns(rank: int, make_cpu_
         ({"patterns": [*KINDS[:7], {"kind": "peak_threshold", "mean_correction": True}]}, "with mean correction"),
         ({"dual_chunk": {**CONFIG, "local_size": 70}}, "with pages of 64 tokens, since its chunks of 250 tokens"),
         ({"dual_chunk": {**CONFIG, "local_size": 320}}, "needs integers chunk_size > local_size >= 0"),
-        ({"dtype": torch.float16}, "dual chunk attention needs kernel 'native', which cannot run here: torch.float16"),
+        ({"options": {"logits_soft_cap": 30.0}}, "with soft cap on logits: choose another attention backend"),
+        ({"options": {"sinks": torch.zeros(HEADS)}}, "with attention sinks: choose another attention backend"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -192,6 +193,15 @@ def test_what_is_refused_at_the_start(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_cpu_layer([(0, 10)], **{"dual_chunk": CONFIG, **arguments})
+
+
+def test_a_cpu_without_our_kernels_is_refused(
+    monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(library, "unsupported_reason", lambda *arguments: "the processor has no AVX2")
+    message = "dual chunk attention needs kernel 'native', which cannot run here: the processor has no AVX2$"
+    with pytest.raises(ValueError, match=message):
+        make_cpu_layer([(0, 10)], dual_chunk=CONFIG)
 
 
 @pytest.mark.parametrize(

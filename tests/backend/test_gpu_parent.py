@@ -37,6 +37,7 @@ def test_our_classes_stand_where_vllm_looks_for_them(parent: Parent, make_gpu_la
     backend = parent.our_backend
     assert issubclass(backend, parent.backend) and not backend.supports_batch_invariance()
     assert backend.get_name() == "MINFERENCE"
+    assert not backend.supports_device_cpu_query_lens_mismatch(), "runs are cut by the host's lengths"
     assert backend.get_impl_cls() is parent.our_impl
     assert backend.get_builder_cls() is parent.our_builder
     assert backend.get_preferred_block_size(16) == 128 and backend.get_preferred_block_size(256) == 256

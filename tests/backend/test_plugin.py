@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import ast
 import json
 import logging
 import os
@@ -17,7 +17,7 @@ import pytest
 from fork_server import ForkServer
 
 from minference_vllm import plugin
-from minference_vllm.backend import compat, registration
+from minference_vllm.backend import compat, registration, vllm_parts
 
 ROOT = Path(__file__).parent.parent.parent
 OUR_CLASS = "minference_vllm.backend.cpu.MInferenceCPUBackend"
@@ -215,8 +215,8 @@ print(json.dumps([before, member.get_path()]))
 
 @pytest.mark.parametrize("first", [True, False], ids=["before_us", "after_us"])
 def test_a_taken_slot_for_custom_backends_is_left_to_its_holder(first: bool, fresh_vllm: Callable[..., Any]) -> None:
-    """A warning names the holder; vLLM goes on, with our name unknown: whoever did not choose us loses nothing, and
-    whoever did is not served by somebody else's backend."""
+    """A warning names the holder; vLLM goes on: whoever did not choose us loses nothing, and whoever did is told why
+    and not served by somebody else's backend."""
     script = """
 import json, logging, sys, torch
 lines = []
@@ -237,21 +237,21 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 asked = AttentionSelectorConfig(head_size=64, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=128)
 try:
     AttentionBackendEnum["MINFERENCE"]
-    known = True
-except ValueError:
-    known = False
+    told = None
+except RuntimeError as error:
+    told = str(error)
 print(json.dumps({
     "lines": lines,
     "path": AttentionBackendEnum.CUSTOM.get_path(),
-    "known": known,
+    "told": told,
     "served_by": current_platform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, asked),
 }))
 """
     found = fresh_vllm(script, "before" if first else "after")
     (line,) = found["lines"]
-    assert "'minference' is no" in line and "somebody.elses.Backend" in line and "VLLM_PLUGINS" in line
+    assert "'minference' is not available: " in line and "somebody.elses.Backend" in line and "VLLM_PLUGINS" in line
     assert found["path"] == "somebody.elses.Backend"
-    assert not found["known"]
+    assert found["told"] == line
     assert not found["served_by"].startswith("minference_vllm")
 
 
@@ -326,46 +326,86 @@ print(json.dumps(load_pattern_file("coverage").default.kind))
     assert fresh(tmp_path, script) == "coverage"
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.26.1rc1", "0.32.0+cpu", "0.33.9", "0.33.1.dev5+g1234"])
+@pytest.mark.parametrize("version", ["0.26.0", "0.26.1rc1", "0.32.0+cpu", "0.33.9", "0.33.1.dev5+g1234", "v0.32.0"])
 def test_supported_versions(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-    compat.check_vllm_version()
+    assert compat.check_vllm() == f"{version} (supported: 0.26 to 0.33)"
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "0.9.2", "1.0.0", "0.34.0.dev1+g1234"])
 def test_other_versions_are_refused_with_the_range(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-    with pytest.raises(RuntimeError) as error:
-        compat.check_vllm_version()
-    message = str(error.value)
-    assert version in message and "0.26" in message and "0.33" in message
+    with pytest.raises(RuntimeError, match=f"supports vLLM 0.26 to 0.33, found {version}".replace("+", r"\+")):
+        compat.check_vllm()
 
 
-@pytest.mark.parametrize("version", ["dev", "", "0", "v0.32.0"])
-def test_an_unreadable_version_is_named(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+@pytest.mark.parametrize("version", ["0.1.dev1+g3f2a9c1", "0.1.dev17804+g3f2a9c1.cpu", "0.0.0", "dev", "", "0"])
+def test_a_build_from_source_is_judged_by_what_it_offers(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-    with pytest.raises(RuntimeError, match=repr(version)):
-        compat.check_vllm_version()
+    assert compat.check_vllm().startswith(f"{version}, a build from source with all that minference uses")
+    lacking = {**vllm_parts.PARTS, "v1.attention.backend": ("AttentionImpl.gone",), "nowhere": ("anything",)}
+    monkeypatch.setattr(vllm_parts, "PARTS", lacking)
+    with pytest.raises(RuntimeError) as error:
+        compat.check_vllm()
+    assert str(error.value) == (
+        f"minference-vllm supports vLLM 0.26 to 0.33; this build from source, {version!r}, lacks "
+        "vllm.v1.attention.backend.AttentionImpl.gone, vllm.nowhere.anything"
+    )
 
 
-def test_an_unsupported_vllm_goes_on_without_us(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
-    """vLLM does not catch what a general plugin raises: it would keep everybody from serving."""
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.34.0")
-    plugin.register()
-    plugin.register()
-    (line,) = warnings
-    assert "0.34.0" in line and "not available" in line
+OUTSIDE = """
+import importlib.metadata, json, logging
+real = importlib.metadata.version
+importlib.metadata.version = lambda name: "0.34.0+cpu" if name == "vllm" else real(name)
+lines = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("vllm.minference_vllm").addHandler(handler)
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+def start(backend):
+    try:
+        return EngineArgs(MODEL, attention_backend=backend).create_engine_config().attention_config.backend is None
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+
+print(json.dumps({
+    "minference": start("minference"),
+    "lines": list(lines),
+    "other": start("no_such_backend"),
+    "none": start(None),
+    "is_a_member": "MINFERENCE" in AttentionBackendEnum.__members__,
+    "custom": AttentionBackendEnum.CUSTOM.is_overridden(),
+    "own_attributes": sorted(set(vars(current_platform)) - set(vars(type(current_platform)()))),
+}))
+"""
 
 
-def test_a_vllm_of_unknown_version_goes_on_without_us(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
-    def version(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
+def test_an_unsupported_vllm_says_so_to_whoever_selects_us(fresh_vllm: Callable[..., Any]) -> None:
+    """Others start as before: vLLM does not catch what a general plugin raises, and its platform is left alone."""
+    reason = (
+        "attention backend 'minference' is not available: minference-vllm supports vLLM 0.26 to 0.33, found 0.34.0+cpu"
+    )
+    found = fresh_vllm(OUTSIDE.replace("MODEL", repr(str(ROOT / "examples" / "demo" / "model"))))
+    assert found["minference"] == reason
+    assert found["lines"] == [reason]
+    assert "Unknown attention backend: 'NO_SUCH_BACKEND'" in found["other"]
+    assert found["none"] is True
+    assert not found["is_a_member"] and not found["custom"] and found["own_attributes"] == []
 
-    monkeypatch.setattr("importlib.metadata.version", version)
-    monkeypatch.setattr("vllm.__version__", "dev")
-    plugin.register()
-    (line,) = warnings
-    assert "cannot read the version 'dev'" in line and "0.26 to 0.33" in line
+
+def test_every_name_of_vllm_that_is_imported_is_looked_for() -> None:
+    """What a build from source is judged by, against the imports of the parts that serve."""
+    wanted = {"__version__"}  # asked only where vLLM is no distribution
+    for folder in ("backend", "kernels"):
+        for path in sorted((ROOT / "minference_vllm" / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and str(node.module).startswith("vllm."):
+                    looked_for = {name.split(".")[0] for name in vllm_parts.PARTS.get(str(node.module)[5:], ())}
+                    wanted |= {f"{node.module}.{alias.name}" for alias in node.names if alias.name not in looked_for}
+    assert wanted == {"__version__", "vllm.v1.attention.backends.registry"}
 
 
 def test_whatever_fails_in_vllm_goes_on_without_us(monkeypatch: pytest.MonkeyPatch, warnings: list[str]) -> None:
@@ -373,5 +413,8 @@ def test_whatever_fails_in_vllm_goes_on_without_us(monkeypatch: pytest.MonkeyPat
         raise AttributeError("CUSTOM")
 
     monkeypatch.setattr(registration, "register_name", fail)
+    refused: list[str] = []
+    monkeypatch.setattr(compat, "refuse_name", refused.append)
     plugin.register()
+    assert refused == warnings
     assert warnings == ["attention backend 'minference' is not available: AttributeError: CUSTOM"]

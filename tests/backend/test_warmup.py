@@ -20,6 +20,7 @@ from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
 from minference_vllm.kernels.choose import choose
 from minference_vllm.patterns.kinds import (
+    MAX_STEP,
     Antidiagonal,
     AShape,
     BlockSparse,
@@ -79,7 +80,8 @@ def warm_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any
 
         def stand_in(inputs: Inputs, patterns: Any, kernel: Any, out: torch.Tensor, tile: Any) -> None:
             chunk = inputs.chunk
-            assert len(inputs.query) == len(out) == chunk.query_len and len(inputs.pages) * PAGE >= chunk.seq_len
+            assert len(inputs.query) == len(out) == chunk.query_len
+            assert len(inputs.pages) * PAGE >= chunk.seq_len
             assert kernel is layers[0].impl.sparse_layer.kernel and tile == Settings(**settings).tile
             chunks.append({"query": inputs.query, "cache": inputs.cache, "patterns": patterns, "out": out})
 
@@ -119,6 +121,70 @@ def test_a_floor_may_raise_heads_to_other_patterns(warm_up: Callable[..., list[d
     assert plain["patterns"] == [AShape()] * 4
     assert raised["patterns"] == [LowRank()] * 4
     assert dense["patterns"] == [Dense()] * 4
+
+
+@pytest.fixture
+def take_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Chunk, Any, bool]]]:
+    """``take_memory`` of a layer in a process that has taken none; returns chunks and patterns of what it would have
+    run, and whether they were audited."""
+    from minference_vllm.backend import warmup
+
+    monkeypatch.setattr(warmup, "_profiled", {})
+    monkeypatch.setattr(warmup, "MEMORY_LIMIT", 1)
+
+    def run(layer: Any, tokens: int, max_len: int = 32768, **settings: Any) -> list[tuple[Chunk, Any, bool]]:
+        chunks: list[tuple[Chunk, Any, bool]] = []
+
+        def stand_in(inputs: Inputs, patterns: Any, kernel: Any, out: torch.Tensor, tile: Any, check: Any) -> None:
+            assert len(inputs.query) == len(out) == inputs.chunk.query_len
+            assert len(inputs.cache.key) == 1 and not inputs.pages.any()
+            assert len(inputs.pages) == -(-inputs.chunk.seq_len // PAGE)
+            chunks.append((inputs.chunk, patterns, check is not None and check.floor is None))
+
+        monkeypatch.setattr(warmup, "attend_chunk", stand_in)
+        prepared = []
+        layer.get_kv_cache_spec = lambda config: spec()
+        layer.impl.prepare = lambda *arguments: prepared.append(arguments)
+        layer.impl.runtime = SimpleNamespace(settings=Settings(**settings))
+        model = SimpleNamespace(dtype=torch.bfloat16, max_model_len=max_len)
+        warmup.take_memory(layer, SimpleNamespace(model_config=model), tokens, torch.device("cpu"))
+        assert prepared == [(layer, spec(), torch.bfloat16, torch.device("cpu"))]
+        return chunks
+
+    return run
+
+
+def test_the_largest_chunk_is_served_once_where_vllm_measures_memory(
+    take_memory: Callable[..., list[tuple[Chunk, Any, bool]]],
+) -> None:
+    layer, same, other = make_layer(AShape()), make_layer(AShape()), make_layer(AShape(local=64))
+    largest = Chunk(0, 0, 32768 - 2048, 32768)
+    assert take_memory(layer, 2048) == [(largest, [AShape()] * 4, True)]
+    assert take_memory(layer, 2048) == take_memory(same, 1024) == [], "the same memory"
+    assert take_memory(same, 4096) == [(Chunk(0, 0, 32768 - 4096, 32768), [AShape()] * 4, True)]
+    assert take_memory(other, 2048, audit_rows=0) == [(largest, [AShape(local=64)] * 4, False)]
+
+
+def test_memory_of_a_floor_and_of_prompts_that_fit_into_one_batch(
+    take_memory: Callable[..., list[tuple[Chunk, Any, bool]]],
+) -> None:
+    whole = Chunk(0, 0, 0, 10000)
+    found = take_memory(make_layer(AShape()), 16384, max_len=10000, recall_floor=0.9)
+    assert found == [(whole, [AShape().at_step(step)] * 4, True) for step in range(MAX_STEP + 1)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "max_len", "patterns"),
+    [(2048, 8191, AShape()), (255, 32768, AShape()), (2048, 32768, None)],
+    ids=["short prompts", "short chunks", "dense layers"],
+)
+def test_nothing_is_taken_where_no_chunk_is_sparse(
+    tokens: int, max_len: int, patterns: HeadPattern | None, take_memory: Callable[..., list[tuple[Chunk, Any, bool]]]
+) -> None:
+    layer = make_layer(patterns or AShape())
+    if patterns is None:
+        layer.impl.sparse_layer = None
+    assert take_memory(layer, tokens, max_len) == []
 
 
 def test_a_line_says_how_long_it_took(
@@ -171,6 +237,7 @@ def test_a_launch_that_fails_names_the_kernel_and_its_shapes() -> None:
 
 def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, Any]) -> None:
     assert {name for name, *_ in interpreted["compiled"]} == {
+        "physical_lists_kernel",
         "sparse_attention_kernel",
         "row_lse_kernel",
         "column_diagonal_kernel",
@@ -187,38 +254,11 @@ def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, A
 
 
 def interpret() -> None:
+    from kernel_variants import Variants
+
     from minference_vllm.backend import warmup
     from minference_vllm.prefill.attend import attend_chunk
-    from minference_vllm.triton_kernels import antidiagonal, attention, column_diagonal, low_rank, page_means
 
-    def kind(value: Any) -> Any:
-        """What Triton compiles anew for, as far as arguments that are not named in the kernel decide it."""
-        if isinstance(value, torch.Tensor):
-            return [str(value.dtype), value.data_ptr() % 16 == 0]
-        return [type(value).__name__, isinstance(value, int) and value % 16 == 0]
-
-    def recording(variants: list[Any]) -> Callable[..., Callable[..., None]]:
-        def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-            def run(*arguments: Any, **constants: Any) -> None:
-                free = [kernel.arg_names.index(name) for name in lengths if name in kernel.arg_names]
-                kinds = [kind(value) for place, value in enumerate(arguments) if place not in free]
-                variant = [kernel.__name__, kinds, {name: str(value) for name, value in constants.items()}]
-                if variant not in variants:
-                    variants.append(variant)
-                # What the last kernel of a chunk computes decides no launch.
-                if kernel is not attention.sparse_attention_kernel:
-                    launcher(kernel, grid)(*arguments, **constants)
-
-            return run
-
-        return launch
-
-    lengths = (
-        "num_tiles", "num_blocks", "num_rows", "num_lists", "max_blocks", "max_columns", "rows", "context_len",
-        "seq_len", "first_kv_head",
-    )  # fmt: skip
-    compiled: list[Any] = []
-    served: list[Any] = []
     layers = [
         make_layer(VerticalSlash(vertical=40, slash=64), BlockSparse(top_k=2), Coverage(gamma=0.5), Antidiagonal()),
         make_layer(AShape(sink=40, local=40), LowRank(gamma=0.5)),
@@ -227,26 +267,22 @@ def interpret() -> None:
     ]
     settings = Settings(kernel="triton", tile=32)
 
-    def record(variants: list[Any]) -> None:
-        for module in (antidiagonal, attention, column_diagonal, low_rank, page_means):
-            module.launcher = recording(variants)  # type: ignore[attr-defined]
-
-    record(compiled)
-    warmup.warm_up(layers, spec(), torch.bfloat16, settings, torch.device("cpu"))
-    record(served)
-    for context, length, heads_first in ((0, 70, True), (77, 210, False)):
-        for layer in layers:
-            memory = torch.randn(9, 2, PAGE, 2 * DIM).bfloat16()
-            if not heads_first:
-                memory = memory.transpose(1, 2).contiguous().transpose(1, 2)
-            # The queries as vLLM cuts them out of one projection, and a later request's rows.
-            query = torch.randn(5 + length - context, 8, DIM).bfloat16()[5:, :4]
-            cache = layer.impl.paged_cache(layer, memory, torch.bfloat16)
-            out = torch.empty(query.shape, dtype=query.dtype)
-            chunk = Chunk(0, 0, context, length)
-            inputs = Inputs.of(query, cache, torch.randperm(9), chunk, 0.1)
-            attend_chunk(inputs, layer.impl.sparse_layer.patterns, layer.impl.sparse_layer.kernel, out, 32)
-    print(json.dumps({"compiled": compiled, "served": served}))
+    with Variants(run_attention=False) as compiled:
+        warmup.warm_up(layers, spec(), torch.bfloat16, settings, torch.device("cpu"))
+    with Variants(run_attention=False) as served:
+        for context, length, heads_first in ((0, 70, True), (77, 210, False)):
+            for layer in layers:
+                memory = torch.randn(9, 2, PAGE, 2 * DIM).bfloat16()
+                if not heads_first:
+                    memory = memory.transpose(1, 2).contiguous().transpose(1, 2)
+                # The queries as vLLM cuts them out of one projection, and a later request's rows.
+                query = torch.randn(5 + length - context, 8, DIM).bfloat16()[5:, :4]
+                cache = layer.impl.paged_cache(layer, memory, torch.bfloat16)
+                out = torch.empty(query.shape, dtype=query.dtype)
+                chunk = Chunk(0, 0, context, length)
+                inputs = Inputs.of(query, cache, torch.randperm(9), chunk, 0.1)
+                attend_chunk(inputs, layer.impl.sparse_layer.patterns, layer.impl.sparse_layer.kernel, out, 32)
+    print(json.dumps({"compiled": compiled.found, "served": served.found}))
 
 
 if __name__ == "__main__":

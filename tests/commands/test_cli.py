@@ -18,7 +18,9 @@ from minference_vllm.backend import compat, registration
 from minference_vllm.commands import doctor
 from minference_vllm.commands.cli import COMMANDS, main
 from minference_vllm.commands.inspect import spans, table
+from minference_vllm.kernels.native import library
 from minference_vllm.offline.checkpoint import Checkpoint
+from minference_vllm.settings import Settings
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 LAYERS, HEADS = 3, 4
@@ -58,6 +60,7 @@ LLAMA = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 64,
     "dtype": "bfloat16",
 }
 
@@ -133,6 +136,61 @@ def test_expected_errors_are_one_line(tool: Callable[..., Ended], arguments: lis
     assert ended.code == 1 and line.startswith(f"minference-vllm {arguments[0]}: ") and message in line
 
 
+def test_commands_without_torch_say_so_in_one_line(tmp_path: Path) -> None:
+    """Those that need it; the others do their work."""
+    script = f"""
+import contextlib, importlib.metadata, io, json, sys
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "vllm", "transformers"):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Without())
+real = importlib.metadata.version
+
+def version(name):
+    if name in ("torch", "vllm", "transformers"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(name)
+
+importlib.metadata.version = version
+from minference_vllm.commands import doctor
+from minference_vllm.commands.cli import main
+doctor.importlib.util.find_spec = lambda name: None
+found = {{}}
+for command in json.loads({json.dumps(json.dumps(WITHOUT_TORCH))}):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(command)
+    found[command[0]] = [code, out.getvalue(), err.getvalue()]
+print(json.dumps(found))
+"""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    done = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["convert"][0] == 0 and '"kind": "dense"' in found["convert"][1]
+    assert found["doctor"][0] == 1 and found["doctor"][2] == ""
+    assert "Serving with minference does not work here: torch, vllm, transformers." in found["doctor"][1]
+    for name in ("inspect", "plot", "calibrate", "evaluate"):
+        line = f"minference-vllm {name}: No module named 'torch'; minference-vllm doctor says what is missing\n"
+        assert found[name] == [1, "", line]
+
+
+WITHOUT_TORCH = [
+    ["doctor"],
+    ["convert", "dense", "-o", "-"],
+    ["inspect", str(DEMO)],
+    ["plot", str(DEMO)],
+    ["calibrate", str(DEMO), "-o", "file.json"],
+    ["evaluate", str(DEMO)],
+]
+
+
 # convert
 
 
@@ -190,6 +248,13 @@ def test_inspect_sums_up_what_was_measured(tool: Callable[..., Ended], tmp_path:
     assert "measured  density 0.200; recall 0.950, lowest 0.900 (layer 1, head 2)" in ended.out
 
 
+def test_inspect_takes_a_file_that_measured_nothing(tool: Callable[..., Ended], tmp_path: Path) -> None:
+    path = pattern_file(tmp_path / "patterns.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "measured": {"0": {}}}))
+    ended = tool("inspect", DEMO, "--patterns", path)
+    assert ended.code == 0 and "measured" not in ended.out
+
+
 def test_inspect_takes_the_checkpoints_own_file(tool: Callable[..., Ended], tmp_path: Path) -> None:
     folder = model(tmp_path / "llama", **LLAMA)
     entry = {str(head): ["stream_llm", 7, 8, 1.0] for head in range(4)}
@@ -214,6 +279,7 @@ def test_inspect_refuses_another_models_file(tool: Callable[..., Ended], tmp_pat
         ({"model_type": "bert", "architectures": ["BertModel"]}, "pooling models run no causal prefill"),
         ({"model_type": "bart", "architectures": ["BartForConditionalGeneration"]}, "encoder-decoder models"),
         ({**LLAMA, "dtype": "float64"}, "dtype float64 is not supported"),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "it has no attention heads"),
     ],
 )
 def test_inspect_says_why_a_model_is_refused(
@@ -223,13 +289,25 @@ def test_inspect_says_why_a_model_is_refused(
     assert ended.code == 1 and f"refused   {reason}" in ended.out
 
 
+SHORT_WINDOW = "sliding window of 4096 tokens, below min_context"
+
+
 @pytest.mark.parametrize(
     ("fields", "rows"),
     [
-        ({"model_type": "mistral", "sliding_window": 4096}, {"0-1": "dense: sliding window"}),
-        ({"model_type": "gpt_oss"}, {"0": "dense: sliding window, attention sinks", "1": "dense: attention sinks"}),
+        ({"model_type": "mistral", "sliding_window": 4096}, {"0-1": f"dense: {SHORT_WINDOW}"}),
+        ({"model_type": "mistral", "sliding_window": 8192}, {}),
+        ({"model_type": "gpt_oss"}, {"0": "dense: sliding window of 128 tokens, below min_context"}),
+        (
+            {"model_type": "gpt_oss", "head_dim": 512},
+            {"0": "dense: sliding window, attention sinks", "1": "dense: attention sinks"},
+        ),
         (
             {"model_type": "gemma2"},
+            {"0": f"dense: {SHORT_WINDOW}"},
+        ),
+        (
+            {"model_type": "gemma2", "head_dim": 512},
             {"0": "dense: sliding window, soft cap on logits", "1": "dense: soft cap on logits"},
         ),
         ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}, {}),
@@ -246,6 +324,7 @@ def test_inspect_names_layers_that_run_no_pattern(
     fields: dict[str, Any],
     rows: dict[str, str],
 ) -> None:
+    monkeypatch.setattr(library, "unavailable_reason", lambda dtype=None: None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     ended = tool("inspect", model(tmp_path / "model", **{**LLAMA, "architectures": ["SomeForCausalLM"], **fields}))
     assert ended.code == 0, ended.err
@@ -254,11 +333,14 @@ def test_inspect_names_layers_that_run_no_pattern(
     assert found == rows
 
 
-def test_our_gpu_kernel_runs_patterns_where_the_cpu_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_kernels_run_patterns_where_vllms_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gpt_oss = Checkpoint(str(model(tmp_path / "model", **{**LLAMA, "model_type": "gpt_oss"})))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert gpt_oss.fixed_layers() == {0: "dense: sliding window"}
-    assert gpt_oss.fixed_layers("block_table")[1] == "dense: attention sinks"
+    monkeypatch.setattr(library, "unavailable_reason", lambda dtype=None: None)
+    for on_gpu in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda on_gpu=on_gpu: on_gpu)
+        window = "sliding window" if on_gpu else "sliding window of 128 tokens, below min_context"
+        assert gpt_oss.fixed_layers(Settings()) == {0: f"dense: {window}"}
+        assert gpt_oss.fixed_layers(Settings(kernel="block_table"))[1] == "dense: attention sinks"
 
 
 def test_table_groups_what_is_alike() -> None:
@@ -317,6 +399,13 @@ def test_plot_refuses_what_it_cannot_draw(tool: Callable[..., Ended], tmp_path: 
     empty.write_text("")
     assert f"{empty} is empty" in tool("plot", DEMO, "--prompt", empty, "-o", tmp_path / "x.png").err
     assert "No such file" in tool("plot", DEMO, "--prompt", tmp_path / "no.txt", "-o", tmp_path / "x.png").err
+    for device in ("foo", "meta", "cuda:9999"):
+        ended = tool("plot", DEMO, "--device", device, "-o", tmp_path / "x.png")
+        (line,) = ended.err.splitlines()
+        assert ended.code == 1 and line.startswith(f"minference-vllm plot: --device {device!r}: ")
+    mamba = model(tmp_path / "mamba", model_type="mamba", architectures=["MambaForCausalLM"], dtype="bfloat16")
+    ended = tool("plot", mamba, "-o", tmp_path / "x.png")
+    assert ended.code == 1 and ended.err.startswith(f"minference-vllm plot: minference cannot serve {mamba}: it has no")
     windowed = model(tmp_path / "mistral", **{**LLAMA, "model_type": "mistral", "sliding_window": 64})
     ended = tool("plot", windowed, "--head", "0:0", "-o", tmp_path / "x.png")
     assert ended.code == 1 and "head 0:0 runs no pattern; dense: sliding window" in ended.err

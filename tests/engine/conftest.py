@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import VOCABULARY, save
 
 HERE = Path(__file__).parent
-VOCABULARY, HEADS, LAYERS = 512, 8, 3
+HEADS, LAYERS = 8, 3
 MIN_CONTEXT = 512
 SPARSE_KINDS: list[dict[str, Any]] = [
     {"kind": "vertical_slash", "vertical": 64, "slash": 128},
@@ -42,8 +43,7 @@ FULL_KINDS: list[dict[str, Any]] = [
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with random weights, a fixed seed and a tokenizer whose words are ``w0`` ... ``w511``."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("models") / "llama"
     config = LlamaConfig(
@@ -62,12 +62,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=None,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    words = {f"w{number}": number for number in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
-    return folder
+    return save(LlamaForCausalLM(config), folder)
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,15 @@ def test_drafted_tokens_change_no_answer(covered: Asked, ask: Callable) -> None:
     assert drafted.tokens == covered.tokens
 
 
+def test_a_draft_model_runs_sparsely_as_well(ask: Callable, tmp_path: Path) -> None:
+    """On our backend, which has to be named for it. Its statistics are its own."""
+    (tmp_path / "draft").symlink_to(MODEL)
+    draft = {"method": "draft_model", "model": str(tmp_path / "draft"), "num_speculative_tokens": 3}
+    drafted = ask(COVERAGE, speculative_config={**draft, "attention_backend": "MINFERENCE"}, disable_log_stats=False)
+    assert drafted.drafts > 0 and drafted.right == [True] * len(PLACES)
+    assert re.search(r"minference \(draft model\): [1-9]\d* prefill chunks .* density 0\.\d+", drafted.log)
+
+
 def test_a_blind_pattern_loses_the_needles_and_the_log_says_so(ask: Callable) -> None:
     answers = ask(BLIND, {"audit_share": 1.0})
     assert not any(answers.right)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_answers import assert_same_tokens
 
 Runner = Callable[..., Any]
 EAGER = {"enforce_eager": True}
@@ -21,20 +22,6 @@ IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 def batch(*prompts: list[int], forget_prefixes: bool = False) -> dict[str, Any]:
     return {"prompts": list(prompts), "forget_prefixes": forget_prefixes}
-
-
-def assert_same_tokens(found: Any, expected: Any, tie: float, at_least: int) -> None:
-    """The same greedy tokens. They may part only where the best two were nearly tied: rounding picks either, and what
-    follows depends on the pick."""
-    agreed = 0
-    for prompts in zip(found.tokens, expected.tokens, expected.leads, strict=True):
-        for ours, theirs, leads in zip(*prompts, strict=True):
-            for position, (token, other, lead) in enumerate(zip(ours, theirs, leads, strict=True)):
-                if token != other:
-                    assert lead < tie, f"position {position}: {ours} instead of {theirs}, which led by {lead} nats"
-                    break
-                agreed += 1
-    assert agreed >= at_least, f"only {agreed} tokens agree before ties part the answers"
 
 
 # Against vLLM's own backend. The model has a layer with a sliding window, which is not ours to compute.

@@ -24,7 +24,7 @@ from minference_vllm.patterns.kinds import (
     VerticalSlash,
 )
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.score_bins import LOCAL_BIN, ScoreBins
+from minference_vllm.selection.score_bins import LOCAL_BIN, ScoreBins, hide_before_window
 from minference_vllm.selection.torch_scores import TorchScores
 
 TILINGS = {
@@ -43,6 +43,16 @@ TILINGS = {
     "chunk_within_one_page": (299, 311, 32, 64),
     "chunk_ends_inside_its_first_tile": (130, 190, 32, 128),
     "long_context_short_chunk": (2000, 2100, 32, 128),
+}
+WINDOWED = {
+    # name: the same, and the window
+    "window_of_some_tiles": (0, 517, 32, 64, 200),
+    "window_of_whole_pages": (256, 600, 32, 64, 128),
+    "window_within_a_page": (301, 600, 32, 64, 7),
+    "window_of_one": (130, 190, 32, 128, 1),
+    "window_shorter_than_a_tile": (2000, 2100, 32, 128, 70),
+    "window_longer_than_the_prompt": (301, 600, 32, 64, 10**6),
+    "window_that_ends_in_the_chunk": (100, 600, 32, 64, 290),
 }
 PATTERNS: dict[str, HeadPattern] = {
     "dense": Dense(),
@@ -136,6 +146,7 @@ class RandomScores:
             )
             own, later = by_key
             self.bins[head][own], self.bins[head][later] = LOCAL_BIN, 0
+            hide_before_window(self.bins[head][None], tiling)
         thresholds = torch.full((len(heads),), int(41 * (1 - gamma)), dtype=torch.int32)
         return ScoreBins(torch.stack([self.bins[head] for head in heads]), thresholds)
 
@@ -190,8 +201,8 @@ class Built:
 
 @functools.cache
 def build(tiling_name: str, whole_pages: bool) -> Built:
-    context_len, seq_len, block_size, tile = TILINGS[tiling_name]
-    tiling = Tiling.of(context_len, seq_len, block_size, tile, block_size if whole_pages else 1)
+    context_len, seq_len, block_size, tile, *window = {**TILINGS, **WINDOWED}[tiling_name]
+    tiling = Tiling.of(context_len, seq_len, block_size, tile, block_size if whole_pages else 1, "cpu", *window)
     scores = RandomScores(seq_len)
     index = build_index(tiling, list(PATTERNS.values()), scores)
     return Built(tiling, index, scores, index.to_mask())

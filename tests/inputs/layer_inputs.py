@@ -60,18 +60,27 @@ def record_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def assert_right(layer: Any, output: torch.Tensor, sparse: Sequence[int]) -> None:
     """Sparse requests as their (latest) index says, all others dense; in the accuracy of the type."""
-    batch = layer.batch
+    batch, options = layer.batch, getattr(layer, "options", {})
     indices = dict(zip(sparse, layer.indices[-len(sparse) :], strict=True))
     for request, context in enumerate(batch.context_lens):
         seq_len = int(batch.seq_lens[request])
         if request in indices:
             index = indices[request]
-            assert (index.tiling.context_len, index.tiling.seq_len) == (context, seq_len)
-            mask = index.to_mask()
+            assert index.tiling.seq_len - index.tiling.context_len == seq_len - context
+            mask = torch.nn.functional.pad(index.to_mask(), (seq_len - index.tiling.seq_len, 0))
         else:
-            mask = reference.causal_mask(context, seq_len).expand(layer.heads, -1, -1)
+            window = options.get("sliding_window") or 0
+            mask = reference.causal_mask(context, seq_len, window).expand(layer.heads, -1, -1)
         query = batch.query[batch.rows(request)]
-        exact = reference.masked_attention(query, batch.keys(request), batch.values(request), mask, layer.scale)
+        exact = reference.masked_attention(
+            query,
+            batch.keys(request),
+            batch.values(request),
+            mask,
+            layer.scale,
+            options.get("logits_soft_cap") or 0.0,
+            options.get("sinks"),
+        )
         found = output[batch.rows(request)]
         assert torch.isfinite(found).all(), f"request {request}"
         budget = 3 * max(torch.finfo(layer.dtype).eps, 1e-6) * float(exact.abs().max())

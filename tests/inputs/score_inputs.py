@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from minference_vllm.core.inputs import Inputs
@@ -14,10 +17,12 @@ def scores_of(
     scale: float = 1.0,
     block_size: int = 32,
     kind: type[TorchScores] = TorchScores,
+    **features: Any,
 ) -> TorchScores:
     """Of queries ``[chunk, H, D]``, the last of a sequence with keys ``[HK, S, D]``; values are not read.
 
     Args:
         kind: the class, or a subclass that stands in for a part of it.
+        features: of ``Inputs``.
     """
-    return kind(Inputs.of_rows(query, keys, keys, scale, block_size))
+    return kind(replace(Inputs.of_rows(query, keys, keys, scale, block_size), **features))

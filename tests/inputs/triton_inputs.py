@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -22,6 +23,31 @@ def paged(rows: torch.Tensor, pages: torch.Tensor, block_size: int) -> torch.Ten
     cache = torch.full((len(pages) + 2, block_size, kv_heads, dim), torch.nan)
     cache[pages] = padded.view(len(pages), block_size, kv_heads, dim)
     return cache.to(rows.dtype).transpose(1, 2)
+
+
+def side_by_side(cache: PagedCache) -> PagedCache:
+    """Heads outside of tokens (HND), as vLLM lays them out in one tensor."""
+    both = torch.cat([cache.key, cache.value], -1)
+    return replace(cache, key=both[..., : cache.head_size], value=both[..., cache.head_size :])
+
+
+def with_gaps(cache: PagedCache) -> PagedCache:
+    """Strides that are multiples of 8 and not of 16; what lies between is NaN."""
+
+    def spread(pages: torch.Tensor) -> torch.Tensor:
+        blocks, heads, size, dim = pages.shape
+        wide = torch.full((blocks, heads + 1, size + 1, dim + 8), torch.nan).to(pages.dtype)
+        wide[:, :heads, :size, :dim] = pages
+        return wide[:, :heads, :size, :dim]
+
+    return replace(cache, key=spread(cache.key), value=spread(cache.value))
+
+
+LAYOUTS: dict[str, Callable[[PagedCache], PagedCache]] = {
+    "heads inside of tokens": lambda cache: cache,
+    "side by side": side_by_side,
+    "gaps": with_gaps,
+}
 
 
 def shuffled(

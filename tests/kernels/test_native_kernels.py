@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from paged_inputs import PagedBatch, make_batch
+from native_inputs import LAYOUTS, budget, in_layout, small_batch
+from paged_inputs import PagedBatch
 
 from minference_vllm import reference
-from minference_vllm.core.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
+from minference_vllm.core.paged_cache import Layout
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.choose import choose
 from minference_vllm.kernels.native import library
@@ -22,44 +23,10 @@ from minference_vllm.selection import low_rank
 from minference_vllm.selection.probe_queries import probe_groups
 from minference_vllm.selection.torch_scores import TorchScores
 
-LAYOUTS: tuple[Layout, ...] = ("rows", "transposed", "amx")
-BUILDS = (("avx512bf16", torch.bfloat16), ("avx2", torch.bfloat16), ("avx2", torch.float32))
 built = pytest.mark.skipif(bool(library.unavailable_reason()), reason=str(library.unavailable_reason()))
 
 
-@pytest.fixture(params=BUILDS, ids=lambda param: f"{param[0]}-{param[1]}".replace("torch.", ""))
-def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Served by each build of the kernels that the processor can run, not the best alone."""
-    build, dtype = request.param
-    loaded = library.load(build)
-    if loaded is None:
-        pytest.skip(f"no kernels for {library.INSTRUCTIONS[build]} here")
-    monkeypatch.setattr(library, "_best", lambda dtype: (build, loaded))
-    return dtype
-
-
-def in_layout(batch: PagedBatch, layout: Layout) -> PagedCache:
-    """The batch's pages in a layout, keys and values of a page side by side as in vLLM's cache."""
-    if layout == "amx" and batch.key_cache.dtype != torch.bfloat16:
-        pytest.skip("pages in tiles of the AMX unit hold bfloat16")
-    blocks, size, heads, dim = batch.key_cache.shape
-    place = torch.arange(size * dim).view(size, dim)
-    stored = torch.empty(blocks, heads, 2, size * dim, dtype=batch.key_cache.dtype)
-    for half, unpack, cache in ((0, unpack_keys, batch.key_cache), (1, unpack_values, batch.value_cache)):
-        stored[:, :, half, unpack(place, layout).flatten()] = cache.transpose(1, 2).flatten(2)
-    pages = stored.view(blocks, heads, 2, size, dim)
-    return PagedCache(pages[:, :, 0], pages[:, :, 1], layout)
-
-
 # All layouts and builds are held against one batch of each shape, and one answer.
-
-
-@functools.cache
-def small_batch(
-    chunk: int, context: int, heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, block_size: int = 32
-) -> PagedBatch:
-    """One request, with NaN behind its last token."""
-    return make_batch([chunk], [context], heads, kv_heads, head_size, block_size, dtype, behind=torch.nan)
 
 
 @functools.cache
@@ -77,7 +44,10 @@ def exact_logits(*shape: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("block_size, head_size", [(32, 64), (32, 80), (64, 96), (128, 128), (32, 256)])
+@pytest.mark.parametrize(
+    "block_size, head_size",
+    [(32, 64), (32, 80), (64, 96), (32, 112), (128, 128), (64, 160), (32, 192), (64, 224), (32, 256)],
+)
 def test_attention_and_log_sum_exp(layout: Layout, block_size: int, head_size: int, dtype: torch.dtype) -> None:
     shape = 301, 210, 8, 2, head_size, dtype, block_size
     batch = small_batch(*shape)
@@ -88,10 +58,7 @@ def test_attention_and_log_sum_exp(layout: Layout, block_size: int, head_size: i
     mask = index.to_mask()
     scores = exact_logits(*shape).masked_fill(~mask, -torch.inf)
     exact = (scores.softmax(-1) @ reference.repeat_heads(batch.values(0), 8)).transpose(0, 1)
-    # Two roundings to bf16 (of the weights and of the output) of values that are at most as large as the largest; in
-    # float32 the exponential's error, and a sum of 511.
-    budget = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 3e-6
-    assert float((out.double() - exact).abs().max()) <= budget * float(exact.abs().max())
+    assert float((out.double() - exact).abs().max()) <= budget(dtype) * float(exact.abs().max())
     lse, again = torch.full((8, 301), torch.nan), torch.full_like(out, torch.nan)
     kernel.run(inputs, index, again, lse)
     assert torch.equal(again, out)
@@ -178,7 +145,7 @@ def test_the_best_build_that_the_processor_can_run_is_taken(monkeypatch: pytest.
     best = library._best.__wrapped__
     assert best(torch.bfloat16) == ("avx512bf16", libraries["avx512bf16"])
     # The other one's instructions multiply bf16.
-    assert best(torch.float32) == ("avx2", libraries["avx2"])
+    assert best(torch.float32) == best(torch.float16) == ("avx2", libraries["avx2"])
     del libraries["avx512bf16"]
     assert best(torch.bfloat16) == ("avx2", libraries["avx2"])
     del libraries["avx2"]
@@ -193,6 +160,17 @@ def test_amx_pages_go_to_vllms_kernel_unless_ours_is_named(paged_batch: Callable
     assert choose("auto", torch.bfloat16, in_layout(paged_batch(), "transposed")).name == "native"
 
 
+@built
+def test_what_vllms_kernel_does_not_know_goes_to_ours(paged_batch: Callable[..., PagedBatch]) -> None:
+    cache = in_layout(paged_batch(), "amx")
+    assert choose("auto", torch.bfloat16, cache, own=True).name == "native"
+    with pytest.raises(ValueError, match="'block_table' cannot run: it knows no soft caps, sinks and windows; native"):
+        choose("block_table", torch.bfloat16, cache, own=True)
+    small = in_layout(paged_batch(block_size=16), "rows")
+    with pytest.raises(ValueError, match=r"'block_table' cannot run: it knows no soft caps, .* page size 16"):
+        choose("auto", torch.bfloat16, small, own=True)
+
+
 def test_amx_pages_hold_bf16(paged_batch: Callable[..., PagedBatch]) -> None:
     cache = in_layout(paged_batch(), "amx")
     assert library.unsupported_cache_reason(torch.float32, cache)
@@ -202,7 +180,7 @@ def test_amx_pages_hold_bf16(paged_batch: Callable[..., PagedBatch]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"dtype": torch.float16}, "float16 is neither bfloat16 nor float32"),
+        ({"dtype": torch.float64}, "float64 is neither bfloat16, float16 nor float32"),
         ({"block_size": 16}, "page size 16 is not a multiple of 32"),
         ({"head_size": 72}, "head size 72 is not a multiple of 16"),
         ({"head_size": 512}, "head size 512 is not a multiple of 16 up to 256"),
@@ -214,6 +192,18 @@ def test_reasons(arguments: dict[str, Any], reason: str, paged_batch: Callable[.
     assert reason in str(library.unsupported_cache_reason(dtype, cache))
     of_heads = library.unsupported_reason(dtype, cache.head_size)
     assert of_heads is None if "block_size" in arguments else reason in str(of_heads)
+
+
+@built
+def test_of_vllms_head_sizes_those_up_to_256_are_served() -> None:
+    """512 goes to vLLM's own kernel, or runs densely."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    assert {64, 80, 96, 112, 128, 160, 192, 224, 256} <= set(sizes)
+    for dtype in library.ELEMENTS:
+        served = [size for size in sizes if library.unsupported_reason(dtype, size) is None]
+        assert served == [size for size in sizes if size <= 256]
 
 
 def test_index_and_tiling_fit_the_kernels_types(paged_batch: Callable[..., PagedBatch]) -> None:

@@ -7,9 +7,16 @@ both the test and, run as a script, that process.
 from __future__ import annotations
 
 import json
-from typing import Any
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
+
+if TYPE_CHECKING:
+    from minference_vllm.core.inputs import Inputs
 
 pytest.importorskip("triton")
 
@@ -77,6 +84,38 @@ CASES: dict[str, dict[str, Any]] = {
         "sinks": True,
         "shared": True,
     },
+    "many columns": {"seq_len": 701, "context_len": 500, "block_size": 32, "vertical": 300, "dtype": "float16"},
+    "many columns of pages of 16, shared lists, GQA 2": {
+        "seq_len": 650,
+        "context_len": 511,
+        "block_size": 16,
+        "vertical": 280,
+        "shared": True,
+    },
+    "pages larger than a step, chunk starts inside a page": {"seq_len": 837, "context_len": 610, "block_size": 256},
+    "pages that no step divides, dense tiles without a list": {
+        "seq_len": 500,
+        "context_len": 250,
+        "block_size": 48,
+        "planned": True,
+    },
+    "one row": {"seq_len": 290, "context_len": 289, "block_size": 32},
+    "keys and values side by side, heads outside of tokens": {
+        "seq_len": 300,
+        "context_len": 140,
+        "block_size": 128,
+        "layout": "side by side",
+    },
+    "strides that 16 does not divide": {"seq_len": 300, "context_len": 140, "block_size": 32, "layout": "gaps"},
+    "as launched on Ampere": {"seq_len": 470, "context_len": 250, "block_size": 16, "vertical": 150, "major": 8},
+    "as launched on Blackwell, head size 128": {
+        "seq_len": 470,
+        "context_len": 250,
+        "block_size": 64,
+        "head_size": 128,
+        "vertical": 150,
+        "major": 10,
+    },
 }
 SHARED_CASES = [(1, 0, 300, 16), (4, 101, 390, 32), (7, 70, 301, 16)]
 """(query heads per KV head, context, length, page size) of ``sparse_prefill`` with patterns that need no scores."""
@@ -91,7 +130,8 @@ def test_sparse_attention_matches_the_reference(interpreted: dict[str, Any], nam
     found = interpreted[name]
     assert found["error"] <= 2 * found["eager_error"] + 1e-6, found
     assert found["lse_error"] < 2e-3 if "float32" not in name else found["lse_error"] < 1e-5, found
-    assert found["columns"] > 0, "the case must exercise single columns"
+    wanted = 128 if "many" in name else 1
+    assert found["columns"] >= wanted, "the case must exercise single columns, and many of them whole steps"
     assert (found["unlisted"] > 0) == ("without a list" in name)
 
 
@@ -120,15 +160,18 @@ def run_case(
     fp8: bool = False,
     fp8_query: bool = False,
     shared: bool = False,
+    vertical: int = 40,
+    layout: str = "heads inside of tokens",
+    major: int = 9,
 ) -> dict[str, float]:
     from dataclasses import replace
 
     import torch
-    from triton_inputs import shuffled
+    from triton_inputs import LAYOUTS, shuffled
 
     from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash
     from minference_vllm.core.inputs import Inputs
-    from minference_vllm.core.tiling import Tiling
+    from minference_vllm.core.tiling import Tiling, whole_tile
     from minference_vllm.reference import repeat_heads
     from minference_vllm.selection.build import build_index
     from minference_vllm.selection.capacity import plan_capacity
@@ -145,8 +188,8 @@ def run_case(
     wide = query.float() * query_scale
     keys, values = ((row.float() * factor).transpose(0, 1) for row, factor in zip(rows, scales, strict=True))
     scale = head_size**-0.5
-    tiling = Tiling.of(context_len, seq_len, block_size, max(128, block_size))
-    patterns = [VerticalSlash(vertical=40, slash=16), BlockSparse(top_k=1), AShape(sink=16, local=64), Dense()]
+    tiling = Tiling.of(context_len, seq_len, block_size, whole_tile(None, block_size))
+    patterns = [VerticalSlash(vertical=vertical, slash=16), BlockSparse(top_k=1), AShape(sink=16, local=64), Dense()]
     planned_capacity = plan_capacity(patterns, context_len, seq_len, block_size, tiling.tile)
     # Whatever pattern made them: to the kernel lists are lists.
     heads_per_list = heads // kv_heads if shared else 1
@@ -158,7 +201,9 @@ def run_case(
     out = torch.full(query.shape, torch.nan, dtype=kind)
     lse = torch.full((heads, len(query)), torch.nan)
     inputs = shuffled(query, *rows, block_size, scale * query_scale, *scales, softcap=softcap, sinks=sink)
-    attention.run(inputs, index, out, lse)
+    inputs = replace(inputs, cache=LAYOUTS[layout](inputs.cache))
+    with launched_as_on(major), unwritten_entries_lead_to_nan(inputs):
+        attention.run(inputs, index, out, lse)
     mask = index.to_mask()
 
     def exact_or_eager(precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,6 +227,30 @@ def run_case(
         "columns": int(index.num_columns.max()),
         "unlisted": int((index.blocks[..., 0] < 0).sum()),
     }
+
+
+@contextmanager
+def launched_as_on(major: int) -> Iterator[None]:
+    """Of this compute capability."""
+    from minference_vllm.triton_kernels import attention
+
+    shape = attention.launch_shape
+    attention.launch_shape = lambda _, *sizes: shape(major, *sizes)
+    yield
+    attention.launch_shape = shape
+
+
+@contextmanager
+def unwritten_entries_lead_to_nan(inputs: Inputs) -> Iterator[None]:
+    """What is allocated, the kernel's lists, names a page that the sequence does not own until it is written."""
+    import torch
+
+    page, _, slot, _ = inputs.cache.key.stride()
+    foreign = min({*range(len(inputs.cache.key))} - {*inputs.pages.tolist()})
+    assert inputs.cache.key[foreign].float().isnan().all()
+    place = foreign * page // math.gcd(16, page, slot)
+    with mock.patch("torch.empty", lambda size, **options: torch.full((size,), place, **options)):
+        yield
 
 
 def run_shared_case(group: int, context_len: int, seq_len: int, block_size: int) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
         columns_first = False
 
     # Heads that are scored together are not all neighbours.
-    patterns = [LowRank(gamma=0.5), LowRank(gamma=0.5), LowRank(rank=32, gamma=0.5), LowRank(gamma=0.5)]
+    patterns = [LowRank(gamma=0.4), LowRank(gamma=0.4), LowRank(rank=32, gamma=0.4), LowRank(gamma=0.4)]
     inputs, out, index, expected = prefill(context_len, seq_len, page, patterns, sharpness=4)
     by_torch = build_index(Tiling.of(context_len, seq_len, page, 128), patterns, ScoringAlways(inputs))
     return {

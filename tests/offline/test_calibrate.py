@@ -51,7 +51,8 @@ def test_measured_recall_error_and_cost_are_those_of_the_reference() -> None:
     for number, pattern in enumerate(patterns):
         index = build_index(Tiling.of(CONTEXT, LENGTH, SIZE, 64, SIZE), [pattern] * HEADS, None)  # type: ignore[arg-type]
         mask = index.to_mask()
-        assert torch.equal(found.cost[number], index.computed_pairs())
+        assert torch.equal(found.computed[number], index.computed_pairs())
+        assert torch.equal(found.cost[number], found.computed[number])
         assert found.pairs[number].tolist() == [index.dense_pairs()] * HEADS
         sparse = reference.masked_attention(query, keys, values, mask, SCALE)[rows]
         dense = reference.masked_attention(query, keys, values, reference.causal_mask(CONTEXT, LENGTH), SCALE)[rows]
@@ -82,7 +83,20 @@ def test_low_rank_costs_its_scoring_where_it_scores() -> None:
     tiling = Tiling.of(inputs.chunk.context_len, inputs.chunk.seq_len, SIZE, 128, SIZE)
     index = build_index(tiling, [pattern] * 2, TorchScores(inputs))
     scoring = scoring_cost(pattern.rank, keys.shape[2], len(query), keys.device) * index.dense_pairs()
-    assert (found.cost[0] - index.computed_pairs()).tolist() == [pytest.approx(scoring), 0]
+    assert torch.equal(found.computed[0], index.computed_pairs())
+    assert (found.cost[0] - found.computed[0]).tolist() == [pytest.approx(scoring), 0]
+    of_first = found.of(torch.tensor([0, 0]))
+    for head, written in enumerate(command.measurements(of_first)):
+        assert written.density == pytest.approx(float(index.density()[head]), abs=1e-5)
+        share = scoring / index.dense_pairs() if head == 0 else 0
+        assert written.cost == pytest.approx(written.density + share, abs=2e-5)
+
+
+def test_a_head_whose_values_are_zero_loses_nothing() -> None:
+    inputs = layer()
+    inputs.cache.value.zero_()
+    found = measure(inputs, [AShape(sink=32, local=64), LowRank()], kernel="block_table", tile=64)
+    assert not found.squared_error.any() and (found.value_recall == 1).all()
 
 
 def chunk(cost: list[float], error: list[float]) -> Measured:
@@ -119,7 +133,7 @@ def layers(chosen: Measured) -> dict[int, command.Layer]:
 
 def test_the_check_sees_the_last_chunk_and_the_choice_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     found = layers(chunk([30, 10], [0.04, 0.03]))
-    assert found[0].patterns == [CANDIDATES[1]] and found[0].chosen.density == 0.1
+    assert found[0].patterns == [CANDIDATES[1]] and found[0].chosen.cost_share == 0.1
     assert command.report(found)
     assert "67% cheaper than the default" in capsys.readouterr().out
 
@@ -214,6 +228,9 @@ def test_prompt_files(tmp_path: Path) -> None:
     lines.write_text('{"prompt": "one"}\n\n{"prompt": "two"}\n')
     assert texts.read_prompts(lines) == ["one", "two"]
     lines.write_text('{"text": "one"}\n')
+    with pytest.raises(ValueError, match=r'must be a JSON object \{"prompt": "..."\}'):
+        texts.read_prompts(lines)
+    lines.write_text('{"prompt": "one"}\n{"prompt": 5}\n')
     with pytest.raises(ValueError, match=r'must be a JSON object \{"prompt": "..."\}'):
         texts.read_prompts(lines)
     lines.write_text("\n")

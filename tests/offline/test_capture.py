@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from minference_vllm.offline.capture import Layer, capture_layers, chunk_indices, measure, visit_layers
+from minference_vllm.backend.counters import Counters
+from minference_vllm.offline.capture import (
+    Layer,
+    capture_layers,
+    chunk_indices,
+    measure,
+    sparse_chunks,
+    visit_layers,
+)
 from minference_vllm.offline.plot import head_map
 from minference_vllm.patterns.kinds import AShape, Dense, HeadPattern, VerticalSlash
 from minference_vllm.settings import Settings
@@ -68,6 +78,11 @@ def test_capturing_leaves_the_model_as_it_is(model: Path, ids: torch.Tensor) -> 
         assert torch.equal(first.query, second.query)
 
 
+def test_soft_caps_and_windows_are_captured(tmp_path: Path) -> None:
+    layers = capture_layers(str(tiny_models.gemma2(tmp_path / "gemma2", window=300)), torch.arange(LENGTH)[None] % 512)
+    assert [(layer.softcap, layer.window) for layer in layers] == [(50.0, 300), (50.0, 0)] * 2
+
+
 def random_layer() -> Layer:
     generator = torch.Generator().manual_seed(2)
     query, keys, values = (
@@ -81,16 +96,17 @@ def test_keys_of_a_query_head() -> None:
     assert [torch.equal(layer.keys_of(head), layer.keys[head // 2]) for head in range(HEADS)] == [True] * HEADS
 
 
-def test_figures_are_those_of_the_whole_attention() -> None:
-    layer = random_layer()
+@pytest.mark.parametrize("changes", [{}, {"softcap": 1.0}, {"window": 330}], ids=["plain", "soft cap", "window"])
+def test_figures_are_those_of_the_whole_attention(changes: dict[str, Any]) -> None:
+    layer = random_layer()._replace(**changes)
     indices = chunk_indices(layer, PATTERNS, 300, Settings(min_context=0, min_chunk=1))
     assert [(index.tiling.context_len, index.tiling.seq_len) for index in indices] == [(0, 300), (300, 600), (600, 700)]
     density, recall = measure(layer, indices, rows=LENGTH)
     for head in range(HEADS):
-        picture = head_map(layer.query[head], layer.keys_of(head), indices, head, layer.scale)
+        picture = head_map(layer.query[head], layer.keys_of(head), indices, head, layer.scale, softcap=layer.softcap)
         assert float(density[head]) == pytest.approx(picture.density)
         assert float(recall[head]) == pytest.approx(picture.recall, abs=1e-5)
-    assert density[0] < 0.9 and recall[0] < 0.95 and density[2] == 1 and recall[2] == pytest.approx(1)
+    assert density[0] < 0.96 and recall[0] < 0.97 and density[2] == 1 and recall[2] == pytest.approx(1)
 
 
 def test_chunks_that_the_backend_leaves_to_vllm_are_dense() -> None:
@@ -98,3 +114,16 @@ def test_chunks_that_the_backend_leaves_to_vllm_are_dense() -> None:
     indices = chunk_indices(layer, PATTERNS, 300, Settings(min_context=400, min_chunk=150))
     densities = [float(index.density()[0]) for index in indices]
     assert densities[0] == densities[2] == 1 and densities[1] < 1
+
+
+def test_density_and_recall_of_the_sparse_chunks_are_those_of_a_server() -> None:
+    layer, settings = random_layer(), Settings(min_context=400, min_chunk=150)
+    indices = chunk_indices(layer, PATTERNS, 300, settings)
+    (served,) = sparse_chunks(indices, settings)
+    assert served is indices[1]
+    counters = Counters()
+    counters.count_layer(served.computed_pairs().sum(), served.num_heads * served.dense_pairs())
+    density, recall = measure(layer, [served], rows=LENGTH)
+    assert float(density.mean()) == pytest.approx(counters.density)
+    _, of_all = measure(layer, indices, rows=LENGTH)
+    torch.testing.assert_close(1 - of_all, (1 - recall) * 300 / LENGTH, rtol=1e-4, atol=1e-6)

@@ -137,7 +137,7 @@ def test_a_head_as_svg(drawn: HeadMap, tmp_path: Path) -> None:
         "tiny, layer 3, head 1",
         "query position (token)",
         "key position (token)",
-        f"keys computed: {drawn.density:.1%} of the dense pairs",
+        f"keys computed: {drawn.density:.1%} of the prompt's dense pairs",
         f"(recall {drawn.recall:.2%})",
         "largest weight in a cell of 6 x 6 tokens",
         "whole blocks of 32 keys",
@@ -217,7 +217,7 @@ def test_every_cells_numbers_can_be_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert len({tuple(cell) for cell in cells[0].tolist()}) == 10, "every kind has its own colour"
     labels = {label.get_position(): label for label in axes.texts if label.get_text() != "dense: windows"}
     assert len(labels) == 20
-    assert {label.get_text() for label in labels.values()} >= {"12345", "32\n0.95", "0.1\n256\n512\nFalse"}
+    assert {label.get_text() for label in labels.values()} >= {"12345", "32\n0.95\nFalse", "0.1\n256\n512\nFalse"}
     for (head, layer), label in labels.items():
         assert contrast(label.get_color(), cells[layer, head]) >= 4.5, (layer, head)
         lines = label.get_window_extent()
@@ -248,7 +248,7 @@ def test_layers_as_svg(tmp_path: Path) -> None:
     for expected in (
         "tiny, 301 tokens",
         "recall: mean 97.00%, worst head 90.00%",
-        "density: mean 20.00% of the dense pairs",
+        "density: mean 20.00% of the dense pairs in sparse chunks",
         "layer",
         "one head",
         "mean of the layer",

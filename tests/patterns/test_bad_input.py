@@ -52,6 +52,7 @@ def pattern_file(folder: Path, layers: int = LAYERS, heads: int = HEADS) -> str:
         ({"use_mla": True}, "multi-head latent attention"),
         ({"runner_type": "pooling"}, "pooling models run no causal prefill"),
         ({"is_encoder_decoder": True}, "encoder-decoder models are not supported"),
+        ({"hf_text_config": SimpleNamespace(num_heads=80)}, "it has no attention heads"),
         ({"dtype": torch.float64}, "dtype float64 is not supported; allowed are bfloat16, float16, float32"),
         ({"dtype": torch.float8_e4m3fn}, "dtype float8_e4m3fn is not supported"),
     ],
@@ -71,8 +72,17 @@ def test_several_reasons_come_in_one_message() -> None:
     [
         ({"min_contxt": 5}, "unknown setting; known ones are patterns, min_context"),
         ({"min_context": -5}, r'additional_config\["minference"\]\["min_context"\] = -5'),
-        ({"patterns": "no_such_preset"}, r"no pattern file at 'no_such_preset'.*shipped names \(a_shape"),
+        ({"patterns": "no_such_preset"}, r"no pattern file at 'no_such_preset'.*shipped names are a_shape"),
         ("dense", "must be an object of settings"),
+        (
+            {"patterns": {"schema_version": 1}},
+            r"\['patterns'\]".replace("'", '"') + " = .*: must be the path of a pattern",
+        ),
+        ({"patterns": '{"schema_version": 1}'}, "no pattern file at .*; give the path of a pattern file"),
+        (
+            {"patterns": '{"schema_version": 1, "provenance": "' + 5000 * "long " + '"}'},
+            r"^no pattern file at .{,300}; give",
+        ),
     ],
 )
 def test_settings_that_cannot_be_used(settings: Any, message: str) -> None:
@@ -86,6 +96,29 @@ def test_another_models_pattern_file(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message) as error:
             runtime_for(configuration({"patterns": path}))
         assert path in str(error.value)
+
+
+def test_a_draft_model_runs_the_users_patterns_where_they_are_its_own(tmp_path: Path) -> None:
+    path = pattern_file(tmp_path)
+    own = runtime_for(configuration({"patterns": path}, runner_type="draft"))
+    assert own.patterns.for_layer(0, 1) == (AShape(sink=1, local=2),)
+    written = runtime_for(
+        configuration({"patterns": "dense"}, runner_type="draft", get_total_num_hidden_layers=lambda: 1)
+    )
+    assert written.patterns.for_layer(0, 1) == (Dense(),)
+    others = runtime_for(configuration({"patterns": path}, runner_type="draft", get_total_num_hidden_layers=lambda: 1))
+    assert others.patterns.for_layer(0, 1) == (LowRank(rank=32, gamma=0.95),)
+    assert others.source.endswith(f"since {path} describes another model than the draft")
+    assert others.counters.line().startswith("minference (draft model): 0 prefill chunks")
+    others.use(own.patterns, "a test")
+    assert others.counters.line().startswith("minference (draft model): ")
+
+
+def test_a_draft_models_broken_file_is_refused(tmp_path: Path) -> None:
+    """It is the checkpoint's own."""
+    (tmp_path / "sparse_attention_config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        runtime_for(configuration(model=str(tmp_path), runner_type="draft"))
 
 
 def test_a_broken_pattern_file(tmp_path: Path) -> None:
@@ -143,7 +176,7 @@ def test_a_checkpoints_file_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_then_the_shipped_default() -> None:
     runtime = runtime_for(configuration())
-    assert runtime.patterns.for_layer(0, 1) == (LowRank(rank=32, gamma=0.95),)
+    assert runtime.patterns.for_layer(0, 1) == (LowRank(rank=32, gamma=0.88, remainder=True),)
     assert "the default (no file was set" in runtime.source
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +100,7 @@ SHIPPED: dict[str, HeadPattern] = {
     "a_shape": AShape(sink=1024, local=4096),
     "block_sparse": BlockSparse(top_k=100),
     "coverage": Coverage(gamma=0.95, min_budget=3072),
-    "low_rank": LowRank(rank=32, gamma=0.95),
+    "low_rank": LowRank(rank=32, gamma=0.88, remainder=True),
     "dense": Dense(),
     "tri_shape": TriShape(sink=1024, local=4096, last=128),
     "vertical_slash_1000_6096": VerticalSlash(vertical=1000, slash=6096),
@@ -148,7 +152,34 @@ def test_bytes_that_are_no_text_name_the_file(tmp_path: Path) -> None:
         load_pattern_file(str(path))
 
 
-@pytest.mark.parametrize("content", [{}, {"heads": []}, {"0": {}, "x": {}}, "dense", 5, None, True])
+def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, ours())
+
+    def refuse(*arguments: Any, **options: Any) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    for method in ("read_bytes", "is_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, refuse)
+            with pytest.raises(PatternError, match=r"pattern file '.*patterns\.json': Permission denied"):
+                load_pattern_file(path)
+
+
+def test_a_file_is_read_as_utf_8_in_any_locale(tmp_path: Path) -> None:
+    path = tmp_path / "patterns.json"
+    path.write_bytes(json.dumps(ours(provenance="\u00fc"), ensure_ascii=False).encode())
+    script = (
+        "import sys; from minference_vllm import load_pattern_file; "
+        "print(ascii(load_pattern_file(sys.argv[1]).provenance))"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "'\\xfc'\n"
+
+
+@pytest.mark.parametrize("content", [{}, {"heads": []}, {"02": {}}, "dense", 5, None, True])
 def test_other_json_is_refused_with_the_formats_that_are_not(content: Any) -> None:
     with pytest.raises(PatternError, match=r"FILE: .*schema_version.*MInference.*sparse_attention_config"):
         parse_patterns(content, "FILE")
@@ -183,22 +214,40 @@ def test_a_bad_budget_names_its_place(pattern: dict[str, Any], place: str) -> No
     assert str(error.value).startswith("FILE: default") and place in str(error.value)
 
 
+MEASURED = {"recall": 0.9, "density": 0.1, "output_error": 0.01}
+
+
 @pytest.mark.parametrize(
     ("fields", "place"),
     [
         ({"schema_version": 2}, "schema_version = 2"),
-        ({"comment": "x"}, "comment"),
-        ({"layers": {"-1": {}}}, "start at 0"),
-        ({"layers": {"0": {"-1": {"kind": "dense"}}}}, "start at 0"),
-        ({"layers": {"first": {}}}, "layers.first"),
-        ({"layers": []}, "layers"),
-        ({"default": None}, "default"),
+        ({"schema_version": True}, "schema_version = True: must be 1"),
+        ({"comment": "x"}, "comment: unknown field; known ones are schema_version, model, "),
+        ({"layer": {}}, "layer: unknown field; known ones are .*; did you mean 'layers'?"),
+        ({"layers": []}, r"layers = \[\]: must be an object"),
+        ({"layers": {"0": None}}, "layers.0 = None: must be an object"),
+        ({"default": None}, "default = None: must be an object"),
+        ({"default": {}}, "default.kind: a pattern needs its kind; allowed are dense, a_shape"),
+        (
+            {"default": {"kind": "low-rank"}},
+            "default.kind = 'low-rank': unknown pattern kind; .*; did you mean 'low_rank'?",
+        ),
+        ({"default": {"kind": ["dense"]}}, r"default.kind = \['dense'\]: unknown pattern kind"),
+        ({"default": {"kind": "a_shape", "sinks": 1}}, "a_shape.sinks: unknown .* sink, local; did you mean 'sink'?"),
+        ({"default": {"kind": "dense", "sink": 1}}, "default.dense.sink: unknown field; known ones are none"),
+        ({"model": 5}, "model = 5: must be text"),
+        ({"measured": {"0": {"1": {"recall": 0.5}}}}, "measured.0.1.density: missing"),
+        (
+            {"measured": {"0": {"1": {"mass": 0.5, **MEASURED}}}},
+            "measured.0.1.mass: unknown field; known ones are recall",
+        ),
+        ({5: 1}, "^FILE: 5 is no name of a field"),
     ],
 )
 def test_a_bad_field_names_its_place(fields: dict[str, Any], place: str) -> None:
-    with pytest.raises(PatternError, match=r"^FILE: ") as error:
-        parse_patterns(ours(**fields), "FILE")
-    assert place in str(error.value)
+    with pytest.raises(PatternError, match=place.replace("?", r"\?")) as error:
+        parse_patterns({"schema_version": 1, **fields}, "FILE")
+    assert str(error.value).startswith("FILE: ")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +328,7 @@ def test_patterns_are_named_or_written_out(text: str, pattern: HeadPattern) -> N
         ("coverage(0.9, 2, 3)", "coverage takes 2 values (gamma, min_budget)"),
         ("coverage(0.9, gamma=0.8)", "gamma is given twice"),
         ("coverage(0.9, much)", "'much' is not a number"),
-        ("coverage(1.5)", "less than 1"),
+        ("coverage(1.5)", "gamma = 1.5: must be a number between 0 and 1"),
         ("cover(1)", "unknown pattern kind; allowed are dense, a_shape"),
         ("nowhere", "no pattern file at 'nowhere'"),
     ],

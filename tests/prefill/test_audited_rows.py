@@ -11,7 +11,8 @@ from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import AShape
-from minference_vllm.prefill.recall import audited_rows, chunk_recall
+from minference_vllm.prefill import recall
+from minference_vllm.prefill.recall import audited_rows, chunk_recall, sample_rows
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.torch_scores import TorchScores
 
@@ -30,6 +31,19 @@ def test_audited_rows_differ_and_half_of_them_are_unlike_the_others(rows: int, s
         assert found == audited_rows(query, samples, seed).tolist()
         assert count < 2 or rows // 3 in found
         assert count < 4 or rows - 1 in found
+
+
+def test_the_draw_is_the_hosts_whatever_the_default_device() -> None:
+    drawn = sample_rows(1000, 8, seed=1)
+    with torch.device("meta"):
+        assert torch.equal(sample_rows(1000, 8, seed=1), drawn)
+
+
+def test_rows_are_the_same_however_many_heads_are_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.randn(300, 5, 16, generator=torch.Generator().manual_seed(0))
+    found = audited_rows(query, 8, seed=1)
+    monkeypatch.setattr(recall, "PIECE_BYTES", 2 * 2 * 4 * 300 * 16)
+    assert torch.equal(audited_rows(query, 8, seed=1), found)
 
 
 def test_audited_rows_of_equal_or_broken_queries() -> None:

@@ -287,7 +287,9 @@ def test_a_kernel_without_a_log_sum_exp_is_refused(
     paged_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = paged_batch(query_lens=[200], context_lens=[300])
-    with pytest.raises(ValueError, match="'block_table' cannot run: mean correction needs every row's log-sum-exp"):
+    with pytest.raises(
+        ValueError, match="'block_table' cannot run: mean correction and the remainder need every row's log-sum-exp"
+    ):
         sparse_prefill(*batch.arguments, CORRECTED, kernel="block_table")
     monkeypatch.setattr(library, "unavailable_reason", lambda dtype=None: "the processor has no AVX2")
     with pytest.raises(ValueError, match="kernel 'native' does, but the processor has no AVX2"):
@@ -312,7 +314,7 @@ def test_in_files_it_is_off_unless_it_is_named() -> None:
     assert mean_corrected_heads([old, named]) == [1]
     assert parse_head_pattern(named.model_dump(mode="json")) == named
     for wrong in (1, "true", None):
-        with pytest.raises(PatternError, match=r"mean_correction = .*valid boolean"):
+        with pytest.raises(PatternError, match=r"mean_correction = .*: must be true or false"):
             parse_head_pattern({"kind": "peak_threshold", "mean_correction": wrong})
     with pytest.raises(PatternError, match="mean_correction"):
         parse_head_pattern({"kind": "antidiagonal", "mean_correction": True})

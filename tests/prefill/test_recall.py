@@ -11,6 +11,9 @@ import torch
 from score_inputs import scores_of
 
 from minference_vllm import reference
+from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.choose import choose
@@ -267,11 +270,19 @@ PAGES = torch.tensor([7, 3, 9, 4, 1])
 SIZE = 32
 
 
+def begins_at(position: int, pages: torch.Tensor = PAGES, first_key: int = 0) -> Inputs:
+    """A chunk that begins there, or ends: both ask for what lies before."""
+    cache = PagedCache(*torch.zeros(2, 10, 1, SIZE, 16), "rows")
+    place = position - first_key
+    chunk = Chunk(0, 0, place, place)
+    return Inputs(torch.zeros(0, 1, 16), cache, pages[first_key // SIZE :], chunk, 1.0, first_key=first_key)
+
+
 def test_raised_steps_carry_on_to_the_requests_next_chunk() -> None:
     raised = RaisedSteps()
-    raised.keep(2, 70, PAGES, SIZE, (0, 1, 2))
-    assert raised.at(2, 70, PAGES, SIZE) == (0, 1, 2)
-    assert raised.at(2, 70, PAGES, SIZE) == (0, 1, 2), "a chunk may be asked about twice"
+    raised.keep(2, begins_at(70), (0, 1, 2))
+    assert raised.at(2, begins_at(70)) == (0, 1, 2)
+    assert raised.at(2, begins_at(70)) == (0, 1, 2), "a chunk may be asked about twice"
 
 
 @pytest.mark.parametrize(
@@ -287,25 +298,34 @@ def test_raised_steps_carry_on_to_the_requests_next_chunk() -> None:
 )
 def test_raised_steps_are_not_another_ones(layer: int, position: int, pages: torch.Tensor, other: str) -> None:
     raised = RaisedSteps()
-    raised.keep(2, 70, PAGES, SIZE, (0, 1, 2))
-    assert raised.at(layer, position, pages, SIZE) == (), f"another {other}"
+    raised.keep(2, begins_at(70), (0, 1, 2))
+    assert raised.at(layer, begins_at(position, pages)) == (), f"another {other}"
+
+
+def test_raised_steps_are_found_by_the_position_in_the_request() -> None:
+    """In a layer with a sliding window the keys before it are left out, and every chunk counts from another one."""
+    raised = RaisedSteps()
+    raised.keep(2, begins_at(140), (0, 1))
+    assert raised.at(2, begins_at(140, first_key=64)) == (0, 1)
+    assert raised.at(2, begins_at(140 + 64, torch.tensor([0, 0, *PAGES]), first_key=64)) == (), "140 tokens later"
 
 
 def test_a_chunk_that_ends_with_its_page_is_found_again() -> None:
     raised = RaisedSteps()
-    raised.keep(0, 64, PAGES, SIZE, (1,))
-    assert raised.at(0, 64, PAGES, SIZE) == (1,)
-    assert raised.at(0, 64, torch.tensor([7, 3]), SIZE) == (1,), "the page of token 63 decides, not the one behind it"
+    raised.keep(0, begins_at(64), (1,))
+    assert raised.at(0, begins_at(64)) == (1,)
+    shorter = begins_at(64, torch.tensor([7, 3]))
+    assert raised.at(0, shorter) == (1,), "the page of token 63 decides, not the one behind it"
 
 
 def test_what_was_not_raised_takes_no_room_and_the_oldest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RaisedSteps, "CAPACITY", 3)
     raised = RaisedSteps()
-    raised.keep(0, 32, PAGES, SIZE, (1,))
+    raised.keep(0, begins_at(32), (1,))
     for position in range(33, 60):
-        raised.keep(0, position, PAGES, SIZE, (0,))
-    assert raised.at(0, 32, PAGES, SIZE) == (1,)
+        raised.keep(0, begins_at(position), (0,))
+    assert raised.at(0, begins_at(32)) == (1,)
     for position in (40, 41, 42):
-        raised.keep(0, position, PAGES, SIZE, (2,))
-    assert raised.at(0, 32, PAGES, SIZE) == ()
-    assert [raised.at(0, position, PAGES, SIZE) for position in (40, 41, 42)] == [(2,)] * 3
+        raised.keep(0, begins_at(position), (2,))
+    assert raised.at(0, begins_at(32)) == ()
+    assert [raised.at(0, begins_at(position)) for position in (40, 41, 42)] == [(2,)] * 3

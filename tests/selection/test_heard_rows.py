@@ -1,4 +1,4 @@
-"""``low_rank`` hears every row: few rows that look where no other row looks keep what they look at.
+"""The default hears every row: few rows that look where no other row looks keep what they look at.
 
 The head looks at the 150 keys before each row; some rows look at one far key besides, with a given weight.
 """
@@ -16,7 +16,7 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.patterns.kinds import LowRank
+from minference_vllm.patterns.discovery import default_pattern
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.torch_scores import TorchScores
 
@@ -56,7 +56,7 @@ def head(looks: list[Look], weight: float, seed: int) -> Inputs:
 def kept(looks: list[Look], weight: float, seed: int) -> tuple[float, float]:
     """Share of the rows that keep their key, and the index's density."""
     tiling = Tiling.of(CONTEXT, LENGTH, PAGE, 128, 1)
-    index = build_index(tiling, [LowRank()], TorchScores(head(looks, weight, seed)))
+    index = build_index(tiling, [default_pattern()], TorchScores(head(looks, weight, seed)))
     found = []
     for look in looks:
         rows = torch.arange(look.rows.start, look.rows.stop)

@@ -235,6 +235,42 @@ def test_a_stride_that_does_not_divide_the_page_is_refused(stride: int) -> None:
         scores_of(query, keys, scale).antidiagonal([0], Tiling.of(context, keys.shape[1], 32, 64), stride)
 
 
+@pytest.mark.parametrize("name", ["regular", "context_before_chunk", "gqa_7"])
+@pytest.mark.parametrize("window", [1, 50, 128, 200])
+def test_block_scores_in_a_window(name: str, window: int) -> None:
+    query, keys, context, scale = inputs(name, torch.float32)
+    tiling, heads = Tiling.of(context, keys.shape[1], 32, 64, window=window), wanted_heads(query.shape[1])
+    scores = scores_of(query, keys, scale, window=window)
+    for kind, definition, stride in (
+        ("pooled", reference.pooled_scores, ()),
+        ("peaks", reference.peak_scores, ()),
+        ("antidiagonal", reference.antidiagonal_scores, (16,)),
+    ):
+        found = getattr(scores, kind)(heads, tiling, *stride)
+        exact = definition(query, keys, tiling, *stride, scale)[heads]
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-6)
+        assert not found[:, ~tiling.reachable()].any()
+
+
+@pytest.mark.parametrize("name", ["regular", "context_before_chunk", "gqa_7"])
+def test_block_scores_with_a_soft_cap(name: str) -> None:
+    """Our CPU kernels' own scores are held to it in ``tests/kernels/test_native_features.py``."""
+    query, keys, context, scale = inputs(name, torch.float32)
+    tiling, heads = Tiling.of(context, keys.shape[1], 32, 128), wanted_heads(query.shape[1])
+    cap = 0.05  # means of random keys are short
+    scores, plain = scores_of(query, keys, scale, softcap=cap), scores_of(query, keys, scale)
+    definitions = {
+        "pooled": (reference.pooled_scores, ()),
+        "peaks": (reference.peak_scores, ()),
+        "antidiagonal": (reference.antidiagonal_scores, (2,)),
+    }
+    for kind, (definition, stride) in definitions.items():
+        found, without = (getattr(of, kind)(heads, tiling, *stride) for of in (scores, plain))
+        exact = definition(query, keys, tiling, *stride, scale, cap)
+        torch.testing.assert_close(found.double(), exact[heads], rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(found, without, rtol=1e-3, atol=1e-5)
+
+
 def test_inputs_are_left_as_they_are() -> None:
     query, keys, context, scale = inputs("odd_length", torch.float32)
     scores, tiling = scores_of(query, keys, scale), Tiling.of(context, keys.shape[1], 32, 64)

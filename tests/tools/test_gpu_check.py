@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -95,10 +96,10 @@ def test_the_benchmarks_take_the_arguments(
 
 def test_the_sanitizer_is_used_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check.shutil, "which", lambda program: None)
-    (skipped,) = gpu_check.sanitizer()
+    (skipped,) = gpu_check.items_of("sanitizer", False, 0)
     assert isinstance(skipped, Skipped) and "compute-sanitizer is not installed" in skipped.reason
     monkeypatch.setattr(gpu_check.shutil, "which", lambda program: f"/cuda/bin/{program}")
-    for item, tool in zip(gpu_check.sanitizer(), ("memcheck", "racecheck"), strict=True):
+    for item, tool in zip(gpu_check.items_of("sanitizer", False, 0), ("memcheck", "racecheck"), strict=True):
         assert isinstance(item, Command) and item.words[:3] == ["/cuda/bin/compute-sanitizer", "--tool", tool]
         assert option(item, "--error-exitcode")[0] != "0"
         files = [gpu_check.ROOT / word for word in item.words if word.startswith("tests/")]
@@ -113,8 +114,7 @@ def test_what_needs_vllm_or_matplotlib_or_rows_is_skipped_without(
         (item,) = gpu_check.items_of(step, False, CONTEXTS[-1])
         assert isinstance(item, Skipped) and f"{missing} is not installed" in item.reason
     monkeypatch.setattr(gpu_check, "installed", lambda module: True)
-    monkeypatch.setattr(gpu_check, "ATTENTION_ROWS", tmp_path / "rows.csv")
-    (item,) = gpu_check.plot()
+    (item,) = gpu_check.items_of("plot", False, CONTEXTS[-1], tmp_path)
     assert item == Skipped("picture of the attention rows", "there are no rows")
 
 
@@ -146,7 +146,7 @@ def test_what_runs_out_of_time_is_stopped_with_its_children(tmp_path: Path) -> N
 def test_only_a_quick_run_stops_a_step_whose_minutes_are_over(monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[float | None] = []
 
-    def items(step: str, quick: bool, longest: int) -> Iterator[gpu_check.Item]:
+    def items(*arguments: object) -> Iterator[gpu_check.Item]:
         yield Skipped("one", "not here")
         yield Command("two", [])
 
@@ -169,6 +169,34 @@ def test_without_a_gpu_nothing_runs(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
     assert gpu_check.main() == 1
     assert "needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_every_command_of_a_rehearsal_runs_without_a_gpu(tmp_path: Path) -> None:
+    """What names a GPU goes through ``rehearsal.py`` or to the CPU; sizes are small, and no row is kept."""
+    for step in MINUTES:
+        for item in gpu_check.items_of(step, False, CONTEXTS[-1], tmp_path, rehearse=True):
+            if isinstance(item, Skipped):
+                continue
+            assert item.words[0] == sys.executable and "--peer" not in item.words, item
+            assert "cuda" not in item.words or item.words[1] == "tools/rehearsal.py"
+            assert str(gpu_check.RESULTS) not in " ".join(item.words)
+            for name in set(gpu_check.TOKENS) & set(item.words):
+                assert all(0 < int(number) <= 4096 for number in option(item, name))
+            for name in set(gpu_check.SMALL) & set(item.words):
+                assert option(item, name) == [gpu_check.SMALL[name]]
+
+
+@pytest.mark.timeout(600)
+def test_a_rehearsal(tmp_path: Path) -> None:
+    """Attention on 128 tokens, each of our kernels checked against float64, and the picture of its rows."""
+    pytest.importorskip("triton")
+    pytest.importorskip("vllm")
+    words = [sys.executable, "tools/gpu_check.py", "--rehearse", "--quick", "--only", "attention", "plot"]
+    done = subprocess.run(words, cwd=gpu_check.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = [line for line in done.stdout.splitlines() if line.startswith("kernel=")]
+    assert {line.split()[0] for line in rows} == {"kernel=triton", "kernel=block_table"}
+    assert done.stdout.splitlines()[-1].startswith("ok ")
 
 
 def test_an_interrupted_run_still_says_what_it_did(

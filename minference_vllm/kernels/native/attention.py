@@ -14,9 +14,14 @@ from minference_vllm.kernels.native.library import describe_cache, library
 
 
 def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
-    """See ``kernels.kernel.Run``; the query has the cache's type, see ``library.unsupported_cache_reason``."""
+    """See ``kernels.kernel.Run``. The log-sum-exp includes the sink's share.
+
+    Args:
+        inputs: the query has the cache's type, see ``library.unsupported_cache_reason``; ``sinks`` of any type.
+    """
     query, cache, pages = inputs.query, inputs.cache, inputs.pages
     columns = gather_columns(index, cache, pages)
+    sinks = None if inputs.sinks is None else inputs.sinks.float().contiguous()
     call = interface.AttendArguments(
         describe_cache(cache),
         query.data_ptr(),
@@ -35,12 +40,15 @@ def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor
         columns.keys.data_ptr(),
         columns.values.data_ptr(),
         columns.row_of.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
         index.tiling.seq_len,
+        inputs.window,
         index.num_heads,
         index.num_tiles,
         index.blocks.shape[2],
         index.columns.shape[2],
         inputs.scale,
+        inputs.softcap,
         torch.get_num_threads(),
     )
     library(cache.key.dtype).minference_attend(ctypes.byref(call))

@@ -55,12 +55,15 @@ class AttendArguments(ctypes.Structure):
         ("column_keys", _VoidPtr),
         ("column_values", _VoidPtr),
         ("column_row", _Int64Ptr),
+        ("sinks", _Float32Ptr),
         ("seq_len", ctypes.c_int64),
+        ("window", ctypes.c_int64),
         ("heads", ctypes.c_int32),
         ("tiles", ctypes.c_int32),
         ("max_blocks", ctypes.c_int32),
         ("max_columns", ctypes.c_int32),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("threads", ctypes.c_int32),
     )
 
@@ -76,10 +79,12 @@ class RowArguments(ctypes.Structure):
         ("heads", _Int32Ptr),
         ("context_len", ctypes.c_int64),
         ("seq_len", ctypes.c_int64),
+        ("window", ctypes.c_int64),
         ("num_heads", ctypes.c_int32),
         ("num_wanted", ctypes.c_int32),
         ("rows", ctypes.c_int32),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("threads", ctypes.c_int32),
     )
 

@@ -1,8 +1,11 @@
 """The libraries built from ``csrc/cpu``: which one runs here, and what it can serve.
 
 There are two, for AVX512-BF16 and for AVX2, built by ``pip install`` where a compiler is there; without them everything
-runs through vLLM's kernel. float32 is served by the one for AVX2, on newer processors too: the instructions that the
-other one is for multiply bf16.
+runs through vLLM's kernel. float32 and float16 are served by the one for AVX2, on newer processors too: what the other
+one's instructions multiply is bf16.
+
+Head sizes are multiples of 16, the width of a register tile, up to 256: larger heads do not fit the buffers that a
+thread keeps in its core's caches. Of the sizes that vLLM's own CPU kernel knows, 512 is the one that is left out.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from minference_vllm.kernels.native import interface
 
 logger = logging.getLogger("vllm.minference_vllm")
 
-ELEMENTS = {torch.bfloat16: 0, torch.float32: 1}
+ELEMENTS = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}
 LAYOUTS = {"rows": 0, "transposed": 1, "amx": 2}
 PAGE_MULTIPLE = 32
 MAX_HEAD_SIZE = 256
@@ -60,7 +63,7 @@ def load(build: str) -> ctypes.CDLL | None:
 
 @functools.cache
 def _best(dtype: torch.dtype) -> tuple[str, ctypes.CDLL] | None:
-    builds = ["avx2"] if dtype == torch.float32 else INSTRUCTIONS
+    builds = INSTRUCTIONS if dtype == torch.bfloat16 else ["avx2"]
     return next(((build, library) for build in builds if (library := load(build))), None)
 
 
@@ -87,11 +90,18 @@ def unavailable_reason(dtype: torch.dtype = torch.bfloat16) -> str | None:
 def unsupported_reason(dtype: torch.dtype, head_size: int) -> str | None:
     """Why the kernels cannot serve heads of this size and type, or None when they can."""
     if dtype not in ELEMENTS:
-        return f"{dtype} is neither bfloat16 nor float32"
+        return f"{dtype} is neither bfloat16, float16 nor float32"
     if unavailable_reason(dtype):
         return unavailable_reason(dtype)
     if head_size % 16 or head_size > MAX_HEAD_SIZE:
         return f"head size {head_size} is not a multiple of 16 up to {MAX_HEAD_SIZE}"
+    return None
+
+
+def unsupported_page_reason(block_size: int) -> str | None:
+    """Why the kernels cannot serve pages of so many tokens, or None when they can."""
+    if block_size % PAGE_MULTIPLE:
+        return f"page size {block_size} is not a multiple of {PAGE_MULTIPLE}"
     return None
 
 
@@ -103,9 +113,7 @@ def unsupported_cache_reason(dtype: torch.dtype, cache: PagedCache) -> str | Non
         return "keys and values differ in strides, or a head's elements do not lie side by side"
     if cache.layout == "amx" and dtype != torch.bfloat16:
         return f"pages in tiles of the AMX unit hold bfloat16, not {dtype}"
-    if cache.block_size % PAGE_MULTIPLE:
-        return f"page size {cache.block_size} is not a multiple of {PAGE_MULTIPLE}"
-    return unsupported_reason(dtype, cache.head_size)
+    return unsupported_page_reason(cache.block_size) or unsupported_reason(dtype, cache.head_size)
 
 
 def describe_cache(cache: PagedCache) -> interface.Cache:

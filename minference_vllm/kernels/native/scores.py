@@ -180,10 +180,12 @@ class NativeScores(TorchScores):
             heads.data_ptr(),
             inputs.chunk.context_len,
             inputs.chunk.seq_len,
+            inputs.window,
             inputs.num_heads,
             len(heads),
             len(rows),
             inputs.scale,
+            inputs.softcap,
             torch.get_num_threads(),
         )
 

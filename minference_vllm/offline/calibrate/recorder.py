@@ -61,16 +61,17 @@ class Recorder:
 
     def record(self, layer: int, first_head: int, inputs: Inputs) -> None:
         """Measure all candidates on this chunk of this layer, unless that was done before."""
-        if inputs.chunk.seq_len not in self.plan.chunk_ends:
+        chunk_end = inputs.first_key + inputs.chunk.seq_len
+        if chunk_end not in self.plan.chunk_ends:
             return
         if self._progress is None and not self.process:
             self._progress = tqdm(total=self.layers * len(self.plan.chunk_ends), desc="layers measured", unit="layer")
-        if (self.prompt, inputs.chunk.seq_len, layer) not in self._known:
-            seed = zlib.crc32(f"{self.prompt} {inputs.chunk.seq_len} {layer}".encode())
+        if (self.prompt, chunk_end, layer) not in self._known:
+            seed = zlib.crc32(f"{self.prompt} {chunk_end} {layer}".encode())
             found = measure(inputs, CANDIDATES, self.plan.kernel, seed=seed)
             row = {
                 "prompt": self.prompt,
-                "chunk_end": inputs.chunk.seq_len,
+                "chunk_end": chunk_end,
                 "layer": layer,
                 "first_head": first_head,
                 "measured": found.to_json(),

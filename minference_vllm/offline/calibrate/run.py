@@ -185,7 +185,9 @@ def identity(args: argparse.Namespace, prompts: Sequence[list[int]]) -> str:
     """One line that differs whenever partial results must not be mixed."""
     versions = [importlib.metadata.version(name) for name in ("minference-vllm", "vllm", "torch")]
     options = [args.model, args.dtype, args.kernel, args.tensor_parallel_size, args.engine_args, versions]
-    return f"{digest(prompts)} {digest([pattern.model_dump() for pattern in CANDIDATES])} {json.dumps(options)}"
+    measured = [field.name for field in dataclasses.fields(Measured)]
+    candidates = [pattern.model_dump() for pattern in CANDIDATES]
+    return f"{digest(prompts)} {digest([candidates, measured])} {json.dumps(options)}"
 
 
 def digest(content: Any) -> str:
@@ -246,14 +248,15 @@ def pattern_file(
 
 def measurements(measured: Measured) -> list[Measurement]:
     """Of every head of a layer, on the last chunks."""
-    density, error = measured.cost / measured.pairs, measured.squared_error.sqrt()
-    columns = [values[0].tolist() for values in (measured.recall, measured.value_recall, density, error)]
-    return [
-        Measurement(
-            recall=round(recall, 5), value_recall=round(value, 5), density=round(share, 5), output_error=round(loss, 5)
-        )
-        for recall, value, share, loss in zip(*columns, strict=True)
-    ]
+    columns = {
+        "recall": measured.recall,
+        "value_recall": measured.value_recall,
+        "density": measured.computed / measured.pairs,
+        "cost": measured.cost / measured.pairs,
+        "output_error": measured.squared_error.sqrt(),
+    }
+    heads = zip(*(values[0].tolist() for values in columns.values()), strict=True)
+    return [Measurement(**dict(zip(columns, [round(value, 5) for value in head], strict=True))) for head in heads]
 
 
 def report(layers: dict[int, Layer]) -> bool:
@@ -264,14 +267,15 @@ def report(layers: dict[int, Layer]) -> bool:
         Whether the file is better: no more output error, and cheaper by ``MIN_GAIN``.
     """
     print("\nOn the last chunk of every prompt, which no pattern was chosen by (the default in brackets):")
-    print("layer     density        value recall      output error    heads")
+    print("density: computed pairs, as in the log of a server; cost: with what low_rank spends to score keys")
+    print("layer     density          cost          value recall      output error    heads")
     for number, layer in layers.items():
         kinds = Counter(pattern.kind for pattern in layer.patterns).most_common()
         print(row(str(number), layer.chosen, layer.default) + ", ".join(f"{count} {kind}" for kind, count in kinds))
     chosen = Measured.joined([layer.chosen for layer in layers.values()])
     default = Measured.joined([layer.default for layer in layers.values()])
     print(row("all", chosen, default))
-    saved = 1 - chosen.density / default.density
+    saved = 1 - chosen.cost_share / default.cost_share
     if chosen.output_error > default.output_error:
         print("No file is better than the default: the one that was found loses more of the output there.")
         return False
@@ -289,6 +293,7 @@ def row(name: str, chosen: Measured, default: Measured) -> str:
     """One line of the report."""
     columns = [
         (chosen.density, default.density),
+        (chosen.cost_share, default.cost_share),
         (float(chosen.value_recall.mean()), float(default.value_recall.mean())),
         (chosen.output_error, default.output_error),
     ]

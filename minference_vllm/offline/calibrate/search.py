@@ -14,7 +14,8 @@ import torch
 
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.kernels.choose import choose as choose_kernel
+from minference_vllm.kernels.choose import choose_for
+from minference_vllm.patterns.discovery import default_pattern
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
@@ -25,11 +26,12 @@ from minference_vllm.patterns.kinds import (
     PeakThreshold,
     VerticalSlash,
 )
+from minference_vllm.prefill import remainder
 from minference_vllm.prefill.attend import tiling_for
 from minference_vllm.prefill.recall import sample_rows
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.families import family_of
-from minference_vllm.selection.probe_queries import logits
+from minference_vllm.selection.probe_queries import logits, unseen
 from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.scores import Scores
 
@@ -47,7 +49,7 @@ def _ladder(pattern: HeadPattern, *budgets: str) -> tuple[HeadPattern, ...]:
     )
 
 
-DEFAULT = LowRank()
+DEFAULT = default_pattern()
 """What every head runs without a file. A head keeps it where nothing cheaper is as good."""
 CANDIDATES: tuple[HeadPattern, ...] = (
     DEFAULT,
@@ -65,7 +67,10 @@ CANDIDATES: tuple[HeadPattern, ...] = (
     ),
     *(Antidiagonal(tau=tau) for tau in (0.8, 0.9, 0.95, 0.98)),
     *(PeakThreshold(alpha=alpha) for alpha in (0.3, 0.1, 0.03, 0.01)),
-    *(LowRank(rank=rank, gamma=gamma) for rank, gamma in ((16, 0.95), (16, 0.97), (32, 0.9), (32, 0.97), (64, 0.95))),
+    *(
+        LowRank(rank=rank, gamma=gamma, remainder=True)
+        for rank, gamma in ((16, 0.9), (16, 0.95), (32, 0.85), (32, 0.95), (64, 0.9))
+    ),
 )
 
 
@@ -73,8 +78,10 @@ CANDIDATES: tuple[HeadPattern, ...] = (
 class Measured:
     """Of one chunk in one layer, or of several; float64 ``[C, H]`` each."""
 
+    computed: torch.Tensor
+    """Computed query-key pairs."""
     cost: torch.Tensor
-    """Computed query-key pairs, and what scoring keys takes in such pairs."""
+    """The same with what scoring keys takes in such pairs."""
     pairs: torch.Tensor
     """Query-key pairs of dense attention."""
     recall: torch.Tensor
@@ -91,8 +98,9 @@ class Measured:
 
     @classmethod
     def together(cls, chunks: Sequence[Measured]) -> Measured:
-        """Of several chunks: costs and pairs added up, shares and errors averaged."""
+        """Of several chunks: pairs and costs added up, shares and errors averaged."""
         total = cls(*(torch.stack(parts).mean(0) for parts in _side_by_side(chunks)))
+        total.computed *= len(chunks)
         total.cost *= len(chunks)
         total.pairs *= len(chunks)
         return total
@@ -108,7 +116,12 @@ class Measured:
 
     @property
     def density(self) -> float:
-        """Of everything, scoring included."""
+        """Of everything: computed pairs as a share of the dense ones, as the log counts them while serving."""
+        return float(self.computed.sum() / self.pairs.sum())
+
+    @property
+    def cost_share(self) -> float:
+        """The same with scoring included: what patterns are chosen by."""
         return float(self.cost.sum() / self.pairs.sum())
 
     @property
@@ -174,7 +187,9 @@ def measure(
         seed: decides which rows are sampled.
     """
     heads, chunk, device = inputs.num_heads, inputs.chunk, inputs.query.device
-    cache, chosen = inputs.cache, choose_kernel(kernel, inputs.query.dtype, inputs.cache)
+    own = bool(inputs.softcap or inputs.window) or inputs.sinks is not None
+    cache = inputs.cache
+    chosen, candidates, _ = choose_for(candidates, kernel, inputs.query.dtype, cache, own)
     tiling = tiling_for(inputs, chosen, tile)
     exact = chosen.scores(inputs)
     scores = _Remembered(exact, heads)
@@ -182,13 +197,15 @@ def measure(
     rows = sample_rows(chunk.query_len, samples, seed).to(device)
     positions = rows + chunk.context_len
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
-    future = torch.arange(chunk.seq_len, device=device) > positions[:, None]
+    hidden = unseen(positions, chunk.seq_len, inputs.window)
     values = cache.values_by_head(inputs.pages)[:, : chunk.seq_len].float()
     norms = exact.kv_value_norms.unsqueeze(-1)  # [HK, S, 1]
     # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
     by_kv_head = inputs.query[rows].transpose(0, 1).reshape(cache.num_kv_heads, -1, cache.head_size)
-    weights = logits(by_kv_head, exact.keys, inputs.scale).view(heads, len(rows), -1)
-    weights = weights.masked_fill_(future, -torch.inf).softmax(-1)
+    weights = logits(by_kv_head, exact.keys, inputs.scale, inputs.softcap).view(heads, len(rows), -1)
+    weights.masked_fill_(hidden, -torch.inf)
+    lse = weights.logsumexp(-1)
+    weights = weights.softmax(-1)
 
     def times(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return (weights.view(cache.num_kv_heads, -1, chunk.seq_len) @ values).view(heads, len(rows), -1)
@@ -199,15 +216,25 @@ def measure(
         index = build_index(tiling, [pattern] * heads, scores)
         kept = weights * index.tile_mask(tiles)
         recall = kept.sum(-1, keepdim=True)
-        error = times(kept, values) / recall - dense
+        found = times(kept, values) / recall
+        if family_of(pattern).has_remainder(pattern):
+            remainder.add_to_rows(inputs, index, rows, found, lse + recall.squeeze(-1).log())
+        error = found - dense
         pairs = index.dense_pairs()
         scoring = family_of(pattern).scoring_cost(pattern, cache.head_size, chunk.query_len, device)
-        result.cost[number] = index.computed_pairs().cpu() + pairs * scoring * scores.scored
+        result.computed[number] = index.computed_pairs().cpu()
+        result.cost[number] = result.computed[number] + pairs * scoring * scores.scored
         result.pairs[number] = pairs
         result.recall[number] = recall.double().mean((1, 2)).cpu()
-        result.value_recall[number] = (times(kept, norms) / by_norm).double().mean((1, 2)).cpu()
-        result.squared_error[number] = (error.double().square().sum((1, 2)) / dense.double().square().sum((1, 2))).cpu()
+        result.value_recall[number] = _share(times(kept, norms), by_norm, of_nothing=1.0).double().mean((1, 2)).cpu()
+        lost, whole = (part.double().square().sum((1, 2)) for part in (error, dense))
+        result.squared_error[number] = _share(lost, whole, of_nothing=0.0).cpu()
     return result
+
+
+def _share(part: torch.Tensor, whole: torch.Tensor, of_nothing: float) -> torch.Tensor:
+    """``part / whole``; a head whose values are all zero has no output to lose."""
+    return torch.where(whole == 0, of_nothing, part / whole)
 
 
 def choose(chunks: Sequence[Measured]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from minference_vllm.core.sparse_index import SparseIndex
+from minference_vllm.selection.probe_queries import cap_, unseen
 
 BLOCK_COLOUR, COLUMN_COLOUR, NOTHING_COLOUR = (0.12, 0.42, 0.75), (0.85, 0.30, 0.0), (0.92, 0.92, 0.92)
 
@@ -34,7 +35,7 @@ class HeadMap:
     columns: torch.Tensor
     """float32 ``[W, W]``: share that lies in the index's single columns."""
     density: float
-    """Computed pairs as a share of the dense ones."""
+    """Computed pairs as a share of the dense ones, of the whole prompt: chunks that are served densely count."""
     recall: float
     """Mean over the rows of the share of a row's attention that lies on computed keys."""
     seq_len: int
@@ -48,6 +49,7 @@ def head_map(
     scale: float,
     cells: int = 512,
     reduce: Literal["max", "sum"] = "max",
+    softcap: float = 0.0,
 ) -> HeadMap:
     """Down-sample the attention of one head exactly: every weight is computed, none is kept.
 
@@ -59,6 +61,7 @@ def head_map(
         indices: one per prefill chunk, in order; together they cover all rows.
         head: the head's place in the indices.
         cells: most cells along an edge.
+        softcap: see ``Inputs``.
     """
     length = keys.shape[0]
     borders = [index.tiling.context_len for index in indices] + [length]
@@ -74,9 +77,9 @@ def head_map(
         computed += float(index.computed_pairs()[head])
         for tile, (begin, end) in enumerate(pairwise(index.tiling.starts.tolist())):
             reach = -(-end // cell)
-            scores = query[begin:end].float() @ keys[: reach * cell].T * scale
-            future = torch.arange(begin, reach * cell) > torch.arange(begin, end)[:, None]
-            scores[:, begin:].masked_fill_(future, -torch.inf)
+            scores = cap_(query[begin:end].float() @ keys[: reach * cell].T * scale, softcap)
+            hidden = unseen(torch.arange(begin, end), reach * cell, index.tiling.window)
+            scores.masked_fill_(hidden, -torch.inf)
             weights = scores.softmax(-1)
             in_block, in_column = _computed_keys(index, head, tile, width * cell)
             kept = (in_block | in_column)[: reach * cell]
@@ -130,7 +133,7 @@ def draw_head(
     extent = (0, edge * head.cell, edge * head.cell, 0)
     images = (
         ("attention", head.attention),
-        (f"keys computed: {head.density:.1%} of the dense pairs", None),
+        (f"keys computed: {head.density:.1%} of the prompt's dense pairs", None),
         (f"attention left out: {1 - head.recall:.2%} of all (recall {head.recall:.2%})", head.left_out),
     )
     for axes, (name, weights) in zip(panels, images, strict=True):

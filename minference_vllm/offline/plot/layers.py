@@ -15,7 +15,7 @@ def draw_layers(layers: Sequence[int], density: torch.Tensor, recall: torch.Tens
 
     Args:
         layers: numbers of the layers measured.
-        density: ``[layers, heads]``, computed pairs as a share of the dense ones.
+        density: ``[layers, heads]``, computed pairs as a share of the dense ones, as a server logs it.
         recall: ``[layers, heads]``, mean share of a row's attention that lies on computed keys.
         title: which model, prompt and patterns this is.
     """
@@ -26,7 +26,7 @@ def draw_layers(layers: Sequence[int], density: torch.Tensor, recall: torch.Tens
     upper, lower = figure.subplots(2, 1, sharex=True)
     upper.set_title(f"recall: mean {float(recall.mean()):.2%}, worst head {float(recall.min()):.2%}", fontsize=11)
     upper.plot(layers, recall.mean(1).tolist(), color=COLUMN_COLOUR, label="mean of the layer's heads")
-    lower.set_title(f"density: mean {float(density.mean()):.2%} of the dense pairs", fontsize=11)
+    lower.set_title(f"density: mean {float(density.mean()):.2%} of the dense pairs in sparse chunks", fontsize=11)
     lower.bar(layers, density.mean(1).tolist(), color=BLOCK_COLOUR, alpha=0.45, label="mean of the layer's heads")
     for axes, values, colour in ((upper, recall, COLUMN_COLOUR), (lower, density, BLOCK_COLOUR)):
         places = [number for number in layers for _ in range(values.shape[1])]

@@ -1,0 +1,183 @@
+"""What one sparse chunk asks of a GPU in one layer: operations, launches, copies from the host; it waits for nothing.
+
+Counted without a GPU, see ``device_account``: 32 heads over 8, an 8K chunk, pages of 128, a layer that is not the first
+to see the chunk. The limits are what was counted when they were written down. A change lowers them or keeps them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from device_account import DeviceAccount
+from live_bytes import LiveBytes
+
+from minference_vllm.backend.runtime import Runtime
+from minference_vllm.backend.serving import SparseLayer, serve_chunk
+from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.paged_cache import PagedCache
+from minference_vllm.core.plan import Chunk
+from minference_vllm.kernels.block_table import flash
+from minference_vllm.kernels.choose import choose
+from minference_vllm.patterns.file import PatternFile
+from minference_vllm.patterns.kinds import (
+    Antidiagonal,
+    AShape,
+    BlockSparse,
+    Coverage,
+    Dense,
+    HeadPattern,
+    LowRank,
+    PeakThreshold,
+    TriShape,
+    VerticalSlash,
+)
+from minference_vllm.prefill.attend import attend_chunk
+from minference_vllm.prefill.recall import RecallCheck, audited_rows
+from minference_vllm.selection.capacity import MEMORY_LIMIT
+from minference_vllm.settings import Settings
+
+pytest.importorskip("triton")
+HEADS, KV_HEADS, DIM, PAGE, CHUNK = 32, 8, 128, 128, 8192
+LENGTHS = (1 << 15, 1 << 17, 1 << 20)
+MIXTURES: dict[str, list[HeadPattern]] = {
+    "dense": [Dense()] * HEADS,
+    "a_shape": [AShape()] * HEADS,
+    "vertical_slash": [VerticalSlash()] * HEADS,
+    "block_sparse": [BlockSparse()] * HEADS,
+    "coverage": [Coverage()] * HEADS,
+    "antidiagonal": [Antidiagonal()] * HEADS,
+    "peak_threshold": [PeakThreshold()] * HEADS,
+    "mean_correction": [PeakThreshold(mean_correction=True)] * HEADS,
+    "low_rank": [LowRank()] * HEADS,
+    "mixed": [VerticalSlash(), BlockSparse(), TriShape(), AShape()] * (HEADS // 4),
+}
+LIMITS: dict[str, tuple[tuple[int, int], ...]] = {
+    "dense": ((60, 1), (60, 1), (122, 1)),
+    "a_shape": ((80, 1), (80, 1), (182, 1)),
+    "vertical_slash": ((180, 3), (331, 5), (1690, 23)),
+    "block_sparse": ((258, 2), (327, 3), (948, 12)),
+    "coverage": ((901, 9), (1337, 13), (7005, 65)),
+    "antidiagonal": ((269, 9), (389, 13), (1949, 65)),
+    "peak_threshold": ((701, 5), (845, 7), (4957, 33)),
+    "mean_correction": ((1797, 7), (1941, 9), (13725, 35)),
+    "low_rank": ((4078, 29), (19421, 129)),
+    "mixed": ((537, 4), (537, 4), (1153, 10)),
+}
+"""Operations and launches of a layer, from the first of ``LENGTHS`` on; ``low_rank`` takes minutes at the last."""
+AUDIT_LIMITS = (278, 830, 5936)
+"""Operations that an audit of 4 rows adds."""
+CASES = [(name, *case) for name, limits in LIMITS.items() for case in zip(LENGTHS, limits, strict=False)]
+
+
+class Serving:
+    """Chunks of one size in layers of one runtime, with an account of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seq_len: int, **settings: Any) -> None:
+        self.account = DeviceAccount(monkeypatch)
+        self.runtime = Runtime(Settings(**settings), PatternFile(), "a test")
+        memory = torch.empty(4, KV_HEADS, PAGE, 2 * DIM, dtype=torch.bfloat16, device="meta")
+        self.cache = PagedCache(memory[..., :DIM], memory[..., DIM:], "rows")
+        query = torch.empty(CHUNK, HEADS, DIM, dtype=torch.bfloat16, device="meta")
+        table = torch.empty(seq_len // PAGE, dtype=torch.int64, device="meta")
+        self.inputs = Inputs.of(query, self.cache, table, Chunk(0, 0, seq_len - CHUNK, seq_len), DIM**-0.5)
+        self.out = torch.empty_like(query)
+        # What all layers share is made by the first.
+        serve_chunk(self.runtime, self.layer(MIXTURES["mixed"]), self.inputs, self.out)
+
+    def layer(self, patterns: Sequence[HeadPattern], number: int = 0) -> SparseLayer:
+        kernel = choose(self.runtime.settings.kernel, torch.bfloat16, self.cache)
+        return SparseLayer(number, 0, tuple(patterns), kernel)
+
+    def serve(self, patterns: Sequence[HeadPattern], number: int = 0) -> tuple[int, int]:
+        """Operations and launches of a layer."""
+        with self.account as account:
+            ops, launches = account.ops.total(), account.launches.total()
+            serve_chunk(self.runtime, self.layer(patterns, number), self.inputs, self.out)
+            assert not account.waits, f"waits for the GPU: {dict(account.waits)}"
+            assert not account.pageable, f"copies from ordinary memory, which wait: {dict(account.pageable)}"
+            return account.ops.total() - ops, account.launches.total() - launches
+
+
+@pytest.mark.parametrize(("name", "seq_len", "limit"), CASES)
+def test_a_layer_stays_within_its_account(
+    name: str, seq_len: int, limit: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops, launches = Serving(monkeypatch, seq_len, audit_rows=0).serve(MIXTURES[name])
+    assert ops <= limit[0] and launches <= limit[1], f"{ops} operations, {launches} launches"
+
+
+@pytest.mark.parametrize(("seq_len", "limit"), list(zip(LENGTHS, AUDIT_LIMITS, strict=True)))
+def test_an_audit_stays_within_its_account(seq_len: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that were drawn go to the GPU without a wait, and nothing comes back."""
+    counted = []
+    for rows in (0, 4):
+        with monkeypatch.context() as patch:
+            serving = Serving(patch, seq_len, audit_rows=rows, audit_share=1.0)
+            pinned = serving.account.pinned
+            counted.append(serving.serve(MIXTURES["a_shape"])[0])
+            assert serving.account.pinned - pinned == (rows > 0)
+    assert counted[1] - counted[0] <= limit, f"{counted[1] - counted[0]} operations"
+
+
+@pytest.mark.parametrize("name", ["coverage", "vertical_slash", "antidiagonal", "peak_threshold", "mixed"])
+@pytest.mark.parametrize("seq_len", LENGTHS)
+def test_chunks_of_any_length_fit_into_what_is_taken_at_the_start(
+    name: str, seq_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short chunks score more heads at once; ``backend/warmup.py`` takes as much as they are planned to take."""
+    serving = Serving(monkeypatch, seq_len, audit_rows=0)
+    for chunk in (256, 1024, 4096):
+        query = serving.inputs.query[:chunk]
+        inputs = dataclasses.replace(serving.inputs, query=query, chunk=Chunk(0, 0, seq_len - chunk, seq_len))
+        layer = serving.layer(MIXTURES[name])
+        with LiveBytes(serving.inputs.query, inputs.pages, serving.cache.key, serving.out) as memory:
+            check = RecallCheck(audited_rows(query, 4, seed=0))
+            attend_chunk(inputs, layer.patterns, layer.kernel, serving.out[:chunk], check=check)
+        assert memory.peak <= MEMORY_LIMIT, f"{memory.peak >> 20} MiB for {chunk} rows"
+
+
+def test_layers_of_many_pattern_files_copy_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers whose heads are grouped in as many ways: what they tell the GPU of their heads is copied once."""
+    serving = Serving(monkeypatch, 1 << 15, audit_rows=0)
+    layers = 40
+    for turn in range(2):
+        pinned = serving.account.pinned
+        for layer in range(layers):
+            # Of each layer other heads are of either kind.
+            patterns = [VerticalSlash(slash=2048 + 1024 * ((layer + 1) >> (head % 6) & 1)) for head in range(HEADS)]
+            serving.serve(patterns, layer)
+        assert serving.account.pinned == pinned or turn == 0
+
+
+@pytest.mark.parametrize("name", ["a_shape", "vertical_slash"])
+def test_the_block_table_kernel_waits_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(q: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty_like(q), torch.empty(q.shape[1], len(q), device="meta")
+
+    monkeypatch.setattr(flash, "_flash_attention", lambda: attend)
+    Serving(monkeypatch, 1 << 15, audit_rows=0, kernel="block_table").serve(MIXTURES[name])
+
+
+@pytest.mark.parametrize(
+    ("waits", "pageable", "work"),
+    [
+        ("_local_scalar_dense", "", lambda on_gpu: int(on_gpu.sum())),
+        ("_local_scalar_dense", "", lambda on_gpu: bool(on_gpu.any())),
+        ("_to_copy", "", lambda on_gpu: on_gpu.to("cpu")),
+        ("", "tensor", lambda on_gpu: torch.tensor([1, 2], device="meta")),
+        ("", "_to_copy", lambda on_gpu: torch.arange(2, device="cpu").to("meta", non_blocking=True)),
+        ("", "copy_", lambda on_gpu: on_gpu.copy_(torch.zeros(4, device="cpu"))),
+        ("", "index", lambda on_gpu: on_gpu[[0, 2]]),
+    ],
+)
+def test_the_account_sees_waits_and_copies(
+    waits: str, pageable: str, work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu = torch.empty(4, device="meta")
+    with DeviceAccount(monkeypatch) as account:
+        work(on_gpu)
+    assert list(account.waits) == [waits] * bool(waits) and list(account.pageable) == [pageable] * bool(pageable)

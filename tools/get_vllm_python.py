@@ -1,0 +1,75 @@
+"""Put the Python files of a CUDA release of vLLM into the user's cache, for the tests in ``tests/contract``.
+
+Those tests run our GPU classes on vLLM's own code for CUDA, on machines without a GPU. The compiled parts cannot be
+loaded there and are not kept: of a wheel of 300 MB, which pip downloads, 60 MB stay. Running it again does nothing. The
+folder to put on the path is printed alone on stdout:
+
+    python tools/get_vllm_python.py 0.33.0
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from get_smollm2 import MakeError, cache_folder, download_wheel
+
+PLATFORM = ["--only-binary=:all:", "--python-version=3.12", "--platform=manylinux_2_28_x86_64"]
+"""The wheel that vLLM publishes for NVIDIA GPUs, whatever machine this is; it is the same for every Python."""
+KEPT = (".py", ".json")
+NEEDED_BYTES = 1 << 30
+"""Free disk space that a download and what is kept of it take, with room to spare."""
+
+
+def default_folder(version: str) -> Path:
+    return cache_folder("vllm-python") / version
+
+
+def is_made(folder: Path) -> bool:
+    return (folder / "vllm" / "__init__.py").is_file()
+
+
+def make(version: str, folder: Path) -> None:
+    """Unzip the Python files of this release below ``folder / "vllm"``, unless they are there.
+
+    Raises:
+        MakeError: the download fails, the disk is full, or the folder holds something else.
+    """
+    if is_made(folder):
+        return
+    if folder.exists():
+        raise MakeError(f"{folder} exists and holds no vLLM; remove it, or name another with --output")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < NEEDED_BYTES:
+        raise MakeError(f"{folder.parent} has {free >> 20} MB of free space, {NEEDED_BYTES >> 20} MB are needed")
+    # Beside the folder, then in its place: what was interrupted must not look finished.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        unzipped = Path(scratch) / "unzipped"
+        with zipfile.ZipFile(download_wheel(f"vllm=={version}", Path(scratch), *PLATFORM)) as wheel:
+            names = [name for name in wheel.namelist() if name.startswith("vllm/") and name.endswith(KEPT)]
+            wheel.extractall(unzipped, names)
+        if not is_made(unzipped):
+            raise MakeError(f"the wheel of vllm=={version} has no Python files of vLLM")
+        unzipped.rename(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("version", help="of vLLM, as the package index names it")
+    parser.add_argument("--output", type=Path, help="the folder; default: in the user's cache")
+    args = parser.parse_args()
+    folder = args.output or default_folder(args.version)
+    try:
+        make(args.version, folder)
+    except MakeError as error:
+        sys.exit(f"get_vllm_python: {error}")
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The variants of the Triton kernels that ``kernel_account.py`` compiles: which there are, and how without a GPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter replaces the functions that are compiled here
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from minference_vllm.patterns.kinds import LowRank
+from minference_vllm.triton_kernels import attention, column_diagonal
+
+
+def compile_kernel(function: Any, types: dict[str, str], constants: dict[str, Any], arch: int, **options: int) -> Any:
+    """Compile one variant; a type ending in ``!``, and every pointer, is known to be divisible by 16."""
+    signature, attributes = {}, {}
+    for position, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        kind = types[name]
+        if kind.endswith("!") or kind.startswith("*"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        signature[name] = kind.rstrip("!")
+    source = ASTSource(function, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options | {"enable_fp_fusion": True})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A shape that models use."""
+
+    dtype: torch.dtype = torch.bfloat16
+    head_size: int = 128
+    page: int = 128
+    fp8: bool = False
+    extras: bool = False
+    """Soft cap, sinks and log-sum-exp."""
+    group: int = 4
+    """Query heads per KV head."""
+    packed: bool = False
+    """Whether they share their lists."""
+
+    @property
+    def name(self) -> str:
+        cache = " fp8 cache" if self.fp8 else ""
+        extras = " cap+sinks+lse" if self.extras else ""
+        packed = f" packed {self.group}" if self.packed else ""
+        return f"{_SHORT[self.dtype]} D={self.head_size} page={self.page}{cache}{extras}{packed}"
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        compute, precision = attention.compute_type(self.dtype)
+        return {
+            "GROUP": self.group,
+            "HEAD_SIZE": self.head_size,
+            "D": triton.next_power_of_2(self.head_size),
+            "PAGE": self.page,
+            "COMPUTE": compute,
+            "PRECISION": precision,
+        }
+
+    def types(self, function: Any) -> dict[str, str]:
+        """Triton's names of the arguments' types; what is not listed is a length, int32."""
+        query, cache = f"*{_SHORT[self.dtype]}", "*fp8e4nv" if self.fp8 else f"*{_SHORT[self.dtype]}"
+        pointers = {"p_query": query, "p_out": query, "p_key": cache, "p_value": cache}
+        positions = ("p_pages", "p_tile_starts", "p_bin_row", "p_order")
+        pointers |= {name: "*i64" for name in positions} | {"p_bins": "*u8"}
+        floats = ("p_lse", "p_sinks", "p_mean", "p_scores", "p_weights", "p_mass")
+        pointers |= {name: "*fp32" for name in floats}
+        integers = ["p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads", "p_rows", "p_lowest"]
+        integers += ["p_table", "p_listed", "p_singles", "p_work"]
+        pointers |= {name: "*i32" for name in integers}
+        if function is column_diagonal.column_diagonal_kernel:
+            pointers |= {"p_columns": "*fp32", "p_nearer": "*fp32", "p_farther": "*fp32"}
+        scalars = {name: "fp32" for name in ("scale_log2", "softcap_log2", "value_scale", "key_scale")}
+        strides = {name: "i32!" for name in function.arg_names if name.startswith("stride_")}
+        return {name: "i32" for name in function.arg_names} | pointers | scalars | strides
+
+
+_SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+DEFAULT = (
+    Variant(head_size=64, page=16),
+    Variant(page=16),
+    Variant(page=128),
+    Variant(torch.float16, page=64),
+    Variant(page=16, packed=True),
+    Variant(packed=True, group=7),
+)
+OTHERS = (
+    Variant(head_size=96),
+    Variant(head_size=256),
+    Variant(extras=True),
+    Variant(fp8=True),
+    Variant(head_size=64, fp8=True),
+    Variant(head_size=64, packed=True),
+    Variant(head_size=256, packed=True),
+    Variant(fp8=True, packed=True),
+)
+ESTIMATES = (Variant(page=16), Variant(page=128))
+RANKS = {LowRank().rank: True, 16: False, 64: False}
+"""Ranks, and whether they are the default."""
+TILE, STRIDE = 128, 16
+"""Rows of a query tile, and tokens of an antidiagonal's square: the defaults."""

@@ -1,0 +1,139 @@
+"""What one compiled Triton kernel's machine code says: registers, spills, and the loops that multiply matrices; and a
+model of the time that such a loop takes.
+
+The model: a step takes as many cycles as its warps need to issue their instructions, plus those of the tensor cores,
+plus what is waited for keys and values. Nothing overlaps: tensor cores and the other units do not, as far as one block
+per multiprocessor is seen waiting at its barriers. It is a model: plus or minus 30 %.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TENSOR_CORES = {80: "HMMA|IMMA", 90: "HGMMA|IGMMA", 100: r"UTC\w*MMA"}
+"""Names of their instructions, by architecture."""
+SCHEDULERS, ISSUE = 4, 0.75
+"""Per multiprocessor; and the share of cycles in which one issues an instruction."""
+TENSOR_FLOPS = 4096
+"""Per cycle and multiprocessor, 16-bit operands, sm_90."""
+LATENCY = 1000
+"""Cycles until keys from global memory are there, under load."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One loop with tensor-core instructions."""
+
+    instructions: int
+    """Per warp and step."""
+    buffers: int
+    """Steps whose keys have room in shared memory; 1: nothing is prefetched."""
+    ahead: float
+    """Steps between the request for keys and the wait for them (from the depth of DEPBAR), 0: waited for at once."""
+
+    def rate(self, warps: int, flops: float) -> float:
+        """FLOPs per cycle of one multiprocessor with one block, by the model; ``flops``: of the block's step."""
+        busy = self.instructions * warps / SCHEDULERS / ISSUE + flops / TENSOR_FLOPS
+        return flops / (busy + max(0.0, LATENCY - self.ahead * busy))
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    registers: int
+    spill_loads: int
+    spill_stores: int
+    tensor_core: int
+    async_copies: int
+    loops: tuple[Loop, ...]
+    """Innermost ones with tensor-core instructions, as they follow each other."""
+
+
+def machine_code(compiled: Any, arch: int) -> MachineCode:
+    """Of a kernel that ``triton.compile`` made."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        instructions, loops = innermost(_run("nvdisasm", "-c", "-ndf", file.name))
+    registers = re.search(r"REG:(\d+)", usage)
+    if not registers or not instructions:
+        raise RuntimeError(f"{TOOLS} says nothing of this kernel: {usage}")
+
+    def count(pattern: str) -> int:
+        return sum(bool(re.search(rf"\b({pattern})\b", one)) for one in instructions)
+
+    bodies = [instructions[loop] for loop in loops]
+    bodies = [body for body in bodies if any(re.search(rf"\b({TENSOR_CORES[arch]})\b", one) for one in body)]
+    buffers = buffers_of(compiled.asm["ttgir"], len(bodies))
+    return MachineCode(
+        int(registers.group(1)),
+        count("LDL"),
+        count("STL"),
+        count(TENSOR_CORES[arch]),
+        count("LDGSTS"),
+        tuple(Loop(len(body), depth, ahead(body)) for body, depth in zip(bodies, buffers, strict=True)),
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def innermost(code: str) -> tuple[list[str], list[slice]]:
+    """All instructions that ``nvdisasm`` printed, and which of them are the innermost loops."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label.group(1)] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
+            instructions.append(instruction.group(1))
+    loops = []
+    for place, text in enumerate(instructions):
+        target = re.search(r"\bBRA\b.*`\((\.L\w+)\)", text)
+        if target and labels[target.group(1)] <= place:
+            loops.append((labels[target.group(1)], place))
+    return instructions, [
+        slice(first, last + 1)
+        for first, last in loops
+        if not any(first <= begin and end <= last and (begin, end) != (first, last) for begin, end in loops)
+    ]
+
+
+def ahead(body: list[str]) -> float:
+    """``Loop.ahead`` of these instructions.
+
+    Copies come in groups, some per step; a wait leaves so many of the last ones under way.
+    """
+    groups = sum("LDGDEPBAR" in one for one in body)
+    depths = [int(found.group(1), 16) for one in body if (found := re.search(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)", one))]
+    return min(depths) / groups if groups and depths else 0.0
+
+
+def buffers_of(ttgir: str, loops: int) -> list[int]:
+    """Per loop with a product of matrices, from the shared memory ``[buffers, rows, columns]`` laid out before it."""
+    found, buffers, loop = [], 1, None
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if loop is None and re.search(r"\bscf\.for\b", line):
+            loop, multiplies = indent, False
+        elif loop is None and (shape := re.search(r"ttg\.local_alloc\b.*!ttg\.memdesc<(\d+)x\d+x\d+x", line)):
+            buffers = int(shape.group(1))
+        elif loop is not None:
+            multiplies |= bool(re.search(r"\b(tt\.dot|\w+\.(warp_group_dot|tc_gen5_mma))\b", line))
+            if indent == loop and line.lstrip().startswith("}"):
+                loop = None
+                if multiplies:
+                    found.append(buffers)
+                    buffers = 1
+    if len(found) != loops:
+        raise RuntimeError(f"{loops} loops with tensor-core instructions in machine code, {len(found)} in TTGIR")
+    return found
