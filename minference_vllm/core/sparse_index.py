@@ -99,7 +99,7 @@ class SparseIndex:
         mask = self.tile_mask(torch.arange(self.num_tiles, device=device)).repeat_interleave(rows, dim=1)
         positions = torch.arange(self.tiling.context_len, self.tiling.seq_len, device=device)
         keys = torch.arange(self.tiling.seq_len, device=device)
-        mask &= keys <= positions[:, None]
+        mask &= keys <= positions[:, None] if self.causal else keys < self.tiling.context_len
         return mask & (keys > positions[:, None] - self.tiling.window) if self.tiling.window else mask
 
     def without_own_keys(self) -> SparseIndex:
