@@ -254,7 +254,7 @@ def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, A
 
 
 def interpret() -> None:
-    from kernel_variants import Variants
+    from launch_variants import Variants
 
     from minference_vllm.backend import warmup
     from minference_vllm.prefill.attend import attend_chunk

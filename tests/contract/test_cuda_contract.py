@@ -297,7 +297,7 @@ def case_serving_waits_for_no_gpu() -> None:
 
 def case_warm_up_compiles_what_serving_runs() -> None:
     from contract_engine import SPARSE, Engine
-    from kernel_variants import Variants
+    from launch_variants import Variants
 
     from minference_vllm.backend.warmup import warm_up
 

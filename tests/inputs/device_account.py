@@ -43,9 +43,9 @@ class DeviceAccount(TorchDispatchMode):
         monkeypatch.setattr(torch, "as_tensor", self._copied(torch.as_tensor))
         monkeypatch.setattr(torch.Tensor, "__getitem__", self._indexed(torch.Tensor.__getitem__))
         monkeypatch.setattr(torch.Tensor, "__setitem__", self._indexed(torch.Tensor.__setitem__))
-        from minference_vllm.triton_kernels import antidiagonal, attention, column_diagonal, low_rank, page_means
+        from launch_variants import MODULES
 
-        for module in (antidiagonal, attention, column_diagonal, low_rank, page_means):
+        for module in MODULES:
             monkeypatch.setattr(module, "launcher", self._launched)
 
     def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
