@@ -14,7 +14,7 @@ from layer_inputs import DIM, GPU_KINDS, HEADS, KINDS, KV_HEADS
 from minference_vllm import reference, reference_dual_chunk
 from minference_vllm.kernels.native import library
 from minference_vllm.patterns.file import PatternFile
-from minference_vllm.patterns.kinds import PeakThreshold
+from minference_vllm.patterns.kinds import LowRank, PeakThreshold
 from minference_vllm.prefill.dual_chunk import ROTATIONS, DualChunk, attend_dual_chunk, decode_dual_chunk
 
 needs_native = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
@@ -163,6 +163,23 @@ def test_heads_that_are_all_dense(monkeypatch: pytest.MonkeyPatch, make_cpu_laye
     assert not alone.indices
 
 
+@needs_native
+def test_parts_run_the_default_without_its_remainder(
+    monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Any]
+) -> None:
+    """Plain chunks add it."""
+    written = {"kind": "low_rank", "rank": 32, "gamma": 0.88, "remainder": True}
+    layer = make_cpu_layer([(0, 150), (300, 250)], patterns=[written] * HEADS, dual_chunk=CONFIG, settings=SETTINGS)
+    impl = layer.impl
+    assert set(impl.sparse_layer.patterns) == {LowRank(rank=32, gamma=0.88, remainder=True)}
+    assert set(impl.dual_chunk.layer.patterns) == {LowRank(rank=32, gamma=0.94)}
+    rotated, _ = turn(layer.batch, GEOMETRY)
+    layer.fill(layer.batch)
+    parts = watch(monkeypatch)
+    out = run(layer, rotated, layer.metadata())
+    assert sorted(parts) == [1] and len(layer.indices) == 1 and torch.isfinite(out).all()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @needs_native
 def test_a_tensor_parallel_rank_runs_its_own_heads_patterns(rank: int, make_cpu_layer: Callable[..., Any]) -> None:
@@ -258,6 +275,44 @@ def test_kernels_for_parts_are_warmed_up(monkeypatch: pytest.MonkeyPatch, make_g
     for _ in range(2):
         warmup.warm_up([layer.layer], layer.spec, layer.dtype, settings, torch.device("cpu"))
     assert ran == [(GPU_KINDS[0]["kind"], 5), ("dense", 5)]
+
+
+@needs_native
+def test_memory_is_taken_for_plain_chunks_and_for_those_beyond(
+    monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Any]
+) -> None:
+    """Each is the last chunk of the longest sequence of its kind, with an audit."""
+    from minference_vllm.backend import dual_chunk, warmup
+
+    layer = make_gpu_layer([(0, 10)], dual_chunk=CONFIG, settings=SETTINGS)
+    monkeypatch.setattr(warmup, "_profiled", {})
+    monkeypatch.setattr(warmup, "MEMORY_LIMIT", 1)
+    taken: list[tuple[str, int, int]] = []
+
+    def watched(name: str, function: Callable[..., Any], inputs_at: int) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            chunk = arguments[inputs_at].chunk
+            taken.append((name, chunk.context_len, chunk.seq_len))
+            return function(*arguments, **keywords)
+
+        return run
+
+    audited = []
+    audit = dual_chunk.audited_recall
+    monkeypatch.setattr(
+        dual_chunk, "audited_recall", lambda *arguments, **keywords: audited.append(audit(*arguments, **keywords))
+    )
+    monkeypatch.setattr(dual_chunk, "attend_dual_chunk", watched("far", attend_dual_chunk, 1))
+    monkeypatch.setattr(warmup, "attend_chunk", watched("plain", warmup.attend_chunk, 0))
+    layer.layer.get_kv_cache_spec = lambda config: layer.spec
+    layer.config.model_config.max_model_len = 1000
+    for _ in range(2):
+        warmup.take_memory(layer.layer, layer.config, 150, torch.device("cpu"))
+    assert taken == [("far", 850, 1000), ("plain", 50, 200)] and len(audited) == 1
+    layer.config.model_config.max_model_len = 190
+    warmup._profiled.clear()
+    warmup.take_memory(layer.layer, layer.config, 150, torch.device("cpu"))
+    assert taken[2:] == [("plain", 40, 190)]
 
 
 def test_decodes_replay_no_cuda_graph(make_gpu_layer: Callable[..., Any]) -> None:
