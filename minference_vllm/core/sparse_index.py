@@ -73,8 +73,11 @@ class SparseIndex:
         """bool ``[H, R, last - first]``: which of the key blocks ``[first, last)`` the named tiles (int64 ``[R]``)
         have, their columns apart."""
         lists = self._lists(tiles, heads)
-        blocks, some = self.blocks[lists, tiles], self.num_blocks[lists, tiles][..., None] > 0
-        return _marks(blocks, first, last) | ((blocks[..., :1] < 0) & some)
+        blocks = self.blocks[lists, tiles]
+        without_list = blocks[..., :1] < 0
+        if not self.causal:  # a tile may have no block at all
+            without_list &= self.num_blocks[lists, tiles][..., None] > 0
+        return _marks(blocks, first, last) | without_list
 
     def names(self, positions: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
         """bool ``[H, T, n]``: which of some keys (int64 ``[n]``, ascending) each tile attends, future ones included."""
