@@ -69,6 +69,11 @@ inline Floats multiply_add(Floats left, Floats right, Floats sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
 }
 
+inline Floats widen(const bf16* in) {
+  const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+}
+
 inline void copy_factors(const bf16* in, Factor* out, int count) { std::memcpy(out, in, count * sizeof(Factor)); }
 
 // 2 * kLanes factors.

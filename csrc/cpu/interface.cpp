@@ -76,7 +76,8 @@ TABLE(Cache, FIELD(key), FIELD(value), FIELD(page_stride), FIELD(head_stride), F
 TABLE(AttendArguments, FIELD(cache), FIELD(query), FIELD(out), FIELD(lse), FIELD(query_token_stride),
       FIELD(query_head_stride), FIELD(out_token_stride), FIELD(out_head_stride), FIELD(pages), FIELD(tile_starts),
       FIELD(blocks), FIELD(num_blocks), FIELD(columns), FIELD(num_columns), FIELD(column_keys), FIELD(column_values),
-      FIELD(column_row), FIELD(sinks), FIELD(seq_len), FIELD(window), FIELD(heads), FIELD(tiles), FIELD(max_blocks), FIELD(max_columns),
+      FIELD(column_row), FIELD(sinks), FIELD(remainder_key), FIELD(remainder_value), FIELD(remainder_bias),
+      FIELD(seq_len), FIELD(window), FIELD(heads), FIELD(tiles), FIELD(max_blocks), FIELD(max_columns),
       FIELD(scale), FIELD(softcap), FIELD(threads));
 TABLE(RowArguments, FIELD(cache), FIELD(query), FIELD(query_token_stride), FIELD(query_head_stride), FIELD(pages),
       FIELD(row_index), FIELD(heads), FIELD(context_len), FIELD(seq_len), FIELD(window), FIELD(num_heads), FIELD(num_wanted),

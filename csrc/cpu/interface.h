@@ -46,7 +46,7 @@ struct AttendArguments {
   Cache cache;
   const void* query;  // row r, head h at r * query_token_stride + h * query_head_stride
   void* out;          // written; row r, head h at r * out_token_stride + h * out_head_stride
-  float* lse;         // [heads][chunk], written; natural logarithm, of a sink, too. May be null
+  float* lse;         // [heads][chunk], written; natural logarithm, of sink and remainder, too. May be null
   int64_t query_token_stride, query_head_stride, out_token_stride, out_head_stride;
   const int64_t* pages;        // [logical blocks], the physical page of each
   const int64_t* tile_starts;  // [tiles + 1], positions
@@ -58,6 +58,9 @@ struct AttendArguments {
   const void* column_values;   // [n][head_size]
   const int64_t* column_row;   // [heads][seq_len], the row of column_keys that holds this position
   const float* sinks;          // [heads], logit of each head's attention sink. May be null
+  const float* remainder_key;    // [heads][tiles][head_size], one key for those that a tile leaves out. May be null
+  const float* remainder_value;  // [heads][tiles][head_size]
+  const float* remainder_bias;   // [heads][tiles], added to its score; -inf: none. Null: none anywhere
   int64_t seq_len;
   int64_t window;  // keys that a row sees at most, itself included; 0: all before it
   int32_t heads, tiles, max_blocks, max_columns;

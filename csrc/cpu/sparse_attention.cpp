@@ -187,23 +187,44 @@ class TileTask {
     sum += reduce_add(total);
   }
 
-  // One more key, with a score of its own and a value of zero.
-  void add_sink(float score) {
+  // One more key for a row, with a score in units of log2; returns its weight, for its value.
+  float add_key(int row, float score) {
+    float& maximum = w_.maximum[row];
+    if (score > maximum + kRescale) {
+      const float shrink = std::exp2(maximum - score);
+      maximum = score;
+      w_.sum[row] *= shrink;
+      float* out = w_.out.data() + static_cast<size_t>(row) * dim_;
+      for (int d = 0; d < dim_; ++d) out[d] *= shrink;
+    }
+    const float weight = std::exp2(score - maximum);
+    w_.sum[row] += weight;
+    return weight;
+  }
+
+  // The key that stands for what the tile leaves out.
+  void add_remainder() {
+    const float bias = a_.remainder_bias[slot_];
+    if (bias == -kInfinity) return;
+    const float* key = a_.remainder_key + slot_ * dim_;
+    const float* value = a_.remainder_value + slot_ * dim_;
     for (int r = 0; r < rows_; ++r) {
-      float& maximum = w_.maximum[r];
-      if (score > maximum + kRescale) {
-        const float shrink = std::exp2(maximum - score);
-        maximum = score;
-        w_.sum[r] *= shrink;
-        float* out = w_.out.data() + static_cast<size_t>(r) * dim_;
-        for (int d = 0; d < dim_; ++d) out[d] *= shrink;
-      }
-      w_.sum[r] += std::exp2(score - maximum);
+      const T* query = static_cast<const T*>(a_.query) + (row_of_query_ + r) * a_.query_token_stride +
+                       head_ * a_.query_head_stride;
+      Floats products = repeat(0.0f);
+      for (int d = 0; d < dim_; d += kLanes) products += widen(query + d) * load(key + d);
+      float score = reduce_add(products) * a_.scale;
+      if (a_.softcap != 0.0f) score = a_.softcap * std::tanh(score / a_.softcap);
+      const Floats weight = repeat(add_key(r, (score + bias) * kLog2e));
+      float* out = w_.out.data() + static_cast<size_t>(r) * dim_;
+      for (int d = 0; d < dim_; d += kLanes) store(out + d, load(out + d) + weight * load(value + d));
     }
   }
 
   void write_out() {
-    if (a_.sinks != nullptr) add_sink(a_.sinks[head_] * kLog2e);
+    if (a_.remainder_bias != nullptr) add_remainder();
+    // A sink has no value.
+    for (int r = 0; a_.sinks != nullptr && r < rows_; ++r) add_key(r, a_.sinks[head_] * kLog2e);
     for (int r = 0; r < rows_; ++r) {
       const Floats inverse = repeat(1.0f / w_.sum[r]);
       T* out = static_cast<T*>(a_.out) + (row_of_query_ + r) * a_.out_token_stride + head_ * a_.out_head_stride;

@@ -144,7 +144,9 @@ def triton_reason(cache: PagedCache) -> str | None:
     return None
 
 
-NATIVE = Kernel("native", native.run, NativeScores, softcap=True, sinks=True, window=True)
+NATIVE = Kernel(
+    "native", native.run, NativeScores, run_with_remainder=native.run, softcap=True, sinks=True, window=True
+)
 BLOCK_TABLE = Kernel("block_table", cpu.run, NativeScores, whole_pages=True, gives_lse=False)
 BLOCK_TABLE_WITH_NATIVE_PRODUCTS = Kernel(
     "block_table", cpu.run, functools.partial(NativeScores, from_pages=False), whole_pages=True, gives_lse=False

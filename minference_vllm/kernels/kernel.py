@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.remainder import Remainder
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.selection.torch_scores import TorchScores
 
@@ -19,6 +20,14 @@ class Run(Protocol):
     def __call__(self, inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
         """Write ``out`` (``[chunk, H, D]``) and, where it is given and the kernel ``gives_lse``, the log-sum-exp of
         each row's scores to ``lse`` (float32 ``[H, chunk]``, contiguous)."""
+
+
+class RunWithRemainder(Protocol):
+    """The same, with one more key for every query tile."""
+
+    def __call__(
+        self, inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor | None, remainder: Remainder
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,8 @@ class Kernel:
     """Also tiles that attend everything need a list."""
     gives_lse: bool = True
     """Whether ``run`` gives the log-sum-exp of rows, which mean correction and the remainder need."""
+    run_with_remainder: RunWithRemainder | None = None
+    """Attends the remainder, too; None: it is merged afterwards."""
     softcap: bool = False
     """Whether it knows soft caps."""
     sinks: bool = False

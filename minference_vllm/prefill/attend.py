@@ -116,10 +116,19 @@ def attend_chunk(
     index = build(patterns) if check is None else check.run(patterns, build, recall)
     used = patterns if check is None else check.strengthened(patterns)
     corrected, with_remainder = mean_corrected_heads(used), remainder_heads(used)
-    lse = out.new_empty(inputs.num_heads, len(out), dtype=torch.float32) if corrected or with_remainder else None
+    left_out = None
+    if with_remainder:
+        with timing.stage("index"):
+            left_out = remainder.of_heads(inputs, index, with_remainder)
+    afterwards = corrected or (left_out is not None and kernel.run_with_remainder is None)
+    lse = out.new_empty(inputs.num_heads, len(out), dtype=torch.float32) if afterwards else None
     with timing.stage("attend"):
-        kernel.run(inputs, index, out, lse)
-        if lse is not None:
+        if left_out is not None and kernel.run_with_remainder is not None:
+            kernel.run_with_remainder(inputs, index, out, lse, left_out)
+        else:
+            kernel.run(inputs, index, out, lse)
+            if left_out is not None and lse is not None:
+                remainder.add(inputs, index, left_out, out, lse)
+        if corrected and lse is not None:
             mean_correction.add(scores, index, corrected, out, lse)
-            remainder.add(inputs, index, with_remainder, out, lse)
     return index

@@ -111,11 +111,33 @@ def coverage(
     if not capacity.exact:
         crowded = ~dense & (chosen.sum(1, keepdim=True) > capacity.columns)
         dense = dense | crowded
-    blocks = torch.where(dense[..., None], tiling.reachable(), blocks)
     chosen &= ~dense
+    blocks = fill_up(tiling, blocks, chosen, budget)
+    blocks = torch.where(dense[..., None], tiling.reachable(), blocks)
     width = max(FORCED_COLUMNS, int(chosen.sum(1).max())) if capacity.exact else capacity.columns
     best = torch.where(chosen, as_column, -1.0).topk(min(width, length), dim=1)
     return blocks, Columns(best.indices, best.values >= 0, None if crowded is None else crowded[:, 0])
+
+
+def fill_up(tiling: Tiling, blocks: torch.Tensor, columns: torch.Tensor, budget: int) -> torch.Tensor:
+    """Blocks with the nearest others of every tile that has fewer keys than the budget: what the last tile has lies in
+    part behind an earlier one, or before the prompt.
+
+    Args:
+        blocks: bool ``[h, T, N]``.
+        columns: bool ``[h, S]``.
+        budget: keys of a tile, its own pages included, or all where there are fewer.
+    """
+    earlier = tiling.reachable() & (tiling.distance() > 0)
+    free = ~blocks & earlier
+    in_page = torch.nn.functional.pad(columns, (0, -columns.shape[1] % tiling.block_size))
+    in_page = in_page.unflatten(1, (-1, tiling.block_size)).sum(2, dtype=torch.int32)
+    whole = (blocks & earlier | tiling.own()).sum(2, dtype=torch.int32) * tiling.block_size
+    missing = budget - whole - (free * in_page[:, None]).sum(2, dtype=torch.int32)
+    # A page that is taken replaces its columns.
+    gained = (free * (tiling.block_size - in_page[:, None])).flip(2).cumsum(2)
+    nearest = free & ((gained.flip(2) - tiling.block_size + in_page[:, None]) < missing[..., None])
+    return blocks | nearest
 
 
 def _bins(mass: torch.Tensor) -> torch.Tensor:

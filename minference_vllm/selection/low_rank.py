@@ -37,16 +37,17 @@ from minference_vllm.selection.projection import (
 from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.scores import Scores
 
-CALIBRATION_ROWS = 64
+CALIBRATION_ROWS = 128
 """Rows of a chunk whose exact attention in each bin is measured, at most."""
-ROWS_PER_SAMPLE = 16
-"""Short chunks measure one row in so many."""
+FEW_ROWS, FEWER_ROWS = 16, 64
+"""Short chunks measure one row in ``FEW_ROWS``, those of more than half of ``CALIBRATION_ROWS`` one in
+``FEWER_ROWS``."""
 MIN_ROWS = 16
 """At least so many are measured, also where their attention takes more than ``WEIGHTS_BYTES``."""
 LAST_ROWS = 16
 """So many of the measured rows, but no more than a quarter, are among the chunk's last, where a prompt's question
 stands."""
-UNLIKE_ROWS = 32
+UNLIKE_ROWS = 64
 """So many, but no more than half, are rows whose queries are unlike the others': a few rows that look where no
 other row looks are in no sample."""
 MOST_MISSED = 1.5
@@ -117,8 +118,8 @@ def calibration_rows(query: torch.Tensor, length: int) -> CalibrationRows:
         length: tokens in the sequence.
     """
     heads, chunk, _ = query.shape
-    room = min(WEIGHTS_BYTES // (4 * length), chunk // ROWS_PER_SAMPLE)
-    count = min(chunk, CALIBRATION_ROWS, max(MIN_ROWS, room))
+    wanted = max(min(CALIBRATION_ROWS // 2, chunk // FEW_ROWS), min(CALIBRATION_ROWS, chunk // FEWER_ROWS))
+    count = min(chunk, max(MIN_ROWS, min(wanted, WEIGHTS_BYTES // (4 * length))))
     last, unlike = min(LAST_ROWS, count // 4), min(UNLIKE_ROWS, count // 2)
     before = chunk - 2 * last
     parts = min(count - last - unlike, before)

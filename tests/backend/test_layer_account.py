@@ -60,11 +60,11 @@ LIMITS: dict[str, tuple[tuple[int, int], ...]] = {
     "a_shape": ((81, 2), (81, 2), (183, 2)),
     "vertical_slash": ((191, 4), (352, 6), (1801, 24)),
     "block_sparse": ((259, 3), (328, 4), (949, 13)),
-    "coverage": ((942, 10), (1398, 14), (7326, 66)),
+    "coverage": ((1110, 10), (1650, 14), (8670, 66)),
     "antidiagonal": ((270, 10), (390, 14), (1950, 66)),
     "peak_threshold": ((702, 6), (846, 8), (4958, 34)),
     "mean_correction": ((1800, 8), (1944, 10), (13728, 36)),
-    "default": ((4175, 32), (19518, 132)),
+    "default": ((6531, 46), (22864, 130)),
     "mixed": ((548, 5), (548, 5), (1184, 11)),
 }
 """Operations and launches of a layer, from the first of ``LENGTHS`` on; the default takes minutes at the last."""

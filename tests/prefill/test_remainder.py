@@ -79,7 +79,7 @@ def test_agrees_with_its_definition(context: int, length: int, tile: int, heads:
     inputs = Inputs(query, inputs.cache, inputs.pages, inputs.chunk, SCALE, softcap)
     out, lse = under(query, keys, values, index, softcap)
     plain = out.clone()
-    remainder.add(inputs, index, heads, out, lse)
+    remainder.add(inputs, index, remainder.of_heads(inputs, index, heads), out, lse)
     sampled = remainder.sampled_positions(length), remainder.sample_step(length)
     exact = reference.with_remainder(query, keys, values, index.to_mask(), tiling, SCALE, heads, *sampled, softcap)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
@@ -104,7 +104,7 @@ def test_of_a_window_only_what_all_rows_see(context: int, length: int) -> None:
     gone = torch.arange(max(0, context - window + 1))
     for stored in (inputs.cache.key, inputs.cache.value):
         stored[gone // 32, :, gone % 32] = torch.nan
-    remainder.add(inputs, index, range(4), out, lse)
+    remainder.add(inputs, index, remainder.of_heads(inputs, index, range(4)), out, lse)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_never_more_than_the_weight_that_was_left_out() -> None:
     index = index_of(Tiling.of(300, 800, 32, 64), query, keys)
     found = remainder.of_tiles(Inputs.of_rows(query, keys, values, SCALE, 32), index, slice(0, 4))
     tile = (torch.arange(300, 800) // 64) - 300 // 64
-    ours = (query * found.key[tile]).sum(2) * SCALE + found.bias[tile]
+    ours = ((query.transpose(0, 1) * found.key[:, tile]).sum(2) * SCALE + found.bias[:, tile]).T
     causal = reference.causal_mask(300, 800)
     scores = query.transpose(0, 1) @ reference.repeat_heads(keys, 4).transpose(1, 2) * SCALE
     left_out = scores.masked_fill(index.to_mask() | ~causal, -torch.inf).logsumexp(2).T
@@ -133,7 +133,7 @@ def test_what_the_left_out_values_have_in_common_comes_back() -> None:
     dense = reference.masked_attention(query, keys, values, reference.causal_mask(2000, 2400), SCALE)
     out, lse = under(query, keys, values, index)
     before = float((out - dense).norm() / dense.norm())
-    remainder.add(inputs, index, range(4), out, lse)
+    remainder.add(inputs, index, remainder.of_heads(inputs, index, range(4)), out, lse)
     assert float((out - dense).norm() / dense.norm()) < before / 3
 
 
@@ -145,7 +145,8 @@ def test_tiles_that_leave_nothing_out_stay_what_they_are() -> None:
     index = replace(index, blocks=index.blocks.masked_fill(unlisted[..., None], -1))
     out, lse = under(query, keys, values, index)
     plain = out.clone()
-    remainder.add(Inputs.of_rows(query, keys, values, SCALE, 32), index, range(4), out, lse)
+    inputs = Inputs.of_rows(query, keys, values, SCALE, 32)
+    remainder.add(inputs, index, remainder.of_heads(inputs, index, range(4)), out, lse)
     tile = torch.arange(400, 600) // 64 - 400 // 64
     untouched = unlisted[:, tile].T
     assert torch.equal(out[untouched], plain[untouched])
@@ -206,6 +207,34 @@ def test_from_pages_in_any_order_and_with_anything_behind_the_last_token(
 
 
 @needs_native
+@pytest.mark.parametrize("heads", [range(8), [0, 1, 5]], ids=str)
+@pytest.mark.parametrize(
+    "features",
+    [{}, {"softcap": 1.5}, {"sinks": torch.linspace(-2, 30, 8)}, {"softcap": 1.5, "sinks": torch.linspace(-2, 9, 8)}],
+    ids=lambda features: "+".join(features) or "plain",
+)
+def test_the_native_kernel_takes_it_as_one_more_key(
+    features: dict[str, Any], heads: list[int], paged_batch: Callable[..., Any]
+) -> None:
+    batch = paged_batch(query_lens=[300], context_lens=[933], dtype=torch.float32)
+    inputs = replace(batch.inputs(), **features)
+    kernel = choose("native", torch.float32, batch.cache, with_lse=True)
+    index = build_index(Tiling.of(933, 1233, batch.cache.block_size, 128), [WINDOW] * 8, kernel.scores(inputs))
+    left_out = remainder.of_heads(inputs, index, heads)
+    found, merged = (torch.full_like(batch.query, torch.nan) for _ in range(2))
+    lse, own_lse = torch.empty(2, 8, 300)
+    assert kernel.run_with_remainder is not None
+    kernel.run_with_remainder(inputs, index, found, lse, left_out)
+    kernel.run(inputs, index, merged, own_lse)
+    plain = merged.clone()
+    remainder.add(inputs, index, left_out, merged, own_lse)
+    torch.testing.assert_close(found, merged, rtol=2e-5, atol=2e-5)
+    changed = [head for head in range(8) if not torch.equal(found[:, head], plain[:, head])]
+    assert changed == list(heads)
+    assert (lse >= own_lse - 1e-5).all()
+
+
+@needs_native
 def test_a_kernel_without_a_log_sum_exp_is_refused(paged_batch: Callable[..., Any]) -> None:
     batch = paged_batch(query_lens=[200], context_lens=[300])
     with pytest.raises(ValueError, match=r"'block_table' cannot run: .* the remainder need every row's log-sum-exp"):
@@ -234,5 +263,5 @@ def test_in_files_it_is_off_unless_it_is_named() -> None:
     assert isinstance(named, LowRank)
     assert named.without_remainder() == LowRank(gamma=0.975)
     assert [pattern.without_remainder() for pattern in (LowRank(gamma=0.5), Dense())] == [LowRank(gamma=0.5), Dense()]
-    with pytest.raises(PatternError, match=r"remainder = .*valid boolean"):
+    with pytest.raises(PatternError, match=r"remainder = 1: must be true or false"):
         parse_head_pattern({"kind": "low_rank", "remainder": 1})

@@ -141,3 +141,13 @@ def test_the_strongest_key_stays_unseen_by_the_rows_before_it(pattern: HeadPatte
     keys[0, length - 1, 0], query[..., 0] = 50.0, 1.0
     index = build_index(Tiling.of(length - rows, length, 32, 64), [pattern], scores_of(query, keys))
     assert not (index.to_mask() & ~causal_mask(length - rows, length)).any()
+
+
+@pytest.mark.parametrize("budget", [200, 777, 1500])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_tile_has_its_budget(shape: str, budget: int) -> None:
+    """Also the first ones, for which some of what the last one has lies ahead, or before the prompt's start."""
+    index = SHAPES[shape][0].index(Coverage(gamma=0.9, min_budget=budget))
+    for tile, end in enumerate(index.tiling.starts[1:].tolist()):
+        found = int(index.tile_mask(torch.tensor([tile]))[0, 0, :end].sum())
+        assert found >= min(budget, end), (tile, found)

@@ -156,15 +156,15 @@ class NativeScores(TorchScores):
         return columns, diagonals
 
     def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-        """``low_rank.row_weights`` straight from the pages; at most ``MAX_ROWS`` of a head."""
+        """``low_rank.row_weights`` straight from the pages."""
         if not self.from_pages:
             return super().row_weights(rows, heads)
-        assert rows.shape[1] <= MAX_ROWS
         weights = torch.empty(*rows.shape, self.inputs.chunk.seq_len)
         for own, head, found in zip(rows.contiguous(), heads, weights, strict=True):
             wanted = torch.tensor([head], dtype=torch.int32)
-            call = interface.RowWeightArguments(self._rows(own, wanted), found.data_ptr())
-            library(self.inputs.cache.key.dtype).minference_row_weights(ctypes.byref(call))
+            for some, part in zip(own.split(MAX_ROWS), found.split(MAX_ROWS), strict=True):
+                call = interface.RowWeightArguments(self._rows(some, wanted), part.data_ptr())
+                library(self.inputs.cache.key.dtype).minference_row_weights(ctypes.byref(call))
         return weights
 
     def _rows(self, rows: torch.Tensor, heads: torch.Tensor) -> interface.RowArguments:
