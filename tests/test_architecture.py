@@ -27,8 +27,10 @@ OUTSIDE: dict[str, set[str]] = {
     "offline": {"torch", "transformers", "matplotlib", "tqdm", "vllm", "numpy", "lm_eval"},
     "commands": {"torch", "transformers"},
     "reference": {"torch"},
+    "reference_dual_chunk": {"torch"},
 }
 """Packages from outside that a part may import."""
+REFERENCES = {"reference", "reference_dual_chunk"}
 VLLM_CALLS = {"kernels.block_table.cpu_ops", "kernels.block_table.flash"}
 """Of the kernels, the files that call vLLM."""
 ENTRIES = {"plugin": "backend", "__main__": "commands", "": "prefill"}
@@ -94,13 +96,13 @@ def test_the_picture_shows_the_folders() -> None:
 
 def test_few_files_lie_flat() -> None:
     flat = {path.stem for path in PACKAGE.glob("*.py")}
-    assert flat == {"__init__", "__main__", "plugin", "settings", "reference"}
+    assert flat == {"__init__", "__main__", "plugin", "settings", *REFERENCES}
 
 
 @pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
 def test_imports_go_down(name: str, path: Path) -> None:
     allowed, part = below(), part_of(name)
-    may = allowed["core"] | {"patterns"} if part == "reference" else allowed[ENTRIES.get(part, part)]
+    may = allowed["core"] | {"patterns", *REFERENCES} if part in REFERENCES else allowed[ENTRIES.get(part, part)]
     # The packages' version is in its ``__init__``, which imports nothing but names of the parts.
     found = set(ours(path)) - {"__version__", *(["triton_kernels"] if "kernels" in may else [])}
     assert found <= may, f"{name} imports {sorted(found - may)}; the picture allows {sorted(may)}"

@@ -203,7 +203,7 @@ def attention_account(variant: Variant, default: bool, arch: int, launch: Launch
         "BLOCK_OWN": launch.block_own,
         "STAGES": launch.stages,
     }
-    flags = dict.fromkeys(("WITH_SOFTCAP", "WITH_SINKS", "WITH_LSE"), variant.extras)
+    flags = dict.fromkeys(("WITH_SOFTCAP", "WITH_SINKS", "WITH_LSE"), variant.extras) | {"CAUSAL": True}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     compiled = compile_kernel(
         function, variant.types(function), constants | own | flags, arch, num_warps=launch.num_warps
@@ -219,7 +219,8 @@ def lists_account(variant: Variant, arch: int) -> Account:
     function = physical_lists.physical_lists_kernel
     block_n = launch_shape(arch // 10, variant.head_size, 2, 2).block_n
     own = {"LISTS": variant.group, "BLOCK": physical_lists.BLOCK, "WORK": physical_lists.WORK, "BLOCK_N": block_n}
-    compiled = compile_kernel(function, variant.types(function), {"PAGE": variant.page} | own, arch, num_warps=4)
+    own |= {"PAGE": variant.page, "CAUSAL": True}
+    compiled = compile_kernel(function, variant.types(function), own, arch, num_warps=4)
     return account("physical_lists", variant.name, True, compiled, arch)
 
 

@@ -1,8 +1,9 @@
 """Attention under a ``SparseIndex`` over paged keys and values of any strides, in one online softmax.
 
 Three loops read a tile's keys: whole pages before it, without a mask; single keys, without a mask; and those of them
-that fill no step, with the tile's own pages, causally. Keys come from ``physical_lists``; lists are read a step ahead,
-or Triton would prefetch fewer keys and values (see ``tools/kernel_account.py``).
+that fill no step, with the tile's own pages, causally (without these under an index that is not ``causal``). Keys come
+from ``physical_lists``; lists are read a step ahead, or Triton would prefetch fewer keys and values (see
+``tools/kernel_account.py``).
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ def sparse_attention_kernel(
     WITH_SOFTCAP: tl.constexpr,
     WITH_SINKS: tl.constexpr,
     WITH_LSE: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """One program: BLOCK_M packed rows of one query tile, of the query heads that share a list."""
     PADDED: tl.constexpr = HEAD_SIZE != D
@@ -143,7 +145,7 @@ def sparse_attention_kernel(
         p_value += i_kv_head.to(tl.int64) * stride_key_head
         i_list_row = (i_list * num_tiles + i_tile).to(tl.int64)
         num_blocks = tl.load(p_num_blocks + i_list_row)
-        num_before, num_left = split_keys(num_blocks, tile_start, tile_end, PAGE, BLOCK_N)
+        num_before, num_left = split_keys(num_blocks, tile_start, tile_end, PAGE, BLOCK_N, CAUSAL)
         num_steps = num_before * PAGE // BLOCK_N
         num_singles = tl.load(p_num_columns + i_list_row) + num_left
         # Without a list the tile attends every page, in order.
@@ -197,8 +199,13 @@ def sparse_attention_kernel(
         # lies before every row, all rows have a maximum.
         p_singles += num_full
         num_left = num_singles - num_full
-        own = tile_start // PAGE * PAGE
-        last = tl.minimum(tile_start + ((i_part + 1) * BLOCK_M - 1) // HEADS_PER_LIST, tile_end - 1)
+        if CAUSAL:
+            own = tile_start // PAGE * PAGE
+            last = tl.minimum(tile_start + ((i_part + 1) * BLOCK_M - 1) // HEADS_PER_LIST, tile_end - 1)
+        else:
+            # No own keys: what follows those that are left lies behind every row.
+            own = tile_end
+            last = tile_end - 1
         o_own = tl.arange(0, BLOCK_OWN)
         b_place = tl.load(p_singles + o_own)
         for first in tl.range(0, num_left + last + 1 - own, BLOCK_OWN, num_stages=STAGES):
@@ -218,7 +225,9 @@ def sparse_attention_kernel(
         if WITH_SINKS:
             # One more key, with a score of its own and a value of zero.
             b_sum += tl.exp2(tl.load(p_sinks + o_head).to(tl.float32) * LOG2E - b_max)
-        b_out = b_out * (value_scale / b_sum)[:, None]
+        # Only an index without own keys leaves rows without any: zeros, and a log-sum-exp of -inf.
+        b_divisor = b_sum if CAUSAL else tl.where(b_sum > 0, b_sum, 1.0)
+        b_out = b_out * (value_scale / b_divisor)[:, None]
         p_row = p_out + o_query * stride_out_row + o_head * stride_out_head
         m_tile = m_row[:, None] & m_dim[None, :]
         tl.store(p_row[:, None] + o_dim[None, :], b_out.to(p_out.dtype.element_ty), mask=m_tile)
@@ -277,5 +286,6 @@ def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor
         WITH_SOFTCAP=inputs.softcap != 0.0,
         WITH_SINKS=sinks is not None,
         WITH_LSE=lse is not None,
+        CAUSAL=index.causal,
         num_warps=launch.num_warps,
     )  # fmt: skip

@@ -23,12 +23,14 @@ WORK = 1024
 
 
 @triton.jit
-def split_keys(num_blocks, tile_start, tile_end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+def split_keys(num_blocks, tile_start, tile_end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
     """Pages of a tile's list that lie before its own; and how many of their keys whole steps of BLOCK_N do not reach.
 
-    Every list ends with all pages that hold the tile's rows.
+    Every list of a causal index ends with all pages that hold the tile's rows; others hold none of them.
     """
-    num_before = num_blocks - ((tile_end - 1) // PAGE - tile_start // PAGE + 1)
+    num_before = num_blocks
+    if CAUSAL:
+        num_before -= (tile_end - 1) // PAGE - tile_start // PAGE + 1
     return num_before, num_before * PAGE % BLOCK_N
 
 
@@ -68,6 +70,7 @@ def physical_lists_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
     WORK: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """One program: the lists of one tile, or BLOCK entries of the whole table."""
     i_item = tl.program_id(0)
@@ -87,7 +90,7 @@ def physical_lists_kernel(
         num_columns = tl.load(p_num_columns + i_row)
         tile_start = tl.load(p_tile_starts + i_tile).to(tl.int32)
         tile_end = tl.load(p_tile_starts + i_tile + 1).to(tl.int32)
-        num_before, num_left = split_keys(num_blocks, tile_start, tile_end, PAGE, BLOCK_N)
+        num_before, num_left = split_keys(num_blocks, tile_start, tile_end, PAGE, BLOCK_N, CAUSAL)
         tl.store(p_work + i_item, (num_blocks * PAGE + num_columns) // WORK)
         # A tile without a list reads the table.
         is_listed = tl.load(p_blocks) >= 0
@@ -111,7 +114,7 @@ def physical_lists_kernel(
             b_left_page = tl.load(p_pages + b_left, mask=m_left, other=0).to(tl.int64)
             b_left_place = b_left_page * page_units + o_key % PAGE * slot_units
             tl.store(p_singles + num_columns + o_left, b_left_place.to(tl.int32), mask=m_left)
-        # The tile's last key stands for what follows it.
+        # The tile's last key stands for what follows it. Where no row attends own keys, they fill up the last step.
         own = tile_start // PAGE * PAGE
         p_singles += num_columns + num_left
         for first in range(0, tile_end - own + BLOCK_N, BLOCK):
@@ -179,6 +182,7 @@ def physical_lists(inputs: Inputs, index: SparseIndex, block_n: int) -> Physical
         BLOCK_N=block_n,
         BLOCK=BLOCK,
         WORK=WORK,
+        CAUSAL=index.causal,
         num_warps=4,
     )  # fmt: skip
     return PhysicalLists(unit, table, listed, singles, max_singles, torch.argsort(work, descending=True, stable=True))

@@ -52,8 +52,9 @@ class MInferenceCPUMetadataBuilder(SparsePrefillBuilder, CPUAttentionMetadataBui
 class MInferenceCPUImpl(SparsePrefillImpl, CPUAttentionBackendImpl):
     def dense_reasons(self, vllm_config: Any) -> list[str]:
         dtype, kernel = vllm_config.model_config.dtype, self.runtime.settings.kernel
-        # Our own kernel knows soft caps, sinks and windows; vLLM's, which runs what ours cannot, is not told of them.
-        own = own_kernel_reason(kernel, dtype, self.head_size) is None
+        # Our own kernel knows soft caps, sinks and windows, but not in parts of dual chunks. vLLM's, for what ours
+        # cannot run, is not told of them.
+        own = own_kernel_reason(kernel, dtype, self.head_size) is None and self.dual_chunk is None
         reasons = unsupported_layer_reasons(
             sliding_window=self.sliding_window,
             logits_soft_cap=None if own else self.logits_soft_cap,
@@ -65,8 +66,8 @@ class MInferenceCPUImpl(SparsePrefillImpl, CPUAttentionBackendImpl):
             # A row of a shorter one attends fewer keys than where sparse prefill begins.
             min_window=self.runtime.settings.min_context if own else None,
         )
-        # A layer that is dense in any case needs none of our kernels.
-        check_cpu_kernel("auto" if reasons else kernel, dtype, self.head_size)
+        if not reasons:  # a layer that is dense in any case needs none of our kernels
+            check_cpu_kernel(kernel, dtype, self.head_size, self.dual_chunk is not None)
         return reasons
 
     def cache_reasons(self, layer: Any, block_size: int, dtype: torch.dtype) -> list[str]:

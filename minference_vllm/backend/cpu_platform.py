@@ -95,8 +95,8 @@ def _ends_the_start() -> Iterator[None]:
 def _check_cpu(vllm_config: Any) -> None:
     from minference_vllm.backend.runtime import check_cpu_kernel, runtime_for
 
-    model, settings = vllm_config.model_config, runtime_for(vllm_config).settings
-    check_cpu_kernel(settings.kernel, model.dtype, model.get_head_size())
+    model, runtime = vllm_config.model_config, runtime_for(vllm_config)
+    check_cpu_kernel(runtime.settings.kernel, model.dtype, model.get_head_size(), runtime.dual_chunk is not None)
 
 
 def _check_device(platform: Any) -> None:

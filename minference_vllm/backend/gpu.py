@@ -11,6 +11,7 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionType
 
 from minference_vllm.backend import compat
+from minference_vllm.backend.dual_chunk_limits import dual_chunk_of
 from minference_vllm.backend.runtime import unsupported_layer_reasons
 from minference_vllm.backend.sparse_prefill import SparsePrefillBuilder, SparsePrefillImpl
 from minference_vllm.backend.warmup import take_memory, warm_up
@@ -55,7 +56,10 @@ class GPUBuilder(SparsePrefillBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Whole CUDA graphs for uniform decode batches alone: in mixed ones Python decides what is sparse."""
+        """Whole CUDA graphs for uniform decode batches alone: in mixed ones Python decides what is sparse. With dual
+        chunk attention it decides in decodes, too, which part a row is in."""
+        if dual_chunk_of(vllm_config.model_config) is not None:
+            return AttentionCGSupport.NEVER
         parent = super().get_cudagraph_support(vllm_config, kv_cache_spec)
         return min(parent, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
 
@@ -65,8 +69,8 @@ class GPUImpl(SparsePrefillImpl):
         dtype, kernel = vllm_config.model_config.dtype, self.runtime.settings.kernel
         if kernel == "native":
             raise ValueError("minference: kernel 'native' runs on CPUs; set kernel to 'auto' or 'triton'")
-        # Our own kernel knows soft caps, sinks and FP8 caches; 'block_table' does not.
-        fused = kernel != "block_table"
+        # Our own kernel knows soft caps, sinks and FP8 caches; 'block_table' does not, nor do the parts of dual chunks.
+        fused = kernel != "block_table" and self.dual_chunk is None
         window = self.sliding_window[0] if self.sliding_window is not None else None
         reasons = unsupported_layer_reasons(
             sliding_window=window,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from minference_vllm.backend.compat import check_vllm, register_name
 from minference_vllm.backend.cpu_platform import serve_our_name
+from minference_vllm.backend.dual_chunk_rope import register_rotary_embedding
 
 
 def make_name_known() -> None:
@@ -15,4 +16,5 @@ def make_name_known() -> None:
     check_vllm()
     # First, so that no name is known that the platform does not serve.
     serve_our_name()
+    register_rotary_embedding()
     register_name()

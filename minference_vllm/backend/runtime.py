@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from minference_vllm.backend import dual_chunk_limits
 from minference_vllm.backend.compat import add_worker_method
 from minference_vllm.backend.counters import Counters
 from minference_vllm.core.inputs import Inputs
@@ -18,6 +19,7 @@ from minference_vllm.kernels.native import library
 from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.patterns.kinds import PatternError
+from minference_vllm.prefill.dual_chunk import DualChunk
 from minference_vllm.prefill.recall import RaisedSteps
 from minference_vllm.selection.families import family_of
 from minference_vllm.settings import Settings, load_settings
@@ -50,6 +52,8 @@ class Runtime:
     """While a model is calibrated; every sparse chunk then runs densely."""
     layer_groups: list[Callable[[], Callable[[], None] | None]] = field(default_factory=list)
     """Weak references to what finds the patterns of a group's layers anew, in the order in which groups were made."""
+    dual_chunk: DualChunk | None = None
+    """Of a model with dual chunk attention."""
 
     def __post_init__(self) -> None:
         self.discovered = self.patterns, self.source
@@ -64,6 +68,8 @@ class Runtime:
         Raises:
             ValueError: they cannot run on this model or its pages; the message says which and what is allowed.
         """
+        if self.dual_chunk is not None:
+            dual_chunk_limits.check_patterns(patterns)
         self.patterns, self.source = patterns, source
         self.counters, self.raised = Counters(self.counters.name), RaisedSteps()
         for group in self.layer_groups:
@@ -111,8 +117,11 @@ def _make_runtime(vllm_config: Any) -> Runtime:
     settings = load_settings(vllm_config.additional_config)
     is_draft = model.runner_type == "draft"
     patterns, source = (draft_patterns if is_draft else model_patterns)(settings, model)
+    dual_chunk = dual_chunk_limits.dual_chunk_of(model)
+    if dual_chunk is not None:
+        dual_chunk_limits.check_configuration(vllm_config, settings, patterns)
     counters = Counters("minference (draft model)" if is_draft else "minference")
-    runtime = Runtime(settings, patterns, source, counters, is_draft)
+    runtime = Runtime(settings, patterns, source, counters, is_draft, dual_chunk=dual_chunk)
     # Also runs in processes that multiprocessing starts, which end without ``atexit``.
     Finalize(None, _log_the_rest, (runtime,), exitpriority=1)
     return runtime
@@ -167,17 +176,20 @@ def unsupported_model_reasons(model: Any) -> list[str]:
     return reasons
 
 
-def check_cpu_kernel(kernel: str, dtype: torch.dtype, head_size: int) -> None:
-    """Raise ValueError when the kernel that the user named cannot run on this CPU.
+def check_cpu_kernel(kernel: str, dtype: torch.dtype, head_size: int, dual_chunk: bool = False) -> None:
+    """Raise ValueError when the kernel that the user named, or that the layer needs, cannot run on this CPU.
 
     Args:
         kernel: the setting of that name.
+        dual_chunk: whether the layer has dual chunk attention.
     """
     reason = None
     if kernel == "triton":
         reason = "it needs an NVIDIA GPU"
-    elif kernel == "native":
+    elif kernel == "native" or dual_chunk:
         reason = library.unsupported_reason(dtype, head_size)
+        if reason and dual_chunk:
+            raise ValueError(f"minference: dual chunk attention needs kernel 'native', which cannot run here: {reason}")
     if reason:
         raise ValueError(f"minference: kernel {kernel!r} cannot run here: {reason}; set kernel to 'auto'")
 

@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 
 from minference_vllm.backend.runtime import Runtime
 from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.plan import Chunk
 from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.patterns.kinds import MAX_STEP, Dense, HeadPattern
 from minference_vllm.prefill.attend import attend_chunk
@@ -42,8 +43,7 @@ def serve_chunk(runtime: Runtime, layer: SparseLayer, inputs: Inputs, out: torch
         return
     check, timing = None, Timing()
     if audit_is_due(runtime, layer, inputs):
-        # Other rows in every layer and chunk, the same ones whenever the same prompt comes in the same chunks.
-        seed = zlib.crc32(f"{layer.number} {chunk.context_len} {chunk.seq_len}".encode())
+        seed = audit_seed(layer, chunk)
         steps = runtime.raised.at(layer.number, inputs)
         with timing.stage("audit"):
             rows = audited_rows(inputs.query, settings.audit_rows, seed)
@@ -64,6 +64,11 @@ def serve_chunk(runtime: Runtime, layer: SparseLayer, inputs: Inputs, out: torch
                 "(counted from now on, not logged again)",
                 layer.number, head, settings.recall_floor, "dense" if step == MAX_STEP else "more keys",
             )  # fmt: skip
+
+
+def audit_seed(layer: SparseLayer, chunk: Chunk) -> int:
+    """For other rows in every layer and chunk, the same ones whenever the same prompt comes in the same chunks."""
+    return zlib.crc32(f"{layer.number} {chunk.context_len} {chunk.seq_len}".encode())
 
 
 def audit_is_due(runtime: Runtime, layer: SparseLayer, inputs: Inputs) -> bool:

@@ -19,6 +19,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from minference_vllm.backend.compat import dense_batch_reason, host_seq_lens, page_reasons, slice_requests
+from minference_vllm.backend.dual_chunk import DualChunkLayer
+from minference_vllm.backend.dual_chunk_limits import refusal
 from minference_vllm.backend.runtime import check_page_size, runtime_for
 from minference_vllm.backend.serving import SparseLayer, serve_chunk
 from minference_vllm.core.inputs import Inputs
@@ -39,12 +41,14 @@ DENSE_LAYERS = "minference: some layers run densely: %s"
 
 @dataclass
 class SparsePrefillMetadata:
-    """What the metadata of a batch with at least one sparse chunk has beside the parent's fields."""
+    """What the metadata of a batch with a chunk for us has beside the parent's fields."""
 
     sparse: tuple[tuple[Chunk, torch.Tensor], ...] = ()
     """The sparse chunks, and the physical pages (int64) of each."""
     dense_runs: tuple[tuple[tuple[int, int], slice, Any], ...] = ()
     """Per run of other requests: which they are, their query rows, and their metadata for the parent."""
+    far: tuple[tuple[Chunk, torch.Tensor], ...] = ()
+    """As ``sparse``: chunks that are ours though they are dense, see ``Plan``."""
 
 
 class SparsePrefillBuilder(AttentionMetadataBuilder):
@@ -68,6 +72,8 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         # Decodes may replay a CUDA graph of the parent's path: whatever the setting says, they are never ours.
         decode_len = 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
         self.min_chunk = max(self.runtime.settings.min_chunk, decode_len + 1)
+        dual_chunk = self.runtime.dual_chunk
+        self.plain_len = dual_chunk.plain_len if dual_chunk else None
         logger.info_once("minference: %s", self.runtime.summary(self._kernels()))
 
     def prepare_layers(self) -> None:
@@ -103,18 +109,21 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         for means in self.page_means:
             means.forget(common_attn_metadata.slot_mapping, self.kv_cache_spec.block_size)
-        if common_attn_metadata.max_query_len < PREFILL_FROM or self.dense_only or common_prefix_len:
+        far = self.plain_len is not None and common_attn_metadata.max_seq_len > self.plain_len
+        if not far and (common_attn_metadata.max_query_len < PREFILL_FROM or self.dense_only or common_prefix_len):
             return metadata  # nothing but decodes, most of the time
         lengths = host_seq_lens(common_attn_metadata, self.runtime.is_draft)
         reason = dense_batch_reason(common_attn_metadata)
         if reason or lengths is None:
+            if far:
+                raise refusal(f"a batch that is {reason or 'of unknown lengths'}", "choose another attention backend")
             logger.info_once("minference: some batches are served densely: %s", reason or "lengths are on the GPU only")
             return metadata
         settings, counters = self.runtime.settings, self.runtime.counters
         starts = common_attn_metadata.query_start_loc_cpu[: len(lengths) + 1].tolist()
-        plan = plan_batch(starts, lengths, settings.min_context, self.min_chunk)
+        plan = plan_batch(starts, lengths, settings.min_context, self.min_chunk, self.plain_len)
         counters.count_batch(plan)
-        if not plan.sparse:
+        if not plan.sparse and not plan.far:
             return metadata
         pairs = self.dense_heads * sum(chunk.dense_pairs for chunk in plan.sparse)
         counters.count_layer(pairs, pairs)
@@ -130,13 +139,16 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
             for first, last in plan.dense_runs
         )
         inherited = {field.name: getattr(metadata, field.name) for field in fields(metadata)}
-        return self.metadata_cls(**inherited, sparse=_with_pages(plan.sparse, table), dense_runs=runs)
+        sparse, far_chunks = _with_pages(plan.sparse, table), _with_pages(plan.far, table)
+        return self.metadata_cls(**inherited, sparse=sparse, dense_runs=runs, far=far_chunks)
 
     def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
         """The same batch for another group of layers, whose pages are others."""
         updated = super().update_block_table(metadata, blk_table, slot_mapping)
         if isinstance(metadata, self.metadata_cls):
-            updated.sparse = _with_pages([chunk for chunk, _ in metadata.sparse], blk_table)
+            for name in ("sparse", "far"):
+                chunks = [chunk for chunk, _ in getattr(metadata, name)]
+                setattr(updated, name, _with_pages(chunks, blk_table))
             updated.dense_runs = tuple(
                 (requests, rows, super(SparsePrefillBuilder, self).update_block_table(
                     run, blk_table[requests[0] : requests[1]], slot_mapping[rows]
@@ -159,10 +171,20 @@ def _with_pages(chunks: Any, block_table: torch.Tensor) -> tuple[tuple[Chunk, to
 class SparsePrefillImpl(AttentionImpl):
     """Serves the sparse chunks under an index and leaves the rest to the parent."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, layer_idx: int = -1, dual_chunk_attention_config: Any = None, **kwargs: Any) -> None:
+        """Arguments of the parent's.
+
+        Args:
+            layer_idx, dual_chunk_attention_config: of layers with dual chunk attention. Neither says more than the
+                layer's name and the model's configuration do.
+        """
         super().__init__(*args, **kwargs)
         self.vllm_config = vllm_config = get_current_vllm_config()
         self.runtime = runtime_for(vllm_config)
+        geometry = self.runtime.dual_chunk
+        if (geometry is None) != (not dual_chunk_attention_config):
+            raise refusal("some layers that do not have it", "choose another attention backend")
+        self.dual_chunk = DualChunkLayer(self.runtime, geometry) if geometry else None
         self.first_head = get_tensor_model_parallel_rank() * self.num_heads
         self.sparse_layer: SparseLayer | None = None
         """How sparse chunks run; None before ``prepare``, and where every chunk runs densely."""
@@ -175,6 +197,8 @@ class SparsePrefillImpl(AttentionImpl):
 
     def _run_densely(self, reasons: list[str]) -> None:
         if reasons:
+            if self.dual_chunk is not None:
+                raise refusal(", ".join(reasons), "choose another attention backend")
             self.dense_only = True
             logger.info_once(DENSE_LAYERS, ", ".join(reasons))
 
@@ -244,14 +268,16 @@ class SparsePrefillImpl(AttentionImpl):
             return
         number = _layer_number(layer.layer_name)
         patterns = self.runtime.patterns.for_layer(number, self.num_heads, self.first_head)
-        if all(pattern.kind == "dense" for pattern in patterns):
-            return
         reasons = self.pattern_reasons(patterns)
         if reasons:
             logger.info_once(DENSE_LAYERS, ", ".join(reasons))
             return
         one_page = torch.zeros(1, self.num_kv_heads, page, 2 * self.head_size, dtype=spec.dtype, device=device)
         cache = self.paged_cache(layer, one_page, dtype)
+        if self.dual_chunk is not None:
+            self.dual_chunk.prepare(number, self.first_head, patterns, cache)
+        if all(pattern.kind == "dense" for pattern in patterns):
+            return
         try:
             own = self.needs_own_kernel
             kernel, patterns, without = choose_for(patterns, settings.kernel, dtype, cache, own)
@@ -277,12 +303,19 @@ class SparsePrefillImpl(AttentionImpl):
         """As the parent's; chunks that the plan names are computed under a sparse index.
 
         Args:
+            query: with dual chunk attention all rotations of each token, see ``DualChunkLayer.rotations``.
             key, value: of the new tokens; None in a layer that shares another one's cache.
         """
+        rotated, plain_layer = query, self.sparse_layer
+        sparse, far = getattr(attn_metadata, "sparse", ()), getattr(attn_metadata, "far", ())
+        if self.dual_chunk is not None:
+            rotated = self.dual_chunk.rotations(query, self.num_heads, self.head_size)
+            query = rotated[:, 0].contiguous()
+            if any(self.dual_chunk.is_far(chunk) for chunk, _ in (*sparse, *far)):
+                plain_layer = plain_layer or self.dual_chunk.layer
         if attn_metadata is None:
             self.measure(layer, query, kv_cache)
-        sparse = getattr(attn_metadata, "sparse", None)
-        if not sparse or self.sparse_layer is None:
+        if not (sparse or far) or plain_layer is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
@@ -295,10 +328,14 @@ class SparsePrefillImpl(AttentionImpl):
         cache = self.paged_cache(layer, kv_cache, query.dtype)
         query = query.view(-1, self.num_heads, self.head_size)
         out = output.view(-1, self.num_heads, self.head_size)
-        for chunk, block_table in sparse:
+        for number, (chunk, block_table) in enumerate((*sparse, *far)):
             rows = slice(chunk.query_start, chunk.query_start + chunk.query_len)
             inputs = self.inputs(layer, query[rows], cache, block_table, chunk)
-            serve_chunk(self.runtime, self.sparse_layer, inputs, out[rows])
+            if self.dual_chunk is not None and self.dual_chunk.is_far(chunk):
+                is_sparse = number < len(sparse) and self.sparse_layer is not None
+                self.dual_chunk.serve(rotated[rows], inputs, out[rows], is_sparse)
+            else:
+                serve_chunk(self.runtime, plain_layer, inputs, out[rows])
         return output
 
     def keep_page_means(self) -> PageMeans:

@@ -19,7 +19,11 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     "distributed.parallel_state": ("get_tensor_model_parallel_rank",),
     "logger": ("init_logger",),
+    "model_executor.custom_op": ("CustomOp.register_oot",),
     "model_executor.layers.attention": ("Attention",),
+    "model_executor.layers.rotary_embedding.dual_chunk_rope": (
+        "DualChunkRotaryEmbedding._compute_cos_sin_cache", "DualChunkRotaryEmbedding.forward_native",
+    ),
     "model_executor.models.utils": ("extract_layer_index",),
     "platforms": ("current_platform",),
     "platforms.interface": (

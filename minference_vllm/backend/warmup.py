@@ -9,7 +9,7 @@ where vLLM measures what the model needs beside its cache, the largest chunk is 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +45,11 @@ class Variant:
     cache: torch.dtype
     softcap: bool
     sinks: bool
+    dual_chunk: bool = False
 
     def __str__(self) -> str:
         query, cache = (str(dtype).removeprefix("torch.") for dtype in (self.query, self.cache))
-        flags = [name for name in ("softcap", "sinks") if getattr(self, name)]
+        flags = [name for name in ("softcap", "sinks", "dual_chunk") if getattr(self, name)]
         sizes = f"{self.heads} heads over {self.kv_heads} of size {self.head_size}, pages of {self.page}"
         return ", ".join([f"{query} over {cache}", sizes, *flags, *sorted({kind for kind, _ in self.kinds})])
 
@@ -77,8 +78,8 @@ def warm_up(layers: Sequence[Any], spec: Any, dtype: torch.dtype, settings: Sett
         logger.info("minference: kernels for %d kinds of layers ready after %.1f s", len(_ready) - before, seconds)
 
 
-_profiled: dict[tuple[Variant, tuple[HeadPattern, ...]], int] = {}
-"""Tokens of the largest chunk whose memory this process has taken once."""
+_profiled: dict[tuple[Variant, tuple[HeadPattern, ...], bool], int] = {}
+"""Tokens of the largest chunk, far in dual chunk attention or not, whose memory this process has taken once."""
 
 
 def take_memory(layer: Any, vllm_config: Any, tokens: int, device: torch.device) -> None:
@@ -98,18 +99,49 @@ def take_memory(layer: Any, vllm_config: Any, tokens: int, device: torch.device)
     model, settings = vllm_config.model_config, layer.impl.runtime.settings
     spec = layer.get_kv_cache_spec(vllm_config)
     layer.impl.prepare(layer, spec, model.dtype, device)
-    chunk_len, seq_len = min(tokens, model.max_model_len), model.max_model_len
-    if layer.impl.sparse_layer is None or seq_len < settings.min_context or chunk_len < settings.min_chunk:
+    dual_chunk, seq_len = layer.impl.dual_chunk, model.max_model_len
+    if dual_chunk is not None and dual_chunk.plain_len < seq_len:
+        chunk = _last_chunk(tokens, seq_len)
+        _take_memory(layer, spec, model.dtype, chunk, dual_chunk.layer.patterns, settings, device)
+        seq_len = dual_chunk.plain_len
+    chunk = _last_chunk(tokens, seq_len)
+    if layer.impl.sparse_layer is None or seq_len < settings.min_context or chunk.query_len < settings.min_chunk:
         return
-    chunk = Chunk(request=0, query_start=0, context_len=seq_len - chunk_len, seq_len=seq_len)
     for patterns in _patterns_of(layer, settings):
-        inputs = _empty_inputs(layer, spec, model.dtype, chunk, device)
-        key = _variant(inputs, patterns), tuple(patterns)
-        if _profiled.get(key, 0) < chunk_len:
-            _profiled[key] = chunk_len
-            # Shorter chunks score as many heads at once as this holds, and may so take more than the largest.
-            torch.empty(MEMORY_LIMIT, dtype=torch.uint8, device=device)
-            _serve(layer, inputs, patterns, model.dtype, settings, audited=settings.audit_rows > 0)
+        _take_memory(layer, spec, model.dtype, chunk, patterns, settings, device)
+
+
+def _last_chunk(tokens: int, seq_len: int) -> Chunk:
+    return Chunk(request=0, query_start=0, context_len=max(0, seq_len - tokens), seq_len=seq_len)
+
+
+def _take_memory(
+    layer: Any,
+    spec: Any,
+    dtype: torch.dtype,
+    chunk: Chunk,
+    patterns: Sequence[HeadPattern],
+    settings: Settings,
+    device: torch.device,
+) -> None:
+    inputs = _empty_inputs(layer, spec, dtype, chunk, device)
+    impl, is_far = layer.impl, layer.impl.dual_chunk is not None and layer.impl.dual_chunk.is_far(chunk)
+    key = _variant(layer, inputs, patterns), tuple(patterns), is_far
+    if _profiled.get(key, 0) >= chunk.query_len:
+        return
+    _profiled[key] = chunk.query_len
+    # Shorter chunks score as many heads at once as this holds, and may so take more than the largest.
+    torch.empty(MEMORY_LIMIT, dtype=torch.uint8, device=device)
+
+    def run(out: torch.Tensor) -> None:
+        if is_far:
+            impl.dual_chunk.take_memory(inputs, out, settings)
+            return
+        rows = audited_rows(inputs.query, settings.audit_rows, seed=0) if settings.audit_rows else None
+        check = None if rows is None else RecallCheck(rows)
+        attend_chunk(inputs, patterns, impl.sparse_layer.kernel, out, settings.tile, check)
+
+    _serve(layer, inputs, patterns, dtype, run)
 
 
 def _patterns_of(layer: Any, settings: Settings) -> Iterator[list[HeadPattern]]:
@@ -124,9 +156,15 @@ def _warm_up_layer(
     tile = whole_tile(settings.tile, spec.block_size)
     chunk = Chunk(request=0, query_start=0, context_len=tile, seq_len=3 * tile)
     inputs = _empty_inputs(layer, spec, dtype, chunk, device)
-    variant = _variant(inputs, patterns)
+    variant, impl = _variant(layer, inputs, patterns), layer.impl
+
+    def run(out: torch.Tensor) -> None:
+        attend_chunk(inputs, patterns, impl.sparse_layer.kernel, out, settings.tile)
+        if impl.dual_chunk is not None:
+            impl.dual_chunk.warm_up(inputs, out, settings.tile)
+
     if variant not in _ready:
-        _serve(layer, inputs, patterns, dtype, settings)
+        _serve(layer, inputs, patterns, dtype, run)
         _ready.add(variant)
 
 
@@ -143,7 +181,7 @@ def _empty_inputs(layer: Any, spec: Any, dtype: torch.dtype, chunk: Chunk, devic
     return inputs
 
 
-def _variant(inputs: Inputs, patterns: Sequence[HeadPattern]) -> Variant:
+def _variant(layer: Any, inputs: Inputs, patterns: Sequence[HeadPattern]) -> Variant:
     cache = inputs.cache
     return Variant(
         frozenset((pattern.kind, family_of(pattern).kernel_size(pattern)) for pattern in patterns),
@@ -156,6 +194,7 @@ def _variant(inputs: Inputs, patterns: Sequence[HeadPattern]) -> Variant:
         cache.key.dtype,
         inputs.softcap != 0.0,
         inputs.sinks is not None,
+        layer.impl.dual_chunk is not None,
     )
 
 
@@ -165,15 +204,14 @@ def _serve(
     inputs: Inputs,
     patterns: Sequence[HeadPattern],
     dtype: torch.dtype,
-    settings: Settings,
-    audited: bool = False,
+    run: Callable[[torch.Tensor], None],
 ) -> None:
+    """Have ``run`` write the chunk's attention."""
     out = torch.empty(inputs.query.shape, dtype=dtype, device=inputs.query.device)
     try:
-        check = RecallCheck(audited_rows(inputs.query, settings.audit_rows, seed=0)) if audited else None
-        attend_chunk(inputs, patterns, layer.impl.sparse_layer.kernel, out, settings.tile, check)
+        run(out)
         if out.device.type == "cuda":
             torch.cuda.synchronize(out.device)
     except Exception as error:
-        variant = _variant(inputs, patterns)
+        variant = _variant(layer, inputs, patterns)
         raise RuntimeError(f"minference: kernels for layers of {variant} do not run here: {error}") from error

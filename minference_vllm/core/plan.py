@@ -54,6 +54,8 @@ class Plan:
     """Ranges ``[first, last)`` of neighbouring requests that vLLM's own kernel serves."""
     dense_reasons: tuple[str, ...]
     """Why a prefill chunk was left dense, one entry per such chunk. Decodes are no prefill and have no entry."""
+    far: tuple[Chunk, ...] = ()
+    """Other chunks, decodes among them, that vLLM's own kernel cannot serve: they end beyond ``plain_len``."""
 
 
 BELOW_MIN_CONTEXT = "prompt so far is shorter than min_context"
@@ -71,17 +73,25 @@ def dense_reason(chunk: Chunk, min_context: int, min_chunk: int) -> str | None:
     return None
 
 
-def plan_batch(query_start_loc: Sequence[int], seq_lens: Sequence[int], min_context: int, min_chunk: int) -> Plan:
+def plan_batch(
+    query_start_loc: Sequence[int],
+    seq_lens: Sequence[int],
+    min_context: int,
+    min_chunk: int,
+    plain_len: int | None = None,
+) -> Plan:
     """Split a batch into sparse chunks and dense runs.
 
     Args:
         query_start_loc: first query row of each request, and the end of the last; ``num_requests + 1`` entries.
         seq_lens: context plus new tokens of each request; ``num_requests`` entries.
         min_context, min_chunk: thresholds in tokens, see ``Settings``.
+        plain_len: tokens of a sequence up to which vLLM's own kernel can serve it; None: any number.
     """
     sparse: list[Chunk] = []
     dense_runs: list[tuple[int, int]] = []
     reasons: list[str] = []
+    far: list[Chunk] = []
     for request, seq_len in enumerate(seq_lens):
         start, end = query_start_loc[request], query_start_loc[request + 1]
         chunk = Chunk(request, start, seq_len - (end - start), seq_len)
@@ -91,8 +101,11 @@ def plan_batch(query_start_loc: Sequence[int], seq_lens: Sequence[int], min_cont
             continue
         if chunk.query_len >= PREFILL_FROM:
             reasons.append(reason)
+        if plain_len is not None and seq_len > plain_len:
+            far.append(chunk)
+            continue
         if dense_runs and dense_runs[-1][1] == request:
             dense_runs[-1] = (dense_runs[-1][0], request + 1)
         else:
             dense_runs.append((request, request + 1))
-    return Plan(tuple(sparse), tuple(dense_runs), tuple(reasons))
+    return Plan(tuple(sparse), tuple(dense_runs), tuple(reasons), tuple(far))

@@ -6,7 +6,7 @@ key blocks of ``B`` tokens in the sequence, ``S`` its tokens. A key block is a p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,7 +20,7 @@ class SparseIndex:
 
     Row ``i`` of a tile attends every key ``j <= i``, and in a window ``j > i - window``, that lies in one of the tile's
     blocks or is one of its columns. No key is named twice. Every tile has the blocks that hold its own rows, so every
-    row attends at least itself.
+    row attends at least itself; but for an index that is not ``causal``.
 
     ``blocks``, ``num_blocks``, ``columns`` and ``num_columns`` are what MInference's kernels, and vLLM's
     ``sparse_attn_func``, call ``block_offset``, ``block_count``, ``column_index`` and ``column_count``; blocks are
@@ -42,6 +42,8 @@ class SparseIndex:
     """bool ``[L, T]``: tiles that wanted more than there was planned room for, and attend everything instead."""
     heads_per_list: int = 1
     """Neighbouring query heads that share each list: query head ``h`` has list ``h // heads_per_list``."""
+    causal: bool = True
+    """False: the chunk's own keys are left out, see ``without_own_keys``."""
 
     @property
     def num_lists(self) -> int:
@@ -70,8 +72,12 @@ class SparseIndex:
     def block_mask(self, tiles: torch.Tensor, heads: slice, first: int, last: int) -> torch.Tensor:
         """bool ``[H, R, last - first]``: which of the key blocks ``[first, last)`` the named tiles (int64 ``[R]``)
         have, their columns apart."""
-        blocks = self.blocks[self._lists(tiles, heads), tiles]
-        return _marks(blocks, first, last) | (blocks[..., :1] < 0)
+        lists = self._lists(tiles, heads)
+        blocks = self.blocks[lists, tiles]
+        without_list = blocks[..., :1] < 0
+        if not self.causal:  # a tile may have no block at all
+            without_list &= self.num_blocks[lists, tiles][..., None] > 0
+        return _marks(blocks, first, last) | without_list
 
     def names(self, positions: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
         """bool ``[H, T, n]``: which of some keys (int64 ``[n]``, ascending) each tile attends, future ones included."""
@@ -96,13 +102,37 @@ class SparseIndex:
         mask = self.tile_mask(torch.arange(self.num_tiles, device=device)).repeat_interleave(rows, dim=1)
         positions = torch.arange(self.tiling.context_len, self.tiling.seq_len, device=device)
         keys = torch.arange(self.tiling.seq_len, device=device)
-        mask &= keys <= positions[:, None]
+        mask &= keys <= positions[:, None] if self.causal else keys < self.tiling.context_len
         return mask & (keys > positions[:, None] - self.tiling.window) if self.tiling.window else mask
+
+    def without_own_keys(self) -> SparseIndex:
+        """The same for rows that attend, without a mask, a range of keys which they are no part of.
+
+        The chunk's context, whole blocks, is that range; the keys of the chunk itself stood for nothing and are left
+        out. A tile may then have no keys at all: kernels give it a log-sum-exp of -inf.
+        """
+        end = self.tiling.context_len
+        context_blocks = end // self.tiling.block_size
+        listed = (self.blocks >= 0) & (self.blocks < context_blocks)
+        # Blocks ascend: those that stay are in front.
+        num_blocks = torch.where(self.blocks[..., 0] < 0, context_blocks, listed.sum(-1)).to(torch.int32)
+        columns = self.columns.masked_fill(self.columns >= end, -1).sort(dim=-1, descending=True).values
+        return replace(
+            self,
+            blocks=self.blocks.masked_fill(~listed, -1),
+            num_blocks=num_blocks,
+            columns=columns,
+            num_columns=(columns >= 0).sum(-1, dtype=torch.int32),
+            causal=False,
+        )
 
     def computed_pairs(self) -> torch.Tensor:
         """float64 ``[H]``: query-key pairs that the kernel works on (whole blocks; the causal half of the last, what
         lies in the rows' window of the first)."""
         rows = (self.tiling.starts[1:] - self.tiling.starts[:-1]).double()
+        if not self.causal:
+            keys = self.num_blocks.double() * self.tiling.block_size + self.num_columns.double()
+            return (keys * rows).sum(-1).repeat_interleave(self.heads_per_list)
         last_start = (self.tiling.starts[1:] - 1) // self.tiling.block_size * self.tiling.block_size
         in_last = (self.tiling.starts[1:] - last_start).double()
         keys = (self.num_blocks - 1).double() * self.tiling.block_size + in_last + self.num_columns.double()
@@ -132,7 +162,9 @@ class SparseIndex:
         return in_blocks.sum(-1) + of_columns.masked_fill_(self.columns < 0, 0.0).sum(-1)
 
     def dense_pairs(self) -> float:
-        """Pairs of one head that dense causal attention computes."""
+        """Pairs of one head that dense attention computes."""
+        if not self.causal:
+            return float((self.tiling.seq_len - self.tiling.context_len) * self.tiling.context_len)
         return dense_pairs(self.tiling.context_len, self.tiling.seq_len, self.tiling.window)
 
     def density(self) -> torch.Tensor:

@@ -14,7 +14,7 @@ from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.kernels.native import attention as native
 from minference_vllm.kernels.native import library
 from minference_vllm.kernels.native.scores import NativeScores
-from minference_vllm.patterns.kinds import HeadPattern, LowRank
+from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.selection.families import mean_corrected_heads, remainder_heads
 from minference_vllm.selection.torch_scores import TorchScores
 
@@ -82,11 +82,7 @@ def choose_for(
         if corrected or not with_lse:
             raise
         kernel, why = choose(name, dtype, cache, own=own), str(error)
-    alone = (
-        pattern.without_remainder() if isinstance(pattern, LowRank) and pattern.remainder else pattern
-        for pattern in patterns
-    )
-    return kernel, tuple(alone), why
+    return kernel, tuple(pattern.without_remainder() for pattern in patterns), why
 
 
 def own_kernel_reason(name: str, dtype: torch.dtype, head_size: int, block_size: int | None = None) -> str | None:

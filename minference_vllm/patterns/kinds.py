@@ -50,6 +50,10 @@ class _Pattern(BaseModel):
             return self  # type: ignore[return-value]  # every subclass below is one of HeadPattern
         return LowRank().at_step(step - 1) if step < MAX_STEP else Dense()
 
+    def without_remainder(self) -> HeadPattern:
+        """For what cannot add the remainder of ``low_rank``."""
+        return self  # type: ignore[return-value]
+
 
 class Dense(_Pattern):
     """Every key up to the row itself."""
@@ -135,7 +139,9 @@ class LowRank(_Pattern):
     remainder: bool = False
 
     def without_remainder(self) -> LowRank:
-        """For kernels that cannot add it: half of the missing share errs no more (``docs/estimator.md``)."""
+        """Half of the missing share errs no more (``docs/estimator.md``)."""
+        if not self.remainder:
+            return self
         return self.model_copy(update={"remainder": False, "gamma": 1 - (1 - self.gamma) / 2})
 
     def at_step(self, step: int) -> LowRank | Dense:

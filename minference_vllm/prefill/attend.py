@@ -19,6 +19,7 @@ from minference_vllm.selection.build import build_index
 from minference_vllm.selection.capacity import plan_capacity
 from minference_vllm.selection.compaction import EXACT_WIDTH
 from minference_vllm.selection.families import mean_corrected_heads, remainder_heads
+from minference_vllm.selection.torch_scores import TorchScores
 
 MEANS_IN_WINDOW = "mean correction is not defined in a sliding window, which cuts pages"
 
@@ -39,6 +40,29 @@ def tiling_for(inputs: Inputs, kernel: Kernel, tile: int | None) -> Tiling:
 # All layers of a batch ask for the same.
 _tiling = functools.lru_cache(maxsize=64)(Tiling.of)
 _capacity = functools.lru_cache(maxsize=256)(plan_capacity)
+
+
+def select(
+    inputs: Inputs,
+    patterns: Sequence[HeadPattern],
+    kernel: Kernel,
+    scores: TorchScores,
+    tile: int | None = None,
+    timing: Timing | None = None,
+) -> SparseIndex:
+    """The index of one chunk, for other arguments as ``attend_chunk`` has them.
+
+    Args:
+        scores: the kernel's, of these inputs.
+    """
+    timing = timing or Timing()
+    tiling = tiling_for(inputs, kernel, tile)
+    sizes = tiling.context_len, tiling.seq_len, tiling.block_size, tiling.tile, tiling.column_multiple
+    capacity = _capacity(tuple(patterns), *sizes, kernel.lists_everything) if kernel.planned else EXACT_WIDTH
+    with timing.stage("index"):
+        return build_index(
+            tiling, patterns, TimedScores(scores, timing), capacity, inputs.group if kernel.planned else 1
+        )
 
 
 def unknown_to(kernel: Kernel, inputs: Inputs) -> str | None:
@@ -80,15 +104,10 @@ def attend_chunk(
     if inputs.window and mean_corrected_heads(patterns):
         raise ValueError(MEANS_IN_WINDOW)
     timing = timing or Timing()
-    tiling = tiling_for(inputs, kernel, tile)
     scores = kernel.scores(inputs)
-    timed = TimedScores(scores, timing)
-    sizes = tiling.context_len, tiling.seq_len, tiling.block_size, tiling.tile, tiling.column_multiple
 
     def build(patterns: Sequence[HeadPattern]) -> SparseIndex:
-        capacity = _capacity(tuple(patterns), *sizes, kernel.lists_everything) if kernel.planned else EXACT_WIDTH
-        with timing.stage("index"):
-            return build_index(tiling, patterns, timed, capacity, inputs.group if kernel.planned else 1)
+        return select(inputs, patterns, kernel, scores, tile, timing)
 
     def recall(index: SparseIndex, rows: torch.Tensor) -> Recall:
         with timing.stage("audit"):

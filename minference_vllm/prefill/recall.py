@@ -85,34 +85,63 @@ def sampled_recall(
         rows: int64 ``[R]``, rows of the chunk, on the query's device.
         softcap, window: see ``Inputs``.
     """
-    positions = rows + index.tiling.context_len
-    tiles = torch.searchsorted(index.tiling.starts, positions, right=True) - 1
-    sampled = query[rows].transpose(0, 1)  # [H, R, D]
-    heads, count, dim = sampled.shape
-    # An online softmax: sums of all weights and of those that were kept, and the same times the norms.
-    largest = torch.full((heads, count, 1), -torch.inf, device=rows.device)
-    sums = torch.zeros(4, heads, count, 1, device=rows.device)
-    first = 0
-    for piece, value_norms in pieces:
-        # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
-        by_kv_head = sampled.reshape(piece.shape[0], -1, dim)
-        scores = logits(by_kv_head, piece, scale, softcap).view(heads, count, -1)
-        last = first + piece.shape[1]
-        scores.masked_fill_(unseen(positions - first, piece.shape[1], window), -torch.inf)
-        new_largest = torch.maximum(largest, scores.amax(-1, keepdim=True))
-        # -inf before the row's window begins.
-        shift = new_largest.masked_fill(new_largest == -torch.inf, 0.0)
-        weights = scores.sub_(shift).exp_()
-        sums *= (largest - shift).exp_()
-        norms = value_norms[:, None, None].clamp(1e-20, 1e20)  # as ``low_rank.by_value`` has them
-        kept = index.tile_mask(tiles, first=first, last=last)
-        sums[0] += weights.sum(-1, keepdim=True)
-        sums[2] += _by_norm(weights, norms)
-        weights.mul_(kept)
-        sums[1] += weights.sum(-1, keepdim=True)
-        sums[3] += _by_norm(weights, norms)
-        largest, first = new_largest, last
-    return Recall((sums[1] / sums[0])[..., 0], (sums[3] / sums[2])[..., 0])
+    sums = RecallSums()
+    sums.add(query, pieces, index, rows, scale, softcap, window)
+    return sums.recall()
+
+
+class RecallSums:
+    """Sums of the weights of sampled rows, all of them and those that were kept, and the same times the norms of
+    values: an online softmax, over one set of keys after the other."""
+
+    def __init__(self) -> None:
+        self._largest: torch.Tensor | None = None
+        """float32 ``[H, R, 1]``: the largest score so far."""
+        self._sums = torch.empty(0)
+        """float32 ``[4, H, R, 1]``."""
+
+    def add(
+        self,
+        query: torch.Tensor,
+        pieces: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        index: SparseIndex,
+        rows: torch.Tensor,
+        scale: float,
+        softcap: float = 0.0,
+        window: int = 0,
+    ) -> None:
+        """Arguments as ``sampled_recall`` has them."""
+        positions = rows + index.tiling.context_len
+        tiles = torch.searchsorted(index.tiling.starts, positions, right=True) - 1
+        sampled = query[rows].transpose(0, 1)  # [H, R, D]
+        heads, count, dim = sampled.shape
+        if self._largest is None:
+            self._largest = torch.full((heads, count, 1), -torch.inf, device=rows.device)
+            self._sums = torch.zeros(4, heads, count, 1, device=rows.device)
+        sums, first = self._sums, 0
+        for piece, value_norms in pieces:
+            # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
+            by_kv_head = sampled.reshape(piece.shape[0], -1, dim)
+            scores = logits(by_kv_head, piece, scale, softcap).view(heads, count, -1)
+            last = first + piece.shape[1]
+            scores.masked_fill_(unseen(positions - first, piece.shape[1], window), -torch.inf)
+            new_largest = torch.maximum(self._largest, scores.amax(-1, keepdim=True))
+            # -inf before the row's window begins.
+            shift = new_largest.masked_fill(new_largest == -torch.inf, 0.0)
+            weights = scores.sub_(shift).exp_()
+            sums *= (self._largest - shift).exp_()
+            norms = value_norms[:, None, None].clamp(1e-20, 1e20)  # as ``low_rank.by_value`` has them
+            kept = index.tile_mask(tiles, first=first, last=last)
+            sums[0] += weights.sum(-1, keepdim=True)
+            sums[2] += _by_norm(weights, norms)
+            weights.mul_(kept)
+            sums[1] += weights.sum(-1, keepdim=True)
+            sums[3] += _by_norm(weights, norms)
+            self._largest, first = new_largest, last
+
+    def recall(self) -> Recall:
+        """Of all sets that were added."""
+        return Recall((self._sums[1] / self._sums[0])[..., 0], (self._sums[3] / self._sums[2])[..., 0])
 
 
 def _by_norm(weights: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:

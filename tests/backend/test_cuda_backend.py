@@ -66,10 +66,10 @@ def test_whole_cuda_graphs_for_uniform_batches_alone(
 ) -> None:
     from vllm.v1.attention.backend import AttentionCGSupport
 
-    builder = make_gpu_layer([(0, 400)]).builder
+    layer = make_gpu_layer([(0, 400)])
     for theirs, ours in (("ALWAYS", "UNIFORM_BATCH"), ("UNIFORM_BATCH", "UNIFORM_BATCH"), ("NEVER", "NEVER")):
         monkeypatch.setattr(parent.builder, "_cudagraph_support", AttentionCGSupport[theirs])
-        assert builder.get_cudagraph_support(None, None) is AttentionCGSupport[ours]
+        assert layer.builder.get_cudagraph_support(layer.config, layer.spec) is AttentionCGSupport[ours]
 
 
 def test_kernels_are_compiled_with_the_builder_on_a_gpu_alone(

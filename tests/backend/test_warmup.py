@@ -58,6 +58,7 @@ def make_layer(*patterns: HeadPattern, sinks: bool = False, softcap: float = 0.0
         head_size=DIM,
         sparse_layer=SparseLayer(0, 0, (patterns * 4)[:4], kernel),
         paged_cache=paged_cache,
+        dual_chunk=None,
         inputs=inputs,
     )
     return SimpleNamespace(impl=impl, query_quant=object() if quantised else None)
@@ -77,9 +78,9 @@ def warm_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any
     def run(*layers: Any, cache: torch.dtype = torch.bfloat16, **settings: Any) -> list[dict[str, Any]]:
         chunks: list[dict[str, Any]] = []
 
-        def stand_in(inputs: Inputs, patterns: Any, kernel: Any, out: torch.Tensor, tile: Any, check: Any) -> None:
+        def stand_in(inputs: Inputs, patterns: Any, kernel: Any, out: torch.Tensor, tile: Any) -> None:
             chunk = inputs.chunk
-            assert check is None and len(inputs.query) == len(out) == chunk.query_len
+            assert len(inputs.query) == len(out) == chunk.query_len
             assert len(inputs.pages) * PAGE >= chunk.seq_len
             assert kernel is layers[0].impl.sparse_layer.kernel and tile == Settings(**settings).tile
             chunks.append({"query": inputs.query, "cache": inputs.cache, "patterns": patterns, "out": out})

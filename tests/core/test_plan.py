@@ -45,6 +45,15 @@ def test_a_mixed_batch_keeps_neighbours_together() -> None:
     assert found.dense_reasons == (BELOW_MIN_CONTEXT, BELOW_MIN_CHUNK)
 
 
+def test_chunks_that_end_beyond_the_plain_length_are_nobody_elses() -> None:
+    """Decodes among them; the rest of the plan is as it was."""
+    lengths = [3000, 3001, 3001, 4500, 3400]
+    found = plan_batch([0, 1, 2, 22, 1522, 1922], lengths, MIN_CONTEXT, MIN_CHUNK, plain_len=3000)
+    assert found.far == (Chunk(1, 1, 3000, 3001), Chunk(2, 2, 2981, 3001))
+    assert found.sparse == (Chunk(3, 22, 3000, 4500), Chunk(4, 1522, 3000, 3400))
+    assert found.dense_runs == ((0, 1),) and found.dense_reasons == (BELOW_MIN_CHUNK,)
+
+
 @pytest.mark.parametrize(
     ("context", "new", "reason"),
     [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from index_inputs import EVERYTHING, PATTERNS, TILINGS, Built, OneHead, RandomScores, build
 
+from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import KINDS, MAX_STEP, Dense, LowRank
 from minference_vllm.reference import causal_mask
@@ -97,3 +98,17 @@ def test_steps() -> None:
         assert isinstance(raised, LowRank) and raised.rank == 32
         gammas.append(raised.gamma)
     assert gammas == pytest.approx([0.68, 0.92, 0.98])
+
+
+def test_an_index_without_own_keys() -> None:
+    """Lists, a tile that attends everything without a list, and one that is left with nothing."""
+    tiling = Tiling.of(64, 160, 32, 32)  # two blocks of keys, three tiles
+    blocks = torch.tensor([[[1, 2, -1, -1], [-1, -1, -1, -1], [2, 4, -1, -1]]], dtype=torch.int32)
+    columns = torch.tensor([[[5, 70, 9], [-1, -1, -1], [66, -1, -1]]], dtype=torch.int32)
+    counts = torch.tensor([[2, 4, 2]], dtype=torch.int32), torch.tensor([[3, 0, 1]], dtype=torch.int32)
+    found = SparseIndex(tiling, blocks, counts[0], columns, counts[1]).without_own_keys()
+    assert found.num_blocks.tolist() == [[1, 2, 0]] and found.num_columns.tolist() == [[2, 0, 0]]
+    keys = found.to_mask()[0, ::32, :64]
+    assert keys[0].nonzero()[:, 0].tolist() == [5, 9, *range(32, 64)]
+    assert keys[1].all() and not keys[2].any()
+    assert found.computed_pairs().tolist() == [32 * (34 + 64)] and found.dense_pairs() == 96 * 64

@@ -70,6 +70,37 @@ MODELS: dict[str, dict[str, Any]] = {
         **{f"{kind}_token_id": 1 for kind in ("pad", "bos", "eos", "decoder_start")},
     },
 }
+DUAL_CHUNK: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
+    "dual_chunk_attention_config": {"chunk_size": 512, "local_size": 128},
+}
+DUAL_CHUNK_ERRORS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "dual_chunk": ({}, None),
+    "dual_chunk_sizes": ({"hf_overrides": {"dual_chunk_attention_config": {"chunk_size": 512}}}, "not 512, None, 0"),
+    "dual_chunk_fp8": ({"kv_cache_dtype": "fp8"}, "dual chunk attention with a KV cache of fp8"),
+    "dual_chunk_speculative": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+        "dual chunk attention with speculative decoding",
+    ),
+    "dual_chunk_kernel": (
+        {"additional_config": {"minference": {"kernel": "block_table"}}},
+        "dual chunk attention with the kernel 'block_table'",
+    ),
+    "dual_chunk_floor": (
+        {"additional_config": {"minference": {"recall_floor": 0.9}}},
+        "dual chunk attention with a recall_floor",
+    ),
+}
+"""Arguments, and what the error says."""
 # What is wrong -> (settings, what the error says)
 SETTINGS: dict[str, tuple[Any, str]] = {
     "unknown_setting": (
@@ -100,7 +131,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, write_patterns: Callable[..
     write_patterns(place / "budget.json", [{"kind": "a_shape", "sink": 10**12}])
     write_patterns(place / "layers.json", dense, layers=5)
     write_patterns(place / "heads.json", dense, heads=16)
-    for name, config in MODELS.items():
+    for name, config in {**MODELS, "qwen_1m": DUAL_CHUNK}.items():
         (place / name).mkdir()
         (place / name / "config.json").write_text(json.dumps(config))
     return place
@@ -144,6 +175,7 @@ def errors(folder: Path, llama: Path) -> dict[str, str | None]:
     }
     cases |= {name: {"model": name} for name in MODELS}
     cases |= {"good": {"model": str(llama)}, "float64": {"model": str(llama), "dtype": "float64"}}
+    cases |= {name: {"model": "qwen_1m", **arguments} for name, (arguments, _) in DUAL_CHUNK_ERRORS.items()}
     cases["not_selected"] = {**cases["unknown_setting"], "attention_backend": None}
     return configure(folder, cases)
 
@@ -164,6 +196,12 @@ def test_settings_and_pattern_files(name: str, errors: dict[str, str | None]) ->
 )
 def test_models(name: str, message: str, errors: dict[str, str | None]) -> None:
     assert f"minference cannot serve {name}: " in str(errors[name]) and message in str(errors[name])
+
+
+@pytest.mark.parametrize("name", DUAL_CHUNK_ERRORS)
+def test_dual_chunk_attention(name: str, errors: dict[str, str | None]) -> None:
+    message = DUAL_CHUNK_ERRORS[name][1]
+    assert errors[name] is None if message is None else message in str(errors[name])
 
 
 def test_an_unsupported_type_is_refused(errors: dict[str, str | None]) -> None:

@@ -43,6 +43,8 @@ class Layer:
     """Page size in vLLM's configuration while layer and builder are made, where that is another one."""
     kv_connector: Any = None
     """What may write to the cache from outside, if anything."""
+    dual_chunk: dict[str, Any] | None = None
+    """``dual_chunk_attention_config`` of the model."""
     indices: list[SparseIndex] = field(default_factory=list)
     checks: list[RecallCheck | None] = field(default_factory=list)
     steps_before: list[tuple[int, ...]] = field(default_factory=list)
@@ -64,7 +66,7 @@ class Layer:
                 dtype=self.dtype,
                 runner_type="generate",
                 hf_config=SimpleNamespace(),
-                hf_text_config=SimpleNamespace(num_attention_heads=HEADS),
+                hf_text_config=SimpleNamespace(num_attention_heads=HEADS, dual_chunk_attention_config=self.dual_chunk),
                 get_total_num_hidden_layers=lambda: 2,
                 get_num_attention_heads=lambda parallel: self.heads,
             ),
@@ -105,6 +107,8 @@ class Layer:
         """vLLM's attention layer of this number, as far as builder and implementation read it."""
         from minference_vllm.backend.cpu import MInferenceCPUImpl
 
+        if self.dual_chunk is not None:
+            options = {**options, "layer_idx": number, "dual_chunk_attention_config": self.dual_chunk}
         return SimpleNamespace(
             layer_name=f"model.layers.{number}.self_attn.attn",
             impl=MInferenceCPUImpl(*self.sizes, **OPTIONS | options),

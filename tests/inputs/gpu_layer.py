@@ -96,9 +96,11 @@ class Layer:
         speculative: int = 0,
         page_before: int = PAGE,
         device: str = "cpu",
+        dual_chunk: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
+            dual_chunk: ``dual_chunk_attention_config`` of the model.
             page_before: page size in vLLM's configuration while layer and builder are made.
             device: see ``make_builder``.
         """
@@ -125,7 +127,7 @@ class Layer:
                 dtype=DTYPE,
                 runner_type="generate",
                 hf_config=SimpleNamespace(model_type="llama"),
-                hf_text_config=SimpleNamespace(num_attention_heads=HEADS),
+                hf_text_config=SimpleNamespace(num_attention_heads=HEADS, dual_chunk_attention_config=dual_chunk),
                 get_total_num_hidden_layers=lambda: 2,
                 get_num_attention_heads=lambda parallel: HEADS,
                 get_num_kv_heads=lambda parallel: KV_HEADS,
@@ -167,7 +169,10 @@ class Layer:
 
     def make_layer(self, number: int) -> Any:
         """vLLM's attention layer of this number, as far as builder and implementation read it."""
-        options = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"}
+        options: dict[str, Any] = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"}
+        dual_chunk = self.config.model_config.hf_text_config.dual_chunk_attention_config
+        if dual_chunk is not None:
+            options |= {"layer_idx": number, "dual_chunk_attention_config": dual_chunk}
         return SimpleNamespace(
             layer_name=f"model.layers.{number}.self_attn.attn",
             impl=self.parent.our_impl(HEADS, DIM, DIM**-0.5, KV_HEADS, **options),

@@ -262,5 +262,6 @@ def test_in_files_it_is_off_unless_it_is_named() -> None:
     assert remainder_heads([old, named, WINDOW]) == [1]
     assert isinstance(named, LowRank)
     assert named.without_remainder() == LowRank(gamma=0.975)
+    assert [pattern.without_remainder() for pattern in (LowRank(gamma=0.5), Dense())] == [LowRank(gamma=0.5), Dense()]
     with pytest.raises(PatternError, match=r"remainder = 1: must be true or false"):
         parse_head_pattern({"kind": "low_rank", "remainder": 1})

@@ -1,0 +1,61 @@
+"""Checkpoints with dual chunk attention (Qwen2.5-1M): which they are, and what is refused with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minference_vllm.kernels.choose import DTYPES
+from minference_vllm.patterns.file import PatternFile
+from minference_vllm.prefill.dual_chunk import DualChunk
+from minference_vllm.selection.families import family_of
+from minference_vllm.settings import Settings
+
+
+def dual_chunk_of(model: Any) -> DualChunk | None:
+    """The geometry of a model with dual chunk attention; None for one without.
+
+    Args:
+        model: vLLM's model configuration.
+
+    Raises:
+        ValueError: sizes that make no chunks.
+    """
+    config = getattr(model.hf_text_config, "dual_chunk_attention_config", None)
+    return DualChunk.of(config) if config else None
+
+
+def check_configuration(vllm_config: Any, settings: Settings, patterns: PatternFile) -> None:
+    """Raise ValueError when something is asked for that cannot be served with dual chunk attention."""
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in ("auto", *(str(dtype).removeprefix("torch.") for dtype in DTYPES)):
+        raise refusal(f"a KV cache of {cache_dtype}", "set kv_cache_dtype to 'auto'")
+    if getattr(vllm_config, "speculative_config", None) is not None:
+        raise refusal("speculative decoding", "leave speculative_config out")
+    if settings.kernel == "block_table":
+        raise refusal("the kernel 'block_table'", "set kernel to 'auto'")
+    if settings.recall_floor is not None:
+        raise refusal("a recall_floor, since parts of chunks are not selected again", "leave recall_floor out")
+    check_patterns(patterns)
+
+
+def check_patterns(patterns: PatternFile) -> None:
+    """Raise ValueError when a pattern cannot run with dual chunk attention."""
+    used = [patterns.default, *(pattern for heads in patterns.layers.values() for pattern in heads.values())]
+    for pattern in used:
+        if family_of(pattern).is_mean_corrected(pattern):
+            raise refusal(f"mean correction ({pattern})", "choose patterns without it")
+
+
+def check_pages(geometry: DualChunk, block_size: int) -> None:
+    """Raise ValueError when chunks are not made of whole pages."""
+    if geometry.chunk_len % block_size:
+        raise refusal(
+            f"pages of {block_size} tokens, since its chunks of {geometry.chunk_len} tokens (chunk_size - local_size) "
+            "are no whole number of them",
+            "set block_size to a divisor",
+        )
+
+
+def refusal(what: str, remedy: str) -> ValueError:
+    """What is raised when an engine would have to serve dual chunk attention with something else."""
+    return ValueError(f"minference cannot serve dual chunk attention with {what}: {remedy}")
