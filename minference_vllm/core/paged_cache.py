@@ -98,6 +98,9 @@ class PagedCache:
         size, dim = self.block_size, self.head_size
         if self.layout == "rows":
             return self.key[pages, kv_heads, slots], self.value[pages, kv_heads, slots]
+        if self.layout == "transposed":
+            keys = self.key.flatten(2).unflatten(2, (dim, size))
+            return keys[pages, kv_heads, :, slots], self.value[pages, kv_heads, slots]
         # The dimension's place within a stored page, as a function of (slot, dimension).
         place = torch.arange(size * dim).view(1, 1, size, dim)
         key_place = unpack_keys(place, self.layout)[0, 0][slots]
