@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from dual_chunk_inputs import rotate, rotations
@@ -53,3 +56,20 @@ def test_registering_twice_changes_nothing(rotary: torch.nn.Module) -> None:
 
     register()
     assert op_registry_oot["DualChunkRotaryEmbedding"] is type(rotary)
+
+
+def test_a_process_without_a_model_does_not_import_it() -> None:
+    """The import takes seconds, and vLLM loads its plugins in every process."""
+    code = """
+import sys
+from minference_vllm.backend.dual_chunk_rope import MODULE
+from minference_vllm.plugin import register
+register(), register()
+assert MODULE not in sys.modules
+import vllm.model_executor.layers.rotary_embedding
+from vllm.model_executor.custom_op import op_registry_oot
+assert op_registry_oot["DualChunkRotaryEmbedding"].__name__ == "OnAnyDevice"
+register()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
