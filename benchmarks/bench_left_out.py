@@ -22,6 +22,7 @@ from language_model import LanguageModel, dense
 from record import emit
 
 from minference_vllm.offline.texts import load_text
+from minference_vllm.prefill.remainder import sampled_positions
 
 TILE = 128
 
@@ -83,9 +84,7 @@ def stand_ins(tile: Tile, groups: list[torch.Tensor], query: torch.Tensor, step:
 
 
 def sampled(tile: Tile, step: int) -> torch.Tensor:
-    first = torch.arange(len(tile.keys) // step)
-    positions = first * step + first * 40503 % 65536 * step // 65536
-    return stand_ins(tile, [positions], tile.query.mean(0), step)
+    return stand_ins(tile, [sampled_positions(len(tile.keys), step=step)], tile.query.mean(0), step)
 
 
 def best_value(tile: Tile) -> torch.Tensor:

@@ -87,10 +87,7 @@ class SparseIndex:
         ]
         columns = self.columns[self._lists(tiles, heads), tiles].long()
         places = torch.searchsorted(positions, columns).clamp_(max=len(positions) - 1)
-        by_column = torch.zeros(*columns.shape[:2], len(positions) + 1, dtype=torch.bool, device=positions.device)
-        # Columns that are none of the keys are marked in one spare last place, which is cut off again.
-        found = places.masked_fill_(positions[places] != columns, len(positions))
-        return by_block | by_column.scatter_(-1, found, True)[..., :-1]
+        return by_block | _at(places.masked_fill_(positions[places] != columns, len(positions)), len(positions))
 
     def _lists(self, tiles: torch.Tensor, heads: slice) -> torch.Tensor:
         return torch.arange(self.num_heads, device=tiles.device)[heads, None] // self.heads_per_list
@@ -174,8 +171,12 @@ class SparseIndex:
 
 def _marks(positions: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """bool ``[H, R, last - first]``: the positions ``[first, last)`` that ``[H, R, K]`` names."""
-    # All others are marked in one spare last place, which is cut off again.
     outside = (positions < first) | (positions >= last)
-    places = positions.long().sub_(first).masked_fill_(outside, last - first)
-    marks = torch.zeros(*positions.shape[:2], last - first + 1, dtype=torch.bool, device=positions.device)
+    return _at(positions.long().sub_(first).masked_fill_(outside, last - first), last - first)
+
+
+def _at(places: torch.Tensor, count: int) -> torch.Tensor:
+    """bool ``[H, R, count]``: True at the places that int64 ``[H, R, K]`` names; ``count`` stands for none."""
+    # Those are marked in one spare last place, which is cut off again.
+    marks = torch.zeros(*places.shape[:2], count + 1, dtype=torch.bool, device=places.device)
     return marks.scatter_(-1, places, True)[..., :-1]

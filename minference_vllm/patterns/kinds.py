@@ -130,7 +130,7 @@ class PeakThreshold(_Pattern):
 class LowRank(_Pattern):
     """Per query tile, the single keys, and pages full of them, that some row of the tile looks at, scored in up to
     ``rank`` dimensions (after Loki, arXiv 2406.02542); as many as hold ``gamma`` of what the output of the chunk's last
-    rows is made of (exact weights times the norms of values), and of sampled rows less three standard errors. A head
+    rows is made of (exact weights times the norms of values), and of sampled rows less 2.5 standard errors. A head
     that is not sparse comes out dense. With ``remainder`` what a tile leaves out stands in its softmax as one key."""
 
     kind: Literal["low_rank"] = "low_rank"

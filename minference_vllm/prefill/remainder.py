@@ -17,9 +17,8 @@ Sizes: ``H`` query heads over KV heads of size ``D``, ``h`` of them at once, ``T
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -27,6 +26,7 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.remainder import Remainder
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.selection.build import runs
 from minference_vllm.selection.probe_queries import cap_
 
 SAMPLED_KEYS = 2048
@@ -38,9 +38,10 @@ def sample_step(seq_len: int) -> int:
     return max(1, seq_len // SAMPLED_KEYS)
 
 
-def sampled_positions(seq_len: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """int64 ``[n]``, ascending: one key of each ``sample_step`` neighbours, at ever other places among them."""
-    step = sample_step(seq_len)
+def sampled_positions(seq_len: int, device: torch.device | str = "cpu", step: int | None = None) -> torch.Tensor:
+    """int64 ``[n]``, ascending: one key of each ``step`` neighbours (default: ``sample_step``), at ever other places
+    among them."""
+    step = sample_step(seq_len) if step is None else step
     first = torch.arange(seq_len // step, device=device)
     # The golden ratio's multiples, in 16 bits, fall evenly between 0 and 1.
     return first * step + first * 40503 % 65536 * step // 65536
@@ -62,7 +63,7 @@ def of_heads(inputs: Inputs, index: SparseIndex, heads: Sequence[int]) -> Remain
     Args:
         heads: query heads wanted, ascending.
     """
-    found = [(run, of_tiles(inputs, index, run)) for run in runs(heads)]
+    found = [(run, of_tiles(inputs, index, run)) for _, run in runs(heads)]
     if len(found) == 1 and len(heads) == inputs.num_heads:
         return found[0][1]
     shape = (inputs.num_heads, index.num_tiles, inputs.cache.head_size)
@@ -132,10 +133,3 @@ def add_to_rows(inputs: Inputs, index: SparseIndex, rows: torch.Tensor, out: tor
     logits = (inputs.query[rows].float().transpose(0, 1) * key[:, tile]).sum(2).mul_(inputs.scale)
     logits = cap_(logits, inputs.softcap) + bias[:, tile]
     out.lerp_(value[:, tile], torch.sigmoid(logits - lse)[..., None])
-
-
-def runs(heads: Sequence[int]) -> Iterator[slice]:
-    """Neighbouring heads. Slices, since a list as an index would be copied to a GPU, and waited for."""
-    for _, run in itertools.groupby(enumerate(heads), key=lambda item: item[1] - item[0]):
-        items = [head for _, head in run]
-        yield slice(items[0], items[-1] + 1)

@@ -45,7 +45,7 @@ def build_index(
     num_blocks, num_columns = (torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2))
     overflowed = None if capacity.exact else torch.zeros(shape, dtype=torch.bool, device=device)
     for part in parts:
-        for source, target in _runs(part.heads):
+        for source, target in runs(part.heads):
             blocks[target, :, : part.blocks.shape[-1]] = part.blocks[source]
             num_blocks[target] = part.num_blocks[source]
             columns[target, :, : part.columns.shape[-1]] = part.columns[source]
@@ -106,7 +106,7 @@ def _listed(tiling: Tiling, heads: Sequence[int], selection: Selection, capacity
     )
 
 
-def _runs(heads: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+def runs(heads: Sequence[int]) -> Iterator[tuple[slice, slice]]:
     """Places and numbers of neighbouring heads. Slices, since a list as an index would be copied to a GPU, and waited
     for."""
     for _, run in itertools.groupby(enumerate(heads), key=lambda item: item[1] - item[0]):
