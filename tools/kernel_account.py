@@ -32,7 +32,11 @@ from machine_code import Loop, machine_code
 from minference_vllm.triton_kernels import (
     antidiagonal,
     attention,
+    calibration,
+    chunk_queries,
     column_diagonal,
+    key_codes,
+    key_lists,
     low_rank,
     page_means,
     physical_lists,
@@ -41,7 +45,7 @@ from minference_vllm.triton_kernels.launch import LaunchShape, launch_shape
 
 # Per multiprocessor: shared memory in bytes. All have 65,536 registers, 2,048 threads and 32 blocks.
 SHARED_MEMORY = {80: 167936, 90: 233472, 100: 233472}
-WITHOUT_TENSOR_CORES = ("block_mean", "mass", "physical_lists")
+WITHOUT_TENSOR_CORES = ("block_mean", "distance", "key_lists", "page_counts", "physical_lists")
 DENSE_TFLOPS = 380
 """Of dense flash attention in Triton on an H100: bf16, heads of 128, long sequences."""
 LEAST_OF_DENSE = 0.8
@@ -49,6 +53,8 @@ MODELLED = (64, 128)
 """Head sizes that the dense kernel has a shape for."""
 NARROW = LaunchShape(block_m=128, block_n=64, block_own=64, stages=5)
 """On Hopper, beside the shape that is launched: half as many keys per step, and more steps ahead."""
+LISTS = {"p_threshold": "*i32", "p_counts": "*i32", "p_ends": "*i32", "p_keys": "*i32", "p_listed": "*i32"}
+REPRESENTATIVES = 16
 LOOPS = ("whole pages", "single keys", "own pages")
 """Of the attention kernel, in order. A tile passes through the last one a few times, whatever the context."""
 
@@ -247,22 +253,38 @@ def estimate_accounts(variant: Variant, arch: int) -> list[Account]:
 
 
 def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
-    def types(function: Any) -> dict[str, str]:
-        return Variant().types(function) | {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16"}
-
-    of_rows, of_tiles = low_rank.launch_shape(rank, TILE)
-    kernels: dict[str, tuple[Any, dict[str, Any]]] = {
-        "peak_lse": (low_rank.peak_lse_kernel, of_rows),
-        "tile_bins": (low_rank.tile_bins_kernel, of_tiles),
-        "mass": (low_rank.mass_kernel, {"BLOCK_N": low_rank.WEIGHTS}),
+    """Of the kernels for ``low_rank``: of all rows, and of representatives."""
+    variant = Variant()
+    quantized = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16"}
+    own = {"p_rows": "*i64", "p_mass": "*i32", "p_codes": "*i8"}
+    own |= dict.fromkeys(("p_distance", "p_to_query", "p_to_key", "p_low", "p_sum"), "*fp32")
+    own["factor"] = "fp32"
+    shared = variant.constants | {"BLOCK_N": calibration.BLOCK_N, "WITH_SOFTCAP": False, "TILE": TILE}
+    shared["num_warps"] = calibration.NUM_WARPS
+    lists = key_lists.constants(variant.page)
+    of_keys = key_codes.constants(variant.group, variant.head_size, variant.page, rank, variant.dtype)
+    of_queries = chunk_queries.constants(variant.head_size, rank)
+    kernels: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
+        "distance": (chunk_queries.distance_kernel, own, of_queries),
+        "project": (chunk_queries.project_kernel, own, of_queries),
+        "key_codes": (key_codes.key_codes_kernel, own, of_keys),
+        "share_sum": (calibration.share_sum_kernel, own, shared),
+        "share_by_bin": (calibration.share_by_bin_kernel, own, shared),
+        "page_counts": (key_lists.page_counts_kernel, LISTS, lists),
+        "key_lists": (key_lists.key_lists_kernel, LISTS, lists),
     }
-    rows = []
-    for name, (function, constants) in kernels.items():
-        compiled = compile_kernel(
-            function, types(function), constants, arch, num_warps=low_rank.NUM_WARPS, num_stages=3
-        )
-        rows.append(account(name, f"int8 rank={rank}", default, compiled, arch))
-    return rows
+    for per_tile, name in ((0, ""), (REPRESENTATIVES, " representatives")):
+        of_rows, of_tiles = low_rank.launch_shape(rank, TILE, per_tile)
+        kernels[f"peak_lse{name}"] = low_rank.peak_lse_kernel, quantized, of_rows
+        kernels[f"tile_bins{name}"] = low_rank.tile_bins_kernel, quantized, of_tiles
+    found = []
+    for name, (function, kinds, shape) in kernels.items():
+        constants = {key: value for key, value in shape.items() if key in function.arg_names}
+        types = variant.types(function) | {key: kind for key, kind in kinds.items() if key in function.arg_names}
+        warps = shape.get("num_warps", low_rank.NUM_WARPS)
+        compiled = compile_kernel(function, types, constants, arch, num_warps=warps, num_stages=3)
+        found.append(account(name, f"rank={rank}", default, compiled, arch))
+    return found
 
 
 def accounts(arch: int, everything: bool) -> list[Account]:

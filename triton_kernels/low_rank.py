@@ -1,4 +1,4 @@
-"""What ``low_rank`` may have computed by kernels: bins of keys, and the attention at each bin.
+"""The score bins of ``low_rank``, of a tile's rows or of its representatives.
 
 Products are computed twice, once for what each row's scores are measured by and once for the bins, and never stored.
 Exponential units would be the bottleneck: there is one exponential per row and ``PEAK_KEYS`` keys, and none per key.
@@ -46,8 +46,16 @@ def _peaks(b_score):
     return tl.max(tl.reshape(b_score, [b_score.shape[0], STEP // PEAK_KEYS, PEAK_KEYS]), 2)
 
 
+@triton.jit
+def _last_seen(o_row, context_len, seq_len, TILE: tl.constexpr, PER_TILE: tl.constexpr):
+    """The last key that each query sees: a row itself; a representative its tile's last row."""
+    if PER_TILE == 0:
+        return context_len + o_row
+    return tl.minimum((context_len // TILE + o_row // PER_TILE + 1) * TILE, seq_len) - 1
+
+
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
-@triton.jit(do_not_specialize=["context_len", "seq_len"])
+@triton.jit(do_not_specialize=["context_len", "seq_len", "num_queries"])
 def peak_lse_kernel(
     p_query,
     p_key,
@@ -55,32 +63,34 @@ def peak_lse_kernel(
     p_lse,
     context_len,
     seq_len,
+    num_queries,
     keys_per_part,
     RANK: tl.constexpr,
     R: tl.constexpr,
+    TILE: tl.constexpr,
+    PER_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One program: for BLOCK_M rows of one head, the log-sum-exp over one part of the sequence of the largest score of
-    each PEAK_KEYS keys, in bits.
+    """One program: for BLOCK_M queries of one head, the log-sum-exp over one part of the sequence of the largest score
+    of each PEAK_KEYS keys, in bits.
 
-    ``p_lse`` is float32 ``[h, parts, chunk]``. Parts are multiples of STEP, and STEP of PEAK_KEYS.
+    ``p_lse`` is float32 ``[h, parts, num_queries]``. Parts are multiples of STEP, and STEP of PEAK_KEYS.
     """
     i_block, i_head, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    chunk = seq_len - context_len
     o_row = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_row = o_row < chunk
-    p_query += i_head.to(tl.int64) * chunk * RANK
+    m_row = o_row < num_queries
+    p_query += i_head.to(tl.int64) * num_queries * RANK
     p_key += i_head.to(tl.int64) * seq_len * RANK
     b_query = _rows(p_query, o_row, m_row, RANK, R)
-    b_bits = _bits(p_scale + i_head.to(tl.int64) * chunk, o_row, m_row)
+    b_bits = _bits(p_scale + i_head.to(tl.int64) * num_queries, o_row, m_row)
+    o_last = _last_seen(o_row, context_len, seq_len, TILE, PER_TILE)
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     begin = i_part * keys_per_part
-    first = context_len + i_block * BLOCK_M
-    end = tl.minimum(begin + keys_per_part, tl.minimum(first + BLOCK_M, seq_len))
-    # The keys that all rows see, and those that some do.
-    border = tl.maximum(begin, tl.minimum(end, first + 1) // STEP * STEP)
+    end = tl.minimum(begin + keys_per_part, tl.minimum(tl.max(o_last, 0) + 1, seq_len))
+    # The keys that all queries see, and those that some do.
+    border = tl.maximum(begin, tl.minimum(end, tl.min(o_last, 0) + 1) // STEP * STEP)
     for i_key in range(begin, border, STEP):
         o_key = i_key + tl.arange(0, STEP)
         b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < end, RANK, R))) * b_bits[:, None]
@@ -88,21 +98,22 @@ def peak_lse_kernel(
     for i_key in range(border, end, STEP):
         o_key = i_key + tl.arange(0, STEP)
         b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < end, RANK, R))) * b_bits[:, None]
-        b_score = tl.where(o_key[None, :] <= context_len + o_row[:, None], b_score, -float("inf"))
+        b_score = tl.where(o_key[None, :] <= o_last[:, None], b_score, -float("inf"))
         b_sum, b_max = add_scores(b_sum, b_max, _peaks(b_score))
-    p_lse += (i_head * tl.num_programs(2) + i_part).to(tl.int64) * chunk
+    p_lse += (i_head * tl.num_programs(2) + i_part).to(tl.int64) * num_queries
     tl.store(p_lse + o_row, b_max + tl.log2(b_sum), mask=m_row)
 
 
 @triton.jit
 def _tile_rows(
-    p_query, p_scale, p_lse, own, i_down, context_len, seq_len, RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+    p_query, p_scale, p_lse, first, i_down, count, num_queries, RANK: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Rows ``own + i_down`` and on of a tile, ``[BLOCK_M, R]``, what their products count for, and their lse."""
+    """Queries ``first + i_down`` and on of a tile's ``count``, ``[BLOCK_M, R]``, what their products count for, and
+    their lse."""
     o_down = i_down + tl.arange(0, BLOCK_M)
-    o_row = own - context_len + o_down
-    m_row = (o_down < TILE) & (o_row >= 0) & (o_row < seq_len - context_len)
+    o_row = first + o_down
+    m_row = (o_down < count) & (o_row >= 0) & (o_row < num_queries)
     # Rows that are not there come near no key.
     b_lse = tl.load(p_lse + o_row, mask=m_row, other=float("inf"))
     return _rows(p_query, o_row, m_row, RANK, R), _bits(p_scale, o_row, m_row), b_lse
@@ -114,96 +125,75 @@ def _nearest(b_key, b_query, b_bits, b_lse):
     return tl.max(tl.dot(b_key, tl.trans(b_query)) * b_bits[None, :] - b_lse[None, :], 1)
 
 
-@triton.jit(do_not_specialize=["context_len", "seq_len", "num_tiles"])
+@triton.jit(do_not_specialize=["context_len", "seq_len", "num_queries", "num_tiles"])
 def tile_bins_kernel(
     p_query,
     p_key,
     p_scale,
     p_lse,
-    p_lowest,
     p_bins,
     context_len,
     seq_len,
+    num_queries,
     num_tiles,
     RANK: tl.constexpr,
     R: tl.constexpr,
     TILE: tl.constexpr,
+    PER_TILE: tl.constexpr,
     STRIP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program: the bins of STRIP keys for one tile of one head.
 
-    ``p_lse`` is float32 ``[h, chunk]``, ``p_lowest`` int32 ``[h]``, ``p_bins`` uint8 ``[h, T, S]``, zeros: what
-    comes after a tile stays so.
+    ``p_lse`` is float32 ``[h, num_queries]``, ``p_bins`` uint8 ``[h, T, S]``, zeros: what comes after a tile stays so.
     """
     i_strip, i_tile, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    chunk = seq_len - context_len
     own = (context_len // TILE + i_tile) * TILE
     begin, stop = i_strip * STRIP, tl.minimum((i_strip + 1) * STRIP, tl.minimum(own + TILE, seq_len))
     if begin < stop:
-        p_query += i_head.to(tl.int64) * chunk * RANK
+        p_query += i_head.to(tl.int64) * num_queries * RANK
         p_key += i_head.to(tl.int64) * seq_len * RANK
-        p_scale += i_head.to(tl.int64) * chunk
-        p_lse += i_head.to(tl.int64) * chunk
+        p_scale += i_head.to(tl.int64) * num_queries
+        p_lse += i_head.to(tl.int64) * num_queries
         p_bins += (i_head * num_tiles + i_tile).to(tl.int64) * seq_len
-        before, lowest = tl.minimum(stop, own), tl.load(p_lowest + i_head)
+        before = tl.minimum(stop, own)
+        COUNT: tl.constexpr = TILE if PER_TILE == 0 else PER_TILE
+        first = own - context_len if PER_TILE == 0 else i_tile * PER_TILE
         b_query, b_bits, b_lse = _tile_rows(
-            p_query, p_scale, p_lse, own, 0, context_len, seq_len, RANK, R, TILE, BLOCK_M
-        )
+            p_query, p_scale, p_lse, first, 0, COUNT, num_queries, RANK, R, BLOCK_M
+        )  # fmt: skip
         for i_key in range(begin, before, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)
             b_key = _rows(p_key, o_key, o_key < before, RANK, R)
             b_best = _nearest(b_key, b_query, b_bits, b_lse)
-            for i_down in range(BLOCK_M, TILE, BLOCK_M):
+            for i_down in range(BLOCK_M, COUNT, BLOCK_M):
                 b_more, b_their_bits, b_their_lse = _tile_rows(
-                    p_query, p_scale, p_lse, own, i_down, context_len, seq_len, RANK, R, TILE, BLOCK_M
-                )
+                    p_query, p_scale, p_lse, first, i_down, COUNT, num_queries, RANK, R, BLOCK_M
+                )  # fmt: skip
                 b_best = tl.maximum(b_best, _nearest(b_key, b_more, b_their_bits, b_their_lse))
             b_bin = tl.minimum(tl.maximum(b_best * BINS_PER_BIT + TOP_BIN, 0.0), TOP_BIN)
-            b_bin = (b_bin + 0.5).to(tl.int32)
-            b_bin = tl.where(b_bin < lowest, 0, b_bin)
-            tl.store(p_bins + o_key, b_bin.to(tl.uint8), mask=o_key < before)
+            tl.store(p_bins + o_key, (b_bin + 0.5).to(tl.uint8), mask=o_key < before)
         for i_key in range(tl.maximum(begin, own), stop, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)
             tl.store(p_bins + o_key, tl.full([BLOCK_N], LOCAL_BIN, dtype=tl.uint8), mask=o_key < stop)
 
 
-@triton.jit(do_not_specialize=["num_bin_rows", "seq_len"])
-def mass_kernel(p_bins, p_bin_row, p_weights, p_mass, num_bin_rows, seq_len, BLOCK_N: tl.constexpr):
-    """One program: BLOCK_N weights of one row, added by bin to ``p_mass``, float32 ``[h, R, 256]``."""
-    i_block, i_row, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_mass = (i_head * tl.num_programs(1) + i_row).to(tl.int64)
-    i_bin_row = tl.load(p_bin_row + i_mass).to(tl.int64)
-    o_key = i_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    b_weight = tl.load(p_weights + i_mass * seq_len + o_key, mask=o_key < seq_len, other=0.0)
-    # Later keys weigh nothing, and many others as good as that.
-    m_key = b_weight > 0.0
-    b_bin = tl.load(p_bins + (i_head * num_bin_rows + i_bin_row) * seq_len + o_key, mask=m_key, other=0)
-    tl.atomic_add(p_mass + i_mass * 256 + b_bin.to(tl.int32), b_weight, mask=m_key, sem="relaxed")
-
-
 BLOCK_M, STEP, BLOCK_N, NUM_WARPS = 64, 128, 64, 4
 KEYS_PER_PART, STRIP = 8192, 2048
 """Keys of one program, of either kernel."""
-WEIGHTS = 1024
-"""Weights of one program."""
 
 
-def launch_shape(rank: int, tile: int) -> tuple[dict[str, int], dict[str, int]]:
+def launch_shape(rank: int, tile: int, per_tile: int) -> tuple[dict[str, int], dict[str, int]]:
     """Constants of ``peak_lse_kernel`` and of ``tile_bins_kernel``."""
-    shape = {"RANK": rank, "R": max(16, triton.next_power_of_2(rank))}
+    shape = {"RANK": rank, "R": max(16, triton.next_power_of_2(rank)), "TILE": tile, "PER_TILE": per_tile}
     # A wide tile comes in several steps.
-    rows = max(16, min(128, triton.next_power_of_2(tile)))
-    of_tiles = {"TILE": tile, "STRIP": STRIP, "BLOCK_M": rows, "BLOCK_N": BLOCK_N}
-    return shape | {"BLOCK_M": BLOCK_M, "STEP": STEP}, shape | of_tiles
+    rows = max(16, min(128, triton.next_power_of_2(per_tile or tile)))
+    return shape | {"BLOCK_M": BLOCK_M, "STEP": STEP}, shape | {"STRIP": STRIP, "BLOCK_M": rows, "BLOCK_N": BLOCK_N}
 
 
-def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
-    """``score_bins.tile_bins``, without waiting for the GPU.
-
-    Args:
-        lowest: int32 ``[h]``: bins below are not wanted, and 0.
+def tile_bins(quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
+    """``score_bins.tile_bins``, without waiting for the GPU, of all keys.
 
     Returns:
         uint8 ``[h, T, S]``.
@@ -211,10 +201,11 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> t
     Raises:
         ValueError: the quantized have other types, or do not fit the tiling.
     """
-    query, keys, dequant_scale = (part.contiguous() for part in quantized)
+    query, keys, dequant_scale = (part.contiguous() for part in quantized[:3])
     heads, length, rank = keys.shape
-    chunk, tiles = length - tiling.context_len, tiling.num_tiles
-    if length != tiling.seq_len or query.shape != (heads, chunk, rank) or dequant_scale.shape != (heads, chunk):
+    tiles, per_tile = tiling.num_tiles, quantized.per_tile
+    queries = tiles * per_tile or length - tiling.context_len
+    if length != tiling.seq_len or query.shape != (heads, queries, rank) or dequant_scale.shape != (heads, queries):
         raise ValueError(
             f"queries {list(query.shape)}, their scales {list(dequant_scale.shape)} and keys {list(keys.shape)} do not "
             f"fit a chunk of {tiling.seq_len} tokens after {tiling.context_len}"
@@ -222,41 +213,16 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> t
     types = query.dtype, keys.dtype, dequant_scale.dtype
     if types != (torch.int8, torch.int8, torch.int16):
         raise ValueError(f"types must be int8, int8 and int16, not {', '.join(map(str, types))}")
-    lengths = tiling.context_len, tiling.seq_len
-    of_rows, of_tiles = launch_shape(rank, tiling.tile)
+    lengths = tiling.context_len, tiling.seq_len, queries
+    of_rows, of_tiles = launch_shape(rank, tiling.tile, per_tile)
     parts = triton.cdiv(length, KEYS_PER_PART)
-    lse = torch.empty(heads, parts, chunk, device=query.device)
-    launcher(peak_lse_kernel, (triton.cdiv(chunk, BLOCK_M), heads, parts))(
+    lse = torch.empty(heads, parts, queries, device=query.device)
+    launcher(peak_lse_kernel, (triton.cdiv(queries, BLOCK_M), heads, parts))(
         query, keys, dequant_scale, lse, *lengths, KEYS_PER_PART, **of_rows, num_warps=NUM_WARPS
     )
     lse = lse.mul_(LN2.value).logsumexp(1).div_(LN2.value)
     bins = torch.zeros(heads, tiles, length, dtype=torch.uint8, device=query.device)
     launcher(tile_bins_kernel, (triton.cdiv(length, STRIP), tiles, heads))(
-        query, keys, dequant_scale, lse, lowest, bins, *lengths, tiles, **of_tiles, num_warps=NUM_WARPS
+        query, keys, dequant_scale, lse, bins, *lengths, tiles, **of_tiles, num_warps=NUM_WARPS
     )
     return bins
-
-
-def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``score_bins.mass_by_bin``; sums are taken in any order.
-
-    Args:
-        bins: uint8 ``[h, L, S]``.
-        bin_row: int64 ``[h, R]``.
-        weights: float32 ``[h, R, S]``; all three contiguous.
-
-    Returns:
-        float32 ``[h, R, 256]``.
-    """
-    heads, rows, length = weights.shape
-    mass = torch.zeros(heads, rows, 256, device=weights.device)
-    launcher(mass_kernel, (triton.cdiv(length, WEIGHTS), rows, heads))(
-        bins, bin_row.contiguous(), weights, mass, bins.shape[1], length, BLOCK_N=WEIGHTS, num_warps=NUM_WARPS
-    )
-    return mass
-
-
-def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
-    """``score_bins.row_mass``."""
-    own = score_bins.row_bins(quantized.rows(rows), rows + tiling.context_len, tiling)
-    return mass_by_bin(own, torch.arange(rows.shape[1], device=rows.device).expand(rows.shape), weights)

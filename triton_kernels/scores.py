@@ -5,28 +5,37 @@ the GPU, and the prefix's keys are never copied all at once.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.selection.block_sparse import pooled_scores
-from minference_vllm.selection.low_rank import CALIBRATION_ROWS
+from minference_vllm.selection.compaction import Capacity, Selection
+from minference_vllm.selection.low_rank import FIT_ROWS, CalibrationRows, calibration_rows, fit_step, fitted
 from minference_vllm.selection.peak_threshold import peak_scores
+from minference_vllm.selection.projection import Projection, QuantizedQK
+from minference_vllm.selection.representatives import representatives
 from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.torch_scores import TorchScores, keys_at_once
-from minference_vllm.triton_kernels import antidiagonal, column_diagonal, low_rank, page_means
+from minference_vllm.triton_kernels import (
+    antidiagonal,
+    calibration,
+    column_diagonal,
+    key_lists,
+    low_rank,
+    page_means,
+)
+from minference_vllm.triton_kernels.chunk_queries import distances, project
+from minference_vllm.triton_kernels.column_diagonal import on_device
+from minference_vllm.triton_kernels.key_codes import key_codes
 
 
 class TritonScores(TorchScores):
     """See ``selection.scores.Scores``."""
-
-    columns_first = False
-    tile_bins = staticmethod(low_rank.tile_bins)
-    row_mass = staticmethod(low_rank.row_mass)
-    mass_by_bin = staticmethod(low_rank.mass_by_bin)
 
     def key_pieces(self, rows: int) -> Iterator[torch.Tensor]:
         missing = self.inputs.chunk.seq_len
@@ -58,14 +67,36 @@ class TritonScores(TorchScores):
             self.query, self.inputs.cache, self.inputs.pages, heads, tiling, stride, self.scale
         )
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
-        # Keys are copied piece by piece: of the KV heads that these heads need.
-        first, last = self._kv_heads_of(heads)
-        cache, group = self.inputs.cache, self.inputs.group
-        narrow = dataclasses.replace(cache, key=cache.key[:, first:last], value=cache.value[:, first:last])
-        query = self.inputs.query[:, first * group : last * group]
-        part = TritonScores(dataclasses.replace(self.inputs, query=query, cache=narrow))
-        return super(TritonScores, part).low_rank([head - first * group for head in heads], tiling, rank, gamma)
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
+        """As the definition, but for what would wait for the GPU or take memory for every row and key: keys are scored
+        whatever columns and diagonals hold, in all dimensions, and none is left out by what the rows themselves need.
+        """
+        inputs = self.inputs
+        sample = calibration_rows(distances(self.query, heads), tiling.seq_len)
+        projection = self._fitted(heads, sample, pattern.rank)
+        codes = key_codes(inputs, heads, projection)
+        low = project(self.query, heads, projection, self.scale / math.log(2))
+        if pattern.queries:
+            low = representatives(low, codes, tiling, pattern.queries)
+        bins = low_rank.tile_bins(QuantizedQK.of(low, codes, pattern.queries), tiling)
+        mass = calibration.mass_by_bin(inputs, self.query, heads, sample.rows, tiling, bins)
+        return ScoreBins(bins, sample.threshold(mass, pattern.gamma))
+
+    def _fitted(self, heads: Sequence[int], sample: CalibrationRows, rank: int) -> Projection:
+        cache, chunk, device = self.inputs.cache, self.inputs.chunk, self.query.device
+        wanted = on_device(heads, self.query).long()[:, None]
+        rows, positions = (
+            torch.arange(0, length, fit_step(length, FIT_ROWS // 2), device=device)
+            for length in (len(self.query), chunk.seq_len)
+        )
+        pages, slots = self.inputs.pages[positions // cache.block_size], positions % cache.block_size
+        keys = cache.key[pages, wanted // self.inputs.group, slots].float().mul_(cache.key_scale)
+        return fitted(self.query[rows, wanted], self.query[sample.alone(), wanted], keys, rank)
+
+    def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection:
+        if capacity.exact or tiling.column_multiple > 1:
+            return super().select_bins(tiling, found, capacity)
+        return key_lists.select(tiling, found, capacity.columns)
 
     def audited_pieces(self, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         missing = self.inputs.chunk.seq_len
@@ -74,11 +105,6 @@ class TritonScores(TorchScores):
             norms = self._norms(pages)[:, :missing]
             missing -= norms.shape[1]
             yield self.stored_keys(pages)[:, : norms.shape[1]], norms
-
-    @functools.cached_property
-    def kv_value_norms(self) -> torch.Tensor:
-        norms = [self._norms(pages) for pages in self._pages(CALIBRATION_ROWS)]
-        return torch.cat(norms, 1)[:, : self.inputs.chunk.seq_len]
 
     def _norms(self, pages: torch.Tensor) -> torch.Tensor:
         """float32 ``[HK, n * B]``."""

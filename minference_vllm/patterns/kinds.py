@@ -34,11 +34,16 @@ class _Pattern(BaseModel):
     # Strict: no text, and neither true nor 0.0, is a whole number.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    def named(self) -> dict[str, Any]:
+        """The fields' values, without the kind and without options that are off."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        return {name: value for name, value in self if name != "kind" and (value or defaults[name])}
+
     def __str__(self) -> str:
         """For people: ``a_shape(sink=1024, local=4096)``."""
-        fields = dict(self)
-        kind = str(fields.pop("kind"))
-        return f"{kind}({', '.join(f'{name}={value}' for name, value in fields.items())})" if fields else kind
+        kind = str(type(self).model_fields["kind"].default)
+        fields = ", ".join(f"{name}={value}" for name, value in self.named().items())
+        return f"{kind}({fields})" if fields else kind
 
     def at_step(self, step: int) -> HeadPattern:
         """This pattern with more keys, as ``recall_floor`` asks for: step 0 is the pattern itself, each further step
@@ -131,12 +136,14 @@ class LowRank(_Pattern):
     """Per query tile, the single keys, and pages full of them, that some row of the tile looks at, scored in up to
     ``rank`` dimensions (after Loki, arXiv 2406.02542); as many as hold ``gamma`` of what the output of the chunk's last
     rows is made of (exact weights times the norms of values), and of sampled rows less 2.5 standard errors. A head
-    that is not sparse comes out dense. With ``remainder`` what a tile leaves out stands in its softmax as one key."""
+    that is not sparse comes out dense. With ``remainder`` what a tile leaves out stands in its softmax as one key. With
+    ``queries`` so many representatives of each tile are scored instead of all of its rows."""
 
     kind: Literal["low_rank"] = "low_rank"
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
     gamma: Share = 0.95
     remainder: bool = False
+    queries: Annotated[int, Field(ge=0, le=16, multiple_of=16)] = 0
 
     def without_remainder(self) -> LowRank:
         """Half of the missing share errs no more (``docs/estimator.md``)."""

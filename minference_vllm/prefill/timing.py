@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.scores import Scores
 
@@ -69,6 +70,6 @@ class TimedScores:
         with self._timing.stage("estimate"):
             return self._scores.antidiagonal(heads, tiling, stride)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
         with self._timing.stage("estimate"):
-            return self._scores.low_rank(heads, tiling, rank, gamma)
+            return self._scores.low_rank(heads, tiling, pattern)

@@ -39,7 +39,7 @@ def plan_capacity(
     key_blocks = -(-seq_len // block_size)
     tiles = -(-seq_len // tile) - context_len // tile
     adaptive = max(FORCED_COLUMNS, ADAPTIVE_BYTES // (4 * len(patterns) * tiles))
-    blocks, columns, scoring_bytes = 1, 1, 0
+    blocks, columns = 1, 1
     for pattern in set(patterns):
         family = family_of(pattern)
         room, singles = family.room(pattern, block_size, adaptive)
@@ -51,10 +51,11 @@ def plan_capacity(
         if list_everything and family.may_be_dense:
             room = key_blocks
         blocks, columns = max(blocks, room), max(columns, singles)
-        scoring_bytes = max(scoring_bytes, family.scoring_bytes(pattern, tiles, seq_len))
     blocks, columns = min(blocks, key_blocks), min(columns, max(1, -(-seq_len // column_multiple) * column_multiple))
-    # Per head while it is scored: float64 sums over the sequence, masks and places over tiles and blocks or columns.
-    per_head = max(scoring_bytes, 40 * seq_len + tiles * (24 * key_blocks + 40 * (columns + column_multiple)))
+    per_head = max(
+        family_of(pattern).selection_bytes(pattern, tiles, seq_len, key_blocks, columns + column_multiple)
+        for pattern in set(patterns)
+    )
     lists = 4 * len(patterns) * tiles * (blocks + columns)
     at_once = max(1, (MEMORY_LIMIT * 3 // 4 - 2 * lists) // per_head)
     return Capacity(blocks, columns, min(at_once, len(patterns)))

@@ -64,9 +64,14 @@ class Family(ABC, Generic[P]):
         """Keys per row: the budget, or an estimate where the data decide it. For plans of work, not for selection."""
         return ADAPTIVE_TOKENS
 
-    def scoring_bytes(self, pattern: P, tiles: int, seq_len: int) -> int:
-        """Bytes that scores of one head take while it is selected, beyond those that every kind may take."""
-        return 0
+    def selection_bytes(self, pattern: P, tiles: int, seq_len: int, key_blocks: int, columns: int) -> int:
+        """Bytes that one head takes on a GPU while it is scored and selected.
+
+        Args:
+            columns: room for single columns of a tile.
+        """
+        # Float64 sums over the sequence, masks and places over tiles and blocks or columns.
+        return 40 * seq_len + tiles * (24 * key_blocks + 40 * columns)
 
     def scoring_cost(self, pattern: P, head_size: int, chunk: int, device: torch.device) -> float:
         """What scoring a head costs, as a share of dense attention, where ``calibrate`` counts it."""

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from minference_vllm.core.tiling import Tiling
+from minference_vllm.core.tiling import DEFAULT_TILE, Tiling
 from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import Capacity, Selection
@@ -31,9 +31,10 @@ from minference_vllm.selection.projection import (
     fit,
     fit_within,
     for_int8,
+    project_queries,
     quantize_keys,
-    quantize_queries,
 )
+from minference_vllm.selection.representatives import representatives
 from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.scores import Scores
 
@@ -93,15 +94,19 @@ class CalibrationRows(NamedTuple):
         Args:
             mass: float32 ``[h, R, 256]``, see ``score_bins.mass_by_bin``.
         """
-        spread, *others = (
-            mass.gather(1, group[..., None].expand(-1, -1, mass.shape[2])) for group in (self.spread, *self.others)
-        )
-        found = score_bins.threshold(spread, gamma, STANDARD_ERRORS)
+        share = score_bins.covered(mass)
+
+        def of(places: torch.Tensor) -> torch.Tensor:
+            return share.gather(1, places[..., None].expand(-1, -1, share.shape[2]))
+
+        means = [score_bins.mean_share(of(self.spread), STANDARD_ERRORS)]
+        means += [score_bins.mean_share(of(group)) for group in self.others]
+        found = score_bins.lowest_bin(torch.stack(means), gamma).amin(0)
+        if not self.others:
+            return found
         least = max(0.0, 1 - MOST_MISSED * (1 - gamma))
-        for group in others:
-            each = score_bins.threshold(group.flatten(0, 1)[:, None], least).view(group.shape[:2])
-            found = torch.minimum(found, torch.minimum(score_bins.threshold(group, gamma), each.amin(1)))
-        return found
+        of_rows = score_bins.lowest_bin(of(torch.cat(self.others, 1)).amin(1), least)
+        return torch.minimum(found, of_rows)
 
     def alone(self) -> torch.Tensor:
         """int64 ``[h, n]``: rows of the groups that speak for themselves."""
@@ -109,27 +114,27 @@ class CalibrationRows(NamedTuple):
         return self.rows.gather(1, places)
 
 
-def calibration_rows(query: torch.Tensor, length: int) -> CalibrationRows:
+def calibration_rows(unlike: torch.Tensor, length: int) -> CalibrationRows:
     """One row of each of some equal parts of a chunk, at ever other places in them; every second of its last; and the
     ones most unlike the others.
 
     Args:
-        query: ``[h, chunk, D]``.
+        unlike: float32 ``[h, chunk]``: how unlike the others each row is, see ``probe_queries.unlikeness``.
         length: tokens in the sequence.
     """
-    heads, chunk, _ = query.shape
+    (heads, chunk), device = unlike.shape, unlike.device
     wanted = max(min(CALIBRATION_ROWS // 2, chunk // FEW_ROWS), min(CALIBRATION_ROWS, chunk // FEWER_ROWS))
     count = min(chunk, max(MIN_ROWS, min(wanted, WEIGHTS_BYTES // (4 * length))))
-    last, unlike = min(LAST_ROWS, count // 4), min(UNLIKE_ROWS, count // 2)
+    last, most = min(LAST_ROWS, count // 4), min(UNLIKE_ROWS, count // 2)
     before = chunk - 2 * last
-    parts = min(count - last - unlike, before)
-    part = torch.arange(parts, device=query.device)
+    parts = min(count - last - most, before)
+    part = torch.arange(parts, device=device)
     begin, end = part * before // parts, (part + 1) * before // parts
     spread = begin + (part.mul(0.618034).frac() * (end - begin)).long()
-    drawn = torch.cat([spread, before + 1 + 2 * torch.arange(last, device=query.device)])
-    found = [drawn.expand(heads, -1), most_unlike(unlikeness(query), unlike, drawn)]
+    drawn = torch.cat([spread, before + 1 + 2 * torch.arange(last, device=device)])
+    found = [drawn.expand(heads, -1), most_unlike(unlike, most, drawn)]
     rows, order = torch.cat(found, 1).sort(1)
-    sample, *others = order.argsort(1).split([parts, last, unlike], 1)
+    sample, *others = order.argsort(1).split([parts, last, most], 1)
     return CalibrationRows(rows, sample, tuple(group for group in others if group.shape[1]))
 
 
@@ -221,7 +226,7 @@ class Measured(NamedTuple):
     @classmethod
     def of(cls, scores: LowRankOps, heads: Sequence[int], tiling: Tiling) -> Measured:
         queries = scores.queries_of(heads)
-        sample = calibration_rows(queries, tiling.seq_len)
+        sample = calibration_rows(unlikeness(queries), tiling.seq_len)
         tile = torch.searchsorted(tiling.starts, sample.rows + tiling.context_len, right=True) - 1
         weights = by_value(scores.row_weights(sample.rows, heads), scores.value_norms(heads))
         return cls(queries, sample, weights, tile)
@@ -259,7 +264,8 @@ def needed_keys(weights: torch.Tensor, gamma: float, scores: LowRankOps) -> torc
     """
     rows = torch.arange(weights.shape[1], device=weights.device).expand(len(weights), -1)
     found = score_bins.as_bins(weights.clamp(min=1e-20).log2_())
-    wanted = score_bins.threshold(scores.mass_by_bin(found, rows, weights), gamma)
+    share = score_bins.mean_share(score_bins.covered(scores.mass_by_bin(found, rows, weights)))
+    wanted = score_bins.lowest_bin(share, gamma)
     return scores.page_counts(found, wanted, weights.shape[2]).sum(2).float().mean(1)
 
 
@@ -286,66 +292,57 @@ def columns_and_diagonals(
     return ScoreBins(bins, wanted, scored=False) if enough else None
 
 
-def fitted(
-    scores: LowRankOps,
-    measured: Measured,
-    heads: Sequence[int],
-    seq_len: int,
-    rank: int,
-    fewer: bool,
-) -> Projection:
-    """The dimensions in which a chunk is scored, from a part of its queries and of the sequence's keys.
-
-    The measured rows that speak for themselves count ``FIT_SHARE`` times as much as all others together.
+def fitted(queries: torch.Tensor, alone: torch.Tensor, keys: torch.Tensor, rank: int, error: float = 0.0) -> Projection:
+    """The dimensions in which a chunk is scored.
 
     Args:
-        fewer: whether fewer dimensions are taken where they suffice (``SCORE_ERROR``); that waits for a GPU.
+        queries: ``[h, n, D]``, some of the chunk's.
+        alone: ``[h, m, D]``, those of rows that speak for themselves, which together count ``FIT_SHARE`` times as much.
+        keys: ``[h, k, D]``, some of the sequence's.
+        error: see ``projection.fit_within``; 0: all ``rank`` dimensions, and a GPU is not waited for.
     """
-    queries = measured.queries
     rank = min(rank, queries.shape[2])
-    some_queries = queries[:, :: math.ceil(queries.shape[1] / FIT_ROWS)]
-    few = measured.sample.alone()
-    if few.shape[1]:
-        alone = queries.gather(1, few[..., None].expand(-1, -1, queries.shape[2])).float()
-        weight = math.sqrt(FIT_SHARE * some_queries.shape[1] / alone.shape[1])
-        some_queries = torch.cat([some_queries.float(), alone.mul_(weight)], 1)
-    # Copies: views would keep all keys.
-    some_keys = joined([piece.clone() for piece in scores.keys_of(heads, math.ceil(seq_len / FIT_ROWS))], 1)
-    if fewer:
-        projection = fit_within(some_queries, some_keys, rank, SCORE_ERROR / scores.scale)
-    else:
-        projection = fit(some_queries, some_keys, rank)
-    return for_int8(projection, some_keys)
+    if alone.shape[1]:
+        weight = math.sqrt(FIT_SHARE * queries.shape[1] / alone.shape[1])
+        queries = torch.cat([queries.float(), alone.float().mul_(weight)], 1)
+    projection = fit_within(queries, keys, rank, error) if error else fit(queries, keys, rank)
+    return for_int8(projection, keys)
+
+
+def fit_step(length: int, rows: int = FIT_ROWS) -> int:
+    """One of so many queries, or keys, is fitted to."""
+    return math.ceil(length / rows)
 
 
 def score_keys(
-    scores: LowRankOps,
-    measured: Measured,
-    heads: Sequence[int],
-    tiling: Tiling,
-    rank: int,
-    gamma: float,
-    fewer: bool,
+    scores: LowRankOps, measured: Measured, heads: Sequence[int], tiling: Tiling, pattern: LowRank
 ) -> ScoreBins:
-    """Bins of every key by scores in at most ``rank`` dimensions, and how far down to go.
+    """Bins of every key by scores in at most ``pattern.rank`` dimensions, and how far down to go.
 
-    The measured rows' attention is looked up twice: in the bins that the row itself gives the keys, which says below
-    which bin keys need not be told apart, and then in those of its tile, which are no lower.
-
-    Args:
-        gamma: share of the rows' attention that is wanted; ``CalibrationRows`` says of which rows.
-        fewer: see ``fitted``.
+    Where all rows are scored the measured rows' attention is looked up twice: in the bins that the row itself gives the
+    keys, which says below which bin keys need not be told apart, and then in those of its tile, which are no lower.
     """
-    projection = fitted(scores, measured, heads, tiling.seq_len, rank, fewer)
+    # Copies: views would keep all keys.
+    some_keys = joined([piece.clone() for piece in scores.keys_of(heads, fit_step(tiling.seq_len))], 1)
+    queries, alone = measured.queries, measured.sample.alone()
+    some_queries = queries[:, :: fit_step(queries.shape[1])]
+    error = 0.0 if pattern.queries else SCORE_ERROR / scores.scale
+    alone = queries.gather(1, alone[..., None].expand(-1, -1, queries.shape[2]))
+    projection = fitted(some_queries, alone, some_keys, pattern.rank, error)
     keys = joined([quantize_keys(piece, projection) for piece in scores.keys_of(heads)], 1)
-    low_query, dequant_scale = quantize_queries(measured.queries, projection, scores.scale)
-    quantized = QuantizedQK(low_query, keys, dequant_scale)
+    low = project_queries(queries, projection, scores.scale)
     sample, weights = measured.sample, measured.weights
-    # One less: kernels may round otherwise.
-    mass = scores.row_mass(quantized, sample.rows, tiling, weights)
-    lowest = sample.threshold(mass, gamma).sub_(1).clamp_(min=0)
+    if pattern.queries:
+        low = representatives(low, keys, tiling, pattern.queries)
+    quantized = QuantizedQK.of(low, keys, pattern.queries)
+    if pattern.queries:
+        lowest = torch.zeros(len(keys), dtype=torch.int32, device=keys.device)
+    else:
+        # One less: kernels may round otherwise.
+        lowest = sample.threshold(scores.row_mass(quantized, sample.rows, tiling, weights), pattern.gamma)
+        lowest = lowest.sub_(1).clamp_(min=0)
     bins = score_bins.hide_before_window(scores.tile_bins(quantized, tiling, lowest), tiling)
-    wanted = sample.threshold(scores.mass_by_bin(bins, measured.tile, weights), gamma)
+    wanted = sample.threshold(scores.mass_by_bin(bins, measured.tile, weights), pattern.gamma)
     # Standard errors need not fall where every row has more: but what suffices the rows themselves does.
     return ScoreBins(bins, torch.maximum(wanted, lowest))
 
@@ -359,15 +356,17 @@ class LowRankFamily(Family[LowRank]):
     def select(
         self, pattern: LowRank, heads: Sequence[int], tiling: Tiling, scores: Scores, capacity: Capacity
     ) -> Selection:
-        return scores.select_bins(tiling, scores.low_rank(heads, tiling, pattern.rank, pattern.gamma), capacity)
+        return scores.select_bins(tiling, scores.low_rank(heads, tiling, pattern), capacity)
 
-    def scoring_bytes(self, pattern: LowRank, tiles: int, seq_len: int) -> int:
-        # A bin and a mark for every tile and key, the keys of few dimensions twice, and the attention of some rows.
-        weights = min(8 * CALIBRATION_ROWS * seq_len, 2 * WEIGHTS_BYTES)
-        return (2 * tiles + 4 * pattern.rank) * seq_len + weights
+    def selection_bytes(self, pattern: LowRank, tiles: int, seq_len: int, key_blocks: int, columns: int) -> int:
+        # What the fit takes; then a bin for every tile and key, the keys in few dimensions, and the queries.
+        fit = 10 * FIT_ROWS * DEFAULT_TILE
+        scores = (tiles + pattern.rank) * seq_len + 16 * DEFAULT_TILE * tiles * pattern.rank
+        return max(fit, scores + tiles * (24 * key_blocks + 8 * columns))
 
     def scoring_cost(self, pattern: LowRank, head_size: int, chunk: int, device: torch.device) -> float:
-        return scoring_cost(pattern.rank, head_size, chunk, device)
+        cost = scoring_cost(pattern.rank, head_size, chunk, device)
+        return cost * pattern.queries / DEFAULT_TILE if pattern.queries else cost
 
     def kernel_size(self, pattern: LowRank) -> int:
         return pattern.rank

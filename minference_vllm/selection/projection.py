@@ -44,11 +44,20 @@ class QuantizedQK(NamedTuple):
     """
 
     query: torch.Tensor
-    """int8 ``[h, chunk, r]``, at most ``MAX_QUERY`` in size; the last row is the sequence's last token."""
+    """int8 ``[h, chunk, r]``, at most ``MAX_QUERY`` in size; the last row is the sequence's last token. Or
+    ``[h, T * per_tile, r]``: representatives."""
     keys: torch.Tensor
     """int8 ``[h, S, r]``."""
     dequant_scale: torch.Tensor
     """int16 ``[h, chunk]``: bins per unit of a row's products, times ``2 ** 15``."""
+    per_tile: int = 0
+    """Queries are so many representatives of each tile, which see all keys up to its end; 0: the chunk's rows."""
+
+    @classmethod
+    def of(cls, low: torch.Tensor, keys: torch.Tensor, per_tile: int = 0) -> QuantizedQK:
+        """Of queries in few dimensions (see ``project_queries``; overwritten) and quantized keys."""
+        query, dequant_scale = quantize_queries(low)
+        return cls(query, keys, dequant_scale, per_tile)
 
     def rows(self, rows: torch.Tensor) -> QuantizedQK:
         """Those of some rows of the chunk, int64 ``[h, R]``."""
@@ -114,7 +123,9 @@ class _Eigenspace(NamedTuple):
         places = torch.arange(1, dim + 1, dtype=torch.float64, device=query.device)
         vectors = (places[:, None] * places[:rank] + places[:rank]).cos().expand(len(query), -1, -1)
         for _ in range(ITERATIONS):
-            vectors = torch.linalg.qr(moment @ vectors).Q
+            vectors = orthonormal(moment @ vectors)
+        if vectors.device.type != "cpu":
+            vectors = orthonormal(vectors)
         return cls(mean, queries, root, moment, vectors)
 
     def within(self) -> torch.Tensor:
@@ -136,6 +147,24 @@ class _Eigenspace(NamedTuple):
         # Both are as large in every dimension, which rounding wants.
         balance = (within.diagonal(dim1=1, dim2=2).clamp(min=0) + _ridge(within, 1e-9)[..., 0]).pow(0.25)[:, None]
         return Projection((to_query / balance).float(), (to_key * balance).float(), self.mean)
+
+
+def orthonormal(vectors: torch.Tensor) -> torch.Tensor:
+    """Of columns, float64 ``[h, D, r]``, what the Gram-Schmidt process makes of them, but for signs."""
+    if vectors.device.type == "cpu":
+        return torch.linalg.qr(vectors).Q
+    # GPUs take one QR decomposition after the other.
+    return by_cholesky(vectors)
+
+
+def by_cholesky(vectors: torch.Tensor) -> torch.Tensor:
+    """``orthonormal`` by the Cholesky factor of the products. Where columns are nearly alike angles are left, and a
+    second time removes them."""
+    vectors = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_(min=1e-300)
+    products = vectors.transpose(1, 2) @ vectors
+    products.diagonal(dim1=1, dim2=2).add_(1e-14)
+    root = torch.linalg.cholesky_ex(products).L
+    return torch.linalg.solve_triangular(root.transpose(1, 2), vectors, upper=True, left=False)
 
 
 def _ridge(moment: torch.Tensor, share: float) -> torch.Tensor:
@@ -161,9 +190,13 @@ def quantize_keys(keys: torch.Tensor, projection: Projection) -> torch.Tensor:
     return low.round_().clamp_(-MAX_KEY, MAX_KEY).to(torch.int8)
 
 
-def quantize_queries(query: torch.Tensor, projection: Projection, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """``QuantizedQK.query`` and ``dequant_scale`` of queries ``[h, chunk, D]``."""
-    low = torch.matmul(query.float(), projection.to_query).mul_(scale / math.log(2))
+def project_queries(query: torch.Tensor, projection: Projection, scale: float) -> torch.Tensor:
+    """float32 ``[h, chunk, r]`` of queries ``[h, chunk, D]``; products with quantized keys are scores in bits."""
+    return torch.matmul(query.float(), projection.to_query).mul_(scale / math.log(2))
+
+
+def quantize_queries(low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``QuantizedQK.query`` and ``dequant_scale`` of queries in few dimensions, ``[h, chunk, r]``, overwritten."""
     most = (low.norm(dim=2) * MAX_KEY_NORM).clamp_(min=MIN_RANGE) / MAX_PRODUCT
     unit = torch.maximum(most, low.abs().amax(2) / MAX_QUERY)
     dequant_scale = (unit * (BINS_PER_BIT << 15)).ceil_()

@@ -74,10 +74,14 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> t
     for tile, (begin, end) in enumerate(itertools.pairwise(tiling.starts.tolist())):
         own = begin // tiling.tile * tiling.tile
         rows = slice(begin - tiling.context_len, end - tiling.context_len)
+        if quantized.per_tile:
+            rows = slice(tile * quantized.per_tile, (tile + 1) * quantized.per_tile)
         future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device).triu_(1)
         for head in range(heads):
             scores = quantized.query[head, rows].float() @ quantized.keys[head, :end].float().T
-            scores.mul_(bits[head, rows])[:, begin:].masked_fill_(future, -torch.inf)
+            scores.mul_(bits[head, rows])
+            if not quantized.per_tile:
+                scores[:, begin:].masked_fill_(future, -torch.inf)
             found = as_bins((scores[:, :own] - approx_lse(scores)).amax(0))
             bins[head, tile, :own] = found.masked_fill_(found < lowest[head], 0)
         bins[:, tile, own:end] = LOCAL_BIN
@@ -132,18 +136,35 @@ def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights
     return mass_by_bin(own, torch.arange(rows.shape[1], device=rows.device).expand(rows.shape), weights)
 
 
-def threshold(mass: torch.Tensor, gamma: float, errors: float = 0.0) -> torch.Tensor:
-    """int32 ``[h]``: the bin down to which rows have a share ``gamma`` of their attention, in the mean.
+def covered(mass: torch.Tensor) -> torch.Tensor:
+    """float32 ``[..., 256]``: the share of a row's attention at or above each bin, the highest bin first.
 
     Args:
-        mass: float32 ``[h, R, 256]``, see ``mass_by_bin``.
-        errors: the mean less so many of its standard errors must reach ``gamma``, where the rows are a sample.
+        mass: float32 ``[..., 256]``, see ``mass_by_bin``.
     """
-    covered = mass.flip(2).cumsum(2)
-    covered /= covered[..., -1:].clone()
-    bound = covered.mean(1) - errors / math.sqrt(covered.shape[1]) * covered.std(1, correction=0)
-    bound[:, -1] = 1.0
-    return 255 - (bound >= gamma).int().argmax(1).int()
+    share = mass.flip(-1).cumsum(-1)
+    return share / share[..., -1:]
+
+
+def lowest_bin(share: torch.Tensor, gamma: float) -> torch.Tensor:
+    """int32 ``[...]``: the bin down to which a share ``gamma`` lies; 0 where no other bin has it.
+
+    Args:
+        share: float32 ``[..., 256]``, rising, see ``covered``.
+    """
+    reached = share >= gamma
+    reached[..., -1] = True
+    return 255 - reached.int().argmax(-1).int()
+
+
+def mean_share(share: torch.Tensor, errors: float = 0.0) -> torch.Tensor:
+    """float32 ``[h, 256]``: the mean over rows, less so many of its standard errors, where the rows are a sample.
+
+    Args:
+        share: float32 ``[h, R, 256]``, see ``covered``.
+    """
+    mean = share.mean(1)
+    return mean - errors / math.sqrt(share.shape[1]) * share.std(1, correction=0) if errors else mean
 
 
 def page_counts(bins: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:

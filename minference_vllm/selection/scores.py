@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.selection.compaction import Capacity, Selection
 from minference_vllm.selection.score_bins import ScoreBins
 
@@ -33,9 +34,9 @@ class Scores(Protocol):
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         """Block scores along antidiagonals, float32 ``[h, T, N]``."""
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
-        """Bins of single keys, from products in ``rank`` dimensions, and the bin down to which a share ``gamma`` of
-        the attention lies."""
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
+        """Bins of single keys, from products in ``pattern.rank`` dimensions, and the bin down to which a share
+        ``pattern.gamma`` of the attention lies."""
 
     def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection:
         """The keys of each tile from the threshold up, and pages full of them."""

@@ -11,6 +11,7 @@ import torch
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.page_means import PageMeans
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.selection import low_rank, score_bins
 from minference_vllm.selection.antidiagonal import antidiagonal_scores
 from minference_vllm.selection.block_sparse import pooled_scores
@@ -31,10 +32,6 @@ def keys_at_once(heads: int, rows: int, kv_heads: int, head_size: int) -> int:
 
 class TorchScores:
     """See ``Scores``; copies the prefix's keys out of the pages, once, when they are first asked for."""
-
-    columns_first = True
-    """Whether ``low_rank`` tries columns and diagonals, and fewer dimensions, before it scores every key: both read
-    what they found, and would wait for a GPU."""
 
     def __init__(self, inputs: Inputs) -> None:
         # An FP8 query serves the attention kernel alone; scores take it as it is meant, but for its scale.
@@ -109,16 +106,16 @@ class TorchScores:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return antidiagonal_scores(self.query, self.keys, heads, tiling, stride, self.scale, self.softcap)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
         measured = low_rank.Measured.of(self, heads, tiling)
-        if self.columns_first:
+        if not pattern.queries:
             chunk, _, head_size = self.query.shape
-            cost = low_rank.scoring_cost(min(rank, head_size), head_size, chunk, self.query.device)
+            cost = low_rank.scoring_cost(min(pattern.rank, head_size), head_size, chunk, self.query.device)
             lines = self.column_diagonal(heads)
-            found = low_rank.columns_and_diagonals(self, measured, tiling, gamma, lines, cost)
+            found = low_rank.columns_and_diagonals(self, measured, tiling, pattern.gamma, lines, cost)
             if found is not None:
                 return found
-        return low_rank.score_keys(self, measured, heads, tiling, rank, gamma, fewer=self.columns_first)
+        return low_rank.score_keys(self, measured, heads, tiling, pattern)
 
     def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection:
         blocks, single = score_bins.keys_above(tiling, found.bins, found.threshold)

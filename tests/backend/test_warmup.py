@@ -246,7 +246,13 @@ def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, A
         "square_mass_kernel",
         "peak_lse_kernel",
         "tile_bins_kernel",
-        "mass_kernel",
+        "distance_kernel",
+        "project_kernel",
+        "key_codes_kernel",
+        "share_sum_kernel",
+        "share_by_bin_kernel",
+        "page_counts_kernel",
+        "key_lists_kernel",
     }
     assert interpreted["served"]
     for variant in interpreted["served"]:

@@ -75,14 +75,14 @@ class RandomScores:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.pooled(heads, tiling)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
         pages = self.draw(5, heads, tiling.num_tiles, tiling.num_key_blocks)
         by_page, own, reach = (
             each.repeat_interleave(tiling.block_size, -1)[..., : self.seq_len]
             for each in (pages, tiling.own(), tiling.reachable())
         )
         bins = self.draw(6, heads, tiling.num_tiles, self.seq_len).maximum(by_page).mul_(255).to(torch.uint8)
-        threshold = torch.full((len(heads),), round(255 * (1 - gamma)), dtype=torch.int32)
+        threshold = torch.full((len(heads),), round(255 * (1 - pattern.gamma)), dtype=torch.int32)
         return ScoreBins(bins.masked_fill_(own, LOCAL_BIN).mul_(reach), threshold)
 
 

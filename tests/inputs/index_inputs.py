@@ -136,7 +136,7 @@ class RandomScores:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.peaks(heads, tiling)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
         """Bins from 0 to 40, and the lower a threshold, the more of the attention is wanted."""
         for head in heads:
             self.bins[head] = (self.draw(5, head, tiling.num_tiles, self.seq_len) * 40).to(torch.uint8)
@@ -147,7 +147,7 @@ class RandomScores:
             own, later = by_key
             self.bins[head][own], self.bins[head][later] = LOCAL_BIN, 0
             hide_before_window(self.bins[head][None], tiling)
-        thresholds = torch.full((len(heads),), int(41 * (1 - gamma)), dtype=torch.int32)
+        thresholds = torch.full((len(heads),), int(41 * (1 - pattern.gamma)), dtype=torch.int32)
         return ScoreBins(torch.stack([self.bins[head] for head in heads]), thresholds)
 
 
@@ -171,8 +171,8 @@ class OneHead:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self.scores.antidiagonal([self.head], tiling, stride)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
-        return self.scores.low_rank([self.head], tiling, rank, gamma)
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
+        return self.scores.low_rank([self.head], tiling, pattern)
 
 
 @dataclass(frozen=True)

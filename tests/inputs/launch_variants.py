@@ -10,17 +10,25 @@ import torch
 from minference_vllm.triton_kernels import (
     antidiagonal,
     attention,
+    calibration,
+    chunk_queries,
     column_diagonal,
+    key_codes,
+    key_lists,
     low_rank,
     page_means,
     physical_lists,
 )
 from minference_vllm.triton_kernels.launch import launcher
 
-MODULES: tuple[Any, ...] = (antidiagonal, attention, column_diagonal, low_rank, page_means, physical_lists)
+MODULES: tuple[Any, ...] = (
+    antidiagonal, attention, calibration, chunk_queries, column_diagonal, key_codes, key_lists, low_rank, page_means,
+    physical_lists,
+)  # fmt: skip
 LENGTHS = (
     "num_tiles", "num_blocks", "num_rows", "num_lists", "max_blocks", "max_columns", "rows", "context_len",
     "seq_len", "first_kv_head", "num_items", "num_pages", "num_parts", "max_singles", "page_units", "slot_units",
+    "num_queries", "window", "width", "chunk",
 )  # fmt: skip
 """Arguments that kernels are not specialised on."""
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from minference_vllm.selection.projection import Projection, QuantizedQK, for_int8, quantize_keys, quantize_queries
+from minference_vllm.selection.projection import Projection, QuantizedQK, for_int8, project_queries, quantize_keys
 
 CONTEXT, CHUNK, DIM, PAGE = 3072, 1024, 64, 32
 LENGTH = CONTEXT + CHUNK
@@ -35,8 +35,7 @@ def as_quantized(query: torch.Tensor, keys: torch.Tensor) -> QuantizedQK:
     """Of queries ``[h, chunk, r]`` and keys ``[h, S, r]`` whose products are in bits."""
     same = torch.eye(query.shape[2]).expand(len(query), -1, -1)
     projection = for_int8(Projection(same, same, torch.zeros(len(query), 1, query.shape[2])), keys)
-    low_query, dequant_scale = quantize_queries(query, projection, math.log(2))
-    return QuantizedQK(low_query, quantize_keys(keys, projection), dequant_scale)
+    return QuantizedQK.of(project_queries(query, projection, math.log(2)), quantize_keys(keys, projection))
 
 
 def lookups(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ As in ``test_triton_kernels.py`` this file is both the test and, run as a script
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -22,11 +23,36 @@ CASES: dict[str, dict[str, Any]] = {
     "one token after context": {"seq_len": 301, "context_len": 300, "page": 16, "tile": 32},
     "a flat head": {"seq_len": 333, "context_len": 100, "page": 16, "tile": 64, "spread": 0.0},
     "each row looks at a key far before it": {"seq_len": 700, "context_len": 500, "page": 32, "tile": 64, "far": True},
-    "bins that are not wanted": {"seq_len": 517, "context_len": 200, "page": 32, "tile": 64, "lowest_wanted": 230},
+    "representatives": {"seq_len": 517, "context_len": 200, "page": 32, "tile": 64, "per_tile": 16},
+    "representatives, chunk within one tile": {
+        "seq_len": 190,
+        "context_len": 130,
+        "page": 32,
+        "tile": 128,
+        "rank": 32,
+        "per_tile": 16,
+    },
     "beyond the bins' reach": {"seq_len": 400, "context_len": 200, "page": 32, "tile": 64, "spread": 30.0},
 }
 INDEX_CASES = [(0, 389, 16), (301, 520, 32)]
 """(context, length, page size) of float32 chunks whose index must be the torch path's."""
+MASS_CASES: dict[str, dict[str, Any]] = {
+    "odd length": {"seq_len": 389, "context_len": 100, "page": 16},
+    "soft cap": {"seq_len": 300, "context_len": 0, "page": 32, "softcap": 5.0},
+    "window": {"seq_len": 420, "context_len": 250, "page": 48, "window": 180},
+    "values of zero": {"seq_len": 200, "context_len": 64, "page": 32, "values": 0.0},
+    "fewer rows than a power of two": {"seq_len": 400, "context_len": 100, "page": 128, "rows": 23},
+}
+CODE_CASES: dict[str, dict[str, Any]] = {
+    "pages of 16": {"seq_len": 301, "page": 16},
+    "head size 80, rank 48": {"seq_len": 200, "page": 32, "head_size": 80, "rank": 48},
+    "FP8 keys with a scale": {"seq_len": 150, "page": 48, "fp8": True},
+}
+LIST_CASES: dict[str, dict[str, Any]] = {
+    "pages of 16": {"context_len": 100, "seq_len": 389, "page": 16, "tile": 64},
+    "pages of 48": {"context_len": 300, "seq_len": 700, "page": 48, "tile": 144},
+    "too little room": {"context_len": 200, "seq_len": 700, "page": 128, "tile": 128, "width": 20},
+}
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -42,17 +68,34 @@ def test_bins_are_the_torch_paths(interpreted: dict[str, Any], name: str) -> Non
         assert found["median"] == 0
 
 
-@pytest.mark.parametrize("case", ["bins of tiles", "bins for each row"])
-def test_the_mass_by_bin_is_the_torch_paths(interpreted: dict[str, Any], case: str) -> None:
-    error, sums = interpreted[f"mass: {case}"]
-    assert error < 1e-6 and sums < 1e-5
+@pytest.mark.parametrize("name", list(MASS_CASES))
+def test_the_mass_by_bin_is_the_torch_paths(interpreted: dict[str, Any], name: str) -> None:
+    error, repeated = interpreted[f"mass: {name}"]
+    assert error < 2e-5 and repeated == 0, "sums of whole numbers"
+
+
+@pytest.mark.parametrize("name", list(CODE_CASES))
+def test_codes_are_the_torch_paths(interpreted: dict[str, Any], name: str) -> None:
+    found = interpreted[f"codes: {name}"]
+    # Elements near the middle of two numbers may be rounded either way.
+    assert found["largest_difference"] <= 1 and found["different"] < 0.005 and found["spread"] > 10
+    assert found["queries"] < 1e-5 and found["distances"] < 1e-5
+
+
+@pytest.mark.parametrize("name", list(LIST_CASES))
+def test_lists_are_the_torch_paths(interpreted: dict[str, Any], name: str) -> None:
+    found = interpreted[f"lists: {name}"]
+    assert found["same"] == [True] * 3, "blocks, keys, counts"
+    assert found["blocks"] > 0 and found["keys"] > 0 and found["dense"] > 0
 
 
 @pytest.mark.parametrize("case", INDEX_CASES, ids=str)
 def test_the_index_is_the_torch_paths(interpreted: dict[str, Any], case: tuple[int, int, int]) -> None:
     found = interpreted[f"index {list(case)}"]
     assert found["different"] < 0.002, "share of pairs, where bins round otherwise"
-    assert max(found["density"]) < 0.7 and found["columns"] > 0
+    assert found["repeated"] == 0, "the same index twice"
+    # Flat heads are dense by representatives.
+    assert max(found["density"][:3]) < 0.7 and found["columns"] > 0
     assert found["error"] < 1e-5
 
 
@@ -69,9 +112,7 @@ def test_tensors_that_do_not_fit_are_refused(name: str) -> None:
     query = query[:, 1:] if name == "rows" else query
     keys = {"length": keys[:, 1:], "type": keys.float()}.get(name, keys)
     with pytest.raises(ValueError, match="must be int8" if name == "type" else "do not fit"):
-        kernels.tile_bins(
-            QuantizedQK(query, keys, scale), Tiling.of(64, 128, 32, 32), torch.zeros(1, dtype=torch.int32)
-        )
+        kernels.tile_bins(QuantizedQK(query, keys, scale), Tiling.of(64, 128, 32, 32))
 
 
 def run_case(
@@ -82,7 +123,7 @@ def run_case(
     rank: int = 16,
     spread: float = 1.5,
     far: bool = False,
-    lowest_wanted: int = 0,
+    per_tile: int = 0,
 ) -> dict[str, float]:
     import torch
     from low_rank_inputs import as_quantized
@@ -101,20 +142,18 @@ def run_case(
     if far:
         keys = torch.nn.functional.normalize(keys, dim=-1)
         query = 40 * keys[:, wanted]
-    quantized = as_quantized(query, keys)
-    lowest = torch.tensor([0, lowest_wanted], dtype=torch.int32)
+    if per_tile:
+        query = torch.randn(2, tiling.num_tiles * per_tile, rank) * spread
+    quantized = as_quantized(query, keys)._replace(per_tile=per_tile)
     empty = torch.empty
     torch.empty = lambda *shape, **options: empty(*shape, **options).fill_(torch.nan)  # type: ignore[assignment]
     try:
-        found = kernels.tile_bins(quantized, tiling, lowest)
+        found = kernels.tile_bins(quantized, tiling)
     finally:
         torch.empty = empty
-    right = tile_bins(quantized, tiling, lowest)
+    right = tile_bins(quantized, tiling, torch.zeros(2, dtype=torch.int32))
     assert found.shape == right.shape and found.dtype == right.dtype
-    assert not ((found[1] > 0) & (found[1] < lowest_wanted)).any()
-    # The lowest that is wanted may round to one that is not.
-    least = torch.tensor([0, max(0, lowest_wanted - 1)])[:, None, None]
-    difference = (found.int().maximum(least) - right.int().maximum(least)).abs()
+    difference = (found.int() - right.int()).abs()
     before = (torch.arange(seq_len) < (tiling.starts[:-1] // tile * tile)[:, None]).expand_as(difference)
     tiles = (torch.arange(chunk) + context_len) // tile - context_len // tile
     looked_at = found[:, tiles, wanted.clamp(max=seq_len - 1)] if far else found
@@ -127,44 +166,154 @@ def run_case(
     }
 
 
-def run_mass_case(bin_row: list[int]) -> tuple[float, float]:
-    import torch
+def run_mass_case(
+    seq_len: int,
+    context_len: int,
+    page: int,
+    rows: int = 32,
+    softcap: float = 0.0,
+    window: int = 0,
+    values: float = 1.0,
+) -> tuple[float, float]:
+    """The largest error of a share, and of the sums of a second run."""
+    import dataclasses
 
+    import torch
+    from triton_inputs import shuffled
+
+    from minference_vllm.core.tiling import Tiling
+    from minference_vllm.selection.low_rank import by_value, row_weights
     from minference_vllm.selection.score_bins import mass_by_bin
-    from minference_vllm.triton_kernels import low_rank as kernels
+    from minference_vllm.triton_kernels import calibration
+
+    calibration.KEYS_PER_PART = 128
+    torch.manual_seed(0)
+    chunk, heads = seq_len - context_len, [0, 3, 1]
+    query, keys = torch.randn(chunk, 4, 64) * 2, torch.randn(seq_len, 2, 64)
+    stored = torch.randn(seq_len, 2, 64) * torch.rand(seq_len, 2, 1) * values
+    inputs = shuffled(query, keys, stored, page, 64**-0.5)
+    inputs = dataclasses.replace(inputs, softcap=softcap, window=window)
+    tiling = Tiling.of(context_len, seq_len, page, 2 * page)
+    bins = torch.randint(0, 256, (3, tiling.num_tiles, seq_len), dtype=torch.uint8)
+    chosen = torch.stack([torch.randperm(chunk)[:rows].sort().values for _ in heads])
+    found, again = (calibration.mass_by_bin(inputs, query, heads, chosen, tiling, bins) for _ in range(2))
+    of_heads = torch.stack([query[of_head, head] for of_head, head in zip(chosen, heads, strict=True)])
+    kv_heads = torch.tensor(heads) // 2
+    weights = row_weights(
+        of_heads, [keys[:, kv_heads].transpose(0, 1)], chosen + context_len, 64**-0.5, softcap, window
+    )
+    weights = by_value(weights, stored.norm(dim=2)[:, kv_heads].T)
+    tile = torch.searchsorted(tiling.starts, chosen + context_len, right=True) - 1
+    right = mass_by_bin(bins, tile, weights)
+    found /= found.sum(-1, keepdim=True)
+    return float((found - right).abs().max()), float((again / again.sum(-1, keepdim=True) - found).abs().max())
+
+
+def run_code_case(seq_len: int, page: int, head_size: int = 64, rank: int = 32, fp8: bool = False) -> dict[str, float]:
+    import torch
+    from triton_inputs import shuffled
+
+    from minference_vllm.selection.probe_queries import unlikeness
+    from minference_vllm.selection.projection import fit, for_int8, project_queries, quantize_keys
+    from minference_vllm.triton_kernels import chunk_queries
+    from minference_vllm.triton_kernels.key_codes import key_codes
 
     torch.manual_seed(0)
-    bins = torch.randint(0, 256, (3, max(bin_row) + 1, 1333), dtype=torch.uint8)
-    weights = torch.randn(3, len(bin_row), 1333).mul_(3).softmax(-1)
-    weights[:, :, 1000:] = 0
-    weights /= weights.sum(-1, keepdim=True)
-    # Of each head its own.
-    given = bins, torch.stack([torch.tensor(bin_row).roll(head) for head in range(3)]), weights
-    found, right = kernels.mass_by_bin(*given), mass_by_bin(*given)
-    assert found.shape == right.shape
-    return float((found - right).abs().max()), float((found.sum(-1) - 1).abs().max())
+    query = (torch.randn(170, 4, head_size) + 3).bfloat16()
+    keys = torch.randn(seq_len, 2, head_size).to(torch.float8_e4m3fn if fp8 else torch.bfloat16)
+    key_scale, heads = 0.75 if fp8 else 1.0, [3, 0]
+    inputs = shuffled(query, keys, keys, page, 1.0, key_scale)
+    of_heads = (keys.float() * key_scale)[:, [1, 0]].transpose(0, 1)
+    queries = query[:, heads].transpose(0, 1)
+    projection = for_int8(fit(queries, of_heads, rank), of_heads)
+    found, right = key_codes(inputs, heads, projection).int(), quantize_keys(of_heads, projection).int()
+    low = project_queries(queries, projection, 1.0)
+    ours = chunk_queries.project(query, heads, projection, 1 / torch.tensor(2.0).log().item())
+    distance = chunk_queries.distances(query, heads)
+    unlike = unlikeness(queries)
+    return {
+        "largest_difference": int((found - right).abs().max()),
+        "different": float((found != right).float().mean()),
+        "spread": float(right.float().std()),
+        "queries": float((ours - low).abs().max() / low.abs().max()),
+        "distances": float((distance / distance.mean(1, keepdim=True) - unlike).abs().max()),
+    }
+
+
+def run_list_case(context_len: int, seq_len: int, page: int, tile: int, width: int = 300) -> dict[str, Any]:
+    import torch
+
+    from minference_vllm.core.tiling import Tiling
+    from minference_vllm.selection.compaction import Capacity, compact_keys
+    from minference_vllm.selection.score_bins import LOCAL_BIN, ScoreBins, keys_above
+    from minference_vllm.triton_kernels import key_lists
+
+    torch.manual_seed(0)
+    key_lists.KEYS = 256
+    tiling = Tiling.of(context_len, seq_len, page, tile)
+    pages = tiling.own().repeat_interleave(page, 1)[:, :seq_len]
+    reach = tiling.reachable().repeat_interleave(page, 1)[:, :seq_len]
+    # Some pages full of wanted keys; a head that wants nearly all, and one without a threshold.
+    full = (torch.rand(4, tiling.num_tiles, tiling.num_key_blocks) < 0.15).repeat_interleave(page, 2)[..., :seq_len]
+    bins = (torch.rand(4, tiling.num_tiles, seq_len) * 100).to(torch.uint8)
+    bins = bins.masked_fill_(full, 120).masked_fill_(pages, LOCAL_BIN).mul_(reach)
+    found = ScoreBins(bins, torch.tensor([93, 97, 10, 0], dtype=torch.int32))
+    capacity = Capacity(tiling.num_key_blocks, width, 4)
+    right = compact_keys(tiling, *keys_above(tiling, bins, found.threshold), capacity)
+    ours = key_lists.select(tiling, found, width)
+    assert right.keys is not None and ours.keys is not None
+    return {
+        "same": [
+            torch.equal(ours.blocks, right.blocks),
+            torch.equal(ours.keys.positions, right.keys.positions),
+            torch.equal(ours.keys.count, right.keys.count),
+        ],
+        "blocks": int((ours.blocks & ~tiling.own())[:2].sum()),
+        "keys": int(ours.keys.count[:2].sum()),
+        "dense": int(ours.blocks[2:].sum() - tiling.own().sum() * 2),
+    }
 
 
 def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
     """``sparse_prefill`` through the kernels, and the index that torch alone builds for it."""
+    import torch
     from triton_inputs import prefill
 
     from minference_vllm import LowRank
     from minference_vllm.core.tiling import Tiling
+    from minference_vllm.selection import low_rank
     from minference_vllm.selection.build import build_index
+    from minference_vllm.selection.projection import QuantizedQK
+    from minference_vllm.selection.score_bins import ScoreBins
     from minference_vllm.selection.torch_scores import TorchScores
 
-    class ScoringAlways(TorchScores):
-        """As the kernels' path, which does not look whether columns and diagonals would do."""
+    low_rank.SCORE_ERROR = 1e-9
 
-        columns_first = False
+    class ScoringAlways(TorchScores):
+        """As the kernels' path: whatever columns and diagonals hold, in all dimensions, and of all keys."""
+
+        def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
+            return low_rank.score_keys(self, low_rank.Measured.of(self, heads, tiling), heads, tiling, pattern)
+
+        @staticmethod
+        def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
+            mass = torch.zeros(*rows.shape, 256)
+            mass[..., 0] = 1
+            return mass
 
     # Heads that are scored together are not all neighbours.
-    patterns = [LowRank(gamma=0.4), LowRank(gamma=0.4), LowRank(rank=32, gamma=0.4), LowRank(gamma=0.4)]
+    patterns = [
+        LowRank(gamma=0.4),
+        LowRank(gamma=0.4),
+        LowRank(rank=32, gamma=0.4),
+        LowRank(gamma=0.2, queries=16),
+    ]
     inputs, out, index, expected = prefill(context_len, seq_len, page, patterns, sharpness=4)
+    _, _, again, _ = prefill(context_len, seq_len, page, patterns, sharpness=4)
     by_torch = build_index(Tiling.of(context_len, seq_len, page, 128), patterns, ScoringAlways(inputs))
     return {
         "different": float((index.to_mask() != by_torch.to_mask()).float().mean()),
+        "repeated": int((index.to_mask() != again.to_mask()).sum()),
         "density": index.density().tolist(),
         "columns": int(index.num_columns.max()),
         "error": float((out.double() - expected).abs().max()),
@@ -175,7 +324,8 @@ if __name__ == "__main__":
     import triton_interpreter  # noqa: F401 - mends the interpreter
 
     results: dict[str, Any] = {name: run_case(**case) for name, case in CASES.items()}
-    results["mass: bins of tiles"] = run_mass_case([0, 0, 1, 3])
-    results["mass: bins for each row"] = run_mass_case([0, 1, 2])
+    results |= {f"mass: {name}": run_mass_case(**case) for name, case in MASS_CASES.items()}
+    results |= {f"codes: {name}": run_code_case(**case) for name, case in CODE_CASES.items()}
+    results |= {f"lists: {name}": run_list_case(**case) for name, case in LIST_CASES.items()}
     results |= {f"index {list(case)}": run_index_case(*case) for case in INDEX_CASES}
     print(json.dumps(results))

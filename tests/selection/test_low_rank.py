@@ -23,6 +23,7 @@ from minference_vllm.patterns.kinds import Coverage, LowRank
 from minference_vllm.selection import low_rank
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.low_rank import column_diagonal_bins
+from minference_vllm.selection.probe_queries import unlikeness
 from minference_vllm.selection.projection import BINS_PER_BIT
 from minference_vllm.selection.score_bins import LOCAL_BIN, ScoreBins
 from minference_vllm.selection.torch_scores import TorchScores
@@ -81,7 +82,7 @@ def test_calibration_rows(chunk: int, length: int, count: int, last: int, unlike
     query = torch.randn(2, chunk, 8, generator=torch.Generator().manual_seed(0))
     odd = [part * chunk // unlike + 1 for part in range(unlike)]
     query[1, odd] += 50.0
-    found = low_rank.calibration_rows(query, length)
+    found = low_rank.calibration_rows(unlikeness(query), length)
     rows = found.rows[1].tolist()
     assert len(rows) == count and rows == sorted(rows)
     # Where nearly all rows are measured anyway, a part may have no other row left.
@@ -127,7 +128,8 @@ TILING = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
 
 
 class AlwaysScored(TorchScores):
-    columns_first = False
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
+        return low_rank.score_keys(self, low_rank.Measured.of(self, heads, tiling), heads, tiling, pattern)
 
 
 def recall(index: SparseIndex, query: torch.Tensor, keys: torch.Tensor) -> float:
@@ -190,7 +192,10 @@ def test_what_suffices_the_rows_themselves_suffices() -> None:
             mass[..., 0] = 1.0
             return mass
 
-    found, other = (scores_of(*lookups(), kind=kind).low_rank([0], TILING, 16, 0.9) for kind in (AlwaysScored, Uneven))
+    found, other = (
+        scores_of(*lookups(), kind=kind).low_rank([0], TILING, LowRank(rank=16, gamma=0.9))
+        for kind in (AlwaysScored, Uneven)
+    )
     assert 0 < int(other.threshold) <= int(found.threshold)
 
 
@@ -238,7 +243,7 @@ def test_selection_is_the_same_for_keys_in_pieces_and_for_heads_apart() -> None:
             def key_pieces(self, rows: int) -> Iterator[torch.Tensor]:
                 yield from self.keys.split(at_once, 1)
 
-        return scores_of(query, keys, kind=InPieces).low_rank(heads, TILING, 16, 0.9)
+        return scores_of(query, keys, kind=InPieces).low_rank(heads, TILING, LowRank(rank=16, gamma=0.9))
 
     both = bins([0, 1], LENGTH)
     for head in (0, 1):

@@ -15,14 +15,17 @@ from minference_vllm.kernels.native import library
 from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.selection.compaction import EXACT_WIDTH, compact_keys
 from minference_vllm.selection.low_rank import calibration_rows
+from minference_vllm.selection.probe_queries import unlikeness
 from minference_vllm.selection.projection import BINS_PER_BIT, QuantizedQK
 from minference_vllm.selection.score_bins import (
     LOCAL_BIN,
     PEAK_KEYS,
     ScoreBins,
+    covered,
     keys_above,
+    lowest_bin,
+    mean_share,
     row_bins,
-    threshold,
     tile_bins,
 )
 from minference_vllm.selection.torch_scores import TorchScores
@@ -76,7 +79,7 @@ def test_tile_bins(name: str, sharpness: float, rank: int, scores: TorchScores) 
 def test_a_row_gives_no_key_a_higher_bin_than_its_tile() -> None:
     tiling = Tiling.of(333, 700, 32, 128)
     quantized = random_quantized(2, 367, 700, 16, 3.0)
-    rows = calibration_rows(quantized.query, 700).rows
+    rows = calibration_rows(unlikeness(quantized.query), 700).rows
     positions = rows + 333
     own = row_bins(quantized.rows(rows), positions, tiling)
     tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
@@ -109,7 +112,7 @@ def test_mass_of_rows(name: str, rank: int, scores: TorchScores) -> None:
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
     quantized = random_quantized(2, length - context, length, rank, 2.0)
-    rows = calibration_rows(quantized.query, length).rows
+    rows = calibration_rows(unlikeness(quantized.query), length).rows
     positions = rows + context
     weights = torch.rand(*rows.shape, length, generator=torch.Generator().manual_seed(0)).pow(20)
     weights.masked_fill_(torch.arange(length) > positions[..., None], 0)
@@ -122,6 +125,10 @@ def test_mass_of_rows(name: str, rank: int, scores: TorchScores) -> None:
     assert (ours[..., :-1] <= right[..., 1:] + 1e-3).all() and (ours[..., 1:] >= right[..., :-1] - 1e-3).all()
     torch.testing.assert_close(found.sum(2), torch.ones(rows.shape, dtype=torch.float64), atol=1e-4, rtol=0)
     torch.testing.assert_close(found[..., LOCAL_BIN], exact[..., LOCAL_BIN], atol=1e-3, rtol=0)
+
+
+def threshold(mass: torch.Tensor, gamma: float, errors: float = 0.0) -> torch.Tensor:
+    return lowest_bin(mean_share(covered(mass), errors), gamma)
 
 
 def test_threshold() -> None:

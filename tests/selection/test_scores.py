@@ -13,6 +13,7 @@ from score_inputs import scores_of
 
 from minference_vllm import reference
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.selection.probe_queries import (
     PROBE_QUERIES,
     beyond_diagonals,
@@ -280,6 +281,6 @@ def test_inputs_are_left_as_they_are() -> None:
     scores.pooled([0, 1], tiling)
     scores.peaks([0, 1], tiling)
     scores.antidiagonal([0, 1], tiling, 16)
-    scores.low_rank([0, 1], tiling, 16, 0.9)
+    scores.low_rank([0, 1], tiling, LowRank(rank=16, gamma=0.9))
     assert all(torch.equal(now, then) for now, then in zip(given, before, strict=True))
     assert torch.equal(scores.query, query) and torch.equal(scores.keys, keys)

@@ -12,6 +12,7 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.native import interface
 from minference_vllm.kernels.native.library import describe_cache, library
+from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import Capacity, KeyLists, Selection
 from minference_vllm.selection.probe_queries import probe_groups
 from minference_vllm.selection.projection import BINS_PER_BIT, QuantizedQK
@@ -25,9 +26,10 @@ MAX_ROWS = 64
 def _describe(quantized: QuantizedQK) -> interface.QuantizedQK:
     """The tensors must live as long as this is used."""
     heads, length, rank = quantized.keys.shape
-    assert rank % 16 == 0 and all(part.is_contiguous() for part in quantized)
+    parts = quantized.query, quantized.keys, quantized.dequant_scale
+    assert rank % 16 == 0 and all(part.is_contiguous() for part in parts)
     return interface.QuantizedQK(
-        *(part.data_ptr() for part in quantized),
+        *(part.data_ptr() for part in parts),
         quantized.query.shape[1],
         length,
         heads,
@@ -39,6 +41,8 @@ def _describe(quantized: QuantizedQK) -> interface.QuantizedQK:
 
 def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
     """``score_bins.tile_bins``."""
+    if quantized.per_tile:
+        return score_bins.tile_bins(quantized, tiling, lowest)
     heads, length, _ = quantized.keys.shape
     bins = torch.empty(heads, tiling.num_tiles, length, dtype=torch.uint8)
     call = interface.TileScoreBinArguments(
@@ -58,7 +62,7 @@ def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights
     mass = torch.empty(*weights.shape[:2], 256)
     for head, (own, weight, found) in enumerate(zip(rows.contiguous(), weights, mass, strict=True)):
         call = interface.RowMassArguments(
-            _describe(QuantizedQK(*(part[head : head + 1] for part in quantized))),
+            _describe(QuantizedQK(*(part[head : head + 1] for part in quantized[:3]))),
             own.data_ptr(),
             weight.data_ptr(),
             found.data_ptr(),

@@ -170,8 +170,8 @@ class _Remembered:
     def antidiagonal(self, heads: Sequence[int], tiling: Tiling, stride: int) -> torch.Tensor:
         return self._remember("antidiagonal", heads, tiling, stride)
 
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, rank: int, gamma: float) -> ScoreBins:
-        found = self._scores.low_rank(heads, tiling, rank, gamma)
+    def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
+        found = self._scores.low_rank(heads, tiling, pattern)
         self.scored[list(heads)] = found.scored
         return found
 

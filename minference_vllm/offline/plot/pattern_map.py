@@ -68,7 +68,7 @@ def draw_pattern_map(
         axes.text((heads - 1) / 2, layer, reason, ha="center", va="center", fontsize=7)
     for layer, patterns in runs.items() if labelled else ():
         for head, pattern in enumerate(patterns):
-            text = "\n".join(str(value) for name, value in pattern if name != "kind")
+            text = "\n".join(map(str, pattern.named().values()))
             colour = text_colour(colour_of[pattern.kind])
             axes.text(head, layer, text, ha="center", va="center", fontsize=7, color=colour)
     for axis, name in ((axes.xaxis, "query head"), (axes.yaxis, "layer")):
