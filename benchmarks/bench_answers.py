@@ -98,7 +98,7 @@ def start(name: str, args: argparse.Namespace, folder: Path) -> Engine:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEMO / "model"))
-    parser.add_argument("--patterns", nargs="+", default=["low_rank"], help="shipped pattern files, or paths")
+    parser.add_argument("--patterns", nargs="+", default=["default_cpu"], help="shipped pattern files, or paths")
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 65536], help="prompt lengths")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--questions", type=int, default=100, help="per task and length")

@@ -38,17 +38,20 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.sparse_index import SparseIndex
-from minference_vllm.core.tiling import whole_tile
+from minference_vllm.core.tiling import Tiling, whole_tile
 from minference_vllm.kernels.block_table import cpu_ops
 from minference_vllm.kernels.choose import KERNELS, choose
-from minference_vllm.patterns.kinds import AShape, BlockSparse, Coverage, HeadPattern, LowRank, TriShape, VerticalSlash
+from minference_vllm.patterns.discovery import DEFAULTS, default_pattern
+from minference_vllm.patterns.kinds import AShape, BlockSparse, Coverage, HeadPattern, TriShape, VerticalSlash
 from minference_vllm.prefill.attend import attend_chunk
+from minference_vllm.prefill.remainder import sample_step, sampled_positions
 from minference_vllm.prefill.timing import Timing
+from minference_vllm.selection.families import family_of
 
-# Fixed budgets are about 4K tokens per row; low_rank is the default.
+# Fixed budgets are about 4K tokens per row.
 PATTERNS: dict[str, HeadPattern] = {
+    **{f"default_{platform}": default_pattern(platform) for platform in DEFAULTS},
     "coverage": Coverage(),
-    "low_rank": LowRank(),
     "vertical_slash": VerticalSlash(vertical=1000, slash=3096),
     "a_shape": AShape(sink=1024, local=3072),
     "tri_shape": TriShape(sink=1024, local=3072, last=128),
@@ -137,10 +140,12 @@ def sampled_check(
     out: torch.Tensor,
     index: SparseIndex,
     scale: float,
-    samples: int = 16,
+    remainder: bool = False,
 ) -> tuple[float, float]:
     """Largest error over sampled rows relative to the largest output, and mean recall."""
-    rows = torch.linspace(0, query.shape[0] - 1, samples).long().unique()
+    # The remainder is one of a whole tile's rows, and takes as much longer to check.
+    rows = torch.linspace(0, query.shape[0] - 1, 4 if remainder else 16).long().unique()
+    starts = index.tiling.starts.tolist()
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
     group = query.shape[1] // keys.shape[0]
     errors, recalls = [], []
@@ -149,10 +154,25 @@ def sampled_check(
         tile = torch.searchsorted(index.tiling.starts, torch.tensor([position]), right=True) - 1
         for kv_head in range(keys.shape[0]):
             heads = slice(kv_head * group, (kv_head + 1) * group)
-            mask = index.tile_mask(tile, heads)[..., : position + 1]
+            mask = index.tile_mask(tile, heads)
             one = query[row : row + 1, heads]
             seen = keys[kv_head : kv_head + 1, : position + 1], values[kv_head : kv_head + 1, : position + 1]
-            expected = reference.masked_attention(one, *seen, mask, scale)
+            if remainder:
+                begin, end = starts[int(tile)], starts[int(tile) + 1]
+                expected = reference.with_remainder(
+                    query[begin - index.tiling.context_len : end - index.tiling.context_len, heads],
+                    keys[kv_head : kv_head + 1, :end],
+                    values[kv_head : kv_head + 1, :end],
+                    mask[..., :end] & reference.causal_mask(begin, end),
+                    Tiling.of(begin, end, index.tiling.block_size, index.tiling.tile),
+                    scale,
+                    range(group),
+                    sampled_positions(index.tiling.seq_len),
+                    sample_step(index.tiling.seq_len),
+                )[position - begin : position - begin + 1]
+            else:
+                expected = reference.masked_attention(one, *seen, mask[..., : position + 1], scale)
+            mask = mask[..., : position + 1]
             errors.append((out[row : row + 1, heads].double() - expected).abs().max() / expected.abs().max())
             recalls.append(reference.attention_recall(one, seen[0], mask, position, scale).mean())
     # Python's max would leave out NaN.
@@ -200,7 +220,8 @@ def measure(
         return attend_chunk(inputs, patterns, kernel, out, args.tile, timing=timing)
 
     index = sparse()
-    error, recall = sampled_check(query, keys, values, out, index, scale)
+    remainder = family_of(patterns[0]).has_remainder(patterns[0])
+    error, recall = sampled_check(query, keys, values, out, index, scale, remainder)
     problem = Problem(query, keys, values, one_list_per_head(index), scale)
     dense_error, _ = sampled_check(query, keys, values, dense(), everything(problem.index), scale)
     reasons = {f"kernel {kernel.name!r}": wrong(error), dense_kernel: wrong(dense_error)}

@@ -2,7 +2,7 @@
 
     python tools/get_smollm2.py
     python benchmarks/bench_language.py --text pydoc opticks --output rows.csv --picture loss.png
-    python benchmarks/bench_language.py --tokens 16000 --patterns low_rank 'coverage(0.95, 1024)'
+    python benchmarks/bench_language.py --tokens 16000 --patterns default_cpu 'coverage(0.95, 1024)'
 
 The model runs with transformers in float32. Every layer's attention is ours, chunk by chunk, so that what sparse
 attention loses in one layer reaches the next, and the chunks after, as it does in a server (``language_model.py``). No
@@ -42,7 +42,7 @@ from minference_vllm.offline.texts import load_text
 
 SMOLLM2 = default_folder()
 PATTERNS = (
-    "dense", "low_rank", "coverage", "vertical_slash_1000_6096", "a_shape", "antidiagonal(16, 0.9)",
+    "dense", "default_cpu", "default_cuda", "coverage", "vertical_slash_1000_6096", "a_shape", "antidiagonal(16, 0.9)",
     "peak_threshold(0.1)", "block_sparse",
 )  # fmt: skip
 HEADS = "heads"

@@ -69,7 +69,7 @@ def test_what_an_sdist_installs(tracked: list[str], sdist: Path, tmp_path: Path)
     subprocess.run(words, cwd=sdist, check=True, capture_output=True)
     expected = {name for name in tracked if name.startswith("minference_vllm/")} - set(LINKS)
     expected |= {f"minference_vllm/{name}" for name in tracked if name.startswith(OUTSIDE)}
-    assert {"minference_vllm/py.typed", "minference_vllm/pattern_configs/low_rank.json"} <= expected
+    assert {"minference_vllm/py.typed", "minference_vllm/pattern_configs/default_cpu.json"} <= expected
     assert files(tmp_path) == expected
 
 

@@ -129,7 +129,7 @@ def attention(contexts: Sequence[int], quick: bool, results: Path = RESULTS) -> 
         for chunk in sorted({8192, context} if quick else {8192, 32768, context}):
             if chunk == context > LONGEST_WHOLE or chunk > context:
                 continue
-            patterns = ["low_rank", "coverage", "vertical_slash"] + ["block_sparse", "a_shape"] * (
+            patterns = ["default_cuda", "default_cpu", "coverage", "vertical_slash"] + ["block_sparse", "a_shape"] * (
                 chunk == 8192 and not quick
             )
             words = [*script, "--context", str(context), "--chunk", str(chunk), "--pattern", *patterns]

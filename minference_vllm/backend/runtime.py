@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from minference_vllm.backend import dual_chunk_limits
-from minference_vllm.backend.compat import add_worker_method
+from minference_vllm.backend.compat import add_worker_method, vllm_platform
 from minference_vllm.backend.counters import Counters
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.kernels.choose import DTYPES
@@ -129,7 +129,8 @@ def _make_runtime(vllm_config: Any) -> Runtime:
 
 def model_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
     """As ``discover_patterns``; the file must be of this model."""
-    patterns, source = discover_patterns(settings, model)
+    platform = "cuda" if vllm_platform().is_cuda() else "cpu"
+    patterns, source = discover_patterns(settings, model, platform)
     patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
     return patterns, source
 

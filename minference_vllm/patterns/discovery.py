@@ -9,13 +9,13 @@ from minference_vllm.patterns.file import PatternFile, load_pattern_file, parse_
 from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.settings import Settings
 
-DEFAULT = "low_rank"
-"""What is shipped for a model that nobody has looked at: the cheapest that loses no more than 0.002 nats per token of a
-real text, at 8K and at 32K (``docs/benchmarks.md``)."""
+DEFAULTS = {"cpu": "default_cpu", "cuda": "default_cuda"}
+"""What is shipped for a model that nobody has looked at, by platform: the cheapest there that loses no more text than
+``docs/benchmarks.md`` says."""
 CHECKPOINT_FILE = "sparse_attention_config.json"
 
 
-def discover_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
+def discover_patterns(settings: Settings, model: Any, platform: str) -> tuple[PatternFile, str]:
     """The patterns a model runs with, and where they came from and why, in words.
 
     The first of: the user's file; the checkpoint's own (in its configuration, or ``sparse_attention_config.json``
@@ -25,6 +25,7 @@ def discover_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]
 
     Args:
         model: vLLM's model configuration, or a ``checkpoint.Checkpoint``.
+        platform: one of ``DEFAULTS``.
 
     Raises:
         PatternError: the file that was found cannot be used.
@@ -45,14 +46,21 @@ def discover_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]
             patterns = load_pattern_file(name)
             if patterns.model and model_names(patterns.model) & wanted and _fits(patterns, model):
                 return patterns, f"shipped {name!r} (found on {kind}: {patterns.model})"
-    return load_pattern_file(DEFAULT), (
-        f"shipped {DEFAULT!r}, the default (no file was set, the checkpoint has none, none ships for this model)"
+    default = DEFAULTS[platform]
+    return load_pattern_file(default), (
+        f"shipped {default!r}, the default (no file was set, the checkpoint has none, none ships for this model)"
     )
 
 
-def default_pattern() -> HeadPattern:
-    """What every head runs where no pattern is given, on every platform: the shipped default's."""
-    return load_pattern_file(DEFAULT).default
+def default_pattern(platform: str = "cpu") -> HeadPattern:
+    """What every head runs where no pattern is given: the pattern of the shipped ``default_cpu`` or ``default_cuda``.
+
+    Raises:
+        ValueError: ``platform`` is neither ``"cpu"`` nor ``"cuda"``.
+    """
+    if platform not in DEFAULTS:
+        raise ValueError(f"platform must be one of {', '.join(map(repr, DEFAULTS))}, not {platform!r}")
+    return load_pattern_file(DEFAULTS[platform]).default
 
 
 def model_names(model: str) -> set[str]:

@@ -42,8 +42,8 @@ def sparse_prefill(
         block_table: int32 or int64 ``[num_requests, max_blocks]``, physical block of each logical block.
         query_start_loc: int32 or int64 ``[num_requests + 1]``, first query row of each request, and the end.
         seq_lens: int32 or int64 ``[num_requests]``, context plus new tokens.
-        patterns: one per query head, or one for all; default: ``default_pattern()``, without its remainder where the
-            kernel cannot add it.
+        patterns: one per query head, or one for all; default: ``default_pattern`` of the device, without its remainder
+            where the kernel cannot add it.
         scale: softmax scale, above 0; default ``head_size ** -0.5``.
         kernel: ``auto``; ``block_table`` or ``native`` on CPUs, ``triton`` or ``block_table`` on GPUs.
         tile: query rows per selection of keys; default 128, rounded up to whole blocks.
@@ -64,7 +64,7 @@ def sparse_prefill(
     out = torch.empty_like(query) if out is None else out
     scale = query.shape[2] ** -0.5 if scale is None else float(scale)
     cache = PagedCache(key_cache.transpose(1, 2), value_cache.transpose(1, 2), "rows")
-    wanted_patterns = default_pattern() if patterns is None else patterns
+    wanted_patterns = default_pattern("cuda" if query.is_cuda else "cpu") if patterns is None else patterns
     per_head = tuple(wanted_patterns) if isinstance(wanted_patterns, Sequence) else (wanted_patterns,) * query.shape[1]
     chosen, per_head, without = choose_for(per_head, kernel, query.dtype, cache)
     if without and patterns is not None:

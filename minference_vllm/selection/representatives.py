@@ -44,5 +44,6 @@ def representatives(low: torch.Tensor, keys: torch.Tensor, tiling: Tiling, count
     # The largest variance comes last.
     deviations = vectors * variances.clamp_(min=0).sqrt_()[:, :, None] * SPREAD
     deviations = deviations[..., -(count - 2) // 2 :].transpose(2, 3) / of_dim
-    unlike = apart.square_().sum(3).argmax(2)[..., None, None].expand(-1, -1, 1, low.shape[2])
+    distance = apart.square_().sum(3).masked_fill_(~there[..., 0], -1.0)
+    unlike = distance.argmax(2)[..., None, None].expand(-1, -1, 1, low.shape[2])
     return torch.cat([mean, mean + deviations, mean - deviations, rows.gather(2, unlike)], 2).flatten(1, 2)

@@ -221,7 +221,7 @@ def test_inspect_the_bundled_model(tool: Callable[..., Ended]) -> None:
     lines = ended.out.splitlines()
     assert ended.code == 0
     assert lines[0] == f"model     {DEMO} (StableLmForCausalLM, 3 layers, 4 query heads over 2, bfloat16)"
-    assert lines[1].startswith("patterns  shipped 'low_rank', the default (no file was set")
+    assert lines[1].startswith("patterns  shipped 'default_cpu', the default (no file was set")
     assert "from 8192 tokens" in ended.out
     assert lines[-2].split() == ["layers", "heads", "pattern"] and lines[-1].startswith("0-2     all    ")
 

@@ -43,7 +43,7 @@ ADAPTIVE: tuple[HeadPattern, ...] = (
     PeakThreshold(alpha=0.9, sink=16, window=40),
     LowRank(gamma=0.3),
     Coverage(gamma=0.9, min_budget=0),
-    LowRank(gamma=0.3),
+    LowRank(gamma=0.3, queries=16),
     PeakThreshold(alpha=0.3, sink=0, window=0),
     Antidiagonal(stride=2, tau=0.1),
     LowRank(rank=32, gamma=0.02),

@@ -182,7 +182,7 @@ def test_then_the_shipped_default() -> None:
 
 def ship(folder: Path, monkeypatch: pytest.MonkeyPatch, **models: str) -> None:
     """Ship files of these names, each found on a model; beside the default."""
-    shipped = {"low_rank": discovery.shipped_pattern_files()["low_rank"]}
+    shipped = {"default_cpu": discovery.shipped_pattern_files()["default_cpu"]}
     entry = {str(head): {"kind": "a_shape", "sink": 3, "local": 4} for head in range(HEADS)}
     for name, model in models.items():
         shipped[name] = folder / f"{name}.json"
@@ -235,7 +235,7 @@ def test_the_language_model_of_a_multimodal_one_has_its_runtime() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     whole = EngineArgs(
-        str(DEMO), attention_backend="minference", additional_config={"minference": {"patterns": "low_rank"}}
+        str(DEMO), attention_backend="minference", additional_config={"minference": {"patterns": "default_cpu"}}
     ).create_engine_config()
     part = whole.with_hf_config(whole.model_config.hf_config, architectures=["Qwen2ForCausalLM"])
     assert part is not whole and runtime_for(part) is runtime_for(whole)

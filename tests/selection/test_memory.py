@@ -144,10 +144,10 @@ LOW_RANK_KERNELS = {
 @pytest.mark.parametrize(("seq_len", "rank"), [(1 << 17, 16), (1 << 17, 128), (1 << 20, 16)])
 def test_memory_of_low_rank_scores(seq_len: int, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As above: the scores from pages, and their index."""
-    kernels = pytest.importorskip("minference_vllm.triton_kernels")
     for module, names in LOW_RANK_KERNELS.items():
+        kernels = pytest.importorskip(f"minference_vllm.triton_kernels.{module}")
         for name in names:
-            monkeypatch.setattr(getattr(kernels, module), f"{name}_kernel", NotLaunched())
+            monkeypatch.setattr(kernels, f"{name}_kernel", NotLaunched())
     patterns = [LowRank(rank=rank)] * 32
     tiling, inputs = meta_tiling(128, seq_len), meta_inputs(128, seq_len)
     capacity = planned(tiling, patterns)

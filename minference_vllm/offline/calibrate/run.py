@@ -165,7 +165,7 @@ def engine_options(args: argparse.Namespace, lengths: Sequence[int]) -> dict[str
     """vLLM's arguments: every chunk of every prompt on our path."""
     chunk = chunk_size(lengths)
     settings = {
-        "patterns": "low_rank", "min_context": chunk // 2, "min_chunk": 1, "audit_rows": 0, "kernel": args.kernel,
+        "patterns": "default_cpu", "min_context": chunk // 2, "min_chunk": 1, "audit_rows": 0, "kernel": args.kernel,
         "log_interval": 0,
     }  # fmt: skip
     return {
