@@ -13,7 +13,7 @@ from minference_vllm.selection.compaction import Capacity
 from minference_vllm.selection.families import family_of
 from minference_vllm.selection.vertical_slash import FORCED_COLUMNS
 
-MEMORY_LIMIT = 256 << 20
+MEMORY_LIMIT = 512 << 20
 """Bytes that one layer's index may take while it is built, scores included, on contexts up to a million tokens."""
 ADAPTIVE_BYTES = 64 << 20
 """Where the data decide the budget of heads, the lists of blocks may take this, and those of columns likewise; a tile

@@ -23,7 +23,7 @@ MAX_KEY_NORM = 156
 """Norm of the longest quantized keys: near the square root of ``MAX_PRODUCT``, which makes rounding errors least."""
 MIN_RANGE = 40
 """Bits that ``MAX_PRODUCT`` stands for at least, also where no score comes near that."""
-ITERATIONS = 8
+ITERATIONS = 4
 
 
 class Projection(NamedTuple):

@@ -65,8 +65,8 @@ LIMITS: dict[str, tuple[tuple[int, int], ...]] = {
     "antidiagonal": ((270, 10), (390, 14), (1950, 66)),
     "peak_threshold": ((702, 6), (846, 8), (4958, 34)),
     "mean_correction": ((1800, 8), (1944, 10), (13728, 36)),
-    "default_cpu": ((1087, 29), (2387, 65), (10512, 290)),
-    "default_cuda": ((1189, 29), (2625, 65), (11600, 290)),
+    "default_cpu": ((397, 11), (967, 29), (9232, 290)),
+    "default_cuda": ((431, 11), (1069, 29), (10320, 290)),
     "mixed": ((548, 5), (548, 5), (1184, 11)),
 }
 """Operations and launches of a layer, at each of ``LENGTHS``."""
