@@ -46,7 +46,6 @@ from minference_vllm.patterns.kinds import AShape, BlockSparse, Coverage, HeadPa
 from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.prefill.remainder import sample_step, sampled_positions
 from minference_vllm.prefill.timing import Timing
-from minference_vllm.selection.families import family_of
 
 # Fixed budgets are about 4K tokens per row.
 PATTERNS: dict[str, HeadPattern] = {
@@ -220,7 +219,7 @@ def measure(
         return attend_chunk(inputs, patterns, kernel, out, args.tile, timing=timing)
 
     index = sparse()
-    remainder = family_of(patterns[0]).has_remainder(patterns[0])
+    remainder = patterns[0].has_remainder
     error, recall = sampled_check(query, keys, values, out, index, scale, remainder)
     problem = Problem(query, keys, values, one_list_per_head(index), scale)
     dense_error, _ = sampled_check(query, keys, values, dense(), everything(problem.index), scale)

@@ -12,9 +12,8 @@ of a KV head.
 
 Columns: ``recall`` mean over heads, chunks and rows; ``recall_p1`` the chunk and head that 99 % of them are above;
 ``covered`` share of chunks and heads whose recall is at least 0.95, ``chunks`` share of the chunks, of one layer each,
-whose heads have that on average; ``output_error`` relative to the dense output, median over heads and chunks, with mean
-correction where the pattern asks for it; ``corrected_error`` the same for any pattern, if every page without a selected
-key stood in the softmax with its mean key and mean value; ``density`` share of query-key pairs computed; ``needed`` the
+whose heads have that on average; ``output_error`` relative to the dense output, median over heads and chunks, with the
+remainder where the pattern asks for it; ``density`` share of query-key pairs computed; ``needed`` the
 share that would do for 95 % of each row's attention if every row had its own selection and knew it beforehand, median
 over heads and chunks; ``select_s`` seconds of estimate and index, per head and chunk, by the torch path (``low_rank``:
 by the CPU kernels, where they run).
@@ -25,7 +24,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,9 +41,9 @@ from minference_vllm.kernels.native import library
 from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.offline.capture import Layer, capture_layers
 from minference_vllm.patterns.kinds import HeadPattern, parse_head_pattern
+from minference_vllm.prefill import remainder
 from minference_vllm.prefill.recall import sample_rows
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.families import mean_corrected_heads
 from minference_vllm.selection.probe_queries import SPREAD_FROM
 from minference_vllm.selection.torch_scores import TorchScores
 
@@ -157,7 +155,6 @@ class Found(NamedTuple):
 
     recall: float
     error: float
-    corrected_error: float
     needed: float
     density: float
     seconds: float
@@ -179,32 +176,35 @@ def measure(
         index = build_index(tiling, [pattern] * len(heads), scores_by(queries, inputs))
         seconds = (time.perf_counter() - start) / len(heads)
         density = index.density().tolist()
-        one = [
-            Found(*compare(dense[head], head, index, rows, layer.scale), dense[head].needed, density[head], seconds)
-            for head in heads
-        ]
-        corrected = bool(mean_corrected_heads([pattern]))
-        found.append([head._replace(error=head.corrected_error) for head in one] if corrected else one)
+        parts = [compare(dense[head], head, index, rows) for head in heads]
+        out, lse = (torch.stack([getattr(part, name) for part in parts]) for name in ("output", "lse"))
+        if pattern.has_remainder:
+            remainder.add_to_rows(inputs, index, rows, out, lse)
+        errors = [float((out[head] - dense[head].output).norm() / dense[head].output.norm()) for head in heads]
+        found.append(
+            [Found(parts[head].recall, errors[head], dense[head].needed, density[head], seconds) for head in heads]
+        )
     return found
 
 
-def compare(of: Rows, head: int, index: SparseIndex, rows: torch.Tensor, scale: float) -> tuple[float, float, float]:
-    """Recall, relative output error, and that with mean correction."""
-    positions, size = rows + index.tiling.context_len, index.tiling.block_size
+class Kept(NamedTuple):
+    """One head's sampled rows under an index."""
+
+    recall: float
+    output: torch.Tensor
+    """``[R, D]``."""
+    lse: torch.Tensor
+    """``[R]``, of the selected keys' scores."""
+
+
+def compare(of: Rows, head: int, index: SparseIndex, rows: torch.Tensor) -> Kept:
+    positions = rows + index.tiling.context_len
     tiles = torch.searchsorted(index.tiling.starts, positions, right=True) - 1
     selected = index.tile_mask(tiles, slice(head, head + 1))[0] & (of.logits > -torch.inf)
     kept = of.weights * selected
     recall = kept.sum(-1, keepdim=True)
-
-    pages = index.tiling.seq_len // size
-    mean_keys, mean_values = (x[: pages * size].unflatten(0, (pages, size)).mean(1) for x in (of.keys, of.values))
-    pruned = ~selected[:, : pages * size].unflatten(1, (pages, size)).any(-1)
-    pruned &= torch.arange(1, pages + 1) * size <= positions[:, None]
-    page_logits = (of.query @ mean_keys.T * scale + math.log(size)).masked_fill(~pruned, -torch.inf)
-    corrected = torch.cat([of.logits.masked_fill(~selected, -torch.inf), page_logits], 1).softmax(-1)
-    outputs = kept @ of.values / recall, corrected @ torch.cat([of.values, mean_values])
-    error, corrected_error = (float((output - of.output).norm() / of.output.norm()) for output in outputs)
-    return float(recall.mean()), error, corrected_error
+    lse = of.logits.masked_fill(~selected, -torch.inf).logsumexp(-1)
+    return Kept(float(recall.mean()), kept @ of.values / recall, lse)
 
 
 def main() -> None:
@@ -242,7 +242,7 @@ def main() -> None:
 def summary(chunks: list[list[Found]]) -> dict[str, float]:
     by_chunk = torch.tensor([[one.recall for one in heads] for heads in chunks], dtype=torch.float64).mean(1)
     results = [one for heads in chunks for one in heads]
-    recall, error, corrected, needed, density, seconds = torch.tensor(results, dtype=torch.float64).unbind(1)
+    recall, error, needed, density, seconds = torch.tensor(results, dtype=torch.float64).unbind(1)
     return {
         "density": float(density.mean()),
         "recall": float(recall.mean()),
@@ -250,7 +250,6 @@ def summary(chunks: list[list[Found]]) -> dict[str, float]:
         "covered": float((recall >= 0.95).double().mean()),
         "chunks": float((by_chunk >= 0.95).double().mean()),
         "output_error": float(error.median()),
-        "corrected_error": float(corrected.median()),
         "needed": float(needed.median()),
         "select_s": float(seconds.mean()),
     }

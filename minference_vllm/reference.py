@@ -63,37 +63,6 @@ def masked_attention(
     return (weights @ repeat_heads(values.double(), heads)).transpose(0, 1)
 
 
-def with_mean_pages(
-    keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, tiling: Tiling, heads: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys, values and mask of mean correction (FlashPrefill, arXiv 2603.06199), for ``masked_attention``.
-
-    Behind the sequence's own keys stand those of the same pages, replaced by their page's mean, as are the values. The
-    named heads see them where they see no key of a page that lies before the pages of the row's tile.
-
-    Args:
-        keys, values: ``[HK, S, D]``. mask: bool ``[H, rows, S]``.
-        heads: query heads that are corrected.
-
-    Returns:
-        float64 ``[HK, S + n, D]`` twice, bool ``[H, rows, S + n]``, with ``n`` keys in whole pages.
-    """
-    size, pages = tiling.block_size, tiling.seq_len // tiling.block_size
-    whole = pages * size
-    means = [
-        part.double()[:, :whole].unflatten(1, (pages, size)).mean(2).repeat_interleave(size, dim=1)
-        for part in (keys, values)
-    ]
-    seen = mask[..., :whole].unflatten(2, (pages, size)).any(-1)
-    row = torch.arange(tiling.context_len, tiling.seq_len)
-    before_tile = torch.arange(1, pages + 1) * size <= (row // tiling.tile * tiling.tile)[:, None]
-    corrected = torch.zeros(len(mask), 1, 1, dtype=torch.bool)
-    corrected[list(heads)] = True
-    left_out = (~seen & before_tile & corrected).repeat_interleave(size, dim=2)
-    extended = (torch.cat([part.double(), mean], 1) for part, mean in zip((keys, values), means, strict=True))
-    return *extended, torch.cat([mask, left_out], 2)
-
-
 def with_remainder(
     query: torch.Tensor,
     keys: torch.Tensor,

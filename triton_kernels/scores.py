@@ -4,7 +4,6 @@ the GPU, and the prefix's keys are never copied all at once.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
@@ -119,12 +118,6 @@ class TritonScores(TorchScores):
     @property
     def mean_keys(self) -> torch.Tensor:  # type: ignore[override]
         return self._mean_keys(self.inputs.cache, 0, self.inputs.cache.num_kv_heads)
-
-    @property
-    def mean_values(self) -> torch.Tensor:  # type: ignore[override]
-        cache = self.inputs.cache
-        values = dataclasses.replace(cache, key=cache.value, key_scale=cache.value_scale)
-        return self._mean_keys(values, 0, cache.num_kv_heads)
 
     def _mean_keys(self, cache: PagedCache, first: int, last: int) -> torch.Tensor:
         return page_means.mean_keys(cache, self.inputs.pages, self.inputs.chunk.seq_len, first, last)

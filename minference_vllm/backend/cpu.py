@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +20,6 @@ from minference_vllm.backend.sparse_prefill import SparsePrefillBuilder, SparseP
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.kernels.block_table import cpu_ops
 from minference_vllm.kernels.choose import own_kernel_reason
-from minference_vllm.patterns.kinds import HeadPattern
-from minference_vllm.prefill.attend import MEANS_IN_WINDOW
-from minference_vllm.selection.families import mean_corrected_heads
 
 
 class MInferenceCPUBackend(CPUAttentionBackend):
@@ -75,9 +71,6 @@ class MInferenceCPUImpl(SparsePrefillImpl, CPUAttentionBackendImpl):
             return [f"unknown page layout of vLLM's CPU kernel ({cpu_ops.isa_for(dtype, block_size, self.head_size)})"]
         reason = own_kernel_reason(self.runtime.settings.kernel, dtype, self.head_size, block_size)
         return [f"soft cap, attention sinks or sliding window ({reason})"] if reason and self.needs_own_kernel else []
-
-    def pattern_reasons(self, patterns: Sequence[HeadPattern]) -> list[str]:
-        return [MEANS_IN_WINDOW] if self.window and mean_corrected_heads(patterns) else []
 
     @property
     def needs_own_kernel(self) -> bool:

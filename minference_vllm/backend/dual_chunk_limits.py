@@ -7,7 +7,6 @@ from typing import Any
 from minference_vllm.kernels.choose import DTYPES
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.prefill.dual_chunk import DualChunk
-from minference_vllm.selection.families import family_of
 from minference_vllm.settings import Settings
 
 
@@ -35,15 +34,6 @@ def check_configuration(vllm_config: Any, settings: Settings, patterns: PatternF
         raise refusal("the kernel 'block_table'", "set kernel to 'auto'")
     if settings.recall_floor is not None:
         raise refusal("a recall_floor, since parts of chunks are not selected again", "leave recall_floor out")
-    check_patterns(patterns)
-
-
-def check_patterns(patterns: PatternFile) -> None:
-    """Raise ValueError when a pattern cannot run with dual chunk attention."""
-    used = [patterns.default, *(pattern for heads in patterns.layers.values() for pattern in heads.values())]
-    for pattern in used:
-        if family_of(pattern).is_mean_corrected(pattern):
-            raise refusal(f"mean correction ({pattern})", "choose patterns without it")
 
 
 def check_pages(geometry: DualChunk, block_size: int) -> None:

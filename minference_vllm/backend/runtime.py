@@ -68,8 +68,6 @@ class Runtime:
         Raises:
             ValueError: they cannot run on this model or its pages; the message says which and what is allowed.
         """
-        if self.dual_chunk is not None:
-            dual_chunk_limits.check_patterns(patterns)
         self.patterns, self.source = patterns, source
         self.counters, self.raised = Counters(self.counters.name), RaisedSteps()
         for group in self.layer_groups:

@@ -6,7 +6,6 @@ Its classes stand in front of vLLM's own in the order of base classes: ``super()
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -29,7 +28,6 @@ from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import PREFILL_FROM, Chunk, plan_batch
 from minference_vllm.core.tiling import whole_tile
 from minference_vllm.kernels.choose import choose_for, description
-from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.selection.families import family_of
 
 # A child of vLLM's own logger, so that our lines appear where vLLM's do.
@@ -214,10 +212,6 @@ class SparsePrefillImpl(AttentionImpl):
         """The same, once the weights are loaded and pages have their size."""
         return []
 
-    def pattern_reasons(self, patterns: Sequence[HeadPattern]) -> list[str]:
-        """Why the layer runs densely with these patterns of its heads; with others it may run sparsely."""
-        return []
-
     def measure(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
         """Take the memory that sparse chunks will take, while vLLM measures what it may give to its cache. Not on CPUs,
         where the user says how large the cache is."""
@@ -268,10 +262,6 @@ class SparsePrefillImpl(AttentionImpl):
             return
         number = _layer_number(layer.layer_name)
         patterns = self.runtime.patterns.for_layer(number, self.num_heads, self.first_head)
-        reasons = self.pattern_reasons(patterns)
-        if reasons:
-            logger.info_once(DENSE_LAYERS, ", ".join(reasons))
-            return
         one_page = torch.zeros(1, self.num_kv_heads, page, 2 * self.head_size, dtype=spec.dtype, device=device)
         cache = self.paged_cache(layer, one_page, dtype)
         if self.dual_chunk is not None:
@@ -284,7 +274,7 @@ class SparsePrefillImpl(AttentionImpl):
         except ValueError as error:
             raise ValueError(f"minference: patterns from {self.runtime.source}: {error}") from None
         if without:
-            logger.info_once("minference: low_rank selects more keys and adds no remainder: %s", without)
+            logger.info_once("minference: no remainder is added, and low_rank selects more keys instead: %s", without)
         self.attends = description(kernel, settings.kernel, dtype, cache)
         self.sparse_layer = SparseLayer(number, self.first_head, patterns, kernel)
 

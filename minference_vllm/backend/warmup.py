@@ -33,9 +33,9 @@ logger = init_logger(f"vllm.{__name__}")
 class Variant:
     """What decides which kernels the sparse chunks of a layer run."""
 
-    kinds: frozenset[tuple[str, int]]
-    """Of its patterns, with the stride or rank of those that have one, and 1 for mean correction (else 0): budgets
-    change no kernel."""
+    kinds: frozenset[tuple[str, tuple[int, ...]]]
+    """Of its patterns, with ``Family.kernel_sizes``: budgets change no kernel."""
+    remainder: bool
     heads_per_list: int
     heads: int
     kv_heads: int
@@ -49,7 +49,7 @@ class Variant:
 
     def __str__(self) -> str:
         query, cache = (str(dtype).removeprefix("torch.") for dtype in (self.query, self.cache))
-        flags = [name for name in ("softcap", "sinks", "dual_chunk") if getattr(self, name)]
+        flags = [name for name in ("remainder", "softcap", "sinks", "dual_chunk") if getattr(self, name)]
         sizes = f"{self.heads} heads over {self.kv_heads} of size {self.head_size}, pages of {self.page}"
         return ", ".join([f"{query} over {cache}", sizes, *flags, *sorted({kind for kind, _ in self.kinds})])
 
@@ -184,7 +184,8 @@ def _empty_inputs(layer: Any, spec: Any, dtype: torch.dtype, chunk: Chunk, devic
 def _variant(layer: Any, inputs: Inputs, patterns: Sequence[HeadPattern]) -> Variant:
     cache = inputs.cache
     return Variant(
-        frozenset((pattern.kind, family_of(pattern).kernel_size(pattern)) for pattern in patterns),
+        frozenset((pattern.kind, family_of(pattern).kernel_sizes(pattern)) for pattern in patterns),
+        any(pattern.has_remainder for pattern in patterns),
         inputs.group if share_lists(patterns, inputs.group) else 1,
         inputs.num_heads,
         cache.num_kv_heads,

@@ -142,6 +142,7 @@ def _entries(
     if refused:
         others = f"; and {len(refused) - MAX_NAMED} more" if len(refused) > MAX_NAMED else ""
         raise PatternError(
-            f"{source}: {target} has {PUBLISHED_KINDS} only, and cannot say {'; '.join(refused[:MAX_NAMED])}{others}"
+            f"{source}: {target} has {PUBLISHED_KINDS} only, without a remainder, and cannot say "
+            f"{'; '.join(refused[:MAX_NAMED])}{others}"
         )
     return entries

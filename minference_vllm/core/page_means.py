@@ -19,11 +19,11 @@ class PageMeans:
     """Of one layer. Whoever writes to the cache has to call ``forget``."""
 
     def __init__(self) -> None:
-        self._keys, self._values, self._norms = _Kept(_mean), _Kept(_mean), _Kept(_norms)
+        self._keys, self._norms = _Kept(_mean), _Kept(_norms)
 
     def forget(self, slots: torch.Tensor, block_size: int) -> None:
         """Tokens were written at these slots (int ``[n]``, page times ``B`` plus place; negative ones are padding)."""
-        for kept in (self._keys, self._values, self._norms):
+        for kept in (self._keys, self._norms):
             kept.forget(slots, block_size)
 
     def of(self, cache: PagedCache, pages: torch.Tensor, seq_len: int) -> torch.Tensor:
@@ -35,10 +35,6 @@ class PageMeans:
             pages: int64 ``[N]``, physical page of each logical block, ``N = ceil(seq_len / B)``.
         """
         return self._keys.of(cache.key, lambda stored: unpack_keys(stored, cache.layout), pages, seq_len)
-
-    def values_of(self, cache: PagedCache, pages: torch.Tensor, seq_len: int) -> torch.Tensor:
-        """The same of the values."""
-        return self._values.of(cache.value, lambda stored: unpack_values(stored, cache.layout), pages, seq_len)
 
     def value_norms_of(self, cache: PagedCache, pages: torch.Tensor, seq_len: int) -> torch.Tensor:
         """float32 ``[HK, S]``: Euclidean norm of every token's value."""

@@ -15,16 +15,12 @@ from minference_vllm.kernels.native import attention as native
 from minference_vllm.kernels.native import library
 from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.patterns.kinds import HeadPattern
-from minference_vllm.selection.families import mean_corrected_heads, remainder_heads
 from minference_vllm.selection.torch_scores import TorchScores
 
 KERNELS = ("auto", "block_table", "native", "triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TRITON_HEAD_SIZE = 256
-NO_LSE = (
-    "mean correction and the remainder need every row's log-sum-exp, which vLLM's CPU kernel does not give and kernel "
-    "'native' does"
-)
+NO_LSE = "the remainder needs every row's log-sum-exp, which vLLM's CPU kernel does not give and kernel 'native' does"
 
 
 def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = False, own: bool = False) -> Kernel:
@@ -37,7 +33,7 @@ def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = Fa
         name: one of ``KERNELS``.
         dtype: of the queries.
         cache: the layer's, or one like it: of the same types, sizes, layout and device.
-        with_lse: whether the kernel must give the log-sum-exp of every row, for mean correction and the remainder.
+        with_lse: whether the kernel must give the log-sum-exp of every row, for the remainder.
         own: whether it must be one of ours, for what ``block_table`` does not know (``own_kernel_reason``).
 
     Raises:
@@ -74,12 +70,11 @@ def choose_for(
     Raises:
         ValueError: as ``choose``.
     """
-    corrected = bool(mean_corrected_heads(patterns))
-    with_lse = corrected or bool(remainder_heads(patterns))
+    with_lse = any(pattern.has_remainder for pattern in patterns)
     try:
         return choose(name, dtype, cache, with_lse, own), tuple(patterns), None
     except ValueError as error:
-        if corrected or not with_lse:
+        if not with_lse:
             raise
         kernel, why = choose(name, dtype, cache, own=own), str(error)
     return kernel, tuple(pattern.without_remainder() for pattern in patterns), why

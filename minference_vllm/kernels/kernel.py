@@ -46,7 +46,7 @@ class Kernel:
     lists_everything: bool = False
     """Also tiles that attend everything need a list."""
     gives_lse: bool = True
-    """Whether ``run`` gives the log-sum-exp of rows, which mean correction and the remainder need."""
+    """Whether ``run`` gives the log-sum-exp of rows, which the remainder needs."""
     run_with_remainder: RunWithRemainder | None = None
     """Attends the remainder, too; None: it is merged afterwards."""
     softcap: bool = False

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer
 from pydantic.fields import FieldInfo
 
 from minference_vllm.core.validation import cut, did_you_mean, shortened, value_problem
@@ -39,6 +39,10 @@ class _Pattern(BaseModel):
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         return {name: value for name, value in self if name != "kind" and (value or defaults[name])}
 
+    @model_serializer
+    def _written(self) -> dict[str, Any]:
+        return {"kind": type(self).model_fields["kind"].default, **self.named()}
+
     def __str__(self) -> str:
         """For people: ``a_shape(sink=1024, local=4096)``."""
         kind = str(type(self).model_fields["kind"].default)
@@ -55,9 +59,14 @@ class _Pattern(BaseModel):
             return self  # type: ignore[return-value]  # every subclass below is one of HeadPattern
         return LowRank().at_step(step - 1) if step < MAX_STEP else Dense()
 
+    @property
+    def has_remainder(self) -> bool:
+        """Whether what a tile leaves out stands in its softmax as one key (``prefill/remainder.py``)."""
+        return bool(getattr(self, "remainder", False))
+
     def without_remainder(self) -> HeadPattern:
-        """For what cannot add the remainder of ``low_rank``."""
-        return self  # type: ignore[return-value]
+        """For what cannot add the remainder."""
+        return self.model_copy(update={"remainder": False}) if self.has_remainder else self  # type: ignore[return-value]
 
 
 class Dense(_Pattern):
@@ -75,6 +84,7 @@ class AShape(_Pattern):
     kind: Literal["a_shape"] = "a_shape"
     sink: Budget = 1024
     local: Budget = 4096
+    remainder: bool = False
 
 
 class TriShape(_Pattern):
@@ -84,6 +94,7 @@ class TriShape(_Pattern):
     sink: Budget = 1024
     local: Budget = 4096
     last: Budget = 128
+    remainder: bool = False
 
 
 class VerticalSlash(_Pattern):
@@ -93,6 +104,7 @@ class VerticalSlash(_Pattern):
     kind: Literal["vertical_slash"] = "vertical_slash"
     vertical: Budget = 1000
     slash: Budget = 6096
+    remainder: bool = False
 
 
 class BlockSparse(_Pattern):
@@ -100,6 +112,7 @@ class BlockSparse(_Pattern):
 
     kind: Literal["block_sparse"] = "block_sparse"
     top_k: Annotated[int, Field(ge=1, le=MAX_BUDGET // ESTIMATION_BLOCK)] = 100
+    remainder: bool = False
 
 
 class Coverage(_Pattern):
@@ -109,6 +122,7 @@ class Coverage(_Pattern):
     kind: Literal["coverage"] = "coverage"
     gamma: Share = 0.95
     min_budget: Budget = 3072
+    remainder: bool = False
 
 
 class Antidiagonal(_Pattern):
@@ -118,18 +132,18 @@ class Antidiagonal(_Pattern):
     kind: Literal["antidiagonal"] = "antidiagonal"
     stride: Annotated[int, Field(ge=2, le=64)] = 16
     tau: Share = 0.9
+    remainder: bool = False
 
 
 class PeakThreshold(_Pattern):
     """Per query tile, the key blocks whose pooled score is at least ``alpha`` times the tile's highest, the first
-    ``sink`` and the last ``window`` tokens (FlashPrefill, arXiv 2603.06199). With ``mean_correction`` every page that
-    is left out stands in the softmax as its mean key and mean value."""
+    ``sink`` and the last ``window`` tokens (FlashPrefill, arXiv 2603.06199)."""
 
     kind: Literal["peak_threshold"] = "peak_threshold"
     alpha: Share = 0.1
     sink: Budget = 256
     window: Budget = 512
-    mean_correction: bool = False
+    remainder: bool = False
 
 
 class LowRank(_Pattern):

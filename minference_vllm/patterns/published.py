@@ -80,7 +80,9 @@ def head_pattern(entry: Any, place: str) -> HeadPattern:
 
 
 def published_entry(pattern: HeadPattern, score: float) -> list[Any] | None:
-    """``[kind, a, b, score]`` of a pattern; None where the published formats have no such kind."""
+    """``[kind, a, b, score]`` of a pattern; None where the published formats have no such kind, or no remainder."""
+    if pattern.has_remainder:
+        return None
     if isinstance(pattern, VerticalSlash):
         return ["vertical_and_slash", pattern.vertical, pattern.slash, score]
     if isinstance(pattern, AShape):

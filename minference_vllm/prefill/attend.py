@@ -12,16 +12,13 @@ from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling, whole_tile
 from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.patterns.kinds import HeadPattern
-from minference_vllm.prefill import mean_correction, remainder
+from minference_vllm.prefill import remainder
 from minference_vllm.prefill.recall import Recall, RecallCheck, chunk_recall
 from minference_vllm.prefill.timing import TimedScores, Timing
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.capacity import plan_capacity
 from minference_vllm.selection.compaction import EXACT_WIDTH
-from minference_vllm.selection.families import mean_corrected_heads, remainder_heads
 from minference_vllm.selection.torch_scores import TorchScores
-
-MEANS_IN_WINDOW = "mean correction is not defined in a sliding window, which cuts pages"
 
 
 def tiling_for(inputs: Inputs, kernel: Kernel, tile: int | None) -> Tiling:
@@ -89,7 +86,7 @@ def attend_chunk(
 
     Args:
         patterns: one per query head.
-        kernel: see ``kernels.choose``; with mean-corrected heads one that gives the log-sum-exp.
+        kernel: see ``kernels.choose``.
         out: ``[chunk, H, D]``.
         tile: see ``Settings``.
         check: rows whose recall is taken, and the floor to hold, before attention runs; what was found is left in it.
@@ -101,8 +98,6 @@ def attend_chunk(
     unknown = unknown_to(kernel, inputs)
     if unknown:
         raise ValueError(f"kernel {kernel.name!r} knows no {unknown}")
-    if inputs.window and mean_corrected_heads(patterns):
-        raise ValueError(MEANS_IN_WINDOW)
     timing = timing or Timing()
     scores = kernel.scores(inputs)
 
@@ -115,12 +110,12 @@ def attend_chunk(
 
     index = build(patterns) if check is None else check.run(patterns, build, recall)
     used = patterns if check is None else check.strengthened(patterns)
-    corrected, with_remainder = mean_corrected_heads(used), remainder_heads(used)
+    with_remainder = [head for head, pattern in enumerate(used) if pattern.has_remainder]
     left_out = None
     if with_remainder:
         with timing.stage("index"):
             left_out = remainder.of_heads(inputs, index, with_remainder)
-    afterwards = corrected or (left_out is not None and kernel.run_with_remainder is None)
+    afterwards = left_out is not None and kernel.run_with_remainder is None
     lse = out.new_empty(inputs.num_heads, len(out), dtype=torch.float32) if afterwards else None
     with timing.stage("attend"):
         if left_out is not None and kernel.run_with_remainder is not None:
@@ -129,6 +124,4 @@ def attend_chunk(
             kernel.run(inputs, index, out, lse)
             if left_out is not None and lse is not None:
                 remainder.add(inputs, index, left_out, out, lse)
-        if corrected and lse is not None:
-            mean_correction.add(scores, index, corrected, out, lse)
     return index

@@ -135,7 +135,7 @@ def attend_dual_chunk(
     Args:
         rotated: ``[chunk, ROTATIONS, H, D]``.
         inputs: the chunk's, with the first rotation as its query. Pages divide ``geometry.chunk_len``.
-        patterns: one per query head, without mean correction and remainder.
+        patterns: one per query head, without a remainder.
         kernel: one that gives the log-sum-exp of rows and has single columns, ``native`` or ``triton``.
         out: ``[chunk, H, D]``.
         tile, timing: see ``attend_chunk``.

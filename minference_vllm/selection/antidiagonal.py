@@ -117,8 +117,8 @@ class AntidiagonalFamily(Family[Antidiagonal]):
     ) -> Selection:
         return Selection(covering_blocks(tiling, scores.antidiagonal(heads, tiling, pattern.stride), pattern.tau))
 
-    def kernel_size(self, pattern: Antidiagonal) -> int:
-        return pattern.stride
+    def kernel_sizes(self, pattern: Antidiagonal) -> tuple[int, ...]:
+        return (pattern.stride,)
 
     def page_size_problem(self, pattern: Antidiagonal, block_size: int) -> str | None:
         if block_size % pattern.stride == 0:

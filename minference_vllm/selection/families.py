@@ -41,13 +41,3 @@ def share_lists(patterns: Sequence[HeadPattern], group: int) -> bool:
     if any(family_of(pattern).reads_scores for pattern in patterns):
         return False
     return all(pattern == patterns[head - head % group] for head, pattern in enumerate(patterns))
-
-
-def mean_corrected_heads(patterns: Sequence[HeadPattern]) -> list[int]:
-    """The query heads whose pattern asks for mean correction."""
-    return [head for head, pattern in enumerate(patterns) if family_of(pattern).is_mean_corrected(pattern)]
-
-
-def remainder_heads(patterns: Sequence[HeadPattern]) -> list[int]:
-    """The query heads whose pattern asks for the remainder."""
-    return [head for head, pattern in enumerate(patterns) if family_of(pattern).has_remainder(pattern)]

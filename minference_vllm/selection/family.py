@@ -77,18 +77,10 @@ class Family(ABC, Generic[P]):
         """What scoring a head costs, as a share of dense attention, where ``calibrate`` counts it."""
         return 0.0
 
-    def kernel_size(self, pattern: P) -> int:
-        """The field that decides which kernels run, for warm-up; budgets change no kernel."""
-        return 0
+    def kernel_sizes(self, pattern: P) -> tuple[int, ...]:
+        """The fields that decide which kernels run, for warm-up; budgets change no kernel."""
+        return ()
 
     def page_size_problem(self, pattern: P, block_size: int) -> str | None:
         """Why the pattern cannot run on pages of this size, or None."""
         return None
-
-    def is_mean_corrected(self, pattern: P) -> bool:
-        """Whether pages that are left out stand in the softmax as their means."""
-        return False
-
-    def has_remainder(self, pattern: P) -> bool:
-        """Whether all keys that a tile leaves out stand in its softmax as one."""
-        return False

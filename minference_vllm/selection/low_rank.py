@@ -368,11 +368,8 @@ class LowRankFamily(Family[LowRank]):
         cost = scoring_cost(pattern.rank, head_size, chunk, device)
         return cost * pattern.queries / DEFAULT_TILE if pattern.queries else cost
 
-    def kernel_size(self, pattern: LowRank) -> int:
-        return pattern.rank
-
-    def has_remainder(self, pattern: LowRank) -> bool:
-        return pattern.remainder
+    def kernel_sizes(self, pattern: LowRank) -> tuple[int, ...]:
+        return pattern.rank, pattern.queries
 
 
 FAMILY = LowRankFamily()

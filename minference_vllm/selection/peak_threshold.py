@@ -76,11 +76,5 @@ class PeakThresholdFamily(Family[PeakThreshold]):
     ) -> Selection:
         return Selection(peak_blocks(tiling, scores.peaks(heads, tiling), pattern))
 
-    def kernel_size(self, pattern: PeakThreshold) -> int:
-        return int(pattern.mean_correction)
-
-    def is_mean_corrected(self, pattern: PeakThreshold) -> bool:
-        return pattern.mean_correction
-
 
 FAMILY = PeakThresholdFamily()

@@ -60,12 +60,6 @@ class TorchScores:
         return means if self.inputs.cache.key_scale == 1.0 else means * self.inputs.cache.key_scale
 
     @functools.cached_property
-    def mean_values(self) -> torch.Tensor:
-        """The same of the values."""
-        means = self._page_means.values_of(self.inputs.cache, self.inputs.pages, self.inputs.chunk.seq_len)
-        return means if self.inputs.cache.value_scale == 1.0 else means * self.inputs.cache.value_scale
-
-    @functools.cached_property
     def kv_value_norms(self) -> torch.Tensor:
         """float32 ``[HK, S]``: norm of every value, up to one factor for all."""
         return self._page_means.value_norms_of(self.inputs.cache, self.inputs.pages, self.inputs.chunk.seq_len)

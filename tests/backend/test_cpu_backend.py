@@ -192,21 +192,6 @@ def test_short_windows_run_densely(monkeypatch: pytest.MonkeyPatch, make_cpu_lay
     assert torch.equal(layer.run(layer.impl, layer.metadata()), layer.run(layer.parent, layer.metadata()))
 
 
-@needs_native
-def test_mean_correction_in_a_window_runs_densely_until_other_patterns_come(
-    monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]
-) -> None:
-    from minference_vllm.patterns.file import load_pattern_file
-
-    lines = record_once(monkeypatch)
-    layer = make_cpu_layer(MIXED, patterns=[CORRECTED, *KINDS[1:]], options=FEATURES["window"])
-    (line,) = [line for line in lines if "run densely:" in line]
-    assert "mean correction" in line
-    assert torch.equal(layer.run(layer.impl, layer.metadata()), layer.run(layer.parent, layer.metadata()))
-    layer.impl.runtime.use(load_pattern_file("a_shape(32, 64)"), "a_shape(32, 64)")
-    assert_right(layer, layer.run(layer.impl, layer.metadata()), SPARSE)
-
-
 def test_the_source_of_the_patterns_is_logged(
     monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]
 ) -> None:
@@ -251,8 +236,8 @@ def test_with_amx_the_log_says_why_and_where_our_kernels_still_run(
     monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]
 ) -> None:
     found = []
-    for corrected in (False, True):
-        layer = make_cpu_layer([(0, 400)], patterns=[{**CORRECTED, "mean_correction": corrected}] * HEADS)
+    for remainder in (False, True):
+        layer = make_cpu_layer([(0, 400)], patterns=[{**PEAKS, "remainder": remainder}] * HEADS)
         assert layer.impl.sparse_layer is not None
         with monkeypatch.context() as patch:
             patch.setattr(cpu_ops, "layout_for", lambda *arguments: "amx")
@@ -441,18 +426,16 @@ def test_patterns_that_do_not_fit_the_pages_are_refused_while_an_engine_runs(
         layer.impl.runtime.use(load_pattern_file("antidiagonal(3, 0.9)"), "antidiagonal(3, 0.9)")
 
 
-# Mean correction
+# The remainder
 
-CORRECTED = {"kind": "peak_threshold", "alpha": 0.99, "sink": 0, "window": 0, "mean_correction": True}
+PEAKS = {"kind": "peak_threshold", "alpha": 0.99, "sink": 0, "window": 0}
 
 
 @needs_native
-def test_heads_with_mean_correction_are_served(make_cpu_layer: Callable[..., Layer]) -> None:
-    kinds = [CORRECTED, *KINDS[1:]]
-    plain = [{**CORRECTED, "mean_correction": False}, *KINDS[1:]]
+def test_heads_with_a_remainder_are_served(make_cpu_layer: Callable[..., Layer]) -> None:
     outputs = []
-    for chosen in (kinds, plain):
-        layer = make_cpu_layer(MIXED, patterns=chosen)
+    for remainder in (True, False):
+        layer = make_cpu_layer(MIXED, patterns=[{**PEAKS, "remainder": remainder}, *KINDS[1:]])
         outputs.append(layer.run(layer.impl, layer.metadata()))
         assert len(layer.indices) == len(SPARSE)
     starts, served = layer.batch.query_start_loc.tolist(), torch.zeros(len(outputs[0]), dtype=torch.bool)
@@ -460,23 +443,6 @@ def test_heads_with_mean_correction_are_served(make_cpu_layer: Callable[..., Lay
         served[starts[request] : starts[request + 1]] = True
     differs = (outputs[0] != outputs[1]).any(-1)
     assert not differs[:, 1:].any() and not differs[~served].any() and differs[served, 0].any()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"settings": {"kernel": "block_table"}}, "vLLM's CPU kernel does not give"),
-        ({"page": 16}, "kernel 'native' does, but .*"),
-    ],
-    ids=["block_table", "auto without native kernels for the page size"],
-)
-def test_mean_correction_without_its_kernel_is_refused_at_the_start(
-    changes: dict[str, Any], message: str, make_cpu_layer: Callable[..., Layer]
-) -> None:
-    with pytest.raises(
-        ValueError, match=rf"patterns\.json.*: kernel 'block_table' cannot run: mean correction .*{message}"
-    ):
-        make_cpu_layer(MIXED, patterns=[CORRECTED, *KINDS[1:]], **changes)
 
 
 # Page sizes: vLLM may settle them, and tell them to the builder alone, after its layers are made.
@@ -488,9 +454,8 @@ def test_mean_correction_without_its_kernel_is_refused_at_the_start(
     [
         ({"kind": "a_shape", "sink": 16, "local": 100}, {"kernel": "native"}),
         ({"kind": "antidiagonal", "stride": 64, "tau": 0.4}, {}),
-        (CORRECTED, {}),
     ],
-    ids=["native", "stride", "mean_correction"],
+    ids=["native", "stride"],
 )
 def test_the_page_size_of_the_builder_decides(
     pattern: dict[str, Any], settings: dict[str, Any], make_cpu_layer: Callable[..., Layer]
@@ -500,8 +465,7 @@ def test_the_page_size_of_the_builder_decides(
     assert layer.impl.sparse_layer.kernel.name == "native"
     output = layer.run(layer.impl, layer.metadata())
     assert [index.tiling.block_size for index in layer.indices] == [128] * len(SPARSE)
-    if pattern is not CORRECTED:
-        assert_right(layer, output, SPARSE)
+    assert_right(layer, output, SPARSE)
 
 
 @pytest.mark.parametrize(

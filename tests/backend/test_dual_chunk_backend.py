@@ -14,7 +14,7 @@ from layer_inputs import DIM, GPU_KINDS, HEADS, KINDS, KV_HEADS
 from minference_vllm import reference, reference_dual_chunk
 from minference_vllm.kernels.native import library
 from minference_vllm.patterns.file import PatternFile
-from minference_vllm.patterns.kinds import LowRank, PeakThreshold
+from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.prefill.dual_chunk import ROTATIONS, DualChunk, attend_dual_chunk, decode_dual_chunk
 
 needs_native = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
@@ -197,7 +197,6 @@ def test_a_tensor_parallel_rank_runs_its_own_heads_patterns(rank: int, make_cpu_
         ({"options": {"sliding_window": 128}}, "with sliding window: choose another attention backend"),
         ({"settings": {"kernel": "block_table"}}, "with the kernel 'block_table': set kernel to 'auto'"),
         ({"settings": {"recall_floor": 0.9}}, "with a recall_floor"),
-        ({"patterns": [*KINDS[:7], {"kind": "peak_threshold", "mean_correction": True}]}, "with mean correction"),
         ({"dual_chunk": {**CONFIG, "local_size": 70}}, "with pages of 64 tokens, since its chunks of 250 tokens"),
         ({"dual_chunk": {**CONFIG, "local_size": 320}}, "needs integers chunk_size > local_size >= 0"),
         ({"options": {"logits_soft_cap": 30.0}}, "with soft cap on logits: choose another attention backend"),
@@ -245,12 +244,6 @@ def test_a_layer_without_it_in_a_model_that_has_it(make_cpu_layer: Callable[...,
     layer.dual_chunk = None
     with pytest.raises(ValueError, match="with some layers that do not have it"):
         layer.make_layer(0, {})
-
-
-def test_patterns_asked_for_later_are_refused_likewise(make_cpu_layer: Callable[..., Any]) -> None:
-    layer = make_cpu_layer([(0, 10)], dual_chunk=CONFIG)
-    with pytest.raises(ValueError, match="mean correction"):
-        layer.impl.runtime.use(PatternFile(default=PeakThreshold(mean_correction=True)), "a test")
 
 
 def test_it_is_not_calibrated_beyond_plain_attention(make_cpu_layer: Callable[..., Any]) -> None:

@@ -104,7 +104,9 @@ def test_each_variant_is_compiled_once(warm_up: Callable[..., list[dict[str, Any
         make_layer(LowRank(), LowRank(gamma=0.5)),
         make_layer(LowRank(rank=16)),
         make_layer(PeakThreshold()),
-        make_layer(PeakThreshold(mean_correction=True), PeakThreshold(alpha=0.5, mean_correction=True)),
+        make_layer(PeakThreshold(remainder=True), PeakThreshold(alpha=0.5, remainder=True)),
+        make_layer(LowRank(remainder=True)),
+        make_layer(LowRank(queries=16)),
         make_layer(Coverage(), sinks=True),
         make_layer(Coverage(), softcap=30.0),
     ]
@@ -269,7 +271,7 @@ def interpret() -> None:
         make_layer(VerticalSlash(vertical=40, slash=64), BlockSparse(top_k=2), Coverage(gamma=0.5), Antidiagonal()),
         make_layer(AShape(sink=40, local=40), LowRank(gamma=0.5)),
         make_layer(AShape(sink=40, local=40)),
-        make_layer(PeakThreshold(sink=0, window=0, mean_correction=True)),
+        make_layer(PeakThreshold(sink=0, window=0, remainder=True)),
     ]
     settings = Settings(kernel="triton", tile=32)
 

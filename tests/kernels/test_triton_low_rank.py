@@ -303,9 +303,9 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
 
     # Heads that are scored together are not all neighbours.
     patterns = [
-        LowRank(gamma=0.4),
-        LowRank(gamma=0.4),
-        LowRank(rank=32, gamma=0.4),
+        LowRank(gamma=0.3),
+        LowRank(gamma=0.3),
+        LowRank(rank=32, gamma=0.3),
         LowRank(gamma=0.2, queries=16),
     ]
     inputs, out, index, expected = prefill(context_len, seq_len, page, patterns, sharpness=4)

@@ -284,7 +284,7 @@ def test_a_model_that_vllm_cannot_read_is_named() -> None:
 
 def test_the_written_file_loads_and_names_every_layer() -> None:
     args = argparse.Namespace(model="some/model", engine_args={}, kernel="auto")
-    wanted = CANDIDATES.index(Coverage(gamma=0.9, min_budget=512))
+    wanted = CANDIDATES.index(Coverage(gamma=0.9, min_budget=512, remainder=True))
     found = Measured.nothing(len(CANDIDATES), 2)
     found.recall += 0.96
     found.pairs += 100

@@ -234,7 +234,10 @@ MEASURED = {"recall": 0.9, "density": 0.1, "output_error": 0.01}
             "default.kind = 'low-rank': unknown pattern kind; .*; did you mean 'low_rank'?",
         ),
         ({"default": {"kind": ["dense"]}}, r"default.kind = \['dense'\]: unknown pattern kind"),
-        ({"default": {"kind": "a_shape", "sinks": 1}}, "a_shape.sinks: unknown .* sink, local; did you mean 'sink'?"),
+        (
+            {"default": {"kind": "a_shape", "sinks": 1}},
+            "a_shape.sinks: unknown .* sink, local, remainder; did you mean 'sink'?",
+        ),
         ({"default": {"kind": "dense", "sink": 1}}, "default.dense.sink: unknown field; known ones are none"),
         ({"model": 5}, "model = 5: must be text"),
         ({"measured": {"0": {"1": {"recall": 0.5}}}}, "measured.0.1.density: missing"),
@@ -326,7 +329,7 @@ def test_patterns_are_named_or_written_out(text: str, pattern: HeadPattern) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("coverage(0.9, 2, 3)", "coverage takes 2 values (gamma, min_budget)"),
+        ("coverage(0.9, 2, true, 3)", "coverage takes 3 values (gamma, min_budget, remainder)"),
         ("coverage(0.9, gamma=0.8)", "gamma is given twice"),
         ("coverage(0.9, much)", "'much' is not a number"),
         ("coverage(1.5)", "gamma = 1.5: must be a number between 0 and 1"),

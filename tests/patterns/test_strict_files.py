@@ -90,7 +90,7 @@ def test_budgets_are_whole_numbers(value: Any) -> None:
         ({"kind": "coverage", "gamma": float("nan")}, float("nan"), "a number between 0 and 1, both excluded"),
         ({"kind": "low_rank", "rank": 20}, 20, "a whole number from 16 to 128 that 16 divides"),
         ({"kind": "antidiagonal", "stride": 1}, 1, "a whole number from 2 to 64"),
-        ({"kind": "peak_threshold", "mean_correction": 1}, 1, "true or false"),
+        ({"kind": "peak_threshold", "remainder": 1}, 1, "true or false"),
     ],
 )
 def test_a_bad_value_of_a_pattern_is_told_what_is_allowed(field: dict[str, Any], value: Any, allowed: str) -> None:

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from minference_vllm.kernels.choose import choose
-from minference_vllm.kernels.native import library
-from minference_vllm.patterns.kinds import Dense, PeakThreshold
+from minference_vllm.patterns.kinds import Dense
 from minference_vllm.prefill.attend import attend_chunk, unknown_to
 
 
@@ -29,11 +28,3 @@ def test_features_need_a_kernel_that_knows_them(
     named = {"softcap": "soft cap", "sinks": "attention sinks", "window": "sliding windows"}[next(iter(asked))]
     with pytest.raises(ValueError, match=f"kernel '{kernel_name}' knows no {named}"):
         attend_chunk(inputs, [Dense()] * 8, kernel, torch.empty_like(batch.query))
-
-
-@pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
-def test_mean_correction_in_a_window_is_refused(paged_batch: Callable[..., Any]) -> None:
-    batch = paged_batch(query_lens=[100], context_lens=[0])
-    kernel, out = choose("native", batch.query.dtype, batch.cache), torch.empty_like(batch.query)
-    with pytest.raises(ValueError, match="mean correction is not defined in a sliding window"):
-        attend_chunk(batch.inputs().in_window(40, 128), [PeakThreshold(mean_correction=True)] * 8, kernel, out)

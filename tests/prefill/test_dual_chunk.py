@@ -48,7 +48,7 @@ SELECTIVE: tuple[HeadPattern, ...] = (
     TriShape(sink=16, local=64, last=20),
     Coverage(gamma=0.4, min_budget=0),
     Antidiagonal(stride=16, tau=0.4),
-    PeakThreshold(alpha=0.9, sink=16, window=40, mean_correction=False),
+    PeakThreshold(alpha=0.9, sink=16, window=40),
     LowRank(gamma=0.3),
 )
 

@@ -28,10 +28,9 @@ from minference_vllm.patterns.kinds import (
     VerticalSlash,
     parse_head_pattern,
 )
-from minference_vllm.prefill import attend, remainder
+from minference_vllm.prefill import remainder
 from minference_vllm.prefill.api import sparse_prefill
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.families import remainder_heads
 from minference_vllm.selection.torch_scores import TorchScores
 
 needs_native = pytest.mark.skipif(
@@ -184,12 +183,10 @@ def test_an_index_names_what_its_mask_allows(tile: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("behind", [torch.nan, torch.inf], ids=str)
 def test_from_pages_in_any_order_and_with_anything_behind_the_last_token(
-    dtype: torch.dtype, behind: float, paged_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, behind: float, paged_batch: Callable[..., Any]
 ) -> None:
     shape: dict[str, Any] = {"query_lens": [300, 129], "context_lens": [333, 900], "dtype": dtype}
-    # Random heads are not sparse: another kind selects.
-    monkeypatch.setattr(attend, "remainder_heads", lambda patterns: list(range(len(patterns))))
-    patterns: list[HeadPattern] = [WINDOW] * 8
+    patterns: list[HeadPattern] = [WINDOW.model_copy(update={"remainder": True})] * 8
     batch = paged_batch(**shape, behind=behind)
     out, indices = sparse_prefill(*batch.arguments, patterns, kernel="native", return_index=True)
     clean = sparse_prefill(*paged_batch(**shape, behind=0.0).arguments, patterns, kernel="native")
@@ -237,7 +234,7 @@ def test_the_native_kernel_takes_it_as_one_more_key(
 @needs_native
 def test_a_kernel_without_a_log_sum_exp_is_refused(paged_batch: Callable[..., Any]) -> None:
     batch = paged_batch(query_lens=[200], context_lens=[300])
-    with pytest.raises(ValueError, match=r"'block_table' cannot run: .* the remainder need every row's log-sum-exp"):
+    with pytest.raises(ValueError, match=r"'block_table' cannot run: the remainder needs every row's log-sum-exp"):
         sparse_prefill(*batch.arguments, LowRank(remainder=True), kernel="block_table")
     assert choose("auto", torch.bfloat16, batch.cache, with_lse=True).name == "native"
 
@@ -262,7 +259,8 @@ def test_without_patterns_every_head_runs_the_default(
 
 def test_in_files_it_is_off_unless_it_is_named() -> None:
     old, named = (parse_head_pattern({"kind": "low_rank", **fields}) for fields in ({}, {"remainder": True}))
-    assert remainder_heads([old, named, WINDOW]) == [1]
+    assert [pattern.has_remainder for pattern in (old, named, WINDOW, Dense())] == [False, True, False, False]
+    assert WINDOW.model_copy(update={"remainder": True}).without_remainder() == WINDOW
     assert isinstance(named, LowRank)
     assert named.without_remainder() == LowRank(gamma=0.975)
     assert [pattern.without_remainder() for pattern in (LowRank(gamma=0.5), Dense())] == [LowRank(gamma=0.5), Dense()]

@@ -1,4 +1,4 @@
-"""Indices, audits and mean correction at a million tokens wait for no data, and stay within the stated memory."""
+"""Indices and audits at a million tokens wait for no data, and stay within the stated memory."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ from minference_vllm.patterns.kinds import (
     TriShape,
     VerticalSlash,
 )
-from minference_vllm.prefill import mean_correction
 from minference_vllm.prefill.recall import RecallCheck, chunk_recall
-from minference_vllm.selection import peak_threshold, torch_scores
+from minference_vllm.selection import torch_scores
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.capacity import MEMORY_LIMIT
 from minference_vllm.selection.score_bins import ScoreBins
@@ -188,17 +187,3 @@ def test_an_audit_reads_the_pages_piece_by_piece(monkeypatch: pytest.MonkeyPatch
     found = chunk_recall(triton_scores(inputs), index, rows)
     for part, right in zip(found, whole, strict=True):
         assert torch.allclose(part, right, atol=1e-6) and 0.0 < float(part[:3].min()) < 0.9
-
-
-@pytest.mark.parametrize("block_size", [64, 128])
-def test_mean_correction_at_a_million_tokens_waits_for_nothing_and_stays_small(block_size: int) -> None:
-    """On the same device without data: scores of one head and of the one before, and their marks."""
-    index = meta_index(PeakThreshold(mean_correction=True), block_size)
-    scores = TorchScores(meta_inputs(block_size, softcap=30.0))
-    # Of a device without data no page is known to be averaged already.
-    scores.mean_keys = scores.mean_values = means = torch.empty(8, MILLION // block_size, 128, device="meta")
-    lse = torch.empty(32, CHUNK, device="meta")
-    out = torch.empty_like(scores.query)
-    with LiveBytes(scores.query, means, lse, out) as live:
-        mean_correction.add(scores, index, [0, 31], out, lse)
-    assert live.peak <= 2.5 * peak_threshold.PART_BYTES, f"{live.peak / 2**20:.0f} MiB"

@@ -53,20 +53,20 @@ DEFAULT = default_pattern()
 """What every head runs without a file. A head keeps it where nothing cheaper is as good."""
 CANDIDATES: tuple[HeadPattern, ...] = (
     DEFAULT,
-    *_ladder(AShape(sink=1024, local=4096), "sink", "local"),
+    *_ladder(AShape(sink=1024, local=4096, remainder=True), "sink", "local"),
     # The paper's candidates (arXiv 2407.02490, Table 6), and what the released files give a head without an entry.
-    *_ladder(VerticalSlash(vertical=30, slash=2048), "vertical", "slash"),
-    *_ladder(VerticalSlash(vertical=100, slash=1800), "vertical", "slash"),
-    *_ladder(VerticalSlash(vertical=500, slash=1500), "vertical", "slash"),
-    *_ladder(VerticalSlash(vertical=3000, slash=200), "vertical", "slash"),
-    *_ladder(VerticalSlash(vertical=1000, slash=6096), "vertical", "slash"),
-    *_ladder(BlockSparse(top_k=100), "top_k"),
+    *_ladder(VerticalSlash(vertical=30, slash=2048, remainder=True), "vertical", "slash"),
+    *_ladder(VerticalSlash(vertical=100, slash=1800, remainder=True), "vertical", "slash"),
+    *_ladder(VerticalSlash(vertical=500, slash=1500, remainder=True), "vertical", "slash"),
+    *_ladder(VerticalSlash(vertical=3000, slash=200, remainder=True), "vertical", "slash"),
+    *_ladder(VerticalSlash(vertical=1000, slash=6096, remainder=True), "vertical", "slash"),
+    *_ladder(BlockSparse(top_k=100, remainder=True), "top_k"),
     *(
-        Coverage(gamma=gamma, min_budget=budget)
+        Coverage(gamma=gamma, min_budget=budget, remainder=True)
         for gamma, budget in ((0.9, 512), (0.95, 1024), (0.95, 2048), (0.95, 3072), (0.98, 6144), (0.99, 12288))
     ),
-    *(Antidiagonal(tau=tau) for tau in (0.8, 0.9, 0.95, 0.98)),
-    *(PeakThreshold(alpha=alpha) for alpha in (0.3, 0.1, 0.03, 0.01)),
+    *(Antidiagonal(tau=tau, remainder=True) for tau in (0.8, 0.9, 0.95, 0.98)),
+    *(PeakThreshold(alpha=alpha, remainder=True) for alpha in (0.3, 0.1, 0.03, 0.01)),
     *(
         LowRank(rank=rank, gamma=gamma, remainder=True)
         for rank, gamma in ((16, 0.9), (16, 0.95), (32, 0.85), (32, 0.95), (64, 0.9))
@@ -217,7 +217,7 @@ def measure(
         kept = weights * index.tile_mask(tiles)
         recall = kept.sum(-1, keepdim=True)
         found = times(kept, values) / recall
-        if family_of(pattern).has_remainder(pattern):
+        if pattern.has_remainder:
             remainder.add_to_rows(inputs, index, rows, found, lse + recall.squeeze(-1).log())
         error = found - dense
         pairs = index.dense_pairs()

@@ -87,10 +87,12 @@ def _legend(runs: Mapping[int, Sequence[HeadPattern]], fixed: Mapping[int, str],
     from matplotlib.patches import Patch
 
     counts = Counter(str(pattern.kind) for patterns in runs.values() for pattern in patterns)
-    fields = {str(pattern.kind): ", ".join(dict(pattern)) for patterns in runs.values() for pattern in patterns}
+    fields: dict[str, dict[str, None]] = {kind: {} for kind in counts}
+    for pattern in (pattern for patterns in runs.values() for pattern in patterns):
+        fields[pattern.kind] |= dict.fromkeys(pattern.named())
     legend = []
     for kind in (kind for kind in FAMILIES if kind in counts):
-        named = fields[kind].removeprefix("kind").removeprefix(", ")
+        named = ", ".join(fields[kind])
         label = f"{kind}: {counts[kind]}" + (f"\n({named})" if labelled and named else "")
         legend.append(Patch(facecolor=FAMILIES[kind].colour, label=label))
     if fixed:
