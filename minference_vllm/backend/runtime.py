@@ -54,10 +54,18 @@ class Runtime:
     """Weak references to what finds the patterns of a group's layers anew, in the order in which groups were made."""
     dual_chunk: DualChunk | None = None
     """Of a model with dual chunk attention."""
+    sparse_groups: dict[str, bool] = field(default_factory=dict)
+    """Groups of layers that can run sparsely, by the name of their first layer: whether they see prefill chunks in
+    pieces, as layers do that attend within chunks of the sequence (Llama 4)."""
 
     def __post_init__(self) -> None:
         self.discovered = self.patterns, self.source
         """What the model is served with where nobody asks for other patterns."""
+
+    def counts_batches_of(self, group: str) -> bool:
+        """Whether batches are counted by this group. Each group sees every batch, and one of them counts; one that sees
+        whole chunks goes before one that sees pieces."""
+        return group == min(self.sparse_groups, key=self.sparse_groups.__getitem__)
 
     def use(self, patterns: PatternFile, source: str) -> None:
         """Run other patterns from the next batch on, and count from zero; between batches only.
@@ -167,7 +175,7 @@ def unsupported_model_reasons(model: Any) -> list[str]:
         reasons.append(f"{model.runner_type} models run no causal prefill; minference serves text generation")
     elif getattr(model, "is_encoder_decoder", False):
         reasons.append("encoder-decoder models are not supported; minference serves decoder-only models")
-    if not getattr(model.hf_text_config, "num_attention_heads", None):
+    if not total_query_heads(model):
         reasons.append("it has no attention heads, and with them nothing that an attention backend computes")
     if model.dtype not in DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -200,6 +208,17 @@ def check_page_size(runtime: Runtime, block_size: int) -> None:
         problem = family_of(pattern).page_size_problem(pattern, block_size)
         if problem:
             raise ValueError(f"minference: patterns from {runtime.source}: {problem}")
+
+
+def attention_chunk_reasons(size: int | None, min_context: int) -> list[str]:
+    """Why a layer that attends within chunks of the sequence runs densely; empty when it can run sparsely.
+
+    Args:
+        size: tokens of such a chunk; None: the layer attends everything before a row.
+        min_context: the setting.
+    """
+    short = size is not None and size < min_context
+    return [f"attention within chunks of {size} tokens, below min_context"] if short else []
 
 
 def unsupported_layer_reasons(

@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder, C
 from minference_vllm.backend.compat import dense_batch_reason, host_seq_lens, page_reasons, slice_requests
 from minference_vllm.backend.dual_chunk import DualChunkLayer
 from minference_vllm.backend.dual_chunk_limits import refusal
-from minference_vllm.backend.runtime import check_page_size, runtime_for
+from minference_vllm.backend.runtime import attention_chunk_reasons, check_page_size, runtime_for
 from minference_vllm.backend.serving import SparseLayer, serve_chunk
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.page_means import PageMeans
@@ -66,6 +66,9 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         self.runtime.layer_groups.append(weakref.WeakMethod(self.prepare_layers))
         # A group of windowed layers, say: its batches are the parent's alone, and are not counted.
         self.dense_only = bool(layers) and all(layer.impl.dense_only for layer in self.layers)
+        self.group = next(iter(layer_names), "")
+        if not self.dense_only:
+            self.runtime.sparse_groups[self.group] = any(map(_attention_chunk, self.layers))
         speculative = getattr(vllm_config, "speculative_config", None)
         # Decodes may replay a CUDA graph of the parent's path: whatever the setting says, they are never ours.
         decode_len = 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
@@ -120,7 +123,8 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         settings, counters = self.runtime.settings, self.runtime.counters
         starts = common_attn_metadata.query_start_loc_cpu[: len(lengths) + 1].tolist()
         plan = plan_batch(starts, lengths, settings.min_context, self.min_chunk, self.plain_len)
-        counters.count_batch(plan)
+        if self.runtime.counts_batches_of(self.group):
+            counters.count_batch(plan)
         if not plan.sparse and not plan.far:
             return metadata
         pairs = self.dense_heads * sum(chunk.dense_pairs for chunk in plan.sparse)
@@ -256,7 +260,11 @@ class SparsePrefillImpl(AttentionImpl):
             return
         settings, page = self.runtime.settings, spec.block_size
         check_page_size(self.runtime, page)
-        reasons = [*page_reasons(spec), *self.cache_reasons(layer, page, dtype)]
+        reasons = [
+            *attention_chunk_reasons(_attention_chunk(layer), settings.min_context),
+            *page_reasons(spec),
+            *self.cache_reasons(layer, page, dtype),
+        ]
         if reasons:
             self._run_densely(reasons)
             return
@@ -332,6 +340,11 @@ class SparsePrefillImpl(AttentionImpl):
         """From now on; the caller tells what is written to the cache."""
         self.page_means = PageMeans()
         return self.page_means
+
+
+def _attention_chunk(layer: Any) -> int | None:
+    """Tokens of the chunks of the sequence within which one of vLLM's layers attends; None: it attends everything."""
+    return getattr(layer, "attention_chunk_size", None)
 
 
 def _layer_number(layer_name: str) -> int:

@@ -81,9 +81,19 @@ def _fits(patterns: PatternFile, model: Any) -> bool:
     return True
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """What differs from layer to layer in a model's configuration; one entry where nothing does.
+
+    Args:
+        config: transformers' configuration of the text model. A heterogeneous one (Gemma 4, whose layers have heads of
+            two sizes) refuses to say what differs; its layers' configurations do.
+    """
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
 def total_query_heads(model: Any) -> int:
-    """Query heads per layer, before tensor parallelism."""
-    return int(model.hf_text_config.num_attention_heads)
+    """Query heads per layer, before tensor parallelism: the most that a layer has; 0 in a model without attention."""
+    return max(int(getattr(config, "num_attention_heads", None) or 0) for config in layer_configs(model.hf_text_config))
 
 
 def _file_beside_weights(model: Any) -> Path | None:
