@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     patterns, source, settings = planned_patterns(checkpoint, args.patterns)
     if args.min_context is not None:
         settings = settings.model_copy(update={"min_context": args.min_context})
-    fixed = checkpoint.fixed_layers(settings)
+    inside = "attention within chunks of the sequence, which is not drawn"
+    fixed = dict.fromkeys(checkpoint.chunked_layers(), inside) | checkpoint.fixed_layers(settings)
     _check_heads(args.head or [], checkpoint, fixed)
     layers = checkpoint.get_total_num_hidden_layers()
     every = [patterns.for_layer(layer, checkpoint.num_heads) for layer in range(layers)]

@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
-from minference_vllm.backend.runtime import model_patterns, unsupported_layer_reasons
+from minference_vllm.backend.runtime import attention_chunk_reasons, model_patterns, unsupported_layer_reasons
 from minference_vllm.kernels.choose import own_kernel_reason
-from minference_vllm.patterns.discovery import total_query_heads
+from minference_vllm.patterns.discovery import layer_configs, total_query_heads
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.settings import Settings, load_settings
 
 GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel")
 """How the names of architectures end that vLLM serves as text generation."""
 
+CHUNKED = "chunked_attention"
 FULL, WINDOWED = ("full_attention", "attention", "hybrid"), ("sliding_attention", "hybrid_sliding")
 """Kinds of layers, as transformers names them, that have softmax attention; in hybrid ones it stands beside another."""
 
@@ -70,57 +71,76 @@ class Checkpoint:
     def num_heads(self) -> int:
         return total_query_heads(self)
 
-    @property
-    def num_kv_heads(self) -> int:
-        return int(getattr(self.hf_text_config, "num_key_value_heads", None) or self.num_heads)
-
-    @property
-    def head_size(self) -> int:
-        config = self.hf_text_config
-        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
     def get_total_num_hidden_layers(self) -> int:
         return int(self.hf_text_config.num_hidden_layers)
 
     def fixed_layers(self, settings: Settings) -> dict[int, str]:
         """Layer -> what runs on this machine whatever its patterns, and why, as far as the configuration tells."""
-        config = self.hf_text_config
+        return {
+            layer: fixed
+            for layer, (config, kind) in enumerate(zip(self._configs(), self._kinds(), strict=False))
+            if (fixed := self._fixed(config, kind, settings))
+        }
+
+    def chunked_layers(self) -> list[int]:
+        """Layers whose rows attend within chunks of the sequence."""
+        return [layer for layer, kind in enumerate(self._kinds()) if kind == CHUNKED]
+
+    def _configs(self) -> list[Any]:
+        """Of every layer."""
+        configs = layer_configs(self.hf_text_config)
+        return configs * self.get_total_num_hidden_layers() if len(configs) == 1 else configs
+
+    def _kinds(self) -> list[str]:
+        """Of every layer."""
+        num_layers, kinds = self.get_total_num_hidden_layers(), getattr(self.hf_text_config, "layer_types", None)
+        if kinds:
+            return list(kinds[:num_layers])
+        # Without a list of kinds, a window is every layer's.
+        windowed = [getattr(config, "sliding_window", None) is not None for config in self._configs()]
+        return ["sliding_attention" if window else "full_attention" for window in windowed]
+
+    def _fixed(self, config: Any, kind: str, settings: Settings) -> str | None:
+        """What runs in a layer of this configuration whatever its patterns, and why; None where patterns do."""
+        if kind not in (*FULL, *WINDOWED, CHUNKED):
+            return f"no patterns: {kind.replace('_', ' ')}"
         # Our own kernels know soft caps and sinks, the one for CPUs sliding windows, too.
         on_gpu, kernel = torch.cuda.is_available(), settings.kernel
-        native = not on_gpu and own_kernel_reason(kernel, self.dtype, self.head_size) is None
+        native = not on_gpu and own_kernel_reason(kernel, self.dtype, _head_size(config)) is None
         own = native or (on_gpu and kernel != "block_table")
-        window = getattr(config, "sliding_window", None)
-        # Without a list of kinds, a window is every layer's.
-        unlisted = "full_attention" if window is None else "sliding_attention"
-        num_layers = self.get_total_num_hidden_layers()
-        kinds = getattr(config, "layer_types", None) or [unlisted] * num_layers
-        found = {}
-        for layer, kind in enumerate(kinds[:num_layers]):
-            if kind not in (*FULL, *WINDOWED):
-                found[layer] = f"no patterns: {kind.replace('_', ' ')}"
-                continue
-            reasons = unsupported_layer_reasons(
-                sliding_window=window if kind in WINDOWED else None,
-                logits_soft_cap=None if own else getattr(config, "attn_logit_softcapping", None),
-                alibi_slopes=True if getattr(config, "alibi", False) or config.model_type == "bloom" else None,
-                sinks=True if config.model_type == "gpt_oss" and not own else None,
-                is_decoder=True,
-                kv_cache_dtype="auto",
-                dtype=self.dtype,
-                min_window=settings.min_context if native else None,
-            )
-            if reasons:
-                found[layer] = f"dense: {', '.join(reasons)}"
-        return found
+        reasons = unsupported_layer_reasons(
+            sliding_window=getattr(config, "sliding_window", None) if kind in WINDOWED else None,
+            logits_soft_cap=None if own else getattr(config, "attn_logit_softcapping", None),
+            alibi_slopes=True if getattr(config, "alibi", False) or config.model_type == "bloom" else None,
+            sinks=True if config.model_type == "gpt_oss" and not own else None,
+            is_decoder=True,
+            kv_cache_dtype="auto",
+            dtype=self.dtype,
+            min_window=settings.min_context if native else None,
+        )
+        if kind == CHUNKED:
+            reasons += attention_chunk_reasons(getattr(config, "attention_chunk_size", None), settings.min_context)
+        return f"dense: {', '.join(reasons)}" if reasons else None
 
     def __str__(self) -> str:
         architecture = self.architectures[0] if self.architectures else self.hf_config.model_type
-        heads = getattr(self.hf_text_config, "num_attention_heads", None)
-        described = f"{heads} query heads over {self.num_kv_heads}" if heads else "no attention heads"
+        # Heterogeneous models have layers of several kinds.
+        heads = dict.fromkeys(filter(None, map(_heads, layer_configs(self.hf_text_config))))
+        described = " and ".join(heads) or "no attention heads"
         return (
             f"{self.model} ({architecture}, {self.get_total_num_hidden_layers()} layers, {described}, "
             f"{str(self.dtype).removeprefix('torch.')})"
         )
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _heads(config: Any) -> str | None:
+    """How many of which, in words; None: none."""
+    heads = getattr(config, "num_attention_heads", None)
+    return f"{heads} query heads over {getattr(config, 'num_key_value_heads', None) or heads}" if heads else None
 
 
 def planned_patterns(checkpoint: Checkpoint, pattern_file: str | None = None) -> tuple[PatternFile, str, Settings]:

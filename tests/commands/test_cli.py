@@ -311,6 +311,12 @@ SHORT_WINDOW = "sliding window of 4096 tokens, below min_context"
             {"0": "dense: sliding window, soft cap on logits", "1": "dense: soft cap on logits"},
         ),
         ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}, {}),
+        ({"model_type": "llama4_text"}, {}),
+        (
+            {"model_type": "llama4_text", "attention_chunk_size": 4096},
+            {"0-1": "dense: attention within chunks of 4096 tokens, below min_context"},
+        ),
+        ({"model_type": "gemma4_text"}, {"0": "dense: sliding window of 512 tokens, below min_context"}),
         (
             {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]},
             {"0": "no patterns: linear attention"},
@@ -331,6 +337,17 @@ def test_inspect_names_layers_that_run_no_pattern(
     table = {line.split()[0]: line.split(maxsplit=2)[2] for line in ended.out.split("\n\n")[1].splitlines()[1:]}
     found = {layers: text for layers, text in table.items() if text.startswith(("dense", "no patterns"))}
     assert found == rows
+
+
+def test_inspect_names_the_heads_of_all_kinds_of_layers(tool: Callable[..., Ended], tmp_path: Path) -> None:
+    """The configuration of a heterogeneous model does not say what its layers do not share."""
+    folder = tmp_path / "model"
+    gemma = {**LLAMA, "model_type": "gemma4_text", "architectures": ["Gemma4ForCausalLM"], "attention_k_eq_v": True}
+    ended = tool("inspect", model(folder, **gemma, num_global_key_value_heads=1))
+    assert ended.code == 0, ended.err
+    assert "2 layers, 4 query heads over 2 and 4 query heads over 1, bfloat16)" in ended.out
+    ended = tool("inspect", model(folder, **gemma, per_layer_config={"0": {"num_attention_heads": 8}}))
+    assert ended.code == 0 and "2 layers, 8 query heads over 2 and 4 query heads over 2," in ended.out
 
 
 def test_our_own_kernels_run_patterns_where_vllms_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
