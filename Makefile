@@ -8,11 +8,11 @@ READY := .venv/.ready
 # Read by the demo; given on make's command line.
 export TOKENS JSON
 
-.PHONY: help setup demo test test-fast contract lint format kernels gpu-check clean
+.PHONY: help setup demo test test-fast architectures contract lint format kernels gpu-check clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## .venv with the vLLM that fits this machine, and the project in it (PYTHON= names the interpreter)
 
@@ -36,10 +36,13 @@ FAST := -m "not engine and not older_vllm" -n 2 --dist loadfile
 
 test: setup lint ## lint, types, and all tests (ten to fifteen minutes)
 	@$(BIN)/pytest $(FAST) $(ARGS)
-	@$(BIN)/pytest -m engine $(ARGS)
+	@$(BIN)/pytest -m "engine and not architectures" $(ARGS)
 
 test-fast: setup ## the tests that start no engine (one to three minutes)
 	@$(BIN)/pytest $(FAST) $(ARGS)
+
+architectures: setup ## the architectures of docs/models.md in vLLM's CPU engine, tiny (ten to twenty minutes)
+	@$(BIN)/pytest tests/engine/test_engine_architectures.py $(ARGS)
 
 contract: setup ## our GPU classes in CUDA releases of vLLM, old and new, without a GPU (downloads 1 GB the first time)
 	@$(BIN)/pytest -m contract $(ARGS)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,8 @@ class Answer:
     leads: list[list[list[float]]]
     cached: list[list[int]]
     log: str
+    stats: list[dict[str, Any]] = field(default_factory=list)
+    """What was counted in each batch that named its patterns (``Counters.report``)."""
     drafts: int = 0
     """Tokens drafted altogether."""
 

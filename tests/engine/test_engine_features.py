@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
+import tiny_decoders
 from engine_answers import assert_same_tokens
 
 OPTIONS: dict[str, Any] = {
@@ -43,7 +43,7 @@ def served(
     """Gemma 2's windows reach past ``min_context``, gpt-oss's do not."""
     windows = {"gemma2": 1000, "gpt_oss": 128}
     folder = tmp_path_factory.mktemp("models") / request.param
-    model = getattr(tiny_models, request.param)(folder, windows[request.param])
+    model = getattr(tiny_decoders, request.param)(folder, windows[request.param])
     return Served(model, run_engine, [prompt(length, seed) for seed, length in enumerate((3000, 300, 1501))])
 
 

@@ -1,4 +1,5 @@
-"""Models of a few small layers with random weights, and a tokenizer whose words are ``w0`` ... ``w511``."""
+"""What models of a few small layers with random weights have in common, and a tokenizer whose words are ``w0`` ...
+``w511``; the models stand in ``tiny_decoders``, ``tiny_hybrids`` and ``tiny_image_readers``."""
 
 from __future__ import annotations
 
@@ -21,9 +22,49 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": 0,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 """Weights large enough that attention is peaked and that the best token leads clearly."""
+WINDOWED = ["sliding_attention", "full_attention"] * 2
+"""Kinds of the layers, where every second one has a sliding window."""
+
+
+def random_model(kind: Any, config: Any) -> Any:
+    """A model of transformers with a fixed seed, whose attention is peaked and whose answers depend on it.
+
+    All tokens have something in common, so that rows look at the same keys: random ones share nothing, and a tile of
+    them needs most of a short prompt. What the answers are made of does not know it, or they would be alike.
+    """
+    torch.manual_seed(0)
+    model = kind(config)
+    embeddings, head = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
+    tied = head.data_ptr() == embeddings.data_ptr()
+    common = torch.randn(embeddings.shape[1])
+    embeddings += 0.3 * common
+    if not tied:
+        _without(head, common)
+    for name, weight in model.get_decoder().named_parameters():
+        rows = weight.data
+        match name.split(".")[-2:]:
+            case ["q_norm" | "k_norm" | "q_layernorm" | "k_layernorm", _]:
+                # Whatever the projections make, queries and keys are as large as these say.
+                rows += 3
+            case ["q_proj", "weight"]:
+                rows *= 4
+            case ["v_proj", "weight"]:
+                _without(rows, common)
+            case ["qkv_proj", "weight"]:
+                size = len(rows) // (config.num_attention_heads + 2 * config.num_key_value_heads)
+                rows[: config.num_attention_heads * size] *= 4
+                _without(rows[-config.num_key_value_heads * size :], common)
+            case ["post_attention_layernorm" | "post_feedforward_layernorm", _] if tied:
+                # What a layer adds must outweigh the token itself, whose embedding is also what it is recognised by.
+                rows += 3
+    return model
+
+
+def _without(rows: torch.Tensor, common: torch.Tensor) -> None:
+    """Make rows of weights orthogonal to it, in place."""
+    rows -= torch.outer(rows @ common, common) / common.square().sum()
 
 
 def save(model: Any, folder: Path) -> Path:
@@ -37,53 +78,3 @@ def save(model: Any, folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
     return folder
-
-
-def gemma2(folder: Path, window: int) -> Path:
-    """Soft caps on all logits, and a sliding window in every second layer."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-    torch.manual_seed(0)
-    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, **caps, sliding_window=window, query_pre_attn_scalar=64))
-    common = _alike(model)
-    for layer in model.model.layers:
-        # What a layer adds must outweigh the token itself, whose embedding is also what it is recognised by.
-        layer.post_attention_layernorm.weight.data.fill_(3.0)
-        layer.post_feedforward_layernorm.weight.data.fill_(3.0)
-        _without(layer.self_attn.v_proj.weight.data, common)
-    return save(model, folder)
-
-
-def gpt_oss(folder: Path, window: int) -> Path:
-    """Attention sinks, two experts of four per token, and a sliding window in every second layer."""
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    torch.manual_seed(0)
-    model = GptOssForCausalLM(GptOssConfig(**SIZES, sliding_window=window, num_local_experts=4, num_experts_per_tok=2))
-    common = _alike(model)
-    for layer in model.model.layers:
-        torch.nn.init.normal_(layer.self_attn.sinks, mean=4.0)
-        layer.self_attn.o_proj.weight.data.mul_(0.3)
-        layer.mlp.experts.down_proj.data.mul_(0.3)
-    _without(model.lm_head.weight.data, common)
-    return save(model, folder)
-
-
-def _alike(model: Any) -> torch.Tensor:
-    """Give all tokens something in common, so that rows look at the same keys: random ones share nothing, and a tile of
-    them needs most of a short prompt.
-
-    Returns:
-        What they have in common; what the answers are made of must not know it, or they would be alike.
-    """
-    common = torch.randn(SIZES["hidden_size"])
-    model.model.embed_tokens.weight.data += 0.3 * common
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data.mul_(4)
-    return common
-
-
-def _without(rows: torch.Tensor, common: torch.Tensor) -> None:
-    """Make rows of weights orthogonal to it, in place."""
-    rows -= torch.outer(rows @ common, common) / common.square().sum()

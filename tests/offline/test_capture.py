@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
+import tiny_decoders
 import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -79,7 +79,9 @@ def test_capturing_leaves_the_model_as_it_is(model: Path, ids: torch.Tensor) -> 
 
 
 def test_soft_caps_and_windows_are_captured(tmp_path: Path) -> None:
-    layers = capture_layers(str(tiny_models.gemma2(tmp_path / "gemma2", window=300)), torch.arange(LENGTH)[None] % 512)
+    layers = capture_layers(
+        str(tiny_decoders.gemma2(tmp_path / "gemma2", window=300)), torch.arange(LENGTH)[None] % 512
+    )
     assert [(layer.softcap, layer.window) for layer in layers] == [(50.0, 300), (50.0, 0)] * 2
 
 
