@@ -27,10 +27,9 @@ OUTSIDE: dict[str, set[str]] = {
     "offline": {"torch", "transformers", "matplotlib", "tqdm", "vllm", "numpy", "lm_eval"},
     "commands": {"torch", "transformers"},
     "reference": {"torch"},
-    "reference_dual_chunk": {"torch"},
 }
 """Packages from outside that a part may import."""
-REFERENCES = {"reference", "reference_dual_chunk"}
+REFERENCES = {"reference"}
 VLLM_CALLS = {"kernels.block_table.cpu_ops", "kernels.block_table.flash"}
 """Of the kernels, the files that call vLLM."""
 ENTRIES = {"plugin": "backend", "__main__": "commands", "": "prefill"}
@@ -90,13 +89,13 @@ def ours(path: Path) -> Iterator[str]:
 def test_the_picture_shows_the_folders() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file() and not path.is_symlink()}
     boxes = {box for line in chains() for box in line}
-    assert boxes == {*folders, "settings"}
+    assert boxes == {*folders - REFERENCES, "settings"}
     assert len(boxes) == 9 and len(chains()) == 2, "eight parts in one chain, and core under all of them"
 
 
 def test_few_files_lie_flat() -> None:
     flat = {path.stem for path in PACKAGE.glob("*.py")}
-    assert flat == {"__init__", "__main__", "plugin", "settings", *REFERENCES}
+    assert flat == {"__init__", "__main__", "plugin", "settings"}
 
 
 @pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")

@@ -11,11 +11,12 @@ import torch
 from dual_chunk_inputs import frequencies, turn
 from layer_inputs import DIM, GPU_KINDS, HEADS, KINDS, KV_HEADS
 
-from minference_vllm import reference, reference_dual_chunk
+from minference_vllm import reference
 from minference_vllm.kernels.native import library
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.prefill.dual_chunk import ROTATIONS, DualChunk, attend_dual_chunk, decode_dual_chunk
+from minference_vllm.reference import dual_chunk as reference_dual_chunk
 
 needs_native = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
 CONFIG = {"chunk_size": 320, "local_size": 64, "original_max_position_embeddings": 200}

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from paged_inputs import PagedBatch, make_batch
 
-from minference_vllm import reference, reference_dual_chunk
+from minference_vllm import reference
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.prefill.dual_chunk import DualChunk, Part
+from minference_vllm.reference import dual_chunk as reference_dual_chunk
 
 BASE = 10_000.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from minference_vllm.reference import repeat_heads
+from minference_vllm.reference.attention import repeat_heads
 
 
 def relative_positions(context_len: int, seq_len: int, chunk_size: int, local_size: int) -> torch.Tensor:
