@@ -10,6 +10,10 @@ from typing import Any
 
 from minference_vllm.core.plan import Plan
 
+MAX_NAMES = 32
+"""Patterns that requests asked for which are counted each by themselves."""
+OTHERS = "others"
+
 
 @dataclass
 class HeadRecall:
@@ -22,6 +26,27 @@ class HeadRecall:
     """Of a chunk."""
     value_recall: float
     least_value_recall: float
+
+
+@dataclass
+class AskedWork:
+    """Sparse chunks of requests that asked for some patterns, see ``Counters``."""
+
+    chunks: int = 0
+    tokens: int = 0
+    dense_pairs: float = 0.0
+    computed_pairs: Any = 0.0
+    """May live on the GPU."""
+
+    def report(self) -> dict[str, Any]:
+        computed = float(self.computed_pairs)
+        return {
+            "sparse_chunks": self.chunks,
+            "sparse_tokens": self.tokens,
+            "computed_pairs": computed,
+            "dense_pairs": self.dense_pairs,
+            "density": _density(computed, self.dense_pairs),
+        }
 
 
 @dataclass
@@ -42,6 +67,8 @@ class Counters:
     raised: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Chunks that ran with more keys because of the floor, by layer and head."""
     raised_to_dense: Counter[tuple[int, int]] = field(default_factory=Counter)
+    asked: dict[str, AskedWork] = field(default_factory=dict)
+    """By name: patterns that requests asked for in place of the server's. Part of the totals."""
     _computed_pairs: Any = 0.0
     """A number that may live on the GPU, so that counting waits for nothing."""
     _overflowed: Any = 0
@@ -57,12 +84,29 @@ class Counters:
         self.sparse_chunks += len(plan.sparse)
         self.sparse_tokens += sum(chunk.query_len for chunk in plan.sparse)
         self.dense_chunks.update(plan.dense_reasons)
+        for chunk in plan.sparse:
+            if chunk.patterns is not None:
+                work = self._asked(chunk.patterns)
+                work.chunks, work.tokens = work.chunks + 1, work.tokens + chunk.query_len
 
-    def count_layer(self, computed: Any, dense: float, overflowed: Any = 0) -> None:
-        """Add one layer's work on one chunk; ``computed`` and ``overflowed`` are numbers or tensors of one element."""
+    def count_layer(self, computed: Any, dense: float, overflowed: Any = 0, name: str | None = None) -> None:
+        """Add one layer's work on one chunk.
+
+        Args:
+            computed, overflowed: numbers or tensors of one element.
+            name: of the patterns that the chunk's request asked for.
+        """
         self._computed_pairs = self._computed_pairs + computed
         self._overflowed = self._overflowed + overflowed
         self.dense_pairs += dense
+        if name is not None:
+            work = self._asked(name)
+            work.computed_pairs, work.dense_pairs = work.computed_pairs + computed, work.dense_pairs + dense
+
+    def _asked(self, name: str) -> AskedWork:
+        # Names are the clients': without a bound somebody could fill the memory, and Prometheus.
+        known = name in self.asked or len(self.asked) < MAX_NAMES
+        return self.asked.setdefault(name if known else OTHERS, AskedWork())
 
     def count_seconds(self, sparse: float, audit: float) -> None:
         self.sparse_seconds += sparse
@@ -134,6 +178,7 @@ class Counters:
             "dense_pairs": self.dense_pairs,
             "density": self.density,
             "overflowed_tiles": self.overflowed,
+            "asked_by_requests": {name: work.report() for name, work in self.asked.items()},
             "heads": heads,
         }
 
@@ -171,6 +216,10 @@ class Counters:
             )
         if self.overflowed:
             line += f"; {self.overflowed} tiles had no room for their selection and ran densely"
+        if self.asked:
+            works = ((name, work.chunks, work.report()["density"]) for name, work in self.asked.items())
+            line += "; of these, as requests asked: "
+            line += ", ".join(f"{chunks} by {name} (density {density:.4f})" for name, chunks, density in works)
         if self.dense_chunks:
             line += "; dense: " + ", ".join(f"{count} ({reason})" for reason, count in self.dense_chunks.items())
         return line
@@ -195,9 +244,16 @@ def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         reports: of ``Counters.report``, at least one.
     """
     first = max(reports, key=lambda report: int(report["sparse_chunks"]))
-    totals = {
-        name: sum(report[name] for report in reports) for name in ("computed_pairs", "dense_pairs", "overflowed_tiles")
-    }
+    totals = _summed(reports, "computed_pairs", "dense_pairs", "overflowed_tiles")
     density = _density(totals["computed_pairs"], totals["dense_pairs"])
+    asked = {}
+    for name, work in first["asked_by_requests"].items():
+        parts = [report["asked_by_requests"][name] for report in reports if name in report["asked_by_requests"]]
+        pairs = _summed(parts, "computed_pairs", "dense_pairs")
+        asked[name] = {**work, **pairs, "density": _density(pairs["computed_pairs"], pairs["dense_pairs"])}
     heads = sorted((head for report in reports for head in report["heads"]), key=lambda at: (at["layer"], at["head"]))
-    return {**first, **totals, "density": density, "heads": heads}
+    return {**first, **totals, "density": density, "asked_by_requests": asked, "heads": heads}
+
+
+def _summed(reports: Sequence[dict[str, Any]], *names: str) -> dict[str, Any]:
+    return {name: sum(report[name] for report in reports) for name in names}

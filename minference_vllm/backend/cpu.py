@@ -15,8 +15,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from minference_vllm.backend.compat import NAME
-from minference_vllm.backend.runtime import check_cpu_kernel, unsupported_layer_reasons
-from minference_vllm.backend.sparse_prefill import SparsePrefillBuilder, SparsePrefillImpl, SparsePrefillMetadata
+from minference_vllm.backend.limits import check_cpu_kernel, unsupported_layer_reasons
+from minference_vllm.backend.metadata_builder import SparsePrefillBuilder, SparsePrefillMetadata
+from minference_vllm.backend.sparse_prefill import SparsePrefillImpl
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.kernels.block_table import cpu_ops
 from minference_vllm.kernels.choose import own_kernel_reason

@@ -93,7 +93,8 @@ def _ends_the_start() -> Iterator[None]:
 
 
 def _check_cpu(vllm_config: Any) -> None:
-    from minference_vllm.backend.runtime import check_cpu_kernel, runtime_for
+    from minference_vllm.backend.limits import check_cpu_kernel
+    from minference_vllm.backend.runtime import runtime_for
 
     model, runtime = vllm_config.model_config, runtime_for(vllm_config)
     check_cpu_kernel(runtime.settings.kernel, model.dtype, model.get_head_size(), runtime.dual_chunk is not None)

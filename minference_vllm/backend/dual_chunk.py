@@ -26,25 +26,34 @@ class DualChunkLayer:
 
     def __init__(self, runtime: Runtime, geometry: DualChunk) -> None:
         self.runtime, self.geometry = runtime, geometry
-        self.layer: SparseLayer | None = None
-        """Its patterns as parts run them, and their kernel; None before ``prepare``."""
+        self.layers: dict[str | None, SparseLayer] = {}
+        """By the name of the patterns (``Chunk.patterns``): these as parts run them, and their kernel."""
 
-    def prepare(self, number: int, first_head: int, patterns: Sequence[HeadPattern], cache: PagedCache) -> None:
-        """Choose the kernel, for a cache like the layer's.
+    def prepare(
+        self, name: str | None, number: int, first_head: int, patterns: Sequence[HeadPattern], cache: PagedCache
+    ) -> None:
+        """Choose the kernel of some patterns, for a cache like the layer's.
+
+        Args:
+            name: of the patterns, where a request asked for them.
 
         Raises:
             ValueError: pages of this size, or any kernel that serves parts, cannot run on such a cache.
         """
         check_pages(self.geometry, cache.block_size)
         # The two that give the log-sum-exp of rows and attend an index without the rows' own keys.
-        name = "triton" if cache.key.is_cuda else "native"
+        serves_parts = "triton" if cache.key.is_cuda else "native"
         try:
-            kernel = choose(name, cache.key.dtype, cache, with_lse=True)
+            kernel = choose(serves_parts, cache.key.dtype, cache, with_lse=True)
         except ValueError as error:
             raise ValueError(f"minference: dual chunk attention: {error}") from None
         # The remainder is that of one set of keys, and parts are selected and merged one by one.
         alone = tuple(pattern.without_remainder() for pattern in patterns)
-        self.layer = SparseLayer(number, first_head, alone, kernel)
+        self.layers[name] = SparseLayer(number, first_head, alone, kernel)
+
+    def forget_asked(self) -> None:
+        """All patterns but the server's."""
+        self.layers = {name: layer for name, layer in self.layers.items() if name is None}
 
     def rotations(self, query: torch.Tensor, num_heads: int, head_size: int) -> torch.Tensor:
         """``[tokens, ROTATIONS, H, D]`` of what vLLM's attention layer hands over as ``[tokens * ROTATIONS, H, D]``."""
@@ -61,21 +70,21 @@ class DualChunkLayer:
 
     def warm_up(self, inputs: Inputs, out: torch.Tensor, tile: int | None) -> None:
         """Run what serving will run, for a chunk of two tiles behind one: sparse, dense and decoding, in all parts."""
-        assert self.layer is not None
+        layer = self.layers[inputs.chunk.patterns]
         rotated = inputs.query[:, None].expand(-1, ROTATIONS, -1, -1)
         geometry = DualChunk(inputs.chunk.context_len, 0)
-        for of_heads in (self.layer.patterns, [Dense()] * inputs.num_heads):
-            attend_dual_chunk(rotated, inputs, geometry, of_heads, self.layer.kernel, out, tile)
+        for of_heads in (layer.patterns, [Dense()] * inputs.num_heads):
+            attend_dual_chunk(rotated, inputs, geometry, of_heads, layer.kernel, out, tile)
         last = replace(
             inputs, query=inputs.query[-1:], chunk=replace(inputs.chunk, context_len=inputs.chunk.seq_len - 1)
         )
-        decode_dual_chunk(rotated[-1:], last, geometry, self.layer.kernel, out[-1:])
+        decode_dual_chunk(rotated[-1:], last, geometry, layer.kernel, out[-1:])
 
     def take_memory(self, inputs: Inputs, out: torch.Tensor, settings: Settings) -> None:
         """Take the memory that a sparse chunk takes with its audit."""
-        assert self.layer is not None
+        layer = self.layers[inputs.chunk.patterns]
         rotated = inputs.query[:, None].expand(-1, ROTATIONS, -1, -1)
-        patterns, kernel = self.layer.patterns, self.layer.kernel
+        patterns, kernel = layer.patterns, layer.kernel
         parts = attend_dual_chunk(rotated, inputs, self.geometry, patterns, kernel, out, settings.tile)
         if settings.audit_rows:
             audited_recall(parts, kernel, settings.audit_rows, seed=0)
@@ -89,8 +98,7 @@ class DualChunkLayer:
         Raises:
             ValueError: a model is calibrated, which measures plain attention alone.
         """
-        runtime, layer = self.runtime, self.layer
-        assert layer is not None, "attention ran before its layer was prepared"
+        runtime, layer = self.runtime, self.layers[inputs.chunk.patterns]
         if runtime.recorder is not None:
             raise ValueError(
                 "minference: patterns are measured on plain attention, which this model with dual chunk attention has "
@@ -115,5 +123,5 @@ class DualChunkLayer:
         for index in (part.index for part in parts):
             overflowed = 0 if index.overflowed is None else index.overflowed.sum() * index.heads_per_list
             pairs = index.computed_pairs().sum()
-            counters.count_layer(pairs, index.num_heads * index.dense_pairs(), overflowed)
+            counters.count_layer(pairs, index.num_heads * index.dense_pairs(), overflowed, chunk.patterns)
         counters.count_seconds(timing.estimate + timing.index + timing.attend, timing.audit)

@@ -65,6 +65,14 @@ class _Collector:
         for reason, count in self.report["dense_chunks"].items():
             dense.add_metric([reason], count)
         yield dense
+        for name, text in totals.items():
+            if name != "overflowed_tiles":
+                asked = CounterMetricFamily(
+                    f"minference_asked_{name}", f"{text}: of requests that asked for patterns", labels=["patterns"]
+                )
+                for patterns, work in self.report["asked_by_requests"].items():
+                    asked.add_metric([patterns], work[name])
+                yield asked
         place = ["layer", "head"]
         recall = GaugeMetricFamily("minference_recall", "Mean audited attention recall", labels=place)
         least = GaugeMetricFamily("minference_least_recall", "Least audited attention recall of a chunk", labels=place)

@@ -1,6 +1,6 @@
 """What our backends on NVIDIA GPUs share.
 
-Each class stands in front of vLLM's own in the order of base classes, as those of ``sparse_prefill`` do.
+Each class stands in front of vLLM's own in the order of base classes, as in the files that they build on.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Atte
 
 from minference_vllm.backend import compat
 from minference_vllm.backend.dual_chunk_limits import dual_chunk_of
-from minference_vllm.backend.runtime import unsupported_layer_reasons
-from minference_vllm.backend.sparse_prefill import SparsePrefillBuilder, SparsePrefillImpl
+from minference_vllm.backend.limits import unsupported_layer_reasons
+from minference_vllm.backend.metadata_builder import SparsePrefillBuilder
+from minference_vllm.backend.request_patterns import Asked
+from minference_vllm.backend.sparse_prefill import SparsePrefillImpl
 from minference_vllm.backend.warmup import take_memory, warm_up
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
@@ -53,6 +55,15 @@ class GPUBuilder(SparsePrefillBuilder):
         if self.device.type == "cuda":
             dtype = self.vllm_config.model_config.dtype
             warm_up(self.sparse_layers, self.kv_cache_spec, dtype, self.runtime.settings, self.device)
+
+    def prepare_asked(self, asked: Asked) -> bool:
+        found = super().prepare_asked(asked)
+        # Their kernels compile now, and not when the server starts: which patterns requests will ask for nobody knows.
+        if self.device.type == "cuda":
+            layers = [layer for layer in self.layers if layer.impl.layer_for(asked.name) is not None]
+            dtype = self.vllm_config.model_config.dtype
+            warm_up(layers, self.kv_cache_spec, dtype, self.runtime.settings, self.device, asked.name)
+        return found
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:

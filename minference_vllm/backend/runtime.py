@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
 from typing import Any, Protocol
 
-import torch
-
 from minference_vllm.backend import dual_chunk_limits
 from minference_vllm.backend.compat import add_worker_method, vllm_platform
 from minference_vllm.backend.counters import Counters
+from minference_vllm.backend.limits import check_model, check_page_size
+from minference_vllm.backend.request_patterns import CANNOT_RUN, Asked, RequestRows, asked_by
 from minference_vllm.core.inputs import Inputs
-from minference_vllm.kernels.choose import DTYPES
-from minference_vllm.kernels.native import library
 from minference_vllm.patterns.discovery import discover_patterns, total_query_heads
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.patterns.kinds import PatternError
 from minference_vllm.prefill.dual_chunk import DualChunk
 from minference_vllm.prefill.recall import RaisedSteps
-from minference_vllm.selection.families import family_of
 from minference_vllm.settings import Settings, load_settings
 
 logger = logging.getLogger("vllm.minference_vllm")
 
 STATS_METHOD = "minference_stats"
 """What workers are asked for their ``Counters.report`` by: ``LLM.collective_rpc("minference_stats")``."""
+MAX_ASKED = 64
+"""Patterns that requests asked for which layers stay prepared for; beyond, they are prepared anew."""
 
 
 class Recorder(Protocol):
@@ -36,6 +37,16 @@ class Recorder(Protocol):
     def record(self, layer: int, first_head: int, inputs: Inputs) -> None: ...
 
     def next_prompt(self, number: int) -> None: ...
+
+
+class LayerGroup(Protocol):
+    """The layers of one of our metadata builders, as the runtime has them prepared."""
+
+    def prepare_layers(self) -> None: ...
+
+    def prepare_asked(self, asked: Asked) -> bool: ...
+
+    def forget_asked(self) -> None: ...
 
 
 @dataclass
@@ -50,13 +61,16 @@ class Runtime:
     raised: RaisedSteps = field(default_factory=RaisedSteps)
     recorder: Recorder | None = None
     """While a model is calibrated; every sparse chunk then runs densely."""
-    layer_groups: list[Callable[[], Callable[[], None] | None]] = field(default_factory=list)
-    """Weak references to what finds the patterns of a group's layers anew, in the order in which groups were made."""
+    layer_groups: list[weakref.ref[LayerGroup]] = field(default_factory=list)
+    """In the order in which they were made."""
     dual_chunk: DualChunk | None = None
     """Of a model with dual chunk attention."""
     sparse_groups: dict[str, bool] = field(default_factory=dict)
     """Groups of layers that can run sparsely, by the name of their first layer: whether they see prefill chunks in
     pieces, as layers do that attend within chunks of the sequence (Llama 4)."""
+    requests: RequestRows = field(default_factory=RequestRows)
+    _asked: dict[str, str | None] = field(default_factory=dict)
+    """By name of patterns that requests asked for: why such requests are served densely, or None."""
 
     def __post_init__(self) -> None:
         self.discovered = self.patterns, self.source
@@ -78,10 +92,71 @@ class Runtime:
         """
         self.patterns, self.source = patterns, source
         self.counters, self.raised = Counters(self.counters.name), RaisedSteps()
-        for group in self.layer_groups:
-            prepare = group()
-            if prepare is not None:
-                prepare()
+        for group in self._groups():
+            group.prepare_layers()
+
+    def add_group(self, group: LayerGroup) -> None:
+        """A builder has been made, and has prepared its layers."""
+        self.layer_groups.append(weakref.ref(group))
+        self._forget_asked()
+
+    def _forget_asked(self) -> None:
+        self._asked.clear()
+        for group in self._groups():
+            group.forget_asked()
+
+    def _groups(self) -> list[LayerGroup]:
+        return [group for group in (reference() for reference in self.layer_groups) if group is not None]
+
+    @contextlib.contextmanager
+    def step(self, scheduled: Any) -> Iterator[None]:
+        """While the model runner executes a step.
+
+        Args:
+            scheduled: vLLM's ``SchedulerOutput``.
+        """
+        if len(self._asked) > MAX_ASKED:
+            self._forget_asked()
+        self.requests.begin(scheduled, self.patterns)
+        try:
+            yield
+        finally:
+            self.requests.end()
+
+    def dense_reason(self, asked: Asked) -> str | None:
+        """Why a request that asked for this is served densely, or None where all layers are prepared to serve it."""
+        if asked.dense is not None:
+            return asked.dense
+        if asked.name not in self._asked:
+            self._asked[asked.name] = self._prepare(asked)
+        return self._asked[asked.name]
+
+    def _prepare(self, asked: Asked) -> str | None:
+        try:
+            # All groups: which patterns a request runs must not depend on the layer.
+            found = [group.prepare_asked(asked) for group in self._groups()]
+        except (ValueError, RuntimeError) as error:
+            logger.warning("minference: requests that ask for %s are served densely: %s", asked.name, error)
+            return CANNOT_RUN
+        return None if any(found) else CANNOT_RUN
+
+    def check_request(self, params: Any, vllm_config: Any) -> Asked | None:
+        """What a new request asks for, see ``asked_by``.
+
+        Args:
+            params: vLLM's ``SamplingParams``.
+
+        Raises:
+            ValueError: there are no such patterns, or they cannot run on this model, its pages or its kernel.
+        """
+        asked = asked_by(params, self.patterns)
+        if asked is None or asked.patterns is None:
+            return asked
+        model, page = vllm_config.model_config, vllm_config.cache_config.block_size
+        asked.patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), asked.name)
+        if page is not None:
+            check_page_size(asked.patterns, asked.name, page)
+        return asked
 
     def summary(self, kernels: str) -> str:
         """One line for the log: where the patterns come from, and the settings that are not at their default.
@@ -157,100 +232,3 @@ def _log_the_rest(runtime: Runtime) -> None:
     """The statistics of the last chunks, when the process ends."""
     if runtime.settings.log_interval and runtime.counters.has_more_to_log:
         logger.info(runtime.counters.line())
-
-
-def check_model(model: Any) -> None:
-    """Raise ValueError, with all reasons, where a model as a whole cannot be served."""
-    reasons = unsupported_model_reasons(model)
-    if reasons:
-        raise ValueError(f"minference cannot serve {model.model}: " + "; ".join(reasons))
-
-
-def unsupported_model_reasons(model: Any) -> list[str]:
-    """Why a model as a whole cannot be served; empty when it can."""
-    reasons = []
-    if getattr(model, "use_mla", False):
-        reasons.append("multi-head latent attention (MLA) keeps no keys per head; choose another attention backend")
-    if model.runner_type not in ("generate", "draft"):
-        reasons.append(f"{model.runner_type} models run no causal prefill; minference serves text generation")
-    elif getattr(model, "is_encoder_decoder", False):
-        reasons.append("encoder-decoder models are not supported; minference serves decoder-only models")
-    if not total_query_heads(model):
-        reasons.append("it has no attention heads, and with them nothing that an attention backend computes")
-    if model.dtype not in DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        reasons.append(f"dtype {str(model.dtype).removeprefix('torch.')} is not supported; allowed are {allowed}")
-    return reasons
-
-
-def check_cpu_kernel(kernel: str, dtype: torch.dtype, head_size: int, dual_chunk: bool = False) -> None:
-    """Raise ValueError when the kernel that the user named, or that the layer needs, cannot run on this CPU.
-
-    Args:
-        kernel: the setting of that name.
-        dual_chunk: whether the layer has dual chunk attention.
-    """
-    reason = None
-    if kernel == "triton":
-        reason = "it needs an NVIDIA GPU"
-    elif kernel == "native" or dual_chunk:
-        reason = library.unsupported_reason(dtype, head_size)
-        if reason and dual_chunk:
-            raise ValueError(f"minference: dual chunk attention needs kernel 'native', which cannot run here: {reason}")
-    if reason:
-        raise ValueError(f"minference: kernel {kernel!r} cannot run here: {reason}; set kernel to 'auto'")
-
-
-def check_page_size(runtime: Runtime, block_size: int) -> None:
-    """Raise ValueError when a pattern cannot run on pages of this size."""
-    file = runtime.patterns
-    for pattern in {file.default, *(pattern for heads in file.layers.values() for pattern in heads.values())}:
-        problem = family_of(pattern).page_size_problem(pattern, block_size)
-        if problem:
-            raise ValueError(f"minference: patterns from {runtime.source}: {problem}")
-
-
-def attention_chunk_reasons(size: int | None, min_context: int) -> list[str]:
-    """Why a layer that attends within chunks of the sequence runs densely; empty when it can run sparsely.
-
-    Args:
-        size: tokens of such a chunk; None: the layer attends everything before a row.
-        min_context: the setting.
-    """
-    short = size is not None and size < min_context
-    return [f"attention within chunks of {size} tokens, below min_context"] if short else []
-
-
-def unsupported_layer_reasons(
-    *,
-    sliding_window: int | None,
-    logits_soft_cap: float | None,
-    alibi_slopes: Any,
-    sinks: Any,
-    is_decoder: bool,
-    kv_cache_dtype: str,
-    dtype: torch.dtype,
-    min_window: int | None = None,
-) -> list[str]:
-    """Why a single layer runs densely; empty when it can run sparsely.
-
-    Args:
-        min_window: the shortest sliding window, in tokens, that runs sparsely; None: none does.
-    """
-    reasons = []
-    if not is_decoder:
-        reasons.append("not causal self-attention")
-    if sliding_window is not None and sliding_window >= 0:
-        if min_window is None:
-            reasons.append("sliding window")
-        elif sliding_window < min_window:
-            reasons.append(f"sliding window of {sliding_window} tokens, below min_context")
-    if logits_soft_cap:
-        reasons.append("soft cap on logits")
-    if alibi_slopes is not None:
-        reasons.append("ALiBi")
-    if sinks is not None:
-        reasons.append("attention sinks")
-    if kv_cache_dtype not in ("auto", str(dtype).removeprefix("torch.")):
-        reasons.append(f"KV cache of {kv_cache_dtype}")
-    return reasons

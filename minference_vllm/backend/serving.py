@@ -50,11 +50,13 @@ def serve_chunk(runtime: Runtime, layer: SparseLayer, inputs: Inputs, out: torch
         check = RecallCheck(rows, settings.recall_floor, steps)
     index = attend_chunk(inputs, layer.patterns, layer.kernel, out, settings.tile, check, timing)
     overflowed = 0 if index.overflowed is None else index.overflowed.sum() * index.heads_per_list
-    counters.count_layer(index.computed_pairs().sum(), index.num_heads * index.dense_pairs(), overflowed)
+    pairs = index.num_heads * index.dense_pairs()
+    counters.count_layer(index.computed_pairs().sum(), pairs, overflowed, chunk.patterns)
     counters.count_seconds(timing.estimate + timing.index + timing.attend, timing.audit)
     if check is None or check.recall is None:
         return
-    counters.count_recall(layer.number, layer.first_head, torch.stack(check.recall).double())
+    if chunk.patterns is None:
+        counters.count_recall(layer.number, layer.first_head, torch.stack(check.recall).double())
     runtime.raised.keep(layer.number, inputs, check.steps)
     for head, step in enumerate(check.steps, layer.first_head):
         if step:
@@ -72,7 +74,8 @@ def audit_seed(layer: SparseLayer, chunk: Chunk) -> int:
 
 
 def audit_is_due(runtime: Runtime, layer: SparseLayer, inputs: Inputs) -> bool:
-    """Every chunk and layer under a floor; else as often as audits stay below their share of the time.
+    """Every chunk and layer under a floor; else as often as audits stay below their share of the time, of chunks that
+    run the server's patterns.
 
     The host's clock does not know a GPU's time; there the share is one of planned work.
     """
@@ -81,6 +84,8 @@ def audit_is_due(runtime: Runtime, layer: SparseLayer, inputs: Inputs) -> bool:
         return False
     if settings.recall_floor is not None:
         return True
+    if chunk.patterns is not None:
+        return False
     if not inputs.query.is_cuda:
         return counters.audit_seconds <= settings.audit_share * counters.sparse_seconds
     frequency = audit_frequency(

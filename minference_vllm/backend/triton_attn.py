@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from minference_vllm.backend.gpu import GPUBackend, GPUBuilder, GPUImpl
-from minference_vllm.backend.sparse_prefill import SparsePrefillMetadata
+from minference_vllm.backend.metadata_builder import SparsePrefillMetadata
 
 
 class MInferenceTritonBackend(GPUBackend, TritonAttentionBackend):

@@ -18,6 +18,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "VllmConfig.model_config",
     ),
     "distributed.parallel_state": ("get_tensor_model_parallel_rank",),
+    "exceptions": ("VLLMValidationError",),
     "logger": ("init_logger",),
     "model_executor.custom_op": ("CustomOp.register_oot",),
     "model_executor.layers.attention": ("Attention",),
@@ -59,6 +60,16 @@ PARTS: dict[str, tuple[str, ...]] = {
     "v1.attention.backends.triton_attn": (
         "TritonAttentionBackend", "TritonAttentionImpl", "TritonAttentionMetadata", "TritonAttentionMetadataBuilder",
     ),
+    "v1.core.sched.output": (
+        "NewRequestData.req_id", "NewRequestData.sampling_params", "SchedulerOutput.finished_req_ids",
+        "SchedulerOutput.num_scheduled_tokens", "SchedulerOutput.scheduled_new_reqs",
+    ),
+    "v1.engine": ("EngineCoreRequest.cache_salt", "EngineCoreRequest.sampling_params"),
+    "v1.engine.input_processor": ("InputProcessor.process_inputs",),
+    "v1.worker.gpu.input_batch": ("InputBatch.req_ids",),
+    "v1.worker.gpu.model_runner": ("GPUModelRunner.execute_model", "GPUModelRunner.prepare_inputs"),
+    "v1.worker.gpu_input_batch": ("InputBatch.req_ids",),
+    "v1.worker.gpu_model_runner": ("GPUModelRunner._prepare_inputs", "GPUModelRunner.execute_model"),
     "v1.worker.worker_base": ("WorkerBase",),
 }  # fmt: skip
 """By module of vLLM: names that must be there, and members of classes."""

@@ -19,14 +19,18 @@ from vllm.logger import init_logger
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.tiling import whole_tile
-from minference_vllm.patterns.kinds import MAX_STEP, HeadPattern
+from minference_vllm.patterns.kinds import MAX_STEP, HeadPattern, LowRank
 from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.prefill.recall import RecallCheck, audited_rows
 from minference_vllm.selection.capacity import MEMORY_LIMIT
 from minference_vllm.selection.families import family_of, share_lists
+from minference_vllm.selection.family import ADAPTIVE_COLUMNS
 from minference_vllm.settings import Settings
 
 logger = init_logger(f"vllm.{__name__}")
+
+WIDEST = LowRank(rank=128)
+"""What takes most: on the longest contexts a single head of it more than is left of ``MEMORY_LIMIT``."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +62,29 @@ _ready: set[Variant] = set()
 """In this process: builders are made anew for every group of layers and micro-batch."""
 
 
-def warm_up(layers: Sequence[Any], spec: Any, dtype: torch.dtype, settings: Settings, device: torch.device) -> None:
+def warm_up(
+    layers: Sequence[Any],
+    spec: Any,
+    dtype: torch.dtype,
+    settings: Settings,
+    device: torch.device,
+    name: str | None = None,
+) -> None:
     """Run every kernel that the sparse chunks of these layers will run, each variant once per process.
 
     Args:
         layers: vLLM's attention layers that have our implementation and run sparsely.
         spec: vLLM's, of their KV cache.
         dtype: the model's.
+        name: of patterns that requests asked for; None: the server's.
 
     Raises:
         RuntimeError: a kernel does not compile or does not run here; names the variant, the kernel and its shapes.
     """
     begin, before = time.perf_counter(), len(_ready)
     for layer in layers:
-        for patterns in _patterns_of(layer, settings):
-            _warm_up_layer(layer, patterns, spec, dtype, settings, device)
+        for patterns in _patterns_of(layer, settings, name):
+            _warm_up_layer(layer, patterns, spec, dtype, settings, device, name)
     if len(_ready) > before:
         seconds = time.perf_counter() - begin
         logger.info("minference: kernels for %d kinds of layers ready after %.1f s", len(_ready) - before, seconds)
@@ -102,13 +114,27 @@ def take_memory(layer: Any, vllm_config: Any, tokens: int, device: torch.device)
     dual_chunk, seq_len = layer.impl.dual_chunk, model.max_model_len
     if dual_chunk is not None and dual_chunk.plain_len < seq_len:
         chunk = _last_chunk(tokens, seq_len)
-        _take_memory(layer, spec, model.dtype, chunk, dual_chunk.layer.patterns, settings, device)
+        _take_room(spec, chunk, settings, device)
+        _take_memory(layer, spec, model.dtype, chunk, dual_chunk.layers[None].patterns, settings, device)
         seq_len = dual_chunk.plain_len
     chunk = _last_chunk(tokens, seq_len)
-    if layer.impl.sparse_layer is None or seq_len < settings.min_context or chunk.query_len < settings.min_chunk:
+    if seq_len < settings.min_context or chunk.query_len < settings.min_chunk:
+        return
+    _take_room(spec, chunk, settings, device)
+    if layer.impl.sparse_layer is None:
         return
     for patterns in _patterns_of(layer, settings):
         _take_memory(layer, spec, model.dtype, chunk, patterns, settings, device)
+
+
+def _take_room(spec: Any, chunk: Chunk, settings: Settings, device: torch.device) -> None:
+    """Take what an index may take while it is built, by whatever patterns requests ask for. Shorter chunks score as
+    many heads at once as fit, and may so take more than the largest."""
+    tiles = -(-chunk.query_len // whole_tile(settings.tile, spec.block_size)) + 1
+    pages = -(-chunk.seq_len // spec.block_size)
+    one_head = family_of(WIDEST).selection_bytes(WIDEST, tiles, chunk.seq_len, pages, ADAPTIVE_COLUMNS)
+    size = max(MEMORY_LIMIT, MEMORY_LIMIT * 3 // 4 + one_head)  # the lists of all heads, and a single head's selection
+    torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def _last_chunk(tokens: int, seq_len: int) -> Chunk:
@@ -130,8 +156,6 @@ def _take_memory(
     if _profiled.get(key, 0) >= chunk.query_len:
         return
     _profiled[key] = chunk.query_len
-    # Shorter chunks score as many heads at once as this holds, and may so take more than the largest.
-    torch.empty(MEMORY_LIMIT, dtype=torch.uint8, device=device)
 
     def run(out: torch.Tensor) -> None:
         if is_far:
@@ -144,22 +168,28 @@ def _take_memory(
     _serve(layer, inputs, patterns, dtype, run)
 
 
-def _patterns_of(layer: Any, settings: Settings) -> Iterator[list[HeadPattern]]:
+def _patterns_of(layer: Any, settings: Settings, name: str | None = None) -> Iterator[list[HeadPattern]]:
     """Those of a layer's heads, and what a floor raises them to."""
     for step in range(1 if settings.recall_floor is None else MAX_STEP + 1):
-        yield [pattern.at_step(step) for pattern in layer.impl.sparse_layer.patterns]
+        yield [pattern.at_step(step) for pattern in layer.impl.layer_for(name).patterns]
 
 
 def _warm_up_layer(
-    layer: Any, patterns: list[HeadPattern], spec: Any, dtype: torch.dtype, settings: Settings, device: torch.device
+    layer: Any,
+    patterns: list[HeadPattern],
+    spec: Any,
+    dtype: torch.dtype,
+    settings: Settings,
+    device: torch.device,
+    name: str | None,
 ) -> None:
     tile = whole_tile(settings.tile, spec.block_size)
-    chunk = Chunk(request=0, query_start=0, context_len=tile, seq_len=3 * tile)
+    chunk = Chunk(request=0, query_start=0, context_len=tile, seq_len=3 * tile, patterns=name)
     inputs = _empty_inputs(layer, spec, dtype, chunk, device)
     variant, impl = _variant(layer, inputs, patterns), layer.impl
 
     def run(out: torch.Tensor) -> None:
-        attend_chunk(inputs, patterns, impl.sparse_layer.kernel, out, settings.tile)
+        attend_chunk(inputs, patterns, impl.layer_for(name).kernel, out, settings.tile)
         if impl.dual_chunk is not None:
             impl.dual_chunk.warm_up(inputs, out, settings.tile)
 

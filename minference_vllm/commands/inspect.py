@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # Both load torch and transformers, which --help does not need.
-    from minference_vllm.backend.runtime import unsupported_model_reasons
+    from minference_vllm.backend.limits import unsupported_model_reasons
     from minference_vllm.offline.checkpoint import Checkpoint, planned_patterns
 
     checkpoint = Checkpoint(args.model, args.trust_remote_code)

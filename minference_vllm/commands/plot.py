@@ -71,7 +71,7 @@ def _picture(text: str) -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    from minference_vllm.backend.runtime import check_model
+    from minference_vllm.backend.limits import check_model
     from minference_vllm.offline.checkpoint import Checkpoint, planned_patterns
     from minference_vllm.offline.plot import draw_pattern_map
 

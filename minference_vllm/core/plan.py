@@ -7,8 +7,9 @@ left dense.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Chunk:
     """Tokens of the request already in the cache before this step."""
     seq_len: int
     """Tokens in the cache after this step: context + chunk."""
+    patterns: str | None = None
+    """Name of the patterns that the request asked for; None: it runs the server's."""
 
     @property
     def query_len(self) -> int:
@@ -60,6 +63,7 @@ class Plan:
 
 BELOW_MIN_CONTEXT = "prompt so far is shorter than min_context"
 BELOW_MIN_CHUNK = "chunk is shorter than min_chunk"
+NO_ROWS: Mapping[int, str] = MappingProxyType({})
 PREFILL_FROM = 16
 """A chunk of fewer tokens is a decode or a verification of drafted tokens, not a prefill."""
 
@@ -79,6 +83,8 @@ def plan_batch(
     min_context: int,
     min_chunk: int,
     plain_len: int | None = None,
+    dense: Mapping[int, str] = NO_ROWS,
+    patterns: Mapping[int, str] = NO_ROWS,
 ) -> Plan:
     """Split a batch into sparse chunks and dense runs.
 
@@ -87,6 +93,8 @@ def plan_batch(
         seq_lens: context plus new tokens of each request; ``num_requests`` entries.
         min_context, min_chunk: thresholds in tokens, see ``Settings``.
         plain_len: tokens of a sequence up to which vLLM's own kernel can serve it; None: any number.
+        dense: requests that are served densely whatever their lengths are, and why.
+        patterns: requests that run other patterns than the server's, and the names of these.
     """
     sparse: list[Chunk] = []
     dense_runs: list[tuple[int, int]] = []
@@ -95,9 +103,9 @@ def plan_batch(
     for request, seq_len in enumerate(seq_lens):
         start, end = query_start_loc[request], query_start_loc[request + 1]
         chunk = Chunk(request, start, seq_len - (end - start), seq_len)
-        reason = dense_reason(chunk, min_context, min_chunk)
+        reason = dense_reason(chunk, min_context, min_chunk) or dense.get(request)
         if reason is None:
-            sparse.append(chunk)
+            sparse.append(replace(chunk, patterns=patterns.get(request)))
             continue
         if chunk.query_len >= PREFILL_FROM:
             reasons.append(reason)

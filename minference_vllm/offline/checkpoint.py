@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from minference_vllm.backend.runtime import attention_chunk_reasons, model_patterns, unsupported_layer_reasons
+from minference_vllm.backend.limits import attention_chunk_reasons, unsupported_layer_reasons
+from minference_vllm.backend.runtime import model_patterns
 from minference_vllm.kernels.choose import own_kernel_reason
 from minference_vllm.patterns.discovery import layer_configs, total_query_heads
 from minference_vllm.patterns.file import PatternFile

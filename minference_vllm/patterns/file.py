@@ -106,6 +106,16 @@ class PatternFile(BaseModel):
         if found_heads != num_heads:
             raise PatternError(f"{source} describes {found_heads} heads per layer, the model has {num_heads}")
 
+    @property
+    def used(self) -> frozenset[HeadPattern]:
+        """All patterns that heads may run."""
+        return frozenset([self.default, *(pattern for heads in self.layers.values() for pattern in heads.values())])
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every head attends everything."""
+        return all(pattern.kind == "dense" for pattern in self.used)
+
     def for_layer(self, layer: int, num_heads: int, first_head: int = 0) -> tuple[HeadPattern, ...]:
         """Patterns of heads ``first_head .. first_head + num_heads`` (a tensor-parallel rank's slice) of one layer."""
         heads = self.layers.get(layer, {})
@@ -164,10 +174,25 @@ def load_pattern_file(name_or_path: str) -> PatternFile:
     Raises:
         PatternError: no such file, broken JSON, or content that ``parse_patterns`` refuses.
     """
-    written = None if _is_file(name_or_path) else parse_written_pattern(name_or_path)
+    named = None if _is_file(name_or_path) else named_patterns(name_or_path)
+    if named is not None:
+        return named
+    content, path = read_pattern_json(name_or_path)
+    return parse_patterns(content, str(path))
+
+
+def named_patterns(name: str) -> PatternFile | None:
+    """A shipped file by its name, or one pattern for all heads, written out; None: neither. No other file is read.
+
+    Raises:
+        PatternError: a written pattern with an unknown kind or field, or a budget out of range.
+    """
+    written = parse_written_pattern(name)
     if written is not None:
         return PatternFile(default=written, provenance="written out")
-    content, path = read_pattern_json(name_or_path)
+    if name not in shipped_pattern_files():
+        return None
+    content, path = read_pattern_json(name)
     return parse_patterns(content, str(path))
 
 

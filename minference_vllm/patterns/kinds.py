@@ -212,7 +212,7 @@ def parse_written_pattern(text: str) -> HeadPattern | None:
     kind, arguments = call.groups()
     names = [name for name in dict(parse_head_pattern({"kind": kind})) if name != "kind"]
     fields: dict[str, Any] = {"kind": kind}
-    for number, argument in enumerate(filter(None, map(str.strip, arguments.split(",")))):
+    for number, argument in enumerate(arguments.split(",") if arguments.strip() else ()):
         name, given, value = (part.strip() for part in argument.rpartition("="))
         if not given:
             if number >= len(names):
@@ -224,7 +224,7 @@ def parse_written_pattern(text: str) -> HeadPattern | None:
             raise PatternError(f"pattern {cut(text)!r}: {cut(name)} is given twice")
         try:
             fields[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):  # a list in a list in a list ...
             raise PatternError(f"pattern {cut(text)!r}: {shortened(value)} is not a number") from None
     return parse_head_pattern(fields)
 

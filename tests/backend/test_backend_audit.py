@@ -212,11 +212,11 @@ def test_another_request_begins_with_its_own_patterns(make_cpu_layer: Callable[.
 def test_the_log_line_tells_recall_and_raised_heads(
     make_cpu_layer: Callable[..., Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minference_vllm.backend import sparse_prefill
+    from minference_vllm.backend import metadata_builder
 
     lines: list[str] = []
     monkeypatch.setattr(
-        sparse_prefill.logger, "info", lambda message, *values, **options: lines.append(message % values)
+        metadata_builder.logger, "info", lambda message, *values, **options: lines.append(message % values)
     )
     layer = make_cpu_layer([FIRST], patterns=MISFITS, settings={"recall_floor": 0.98, "log_interval": 1e-9})
     for batch in two_chunks(layer):

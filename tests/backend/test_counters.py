@@ -122,3 +122,33 @@ def test_reports_of_ranks_become_one() -> None:
     assert (report["computed_pairs"], report["dense_pairs"], report["density"]) == (50.0, 200.0, 0.25)
     assert [(head["head"], head["recall"]) for head in report["heads"]] == [(0, 0.9), (1, 0.8), (2, 0.5), (3, 1.0)]
     assert merged([idle]) == idle
+
+
+def test_patterns_that_requests_asked_for_are_counted_by_themselves_too() -> None:
+    plan = plan_batch([0, 600, 1000], [600, 400], min_context=1, min_chunk=1, patterns={1: "a_shape(sink=1, local=2)"})
+    ranks = [Counters(), Counters()]
+    for rank, counters in enumerate(ranks):
+        counters.count_batch(plan)
+        counters.count_layer(30.0, 100.0)
+        counters.count_layer(torch.tensor(5.0 + rank), 50.0, name="a_shape(sink=1, local=2)")
+    work = {"sparse_chunks": 1, "sparse_tokens": 400, "computed_pairs": 5.0, "dense_pairs": 50.0, "density": 0.1}
+    assert ranks[0].report()["asked_by_requests"] == {"a_shape(sink=1, local=2)": work}
+    assert (ranks[0].sparse_chunks, ranks[0].computed_pairs, ranks[0].dense_pairs) == (2, 35.0, 150.0)
+    assert "density 0.2333; of these, as requests asked: 1 by a_shape(sink=1, local=2) (density 0.1000)" in (
+        ranks[0].line()
+    )
+    both = merged([counters.report() for counters in ranks])
+    json.dumps(both)
+    assert both["asked_by_requests"] == {
+        "a_shape(sink=1, local=2)": work | {"computed_pairs": 11.0, "dense_pairs": 100.0, "density": 0.11}
+    }
+
+
+def test_names_of_patterns_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the clients' choice."""
+    monkeypatch.setattr("minference_vllm.backend.counters.MAX_NAMES", 2)
+    counters = Counters()
+    for name in ("one", "two", "three", "one", "four"):
+        counters.count_layer(1.0, 2.0, name=name)
+    found = {name: work.dense_pairs for name, work in counters.asked.items()}
+    assert found == {"one": 4.0, "two": 2.0, "others": 4.0}

@@ -92,6 +92,24 @@ def test_layers_that_we_do_not_serve_run_as_vllms(
     assert not layer.indices
 
 
+def test_a_batch_is_counted_once_whatever_its_kv_cache_groups_are(make_cpu_layer: Callable[..., Layer]) -> None:
+    """Models with layers of several kinds have several groups, and each plans the batch."""
+    layer = make_cpu_layer(MIXED)
+    first, other = layer.builder, layer.make_layer(0, {})
+    for builder in (first, layer.make_builder(other)):
+        layer.builder = builder
+        assert layer.metadata().sparse
+    assert layer.counters.sparse_chunks == len(SPARSE)
+    assert layer.counters.dense_chunks == {BELOW_MIN_CHUNK: 2, BELOW_MIN_CONTEXT: 1}
+    layer.builder = layer.make_builder(layer.layer)
+    layer.metadata()
+    assert layer.counters.sparse_chunks == 2 * len(SPARSE), "a micro-batch of the first group"
+    windowed = make_cpu_layer(MIXED, options={"sliding_window": 128})
+    windowed.builder = windowed.make_builder(windowed.make_layer(0, {}))
+    windowed.metadata()
+    assert windowed.counters.sparse_chunks == len(SPARSE), "the first group runs densely"
+
+
 def test_the_reason_is_logged(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]) -> None:
     lines = record_once(monkeypatch)
     make_cpu_layer([(0, 10)])
@@ -333,7 +351,7 @@ def test_nothing_of_ours_runs_for_decodes(
     """Above all no reading of lengths, which would copy them from a GPU."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
-    from minference_vllm.backend import sparse_prefill
+    from minference_vllm.backend import metadata_builder
 
     def never(*arguments: Any) -> Any:
         raise AssertionError("called for a batch of decodes")
@@ -341,7 +359,7 @@ def test_nothing_of_ours_runs_for_decodes(
     layer = make_cpu_layer([(500, 1), (9, 1), (700, 15)])
     metadata = CPUAttentionMetadata.__new__(CPUAttentionMetadata)
     monkeypatch.setattr(CPUAttentionMetadataBuilder, "build", lambda *arguments: metadata)
-    monkeypatch.setattr(sparse_prefill, "plan_batch", never)
+    monkeypatch.setattr(metadata_builder, "plan_batch", never)
     monkeypatch.setattr(Counters, "count_batch", never)
     monkeypatch.setattr(Counters, "line", never)
     assert layer.metadata() is metadata
@@ -350,10 +368,10 @@ def test_nothing_of_ours_runs_for_decodes(
 def test_the_statistics_of_a_prompt_in_one_chunk_are_logged_by_its_decodes(
     make_cpu_layer: Callable[..., Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from minference_vllm.backend import runtime, sparse_prefill
+    from minference_vllm.backend import metadata_builder, runtime
 
     lines: list[str] = []
-    for module in (sparse_prefill, runtime):
+    for module in (metadata_builder, runtime):
         monkeypatch.setattr(module.logger, "info", lambda message, *values, **options: lines.append(message))
     layer = make_cpu_layer([SECOND])
     lines.clear()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from dual_chunk_inputs import frequencies, turn
-from layer_inputs import DIM, GPU_KINDS, HEADS, KINDS, KV_HEADS
+from layer_inputs import DIM, GPU_KINDS, HEADS, KINDS, KV_HEADS, planned
 
 from minference_vllm import reference
 from minference_vllm.kernels.native import library
@@ -59,7 +59,12 @@ def run(layer: Any, rotated: torch.Tensor, metadata: Any) -> torch.Tensor:
 
 
 def assert_all_right(
-    layer: Any, out: torch.Tensor, keys: list[torch.Tensor], query: torch.Tensor, parts: dict[int, Any]
+    layer: Any,
+    out: torch.Tensor,
+    keys: list[torch.Tensor],
+    query: torch.Tensor,
+    parts: dict[int, Any],
+    sparse: Sequence[int] = SPARSE,
 ) -> None:
     """Every request attends, as defined, the keys that its indices name; all of them where it has none."""
     batch = layer.batch
@@ -74,9 +79,9 @@ def assert_all_right(
                 rows = slice(*(position - context_len for position in part.rows))
                 first, last = part.keys
                 named[:, rows, first:last] = part.index.to_mask()[..., : last - first]
-            assert torch.equal(named, mask) == (request not in SPARSE), f"request {request}"
+            assert torch.equal(named, mask) == (request not in sparse), f"request {request}"
             mask = named
-        elif request in SPARSE:
+        elif request in sparse:
             mask = plain[seq_len].to_mask()
         scores = reference_dual_chunk.dual_chunk_scores(
             query[batch.rows(request)], keys[request], context_len, layer.scale, frequencies(DIM),
@@ -115,6 +120,26 @@ def test_a_mixed_batch_on_the_cpu(
 
 
 @needs_native
+def test_requests_that_ask_for_other_patterns(
+    monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Any]
+) -> None:
+    """Beyond the first chunk: densely, or by patterns without their remainder."""
+    layer = make_cpu_layer(MIXED, dtype=torch.float32, dual_chunk=CONFIG, settings=SETTINGS)
+    query = layer.batch.query.clone()
+    rotated, keys = turn(layer.batch, GEOMETRY)
+    layer.fill(layer.batch)
+    parts = watch(monkeypatch)
+    metadata = planned(layer, {4: "dense", 6: "a_shape(16, 40)"}, layer.metadata)
+    assert [(chunk.request, chunk.patterns is None) for chunk, _ in metadata.sparse] == [(1, True), (6, False)]
+    assert [chunk.request for chunk, _ in metadata.far] == [0, 4, 5, 8, 9]
+    assert_all_right(layer, run(layer, rotated, metadata), keys, query, parts, sparse=(1, 6))
+    planned(layer, {6: "low_rank(32, 0.5, true)"}, layer.metadata)
+    name = str(LowRank(rank=32, gamma=0.5, remainder=True))
+    assert set(layer.impl.asked_layers[name].patterns) == {LowRank(rank=32, gamma=0.5, remainder=True)}
+    assert set(layer.impl.dual_chunk.layers[name].patterns) == {LowRank(rank=32, gamma=0.75)}
+
+
+@needs_native
 def test_a_mixed_batch_on_the_gpu_backends(monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Any]) -> None:
     """With the CPU kernel, since tensors are on the CPU; the parent's plain attention is stood in for."""
     layer = make_gpu_layer(MIXED, dual_chunk=CONFIG, settings={**SETTINGS, "kernel": "auto"})
@@ -140,7 +165,7 @@ def test_decodes_alone(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable
 
 @needs_native
 def test_heads_that_are_all_dense(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Any]) -> None:
-    """Their plain chunks are the parent's, unless others of the batch are not; nothing is counted."""
+    """Their plain chunks are the parent's, whatever the others of the batch are; nothing is counted."""
     patterns = [{"kind": "dense"}] * HEADS
     options = {"dtype": torch.float32, "patterns": patterns, "dual_chunk": CONFIG, "settings": SETTINGS}
     layer = make_cpu_layer([(0, 150), (300, 250)], **options)
@@ -149,7 +174,7 @@ def test_heads_that_are_all_dense(monkeypatch: pytest.MonkeyPatch, make_cpu_laye
     layer.fill(layer.batch)
     parts = watch(monkeypatch)
     out = run(layer, rotated, layer.metadata())
-    assert sorted(parts) == [1] and len(layer.indices) == 1
+    assert sorted(parts) == [1] and not layer.indices
     for request, context_len in enumerate((0, 300)):
         scores = reference_dual_chunk.dual_chunk_scores(
             query[layer.batch.rows(request)], keys[request], context_len, layer.scale, frequencies(DIM), 320, 64, 200
@@ -173,7 +198,7 @@ def test_parts_run_the_default_without_its_remainder(
     layer = make_cpu_layer([(0, 150), (300, 250)], patterns=[written] * HEADS, dual_chunk=CONFIG, settings=SETTINGS)
     impl = layer.impl
     assert set(impl.sparse_layer.patterns) == {LowRank(rank=32, gamma=0.88, remainder=True)}
-    assert set(impl.dual_chunk.layer.patterns) == {LowRank(rank=32, gamma=0.94)}
+    assert set(impl.dual_chunk.layers[None].patterns) == {LowRank(rank=32, gamma=0.94)}
     rotated, _ = turn(layer.batch, GEOMETRY)
     layer.fill(layer.batch)
     parts = watch(monkeypatch)
@@ -184,7 +209,7 @@ def test_parts_run_the_default_without_its_remainder(
 @pytest.mark.parametrize("rank", [0, 1])
 @needs_native
 def test_a_tensor_parallel_rank_runs_its_own_heads_patterns(rank: int, make_cpu_layer: Callable[..., Any]) -> None:
-    layer = make_cpu_layer([(0, 10)], dual_chunk=CONFIG, rank=rank, ranks=2).impl.dual_chunk.layer
+    layer = make_cpu_layer([(0, 10)], dual_chunk=CONFIG, rank=rank, ranks=2).impl.dual_chunk.layers[None]
     assert (layer.number, layer.first_head) == (1, 4 * rank)
     assert [pattern.kind for pattern in layer.patterns] == [entry["kind"] for entry in KINDS[4 * rank : 4 * rank + 4]]
 

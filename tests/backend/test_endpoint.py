@@ -41,6 +41,7 @@ def counters(monkeypatch: pytest.MonkeyPatch) -> Counters:
     counters = Counters(sparse_chunks=3, sparse_tokens=700)
     counters.dense_chunks['too "short"'] = 2
     counters.count_layer(30.0, 120.0)
+    counters.count_layer(3.0, 12.0, name="a_shape")
     counters.count_recall(1, 0, torch.tensor([[0.5, 0.75], [0.25, 0.625]], dtype=torch.float64))
     counters.count_raised(1, 0, dense=False)
     return counters
@@ -57,8 +58,10 @@ def test_metrics_are_prometheus_text(counters: Counters) -> None:
     for line in (
         "minference_sparse_chunks_total 3.0",
         "minference_sparse_tokens_total 700.0",
-        "minference_computed_pairs_total 30.0",
-        "minference_dense_pairs_total 120.0",
+        "minference_computed_pairs_total 33.0",
+        "minference_dense_pairs_total 132.0",
+        'minference_asked_computed_pairs_total{patterns="a_shape"} 3.0',
+        'minference_asked_dense_pairs_total{patterns="a_shape"} 12.0',
         "minference_overflowed_tiles_total 0.0",
         'minference_dense_chunks_total{reason="too \\"short\\""} 2.0',
         'minference_recall{head="1",layer="1"} 0.75',

@@ -60,6 +60,8 @@ def make_layer(*patterns: HeadPattern, sinks: bool = False, softcap: float = 0.0
         paged_cache=paged_cache,
         dual_chunk=None,
         inputs=inputs,
+        layer_for=lambda name: impl.sparse_layer if name is None else impl.asked_layers[name],
+        asked_layers={},
     )
     return SimpleNamespace(impl=impl, query_quant=object() if quantised else None)
 

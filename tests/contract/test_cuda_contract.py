@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,28 +15,8 @@ import torch
 from contract_process import CudaVLLM, names, serve
 
 pytestmark = pytest.mark.contract
-VERSIONS = ("0.26.0", "0.30.0", "0.33.0")
-"""The oldest and the newest that are supported, and one between."""
 STEP = 2.0**-8
 """Relative precision of bf16."""
-
-
-@pytest.fixture(
-    scope="module",
-    params=[*(pytest.param(version, marks=pytest.mark.older_vllm) for version in VERSIONS[:-1]), VERSIONS[-1]],
-)
-def cuda_vllm(request: pytest.FixtureRequest) -> Iterator[CudaVLLM]:
-    import get_vllm_python
-
-    pytest.importorskip("triton")
-    folder = get_vllm_python.default_folder(request.param)
-    try:
-        get_vllm_python.make(request.param, folder)
-    except get_vllm_python.MakeError as error:
-        pytest.skip(str(error))
-    process = CudaVLLM(Path(__file__), request.param, folder)
-    yield process
-    process.close()
 
 
 def case_what_vllm_asks_the_backend() -> None:

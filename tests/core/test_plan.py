@@ -81,3 +81,15 @@ def test_every_request_is_served_exactly_once() -> None:
     assert sorted(served) == list(range(len(requests)))
     # Neighbouring dense requests are one run, so two runs never touch.
     assert all(a[1] < b[0] for a, b in zip(found.dense_runs, found.dense_runs[1:], strict=False))
+
+
+def test_requests_that_asked_for_other_than_the_servers_patterns() -> None:
+    """They are dense for the reason of their length where that is one already."""
+    lengths = [3000, 600, 3000, 3000, 3000]
+    starts = [0, *accumulate([500, 600, 500, 500, 500])]
+    dense, patterns = {0: "asked", 1: "asked", 4: "other"}, {2: "a_shape", 1: "a_shape"}
+    found = plan_batch(starts, lengths, MIN_CONTEXT, MIN_CHUNK, dense=dense, patterns=patterns)
+    assert found.sparse == (Chunk(2, 1100, 2500, 3000, "a_shape"), Chunk(3, 1600, 2500, 3000))
+    assert found.dense_runs == ((0, 2), (4, 5)) and found.dense_reasons == ("asked", BELOW_MIN_CONTEXT, "other")
+    beyond = plan_batch(starts, lengths, MIN_CONTEXT, MIN_CHUNK, plain_len=2800, dense=dense)
+    assert [chunk.request for chunk in beyond.far] == [0, 4] and beyond.dense_reasons == found.dense_reasons

@@ -136,10 +136,12 @@ class Answer:
     leads: list[list[list[float]]]
     cached: list[list[int]]
     log: str
-    stats: list[dict[str, Any]] = field(default_factory=list)
+    counted: list[dict[str, Any]] = field(default_factory=list)
     """What was counted in each batch that named its patterns (``Counters.report``)."""
     drafts: int = 0
     """Tokens drafted altogether."""
+    stats: list[dict[str, Any]] = field(default_factory=list)
+    """``Counters.report`` of every worker that runs minference."""
 
     @property
     def density(self) -> float:

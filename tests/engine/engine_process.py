@@ -1,10 +1,11 @@
 """One vLLM engine in a process of its own: ``python engine_process.py REQUEST.json ANSWER.json``.
 
 The request: ``llm`` (arguments of ``LLM``), ``max_tokens``, and ``batches``: prompts as token ids that are given to the
-engine together, whether to forget cached prefixes first, and which patterns to run if that is said (null: the model's
-own). The answer, for every batch and prompt: the greedy tokens, how far the best token led the second best (in nats),
-and how many tokens of the prompt were cached; for every batch with ``patterns`` what our backend counted; and how many
-tokens were drafted altogether.
+engine together, the patterns that each asks for (None: nothing), whether to forget cached prefixes first, and which
+patterns the engine is to run if that is said (null: its own). The answer, for every batch and prompt: the greedy
+tokens, how far the best token led the second best (in nats), and how many tokens of the prompt were cached; for every
+batch with ``patterns`` what our backend counted; how many tokens were drafted altogether; and the statistics of every
+worker that runs minference.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(skip_tokenizer_init=True, **request["llm"])
-    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], detokenize=False, logprobs=2)
-    answer: dict[str, Any] = {"tokens": [], "leads": [], "cached": [], "stats": []}
+    options = {"temperature": 0, "max_tokens": request["max_tokens"], "detokenize": False, "logprobs": 2}
+    answer: dict[str, Any] = {"tokens": [], "leads": [], "cached": [], "counted": []}
     for batch in request["batches"]:
         if "patterns" in batch:
             from minference_vllm.offline.evaluate.reader import use_patterns
@@ -28,16 +29,20 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             llm.collective_rpc(use_patterns, args=(batch["patterns"],))
         if batch.get("forget_prefixes"):
             llm.reset_prefix_cache()
+        asked = batch.get("asked") or [None] * len(batch["prompts"])
+        sampling = [SamplingParams(**options, extra_args=name and {"minference": name}) for name in asked]
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in batch["prompts"]], sampling, use_tqdm=False)
         completions = [output.outputs[0] for output in outputs]
         answer["tokens"].append([list(completion.token_ids) for completion in completions])
         answer["leads"].append([[lead(entry) for entry in completion.logprobs or []] for completion in completions])
         answer["cached"].append([output.num_cached_tokens or 0 for output in outputs])
         if "patterns" in batch:
-            answer["stats"] += llm.collective_rpc("minference_stats")
+            answer["counted"] += llm.collective_rpc("minference_stats")
     if "speculative_config" in request["llm"]:
         name = "vllm:spec_decode_num_draft_tokens"
         answer["drafts"] = sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+    if request["llm"].get("attention_backend") == "minference":
+        answer["stats"] = llm.collective_rpc("minference_stats")
     return answer
 
 

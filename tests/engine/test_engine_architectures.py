@@ -138,11 +138,11 @@ def test_full_selection_gives_the_tokens_of_vllms_own_backend(served: Served) ->
     assert len({token for tokens in served.stock.tokens[0] for token in tokens}) > 10, "the answers say nothing"
     assert_same_tokens(full, served.stock, tie=0.005 if exact else 0.15, at_least=24)
     assert first_leads(full) == pytest.approx(first_leads(served.stock), abs=1e-3 if exact else 0.15)
-    assert served.ours.stats[1]["density"] == 1.0
+    assert served.ours.counted[1]["density"] == 1.0
 
 
 def test_the_default_pattern_runs_sparsely_where_it_can(served: Served) -> None:
-    stats, answer = served.ours.stats[0], of_batch(served.ours, 0)
+    stats, answer = served.ours.counted[0], of_batch(served.ours, 0)
     assert {head["layer"] for head in stats["heads"]} == numbers(served.architecture.sparse)
     if not served.architecture.sparse:
         assert stats["sparse_tokens"] == 0 and answer.tokens == served.stock.tokens

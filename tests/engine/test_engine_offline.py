@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,8 @@ MIXED = (2000, 300, 1501, 900)
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
-def batch(*prompts: list[int], forget_prefixes: bool = False) -> dict[str, Any]:
-    return {"prompts": list(prompts), "forget_prefixes": forget_prefixes}
+def batch(*prompts: list[int], forget_prefixes: bool = False, asked: list[str | None] | None = None) -> dict[str, Any]:
+    return {"prompts": list(prompts), "forget_prefixes": forget_prefixes, "asked": asked}
 
 
 # Against vLLM's own backend. The model has a layer with a sliding window, which is not ours to compute.
@@ -29,9 +30,9 @@ def batch(*prompts: list[int], forget_prefixes: bool = False) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def run_hybrid(hybrid_llama: Path, run_engine: Runner, prompt: Callable[..., list[int]]) -> Callable[..., Any]:
-    def run(**llm: Any) -> Any:
+    def run(asked: list[str | None] | None = None, **llm: Any) -> Any:
         prompts = [prompt(length, seed) for seed, length in enumerate(MIXED)]
-        batches = [batch(*prompts), batch(prompt(1300, 7))]
+        batches = [batch(*prompts, asked=asked), batch(prompt(1300, 7))]
         options = {"dtype": "bfloat16", "enable_prefix_caching": False, **EAGER, **CHUNKED}
         return run_engine(hybrid_llama, batches, {**options, **llm}, max_tokens=12, **IN_PROCESS)
 
@@ -62,6 +63,29 @@ def test_full_selection_gives_the_tokens_of_vllms_own_backend(
     assert "some layers run densely: sliding window" in answer.log
 
 
+def test_a_request_that_asks_for_it_runs_densely_beside_sparse_ones(
+    stock: Any, run_hybrid: Callable[..., Any], with_minference: Callable[..., Any], sparse_patterns: str
+) -> None:
+    """All chunks of the first prompt; the third runs other patterns, and the last the server's."""
+    answer = run_hybrid(asked=["dense", None, "a_shape(64, 128)", None], **with_minference(sparse_patterns))
+    assert_same_prompt(answer, stock, prompt=0)
+    (stats,) = answer.stats
+    assert stats["dense_chunks"]["the request asked for it"] == 2
+    (asked,) = stats["asked_by_requests"].values()
+    assert asked["sparse_chunks"] == 2 and 0.05 < asked["density"] < 0.5
+    assert stats["sparse_chunks"] >= 5 and 0.05 < stats["density"] < 0.9
+    assert "a_shape(sink=64, local=128) (density 0." in answer.log
+
+
+def assert_same_prompt(found: Any, expected: Any, prompt: int) -> None:
+    """The same tokens for one prompt of the first batch, as ``assert_same_tokens`` has it."""
+
+    def alone(answer: Any) -> Any:
+        return SimpleNamespace(tokens=[[answer.tokens[0][prompt]]], leads=[[answer.leads[0][prompt]]])
+
+    assert_same_tokens(alone(found), alone(expected), tie=0.1, at_least=8)
+
+
 # Sparse patterns, several kinds in every layer
 
 
@@ -83,6 +107,8 @@ def cached(
         batch(second, forget_prefixes=True),
         batch(first, forget_prefixes=True),
         batch(second),
+        batch(second, second, asked=["dense", "a_shape"]),
+        batch(second, second, asked=["dense", None]),
     ]
     options = {"dtype": "bfloat16", "enable_prefix_caching": True, **EAGER, **CHUNKED}
     return run_engine(llama, batches, {**options, **with_minference(sparse_patterns)}, **IN_PROCESS)
@@ -99,8 +125,15 @@ def test_repeated_batches_give_the_same_tokens(cached: Any) -> None:
 
 def test_a_cached_prefix_makes_no_difference(cached: Any) -> None:
     """The shared 1,024 tokens are one chunk, so the second prompt's next chunk is the same with and without them."""
-    assert cached.cached[2:] == [[0], [0], [1024]]
+    assert cached.cached[2:5] == [[0], [0], [1024]]
     assert cached.tokens[4] == cached.tokens[2]
+
+
+def test_prefixes_are_shared_by_requests_that_ask_for_the_same(cached: Any) -> None:
+    """Or a dense request would attend keys of deeper layers that sparse ones have left."""
+    assert cached.cached[5] == [0, 0]
+    assert cached.cached[6] == [1664, 1664], "whole pages of 128 tokens, all but the last"
+    assert cached.tokens[6] == [cached.tokens[5][0], cached.tokens[4][0]]
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +184,8 @@ def test_two_ranks_give_the_tokens_of_one(
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("two ranks need two cores")
-    batches = [batch(prompt(length, seed)) for seed, length in enumerate(MIXED)]
+    prompts = [prompt(length, seed) for seed, length in enumerate(MIXED)]
+    batches = [*map(batch, prompts), batch(*prompts[:2], asked=["a_shape(64, 128)", "dense"])]
     options = {
         "dtype": "float32",
         "enable_prefix_caching": False,
@@ -162,7 +196,7 @@ def test_two_ranks_give_the_tokens_of_one(
     one = run_engine(llama, batches, {**options, "tensor_parallel_size": 1})
     binding = f"{cores[0]}|{cores[1]}"
     two = run_engine(llama, batches, {**options, "tensor_parallel_size": 2}, VLLM_CPU_OMP_THREADS_BIND=binding)
-    assert two.density < 0.9
+    assert two.density < 0.9 and [len(stats["asked_by_requests"]) for stats in two.stats] == [1, 1]
     assert_same_tokens(two, one, tie=0.005, at_least=20)
 
 

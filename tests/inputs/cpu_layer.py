@@ -69,6 +69,7 @@ class Layer:
                 hf_text_config=SimpleNamespace(num_attention_heads=HEADS, dual_chunk_attention_config=self.dual_chunk),
                 get_total_num_hidden_layers=lambda: 2,
                 get_num_attention_heads=lambda parallel: self.heads,
+                get_head_size=lambda: DIM,
             ),
             cache_config=SimpleNamespace(block_size=self.page_before or self.page, cache_dtype="auto"),
             parallel_config=SimpleNamespace(),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,22 +41,38 @@ SPARSE = (1, 4, 7)
 
 def make_known(monkeypatch: pytest.MonkeyPatch, layers: Sequence[Any]) -> list[str]:
     """Let our builders find these attention layers, as in vLLM's engine; returns the names to ask for them by."""
-    from minference_vllm.backend import sparse_prefill
+    from minference_vllm.backend import metadata_builder
 
     named = {layer.layer_name: layer for layer in layers}
     find = lambda config, kind, names: {name: named[name] for name in names}  # noqa: E731
-    monkeypatch.setattr(sparse_prefill, "get_layers_from_vllm_config", find)
+    monkeypatch.setattr(metadata_builder, "get_layers_from_vllm_config", find)
     return list(named)
 
 
 def record_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What our builders and implementations log once, from now on, at every time."""
-    from minference_vllm.backend import sparse_prefill
+    from minference_vllm.backend import metadata_builder, sparse_prefill
 
     lines: list[str] = []
     record = lambda message, *values: lines.append(message % values)  # noqa: E731
-    monkeypatch.setattr(sparse_prefill.logger, "info_once", record, raising=False)
+    for module in (metadata_builder, sparse_prefill):
+        monkeypatch.setattr(module.logger, "info_once", record, raising=False)
     return lines
+
+
+def planned(layer: Any, asked: dict[int, str], build: Callable[[], Any]) -> Any:
+    """The metadata that ``build`` makes in a step in which the requests in these rows are new and ask for this."""
+    lengths = layer.batch.query_start_loc.diff().tolist()
+    names = [f"request {row}" for row in range(len(lengths))]
+    new = [
+        SimpleNamespace(req_id=names[row], sampling_params=SimpleNamespace(extra_args={"minference": value}))
+        for row, value in asked.items()
+    ]
+    scheduled = dict(zip(names, lengths, strict=True))
+    runtime = layer.impl.runtime
+    with runtime.step(SimpleNamespace(finished_req_ids=names, scheduled_new_reqs=new, num_scheduled_tokens=scheduled)):
+        runtime.requests.stand(names)
+        return build()
 
 
 def assert_right(layer: Any, output: torch.Tensor, sparse: Sequence[int]) -> None:

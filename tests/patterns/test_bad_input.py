@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from minference_vllm.backend.runtime import Runtime, runtime_for, unsupported_layer_reasons
+from minference_vllm.backend.limits import unsupported_layer_reasons
+from minference_vllm.backend.runtime import Runtime, runtime_for
 from minference_vllm.patterns import discovery
 from minference_vllm.patterns import file as formats
 from minference_vllm.patterns.kinds import AShape, Dense, LowRank

@@ -332,6 +332,8 @@ def test_patterns_are_named_or_written_out(text: str, pattern: HeadPattern) -> N
         ("coverage(0.9, 2, true, 3)", "coverage takes 3 values (gamma, min_budget, remainder)"),
         ("coverage(0.9, gamma=0.8)", "gamma is given twice"),
         ("coverage(0.9, much)", "'much' is not a number"),
+        ("a_shape(1,,2)", "'' is not a number"),
+        (f"a_shape({'[' * 100_000})", "is not a number"),
         ("coverage(1.5)", "gamma = 1.5: must be a number between 0 and 1"),
         ("cover(1)", "unknown pattern kind; allowed are dense, a_shape"),
         ("nowhere", "no pattern file at 'nowhere'"),

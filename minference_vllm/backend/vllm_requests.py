@@ -1,0 +1,108 @@
+"""Single requests, of which vLLM tells a backend nothing: checked where vLLM takes them in, and followed into the steps
+of its model runners. The private parts of vLLM that this needs are named here alone."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from minference_vllm.backend.after_import import after_import
+from minference_vllm.backend.compat import selects_minference
+
+FRONT_END = "vllm.v1.engine.input_processor"
+RUNNERS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
+    "vllm.v1.worker.gpu_model_runner": ("_prepare_inputs", lambda runner, returned: runner.input_batch),
+    "vllm.v1.worker.gpu.model_runner": ("prepare_inputs", lambda runner, returned: returned),
+}
+"""Modules of vLLM's model runners, V1 and V2, which those for CPUs are made of; the method after which the requests of
+a step's batch have their order; and where that then stands, given the runner and what the method returned."""
+
+
+def check_new_requests() -> None:
+    """Have what requests ask for checked in every process that takes requests in, for engines that run minference.
+    Idempotent."""
+    after_import(FRONT_END, _check_new_requests)
+
+
+def _check_new_requests() -> None:
+    processor = sys.modules[FRONT_END].InputProcessor
+    make, process = processor.__init__, processor.process_inputs
+
+    @functools.wraps(make)
+    def make_ready(self: Any, *args: Any, **kwargs: Any) -> None:
+        from minference_vllm.backend.runtime import runtime_for
+
+        make(self, *args, **kwargs)
+        if selects_minference(self.vllm_config):
+            runtime_for(self.vllm_config)  # now: it may ask the Hugging Face hub, for which no request should wait
+
+    @functools.wraps(process)
+    def process_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process(self, *args, **kwargs)
+        if getattr(request.sampling_params, "extra_args", None) and selects_minference(self.vllm_config):
+            _check(request, self.vllm_config)
+        return request
+
+    processor.__init__, processor.process_inputs = make_ready, process_and_check
+
+
+def _check(request: Any, vllm_config: Any) -> None:
+    """Refuse what the request may not ask for; keep its pages apart from those of other patterns.
+
+    Args:
+        request: vLLM's ``EngineCoreRequest``.
+
+    Raises:
+        VLLMValidationError: which vLLM's server answers with status 400.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    from minference_vllm.backend.runtime import runtime_for
+
+    try:
+        asked = runtime_for(vllm_config).check_request(request.sampling_params, vllm_config)
+    except ValueError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+    if asked is not None:
+        # Keys and values of deeper layers depend on the patterns that the layers below them ran.
+        request.cache_salt = f"{request.cache_salt or ''} minference={asked.name}"
+
+
+def follow_requests() -> None:
+    """Have the model runners of this process, for engines that run minference, tell which requests a step's batch is
+    made of. Idempotent."""
+    for module, function in _FOLLOW.items():
+        after_import(module, function)
+
+
+def _follow_requests(module: str) -> None:
+    runner = sys.modules[module].GPUModelRunner
+    name, where = RUNNERS[module]
+    execute, prepare = runner.execute_model, getattr(runner, name)
+
+    @functools.wraps(execute)
+    def execute_and_tell(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        from minference_vllm.backend.runtime import runtime_for
+
+        if not selects_minference(self.vllm_config):
+            return execute(self, scheduler_output, *args, **kwargs)
+        with runtime_for(self.vllm_config).step(scheduler_output):
+            return execute(self, scheduler_output, *args, **kwargs)
+
+    @functools.wraps(prepare)
+    def prepare_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from minference_vllm.backend.runtime import runtime_for
+
+        returned = prepare(self, *args, **kwargs)
+        if selects_minference(self.vllm_config):
+            runtime_for(self.vllm_config).requests.stand(where(self, returned).req_ids)
+        return returned
+
+    runner.execute_model = execute_and_tell
+    setattr(runner, name, prepare_and_tell)
+
+
+_FOLLOW = {module: functools.partial(_follow_requests, module) for module in RUNNERS}
+"""One function per module, so that each is asked for once."""
