@@ -92,24 +92,6 @@ def test_layers_that_we_do_not_serve_run_as_vllms(
     assert not layer.indices
 
 
-def test_a_batch_is_counted_once_whatever_its_kv_cache_groups_are(make_cpu_layer: Callable[..., Layer]) -> None:
-    """Models with layers of several kinds have several groups, and each plans the batch."""
-    layer = make_cpu_layer(MIXED)
-    first, other = layer.builder, layer.make_layer(0, {})
-    for builder in (first, layer.make_builder(other)):
-        layer.builder = builder
-        assert layer.metadata().sparse
-    assert layer.counters.sparse_chunks == len(SPARSE)
-    assert layer.counters.dense_chunks == {BELOW_MIN_CHUNK: 2, BELOW_MIN_CONTEXT: 1}
-    layer.builder = layer.make_builder(layer.layer)
-    layer.metadata()
-    assert layer.counters.sparse_chunks == 2 * len(SPARSE), "a micro-batch of the first group"
-    windowed = make_cpu_layer(MIXED, options={"sliding_window": 128})
-    windowed.builder = windowed.make_builder(windowed.make_layer(0, {}))
-    windowed.metadata()
-    assert windowed.counters.sparse_chunks == len(SPARSE), "the first group runs densely"
-
-
 def test_the_reason_is_logged(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]) -> None:
     lines = record_once(monkeypatch)
     make_cpu_layer([(0, 10)])
