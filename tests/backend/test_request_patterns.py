@@ -27,7 +27,7 @@ def params(value: Any) -> Any:
     ("value", "pattern"),
     [
         ("a_shape", AShape()),
-        ("low_rank", load_pattern_file("low_rank").default),
+        ("default_cuda", load_pattern_file("default_cuda").default),
         ("low_rank(16, gamma=0.5)", LowRank(rank=16, gamma=0.5)),
         ("a_shape(128, 1024)", AShape(sink=128, local=1024)),
     ],
