@@ -120,22 +120,20 @@ def load_settings(additional_config: Any = None, environment: Mapping[str, str] 
     for field, value in configured.items():
         values[field] = value
         places[field] = f'additional_config["{KEY}"]["{cut(str(field))}"]'
+    known = Settings.model_fields
     problems = [*_misspelt_variables(environment), *_misspelt_keys(others)]
+    for field in (field for field in values if field not in known):
+        if field in RENAMED:
+            problems.append(f"{places[field]}: this setting is now named {RENAMED[field]!r}")
+        else:
+            names = f"{', '.join(known)}{did_you_mean(str(field), known)}"
+            problems.append(f"{places[field]}: unknown setting; known ones are {names}")
     try:
-        settings = Settings(**values)
+        settings = Settings(**{field: value for field, value in values.items() if field in known})
     except ValidationError as error:
         for item in error.errors():
             field = str(item["loc"][0])
-            place = places[field]
-            if field in RENAMED:
-                problems.append(f"{place}: this setting is now named {RENAMED[field]!r}")
-            elif item["type"] == "extra_forbidden":
-                known = Settings.model_fields
-                problems.append(
-                    f"{place}: unknown setting; known ones are {', '.join(known)}{did_you_mean(field, known)}"
-                )
-            else:
-                problems.append(f"{place} = {value_problem(item, Settings.model_fields[field])}")
+            problems.append(f"{places[field]} = {value_problem(item, known[field])}")
     if problems:
         raise SettingsError("minference settings: " + "; ".join(problems))
     return settings
@@ -156,12 +154,12 @@ def _misspelt_variables(environment: Mapping[str, str]) -> Iterator[str]:
             field = nearest(variable[len(ENVIRONMENT_PREFIX) :], fields)
             meant = field and _variable(field)
             if meant is None:
-                _warn_of_variable(variable, ", ".join(map(_variable, Settings.model_fields)))
+                _warn_of_variable(cut(variable), ", ".join(map(_variable, Settings.model_fields)))
         else:
             # "INFERENCE_KERNEL" may well be somebody else's.
             meant = nearest(variable, known, alike=0.9) if variable[:1] in "Mm" else None
         if meant:
-            yield f"{variable}: unknown variable; did you mean {meant}?"
+            yield f"{cut(variable)}: unknown variable; did you mean {meant}?"
 
 
 @functools.cache

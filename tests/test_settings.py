@@ -216,6 +216,20 @@ def test_no_setting_is_true_or_false(field: str) -> None:
         load_settings(configured(**{field: True}), {})
 
 
+@pytest.mark.parametrize("name", ["\ud800", "a\nb", "\x1b[31mred", 5], ids=ascii)
+def test_names_that_are_no_names_are_refused_in_one_line(name: Any) -> None:
+    """As JSON may hold them, or Python."""
+    for refused in ({"minference": {name: 1}}, {"minference": {"min_context": -1, name: None}}):
+        with pytest.raises(SettingsError, match=r'additional_config\["minference"\]\[".*"\]: unknown setting') as error:
+            load_settings(refused, {})
+        assert str(error.value).isprintable()
+
+
+def test_a_misspelt_variable_is_shown_in_one_line() -> None:
+    with pytest.raises(SettingsError, match=r"MINFERENCE\\n_KERNEL: unknown variable; did you mean MINFERENCE_KERNEL"):
+        load_settings(None, {"MINFERENCE\n_KERNEL": "auto"})
+
+
 def test_what_is_long_is_shortened() -> None:
     with pytest.raises(SettingsError) as error:
         load_settings(configured(**{"kernel": "k" * 10**6, "x" * 10**6: 1}), {})

@@ -26,7 +26,9 @@ def shortened(value: Any) -> str:
 
 
 def cut(text: str, length: int = MAX_SHOWN) -> str:
-    """The text without the middle of what is longer."""
+    """The text without the middle of what is longer, and escaped, as ``repr`` does it, what is no printable character:
+    a name may hold line breaks, and in JSON half of a character."""
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
     return text if len(text) <= length else f"{text[: length // 2]}...{text[-(length // 4) :]}"
 
 

@@ -253,8 +253,10 @@ def first_problem(error: ValidationError, others: Mapping[str, Mapping[str, Fiel
         return f"{where}: missing"
     if kind in ("dict_type", "model_type", "model_attributes_type"):
         return f"{where} = {shortened(item['input'])}: must be an object"
-    if kind == "invalid_key":
+    field = fields.get(place[-1]) if place else None
+    # The name itself has no place; half of a character is neither a name nor a text.
+    if kind == "invalid_key" or (kind == "string_unicode" and field is None):
         return f"{shortened(item['input'])} is no name of a field"
     if item["loc"][-1:] == ("[key]",):
         return f"{where}: {item['ctx']['error']}"
-    return f"{where} = {value_problem(item, fields.get(place[-1]))}"
+    return f"{where} = {value_problem(item, field)}"

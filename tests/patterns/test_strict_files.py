@@ -180,6 +180,14 @@ def test_no_message_echoes_without_end(tmp_path: Path, content: Any) -> None:
     assert len(str(error.value)) < len(path) + 400
 
 
+@pytest.mark.parametrize("name", ["\ud800", "a\nb", "\x1b[31mred"], ids=ascii)
+def test_names_in_a_message_can_be_printed(name: str) -> None:
+    for content in (ours(**{name: 1}), ours(default={"kind": "dense", name: 1}), ours(layers={name: {}})):
+        with pytest.raises(PatternError) as error:
+            parse_patterns(content, "FILE")
+        assert str(error.value).isprintable()
+
+
 @pytest.mark.parametrize(
     "text", ["{" + 10**5 * "x" + "}", 10**5 * "x", f"a_shape({10**5 * 'x'})", f"a_shape({10**5 * '1'})"]
 )
