@@ -44,10 +44,10 @@ class _Pattern(BaseModel):
         return {"kind": type(self).model_fields["kind"].default, **self.named()}
 
     def __str__(self) -> str:
-        """For people: ``a_shape(sink=1024, local=4096)``."""
+        """For people, and as ``parse_written_pattern`` reads it: ``a_shape(sink=1024, local=4096)``."""
         kind = str(type(self).model_fields["kind"].default)
-        fields = ", ".join(f"{name}={value}" for name, value in self.named().items())
-        return f"{kind}({fields})" if fields else kind
+        values = ", ".join(f"{name}={json.dumps(value)}" for name, value in self.named().items())
+        return f"{kind}({values})" if values else kind
 
     def at_step(self, step: int) -> HeadPattern:
         """This pattern with more keys, as ``recall_floor`` asks for: step 0 is the pattern itself, each further step

@@ -61,6 +61,12 @@ def test_our_format_survives_a_round_trip(tmp_path: Path) -> None:
     assert load_pattern_file(written(tmp_path, OURS.model_dump_json())) == OURS
 
 
+@pytest.mark.parametrize("pattern", [LowRank(remainder=True), LowRank(), AShape(sink=1, local=2)], ids=str)
+def test_a_pattern_is_read_as_it_is_shown(pattern: HeadPattern) -> None:
+    """As it stands in the log, say, with true and false."""
+    assert load_pattern_file(str(pattern)).default == pattern
+
+
 def test_minference_list_format(tmp_path: Path) -> None:
     loaded = load_pattern_file(written(tmp_path, [PUBLISHED_HEADS, {"2": ["stream_llm", 1, 2, 0.1]}]))
     assert loaded.for_layer(0, 3) == PUBLISHED_PATTERNS
