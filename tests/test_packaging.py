@@ -17,6 +17,7 @@ KERNELS = sorted((ROOT / "triton_kernels").glob("*.py"))
 SCRIPTS = sorted(path for folder in ("benchmarks", "examples/demo", "tools") for path in (ROOT / folder).glob("*.py"))
 LINKS = {
     "benchmarks/tasks.py": "examples/demo/tasks.py",
+    "benchmarks/vllm_server.py": "examples/demo/vllm_server.py",
     "minference_vllm/triton_kernels": "triton_kernels",
     "benchmarks/get_smollm2.py": "tools/get_smollm2.py",
     "tools/peers.py": "benchmarks/peers.py",

@@ -12,31 +12,23 @@ attention is drawn with the keys that were computed over it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import re
-import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, TextIO
 
 import tasks
 from openai import DefaultHttpxClient, OpenAI, OpenAIError
+from vllm_server import log_tail, serve, shown
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE.parents[1] / "demo_output"
-START_TIMEOUT = 600.0
-STOP_TIMEOUT = 20.0
 ANSWER_TOKENS = tasks.CODE_DIGITS + 2
 WARM_UP_TOKENS = 512
 DEPTH = 0.35
@@ -138,9 +130,14 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
 
 def ask_server(name: str, model: str, prompt: tasks.Prompt, flags: list[str], out: TextIO) -> Answer:
     """Start a server with these flags, ask it for the code in the prompt, stop it."""
-    with server(name, model, prompt.tokens, flags, out) as (url, log):
+    log = OUTPUT / f"{name}.log"
+    # One request at a time is asked here; compiling the model would cost a start more than it saves.
+    flags = ["--max-model-len", str(prompt.tokens + ANSWER_TOKENS), "--enforce-eager", *flags]
+    # Needed on CPUs only: GiB of KV cache.
+    cache = {"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib(model, prompt.tokens))}
+    with serve(name, model, flags, log, out, cache) as server:
         try:
-            answer = ask(name, url, prompt, out)
+            answer = ask(name, server.url, prompt, out)
         except OpenAIError as error:
             sys.exit(f"{name}: {error}; {log_tail(log)}")
     # Read once the server is gone and its log complete.
@@ -179,99 +176,6 @@ def ask(name: str, url: str, prompt: tasks.Prompt, out: TextIO) -> Answer:
     return Answer(text, first, prompt_tokens)
 
 
-@contextlib.contextmanager
-def server(name: str, model: str, tokens: int, flags: list[str], out: TextIO) -> Iterator[tuple[str, Path]]:
-    """A ``vllm serve`` on a free port, ready to answer: its address and its log file. Stopped on the way out."""
-    port = free_port()
-    log = OUTPUT / f"{name}.log"
-    beside = Path(sys.executable).with_name("vllm")
-    command = [
-        str(beside) if beside.exists() else shutil.which("vllm") or sys.exit("no vllm command in this environment"),
-        "serve",
-        model,
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--max-model-len", str(tokens + ANSWER_TOKENS)),
-        # One request at a time is asked here; compiling the model would cost a start more than it saves.
-        "--enforce-eager",
-        *flags,
-    ]
-    environment = {
-        # Needed on CPUs only: GiB of KV cache.
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib(model, tokens)),
-        **os.environ,
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    if Path(model).is_dir():
-        environment["HF_HUB_OFFLINE"] = "1"
-    print(f"{name}: starting vllm serve (log: {shown(log)})", file=out, flush=True)
-    with log.open("w") as file:
-        # A session of its own: the server's processes form one group, and Ctrl-C reaches this process alone.
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        wait_until_ready(name, url, process, log, out)
-        yield url, log
-    finally:
-        stop(process)
-
-
-def wait_until_ready(name: str, url: str, process: subprocess.Popen[bytes], log: Path, out: TextIO) -> None:
-    """Return when the server answers; exit with the end of its log if it stops, or takes too long."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    begin = reported = time.monotonic()
-    while True:
-        with contextlib.suppress(OSError), opener.open(f"{url}/health", timeout=5):
-            print(f"{name}: ready after {time.monotonic() - begin:.0f} s", file=out, flush=True)
-            return
-        now = time.monotonic()
-        problem = None
-        if process.poll() is not None:
-            problem = f"the server stopped with status {process.returncode}"
-        elif now - begin > START_TIMEOUT:
-            problem = f"the server was not ready after {START_TIMEOUT:.0f} s"
-        if problem:
-            sys.exit(f"{name}: {problem}; {log_tail(log)}")
-        if now - reported >= 10:
-            reported = now
-            print(f"{name}: loading, {now - begin:.0f} s", file=out, flush=True)
-        time.sleep(0.5)
-
-
-def log_tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()[-40:]
-    return "\n".join([f"the end of {shown(log)}:", *lines])
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and every process of its group."""
-    try:
-        if signal_group(process.pid, signal.SIGTERM):
-            deadline = time.monotonic() + STOP_TIMEOUT
-            while time.monotonic() < deadline and signal_group(process.pid, 0):
-                process.poll()
-                time.sleep(0.1)
-    finally:
-        signal_group(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def signal_group(group: int, number: int) -> bool:
-    """Send a signal to a process group; False when nothing of it is left."""
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def kv_cache_gib(model: str, tokens: int) -> int:
     """Whole GiB for the keys and values of two such prompts in float32; 8 for a model that is not a folder here."""
     config = Path(model) / "config.json"
@@ -282,13 +186,6 @@ def kv_cache_gib(model: str, tokens: int) -> int:
     head_size = shape.get("head_dim") or shape["hidden_size"] // heads
     elements = 2 * shape["num_hidden_layers"] * (shape.get("num_key_value_heads") or heads) * head_size
     return max(1, math.ceil(2 * tokens * elements * 4 / (1 << 30)))
-
-
-def shown(path: Path) -> str:
-    """A path as the reader would type it."""
-    with contextlib.suppress(ValueError):
-        return str(path.relative_to(Path.cwd()))
-    return str(path)
 
 
 if __name__ == "__main__":

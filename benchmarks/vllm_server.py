@@ -1,0 +1,1 @@
+../examples/demo/vllm_server.py
