@@ -8,7 +8,7 @@ READY := .venv/.ready
 # Read by the demo; given on make's command line.
 export TOKENS JSON
 
-.PHONY: help setup demo test test-fast architectures contract lint format kernels gpu-check clean
+.PHONY: help setup demo test test-fast architectures contract lint format kernels gpu-check clean soak
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -47,6 +47,11 @@ architectures: setup ## the architectures of docs/models.md in vLLM's CPU engine
 contract: setup ## our GPU classes in CUDA releases of vLLM, old and new, without a GPU (downloads 1 GB the first time)
 	@$(BIN)/pytest -m contract $(ARGS)
 
+MINUTES ?= 30
+
+soak: setup ## one server under mixed load for MINUTES=30, killed and started again in between; answers, memory, counters
+	@$(BIN)/python benchmarks/soak.py --minutes $(MINUTES) $(ARGS)
+
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -63,5 +68,5 @@ gpu-check: setup ## on a machine with an NVIDIA GPU: all its tests and benchmark
 	@$(BIN)/python tools/gpu_check.py $(ARGS)
 
 clean: ## remove everything that make has made, the environment included
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_output minference_vllm/*.so
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_output soak_output minference_vllm/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,101 @@
+"""One server of ``soak.py``, watched while clients ask it, and checked before and after."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import tasks
+from soak_clients import ANSWER_TOKENS, Request, Tally, send
+from soak_watch import (
+    account,
+    account_problems,
+    prometheus_problems,
+    read_metrics,
+    read_stats,
+    resident,
+    stats_problems,
+)
+from vllm_server import Server, log_tail, signal_group
+
+MODEL = str(Path(__file__).resolve().parents[1] / "examples" / "demo" / "model")
+MIN_CONTEXT, MIN_CHUNK, CHUNK = 1024, 256, 2048
+SAMPLE_EVERY, STATS_EVERY = 2.0, 10.0
+"""Seconds."""
+STALLED = 200.0
+"""Seconds in which no request of any client ends: more than one may take."""
+QUIET_TIMEOUT = END_TIMEOUT = 60.0
+LEFT = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+"""What must be zero when all clients are gone."""
+
+
+class Watched:
+    """A server that was started with the settings above."""
+
+    def __init__(self, server: Server, tally: Tally, longest: int) -> None:
+        """``longest``: tokens of a prompt."""
+        self.server, self.tally, self.longest = server, tally, longest
+        self.memory: list[tuple[float, dict[str, int]]] = []
+        """Seconds of load, and bytes by process."""
+        self.stats = read_stats(server.url)
+        """As they were read last."""
+        self.metrics: dict[str, float] = {}
+        """vLLM's, likewise."""
+
+    def check_alone(self, seed: int) -> None:
+        """A prompt that is served alone: its answer, and what it adds to the counters."""
+        prompt = tasks.needle(self.longest // 3, 0.5, seed)
+        before = read_stats(self.server.url)
+        send(self.server.url, MODEL, Request(prompt, ANSWER_TOKENS, stream=True), self.tally)
+        self.read_counters()
+        expected = account(prompt.tokens, CHUNK, MIN_CONTEXT, MIN_CHUNK)
+        self.tally.add_problems(account_problems(before, self.stats, expected))
+
+    def read_counters(self) -> None:
+        found = read_stats(self.server.url)
+        self.tally.add_problems(stats_problems(found, self.stats, MIN_CHUNK))
+        self.stats, self.metrics = found, read_metrics(self.server.url)
+
+    def watch_for(self, seconds: float) -> bool:
+        """Sample memory and counters for so long; False where the run must end now."""
+        begin = changed = time.monotonic()
+        done, read = self.tally.done, 0.0
+        while (now := time.monotonic()) < begin + seconds:
+            if self.server.process.poll() is not None:
+                self.tally.problem(f"the server ended by itself; {log_tail(self.server.log)}")
+                return False
+            if self.tally.done != done:
+                done, changed = self.tally.done, now
+            if now - changed > STALLED:
+                self.tally.problem(f"no request has ended in {STALLED:.0f} s")
+                return False
+            self.memory.append((now - begin, resident(self.server.process.pid)))
+            if now - read > STATS_EVERY:
+                read = now
+                try:
+                    self.read_counters()
+                except OSError as error:
+                    self.tally.problem(f"the server does not tell its counters: {error}")
+                    return False
+            time.sleep(max(0.0, min(now + SAMPLE_EVERY, begin + seconds) - time.monotonic()))
+        return True
+
+    def check_quiet(self) -> None:
+        """Nothing is left when all clients are gone."""
+        end = time.monotonic() + QUIET_TIMEOUT
+        while left := {name: value for name, value in read_metrics(self.server.url).items() if name in LEFT and value}:
+            if time.monotonic() > end:
+                self.tally.problem(f"left when all clients were gone: {left}")
+                break
+            time.sleep(1)
+        self.tally.add_problems(prometheus_problems(self.server.url))
+
+    def check_end(self) -> None:
+        """The server ends when it is told to."""
+        signal_group(self.server.process.pid, signal.SIGTERM)
+        try:
+            self.server.process.wait(END_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.tally.problem(f"the server has not ended {END_TIMEOUT:.0f} s after SIGTERM")
