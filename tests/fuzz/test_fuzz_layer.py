@@ -177,4 +177,4 @@ def test_sparse_prefill_of_any_shape(
     out = torch.full_like(batch.query, torch.nan)
     found, indices = sparse_prefill(*batch.arguments, per_head, kernel=kernel, tile=tile, out=out, return_index=True)
     assert found is out
-    check(batch, out, indices)
+    check(batch, out, indices, roundings=2)

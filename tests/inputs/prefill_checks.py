@@ -31,11 +31,13 @@ def eager(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: t
     return product(weights, reference.repeat_heads(values.to(query.dtype), heads)).transpose(0, 1)
 
 
-def assert_close(found: torch.Tensor, exact: torch.Tensor, yardstick: torch.Tensor, what: str) -> None:
+def assert_close(
+    found: torch.Tensor, exact: torch.Tensor, yardstick: torch.Tensor, what: str, roundings: int = 1
+) -> None:
     finite = torch.isfinite(found)
     assert finite.all(), f"{what}: not finite at (row, head, dim) {(~finite).nonzero()[0].tolist()}"
     error = (found.double() - exact).abs()
-    rounding = torch.finfo(found.dtype).eps * float(exact.abs().max())
+    rounding = roundings * torch.finfo(found.dtype).eps * float(exact.abs().max())
     budget = 2 * float((yardstick.double() - exact).abs().max()) + rounding
     worst = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
     assert float(error.max()) <= budget, (
@@ -43,8 +45,14 @@ def assert_close(found: torch.Tensor, exact: torch.Tensor, yardstick: torch.Tens
     )
 
 
-def check(batch: Any, out: torch.Tensor, indices: Sequence[SparseIndex], scale: float | None = None) -> None:
-    """Every request's output against attention under the mask of its index."""
+def check(
+    batch: Any, out: torch.Tensor, indices: Sequence[SparseIndex], scale: float | None = None, roundings: int = 1
+) -> None:
+    """Every request's output against attention under the mask of its index.
+
+    Args:
+        roundings: of the largest output that are allowed. Of a few rows eager attention may by luck err by nothing.
+    """
     scale = batch.scale if scale is None else scale
     assert len(indices) == len(batch.seq_lens)
     for request, index in enumerate(indices):
@@ -56,4 +64,4 @@ def check(batch: Any, out: torch.Tensor, indices: Sequence[SparseIndex], scale: 
         keys, values = batch.keys(request), batch.values(request)
         exact = reference.masked_attention(query, keys, values, mask, scale)
         yardstick = eager(query, keys, values, mask, scale)
-        assert_close(out[batch.rows(request)], exact, yardstick, f"request {request}")
+        assert_close(out[batch.rows(request)], exact, yardstick, f"request {request}", roundings)
