@@ -145,7 +145,7 @@ def attention(contexts: Sequence[int], quick: bool, results: Path = RESULTS) -> 
 
 def engine() -> Iterator[Item]:
     title = "tests of whole engines"
-    yield Command(title, pytest("-m", "engine")) if installed("vllm") else no_vllm(title)
+    yield Command(title, pytest("-m", "engine and not architectures")) if installed("vllm") else no_vllm(title)
 
 
 def ttft(longest: int, results: Path) -> Iterator[Item]:

@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Atte
 
 from minference_vllm.backend import compat
 from minference_vllm.backend.dual_chunk_limits import dual_chunk_of
-from minference_vllm.backend.limits import unsupported_layer_reasons
+from minference_vllm.backend.limits import gpu_head_size_reasons, unsupported_layer_reasons
 from minference_vllm.backend.metadata_builder import SparsePrefillBuilder
 from minference_vllm.backend.request_patterns import Asked
 from minference_vllm.backend.sparse_prefill import SparsePrefillImpl
@@ -25,7 +25,6 @@ PREFERRED_BLOCK_SIZE = 128
 """Tokens per page when the user named none: FlashAttention-3 then copies whole pages at once, and budgets, which are
 rounded up to whole pages, cost what they cost on the CPU."""
 FP8 = ("fp8", "fp8_e4m3")
-MAX_HEAD_SIZE = 256
 
 
 class GPUBackend(AttentionBackend):
@@ -92,8 +91,7 @@ class GPUImpl(SparsePrefillImpl):
             kv_cache_dtype="auto" if fused and self.kv_cache_dtype in FP8 else self.kv_cache_dtype,
             dtype=dtype,
         )
-        if self.head_size > MAX_HEAD_SIZE:
-            reasons.append(f"head size {self.head_size} is above {MAX_HEAD_SIZE}")
+        reasons += gpu_head_size_reasons(self.head_size)
         for kind in ("dcp", "pcp"):
             if getattr(self, f"{kind}_world_size", 1) > 1:
                 reasons.append(f"context parallelism ({kind})")

@@ -12,6 +12,9 @@ from minference_vllm.patterns.discovery import total_query_heads
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.selection.families import family_of
 
+MAX_GPU_HEAD_SIZE = 256
+"""Of every kernel on GPUs, FlashAttention as vLLM runs it among them."""
+
 
 def check_model(model: Any) -> None:
     """Raise ValueError, with all reasons, where a model as a whole cannot be served."""
@@ -61,6 +64,11 @@ def check_page_size(patterns: PatternFile, source: str, block_size: int) -> None
         problem = family_of(pattern).page_size_problem(pattern, block_size)
         if problem:
             raise ValueError(f"minference: patterns from {source}: {problem}")
+
+
+def gpu_head_size_reasons(head_size: int) -> list[str]:
+    """Why a layer with heads of this size runs densely on GPUs; empty when it can run sparsely."""
+    return [f"head size {head_size} is above {MAX_GPU_HEAD_SIZE}"] if head_size > MAX_GPU_HEAD_SIZE else []
 
 
 def attention_chunk_reasons(size: int | None, min_context: int) -> list[str]:

@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 
-from minference_vllm.backend.limits import attention_chunk_reasons, unsupported_layer_reasons
+from minference_vllm.backend.limits import (
+    attention_chunk_reasons,
+    gpu_head_size_reasons,
+    unsupported_layer_reasons,
+)
 from minference_vllm.backend.runtime import model_patterns
 from minference_vllm.kernels.choose import own_kernel_reason
 from minference_vllm.patterns.discovery import layer_configs, total_query_heads
@@ -19,6 +23,9 @@ GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatMode
 CHUNKED = "chunked_attention"
 FULL, WINDOWED = ("full_attention", "attention", "hybrid"), ("sliding_attention", "hybrid_sliding")
 """Kinds of layers, as transformers names them, that have softmax attention; in hybrid ones it stands beside another."""
+
+BESIDE_ITSELF = ("cohere2", "cohere2_moe")
+"""Models in whose windowed layers a row sees as many tokens as the window says beside itself, not with itself."""
 
 
 class Checkpoint:
@@ -107,10 +114,14 @@ class Checkpoint:
             return f"no patterns: {kind.replace('_', ' ')}"
         # Our own kernels know soft caps and sinks, the one for CPUs sliding windows, too.
         on_gpu, kernel = torch.cuda.is_available(), settings.kernel
-        native = not on_gpu and own_kernel_reason(kernel, self.dtype, _head_size(config)) is None
+        head_size = _head_size(config)
+        native = not on_gpu and own_kernel_reason(kernel, self.dtype, head_size) is None
         own = native or (on_gpu and kernel != "block_table")
+        window = getattr(config, "sliding_window", None) if kind in WINDOWED else None
+        if window is not None and config.model_type in BESIDE_ITSELF:
+            window += 1
         reasons = unsupported_layer_reasons(
-            sliding_window=getattr(config, "sliding_window", None) if kind in WINDOWED else None,
+            sliding_window=window,
             logits_soft_cap=None if own else getattr(config, "attn_logit_softcapping", None),
             alibi_slopes=True if getattr(config, "alibi", False) or config.model_type == "bloom" else None,
             sinks=True if config.model_type == "gpt_oss" and not own else None,
@@ -119,6 +130,8 @@ class Checkpoint:
             dtype=self.dtype,
             min_window=settings.min_context if native else None,
         )
+        if on_gpu:
+            reasons += gpu_head_size_reasons(head_size)
         if kind == CHUNKED:
             reasons += attention_chunk_reasons(getattr(config, "attention_chunk_size", None), settings.min_context)
         return f"dense: {', '.join(reasons)}" if reasons else None

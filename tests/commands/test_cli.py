@@ -311,6 +311,10 @@ SHORT_WINDOW = "sliding window of 4096 tokens, below min_context"
             {"0": "dense: sliding window, soft cap on logits", "1": "dense: soft cap on logits"},
         ),
         ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}, {}),
+        (
+            {"model_type": "cohere2", "sliding_window": 4096, "layer_types": ["sliding_attention", "full_attention"]},
+            {"0": "dense: sliding window of 4097 tokens, below min_context"},
+        ),
         ({"model_type": "llama4_text"}, {}),
         (
             {"model_type": "llama4_text", "attention_chunk_size": 4096},
@@ -358,6 +362,14 @@ def test_our_own_kernels_run_patterns_where_vllms_cannot(tmp_path: Path, monkeyp
         window = "sliding window" if on_gpu else "sliding window of 128 tokens, below min_context"
         assert gpt_oss.fixed_layers(Settings()) == {0: f"dense: {window}"}
         assert gpt_oss.fixed_layers(Settings(kernel="block_table"))[1] == "dense: attention sinks"
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_heads_that_no_kernel_on_a_gpu_takes(on_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 4's full attention has heads of 512; on CPUs vLLM's own kernel takes them."""
+    gemma = Checkpoint(str(model(tmp_path / "model", **{**LLAMA, "model_type": "gemma4_text", "head_dim": 256})))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
+    assert gemma.fixed_layers(Settings()).get(1) == ("dense: head size 512 is above 256" if on_gpu else None)
 
 
 def test_table_groups_what_is_alike() -> None:

@@ -133,11 +133,11 @@ def first_leads(answer: Any) -> list[float]:
 
 
 def test_full_selection_gives_the_tokens_of_vllms_own_backend(served: Served) -> None:
-    full = of_batch(served.ours, 1)
-    exact = served.architecture.dtype == "float32"
-    assert len({token for tokens in served.stock.tokens[0] for token in tokens}) > 10, "the answers say nothing"
-    assert_same_tokens(full, served.stock, tie=0.005 if exact else 0.15, at_least=24)
-    assert first_leads(full) == pytest.approx(first_leads(served.stock), abs=1e-3 if exact else 0.15)
+    full, exact = of_batch(served.ours, 1), served.architecture.dtype == "float32"
+    assert len({token for tokens in served.stock.tokens[0] for token in tokens}) > 5, "the answers say nothing"
+    assert_same_tokens(full, served.stock, tie=0.005 if exact else 0.15, at_least=30 if exact else 20)
+    if exact:
+        assert first_leads(full) == pytest.approx(first_leads(served.stock), abs=1e-3)
     assert served.ours.counted[1]["density"] == 1.0
 
 

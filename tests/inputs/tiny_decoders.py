@@ -12,6 +12,8 @@ WITHOUT_HEAD_DIM = {name: value for name, value in SIZES.items() if name != "hea
 PER_LAYER_INPUTS = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32}
 SHARING = {"num_hidden_layers": 6, "layer_types": [*WINDOWED, *WINDOWED[:2]], "num_kv_shared_layers": 2}
 """The last two layers read the caches of the two before."""
+NOT_SCALED = 1.0
+"""How much sharper attention has to be where no square root of the head size divides its scores."""
 
 
 def gemma2(folder: Path, window: int) -> Path:
@@ -37,7 +39,7 @@ def gemma3n(folder: Path, window: int) -> Path:
 
     streams = {"altup_num_inputs": 2, "laurel_rank": 16, "activation_sparsity_pattern": [0.0] * 6}
     config = Gemma3nTextConfig(**SIZES | SHARING, **PER_LAYER_INPUTS, **streams, sliding_window=window)
-    model = random_model(Gemma3nForCausalLM, config)
+    model = random_model(Gemma3nForCausalLM, config, NOT_SCALED)
     for layer in model.model.layers:
         layer.altup.correct_output_scale.data.fill_(1.0)
     return save(model, folder)
@@ -49,7 +51,7 @@ def gemma4(folder: Path, window: int) -> Path:
 
     heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "global_head_dim": 512}
     config = Gemma4TextConfig(**SIZES | SHARING | heads, **PER_LAYER_INPUTS, sliding_window=window)
-    return save(random_model(Gemma4ForCausalLM, config), folder)
+    return save(random_model(Gemma4ForCausalLM, config, NOT_SCALED), folder)
 
 
 def glm4(folder: Path) -> Path:

@@ -28,11 +28,14 @@ WINDOWED = ["sliding_attention", "full_attention"] * 2
 """Kinds of the layers, where every second one has a sliding window."""
 
 
-def random_model(kind: Any, config: Any) -> Any:
+def random_model(kind: Any, config: Any, sharper: float = 4.0) -> Any:
     """A model of transformers with a fixed seed, whose attention is peaked and whose answers depend on it.
 
     All tokens have something in common, so that rows look at the same keys: random ones share nothing, and a tile of
     them needs most of a short prompt. What the answers are made of does not know it, or they would be alike.
+
+    Args:
+        sharper: what queries are multiplied by, and keys where both have norms of their own.
     """
     torch.manual_seed(0)
     model = kind(config)
@@ -46,15 +49,15 @@ def random_model(kind: Any, config: Any) -> Any:
         rows = weight.data
         match name.split(".")[-2:]:
             case ["q_norm" | "k_norm" | "q_layernorm" | "k_layernorm", _]:
-                # Whatever the projections make, queries and keys are as large as these say.
-                rows += 3
+                # Whatever the projections make, queries and keys are as large as these say. They may count from 0 or 1.
+                rows += sharper - 1
             case ["q_proj", "weight"]:
-                rows *= 4
+                rows *= sharper
             case ["v_proj", "weight"]:
                 _without(rows, common)
             case ["qkv_proj", "weight"]:
                 size = len(rows) // (config.num_attention_heads + 2 * config.num_key_value_heads)
-                rows[: config.num_attention_heads * size] *= 4
+                rows[: config.num_attention_heads * size] *= sharper
                 _without(rows[-config.num_key_value_heads * size :], common)
             case ["post_attention_layernorm" | "post_feedforward_layernorm", _] if tied:
                 # What a layer adds must outweigh the token itself, whose embedding is also what it is recognised by.
