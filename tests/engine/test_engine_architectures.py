@@ -75,7 +75,7 @@ ARCHITECTURES = {
     "qwen2_5_vl": Architecture(tiny_image_readers.qwen2_5_vl, llm=TEXT_ALONE, torchvision=True),
     "llava": Architecture(tiny_image_readers.llava, llm=TEXT_ALONE),
 }
-ORDINARY = ("qwen3_next", "gemma4", "llama4", "granite_hybrid")
+ORDINARY = ("gemma4", "llama4")
 """Those that have most that others do not; Gemma 2 and gpt-oss stand in ``test_engine_features.py``."""
 
 
