@@ -20,6 +20,8 @@ logger = init_logger(f"vllm.{__name__}")
 KEY = "minference"
 """Of ``SamplingParams.extra_args``, which clients of the server fill by ``vllm_xargs``."""
 SERVERS_OWN = "default"
+MAX_LENGTH = 200
+"""Characters of a value: what was found for it is kept."""
 
 ASKED_DENSE = "the request asked for it"
 UNKNOWN = "the request asked for patterns that there are not"
@@ -52,7 +54,7 @@ def asked_by(params: Any, own: PatternFile) -> Asked | None:
     value = (getattr(params, "extra_args", None) or {}).get(KEY)
     if value is None or value == SERVERS_OWN:
         return None
-    found = _named(value) if isinstance(value, str) else None
+    found = _named(value) if isinstance(value, str) and len(value) <= MAX_LENGTH else None
     if found is None:
         shipped = tuple(shipped_pattern_files())
         meant = did_you_mean(value, (SERVERS_OWN, *shipped)) if isinstance(value, str) else ""
@@ -130,6 +132,7 @@ class RequestRows:
         told = [self._lengths.get(request, 0) for request in self._order]
         told += [0] * (len(query_lens) - len(told))
         if len(told) != len(query_lens) or not all(map(_alike, query_lens, told)):
+            logger.warning_once("minference: batches run densely: %s (counted from now on, not logged again)", UNTOLD)
             return dict.fromkeys(range(len(query_lens)), Asked("", None, UNTOLD))
         return {row: self._asked[request] for row, request in enumerate(self._order) if request in self._asked}
 

@@ -65,6 +65,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "SchedulerOutput.num_scheduled_tokens", "SchedulerOutput.scheduled_new_reqs",
     ),
     "v1.engine": ("EngineCoreRequest.cache_salt", "EngineCoreRequest.sampling_params"),
+    "v1.engine.async_llm": ("AsyncLLM.generate",),
     "v1.engine.input_processor": ("InputProcessor.process_inputs",),
     "v1.worker.gpu.input_batch": ("InputBatch.req_ids",),
     "v1.worker.gpu.model_runner": ("GPUModelRunner.execute_model", "GPUModelRunner.prepare_inputs"),
@@ -91,7 +92,7 @@ def missing_parts(vllm: Path) -> Iterator[str]:
 def _defined(statements: list[ast.stmt], prefix: str = "") -> Iterator[str]:
     """Names that these statements of a module define or import, and the members of classes."""
     for node in statements:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield prefix + node.name
             if isinstance(node, ast.ClassDef):
                 yield from _defined(node.body, f"{prefix}{node.name}.")

@@ -6,12 +6,15 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minference_vllm.backend.after_import import after_import
 from minference_vllm.backend.compat import selects_minference
 
-FRONT_END = "vllm.v1.engine.input_processor"
+if TYPE_CHECKING:
+    from minference_vllm.backend.request_patterns import Asked
+
+FRONT_END, SERVER = "vllm.v1.engine.input_processor", "vllm.v1.engine.async_llm"
 RUNNERS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
     "vllm.v1.worker.gpu_model_runner": ("_prepare_inputs", lambda runner, returned: runner.input_batch),
     "vllm.v1.worker.gpu.model_runner": ("prepare_inputs", lambda runner, returned: returned),
@@ -24,6 +27,7 @@ def check_new_requests() -> None:
     """Have what requests ask for checked in every process that takes requests in, for engines that run minference.
     Idempotent."""
     after_import(FRONT_END, _check_new_requests)
+    after_import(SERVER, _check_before_streaming)
 
 
 def _check_new_requests() -> None:
@@ -41,33 +45,49 @@ def _check_new_requests() -> None:
     @functools.wraps(process)
     def process_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, *args, **kwargs)
-        if getattr(request.sampling_params, "extra_args", None) and selects_minference(self.vllm_config):
-            _check(request, self.vllm_config)
+        asked = checked(request.sampling_params, self.vllm_config)
+        if asked is not None:
+            # Keys and values of deeper layers depend on the patterns that the layers below them ran: their pages are
+            # shared by requests that ask for the same alone.
+            request.cache_salt = f"{request.cache_salt or ''} minference={asked.name}"
         return request
 
     processor.__init__, processor.process_inputs = make_ready, process_and_check
 
 
-def _check(request: Any, vllm_config: Any) -> None:
-    """Refuse what the request may not ask for; keep its pages apart from those of other patterns.
+def _check_before_streaming() -> None:
+    """The engine takes a request in when its first token is waited for: by then a streamed answer has begun, and its
+    status can no longer tell of an error."""
+    engine = sys.modules[SERVER].AsyncLLM
+    generate = engine.generate
+
+    @functools.wraps(generate)
+    def check_and_generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        checked(sampling_params, self.vllm_config)
+        return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    engine.generate = check_and_generate
+
+
+def checked(params: Any, vllm_config: Any) -> Asked | None:
+    """What a new request asks for; None where it runs the server's patterns, and in engines of other backends.
 
     Args:
-        request: vLLM's ``EngineCoreRequest``.
+        params: vLLM's ``SamplingParams``, or what else it has in their place.
 
     Raises:
-        VLLMValidationError: which vLLM's server answers with status 400.
+        VLLMValidationError: it may not ask for that; vLLM's server answers with status 400.
     """
+    if not getattr(params, "extra_args", None) or not selects_minference(vllm_config):
+        return None
     from vllm.exceptions import VLLMValidationError
 
     from minference_vllm.backend.runtime import runtime_for
 
     try:
-        asked = runtime_for(vllm_config).check_request(request.sampling_params, vllm_config)
+        return runtime_for(vllm_config).check_request(params, vllm_config)
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
-    if asked is not None:
-        # Keys and values of deeper layers depend on the patterns that the layers below them ran.
-        request.cache_salt = f"{request.cache_salt or ''} minference={asked.name}"
 
 
 def follow_requests() -> None:

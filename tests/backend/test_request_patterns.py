@@ -76,6 +76,7 @@ def test_what_the_server_runs_is_nothing_to_ask_for(asked: Any) -> None:
         ({"kind": "dense"}, "asks for {'kind': 'dense'}; allowed are"),
         ("a_shape(-1)", "a_shape.sink = -1: must be a whole number from 0"),
         ("cover(1)", "unknown pattern kind; allowed are dense, a_shape"),
+        (f"a_shape({'0' * 190}1, 1)", "asks for 'a_shape.*; allowed are"),
         ("low_rank(" + "[" * 100_000, r"asks for 'low_rank\(\[\[\[\[.*; allowed are"),
     ],
     ids=lambda value: str(value)[:20],

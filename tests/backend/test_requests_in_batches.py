@@ -90,6 +90,8 @@ def test_patterns_that_cannot_run_here(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The front end refuses them; where it was passed by, the request is dense, with a line in the log."""
+    from vllm.exceptions import VLLMValidationError
+
     layer = make_cpu_layer(MIXED, settings=settings)
     lines: list[str] = []
     monkeypatch.setattr(runtimes.logger, "warning", lambda text, *values: lines.append(text % values))
@@ -101,14 +103,11 @@ def test_patterns_that_cannot_run_here(
     assert layer.counters.dense_chunks[CANNOT_RUN] == 2
     assert_right(layer, layer.run(layer.impl, metadata), [ASKED, OWN])
     monkeypatch.setattr(runtimes, "runtime_for", lambda config: layer.impl.runtime)
-    from vllm.exceptions import VLLMValidationError
-
-    request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args={"minference": asked}), cache_salt=None)
+    monkeypatch.setattr(vllm_requests, "selects_minference", lambda config: True)
     with pytest.raises(VLLMValidationError, match=problem):
-        vllm_requests._check(request, layer.config)
-    request.sampling_params.extra_args = {"minference": A_SHAPE}
-    vllm_requests._check(request, layer.config)
-    assert request.cache_salt == f" minference={NAME}"
+        vllm_requests.checked(SimpleNamespace(extra_args={"minference": asked}), layer.config)
+    found = vllm_requests.checked(SimpleNamespace(extra_args={"minference": A_SHAPE}), layer.config)
+    assert found is not None and found.name == NAME
 
 
 def test_a_floor_holds_for_them_too(make_cpu_layer: Callable[..., Layer]) -> None:

@@ -5,6 +5,7 @@ As in ``test_cuda_contract.py`` this file is both the test and, run as a script,
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ def case_requests_are_checked_where_they_are_taken_in() -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
 
     prompt = {"prompt_token_ids": [1, 2, 3]}
@@ -47,6 +49,11 @@ def case_requests_are_checked_where_they_are_taken_in() -> None:
     ):
         with pytest.raises(VLLMValidationError, match=message):
             take(value)
+    engine = object.__new__(AsyncLLM)
+    engine.vllm_config = processor.vllm_config
+    with pytest.raises(VLLMValidationError, match="asks for 'a_shap'"):  # before a streamed answer begins
+        engine.generate("prompt", SamplingParams(extra_args={"minference": "a_shap"}), "name")
+    assert inspect.isasyncgen(engine.generate("prompt", SamplingParams(extra_args={"minference": "dense"}), "name"))
     assert take("peak_threshold(remainder=true)").cache_salt is not None, "by kernel 'triton'"
     processor = InputProcessor(EngineArgs(model=str(MODEL), attention_backend="FLASH_ATTN").create_engine_config())
     assert take("a_shap").cache_salt is None, "another backend's engine is left alone"

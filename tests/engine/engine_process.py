@@ -11,12 +11,19 @@ worker that runs minference.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        # For vLLM's model runner V2: vLLM uses Triton where that has a driver.
+        from triton.backends import backends
+
+        backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
     from vllm import LLM, SamplingParams
 
     llm = LLM(skip_tokenizer_init=True, **request["llm"])

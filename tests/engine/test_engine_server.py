@@ -106,6 +106,63 @@ def test_a_prompt_beyond_the_models_length_is_refused_and_the_server_goes_on(
     assert answer.usage.completion_tokens == 4
 
 
+def stats_of(server: tuple[str, Path]) -> Any:
+    with urllib.request.urlopen(f"{server[0]}/minference/stats", timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_a_request_may_ask_for_dense_prefill_or_other_patterns(
+    server: tuple[str, Path], client: Any, prompt: Callable[..., list[int]]
+) -> None:
+    """Although the same prompt was just read by the server's patterns, and lies in the prefix cache."""
+    arguments = {"model": "tiny", "prompt": words(prompt, 2000, 8), "max_tokens": 4, "temperature": 0}
+
+    def ask(**extra: Any) -> tuple[int, int, list[int]]:
+        """Chunks that this adds: sparse ones, those dense since it was asked for, those by each pattern asked for."""
+        before = stats_of(server)
+        assert client.completions.create(**arguments, extra_body=extra).usage.completion_tokens == 4
+        after = stats_of(server)
+        dense = [report["dense_chunks"].get("the request asked for it", 0) for report in (before, after)]
+        asked = [
+            work["sparse_chunks"] - before["asked_by_requests"].get(name, {}).get("sparse_chunks", 0)
+            for name, work in after["asked_by_requests"].items()
+        ]
+        return after["sparse_chunks"] - before["sparse_chunks"], dense[1] - dense[0], asked
+
+    assert ask() == (2, 0, [])
+    assert ask(vllm_xargs={"minference": "dense"}) == (0, 2, [])
+    assert ask(vllm_xargs={"minference": "a_shape(64, 128)"}) == (2, 0, [2])
+    sparse, dense, _ = ask(vllm_xargs={"minference": "default"})
+    assert sparse < 2 and dense == 0, "from the cache"
+    assert stats_of(server)["asked_by_requests"]["a_shape(sink=64, local=128)"]["density"] < 0.5
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("a_shap", "asks for 'a_shap'; allowed are default (what the server runs), a_shape, "),
+        (7, "asks for 7; allowed are default"),
+        ("a_shape(-1)", "a_shape.sink = -1: must be a whole number from 0"),
+        ("antidiagonal(48)", "antidiagonal stride 48 must divide the page size, here 128"),
+        ("/etc/hostname", "asks for '/etc/hostname'; allowed are default"),
+    ],
+)
+def test_what_may_not_be_asked_for_is_a_bad_request(
+    value: Any, message: str, stream: bool, server: tuple[str, Path], client: Any
+) -> None:
+    from openai import BadRequestError
+
+    before = stats_of(server)
+    with pytest.raises(BadRequestError) as error:
+        client.completions.create(
+            model="tiny", prompt="w1 w2", max_tokens=1, stream=stream, extra_body={"vllm_xargs": {"minference": value}}
+        )
+    assert error.value.status_code == 400 and message in str(error.value)
+    assert stats_of(server) == before
+    assert client.completions.create(model="tiny", prompt="w1 w2", max_tokens=1).usage.completion_tokens == 1
+
+
 def test_the_log_tells_what_ran(server: tuple[str, Path], client: Any, density_in: Callable[[str], float]) -> None:
     log = server[1].read_text()
     assert "Using MINFERENCE attention backend on CPU" in log
@@ -113,8 +170,7 @@ def test_the_log_tells_what_ran(server: tuple[str, Path], client: Any, density_i
 
 
 def test_what_was_served_can_be_asked_for(server: tuple[str, Path], client: Any) -> None:
-    with urllib.request.urlopen(f"{server[0]}/minference/stats", timeout=60) as answer:
-        stats = json.load(answer)
+    stats = stats_of(server)
     assert stats["sparse_chunks"] > 0 and 0.05 < stats["density"] < 0.9 and stats["dense_chunks"]
     assert {head["layer"] for head in stats["heads"]} <= {0, 1, 2}
     assert stats["heads"] and all(0 < head["recall"] <= 1 for head in stats["heads"] if head["audited_chunks"])
