@@ -87,16 +87,22 @@ def run(args: argparse.Namespace, tally: Tally, begin: float) -> Iterator[Watche
     """One server after the other, all but the last one killed; fewer where one leaves no sense in going on."""
     seconds, rng = 60 * args.minutes, random.Random(args.seed)
     for number in range(args.kills):
-        server, goes_on = live(number, seconds * SHORT_LIFE * rng.uniform(0.5, 1.5), False, args, tally)
+        server, goes_on = live(number, seconds * SHORT_LIFE * rng.uniform(0.5, 1.5), None, args, tally)
         yield server
         if not goes_on:
             return
-    rest = begin + seconds - time.monotonic()
-    yield live(args.kills, max(LEAST_LIFE * seconds, rest), True, args, tally)[0]
+    yield live(args.kills, LEAST_LIFE * seconds, begin + seconds, args, tally)[0]
 
 
-def live(number: int, seconds: float, last: bool, args: argparse.Namespace, tally: Tally) -> tuple[Watched, bool]:
-    """One server under load for so long; False where the run must end with it."""
+def live(
+    number: int, seconds: float, end: float | None, args: argparse.Namespace, tally: Tally
+) -> tuple[Watched, bool]:
+    """One server under load for so many seconds, then killed; False where the run must end with it.
+
+    Args:
+        end: of the run: the server lives until then, at least ``seconds``, and is told to end. None: it is killed.
+    """
+    last = end is not None
     log = args.folder / f"server_{number}.log"
     variables = {"VLLM_PLUGINS": "minference", "VLLM_CPU_KVCACHE_SPACE": "1"}
     settings = json.dumps({"minference": {"min_context": MIN_CONTEXT, "min_chunk": MIN_CHUNK}})
@@ -104,6 +110,8 @@ def live(number: int, seconds: float, last: bool, args: argparse.Namespace, tall
     with serve(f"server {number}", MODEL, ours, log, sys.stderr, variables) as server:
         watched = Watched(server, tally, args.longest)
         watched.check_alone(seed=2 * number)
+        if end is not None:
+            seconds = max(seconds, end - time.monotonic())
         print(f"server {number}: {seconds:.0f} s of load", file=sys.stderr, flush=True)
         clients = Clients(server.url, MODEL, args.clients, args.longest, f"{args.seed} {number}", tally)
         goes_on = watched.watch_for(seconds)
