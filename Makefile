@@ -34,11 +34,11 @@ demo: setup ## a needle in a long prompt, dense and sparse, through vllm serve (
 # Two processes; the tests of a file stay together, since they share what they start.
 FAST := -m "not engine and not older_vllm" -n 2 --dist loadfile
 
-test: setup lint ## lint, types, and all tests (ten to fifteen minutes)
+test: setup lint ## lint, types, and all tests (about twenty minutes)
 	@$(BIN)/pytest $(FAST) $(ARGS)
 	@$(BIN)/pytest -m "engine and not architectures" $(ARGS)
 
-test-fast: setup ## the tests that start no engine (one to three minutes)
+test-fast: setup ## the tests that start no engine (four minutes)
 	@$(BIN)/pytest $(FAST) $(ARGS)
 
 architectures: setup ## the architectures of docs/models.md in vLLM's CPU engine, tiny (ten to twenty minutes)
