@@ -73,7 +73,7 @@ ARCHITECTURES = {
     "qwen3": Architecture(tiny_decoders.qwen3),
     "qwen2_vl": Architecture(tiny_image_readers.qwen2_vl, llm=TEXT_ALONE, torchvision=True),
     "qwen2_5_vl": Architecture(tiny_image_readers.qwen2_5_vl, llm=TEXT_ALONE, torchvision=True),
-    "llava": Architecture(tiny_image_readers.llava, llm=TEXT_ALONE),
+    "llava": Architecture(tiny_image_readers.llava, llm=TEXT_ALONE, torchvision=True),
 }
 ORDINARY = ("gemma4", "llama4")
 """Those that have most that others do not; Gemma 2 and gpt-oss stand in ``test_engine_features.py``."""
