@@ -18,7 +18,7 @@ from soak_watch import (
     resident,
     stats_problems,
 )
-from vllm_server import Server, log_tail, signal_group
+from vllm_server import Server, log_tail
 
 MODEL = str(Path(__file__).resolve().parents[1] / "examples" / "demo" / "model")
 MIN_CONTEXT, MIN_CHUNK, CHUNK = 1024, 256, 2048
@@ -93,8 +93,11 @@ class Watched:
         self.tally.add_problems(prometheus_problems(self.server.url))
 
     def check_end(self) -> None:
-        """The server ends when it is told to."""
-        signal_group(self.server.process.pid, signal.SIGTERM)
+        """The server ends when it is told to, by a signal to ``vllm serve`` alone, as an init or a container sends it.
+
+        A signal to the engine, too, may end it before the server knows that all is to end: vLLM then logs an error.
+        """
+        self.server.process.send_signal(signal.SIGTERM)
         try:
             self.server.process.wait(END_TIMEOUT)
         except subprocess.TimeoutExpired:
