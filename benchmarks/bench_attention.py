@@ -37,6 +37,7 @@ from minference_vllm import reference
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
+from minference_vllm.core.remainder import sample_step, sampled_positions
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling, whole_tile
 from minference_vllm.kernels.block_table import cpu_ops
@@ -44,7 +45,6 @@ from minference_vllm.kernels.choose import KERNELS, choose
 from minference_vllm.patterns.discovery import DEFAULTS, default_pattern
 from minference_vllm.patterns.kinds import AShape, BlockSparse, Coverage, HeadPattern, TriShape, VerticalSlash
 from minference_vllm.prefill.attend import attend_chunk
-from minference_vllm.prefill.remainder import sample_step, sampled_positions
 from minference_vllm.prefill.timing import Timing
 
 # Fixed budgets are about 4K tokens per row.

@@ -21,8 +21,8 @@ from get_smollm2 import default_folder
 from language_model import LanguageModel, dense
 from record import emit
 
+from minference_vllm.core.remainder import sampled_positions
 from minference_vllm.offline.texts import load_text
-from minference_vllm.prefill.remainder import sampled_positions
 
 TILE = 128
 

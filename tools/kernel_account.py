@@ -35,17 +35,24 @@ from minference_vllm.triton_kernels import (
     calibration,
     chunk_queries,
     column_diagonal,
+    fit,
     key_codes,
     key_lists,
     low_rank,
     page_means,
     physical_lists,
+    remainder,
+    representatives,
+    thresholds,
 )
 from minference_vllm.triton_kernels.launch import LaunchShape, launch_shape
 
 # Per multiprocessor: shared memory in bytes. All have 65,536 registers, 2,048 threads and 32 blocks.
 SHARED_MEMORY = {80: 167936, 90: 233472, 100: 233472}
-WITHOUT_TENSOR_CORES = ("block_mean", "distance", "key_lists", "page_counts", "physical_lists")
+WITHOUT_TENSOR_CORES = (
+    "block_lists", "block_mean", "key_lists", "left_out", "page_counts", "physical_lists", "threshold", "unlike_rows",
+    "value_norms",
+)  # fmt: skip
 DENSE_TFLOPS = 380
 """Of dense flash attention in Triton on an H100: bf16, heads of 128, long sequences."""
 LEAST_OF_DENSE = 0.8
@@ -53,7 +60,8 @@ MODELLED = (64, 128)
 """Head sizes that the dense kernel has a shape for."""
 NARROW = LaunchShape(block_m=128, block_n=64, block_own=64, stages=5)
 """On Hopper, beside the shape that is launched: half as many keys per step, and more steps ahead."""
-LISTS = {"p_threshold": "*i32", "p_counts": "*i32", "p_ends": "*i32", "p_keys": "*i32", "p_listed": "*i32"}
+LISTS = dict.fromkeys(("p_threshold", "p_counts", "p_cost", "p_lists", "p_begin", "p_num_blocks"), "*i32")
+LISTS |= {"p_overflowed": "*u8"}
 REPRESENTATIVES = 16
 LOOPS = ("whole pages", "single keys", "own pages")
 """Of the attention kernel, in order. A tile passes through the last one a few times, whatever the context."""
@@ -133,14 +141,16 @@ def account(
     loops: Sequence[tuple[str, int]] = (),
     rows: int = 0,
     head_size: int = 0,
+    few_rows: bool = False,
 ) -> Account:
     """One kernel's.
 
     Args:
         loops: names and keys per step of those loops with tensor-core instructions that are looked into; all, or none.
         rows, head_size: that each of them multiplies keys with.
+        few_rows: see ``machine_code``.
     """
-    code = machine_code(compiled, arch)
+    code = machine_code(compiled, arch, few_rows, with_loops=bool(loops))
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     per_warp = -(-code.registers * 32 // 256) * 256
     fits = [65536 // max(1, per_warp * warps), SHARED_MEMORY[arch] // (shared + 1024), 2048 // (32 * warps), 32]
@@ -209,7 +219,8 @@ def attention_account(variant: Variant, default: bool, arch: int, launch: Launch
         "BLOCK_OWN": launch.block_own,
         "STAGES": launch.stages,
     }
-    flags = dict.fromkeys(("WITH_SOFTCAP", "WITH_SINKS", "WITH_LSE"), variant.extras) | {"CAUSAL": True}
+    flags = dict.fromkeys(("WITH_SOFTCAP", "WITH_SINKS", "WITH_LSE"), variant.extras)
+    flags |= {"WITH_REMAINDER": variant.remainder, "CAUSAL": True}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     compiled = compile_kernel(
         function, variant.types(function), constants | own | flags, arch, num_warps=launch.num_warps
@@ -228,6 +239,24 @@ def lists_account(variant: Variant, arch: int) -> Account:
     own |= {"PAGE": variant.page, "CAUSAL": True}
     compiled = compile_kernel(function, variant.types(function), own, arch, num_warps=4)
     return account("physical_lists", variant.name, True, compiled, arch)
+
+
+def remainder_accounts(variant: Variant, default: bool, arch: int) -> list[Account]:
+    heads_per_list = variant.group if variant.packed else 1
+    of_lists, of_keys = remainder.constants(
+        heads_per_list, variant.group, variant.head_size, variant.page, variant.dtype,
+        1 if variant.fp8 else variant.dtype.itemsize,
+    )  # fmt: skip
+    kernels = {
+        "left_out": (remainder.left_out_kernel, of_lists),
+        "remainder": (remainder.remainder_kernel, of_keys | {"WITH_SOFTCAP": variant.extras}),
+    }
+    rows = []
+    for name, (function, shape) in kernels.items():
+        constants = {key: value for key, value in shape.items() if key in function.arg_names}
+        compiled = compile_kernel(function, variant.types(function), constants, arch, num_warps=shape["num_warps"])
+        rows.append(account(name, variant.name, default, compiled, arch, few_rows=True))
+    return rows
 
 
 def estimate_accounts(variant: Variant, arch: int) -> list[Account]:
@@ -256,33 +285,47 @@ def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
     """Of the kernels for ``low_rank``: of all rows, and of representatives."""
     variant = Variant()
     quantized = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16"}
-    own = {"p_rows": "*i64", "p_mass": "*i32", "p_codes": "*i8"}
-    own |= dict.fromkeys(("p_distance", "p_to_query", "p_to_key", "p_low", "p_sum"), "*fp32")
-    own["factor"] = "fp32"
+    own = dict.fromkeys(("p_rows", "p_drawn", "p_alone"), "*i64") | {"p_mass": "*i32", "p_codes": "*i8"}
+    own |= {"p_taken": "*i1", "p_scale": "*i16", "p_threshold": "*i32"}
+    floats = ("p_to_query", "p_to_key", "p_sum", "p_moment", "p_start", "p_vectors", "p_key_size", "p_norm")
+    own |= dict.fromkeys(floats, "*fp32")
+    own |= dict.fromkeys(("factor", "alone_share", "missable", "row_missable", "errors"), "fp32")
     shared = variant.constants | {"BLOCK_N": calibration.BLOCK_N, "WITH_SOFTCAP": False, "TILE": TILE}
     shared["num_warps"] = calibration.NUM_WARPS
     lists = key_lists.constants(variant.page)
     of_keys = key_codes.constants(variant.group, variant.head_size, variant.page, rank, variant.dtype)
     of_queries = chunk_queries.constants(variant.head_size, rank)
+    of_fit = variant.constants | {"BLOCK_N": fit.BLOCK_N, "COLUMNS": fit.COLUMNS, "STEP": fit.STEP, "RANK": rank}
+    of_fit |= {"WIDTH": rank, "R": of_queries["R"], "num_warps": fit.NUM_WARPS}
+    of_tile = of_queries | {"TILE": TILE, "DIRECTIONS": (REPRESENTATIVES - 2) // 2}
+    of_tile["num_stages"] = representatives.NUM_STAGES
     kernels: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
-        "distance": (chunk_queries.distance_kernel, own, of_queries),
-        "project": (chunk_queries.project_kernel, own, of_queries),
+        "unlike_rows": (chunk_queries.unlike_rows_kernel, own, of_queries),
+        "query_codes": (chunk_queries.query_codes_kernel, own, of_queries),
+        "moments": (fit.moments_kernel, own, of_fit),
+        "fit": (fit.fit_kernel, own, of_fit),
+        "representatives": (representatives.representatives_kernel, own, of_tile),
         "key_codes": (key_codes.key_codes_kernel, own, of_keys),
+        "value_norms": (calibration.value_norms_kernel, own, shared | {"KEYS": calibration.KEYS, "num_warps": 4}),
         "share_sum": (calibration.share_sum_kernel, own, shared),
         "share_by_bin": (calibration.share_by_bin_kernel, own, shared),
-        "page_counts": (key_lists.page_counts_kernel, LISTS, lists),
+        "threshold": (thresholds.threshold_kernel, own, {"ROWS": thresholds.ROWS, "num_warps": thresholds.NUM_WARPS}),
+        "page_counts": (key_lists.page_counts_kernel, LISTS, lists | {"TILE": TILE}),
+        "block_lists": (key_lists.block_lists_kernel, LISTS, lists | {"TILE": TILE, "STEP": key_lists.STEP}),
         "key_lists": (key_lists.key_lists_kernel, LISTS, lists),
     }
     for per_tile, name in ((0, ""), (REPRESENTATIVES, " representatives")):
-        of_rows, of_tiles = low_rank.launch_shape(rank, TILE, per_tile)
+        of_rows, of_tiles = low_rank.launch_shape(rank, TILE, per_tile, arch // 10)
         kernels[f"peak_lse{name}"] = low_rank.peak_lse_kernel, quantized, of_rows
-        kernels[f"tile_bins{name}"] = low_rank.tile_bins_kernel, quantized, of_tiles
+        of_bins = low_rank.representative_bins_kernel if per_tile else low_rank.tile_bins_kernel
+        kernels[f"tile_bins{name}"] = of_bins, quantized, of_tiles
     found = []
     for name, (function, kinds, shape) in kernels.items():
         constants = {key: value for key, value in shape.items() if key in function.arg_names}
         types = variant.types(function) | {key: kind for key, kind in kinds.items() if key in function.arg_names}
         warps = shape.get("num_warps", low_rank.NUM_WARPS)
-        compiled = compile_kernel(function, types, constants, arch, num_warps=warps, num_stages=3)
+        stages = shape.get("num_stages", 3)
+        compiled = compile_kernel(function, types, constants, arch, num_warps=warps, num_stages=stages)
         found.append(account(name, f"rank={rank}", default, compiled, arch))
     return found
 
@@ -298,6 +341,12 @@ def accounts(arch: int, everything: bool) -> list[Account]:
         rows += [attention_account(variant, False, arch, NARROW) for variant in ESTIMATES]
     rows += [lists_account(variant, arch) for variant in ESTIMATES]
     rows += [row for variant in ESTIMATES for row in estimate_accounts(variant, arch)]
+    for variant in DEFAULT:
+        if variant.remainder:
+            rows += remainder_accounts(variant, True, arch)
+    for variant in OTHERS if everything else ():
+        if variant.remainder and (arch >= 89 or not variant.fp8):
+            rows += remainder_accounts(variant, False, arch)
     ranks = [rank for rank, default in RANKS.items() if default or everything]
     return rows + [row for rank in ranks for row in low_rank_accounts(rank, RANKS[rank], arch)]
 

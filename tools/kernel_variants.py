@@ -42,6 +42,8 @@ class Variant:
     fp8: bool = False
     extras: bool = False
     """Soft cap, sinks and log-sum-exp."""
+    remainder: bool = False
+    """Whether attention starts from it."""
     group: int = 4
     """Query heads per KV head."""
     packed: bool = False
@@ -51,8 +53,9 @@ class Variant:
     def name(self) -> str:
         cache = " fp8 cache" if self.fp8 else ""
         extras = " cap+sinks+lse" if self.extras else ""
+        remainder = " remainder" if self.remainder else ""
         packed = f" packed {self.group}" if self.packed else ""
-        return f"{_SHORT[self.dtype]} D={self.head_size} page={self.page}{cache}{extras}{packed}"
+        return f"{_SHORT[self.dtype]} D={self.head_size} page={self.page}{cache}{extras}{remainder}{packed}"
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -71,15 +74,16 @@ class Variant:
         query, cache = f"*{_SHORT[self.dtype]}", "*fp8e4nv" if self.fp8 else f"*{_SHORT[self.dtype]}"
         pointers = {"p_query": query, "p_out": query, "p_key": cache, "p_value": cache}
         positions = ("p_pages", "p_tile_starts", "p_bin_row", "p_order")
-        pointers |= {name: "*i64" for name in positions} | {"p_bins": "*u8"}
-        floats = ("p_lse", "p_sinks", "p_mean", "p_scores", "p_weights", "p_mass")
+        pointers |= {name: "*i64" for name in positions} | {"p_bins": "*u8", "p_marks": "*u8"}
+        floats = ["p_lse", "p_sinks", "p_mean", "p_scores", "p_weights", "p_mass"]
+        floats += ["p_left_key", "p_left_value", "p_bias"]
         pointers |= {name: "*fp32" for name in floats}
         integers = ["p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads", "p_rows", "p_lowest"]
-        integers += ["p_table", "p_listed", "p_singles", "p_work"]
+        integers += ["p_table", "p_listed", "p_singles", "p_work", "p_slots", "p_wanted"]
         pointers |= {name: "*i32" for name in integers}
         if function is column_diagonal.column_diagonal_kernel:
             pointers |= {"p_columns": "*fp32", "p_nearer": "*fp32", "p_farther": "*fp32"}
-        scalars = {name: "fp32" for name in ("scale_log2", "softcap_log2", "value_scale", "key_scale")}
+        scalars = dict.fromkeys(("scale_log2", "softcap_log2", "value_scale", "key_scale", "log_step"), "fp32")
         strides = {name: "i32!" for name in function.arg_names if name.startswith("stride_")}
         return {name: "i32" for name in function.arg_names} | pointers | scalars | strides
 
@@ -92,6 +96,10 @@ DEFAULT = (
     Variant(torch.float16, page=64),
     Variant(page=16, packed=True),
     Variant(packed=True, group=7),
+    Variant(head_size=64, page=16, remainder=True),
+    Variant(page=16, remainder=True),
+    Variant(page=128, remainder=True),
+    Variant(page=16, packed=True, remainder=True),
 )
 OTHERS = (
     Variant(head_size=96),
@@ -102,6 +110,12 @@ OTHERS = (
     Variant(head_size=64, packed=True),
     Variant(head_size=256, packed=True),
     Variant(fp8=True, packed=True),
+    Variant(head_size=96, page=48, remainder=True),
+    Variant(head_size=256, remainder=True),
+    Variant(extras=True, remainder=True),
+    Variant(fp8=True, remainder=True),
+    Variant(head_size=256, fp8=True, remainder=True),
+    Variant(page=528, packed=True, group=7, remainder=True),
 )
 ESTIMATES = (Variant(page=16), Variant(page=128))
 RANKS = {LowRank().rank: True, 16: False, 64: False}

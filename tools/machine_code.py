@@ -20,6 +20,8 @@ import triton
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TENSOR_CORES = {80: "HMMA|IMMA", 90: "HGMMA|IGMMA", 100: r"UTC\w*MMA"}
 """Names of their instructions, by architecture."""
+OF_FEW_ROWS = "HMMA|IMMA"
+"""Theirs for products of fewer than 64 rows, on every architecture."""
 SCHEDULERS, ISSUE = 4, 0.75
 """Per multiprocessor; and the share of cycles in which one issues an instruction."""
 TENSOR_FLOPS = 4096
@@ -56,8 +58,14 @@ class MachineCode:
     """Innermost ones with tensor-core instructions, as they follow each other."""
 
 
-def machine_code(compiled: Any, arch: int) -> MachineCode:
-    """Of a kernel that ``triton.compile`` made."""
+def machine_code(compiled: Any, arch: int, few_rows: bool = False, with_loops: bool = True) -> MachineCode:
+    """Of a kernel that ``triton.compile`` made.
+
+    Args:
+        few_rows: it multiplies fewer than 64.
+        with_loops: else none is looked for: a loop around others may come out otherwise than it was written.
+    """
+    multiply = OF_FEW_ROWS if few_rows else TENSOR_CORES[arch]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -71,13 +79,14 @@ def machine_code(compiled: Any, arch: int) -> MachineCode:
         return sum(bool(re.search(rf"\b({pattern})\b", one)) for one in instructions)
 
     bodies = [instructions[loop] for loop in loops]
-    bodies = [body for body in bodies if any(re.search(rf"\b({TENSOR_CORES[arch]})\b", one) for one in body)]
-    buffers = buffers_of(compiled.asm["ttgir"], len(bodies))
+    bodies = [body for body in bodies if any(re.search(rf"\b({multiply})\b", one) for one in body)]
+    bodies = bodies if with_loops else []
+    buffers = buffers_of(compiled.asm["ttgir"], len(bodies)) if with_loops else []
     return MachineCode(
         int(registers.group(1)),
         count("LDL"),
         count("STL"),
-        count(TENSOR_CORES[arch]),
+        count(multiply),
         count("LDGSTS"),
         tuple(Loop(len(body), depth, ahead(body)) for body, depth in zip(bodies, buffers, strict=True)),
     )

@@ -1,9 +1,9 @@
 """Attention under a ``SparseIndex`` over paged keys and values of any strides, in one online softmax.
 
-Three loops read a tile's keys: whole pages before it, without a mask; single keys, without a mask; and those of them
-that fill no step, with the tile's own pages, causally (without these under an index that is not ``causal``). Keys come
-from ``physical_lists``; lists are read a step ahead, or Triton would prefetch fewer keys and values (see
-``tools/kernel_account.py``).
+A tile's softmax starts from its remainder, where there is one. Three loops read the tile's keys: whole pages before it,
+without a mask; single keys, without a mask; and those of them that fill no step, with the tile's own pages, causally
+(without these under an index that is not ``causal``). Keys come from ``physical_lists``; lists are read a step ahead,
+or Triton would prefetch fewer keys and values (see ``tools/kernel_account.py``).
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ import triton
 import triton.language as tl
 
 from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.remainder import Remainder
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.triton_kernels.launch import launch_shape, launcher
 from minference_vllm.triton_kernels.physical_lists import physical_lists, place_of, split_keys
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def capped_log2(b_score, scale_log2, softcap_log2):
+    """``cap * tanh(score / cap)``, with ``tanh(x) = 1 - 2 / (exp(2 x) + 1)``; everything in powers of two."""
+    return softcap_log2 * (1.0 - 2.0 / (tl.exp2(b_score * scale_log2) + 1.0))
 
 
 @triton.jit
@@ -42,8 +49,7 @@ def _attend_keys(
     b_key = (tl.load(p_keys, mask=m_dim[None, :], other=0.0) if PADDED else tl.load(p_keys)).to(b_query.dtype)
     b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)  # [BLOCK_M, N]
     if WITH_SOFTCAP:
-        # cap * tanh(score / cap), with tanh(x) = 1 - 2 / (exp(2 x) + 1); everything in powers of two.
-        b_score = softcap_log2 * (1.0 - 2.0 / (tl.exp2(b_score * scale_log2) + 1.0))
+        b_score = capped_log2(b_score, scale_log2, softcap_log2)
         factor = 1.0
     else:
         factor = scale_log2
@@ -86,6 +92,9 @@ def sparse_attention_kernel(
     p_out,
     p_lse,
     p_sinks,
+    p_left_key,
+    p_left_value,
+    p_bias,
     p_tile_starts,
     p_order,
     p_blocks,
@@ -107,6 +116,7 @@ def sparse_attention_kernel(
     max_singles,
     scale_log2,
     softcap_log2,
+    key_scale,
     value_scale,
     LISTS: tl.constexpr,
     HEADS_PER_LIST: tl.constexpr,
@@ -122,6 +132,7 @@ def sparse_attention_kernel(
     PRECISION: tl.constexpr,
     WITH_SOFTCAP: tl.constexpr,
     WITH_SINKS: tl.constexpr,
+    WITH_REMAINDER: tl.constexpr,
     WITH_LSE: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
@@ -153,9 +164,22 @@ def sparse_attention_kernel(
         p_before = tl.where(is_listed, p_listed + i_list_row * max_blocks, p_table)
         p_singles += i_list_row * max_singles
 
-        b_out = tl.zeros([BLOCK_M, D], dtype=tl.float32)
-        b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-        b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+        if WITH_REMAINDER:
+            # [1] where all rows are of one head: what is read for every row takes registers.
+            o_left = o_head * num_tiles + i_tile if HEADS_PER_LIST > 1 else tl.full([1], i_list_row, tl.int64)
+            o_left_dim = o_left[:, None] * HEAD_SIZE + o_dim[None, :]
+            b_left_key = tl.load(p_left_key + o_left_dim, mask=m_dim[None, :], other=0.0)
+            # Keys and values lie in the cache without their scales.
+            b_max = tl.sum(b_query.to(tl.float32) * b_left_key, 1) / key_scale
+            b_max = capped_log2(b_max, scale_log2, softcap_log2) if WITH_SOFTCAP else b_max * scale_log2
+            b_max += tl.load(p_bias + o_left) * LOG2E
+            b_sum = tl.where(b_max > -float("inf"), 1.0, 0.0)
+            b_left_value = tl.load(p_left_value + o_left_dim, mask=m_dim[None, :], other=0.0) / value_scale
+            b_out = tl.broadcast_to(b_left_value, [BLOCK_M, D])
+        else:
+            b_out = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+            b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+            b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
         o_slot = tl.arange(0, BLOCK_N)
         if PAGE % BLOCK_N == 0:
             o_in_page = o_slot[:, None] * stride_slot + o_dim[None, :]
@@ -241,8 +265,14 @@ def compute_type(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     return types.get(dtype, tl.bfloat16), "ieee" if dtype == torch.float32 else "tf32"
 
 
-def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
-    """See ``kernels.kernel.Run``. The log-sum-exp includes the sink's share.
+def run(
+    inputs: Inputs,
+    index: SparseIndex,
+    out: torch.Tensor,
+    lse: torch.Tensor | None = None,
+    remainder: Remainder | None = None,
+) -> None:
+    """See ``kernels.kernel.Run``. The log-sum-exp includes the shares of sink and remainder.
 
     Args:
         inputs: head sizes up to 256; the query may be FP8, its scale is then part of ``inputs.scale``; the cache of
@@ -254,6 +284,7 @@ def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor
         ValueError: the cache has another layout, or other strides for values than for keys.
     """
     query, cache, sinks = inputs.query, inputs.cache, inputs.sinks
+    assert remainder is None or all(part.is_contiguous() for part in remainder)
     if cache.layout != "rows":
         raise ValueError(f"the Triton kernel reads pages of plain rows, not {cache.layout!r}")
     chunk = len(query)
@@ -266,11 +297,13 @@ def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor
     scale = inputs.scale * cache.key_scale * LOG2E.value
     launcher(sparse_attention_kernel, (index.num_lists * index.num_tiles * parts,))(
         query, cache.key, cache.value, out, query if lse is None else lse, query if sinks is None else sinks,
+        *((query, query, query) if remainder is None else remainder),
         index.tiling.starts, lists.order, index.blocks, index.num_blocks, index.num_columns,
         lists.table, lists.listed, lists.singles,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), cache.key.stride(1), cache.key.stride(2),
         index.num_tiles, parts, chunk, index.blocks.shape[2], lists.max_singles,
-        2 * scale / inputs.softcap if inputs.softcap else scale, inputs.softcap * LOG2E.value, cache.value_scale,
+        2 * scale / inputs.softcap if inputs.softcap else scale, inputs.softcap * LOG2E.value,
+        cache.key_scale, cache.value_scale,
         LISTS=inputs.group // index.heads_per_list,
         HEADS_PER_LIST=index.heads_per_list,
         HEAD_SIZE=cache.head_size,
@@ -285,6 +318,7 @@ def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor
         PRECISION=precision,
         WITH_SOFTCAP=inputs.softcap != 0.0,
         WITH_SINKS=sinks is not None,
+        WITH_REMAINDER=remainder is not None,
         WITH_LSE=lse is not None,
         CAUSAL=index.causal,
         num_warps=launch.num_warps,

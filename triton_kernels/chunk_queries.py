@@ -1,4 +1,4 @@
-"""A chunk's queries in few dimensions, and how unlike each is to the others, without copies in float32."""
+"""A chunk's queries: the rows most unlike the others, and all of them in few dimensions, without copies in float32."""
 
 from __future__ import annotations
 
@@ -8,60 +8,103 @@ import torch
 import triton
 import triton.language as tl
 
-from minference_vllm.selection.projection import Projection
+from minference_vllm.selection import projection
+from minference_vllm.selection.measured_rows import DrawnRows
+from minference_vllm.selection.projection import Projection, QuantizedQK
 from minference_vllm.triton_kernels.column_diagonal import on_device
 from minference_vllm.triton_kernels.key_codes import precise_dot
 from minference_vllm.triton_kernels.launch import launcher
 
+MAX_QUERY, MAX_KEY_NORM = tl.constexpr(projection.MAX_QUERY), tl.constexpr(projection.MAX_KEY_NORM)
+MIN_RANGE, MAX_PRODUCT = tl.constexpr(projection.MIN_RANGE), tl.constexpr(projection.MAX_PRODUCT)
+UNITS_PER_BIT = tl.constexpr(projection.BINS_PER_BIT << 15)
+
 
 @triton.jit
-def _load(p_query, stride_row, i_block, chunk, HEAD_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rows of one head, ``[BLOCK_M, D]``, where they lie in the chunk, and which are there."""
-    o_row, o_dim = i_block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, D)
-    m_row = o_row < chunk
+def load_rows(p_query, stride_row, o_row, m_row, HEAD_SIZE: tl.constexpr, D: tl.constexpr):
+    """Rows of one head, ``[len(o_row), D]``; zeros where there are none."""
+    o_dim = tl.arange(0, D)
     o_query = o_row.to(tl.int64)[:, None] * stride_row + o_dim[None, :]
-    m_tile = m_row[:, None] & (o_dim < HEAD_SIZE)[None, :]
-    return tl.load(p_query + o_query, mask=m_tile, other=0.0), o_row, m_row
+    return tl.load(p_query + o_query, mask=m_row[:, None] & (o_dim < HEAD_SIZE)[None, :], other=0.0)
 
 
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
-@triton.jit(do_not_specialize=["chunk"])
-def distance_kernel(
-    p_query, p_heads, p_mean, p_distance, stride_row, stride_head, chunk, HEAD_SIZE: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+@triton.jit(do_not_specialize=["chunk", "num_drawn", "num_unlike"])
+def unlike_rows_kernel(
+    p_query, p_heads, p_mean, p_drawn, p_taken, p_rows, stride_row, stride_head, chunk, num_drawn, num_unlike,
+    HEAD_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: squared distances of BLOCK_M queries from their head's mean query.
+    """One program: of one of ``num_unlike`` equal parts of the chunk the row whose query is farthest from its head's
+    mean query; and some of the rows that are drawn for all heads.
 
-    ``p_mean`` is float32 ``[H, HEAD_SIZE]``, ``p_distance`` float32 ``[h, chunk]``.
+    ``p_mean`` is float32 ``[H, HEAD_SIZE]``, ``p_drawn`` int64 ``[num_drawn]``, ``p_taken`` uint8 ``[chunk]``, 1 for
+    those; ``p_rows`` int64 ``[h, num_drawn + num_unlike]``.
     """
-    i_block, i_slot = tl.program_id(0), tl.program_id(1)
+    i_part, i_slot = tl.program_id(0), tl.program_id(1)
     i_head = tl.load(p_heads + i_slot).to(tl.int64)
-    o_dim = tl.arange(0, D)
-    b_query, o_row, m_row = _load(p_query + i_head * stride_head, stride_row, i_block, chunk, HEAD_SIZE, D, BLOCK_M)
-    b_mean = tl.load(p_mean + i_head * HEAD_SIZE + o_dim, mask=o_dim < HEAD_SIZE, other=0.0)
-    b_apart = b_query.to(tl.float32) - b_mean[None, :]
-    tl.store(p_distance + i_slot.to(tl.int64) * chunk + o_row, tl.sum(b_apart * b_apart, 1), mask=m_row)
+    p_rows += i_slot * (num_drawn + num_unlike)
+    for i_drawn in range(i_part, num_drawn, tl.num_programs(0)):
+        tl.store(p_rows + i_drawn, tl.load(p_drawn + i_drawn))
+    if num_unlike > 0:
+        o_dim = tl.arange(0, D)
+        b_mean = tl.load(p_mean + i_head * HEAD_SIZE + o_dim, mask=o_dim < HEAD_SIZE, other=0.0)
+        begin = i_part * chunk // num_unlike
+        end = (i_part + 1) * chunk // num_unlike
+        farthest, row = -2.0, begin
+        for i_row in range(begin, end, BLOCK_M):
+            o_row = i_row + tl.arange(0, BLOCK_M)
+            m_row = o_row < end
+            b_query = load_rows(p_query + i_head * stride_head, stride_row, o_row, m_row, HEAD_SIZE, D)
+            b_apart = tl.where((o_dim < HEAD_SIZE)[None, :], b_query.to(tl.float32) - b_mean[None, :], 0.0)
+            b_taken = tl.load(p_taken + o_row, mask=m_row, other=1)
+            b_distance = tl.where(m_row, tl.where(b_taken > 0, -1.0, tl.sum(b_apart * b_apart, 1)), -2.0)
+            found = tl.max(b_distance, 0)
+            place = i_row + tl.argmax(b_distance, 0)
+            row = tl.where(found > farthest, place, row)
+            farthest = tl.maximum(farthest, found)
+        tl.store(p_rows + num_drawn + i_part, row.to(tl.int64))
+
+
+@triton.jit
+def quantized(b_low):
+    """``projection.quantize_queries`` of ``[M, R]``: codes, and how many bins a unit of their products is, times
+    ``2 ** 15``."""
+    b_norm = tl.sqrt(tl.sum(b_low * b_low, 1))
+    b_unit = tl.maximum(b_norm * MAX_KEY_NORM, MIN_RANGE) / MAX_PRODUCT
+    b_unit = tl.maximum(b_unit, tl.max(tl.abs(b_low), 1) / MAX_QUERY)
+    b_scale = tl.ceil(b_unit * UNITS_PER_BIT)
+    b_code = tl.floor(b_low / (b_scale / UNITS_PER_BIT)[:, None] + 0.5)
+    return b_code.to(tl.int8), tl.minimum(b_scale, 32767.0).to(tl.int16)
 
 
 @triton.jit(do_not_specialize=["chunk"])
-def project_kernel(
-    p_query, p_heads, p_to_query, p_low, stride_row, stride_head, chunk, factor, HEAD_SIZE: tl.constexpr,
+def query_codes_kernel(
+    p_query, p_heads, p_to_query, p_codes, p_scale, stride_row, stride_head, chunk, factor, HEAD_SIZE: tl.constexpr,
     D: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head in RANK dimensions.
 
-    ``p_to_query`` is float32 ``[h, HEAD_SIZE, RANK]``, ``p_low`` float32 ``[h, chunk, RANK]``.
+    ``p_to_query`` is float32 ``[h, HEAD_SIZE, RANK]``, ``p_codes`` int8 ``[h, chunk, RANK]``, ``p_scale`` int16
+    ``[h, chunk]``.
     """
     i_block, i_slot = tl.program_id(0), tl.program_id(1)
     i_head = tl.load(p_heads + i_slot).to(tl.int64)
+    o_row, o_rank = i_block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, R)
+    m_row, m_rank = o_row < chunk, o_rank < RANK
+    b_query = load_rows(p_query + i_head * stride_head, stride_row, o_row, m_row, HEAD_SIZE, D)
+    b_to_query = load_projection(p_to_query, i_slot, HEAD_SIZE, D, RANK, R)
+    b_code, b_scale = quantized(precise_dot(b_query, b_to_query) * factor)
+    o_out = i_slot.to(tl.int64) * chunk + o_row
+    tl.store(p_codes + o_out[:, None] * RANK + o_rank[None, :], b_code, mask=m_row[:, None] & m_rank[None, :])
+    tl.store(p_scale + o_out, b_scale, mask=m_row)
+
+
+@triton.jit
+def load_projection(p_matrix, i_slot, HEAD_SIZE: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr):
+    """One head's float32 ``[D, R]`` of ``[h, HEAD_SIZE, RANK]``, zeros beyond."""
     o_dim, o_rank = tl.arange(0, D), tl.arange(0, R)
-    b_query, o_row, m_row = _load(p_query + i_head * stride_head, stride_row, i_block, chunk, HEAD_SIZE, D, BLOCK_M)
-    o_to_query = (i_slot * HEAD_SIZE + o_dim)[:, None] * RANK + o_rank[None, :]
-    m_to_query = (o_dim < HEAD_SIZE)[:, None] & (o_rank < RANK)[None, :]
-    b_to_query = tl.load(p_to_query + o_to_query, mask=m_to_query, other=0.0)
-    b_low = precise_dot(b_query, b_to_query) * factor
-    o_low = (i_slot.to(tl.int64) * chunk + o_row)[:, None] * RANK + o_rank[None, :]
-    tl.store(p_low + o_low, b_low, mask=m_row[:, None] & (o_rank < RANK)[None, :])
+    o_matrix = (i_slot * HEAD_SIZE + o_dim)[:, None] * RANK + o_rank[None, :]
+    return tl.load(p_matrix + o_matrix, mask=(o_dim < HEAD_SIZE)[:, None] & (o_rank < RANK)[None, :], other=0.0)
 
 
 BLOCK_M, NUM_WARPS = 64, 4
@@ -73,33 +116,39 @@ def constants(head_size: int, rank: int = 0) -> dict[str, int]:
     return shape | ({"RANK": rank, "R": triton.next_power_of_2(rank)} if rank else {}) | {"num_warps": NUM_WARPS}
 
 
-def distances(query: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-    """float32 ``[h, chunk]``: squared distance of each query from its head's mean query.
+def measured_rows(query: torch.Tensor, heads: Sequence[int], drawn: DrawnRows) -> torch.Tensor:
+    """int64 ``[h, R]``: the rows of ``measured_rows.calibration_rows``, the drawn ones first.
 
     Args:
         query: ``[chunk, H, D]``, elements of a head side by side.
     """
     chunk, _, head_size = query.shape
     mean = query.mean(0, dtype=torch.float32)
-    found = torch.empty(len(heads), chunk, device=query.device)
-    launcher(distance_kernel, (triton.cdiv(chunk, BLOCK_M), len(heads)))(
-        query, on_device(heads, query), mean, found, query.stride(0), query.stride(1), chunk, **constants(head_size)
-    )
-    return found
+    rows = torch.empty(len(heads), len(drawn.rows) + drawn.unlike, dtype=torch.int64, device=query.device)
+    launcher(unlike_rows_kernel, (max(1, drawn.unlike), len(heads)))(
+        query, on_device(heads, query), mean, drawn.rows, drawn.taken, rows, query.stride(0), query.stride(1), chunk,
+        len(drawn.rows), drawn.unlike, **constants(head_size),
+    )  # fmt: skip
+    return rows
 
 
-def project(query: torch.Tensor, heads: Sequence[int], projection: Projection, factor: float) -> torch.Tensor:
-    """float32 ``[h, chunk, r]``: queries in few dimensions, times ``factor``; see ``projection.project_queries``.
+def query_codes(
+    query: torch.Tensor, heads: Sequence[int], projection: Projection, factor: float, keys: torch.Tensor
+) -> QuantizedQK:
+    """All queries of a chunk in few dimensions times ``factor``, quantized: ``projection.project_queries`` and
+    ``quantize_queries``.
 
     Args:
         query: ``[chunk, H, D]``, elements of a head side by side.
         heads: those that the projection is for.
+        keys: int8 ``[h, S, r]``, to go with them.
     """
     chunk, _, head_size = query.shape
     rank = projection.to_query.shape[2]
-    low = torch.empty(len(heads), chunk, rank, device=query.device)
-    launcher(project_kernel, (triton.cdiv(chunk, BLOCK_M), len(heads)))(
-        query, on_device(heads, query), projection.to_query.contiguous(), low, query.stride(0), query.stride(1), chunk,
-        factor, **constants(head_size, rank),
+    codes = torch.empty(len(heads), chunk, rank, dtype=torch.int8, device=query.device)
+    scale = torch.empty(len(heads), chunk, dtype=torch.int16, device=query.device)
+    launcher(query_codes_kernel, (triton.cdiv(chunk, BLOCK_M), len(heads)))(
+        query, on_device(heads, query), projection.to_query.contiguous(), codes, scale, query.stride(0),
+        query.stride(1), chunk, factor, **constants(head_size, rank),
     )  # fmt: skip
-    return low
+    return QuantizedQK(codes, keys, scale)

@@ -81,6 +81,20 @@ def add_scores(b_sum, b_max, b_score):
     return b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_score - b_shift[:, None]), 1), b_new_max
 
 
+@triton.jit
+def combined(p_row, stride, num_parts, m_row):
+    """The log-sum-exp, in powers of two, of what so many programs found for each row; -inf for rows that are not there.
+
+    ``p_row``: where the first of them stored it for each row; ``stride``: to the next.
+    """
+    b_sum = tl.zeros(m_row.shape, dtype=tl.float32)
+    b_max = tl.full(m_row.shape, -float("inf"), dtype=tl.float32)
+    for i_part in range(num_parts):
+        b_part = tl.load(p_row + i_part * stride, mask=m_row, other=-float("inf"))
+        b_sum, b_max = add_scores(b_sum, b_max, b_part[:, None])
+    return b_max + tl.log2(b_sum)
+
+
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
 @triton.jit(do_not_specialize=["rows", "context_len", "seq_len"])
 def row_lse_kernel(

@@ -43,7 +43,7 @@ def key_codes_kernel(
 ):  # fmt: skip
     """One program: BLOCK_N keys for one query head.
 
-    ``p_mean`` is float32 ``[h, RANK]``, the mean key in few dimensions, ``p_to_key`` float32 ``[h, HEAD_SIZE, RANK]``,
+    ``p_mean`` is float32 ``[h, HEAD_SIZE]``, the mean key, ``p_to_key`` float32 ``[h, HEAD_SIZE, RANK]``,
     ``p_codes`` int8 ``[h, S, RANK]``.
     """
     i_block, i_slot = tl.program_id(0), tl.program_id(1)
@@ -57,10 +57,10 @@ def key_codes_kernel(
     o_key += o_position % PAGE * stride_key_slot
     m_tile = m_key[:, None] & m_dim[None, :]
     b_key = tl.load(p_key + o_key[:, None] + o_dim[None, :], mask=m_tile, other=0.0).to(COMPUTE)
-    b_mean = tl.load(p_mean + i_slot * RANK + o_rank, mask=m_rank, other=0.0)
+    b_mean = tl.load(p_mean + i_slot * HEAD_SIZE + o_dim, mask=m_dim, other=0.0)
     o_to_key = (i_slot * HEAD_SIZE + o_dim)[:, None] * RANK + o_rank[None, :]
     b_to_key = tl.load(p_to_key + o_to_key, mask=m_dim[:, None] & m_rank[None, :], other=0.0)
-    b_low = precise_dot(b_key, b_to_key) * key_scale - b_mean[None, :]
+    b_low = precise_dot(b_key, b_to_key) * key_scale - tl.sum(b_mean[:, None] * b_to_key, 0)[None, :]
     b_norm = tl.sqrt(tl.sum(b_low * b_low, 1))
     b_low = b_low / (tl.maximum(b_norm, MAX_KEY_NORM) / MAX_KEY_NORM)[:, None]
     b_code = tl.minimum(tl.maximum(tl.floor(b_low + 0.5), -MAX_KEY), MAX_KEY)
@@ -99,8 +99,8 @@ def key_codes(inputs: Inputs, heads: Sequence[int], projection: Projection) -> t
     rank = projection.to_key.shape[2]
     codes = torch.empty(len(heads), seq_len, rank, dtype=torch.int8, device=inputs.pages.device)
     launcher(key_codes_kernel, (triton.cdiv(seq_len, BLOCK_N), len(heads)))(
-        cache.key, inputs.pages, on_device(heads, inputs.query), torch.matmul(projection.mean, projection.to_key),
-        projection.to_key.contiguous(), codes, *cache.key.stride()[:3], seq_len, cache.key_scale,
+        cache.key, inputs.pages, on_device(heads, inputs.query), projection.mean, projection.to_key.contiguous(),
+        codes, *cache.key.stride()[:3], seq_len, cache.key_scale,
         **constants(inputs.group, cache.head_size, cache.block_size, rank, inputs.query.dtype),
     )  # fmt: skip
     return codes

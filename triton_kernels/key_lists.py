@@ -1,64 +1,138 @@
-"""From the score bins of tiles to the lists of their keys, without a mark for every key, or a wait for the GPU."""
+"""From the score bins of tiles to the lists of an index, without a mark for every key, or a wait for the GPU."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.selection.compaction import KeyLists, Selection
-from minference_vllm.selection.score_bins import ScoreBins, whole_pages
+from minference_vllm.selection import score_bins
+from minference_vllm.selection.compaction import Lists
+from minference_vllm.triton_kernels.column_diagonal import on_device
 from minference_vllm.triton_kernels.launch import launcher
 
 
 @triton.jit
-def _reaching(p_bins, p_threshold, i_row, i_head, o_page, seq_len, PAGE: tl.constexpr, SLOTS: tl.constexpr):
+def _reaching(p_bins, p_threshold, i_row, i_slot, o_page, seq_len, PAGE: tl.constexpr, SLOTS: tl.constexpr):
     """Which keys of some pages reach the head's threshold, ``[PAGES, SLOTS]``, and their positions."""
     o_slot = tl.arange(0, SLOTS)
     o_position = o_page[:, None] * PAGE + o_slot[None, :]
     m_key = (o_slot < PAGE)[None, :] & (o_position < seq_len)
     b_bin = tl.load(p_bins + i_row.to(tl.int64) * seq_len + o_position, mask=m_key, other=0).to(tl.int32)
-    return m_key & (b_bin >= tl.load(p_threshold + i_head)), o_position
+    return m_key & (b_bin >= tl.load(p_threshold + i_slot)), o_position
+
+
+@triton.jit
+def _reach(i_tile, context_len, seq_len, window, TILE: tl.constexpr, PAGE: tl.constexpr):
+    """A tile's pages: the first that a row of it sees, the first of its own, and one past the last."""
+    aligned = (context_len // TILE + i_tile) * TILE
+    start, end = tl.maximum(aligned, context_len), tl.minimum(aligned + TILE, seq_len)
+    oldest = tl.where(window > 0, tl.maximum(start - window + 1, 0), 0)
+    return oldest // PAGE, aligned // PAGE, (end - 1) // PAGE + 1
 
 
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
-@triton.jit(do_not_specialize=["num_tiles", "num_pages", "seq_len"])
+@triton.jit(do_not_specialize=["num_tiles", "num_pages", "context_len", "seq_len", "window"])
 def page_counts_kernel(
-    p_bins, p_threshold, p_counts, num_tiles, num_pages, seq_len, PAGE: tl.constexpr, SLOTS: tl.constexpr,
-    PAGES: tl.constexpr,
+    p_bins, p_threshold, p_counts, p_cost, num_tiles, num_pages, context_len, seq_len, window, TILE: tl.constexpr,
+    PAGE: tl.constexpr, SLOTS: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: how many keys of PAGES pages reach the threshold, for one tile. ``p_counts`` int32 ``[h, T, N]``."""
-    i_strip, i_row = tl.program_id(0), tl.program_id(1)
-    o_page = i_strip * PAGES + tl.arange(0, PAGES)
-    m_reaching, _ = _reaching(p_bins, p_threshold, i_row, i_row // num_tiles, o_page, seq_len, PAGE, SLOTS)
-    o_count = i_row.to(tl.int64) * num_pages + o_page
-    tl.store(p_counts + o_count, tl.sum(m_reaching.to(tl.int32), 1), mask=o_page < num_pages)
+    """One program: how many keys of PAGES pages reach the threshold, for one tile; and what they cost the head.
 
-
-@triton.jit(do_not_specialize=["num_tiles", "num_pages", "seq_len", "width"])
-def key_lists_kernel(
-    p_bins, p_threshold, p_listed, p_ends, p_keys, num_tiles, num_pages, seq_len, width, PAGE: tl.constexpr,
-    SLOTS: tl.constexpr, PAGES: tl.constexpr,
-):  # fmt: skip
-    """One program: the keys of PAGES pages of one tile, as far as there is room.
-
-    ``p_listed``: int32 ``[h, T, N]``, how many keys of each page are listed; ``p_ends``: of all pages up to it.
-    ``p_keys``: int32 ``[h, T, width]``.
+    ``p_counts`` is int32 ``[h, T, N]``: ``PAGE`` where the whole page is attended, see ``score_bins.whole_pages``.
+    ``p_cost`` is int32 ``[h]``: their sum is added.
     """
     i_strip, i_row = tl.program_id(0), tl.program_id(1)
+    i_slot = i_row // num_tiles
     o_page = i_strip * PAGES + tl.arange(0, PAGES)
-    o_count = i_row.to(tl.int64) * num_pages + o_page
-    b_listed = tl.load(p_listed + o_count, mask=o_page < num_pages, other=0)
-    b_end = tl.load(p_ends + o_count, mask=o_page < num_pages, other=0)
-    m_reaching, o_position = _reaching(p_bins, p_threshold, i_row, i_row // num_tiles, o_page, seq_len, PAGE, SLOTS)
-    o_key = (b_end - b_listed - 1)[:, None] + tl.cumsum(m_reaching.to(tl.int32), 1)
-    m_listed = m_reaching & (b_listed > 0)[:, None] & (o_key < width)
-    tl.store(p_keys + i_row.to(tl.int64) * width + o_key, o_position, mask=m_listed)
+    m_reaching, _ = _reaching(p_bins, p_threshold, i_row, i_slot, o_page, seq_len, PAGE, SLOTS)
+    _, own, end = _reach(i_row % num_tiles, context_len, seq_len, window, TILE, PAGE)
+    b_count = tl.sum(m_reaching.to(tl.int32), 1)
+    b_count = tl.where((2 * b_count >= PAGE) | (o_page >= own) & (o_page < end), PAGE, b_count)
+    m_page = o_page < num_pages
+    tl.store(p_counts + i_row.to(tl.int64) * num_pages + o_page, b_count, mask=m_page)
+    # Whole numbers: their order does not matter.
+    tl.atomic_add(p_cost + i_slot, tl.sum(tl.where(m_page, b_count, 0), 0), sem="relaxed")
 
 
-KEYS, NUM_WARPS = 2048, 4
-"""Keys of one program, about."""
+@triton.jit(do_not_specialize=[
+    "num_tiles", "num_pages", "context_len", "seq_len", "window", "max_blocks", "max_columns", "most",
+])  # fmt: skip
+def block_lists_kernel(
+    p_counts, p_threshold, p_cost, p_lists, p_blocks, p_num_blocks, p_num_columns, p_overflowed, num_tiles, num_pages,
+    context_len, seq_len, window, max_blocks, max_columns, most, TILE: tl.constexpr, PAGE: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """One program: the whole pages of one tile, and where the single keys of each of the others begin in their list.
+
+    Lists are the index's own, ``p_blocks`` int32 ``[L, T, max_blocks]`` filled with -1; ``p_lists`` int32 ``[h]`` says
+    which of them each head has. ``p_counts`` becomes that beginning, -1 where a page lists no single key. A head whose
+    cost is above ``most``, or whose threshold is 0, has every page, and a tile without room, too, without a list.
+    """
+    i_tile, i_slot = tl.program_id(0), tl.program_id(1)
+    i_list = (tl.load(p_lists + i_slot) * num_tiles + i_tile).to(tl.int64)
+    p_counts += (i_slot * num_tiles + i_tile).to(tl.int64) * num_pages
+    first, _, end = _reach(i_tile, context_len, seq_len, window, TILE, PAGE)
+    # Pages from ``full`` on are attended whatever they hold.
+    full = tl.where((tl.load(p_threshold + i_slot) == 0) | (tl.load(p_cost + i_slot) > most), first, end)
+    blocks, columns = 0, 0
+    for i_page in range(0, num_pages, STEP):
+        o_page = i_page + tl.arange(0, STEP)
+        m_seen = (o_page >= first) & (o_page < end)
+        b_count = tl.load(p_counts + o_page, mask=m_seen, other=0)
+        m_whole = m_seen & ((o_page >= full) | (b_count == PAGE))
+        blocks += tl.sum(m_whole.to(tl.int32), 0)
+        columns += tl.sum(tl.where(m_whole, 0, b_count), 0)
+    over = (blocks > max_blocks) | (columns > max_columns)
+    tl.store(p_num_blocks + i_list, tl.where(over, end, blocks))
+    tl.store(p_num_columns + i_list, tl.where(over, 0, columns))
+    tl.store(p_overflowed + i_list, (over & (blocks < end)).to(tl.uint8))
+    room = tl.where(over, 0, max_blocks)
+    blocks, columns = 0, 0
+    for i_page in range(0, num_pages, STEP):
+        o_page = i_page + tl.arange(0, STEP)
+        m_page = o_page < num_pages
+        m_seen = (o_page >= first) & (o_page < end)
+        b_count = tl.load(p_counts + o_page, mask=m_seen, other=0)
+        m_whole = m_seen & ((o_page >= full) | (b_count == PAGE))
+        o_block = blocks + tl.cumsum(m_whole.to(tl.int32), 0) - 1
+        tl.store(p_blocks + i_list * max_blocks + o_block, o_page, mask=m_whole & (o_block < room))
+        b_single = tl.where(over | m_whole, 0, b_count)
+        b_begin = columns + tl.cumsum(b_single, 0) - b_single
+        tl.debug_barrier()
+        tl.store(p_counts + o_page, tl.where(b_single > 0, b_begin, -1), mask=m_page)
+        blocks += tl.sum(m_whole.to(tl.int32), 0)
+        columns += tl.sum(b_single, 0)
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_pages", "seq_len", "max_columns"])
+def key_lists_kernel(
+    p_bins, p_threshold, p_begin, p_lists, p_columns, num_tiles, num_pages, seq_len, max_columns, PAGE: tl.constexpr,
+    SLOTS: tl.constexpr, PAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: the single keys of PAGES pages of one tile.
+
+    ``p_begin``: int32 ``[h, T, N]``, where each page's keys begin, -1 where none is listed. ``p_columns``: int32
+    ``[L, T, max_columns]``, filled with -1; ``p_lists``: see ``block_lists_kernel``.
+    """
+    i_strip, i_row = tl.program_id(0), tl.program_id(1)
+    i_slot = i_row // num_tiles
+    o_page = i_strip * PAGES + tl.arange(0, PAGES)
+    b_begin = tl.load(p_begin + i_row.to(tl.int64) * num_pages + o_page, mask=o_page < num_pages, other=-1)
+    if tl.max(b_begin, 0) >= 0:
+        i_list = (tl.load(p_lists + i_slot) * num_tiles + i_row % num_tiles).to(tl.int64)
+        m_reaching, o_position = _reaching(p_bins, p_threshold, i_row, i_slot, o_page, seq_len, PAGE, SLOTS)
+        o_key = b_begin[:, None] + tl.cumsum(m_reaching.to(tl.int32), 1) - 1
+        tl.store(p_columns + i_list * max_columns + o_key, o_position, mask=m_reaching & (b_begin >= 0)[:, None])
+
+
+KEYS, STEP, NUM_WARPS = 2048, 1024, 4
+"""Keys of one program, about; pages of one step."""
 
 
 def constants(block_size: int) -> dict[str, int]:
@@ -66,21 +140,50 @@ def constants(block_size: int) -> dict[str, int]:
     return {"PAGE": block_size, "SLOTS": slots, "PAGES": max(1, KEYS // slots), "num_warps": NUM_WARPS}
 
 
-def select(tiling: Tiling, found: ScoreBins, width: int) -> Selection:
-    """``TorchScores.select_bins``, with room for ``width`` keys of each tile.
+@functools.lru_cache(maxsize=256)
+def _most(context_len: int, seq_len: int, window: int, tile: int, block_size: int) -> int:
+    """Keys, all tiles together, up to which a head is not dense: ``score_bins.DENSE_FROM`` of its reachable pages."""
+    pages = 0
+    for aligned in range(context_len // tile * tile, seq_len, tile):
+        oldest = max(0, max(aligned, context_len) - window + 1) if window else 0
+        pages += (min(aligned + tile, seq_len) - 1) // block_size + 1 - oldest // block_size
+    return int(score_bins.DENSE_FROM * block_size * pages)
 
-    Args:
-        tiling: with a ``column_multiple`` of 1.
-    """
-    bins, threshold = found.bins, found.threshold
-    heads, tiles, seq_len = bins.shape
-    shape, pages = constants(tiling.block_size), tiling.num_key_blocks
-    grid = triton.cdiv(pages, shape["PAGES"]), heads * tiles
-    counts = torch.empty(heads, tiles, pages, dtype=torch.int32, device=bins.device)
-    launcher(page_counts_kernel, grid)(bins, threshold, counts, tiles, pages, seq_len, **shape)
-    blocks, dense = whole_pages(tiling, counts, threshold)
-    listed = counts.masked_fill_(blocks | dense[:, None, None], 0)
-    ends = listed.cumsum(2, dtype=torch.int32)
-    keys = torch.full((heads, tiles, width), -1, dtype=torch.int32, device=bins.device)
-    launcher(key_lists_kernel, grid)(bins, threshold, listed, ends, keys, tiles, pages, seq_len, width, **shape)
-    return Selection(blocks, KeyLists(keys, ends[..., -1].contiguous()))
+
+@dataclass(frozen=True)
+class BinLists:
+    """The keys from one bin up, of some heads, to be written into the lists of an index."""
+
+    tiling: Tiling
+    """With a ``column_multiple`` of 1."""
+    bins: torch.Tensor
+    """uint8 ``[h, T, S]``, see ``score_bins.tile_bins``."""
+    threshold: torch.Tensor
+    """int32 ``[h]``."""
+
+    def write(self, lists: Lists, heads: Sequence[int]) -> None:
+        """The lists that ``score_bins.keys_above`` and ``build_index`` make of them.
+
+        Args:
+            lists: of all heads, every one with its own; filled with -1 and zeros.
+            heads: whose lists these are.
+        """
+        tiling, shape = self.tiling, constants(self.tiling.block_size)
+        lengths = tiling.context_len, tiling.seq_len, tiling.window
+        count, tiles, pages = len(heads), tiling.num_tiles, tiling.num_key_blocks
+        counts = torch.empty(count, tiles, pages, dtype=torch.int32, device=self.bins.device)
+        grid, numbers = (triton.cdiv(pages, shape["PAGES"]), count * tiles), on_device(heads, self.bins)
+        cost = torch.zeros(count, dtype=torch.int32, device=self.bins.device)
+        launcher(page_counts_kernel, grid)(
+            self.bins, self.threshold, counts, cost, tiles, pages, *lengths, TILE=tiling.tile, **shape
+        )
+        most = _most(*lengths, tiling.tile, tiling.block_size)
+        launcher(block_lists_kernel, (tiles, count))(
+            counts, self.threshold, cost, numbers, lists.blocks, lists.num_blocks, lists.num_columns,
+            lists.overflowed.view(torch.uint8), tiles, pages, *lengths, lists.blocks.shape[2],
+            lists.columns.shape[2], most, TILE=tiling.tile, PAGE=tiling.block_size, STEP=STEP, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        launcher(key_lists_kernel, grid)(
+            self.bins, self.threshold, counts, numbers, lists.columns, tiles, pages, tiling.seq_len,
+            lists.columns.shape[2], **shape,
+        )  # fmt: skip

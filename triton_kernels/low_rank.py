@@ -13,8 +13,7 @@ import triton.language as tl
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection import projection, score_bins
 from minference_vllm.selection.projection import QuantizedQK
-from minference_vllm.triton_kernels.attention import LN2
-from minference_vllm.triton_kernels.column_diagonal import add_scores
+from minference_vllm.triton_kernels.column_diagonal import add_scores, combined
 from minference_vllm.triton_kernels.launch import launcher
 
 PEAK_KEYS = tl.constexpr(score_bins.PEAK_KEYS)
@@ -106,7 +105,7 @@ def peak_lse_kernel(
 
 @triton.jit
 def _tile_rows(
-    p_query, p_scale, p_lse, first, i_down, count, num_queries, RANK: tl.constexpr, R: tl.constexpr,
+    p_query, p_scale, p_lse, first, i_down, count, num_queries, num_parts, RANK: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Queries ``first + i_down`` and on of a tile's ``count``, ``[BLOCK_M, R]``, what their products count for, and
@@ -115,7 +114,7 @@ def _tile_rows(
     o_row = first + o_down
     m_row = (o_down < count) & (o_row >= 0) & (o_row < num_queries)
     # Rows that are not there come near no key.
-    b_lse = tl.load(p_lse + o_row, mask=m_row, other=float("inf"))
+    b_lse = tl.where(m_row, combined(p_lse + o_row, num_queries, num_parts, m_row), float("inf"))
     return _rows(p_query, o_row, m_row, RANK, R), _bits(p_scale, o_row, m_row), b_lse
 
 
@@ -125,7 +124,13 @@ def _nearest(b_key, b_query, b_bits, b_lse):
     return tl.max(tl.dot(b_key, tl.trans(b_query)) * b_bits[None, :] - b_lse[None, :], 1)
 
 
-@triton.jit(do_not_specialize=["context_len", "seq_len", "num_queries", "num_tiles"])
+@triton.jit
+def _bins(b_best):
+    """See ``score_bins.as_bins``; to be cut off after the point."""
+    return tl.minimum(tl.maximum(b_best * BINS_PER_BIT + TOP_BIN, 0.0), TOP_BIN) + 0.5
+
+
+@triton.jit(do_not_specialize=["context_len", "seq_len", "num_queries", "num_tiles", "num_parts", "window"])
 def tile_bins_kernel(
     p_query,
     p_key,
@@ -136,60 +141,124 @@ def tile_bins_kernel(
     seq_len,
     num_queries,
     num_tiles,
+    num_parts,
+    window,
     RANK: tl.constexpr,
     R: tl.constexpr,
     TILE: tl.constexpr,
-    PER_TILE: tl.constexpr,
     STRIP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program: the bins of STRIP keys for one tile of one head.
 
-    ``p_lse`` is float32 ``[h, num_queries]``, ``p_bins`` uint8 ``[h, T, S]``, zeros: what comes after a tile stays so.
+    ``p_lse`` is float32 ``[h, num_parts, num_queries]``, ``p_bins`` uint8 ``[h, T, S]``.
     """
     i_strip, i_tile, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     own = (context_len // TILE + i_tile) * TILE
+    first_seen = tl.where(window > 0, tl.maximum(tl.maximum(own, context_len) - window + 1, 0), 0)
     begin, stop = i_strip * STRIP, tl.minimum((i_strip + 1) * STRIP, tl.minimum(own + TILE, seq_len))
+    p_bins += (i_head * num_tiles + i_tile).to(tl.int64) * seq_len
     if begin < stop:
         p_query += i_head.to(tl.int64) * num_queries * RANK
         p_key += i_head.to(tl.int64) * seq_len * RANK
         p_scale += i_head.to(tl.int64) * num_queries
-        p_lse += i_head.to(tl.int64) * num_queries
-        p_bins += (i_head * num_tiles + i_tile).to(tl.int64) * seq_len
+        p_lse += i_head.to(tl.int64) * num_parts * num_queries
         before = tl.minimum(stop, own)
-        COUNT: tl.constexpr = TILE if PER_TILE == 0 else PER_TILE
-        first = own - context_len if PER_TILE == 0 else i_tile * PER_TILE
+        first = own - context_len
         b_query, b_bits, b_lse = _tile_rows(
-            p_query, p_scale, p_lse, first, 0, COUNT, num_queries, RANK, R, BLOCK_M
+            p_query, p_scale, p_lse, first, 0, TILE, num_queries, num_parts, RANK, R, BLOCK_M
         )  # fmt: skip
         for i_key in range(begin, before, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)
             b_key = _rows(p_key, o_key, o_key < before, RANK, R)
             b_best = _nearest(b_key, b_query, b_bits, b_lse)
-            for i_down in range(BLOCK_M, COUNT, BLOCK_M):
+            for i_down in range(BLOCK_M, TILE, BLOCK_M):
                 b_more, b_their_bits, b_their_lse = _tile_rows(
-                    p_query, p_scale, p_lse, first, i_down, COUNT, num_queries, RANK, R, BLOCK_M
+                    p_query, p_scale, p_lse, first, i_down, TILE, num_queries, num_parts, RANK, R, BLOCK_M
                 )  # fmt: skip
                 b_best = tl.maximum(b_best, _nearest(b_key, b_more, b_their_bits, b_their_lse))
-            b_bin = tl.minimum(tl.maximum(b_best * BINS_PER_BIT + TOP_BIN, 0.0), TOP_BIN)
-            tl.store(p_bins + o_key, (b_bin + 0.5).to(tl.uint8), mask=o_key < before)
+            b_bin = tl.where(o_key >= first_seen, _bins(b_best), 0.0)
+            tl.store(p_bins + o_key, b_bin.to(tl.uint8), mask=o_key < before)
         for i_key in range(tl.maximum(begin, own), stop, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)
             tl.store(p_bins + o_key, tl.full([BLOCK_N], LOCAL_BIN, dtype=tl.uint8), mask=o_key < stop)
+    # What comes after the tile.
+    for i_key in range(tl.maximum(begin, stop), tl.minimum(begin + STRIP, seq_len), BLOCK_N):
+        o_key = i_key + tl.arange(0, BLOCK_N)
+        tl.store(p_bins + o_key, tl.zeros([BLOCK_N], dtype=tl.uint8), mask=o_key < tl.minimum(begin + STRIP, seq_len))
+
+
+@triton.jit
+def _nearest_by_tile(
+    p_key, o_key, m_key, b_query, b_bits, b_lse, RANK: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr,
+    PER_TILE: tl.constexpr,
+):  # fmt: skip
+    """``_nearest`` of the representatives of each tile: ``[BLOCK_N, TILES]``."""
+    b_score = tl.dot(_rows(p_key, o_key, m_key, RANK, R), tl.trans(b_query)) * b_bits[None, :] - b_lse[None, :]
+    return tl.max(tl.reshape(b_score, [o_key.shape[0], TILES, PER_TILE]), 2)
+
+
+@triton.jit(do_not_specialize=["context_len", "seq_len", "num_queries", "num_tiles", "num_parts", "window"])
+def representative_bins_kernel(
+    p_query, p_key, p_scale, p_lse, p_bins, context_len, seq_len, num_queries, num_tiles, num_parts, window,
+    RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, PER_TILE: tl.constexpr, TILES: tl.constexpr,
+    STRIP: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: the bins of STRIP keys for TILES tiles of one head, each of PER_TILE representatives.
+
+    What is done once for every key, such as to read it, is done for all of those tiles. Tensors as ``tile_bins_kernel``
+    has them.
+    """
+    i_strip, i_group, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_query = i_group * TILES * PER_TILE + tl.arange(0, TILES * PER_TILE)
+    m_query = o_query < num_queries
+    p_key += i_head.to(tl.int64) * seq_len * RANK
+    b_query = _rows(p_query + i_head.to(tl.int64) * num_queries * RANK, o_query, m_query, RANK, R)
+    b_bits = _bits(p_scale + i_head.to(tl.int64) * num_queries, o_query, m_query)
+    p_lse += i_head.to(tl.int64) * num_parts * num_queries
+    b_lse = tl.where(m_query, combined(p_lse + o_query, num_queries, num_parts, m_query), float("inf"))
+    o_tile = i_group * TILES + tl.arange(0, TILES)
+    b_own = ((context_len // TILE + o_tile) * TILE)[None, :]
+    b_first = tl.where(window > 0, tl.maximum(b_own, context_len) - window + 1, 0)
+    o_bins = ((i_head * num_tiles + o_tile).to(tl.int64) * seq_len)[None, :]
+    begin, stop = i_strip * STRIP, tl.minimum((i_strip + 1) * STRIP, seq_len)
+    # The keys that come before all of those tiles, and see no window.
+    first_own = (context_len // TILE + i_group * TILES) * TILE // BLOCK_N * BLOCK_N
+    border = tl.where(window > 0, begin, tl.maximum(begin, tl.minimum(stop, first_own)))
+    m_tile = (o_tile < num_tiles)[None, :]
+    for i_key in range(begin, border, BLOCK_N):
+        o_key = i_key + tl.arange(0, BLOCK_N)
+        b_best = _nearest_by_tile(p_key, o_key, o_key < stop, b_query, b_bits, b_lse, RANK, R, TILES, PER_TILE)
+        tl.store(p_bins + o_bins + o_key[:, None], _bins(b_best).to(tl.uint8), mask=m_tile)
+    for i_key in range(border, stop, BLOCK_N):
+        o_key = i_key + tl.arange(0, BLOCK_N)
+        b_best = _nearest_by_tile(p_key, o_key, o_key < stop, b_query, b_bits, b_lse, RANK, R, TILES, PER_TILE)
+        b_position = o_key[:, None]
+        b_bin = tl.where(b_position < b_own, tl.where(b_position >= b_first, _bins(b_best), 0.0), LOCAL_BIN)
+        b_bin = tl.where(b_position < b_own + TILE, b_bin, 0.0)
+        tl.store(p_bins + o_bins + b_position, b_bin.to(tl.uint8), mask=m_tile & (b_position < stop))
 
 
 BLOCK_M, STEP, BLOCK_N, NUM_WARPS = 64, 128, 64, 4
 KEYS_PER_PART, STRIP = 8192, 2048
 """Keys of one program, of either kernel."""
+QUERIES = 128
+"""Representatives of one program."""
 
 
-def launch_shape(rank: int, tile: int, per_tile: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Constants of ``peak_lse_kernel`` and of ``tile_bins_kernel``."""
-    shape = {"RANK": rank, "R": max(16, triton.next_power_of_2(rank)), "TILE": tile, "PER_TILE": per_tile}
+def launch_shape(rank: int, tile: int, per_tile: int, major: int = 9) -> tuple[dict[str, int], dict[str, int]]:
+    """Constants of ``peak_lse_kernel``, and of the kernel of bins; ``major``: compute capability."""
+    shape = {"RANK": rank, "R": max(16, triton.next_power_of_2(rank)), "TILE": tile, "num_warps": NUM_WARPS}
+    of_rows = shape | {"PER_TILE": per_tile, "BLOCK_M": BLOCK_M, "STEP": STEP}
+    if per_tile:
+        tiles = max(1, QUERIES // per_tile)
+        # With four warps Blackwell's registers spill.
+        of_tiles = {"PER_TILE": per_tile, "TILES": tiles, "STRIP": STRIP, "BLOCK_N": BLOCK_N}
+        return of_rows, shape | of_tiles | {"num_warps": 2 * NUM_WARPS if major == 10 else NUM_WARPS}
     # A wide tile comes in several steps.
-    rows = max(16, min(128, triton.next_power_of_2(per_tile or tile)))
-    return shape | {"BLOCK_M": BLOCK_M, "STEP": STEP}, shape | {"STRIP": STRIP, "BLOCK_M": rows, "BLOCK_N": BLOCK_N}
+    rows = max(16, min(128, triton.next_power_of_2(tile)))
+    return of_rows, shape | {"STRIP": STRIP, "BLOCK_M": rows, "BLOCK_N": BLOCK_N}
 
 
 def tile_bins(quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
@@ -214,15 +283,18 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
     if types != (torch.int8, torch.int8, torch.int16):
         raise ValueError(f"types must be int8, int8 and int16, not {', '.join(map(str, types))}")
     lengths = tiling.context_len, tiling.seq_len, queries
-    of_rows, of_tiles = launch_shape(rank, tiling.tile, per_tile)
+    major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
+    of_rows, of_tiles = launch_shape(rank, tiling.tile, per_tile, major)
     parts = triton.cdiv(length, KEYS_PER_PART)
     lse = torch.empty(heads, parts, queries, device=query.device)
     launcher(peak_lse_kernel, (triton.cdiv(queries, BLOCK_M), heads, parts))(
-        query, keys, dequant_scale, lse, *lengths, KEYS_PER_PART, **of_rows, num_warps=NUM_WARPS
+        query, keys, dequant_scale, lse, *lengths, KEYS_PER_PART, **of_rows
     )
-    lse = lse.mul_(LN2.value).logsumexp(1).div_(LN2.value)
-    bins = torch.zeros(heads, tiles, length, dtype=torch.uint8, device=query.device)
-    launcher(tile_bins_kernel, (triton.cdiv(length, STRIP), tiles, heads))(
-        query, keys, dequant_scale, lse, bins, *lengths, tiles, **of_tiles, num_warps=NUM_WARPS
+    bins = torch.empty(heads, tiles, length, dtype=torch.uint8, device=query.device)
+    kernel, groups = tile_bins_kernel, tiles
+    if per_tile:
+        kernel, groups = representative_bins_kernel, triton.cdiv(tiles, of_tiles["TILES"])
+    launcher(kernel, (triton.cdiv(length, STRIP), groups, heads))(
+        query, keys, dequant_scale, lse, bins, *lengths, tiles, parts, tiling.window, **of_tiles
     )
     return bins

@@ -4,6 +4,7 @@ the GPU, and the prefix's keys are never copied all at once.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -13,24 +14,24 @@ from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.selection.block_sparse import pooled_scores
-from minference_vllm.selection.compaction import Capacity, Selection
-from minference_vllm.selection.low_rank import FIT_ROWS, CalibrationRows, calibration_rows, fit_step, fitted
+from minference_vllm.selection.compaction import Capacity, Selection, WritesLists
+from minference_vllm.selection.measured_rows import drawn_rows
 from minference_vllm.selection.peak_threshold import peak_scores
-from minference_vllm.selection.projection import Projection, QuantizedQK
-from minference_vllm.selection.representatives import representatives
 from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.torch_scores import TorchScores, keys_at_once
 from minference_vllm.triton_kernels import (
     antidiagonal,
     calibration,
     column_diagonal,
-    key_lists,
     low_rank,
     page_means,
 )
-from minference_vllm.triton_kernels.chunk_queries import distances, project
-from minference_vllm.triton_kernels.column_diagonal import on_device
+from minference_vllm.triton_kernels.chunk_queries import measured_rows, query_codes
+from minference_vllm.triton_kernels.fit import fitted
 from minference_vllm.triton_kernels.key_codes import key_codes
+from minference_vllm.triton_kernels.key_lists import BinLists
+from minference_vllm.triton_kernels.representatives import representative_codes
+from minference_vllm.triton_kernels.thresholds import thresholds
 
 
 class TritonScores(TorchScores):
@@ -70,32 +71,27 @@ class TritonScores(TorchScores):
         """As the definition, but for what would wait for the GPU or take memory for every row and key: keys are scored
         whatever columns and diagonals hold, in all dimensions, and none is left out by what the rows themselves need.
         """
-        inputs = self.inputs
-        sample = calibration_rows(distances(self.query, heads), tiling.seq_len)
-        projection = self._fitted(heads, sample, pattern.rank)
-        codes = key_codes(inputs, heads, projection)
-        low = project(self.query, heads, projection, self.scale / math.log(2))
+        inputs, query = self.inputs, self.query
+        drawn = drawn_rows(len(query), tiling.seq_len, query.device)
+        rows = measured_rows(query, heads, drawn)
+        projection = fitted(inputs, query, heads, rows[:, drawn.sampled :], pattern.rank)
+        codes, factor = key_codes(inputs, heads, projection), self.scale / math.log(2)
         if pattern.queries:
-            low = representatives(low, codes, tiling, pattern.queries)
-        bins = low_rank.tile_bins(QuantizedQK.of(low, codes, pattern.queries), tiling)
-        mass = calibration.mass_by_bin(inputs, self.query, heads, sample.rows, tiling, bins)
-        return ScoreBins(bins, sample.threshold(mass, pattern.gamma))
+            scored = representative_codes(query, heads, projection, factor, codes, tiling, pattern.queries)
+        else:
+            scored = query_codes(query, heads, projection, factor, codes)
+        bins = low_rank.tile_bins(scored, tiling)
+        mass = calibration.mass_by_bin(inputs, query, heads, rows, tiling, bins, self._value_norms)
+        return ScoreBins(bins, thresholds(mass, drawn, pattern.gamma))
 
-    def _fitted(self, heads: Sequence[int], sample: CalibrationRows, rank: int) -> Projection:
-        cache, chunk, device = self.inputs.cache, self.inputs.chunk, self.query.device
-        wanted = on_device(heads, self.query).long()[:, None]
-        rows, positions = (
-            torch.arange(0, length, fit_step(length, FIT_ROWS // 2), device=device)
-            for length in (len(self.query), chunk.seq_len)
-        )
-        pages, slots = self.inputs.pages[positions // cache.block_size], positions % cache.block_size
-        keys = cache.key[pages, wanted // self.inputs.group, slots].float().mul_(cache.key_scale)
-        return fitted(self.query[rows, wanted], self.query[sample.alone(), wanted], keys, rank)
+    @functools.cached_property
+    def _value_norms(self) -> torch.Tensor:
+        return calibration.value_norms(self.inputs)
 
-    def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection:
+    def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection | WritesLists:
         if capacity.exact or tiling.column_multiple > 1:
             return super().select_bins(tiling, found, capacity)
-        return key_lists.select(tiling, found, capacity.columns)
+        return BinLists(tiling, found.bins, found.threshold)
 
     def audited_pieces(self, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         missing = self.inputs.chunk.seq_len

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import logging
 import re
@@ -184,6 +185,19 @@ def add_worker_method(name: str, method: Callable[[Any], Any]) -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, name, method)
+
+
+async def ask_every_engine(engine_client: Any, method: str) -> list[list[Any]]:
+    """What the workers answer to ``collective_rpc(method)``, by data-parallel engine of a server's client.
+
+    vLLM's own asks them all and hands on what the first one answers.
+    """
+    client = getattr(engine_client, "engine_core", None)
+    engines = getattr(client, "core_engines", ())
+    ask = getattr(client, "_call_utility_async", None)
+    if len(engines) < 2 or ask is None:
+        return [await engine_client.collective_rpc(method)]
+    return await asyncio.gather(*(ask("collective_rpc", method, None, (), None, engine=engine) for engine in engines))
 
 
 def slice_requests(common: CommonAttentionMetadata, first: int, last: int) -> CommonAttentionMetadata:

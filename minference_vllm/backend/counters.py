@@ -255,5 +255,44 @@ def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**first, **totals, "density": density, "asked_by_requests": asked, "heads": heads}
 
 
+def added(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One report of data-parallel engines: each has seen chunks of its own, with all heads and layers.
+
+    Args:
+        reports: of ``merged``, at least one.
+    """
+    totals = _summed(reports, "sparse_chunks", "sparse_tokens", "computed_pairs", "dense_pairs", "overflowed_tiles")
+    dense = sum((Counter(report["dense_chunks"]) for report in reports), Counter[str]())
+    asked = {}
+    for name in {name: None for report in reports for name in report["asked_by_requests"]}:
+        parts = [report["asked_by_requests"][name] for report in reports if name in report["asked_by_requests"]]
+        pairs = _summed(parts, "sparse_chunks", "sparse_tokens", "computed_pairs", "dense_pairs")
+        asked[name] = {**pairs, "density": _density(pairs["computed_pairs"], pairs["dense_pairs"])}
+    by_head: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for report in reports:
+        for head in report["heads"]:
+            by_head.setdefault((head["layer"], head["head"]), []).append(head)
+    return {
+        **totals,
+        "dense_chunks": dict(dense),
+        "density": _density(totals["computed_pairs"], totals["dense_pairs"]),
+        "asked_by_requests": asked,
+        "heads": [_added_head(by_head[place]) for place in sorted(by_head)],
+    }
+
+
+def _added_head(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    counts = _summed(parts, "audited_chunks", "chunks_with_more_keys", "chunks_run_densely")
+    audited = [part for part in parts if part["audited_chunks"]]
+    if not audited:
+        return {**parts[0], **counts}
+    chunks = counts["audited_chunks"]
+    means = {
+        name: sum(part[name] * part["audited_chunks"] for part in audited) / chunks for name in ("recall", "value_recall")
+    }
+    least = {name: min(part[name] for part in audited) for name in ("least_recall", "least_value_recall")}
+    return {**parts[0], **counts, **means, **least}
+
+
 def _summed(reports: Sequence[dict[str, Any]], *names: str) -> dict[str, Any]:
     return {name: sum(report[name] for report in reports) for name in names}

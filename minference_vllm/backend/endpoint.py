@@ -13,8 +13,8 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from minference_vllm.backend.compat import selects_minference
-from minference_vllm.backend.counters import merged
+from minference_vllm.backend.compat import ask_every_engine, selects_minference
+from minference_vllm.backend.counters import added, merged
 from minference_vllm.backend.runtime import STATS_METHOD
 
 
@@ -33,11 +33,13 @@ class StatsEndpoint:
 
 
 async def stats(request: Request) -> dict[str, Any]:
-    """Totals since the server's start, see ``Counters.report``. Of data-parallel engines vLLM asks the first alone."""
+    """Totals since the server's start, see ``Counters.report``, and of how many data-parallel engines they are: all that
+    this server hands requests to."""
     engine = request.app.state.minference_engine
     if engine is None or not selects_minference(engine.vllm_config):
         raise HTTPException(404, "this server does not run the attention backend minference")
-    return merged(await engine.collective_rpc(STATS_METHOD))
+    reports = [merged(workers) for workers in await ask_every_engine(engine, STATS_METHOD)]
+    return {**added(reports), "engines": len(reports)}
 
 
 async def metrics(request: Request) -> Response:
@@ -61,6 +63,7 @@ class _Collector:
         }
         for name, text in totals.items():
             yield CounterMetricFamily(f"minference_{name}", text, value=self.report[name])
+        yield GaugeMetricFamily("minference_engines", "Data-parallel engines counted here", value=self.report["engines"])
         dense = CounterMetricFamily("minference_dense_chunks", "Prefill chunks left dense", labels=["reason"])
         for reason, count in self.report["dense_chunks"].items():
             dense.add_metric([reason], count)

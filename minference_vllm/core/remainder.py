@@ -1,4 +1,7 @@
-"""``Remainder``: what the query tiles of a chunk leave out, as one key and one value each."""
+"""``Remainder``: what the query tiles of a chunk leave out, as one key and one value each; and which keys it samples.
+
+See ``prefill.remainder``.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ from typing import NamedTuple
 
 import torch
 
+SAMPLED_KEYS = 2048
+"""At least so many keys of a sequence are sampled, all of them where there are no more, and less than twice as many."""
+
 
 class Remainder(NamedTuple):
-    """See ``prefill.remainder``. ``H`` query heads of size ``D``, ``T`` query tiles; float32, contiguous."""
+    """``H`` query heads of size ``D``, ``T`` query tiles; float32, contiguous."""
 
     key: torch.Tensor
     """``[H, T, D]``."""
@@ -16,3 +22,17 @@ class Remainder(NamedTuple):
     """``[H, T, D]``."""
     bias: torch.Tensor
     """``[H, T]``: added to a row's scaled product with the key; -inf where a tile leaves nothing out."""
+
+
+def sample_step(seq_len: int) -> int:
+    """One key in so many is sampled."""
+    return max(1, seq_len // SAMPLED_KEYS)
+
+
+def sampled_positions(seq_len: int, device: torch.device | str = "cpu", step: int | None = None) -> torch.Tensor:
+    """int64 ``[n]``, ascending: one key of each ``step`` neighbours (default: ``sample_step``), at ever other places
+    among them."""
+    step = sample_step(seq_len) if step is None else step
+    first = torch.arange(seq_len // step, device=device)
+    # The golden ratio's multiples, in 16 bits, fall evenly between 0 and 1.
+    return first * step + first * 40503 % 65536 * step // 65536

@@ -126,17 +126,14 @@ class SparseIndex:
     def computed_pairs(self) -> torch.Tensor:
         """float64 ``[H]``: query-key pairs that the kernel works on (whole blocks; the causal half of the last, what
         lies in the rows' window of the first)."""
-        rows = (self.tiling.starts[1:] - self.tiling.starts[:-1]).double()
-        if not self.causal:
-            keys = self.num_blocks.double() * self.tiling.block_size + self.num_columns.double()
-            return (keys * rows).sum(-1).repeat_interleave(self.heads_per_list)
-        last_start = (self.tiling.starts[1:] - 1) // self.tiling.block_size * self.tiling.block_size
-        in_last = (self.tiling.starts[1:] - last_start).double()
-        keys = (self.num_blocks - 1).double() * self.tiling.block_size + in_last + self.num_columns.double()
-        pairs = (keys - (rows - 1) / 2) * rows
-        if self.tiling.window:
-            pairs -= self._pairs_before_window(rows)
-        return pairs.sum(-1).repeat_interleave(self.heads_per_list)
+        tiling = self.tiling
+        keys = torch.add(self.num_columns, self.num_blocks, alpha=tiling.block_size)
+        pairs = torch.mv(keys.double(), tiling.rows)
+        if self.causal:
+            pairs -= tiling.future_pairs
+            if tiling.window:
+                pairs -= self._pairs_before_window(tiling.rows).sum(-1)
+        return pairs if self.heads_per_list == 1 else pairs.repeat_interleave(self.heads_per_list)
 
     def _pairs_before_window(self, rows: torch.Tensor) -> torch.Tensor:
         """float64 ``[L, T]``: pairs of a row and a key of its tile that lies before the row's window; of lists alone.

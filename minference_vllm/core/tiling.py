@@ -5,6 +5,7 @@ Sizes: ``T`` query tiles, ``N`` key blocks of ``B`` tokens in the sequence. A bl
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,17 @@ class Tiling:
     @property
     def num_key_blocks(self) -> int:
         return -(-self.seq_len // self.block_size)
+
+    @functools.cached_property
+    def rows(self) -> torch.Tensor:
+        """float64 ``[T]``: query rows of each tile."""
+        return self.starts.diff().double()
+
+    @functools.cached_property
+    def future_pairs(self) -> torch.Tensor:
+        """float64, one number: pairs of a row and a later key of its own blocks, or a place after the last key."""
+        missing = -self.starts[1:] % self.block_size  # places of the last block that come after the tile
+        return (self.rows * (missing + (self.rows - 1) / 2)).sum()
 
     def key_blocks(self) -> torch.Tensor:
         """int64 ``[N]``: numbers of the key blocks."""

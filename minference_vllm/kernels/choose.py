@@ -153,14 +153,27 @@ BLOCK_TABLE_ALONE = Kernel("block_table", cpu.run, TorchScores, whole_pages=True
 # Imported on first use: it takes a second, and CPU installations may have no triton.
 @functools.cache
 def _triton() -> Kernel:
-    from minference_vllm.triton_kernels import attention
+    from minference_vllm.triton_kernels import attention, remainder
     from minference_vllm.triton_kernels.scores import TritonScores
 
-    return Kernel("triton", attention.run, TritonScores, planned=True, softcap=True, sinks=True, fp8=True)
+    return Kernel(
+        "triton",
+        attention.run,
+        TritonScores,
+        planned=True,
+        run_with_remainder=attention.run,
+        remainder=remainder.of_heads,
+        softcap=True,
+        sinks=True,
+        fp8=True,
+    )
 
 
 @functools.cache
 def _block_table_on_gpu() -> Kernel:
+    from minference_vllm.triton_kernels import remainder
     from minference_vllm.triton_kernels.scores import TritonScores
 
-    return Kernel("block_table", flash.run, TritonScores, planned=True, lists_everything=True)
+    return Kernel(
+        "block_table", flash.run, TritonScores, planned=True, lists_everything=True, remainder=remainder.of_heads
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,9 +46,11 @@ class Kernel:
     lists_everything: bool = False
     """Also tiles that attend everything need a list."""
     gives_lse: bool = True
-    """Whether ``run`` gives the log-sum-exp of rows, which the remainder needs."""
+    """Whether ``run`` gives the log-sum-exp of rows, which the remainder needs where it is merged."""
     run_with_remainder: RunWithRemainder | None = None
     """Attends the remainder, too; None: it is merged afterwards."""
+    remainder: Callable[[Inputs, SparseIndex, Sequence[int]], Remainder] | None = None
+    """``prefill.remainder.of_heads`` by the fastest code that runs where the kernel does; None: by that itself."""
     softcap: bool = False
     """Whether it knows soft caps."""
     sinks: bool = False

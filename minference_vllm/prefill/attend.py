@@ -114,7 +114,7 @@ def attend_chunk(
     left_out = None
     if with_remainder:
         with timing.stage("index"):
-            left_out = remainder.of_heads(inputs, index, with_remainder)
+            left_out = (kernel.remainder or remainder.of_heads)(inputs, index, with_remainder)
     afterwards = left_out is not None and kernel.run_with_remainder is None
     lse = out.new_empty(inputs.num_heads, len(out), dtype=torch.float32) if afterwards else None
     with timing.stage("attend"):

@@ -130,7 +130,7 @@ class RecallSums:
             shift = new_largest.masked_fill(new_largest == -torch.inf, 0.0)
             weights = scores.sub_(shift).exp_()
             sums *= (self._largest - shift).exp_()
-            norms = value_norms[:, None, None].clamp(1e-20, 1e20)  # as ``low_rank.by_value`` has them
+            norms = value_norms[:, None, None].clamp(1e-20, 1e20)  # as ``measured_rows.by_value`` has them
             kept = index.tile_mask(tiles, first=first, last=last)
             sums[0] += weights.sum(-1, keepdim=True)
             sums[2] += _by_norm(weights, norms)

@@ -9,8 +9,8 @@ Selected keys are chosen for their weights, so their mean value is not that of t
 a value near zero): without the remainder a row's output lacks what the many small weights have in common.
 
 ``U`` is sampled, one key in ``sample_step``: each of its keys has a small weight, and a few hundred give its mean. So
-the cost does not grow with the prompt. The kernel ``native`` takes it as one more key; with what other kernels computed
-under the index it is merged by log-sum-exp. ``reference.with_remainder`` is the definition.
+the cost does not grow with the prompt. Our own kernels take it as one more key; with what other kernels computed under
+the index it is merged by log-sum-exp. ``reference.with_remainder`` is the definition.
 
 Sizes: ``H`` query heads over KV heads of size ``D``, ``h`` of them at once, ``T`` query tiles, ``n`` sampled keys.
 """
@@ -23,28 +23,11 @@ from collections.abc import Sequence
 import torch
 
 from minference_vllm.core.inputs import Inputs
-from minference_vllm.core.remainder import Remainder
+from minference_vllm.core.remainder import Remainder, sample_step, sampled_positions
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection.build import runs
 from minference_vllm.selection.probe_queries import cap_
-
-SAMPLED_KEYS = 2048
-"""At least so many keys of a sequence are sampled, all of them where there are no more, and less than twice as many."""
-
-
-def sample_step(seq_len: int) -> int:
-    """One key in so many is sampled."""
-    return max(1, seq_len // SAMPLED_KEYS)
-
-
-def sampled_positions(seq_len: int, device: torch.device | str = "cpu", step: int | None = None) -> torch.Tensor:
-    """int64 ``[n]``, ascending: one key of each ``step`` neighbours (default: ``sample_step``), at ever other places
-    among them."""
-    step = sample_step(seq_len) if step is None else step
-    first = torch.arange(seq_len // step, device=device)
-    # The golden ratio's multiples, in 16 bits, fall evenly between 0 and 1.
-    return first * step + first * 40503 % 65536 * step // 65536
 
 
 def by_tile(rows: torch.Tensor, tiling: Tiling) -> torch.Tensor:

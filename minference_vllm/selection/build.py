@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import HeadPattern
-from minference_vllm.selection.compaction import EXACT_WIDTH, Capacity, KeyLists, Selection, compact_blocks
+from minference_vllm.selection.compaction import (
+    EXACT_WIDTH,
+    Capacity,
+    KeyLists,
+    Lists,
+    Selection,
+    WritesLists,
+    compact_blocks,
+)
 from minference_vllm.selection.families import family_of, share_lists
 from minference_vllm.selection.scores import Scores
 
@@ -35,40 +42,24 @@ def build_index(
     """
     heads_per_list = group if share_lists(patterns, group) else 1
     patterns = patterns[::heads_per_list]
-    parts: Iterable[_Part] = _parts(tiling, patterns, scores, capacity)
-    widths = [capacity.blocks, capacity.columns]
-    if capacity.exact:
-        parts = list(parts)
-        widths = [max(part.blocks.shape[-1] for part in parts), max(part.columns.shape[-1] for part in parts)]
     shape, device = (len(patterns), tiling.num_tiles), tiling.starts.device
-    blocks, columns = (torch.full((*shape, width), -1, dtype=torch.int32, device=device) for width in widths)
-    num_blocks, num_columns = (torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2))
-    overflowed = None if capacity.exact else torch.zeros(shape, dtype=torch.bool, device=device)
-    for part in parts:
-        for source, target in runs(part.heads):
-            blocks[target, :, : part.blocks.shape[-1]] = part.blocks[source]
-            num_blocks[target] = part.num_blocks[source]
-            columns[target, :, : part.columns.shape[-1]] = part.columns[source]
-            num_columns[target] = part.num_columns[source]
-            if overflowed is not None and part.overflowed is not None:
-                overflowed[target] = part.overflowed[source]
-    return SparseIndex(tiling, blocks, num_blocks, columns, num_columns, overflowed, heads_per_list)
+    found = _selections(tiling, patterns, scores, capacity)
+    if capacity.exact:
+        blocks, num_blocks, columns, num_columns = _exact(tiling, shape, found)
+        return SparseIndex(tiling, blocks, num_blocks, columns, num_columns, None, heads_per_list)
+    lists = Lists.empty(shape, capacity.blocks, capacity.columns, device)
+    for heads, selection in found:
+        if isinstance(selection, Selection):
+            _copy(lists, heads, _planned(tiling, len(heads), selection, capacity))
+        else:
+            selection.write(lists, heads)
+    return SparseIndex(tiling, *lists, heads_per_list)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The index of some heads that share a pattern; fields as ``SparseIndex`` has them."""
-
-    heads: Sequence[int]
-    blocks: torch.Tensor
-    num_blocks: torch.Tensor
-    columns: torch.Tensor
-    num_columns: torch.Tensor
-    overflowed: torch.Tensor | None = None
-
-
-def _parts(tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores, capacity: Capacity) -> Iterator[_Part]:
-    """As many heads at once as the capacity says: what a part needs beside its lists is gone before the next."""
+def _selections(
+    tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores, capacity: Capacity
+) -> Iterator[tuple[list[int], Selection | WritesLists]]:
+    """As many heads at once as the capacity says: what they need beside their lists is gone before the next."""
     groups: dict[HeadPattern, list[int]] = {}
     for head, pattern in enumerate(patterns):
         groups.setdefault(pattern, []).append(head)
@@ -77,27 +68,57 @@ def _parts(tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores, capa
         at_once = 1 if capacity.exact and family.one_by_one else capacity.heads_at_once
         for first in range(0, len(group), at_once):
             heads = group[first : first + at_once]
-            yield _listed(tiling, heads, family.select(pattern, heads, tiling, scores, capacity), capacity)
+            yield heads, family.select(pattern, heads, tiling, scores, capacity)
 
 
-def _listed(tiling: Tiling, heads: Sequence[int], selection: Selection, capacity: Capacity) -> _Part:
-    shape, device = (len(heads), tiling.num_tiles), tiling.starts.device
+def _exact(
+    tiling: Tiling, shape: tuple[int, int], found: Iterable[tuple[list[int], Selection | WritesLists]]
+) -> Sequence[torch.Tensor]:
+    """The first four of ``Lists``, as wide as the widest of the selections."""
+    parts = []
+    for heads, selection in found:
+        assert isinstance(selection, Selection), "what writes lists needs planned sizes"
+        parts.append((heads, _listed(tiling, len(heads), selection, EXACT_WIDTH)))
+    blocks, columns = (max(part[place].shape[-1] for _, part in parts) for place in (0, 2))
+    lists = Lists.empty(shape, blocks, columns, tiling.starts.device)[:4]
+    for heads, part in parts:
+        _copy(lists, heads, part)
+    return lists
+
+
+def _copy(lists: Sequence[torch.Tensor], heads: Sequence[int], part: Sequence[torch.Tensor]) -> None:
+    """Into the lists of all heads those of some, which may be narrower."""
+    for source, target in runs(heads):
+        for into, of_some in zip(lists, part, strict=True):
+            if into.dim() == 3:
+                into[target, :, : of_some.shape[-1]] = of_some[source]
+            else:
+                into[target] = of_some[source]
+
+
+def _listed(
+    tiling: Tiling, heads: int, selection: Selection, capacity: Capacity
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a pattern selects: the first four of ``Lists``."""
+    shape, device = (heads, tiling.num_tiles), tiling.starts.device
     blocks, num_blocks = compact_blocks(selection.blocks, capacity)
-    blocks, num_blocks = blocks.expand(*shape, -1), num_blocks.expand(shape)
     columns, num_columns = selection.keys or KeyLists(
         torch.full((*shape, 1), -1, dtype=torch.int32, device=device),
         torch.zeros(shape, dtype=torch.int32, device=device),
     )
-    if capacity.exact:
-        return _Part(heads, blocks, num_blocks, columns, num_columns)
+    return blocks.expand(*shape, -1), num_blocks.expand(shape), columns, num_columns
+
+
+def _planned(tiling: Tiling, heads: int, selection: Selection, capacity: Capacity) -> Lists:
+    """The same where there is room for so much; a tile that wants more has everything, without a list."""
+    blocks, num_blocks, columns, num_columns = _listed(tiling, heads, selection, capacity)
     reach = ((tiling.starts[1:] - 1) // tiling.block_size + 1).to(torch.int32)
     over = (num_blocks > capacity.blocks) | (num_columns > capacity.columns)
     # A tile that wanted everything has it, and needs no room for it.
     overflowed = over & (num_blocks < reach)
     if selection.crowded is not None:
         overflowed |= selection.crowded[:, None]
-    return _Part(
-        heads,
+    return Lists(
         blocks.masked_fill(over[..., None], -1),
         torch.where(over, reach, num_blocks),
         columns[..., : capacity.columns].masked_fill(over[..., None], -1),

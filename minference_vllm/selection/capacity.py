@@ -57,5 +57,9 @@ def plan_capacity(
         for pattern in set(patterns)
     )
     lists = 4 * len(patterns) * tiles * (blocks + columns)
-    at_once = max(1, (MEMORY_LIMIT * 3 // 4 - 2 * lists) // per_head)
+    in_place = column_multiple == 1 and all(family_of(pattern).writes_lists for pattern in set(patterns))
+    if column_multiple > 1 and any(family_of(pattern).writes_lists for pattern in set(patterns)):
+        # By torch: marks of every key, and their places.
+        per_head += tiles * (seq_len + 24 * key_blocks + 8 * columns)
+    at_once = max(1, (MEMORY_LIMIT * 3 // 4 - (lists if in_place else 2 * lists)) // per_head)
     return Capacity(blocks, columns, min(at_once, len(patterns)))

@@ -5,8 +5,9 @@ Sizes: ``h`` query heads, ``T`` query tiles, ``N`` key blocks of ``B`` tokens in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -43,6 +44,35 @@ class KeyLists(NamedTuple):
     """int32 ``[h, T, C]``: absolute positions, -1 past ``count``."""
     count: torch.Tensor
     """int32 ``[h, T]``; larger than ``C`` where planned room did not suffice."""
+
+
+class Lists(NamedTuple):
+    """Those of a ``SparseIndex`` of sizes that are planned, see there; filled with -1 and zeros, and then written."""
+
+    blocks: torch.Tensor
+    num_blocks: torch.Tensor
+    columns: torch.Tensor
+    num_columns: torch.Tensor
+    overflowed: torch.Tensor
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], blocks: int, columns: int, device: torch.device) -> Lists:
+        """``shape``: lists and tiles."""
+        of_blocks, of_columns = (
+            torch.full((*shape, width), -1, dtype=torch.int32, device=device) for width in (blocks, columns)
+        )
+        # Each is an allocation of its own: kernels are compiled for how memory is aligned.
+        num_blocks, num_columns, overflowed = (
+            torch.zeros(shape, dtype=dtype, device=device) for dtype in (torch.int32, torch.int32, torch.bool)
+        )
+        return cls(of_blocks, num_blocks, of_columns, num_columns, overflowed)
+
+
+class WritesLists(Protocol):
+    """What a pattern selects, by something that writes it into the index itself."""
+
+    def write(self, lists: Lists, heads: Sequence[int]) -> None:
+        """``heads``: whose lists these are."""
 
 
 class Selection(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import HeadPattern
-from minference_vllm.selection.compaction import Capacity, Selection
+from minference_vllm.selection.compaction import Capacity, Selection, WritesLists
 from minference_vllm.selection.scores import Scores
 
 P = TypeVar("P", bound=HeadPattern)
@@ -41,6 +41,8 @@ class Family(ABC, Generic[P]):
     """Whether a tile may attend everything; False: a budget bounds it."""
     reads_page_means = False
     """Whether its scores read what ``PageMeans`` keeps of the pages from chunk to chunk."""
+    writes_lists = False
+    """Whether its lists are written where they stay; else those of some heads are made and copied."""
     one_by_one = False
     """Whether heads are selected one at a time where sizes are exact: each may need less than the others."""
 
@@ -49,7 +51,9 @@ class Family(ABC, Generic[P]):
         return str(self.pattern.model_fields["kind"].default)
 
     @abstractmethod
-    def select(self, pattern: P, heads: Sequence[int], tiling: Tiling, scores: Scores, capacity: Capacity) -> Selection:
+    def select(
+        self, pattern: P, heads: Sequence[int], tiling: Tiling, scores: Scores, capacity: Capacity
+    ) -> Selection | WritesLists:
         """What all tiles of the named heads attend. Every tile has at least its own blocks."""
 
     def room(self, pattern: P, block_size: int, adaptive: int) -> Room:

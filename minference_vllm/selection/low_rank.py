@@ -13,7 +13,7 @@ sequence, ``r`` rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,10 +21,11 @@ import torch
 from minference_vllm.core.tiling import DEFAULT_TILE, Tiling
 from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.selection import score_bins
-from minference_vllm.selection.compaction import Capacity, Selection
+from minference_vllm.selection.compaction import Capacity, Selection, WritesLists
 from minference_vllm.selection.coverage import mass_per_token
 from minference_vllm.selection.family import Family
-from minference_vllm.selection.probe_queries import cap_, most_unlike, unlikeness, unseen
+from minference_vllm.selection.measured_rows import CalibrationRows, by_value, calibration_rows, joined
+from minference_vllm.selection.probe_queries import unlikeness
 from minference_vllm.selection.projection import (
     Projection,
     QuantizedQK,
@@ -38,32 +39,13 @@ from minference_vllm.selection.representatives import representatives
 from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.scores import Scores
 
-CALIBRATION_ROWS = 128
-"""Rows of a chunk whose exact attention in each bin is measured, at most."""
-FEW_ROWS, FEWER_ROWS = 16, 64
-"""Short chunks measure one row in ``FEW_ROWS``, those of more than half of ``CALIBRATION_ROWS`` one in
-``FEWER_ROWS``."""
-MIN_ROWS = 16
-"""At least so many are measured, also where their attention takes more than ``WEIGHTS_BYTES``."""
-LAST_ROWS = 16
-"""So many of the measured rows, but no more than a quarter, are among the chunk's last, where a prompt's question
-stands."""
-UNLIKE_ROWS = 64
-"""So many, but no more than half, are rows whose queries are unlike the others': a few rows that look where no
-other row looks are in no sample."""
-MOST_MISSED = 1.5
-"""A single one of the last and the unlike rows may miss so many times what their mean may."""
 FIT_SHARE = 1.0
 """How much the last and the unlike rows together count in the fit, beside all rows: dimensions in which few rows look
 carry next to nothing of the mean square."""
-STANDARD_ERRORS = 2.5
-"""How far the mean of the other rows, which are a sample, must lie above what is wanted."""
 FIT_ROWS = 4096
 """Queries, and keys, from which dimensions are fitted, at most about."""
 SCORE_ERROR = 1.0
 """Error of a score, in nats, below which more dimensions would not tell keys apart much better."""
-WEIGHTS_BYTES = 64 << 20
-"""Attention of a head's measured rows."""
 ROWS_FOR_KEYS = 200
 """Rows whose attention takes as long as the fit, the keys in few dimensions and what lies in their bins (measured on
 AVX2)."""
@@ -75,94 +57,6 @@ def scoring_cost(rank: int, head_size: int, chunk: int, device: torch.device) ->
     of ``ROWS_FOR_KEYS`` rows."""
     share = rank / (2 * head_size)
     return share / 2 + min(1.0, ROWS_FOR_KEYS / chunk) if device.type == "cpu" else share
-
-
-class CalibrationRows(NamedTuple):
-    """Rows of a chunk whose attention is measured, of each head its own."""
-
-    rows: torch.Tensor
-    """int64 ``[h, R]``, ascending."""
-    spread: torch.Tensor
-    """int64 ``[h, n]``: places in ``rows`` of a sample of all rows."""
-    others: tuple[torch.Tensor, ...]
-    """Likewise, of groups that speak for themselves: some of the last rows, and those most unlike the others."""
-
-    def threshold(self, mass: torch.Tensor, gamma: float) -> torch.Tensor:
-        """int32 ``[h]``: the bin down to which every group has a share ``gamma`` of its attention, and no row of the
-        last and the unlike ones misses ``MOST_MISSED`` times as much.
-
-        Args:
-            mass: float32 ``[h, R, 256]``, see ``score_bins.mass_by_bin``.
-        """
-        share = score_bins.covered(mass)
-
-        def of(places: torch.Tensor) -> torch.Tensor:
-            return share.gather(1, places[..., None].expand(-1, -1, share.shape[2]))
-
-        means = [score_bins.mean_share(of(self.spread), STANDARD_ERRORS)]
-        means += [score_bins.mean_share(of(group)) for group in self.others]
-        found = score_bins.lowest_bin(torch.stack(means), gamma).amin(0)
-        if not self.others:
-            return found
-        least = max(0.0, 1 - MOST_MISSED * (1 - gamma))
-        of_rows = score_bins.lowest_bin(of(torch.cat(self.others, 1)).amin(1), least)
-        return torch.minimum(found, of_rows)
-
-    def alone(self) -> torch.Tensor:
-        """int64 ``[h, n]``: rows of the groups that speak for themselves."""
-        places = torch.cat(self.others, 1) if self.others else self.spread[:, :0]
-        return self.rows.gather(1, places)
-
-
-def calibration_rows(unlike: torch.Tensor, length: int) -> CalibrationRows:
-    """One row of each of some equal parts of a chunk, at ever other places in them; every second of its last; and the
-    ones most unlike the others.
-
-    Args:
-        unlike: float32 ``[h, chunk]``: how unlike the others each row is, see ``probe_queries.unlikeness``.
-        length: tokens in the sequence.
-    """
-    (heads, chunk), device = unlike.shape, unlike.device
-    wanted = max(min(CALIBRATION_ROWS // 2, chunk // FEW_ROWS), min(CALIBRATION_ROWS, chunk // FEWER_ROWS))
-    count = min(chunk, max(MIN_ROWS, min(wanted, WEIGHTS_BYTES // (4 * length))))
-    last, most = min(LAST_ROWS, count // 4), min(UNLIKE_ROWS, count // 2)
-    before = chunk - 2 * last
-    parts = min(count - last - most, before)
-    part = torch.arange(parts, device=device)
-    begin, end = part * before // parts, (part + 1) * before // parts
-    spread = begin + (part.mul(0.618034).frac() * (end - begin)).long()
-    drawn = torch.cat([spread, before + 1 + 2 * torch.arange(last, device=device)])
-    found = [drawn.expand(heads, -1), most_unlike(unlike, most, drawn)]
-    rows, order = torch.cat(found, 1).sort(1)
-    sample, *others = order.argsort(1).split([parts, last, most], 1)
-    return CalibrationRows(rows, sample, tuple(group for group in others if group.shape[1]))
-
-
-def row_weights(
-    query: torch.Tensor,
-    keys: Iterable[torch.Tensor],
-    positions: torch.Tensor,
-    scale: float,
-    softcap: float = 0.0,
-    window: int = 0,
-) -> torch.Tensor:
-    """float32 ``[h, R, S]``: softmax weights of some rows.
-
-    Args:
-        query: ``[h, R, D]``.
-        keys: ``[h, n, D]`` each, pieces that together are the sequence.
-        positions: int64 ``[h, R]``.
-        softcap, window: see ``Inputs``.
-    """
-    query = query.float() * scale
-    scores = cap_(joined([torch.matmul(query, piece.float().transpose(1, 2)) for piece in keys], -1), softcap)
-    scores.masked_fill_(unseen(positions, scores.shape[-1], window), -torch.inf)
-    return torch.softmax(scores, -1, out=scores)
-
-
-def joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """``torch.cat``, but one part is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 class LowRankOps(Protocol):
@@ -195,21 +89,6 @@ class LowRankOps(Protocol):
 
     def page_counts(self, bins: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:
         """See ``score_bins.page_counts``."""
-
-
-def by_value(weights: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """Each key's share of what a row's output is made of: its weight times the norm of its value, summing to 1.
-
-    Many heads put most of their weight on one key (an attention sink) whose value is close to zero. By weight alone
-    that key would use up the budget, and the keys that make the output would be left out.
-
-    Args:
-        weights: float32 ``[h, R, S]``, softmax weights; overwritten.
-        norms: float32 ``[h, S]``.
-    """
-    # Where all values are zero the weights alone count; norms that float32 does not hold count as its largest.
-    shares = weights.mul_(norms.clamp(1e-20, 1e20)[:, None])
-    return shares.div_(shares.sum(-1, keepdim=True))
 
 
 class Measured(NamedTuple):
@@ -333,7 +212,7 @@ def score_keys(
     low = project_queries(queries, projection, scores.scale)
     sample, weights = measured.sample, measured.weights
     if pattern.queries:
-        low = representatives(low, keys, tiling, pattern.queries)
+        low = representatives(low, projection.key_size, tiling, pattern.queries)
     quantized = QuantizedQK.of(low, keys, pattern.queries)
     if pattern.queries:
         lowest = torch.zeros(len(keys), dtype=torch.int32, device=keys.device)
@@ -351,18 +230,20 @@ class LowRankFamily(Family[LowRank]):
     pattern = LowRank
     colour = "#000000"
     reads_page_means = True
+    writes_lists = True
     one_by_one = True
 
     def select(
         self, pattern: LowRank, heads: Sequence[int], tiling: Tiling, scores: Scores, capacity: Capacity
-    ) -> Selection:
+    ) -> Selection | WritesLists:
         return scores.select_bins(tiling, scores.low_rank(heads, tiling, pattern), capacity)
 
     def selection_bytes(self, pattern: LowRank, tiles: int, seq_len: int, key_blocks: int, columns: int) -> int:
-        # What the fit takes; then a bin for every tile and key, the keys in few dimensions, and the queries.
-        fit = 10 * FIT_ROWS * DEFAULT_TILE
-        scores = (tiles + pattern.rank) * seq_len + 16 * DEFAULT_TILE * tiles * pattern.rank
-        return max(fit, scores + tiles * (24 * key_blocks + 8 * columns))
+        # A bin for every tile and key, keys and queries in few dimensions, partial sums of rows, counts of pages; and
+        # what is measured of rows, and of moments, whatever the length.
+        queries = tiles * (pattern.queries or DEFAULT_TILE)
+        scores = (tiles + pattern.rank) * seq_len + queries * (pattern.rank + 4 + seq_len // 2048)
+        return scores + 4 * tiles * key_blocks + (4 << 20)
 
     def scoring_cost(self, pattern: LowRank, head_size: int, chunk: int, device: torch.device) -> float:
         cost = scoring_cost(pattern.rank, head_size, chunk, device)

@@ -23,7 +23,9 @@ MAX_KEY_NORM = 156
 """Norm of the longest quantized keys: near the square root of ``MAX_PRODUCT``, which makes rounding errors least."""
 MIN_RANGE = 40
 """Bits that ``MAX_PRODUCT`` stands for at least, also where no score comes near that."""
-ITERATIONS = 4
+ITERATIONS = 5
+NEARLY = 1e-10
+"""Squared sine between a column and those before it, about, from which on it counts as new."""
 
 
 class Projection(NamedTuple):
@@ -35,6 +37,8 @@ class Projection(NamedTuple):
     """float32 ``[h, D, r]``."""
     mean: torch.Tensor
     """float32 ``[h, 1, D]``. What all keys have in common changes no softmax."""
+    key_size: torch.Tensor
+    """float32 ``[h, 1, r]``: root mean square of the keys in each dimension."""
 
 
 class QuantizedQK(NamedTuple):
@@ -72,9 +76,9 @@ class QuantizedQK(NamedTuple):
 def fit(query: torch.Tensor, keys: torch.Tensor, rank: int) -> Projection:
     """The ``rank`` dimensions that keep the products of queries and keys best in the mean square.
 
-    With ``A`` the second moment of the queries and ``L L'`` that of the centred keys, they are the leading eigenvectors
-    ``V`` of ``L' A L``: a query becomes ``V' L' q``, a key ``V' L^-1 k``, and in that eigenspace ``L^-T V`` is
-    ``A L V (V' L' A L V)^-1``, which needs no inverse of ``L``. Nothing waits for a GPU.
+    With ``A`` the second moment of the queries and ``K`` that of the centred keys, they are the leading eigenvectors
+    ``Y`` of ``K A``, orthonormal in the inner product of ``A``: a query becomes ``Y' q``, a key ``Y' A k``. They come
+    from orthogonal iteration, which needs products and triangular factors alone. ``triton_kernels.fit`` does the same.
 
     Args:
         query: ``[h, n, D]``. keys: ``[h, m, D]``.
@@ -95,81 +99,68 @@ def fit_within(query: torch.Tensor, keys: torch.Tensor, rank: int, error: float)
     return space.projection(next(enough, rank))
 
 
+def start_vectors(dim: int, rank: int, device: torch.device) -> torch.Tensor:
+    """float64 ``[D, r]``: what the iteration begins with, orthogonal to nothing in particular."""
+    places = torch.arange(1, dim + 1, dtype=torch.float64, device=device)
+    return (places[:, None] * places[:rank] + places[:rank]).cos()
+
+
 class _Eigenspace(NamedTuple):
-    """Of ``fit``, all float64."""
+    """Of ``fit``, float64 but for the mean."""
 
     mean: torch.Tensor
     """float32 ``[h, 1, D]``, of the keys."""
-    queries: torch.Tensor
-    """``[h, D, D]``, ``A``."""
-    root: torch.Tensor
-    """``[h, D, D]``, ``L``."""
-    moment: torch.Tensor
-    """``[h, D, D]``, ``L' A L``."""
-    vectors: torch.Tensor
-    """``[h, D, r]``, ``V``, the leading eigenvector first."""
+    to_query: torch.Tensor
+    """``[h, D, r]``, ``Y``, the leading eigenvector first."""
+    to_key: torch.Tensor
+    """``[h, D, r]``, ``A Y``."""
+    values: torch.Tensor
+    """``[h, r]``, the eigenvalues: the mean square of what each dimension adds to products."""
+    total: torch.Tensor
+    """``[h, 1]``: the mean square of all products."""
 
     @classmethod
     def of(cls, query: torch.Tensor, keys: torch.Tensor, rank: int) -> _Eigenspace:
         query, keys = query.float(), keys.float()
         mean = keys.mean(1, keepdim=True)
-        keys = keys - mean
-        queries, spread = (((x.transpose(1, 2) @ x) / x.shape[1]).double() for x in (query, keys))
-        dim = query.shape[2]
-        identity = torch.eye(dim, dtype=torch.float64, device=query.device)
-        root = torch.linalg.cholesky_ex(spread + _ridge(spread, 1e-6) * identity).L
-        moment = root.transpose(1, 2) @ queries @ root
-        # Orthogonal iteration from vectors that are orthogonal to nothing in particular.
-        places = torch.arange(1, dim + 1, dtype=torch.float64, device=query.device)
-        vectors = (places[:, None] * places[:rank] + places[:rank]).cos().expand(len(query), -1, -1)
+        queries, spread = (((x.transpose(1, 2) @ x) / x.shape[1]).double() for x in (query, keys - mean))
+        spread.diagonal(dim1=1, dim2=2).add_(_share_of_mean(spread.diagonal(dim1=1, dim2=2), 1e-6))
+        to_key = start_vectors(query.shape[2], rank, query.device).expand(len(query), -1, -1)
         for _ in range(ITERATIONS):
-            vectors = orthonormal(moment @ vectors)
-        if vectors.device.type != "cpu":
-            vectors = orthonormal(vectors)
-        return cls(mean, queries, root, moment, vectors)
-
-    def within(self) -> torch.Tensor:
-        """``[h, r, r]``: ``V' L' A L V``."""
-        return self.vectors.transpose(1, 2) @ self.moment @ self.vectors
+            to_query = spread @ to_key
+            to_query, to_key = orthonormal(to_query, queries @ to_query)
+        values = (to_key * (spread @ to_key)).sum(1)
+        return cls(mean, to_query, to_key, values, (spread * queries).sum((1, 2))[:, None])
 
     def lost(self) -> torch.Tensor:
         """``[h, r]``: mean square of what products lose with so many dimensions, and one more each."""
-        total = self.moment.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
-        return total - self.within().diagonal(dim1=1, dim2=2).cumsum(1)
+        return self.total - self.values.cumsum(1)
 
     def projection(self, rank: int) -> Projection:
         """In the first ``rank`` dimensions."""
-        vectors, within = self.vectors[:, :, :rank], self.within()[:, :rank, :rank]
-        identity = torch.eye(rank, dtype=torch.float64, device=vectors.device)
-        to_query = self.root @ vectors
-        inverse = torch.linalg.inv_ex(within + _ridge(within, 1e-9) * identity).inverse
-        to_key = self.queries @ to_query @ inverse
-        # Both are as large in every dimension, which rounding wants.
-        balance = (within.diagonal(dim1=1, dim2=2).clamp(min=0) + _ridge(within, 1e-9)[..., 0]).pow(0.25)[:, None]
-        return Projection((to_query / balance).float(), (to_key * balance).float(), self.mean)
+        values = self.values[:, :rank].clamp(min=0)
+        # Queries and keys are as large in every dimension, which rounding wants.
+        size = (values + _share_of_mean(values, 1e-9)).pow(0.25)[:, None]
+        to_query, to_key = self.to_query[:, :, :rank] * size, self.to_key[:, :, :rank] / size
+        return Projection(to_query.float(), to_key.float(), self.mean, size.float())
 
 
-def orthonormal(vectors: torch.Tensor) -> torch.Tensor:
-    """Of columns, float64 ``[h, D, r]``, what the Gram-Schmidt process makes of them, but for signs."""
-    if vectors.device.type == "cpu":
-        return torch.linalg.qr(vectors).Q
-    # GPUs take one QR decomposition after the other.
-    return by_cholesky(vectors)
+def orthonormal(vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of columns, float64 ``[h, D, r]``, what the Gram-Schmidt process makes of them in the inner product that their
+    images are for; and the images of those. Columns that are nearly combinations of those before them become short.
+    """
+    size = (vectors * images).sum(1, keepdim=True).clamp_(min=0).sqrt_().clamp_(min=1e-150)
+    vectors, images = vectors / size, images / size
+    products = vectors.transpose(1, 2) @ images
+    products.diagonal(dim1=1, dim2=2).add_(NEARLY)
+    root = torch.linalg.cholesky_ex(products).L.transpose(1, 2)
+    vectors = torch.linalg.solve_triangular(root, vectors, upper=True, left=False)
+    return vectors, torch.linalg.solve_triangular(root, images, upper=True, left=False)
 
 
-def by_cholesky(vectors: torch.Tensor) -> torch.Tensor:
-    """``orthonormal`` by the Cholesky factor of the products. Where columns are nearly alike angles are left, and a
-    second time removes them."""
-    vectors = vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_(min=1e-300)
-    products = vectors.transpose(1, 2) @ vectors
-    products.diagonal(dim1=1, dim2=2).add_(1e-14)
-    root = torch.linalg.cholesky_ex(products).L
-    return torch.linalg.solve_triangular(root.transpose(1, 2), vectors, upper=True, left=False)
-
-
-def _ridge(moment: torch.Tensor, share: float) -> torch.Tensor:
-    """float64 ``[h, 1, 1]``: a share of the mean eigenvalue, above zero."""
-    return (moment.diagonal(dim1=1, dim2=2).mean(1) * share + 1e-30)[:, None, None]
+def _share_of_mean(values: torch.Tensor, share: float) -> torch.Tensor:
+    """float64 ``[h, 1]``: a share of the mean of ``[h, n]``, above zero."""
+    return values.mean(1, keepdim=True) * share + 1e-30
 
 
 def for_int8(projection: Projection, sample: torch.Tensor) -> Projection:
@@ -178,9 +169,9 @@ def for_int8(projection: Projection, sample: torch.Tensor) -> Projection:
     keys = torch.matmul(sample.float() - projection.mean, projection.to_key)
     longest = keys.norm(dim=2).amax(1) / MAX_KEY_NORM
     unit = torch.maximum(longest, keys.abs().amax((1, 2)) / MAX_KEY).clamp_(min=1e-20)[:, None, None]
-    room = (0, -keys.shape[2] % 16)
-    to_query, to_key = projection.to_query * unit, projection.to_key / unit
-    return Projection(torch.nn.functional.pad(to_query, room), torch.nn.functional.pad(to_key, room), projection.mean)
+    parts = projection.to_query * unit, projection.to_key / unit, projection.key_size / unit
+    to_query, to_key, key_size = (torch.nn.functional.pad(part, (0, -keys.shape[2] % 16)) for part in parts)
+    return Projection(to_query, to_key, projection.mean, key_size)
 
 
 def quantize_keys(keys: torch.Tensor, projection: Projection) -> torch.Tensor:

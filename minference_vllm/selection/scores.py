@@ -11,7 +11,7 @@ import torch
 
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import LowRank
-from minference_vllm.selection.compaction import Capacity, Selection
+from minference_vllm.selection.compaction import Capacity, Selection, WritesLists
 from minference_vllm.selection.score_bins import ScoreBins
 
 
@@ -38,5 +38,5 @@ class Scores(Protocol):
         """Bins of single keys, from products in ``pattern.rank`` dimensions, and the bin down to which a share
         ``pattern.gamma`` of the attention lies."""
 
-    def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection:
+    def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection | WritesLists:
         """The keys of each tile from the threshold up, and pages full of them."""

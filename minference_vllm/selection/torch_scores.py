@@ -12,10 +12,10 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.page_means import PageMeans
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import LowRank
-from minference_vllm.selection import low_rank, score_bins
+from minference_vllm.selection import low_rank, measured_rows, score_bins
 from minference_vllm.selection.antidiagonal import antidiagonal_scores
 from minference_vllm.selection.block_sparse import pooled_scores
-from minference_vllm.selection.compaction import Capacity, Selection, compact_keys
+from minference_vllm.selection.compaction import Capacity, Selection, WritesLists, compact_keys
 from minference_vllm.selection.peak_threshold import peak_scores
 from minference_vllm.selection.probe_queries import beyond_diagonals, column_diagonal_scores, probe_groups
 from minference_vllm.selection.score_bins import ScoreBins
@@ -111,7 +111,7 @@ class TorchScores:
                 return found
         return low_rank.score_keys(self, measured, heads, tiling, pattern)
 
-    def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection:
+    def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection | WritesLists:
         blocks, single = score_bins.keys_above(tiling, found.bins, found.threshold)
         del found  # its bins are as large as what comes now
         return compact_keys(tiling, blocks, single, capacity)
@@ -123,14 +123,15 @@ class TorchScores:
     def keys_of(self, heads: Sequence[int], step: int = 1) -> Iterator[torch.Tensor]:
         group = self.inputs.group
         runs = [(kv_head, len(list(run))) for kv_head, run in itertools.groupby(head // group for head in heads)]
-        for piece in self.key_pieces(low_rank.CALIBRATION_ROWS):
+        for piece in self.key_pieces(measured_rows.CALIBRATION_ROWS):
             parts = [piece[kv_head : kv_head + 1, ::step].expand(run, -1, -1) for kv_head, run in runs]
-            yield low_rank.joined(parts, 0)
+            yield measured_rows.joined(parts, 0)
 
     def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
         query = torch.stack([self.query[of_head, head] for of_head, head in zip(rows, heads, strict=True)])
         positions = rows + self.inputs.chunk.context_len
-        return low_rank.row_weights(query, self.keys_of(heads), positions, self.scale, self.softcap, self.inputs.window)
+        window = self.inputs.window
+        return measured_rows.row_weights(query, self.keys_of(heads), positions, self.scale, self.softcap, window)
 
     tile_bins = staticmethod(score_bins.tile_bins)
     row_mass = staticmethod(score_bins.row_mass)

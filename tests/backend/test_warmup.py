@@ -241,7 +241,9 @@ def test_a_launch_that_fails_names_the_kernel_and_its_shapes() -> None:
 
 def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, Any]) -> None:
     assert {name for name, *_ in interpreted["compiled"]} == {
+        "left_out_kernel",
         "physical_lists_kernel",
+        "remainder_kernel",
         "sparse_attention_kernel",
         "row_lse_kernel",
         "column_diagonal_kernel",
@@ -250,12 +252,19 @@ def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, A
         "square_mass_kernel",
         "peak_lse_kernel",
         "tile_bins_kernel",
-        "distance_kernel",
-        "project_kernel",
+        "representative_bins_kernel",
+        "unlike_rows_kernel",
+        "moments_kernel",
+        "fit_kernel",
+        "query_codes_kernel",
+        "representatives_kernel",
         "key_codes_kernel",
+        "value_norms_kernel",
         "share_sum_kernel",
         "share_by_bin_kernel",
+        "threshold_kernel",
         "page_counts_kernel",
+        "block_lists_kernel",
         "key_lists_kernel",
     }
     assert interpreted["served"]
@@ -271,7 +280,7 @@ def interpret() -> None:
 
     layers = [
         make_layer(VerticalSlash(vertical=40, slash=64), BlockSparse(top_k=2), Coverage(gamma=0.5), Antidiagonal()),
-        make_layer(AShape(sink=40, local=40), LowRank(gamma=0.5)),
+        make_layer(AShape(sink=40, local=40), LowRank(gamma=0.5), LowRank(gamma=0.5, queries=16)),
         make_layer(AShape(sink=40, local=40)),
         make_layer(PeakThreshold(sink=0, window=0, remainder=True)),
     ]

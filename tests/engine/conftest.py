@@ -6,8 +6,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -214,6 +217,33 @@ def process_group(command: list[str], log: Path, **changes: str) -> Iterator[sub
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@contextmanager
+def served(model: Path, arguments: list[str], log: Path, **changes: str) -> Iterator[str]:
+    """Address of ``vllm serve MODEL`` with these arguments, once it answers; the model's name is ``tiny``."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--served-model-name", "tiny", *arguments]
+    with process_group(command, log, **changes) as process:
+        address = f"http://127.0.0.1:{port}"
+        give_up = time.monotonic() + 400
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5)
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()[-6000:]
+                assert time.monotonic() < give_up, "the server did not start:\n" + log.read_text()[-6000:]
+                time.sleep(0.5)
+        yield address
+
+
+@pytest.fixture(scope="session", name="served_at")
+def served_at_fixture() -> Any:
+    return served
 
 
 @pytest.fixture(scope="session", name="process_group")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,33 +15,18 @@ import pytest
 @pytest.fixture(scope="module")
 def server(
     llama: Path,
-    vllm_command: list[str],
-    process_group: Any,
+    served_at: Any,
     with_minference: Callable[..., Any],
     sparse_patterns: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[str, Path]]:
     """Address and log of a server with vLLM's defaults on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
     additional = json.dumps(with_minference(sparse_patterns)["additional_config"])
-    command = [*vllm_command, "serve", str(llama), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--served-model-name", "tiny", "--max-model-len", "4096", "--max-num-batched-tokens", "1024"]
-    command += ["--attention-backend", "minference", "--additional-config", additional]
+    arguments = ["--max-model-len", "4096", "--max-num-batched-tokens", "1024"]
+    arguments += ["--attention-backend", "minference", "--additional-config", additional]
     # Without this vLLM adds no routes of plugins.
-    with process_group(command, log, VLLM_PLUGINS="minference") as process:
-        address = f"http://127.0.0.1:{port}"
-        give_up = time.monotonic() + 400
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5)
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()[-6000:]
-                assert time.monotonic() < give_up, "the server did not start:\n" + log.read_text()[-6000:]
-                time.sleep(0.5)
+    with served_at(llama, arguments, log, VLLM_PLUGINS="minference") as address:
         yield address, log
 
 

@@ -13,22 +13,27 @@ from minference_vllm.triton_kernels import (
     calibration,
     chunk_queries,
     column_diagonal,
+    fit,
     key_codes,
     key_lists,
     low_rank,
     page_means,
     physical_lists,
+    remainder,
+    representatives,
+    thresholds,
 )
 from minference_vllm.triton_kernels.launch import launcher
 
 MODULES: tuple[Any, ...] = (
-    antidiagonal, attention, calibration, chunk_queries, column_diagonal, key_codes, key_lists, low_rank, page_means,
-    physical_lists,
+    antidiagonal, attention, calibration, chunk_queries, column_diagonal, fit, key_codes, key_lists, low_rank,
+    page_means, physical_lists, remainder, representatives, thresholds,
 )  # fmt: skip
 LENGTHS = (
     "num_tiles", "num_blocks", "num_rows", "num_lists", "max_blocks", "max_columns", "rows", "context_len",
     "seq_len", "first_kv_head", "num_items", "num_pages", "num_parts", "max_singles", "page_units", "slot_units",
-    "num_queries", "window", "width", "chunk",
+    "num_queries", "window", "chunk", "query_step", "key_step", "num_alone", "num_drawn", "num_unlike", "num_sampled",
+    "num_last", "most", "num_samples", "step",
 )  # fmt: skip
 """Arguments that kernels are not specialised on."""
 

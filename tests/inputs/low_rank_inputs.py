@@ -34,7 +34,8 @@ def random_quantized(heads: int, chunk: int, length: int, rank: int, sharpness: 
 def as_quantized(query: torch.Tensor, keys: torch.Tensor) -> QuantizedQK:
     """Of queries ``[h, chunk, r]`` and keys ``[h, S, r]`` whose products are in bits."""
     same = torch.eye(query.shape[2]).expand(len(query), -1, -1)
-    projection = for_int8(Projection(same, same, torch.zeros(len(query), 1, query.shape[2])), keys)
+    none = torch.zeros(len(query), 1, query.shape[2])
+    projection = for_int8(Projection(same, same, none, none + 1), keys)
     return QuantizedQK.of(project_queries(query, projection, math.log(2)), quantize_keys(keys, projection))
 
 

@@ -22,7 +22,7 @@ from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.patterns.kinds import Dense
 from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.prefill.recall import chunk_recall
-from minference_vllm.selection import low_rank
+from minference_vllm.selection import measured_rows
 from minference_vllm.selection.probe_queries import probe_groups, unlikeness
 from minference_vllm.selection.torch_scores import TorchScores
 
@@ -127,7 +127,7 @@ def test_scores(layout: Layout, chunk: int, context: int, features: dict[str, An
     """Of our kernels, and the portable ones."""
     batch, heads = small_batch(chunk, context, 8, 2, 64, dtype), range(1, 8, 2)
     inputs = with_features(batch, features, layout)
-    rows = low_rank.calibration_rows(unlikeness(batch.query.transpose(0, 1)[1::2]), chunk + context).rows
+    rows = measured_rows.calibration_rows(unlikeness(batch.query.transpose(0, 1)[1::2]), chunk + context).rows
     weights = exact_logits(batch, inputs)[1::2].softmax(-1)
     weights = weights.gather(1, rows[..., None].expand(-1, -1, inputs.chunk.seq_len))
     lines = reference.column_diagonal_scores(

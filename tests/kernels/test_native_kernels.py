@@ -19,7 +19,7 @@ from minference_vllm.kernels.choose import choose
 from minference_vllm.kernels.native import library
 from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.prefill.attend import attend_chunk
-from minference_vllm.selection import low_rank
+from minference_vllm.selection import measured_rows
 from minference_vllm.selection.probe_queries import probe_groups, unlikeness
 from minference_vllm.selection.torch_scores import TorchScores
 
@@ -89,7 +89,7 @@ def test_row_weights(
 ) -> None:
     shape = chunk, context, heads, kv_heads, head_size, dtype
     batch, length, wanted = small_batch(*shape), chunk + context, list(range(1, heads, 2))
-    rows = low_rank.calibration_rows(unlikeness(batch.query.transpose(0, 1)[wanted]), length).rows
+    rows = measured_rows.calibration_rows(unlikeness(batch.query.transpose(0, 1)[wanted]), length).rows
     found = NativeScores(batch.inputs(cache=in_layout(batch, layout))).row_weights(rows, wanted)
     future = torch.arange(length) > (rows + context)[..., None]
     logits = exact_logits(*shape)[wanted].gather(1, rows[..., None].expand(-1, -1, length))
@@ -103,7 +103,7 @@ def test_scores_do_not_depend_on_how_threads_share_the_work(
 ) -> None:
     # More keys than one task has, of which threads take whichever is next.
     batch = paged_batch([301], [4000], dtype=dtype)
-    rows = low_rank.calibration_rows(unlikeness(batch.query.transpose(0, 1)), 4301).rows
+    rows = measured_rows.calibration_rows(unlikeness(batch.query.transpose(0, 1)), 4301).rows
 
     def scores(threads: int) -> tuple[torch.Tensor, ...]:
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
         "rank": 32,
         "per_tile": 16,
     },
+    "a window": {"seq_len": 700, "context_len": 401, "page": 32, "tile": 64, "window": 200},
     "beyond the bins' reach": {"seq_len": 400, "context_len": 200, "page": 32, "tile": 64, "spread": 30.0},
 }
 INDEX_CASES = [(0, 389, 16), (301, 520, 32)]
@@ -43,15 +44,23 @@ MASS_CASES: dict[str, dict[str, Any]] = {
     "values of zero": {"seq_len": 200, "context_len": 64, "page": 32, "values": 0.0},
     "fewer rows than a power of two": {"seq_len": 400, "context_len": 100, "page": 128, "rows": 23},
 }
-CODE_CASES: dict[str, dict[str, Any]] = {
-    "pages of 16": {"seq_len": 301, "page": 16},
+FIT_CASES: dict[str, dict[str, Any]] = {
+    "pages of 16": {"seq_len": 301, "page": 16, "context_len": 131},
     "head size 80, rank 48": {"seq_len": 200, "page": 32, "head_size": 80, "rank": 48},
-    "FP8 keys with a scale": {"seq_len": 150, "page": 48, "fp8": True},
+    "FP8 keys with a scale": {"seq_len": 350, "page": 48, "fp8": True, "tile": 144, "context_len": 100},
+    "a chunk within one tile": {"seq_len": 190, "page": 32, "tile": 128, "context_len": 130, "rank": 16},
+    "a few rows": {"seq_len": 67, "page": 32, "context_len": 60},
+    "keys alike": {"seq_len": 200, "page": 32, "degenerate": "keys alike"},
+    "queries of zero": {"seq_len": 200, "page": 32, "degenerate": "queries of zero"},
 }
+THRESHOLD_CASES = [(8192, 0.9, 1.0), (700, 0.94, 2.0), (20, 0.5, 0.5), (1, 0.9, 1.0), (4096, 0.99, 3.0)]
+"""(rows of the chunk, gamma, how much bins differ)."""
 LIST_CASES: dict[str, dict[str, Any]] = {
     "pages of 16": {"context_len": 100, "seq_len": 389, "page": 16, "tile": 64},
     "pages of 48": {"context_len": 300, "seq_len": 700, "page": 48, "tile": 144},
+    "a window": {"context_len": 300, "seq_len": 700, "page": 16, "tile": 64, "window": 230},
     "too little room": {"context_len": 200, "seq_len": 700, "page": 128, "tile": 128, "width": 20},
+    "too little room for blocks": {"context_len": 200, "seq_len": 700, "page": 16, "tile": 64, "blocks": 9},
 }
 
 
@@ -74,19 +83,34 @@ def test_the_mass_by_bin_is_the_torch_paths(interpreted: dict[str, Any], name: s
     assert error < 2e-5 and repeated == 0, "sums of whole numbers"
 
 
-@pytest.mark.parametrize("name", list(CODE_CASES))
-def test_codes_are_the_torch_paths(interpreted: dict[str, Any], name: str) -> None:
-    found = interpreted[f"codes: {name}"]
+@pytest.mark.parametrize("name", list(FIT_CASES))
+def test_rows_dimensions_and_codes_are_the_torch_paths(interpreted: dict[str, Any], name: str) -> None:
+    found = interpreted[f"fit: {name}"]
+    assert found["finite"] and found["rows"]
+    # float32 instead of float64, and the samples' order.
+    assert found["scores"] < 0.01 and found["lost"][0] < found["lost"][1] * 1.01 + 3e-3
+    if "degenerate" in FIT_CASES[name]:
+        return
     # Elements near the middle of two numbers may be rounded either way.
     assert found["largest_difference"] <= 1 and found["different"] < 0.005 and found["spread"] > 10
-    assert found["queries"] < 1e-5 and found["distances"] < 1e-5
+    assert 100 < found["longest_key"] < 160
+    assert found["queries"] <= 1 and found["scales"] < 1e-3
+    assert found["representatives"] < 0.02, "elements of int8"
+
+
+@pytest.mark.parametrize("case", THRESHOLD_CASES, ids=str)
+def test_thresholds_are_the_torch_paths(interpreted: dict[str, Any], case: tuple[int, float, float]) -> None:
+    *differences, lowest, highest = interpreted[f"threshold {list(case)}"]
+    assert max(differences) <= 1 and 0 < lowest <= highest < 255
 
 
 @pytest.mark.parametrize("name", list(LIST_CASES))
 def test_lists_are_the_torch_paths(interpreted: dict[str, Any], name: str) -> None:
     found = interpreted[f"lists: {name}"]
-    assert found["same"] == [True] * 3, "blocks, keys, counts"
-    assert found["blocks"] > 0 and found["keys"] > 0 and found["dense"] > 0
+    assert found["same"] == [True] * 5, "blocks, their counts, keys, their counts, overflowed tiles"
+    assert found["untouched"]
+    assert found["blocks"] > 0 and found["dense"] > 0
+    assert found["overflowed"] > 0 if "room" in name else found["keys"] > 0 == found["overflowed"]
 
 
 @pytest.mark.parametrize("case", INDEX_CASES, ids=str)
@@ -124,18 +148,19 @@ def run_case(
     spread: float = 1.5,
     far: bool = False,
     per_tile: int = 0,
+    window: int = 0,
 ) -> dict[str, float]:
     import torch
     from low_rank_inputs import as_quantized
 
     from minference_vllm.core.tiling import Tiling
-    from minference_vllm.selection.score_bins import tile_bins
+    from minference_vllm.selection.score_bins import hide_before_window, tile_bins
     from minference_vllm.triton_kernels import low_rank as kernels
 
     # So that short sequences have several, too.
     kernels.KEYS_PER_PART = kernels.STRIP = 256
     torch.manual_seed(0)
-    tiling = Tiling.of(context_len, seq_len, page, tile)
+    tiling = Tiling.of(context_len, seq_len, page, tile, window=window)
     chunk = seq_len - context_len
     query, keys = torch.randn(2, chunk, rank) * spread, torch.randn(2, seq_len, rank)
     wanted = torch.randint(0, 400, (chunk,))
@@ -146,12 +171,17 @@ def run_case(
         query = torch.randn(2, tiling.num_tiles * per_tile, rank) * spread
     quantized = as_quantized(query, keys)._replace(per_tile=per_tile)
     empty = torch.empty
-    torch.empty = lambda *shape, **options: empty(*shape, **options).fill_(torch.nan)  # type: ignore[assignment]
+
+    def poisoned(*shape: int, **options: Any) -> torch.Tensor:
+        found = empty(*shape, **options)
+        return found.fill_(torch.nan if found.is_floating_point() else 77)
+
+    torch.empty = poisoned  # type: ignore[assignment]
     try:
         found = kernels.tile_bins(quantized, tiling)
     finally:
         torch.empty = empty
-    right = tile_bins(quantized, tiling, torch.zeros(2, dtype=torch.int32))
+    right = hide_before_window(tile_bins(quantized, tiling, torch.zeros(2, dtype=torch.int32)), tiling)
     assert found.shape == right.shape and found.dtype == right.dtype
     difference = (found.int() - right.int()).abs()
     before = (torch.arange(seq_len) < (tiling.starts[:-1] // tile * tile)[:, None]).expand_as(difference)
@@ -182,7 +212,7 @@ def run_mass_case(
     from triton_inputs import shuffled
 
     from minference_vllm.core.tiling import Tiling
-    from minference_vllm.selection.low_rank import by_value, row_weights
+    from minference_vllm.selection.measured_rows import by_value, row_weights
     from minference_vllm.selection.score_bins import mass_by_bin
     from minference_vllm.triton_kernels import calibration
 
@@ -196,7 +226,8 @@ def run_mass_case(
     tiling = Tiling.of(context_len, seq_len, page, 2 * page)
     bins = torch.randint(0, 256, (3, tiling.num_tiles, seq_len), dtype=torch.uint8)
     chosen = torch.stack([torch.randperm(chunk)[:rows].sort().values for _ in heads])
-    found, again = (calibration.mass_by_bin(inputs, query, heads, chosen, tiling, bins) for _ in range(2))
+    norms = calibration.value_norms(inputs)
+    found, again = (calibration.mass_by_bin(inputs, query, heads, chosen, tiling, bins, norms) for _ in range(2))
     of_heads = torch.stack([query[of_head, head] for of_head, head in zip(chosen, heads, strict=True)])
     kv_heads = torch.tensor(heads) // 2
     weights = row_weights(
@@ -205,72 +236,149 @@ def run_mass_case(
     weights = by_value(weights, stored.norm(dim=2)[:, kv_heads].T)
     tile = torch.searchsorted(tiling.starts, chosen + context_len, right=True) - 1
     right = mass_by_bin(bins, tile, weights)
-    found /= found.sum(-1, keepdim=True)
-    return float((found - right).abs().max()), float((again / again.sum(-1, keepdim=True) - found).abs().max())
+    difference = (found / found.sum(-1, keepdim=True) - right).abs().max()
+    return float(difference), float((again - found).abs().max())
 
 
-def run_code_case(seq_len: int, page: int, head_size: int = 64, rank: int = 32, fp8: bool = False) -> dict[str, float]:
+def run_fit_case(
+    seq_len: int,
+    page: int,
+    head_size: int = 64,
+    rank: int = 32,
+    fp8: bool = False,
+    context_len: int = 0,
+    tile: int = 64,
+    degenerate: str = "",
+) -> dict[str, Any]:
+    """From a chunk's queries and the pages to codes, as the kernels and as torch make them."""
     import torch
     from triton_inputs import shuffled
 
+    from minference_vllm.core.tiling import Tiling
+    from minference_vllm.selection.low_rank import fitted
+    from minference_vllm.selection.measured_rows import calibration_rows, drawn_rows
     from minference_vllm.selection.probe_queries import unlikeness
-    from minference_vllm.selection.projection import fit, for_int8, project_queries, quantize_keys
-    from minference_vllm.triton_kernels import chunk_queries
-    from minference_vllm.triton_kernels.key_codes import key_codes
+    from minference_vllm.selection.projection import QuantizedQK, project_queries, quantize_keys
+    from minference_vllm.selection.representatives import representatives
+    from minference_vllm.triton_kernels import chunk_queries, fit, key_codes
+    from minference_vllm.triton_kernels import representatives as representatives_kernel
 
     torch.manual_seed(0)
-    query = (torch.randn(170, 4, head_size) + 3).bfloat16()
-    keys = torch.randn(seq_len, 2, head_size).to(torch.float8_e4m3fn if fp8 else torch.bfloat16)
+    chunk, dtype = seq_len - context_len, torch.float8_e4m3fn if fp8 else torch.bfloat16
+    mixed = torch.linalg.qr(torch.randn(head_size, head_size)).Q * torch.logspace(0.5, -1.5, head_size)[:, None]
+    query = (torch.randn(chunk, 4, head_size) @ mixed + 3).bfloat16()
+    keys = (torch.randn(seq_len, 2, head_size) @ mixed.flip(0) + 1).to(dtype)
+    if degenerate == "keys alike":
+        keys = torch.ones_like(keys.float()).to(dtype)
+    elif degenerate == "queries of zero":
+        query.zero_()
     key_scale, heads = 0.75 if fp8 else 1.0, [3, 0]
     inputs = shuffled(query, keys, keys, page, 1.0, key_scale)
-    of_heads = (keys.float() * key_scale)[:, [1, 0]].transpose(0, 1)
-    queries = query[:, heads].transpose(0, 1)
-    projection = for_int8(fit(queries, of_heads, rank), of_heads)
-    found, right = key_codes(inputs, heads, projection).int(), quantize_keys(of_heads, projection).int()
-    low = project_queries(queries, projection, 1.0)
-    ours = chunk_queries.project(query, heads, projection, 1 / torch.tensor(2.0).log().item())
-    distance = chunk_queries.distances(query, heads)
-    unlike = unlikeness(queries)
+    tiling = Tiling.of(context_len, seq_len, page, tile)
+    drawn = drawn_rows(chunk, seq_len, query.device)
+    queries, of_heads = query[:, heads].transpose(0, 1), (keys.float() * key_scale)[:, [1, 0]].transpose(0, 1)
+    rows = chunk_queries.measured_rows(query, heads, drawn)
+    right_rows = calibration_rows(unlikeness(queries), seq_len)
+    alone = rows[:, drawn.sampled :, None].expand(-1, -1, head_size)
+    right = fitted(queries, queries.gather(1, alone), of_heads, rank)
+    found = fit.fitted(inputs, query, heads, rows[:, drawn.sampled :], rank)
+
+    def scores(projection: Any) -> torch.Tensor:
+        low = (of_heads - projection.mean).double() @ projection.to_key.double()
+        return queries.double() @ projection.to_query.double() @ low.transpose(1, 2)
+
+    exact = queries.double() @ (of_heads - of_heads.mean(1, keepdim=True)).double().transpose(1, 2)
+    size = exact.square().mean().sqrt().clamp(min=1e-9)
+    # The rest with one projection for both.
+    codes, right_codes = key_codes.key_codes(inputs, heads, right).int(), quantize_keys(of_heads, right).int()
+    low = project_queries(queries, right, 1.0)
+    factor = 1 / torch.tensor(2.0).log().item()
+    right_chosen = representatives(low, right.key_size, tiling, 16)
+    ours = chunk_queries.query_codes(query, heads, right, factor, right_codes)
+    chosen = representatives_kernel.representative_codes(query, heads, right, factor, right_codes, tiling, 16)
+    theirs = QuantizedQK.of(low, right_codes)
     return {
-        "largest_difference": int((found - right).abs().max()),
-        "different": float((found != right).float().mean()),
-        "spread": float(right.float().std()),
-        "queries": float((ours - low).abs().max() / low.abs().max()),
-        "distances": float((distance / distance.mean(1, keepdim=True) - unlike).abs().max()),
+        "finite": all(bool(torch.isfinite(part).all()) for part in found),
+        "rows": bool(torch.equal(rows.sort(1).values, right_rows.rows)),
+        "scores": float((scores(found) - scores(right)).square().mean().sqrt() / size),
+        "lost": [float((scores(part) - exact).square().mean().sqrt() / size) for part in (found, right)],
+        "longest_key": float(quantize_keys(of_heads, found).float().norm(dim=2).max()),
+        "largest_difference": int((codes - right_codes).abs().max()),
+        "different": float((codes != right_codes).float().mean()),
+        "spread": float(right_codes.float().std()),
+        "queries": int((ours.query.int() - theirs.query.int()).abs().max()),
+        "scales": float((ours.dequant_scale.float() / theirs.dequant_scale.float() - 1).abs().max()),
+        "representatives": float(
+            (in_any_order(chosen.query * chosen.bits()) - in_any_order(right_chosen)).abs().max()
+            / right_chosen.abs().max()
+        ),
     }
 
 
-def run_list_case(context_len: int, seq_len: int, page: int, tile: int, width: int = 300) -> dict[str, Any]:
+def in_any_order(rows: Any) -> Any:
+    """Rows ``[h, T * 16, r]`` of every tile: the mean, each direction's two ends by their distance, the unlike one."""
+    import torch
+
+    rows = rows.unflatten(1, (-1, 16)).float()
+    mean, plus, minus, unlike = rows.split([1, 7, 7, 1], 2)
+    return torch.cat([mean, (plus - minus).abs(), (plus + minus) / 2, unlike], 2)
+
+
+def run_threshold_case(chunk: int, gamma: float, sharpness: float) -> list[int]:
+    """How far the kernel's thresholds lie from torch's."""
+    import torch
+
+    from minference_vllm.selection.measured_rows import CalibrationRows, drawn_rows
+    from minference_vllm.triton_kernels.thresholds import thresholds
+
+    torch.manual_seed(0)
+    drawn = drawn_rows(chunk, 4 * chunk, torch.device("cpu"))
+    count = drawn.sampled + drawn.last + drawn.unlike
+    shares = (torch.randn(3, count, 256) * sharpness + torch.linspace(-3, 3, 256)).softmax(2)
+    mass = (shares * (1 << 30)).int()
+    places = torch.arange(count).expand(3, -1)
+    sample, *others = places.split([drawn.sampled, drawn.last, drawn.unlike], 1)
+    groups = tuple(group for group in others if group.shape[1])
+    right = CalibrationRows(places, sample, groups).threshold(mass.float(), gamma)
+    return [*(thresholds(mass, drawn, gamma) - right).abs().tolist(), int(right.min()), int(right.max())]
+
+
+def run_list_case(
+    context_len: int, seq_len: int, page: int, tile: int, width: int = 300, blocks: int = 0, window: int = 0
+) -> dict[str, Any]:
     import torch
 
     from minference_vllm.core.tiling import Tiling
-    from minference_vllm.selection.compaction import Capacity, compact_keys
-    from minference_vllm.selection.score_bins import LOCAL_BIN, ScoreBins, keys_above
+    from minference_vllm.selection import build
+    from minference_vllm.selection.compaction import Capacity, Lists, compact_keys
+    from minference_vllm.selection.score_bins import LOCAL_BIN, ScoreBins, hide_before_window, keys_above
     from minference_vllm.triton_kernels import key_lists
 
     torch.manual_seed(0)
-    key_lists.KEYS = 256
-    tiling = Tiling.of(context_len, seq_len, page, tile)
+    key_lists.KEYS, key_lists.STEP = 256, 8
+    tiling = Tiling.of(context_len, seq_len, page, tile, window=window)
     pages = tiling.own().repeat_interleave(page, 1)[:, :seq_len]
     reach = tiling.reachable().repeat_interleave(page, 1)[:, :seq_len]
     # Some pages full of wanted keys; a head that wants nearly all, and one without a threshold.
     full = (torch.rand(4, tiling.num_tiles, tiling.num_key_blocks) < 0.15).repeat_interleave(page, 2)[..., :seq_len]
     bins = (torch.rand(4, tiling.num_tiles, seq_len) * 100).to(torch.uint8)
     bins = bins.masked_fill_(full, 120).masked_fill_(pages, LOCAL_BIN).mul_(reach)
+    bins = hide_before_window(bins, tiling).masked_fill_(pages, LOCAL_BIN)
     found = ScoreBins(bins, torch.tensor([93, 97, 10, 0], dtype=torch.int32))
-    capacity = Capacity(tiling.num_key_blocks, width, 4)
-    right = compact_keys(tiling, *keys_above(tiling, bins, found.threshold), capacity)
-    ours = key_lists.select(tiling, found, width)
-    assert right.keys is not None and ours.keys is not None
+    capacity = Capacity(blocks or tiling.num_key_blocks, width, 4)
+    selection = compact_keys(tiling, *keys_above(tiling, bins, found.threshold), capacity)
+    right = build._planned(tiling, 4, selection, capacity)
+    heads = [4, 0, 1, 3]  # one list is nobody's
+    ours = Lists.empty((5, tiling.num_tiles), capacity.blocks, width, bins.device)
+    key_lists.BinLists(tiling, bins, found.threshold).write(ours, heads)
+    untouched = Lists.empty((1, tiling.num_tiles), capacity.blocks, width, bins.device)
     return {
-        "same": [
-            torch.equal(ours.blocks, right.blocks),
-            torch.equal(ours.keys.positions, right.keys.positions),
-            torch.equal(ours.keys.count, right.keys.count),
-        ],
-        "blocks": int((ours.blocks & ~tiling.own())[:2].sum()),
-        "keys": int(ours.keys.count[:2].sum()),
-        "dense": int(ours.blocks[2:].sum() - tiling.own().sum() * 2),
+        "same": [torch.equal(mine[heads], other) for mine, other in zip(ours, right, strict=True)],
+        "untouched": all(torch.equal(mine[2:3], empty) for mine, empty in zip(ours, untouched, strict=True)),
+        "blocks": int(right.num_blocks[:2].sum() - 2 * tiling.own().sum()),
+        "keys": int(right.num_columns[:2].sum()),
+        "dense": int(right.num_blocks[2:].sum() - tiling.own().sum() * 2),
+        "overflowed": int(right.overflowed.sum()),
     }
 
 
@@ -325,7 +433,8 @@ if __name__ == "__main__":
 
     results: dict[str, Any] = {name: run_case(**case) for name, case in CASES.items()}
     results |= {f"mass: {name}": run_mass_case(**case) for name, case in MASS_CASES.items()}
-    results |= {f"codes: {name}": run_code_case(**case) for name, case in CODE_CASES.items()}
+    results |= {f"fit: {name}": run_fit_case(**case) for name, case in FIT_CASES.items()}
+    results |= {f"threshold {list(case)}": run_threshold_case(*case) for case in THRESHOLD_CASES}
     results |= {f"lists: {name}": run_list_case(**case) for name, case in LIST_CASES.items()}
     results |= {f"index {list(case)}": run_index_case(*case) for case in INDEX_CASES}
     print(json.dumps(results))

@@ -14,6 +14,7 @@ import torch
 
 from minference_vllm import reference
 from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.remainder import SAMPLED_KEYS, sample_step, sampled_positions
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.choose import choose
@@ -79,7 +80,7 @@ def test_agrees_with_its_definition(context: int, length: int, tile: int, heads:
     out, lse = under(query, keys, values, index, softcap)
     plain = out.clone()
     remainder.add(inputs, index, remainder.of_heads(inputs, index, heads), out, lse)
-    sampled = remainder.sampled_positions(length), remainder.sample_step(length)
+    sampled = sampled_positions(length), sample_step(length)
     exact = reference.with_remainder(query, keys, values, index.to_mask(), tiling, SCALE, heads, *sampled, softcap)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
     others = [head for head in range(4) if head not in heads]
@@ -96,8 +97,8 @@ def test_of_a_window_only_what_all_rows_see(context: int, length: int) -> None:
     inputs = Inputs.of_rows(query, keys, values, SCALE, 32)
     index = build_index(tiling, [WINDOW] * 4, TorchScores(inputs))
     exact = reference.with_remainder(
-        query, keys, values, index.to_mask(), tiling, SCALE, range(4), remainder.sampled_positions(length),
-        remainder.sample_step(length),
+        query, keys, values, index.to_mask(), tiling, SCALE, range(4), sampled_positions(length),
+        sample_step(length),
     )  # fmt: skip
     out, lse = under(query, keys, values, index)
     gone = torch.arange(max(0, context - window + 1))
@@ -154,9 +155,9 @@ def test_tiles_that_leave_nothing_out_stay_what_they_are() -> None:
 
 @pytest.mark.parametrize("length", [1, 100, 2047, 2048, 4095, 4096, 5000, 131_072, 1_000_003])
 def test_one_key_of_each_group_of_neighbours_is_sampled(length: int) -> None:
-    step, positions = remainder.sample_step(length), remainder.sampled_positions(length)
+    step, positions = sample_step(length), sampled_positions(length)
     assert len(positions) == length // step
-    assert min(length, remainder.SAMPLED_KEYS) <= len(positions) < 2 * remainder.SAMPLED_KEYS
+    assert min(length, SAMPLED_KEYS) <= len(positions) < 2 * SAMPLED_KEYS
     assert torch.equal(positions // step, torch.arange(len(positions)))
     if step > 8:
         spread = torch.bincount(positions % step * 8 // step, minlength=8)
@@ -196,7 +197,7 @@ def test_from_pages_in_any_order_and_with_anything_behind_the_last_token(
         assert float(index.density().min()) < 0.9
         exact = reference.with_remainder(
             batch.query[rows], batch.keys(request), batch.values(request), index.to_mask(), index.tiling, batch.scale,
-            range(8), remainder.sampled_positions(length), remainder.sample_step(length),
+            range(8), sampled_positions(length), sample_step(length),
         )  # fmt: skip
         error = float((out[rows].double() - exact).abs().max())
         # Rounded by the kernel, and when the remainder was added; bf16 kernels round weights, too.

@@ -20,7 +20,7 @@ from minference_vllm.kernels.gathered_columns import gather_columns
 from minference_vllm.kernels.native import library
 from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.patterns.kinds import Coverage, LowRank
-from minference_vllm.selection import low_rank
+from minference_vllm.selection import low_rank, measured_rows
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.low_rank import column_diagonal_bins
 from minference_vllm.selection.probe_queries import unlikeness
@@ -82,7 +82,7 @@ def test_calibration_rows(chunk: int, length: int, count: int, last: int, unlike
     query = torch.randn(2, chunk, 8, generator=torch.Generator().manual_seed(0))
     odd = [part * chunk // unlike + 1 for part in range(unlike)]
     query[1, odd] += 50.0
-    found = low_rank.calibration_rows(unlikeness(query), length)
+    found = measured_rows.calibration_rows(unlikeness(query), length)
     rows = found.rows[1].tolist()
     assert len(rows) == count and rows == sorted(rows)
     # Where nearly all rows are measured anyway, a part may have no other row left.
@@ -103,7 +103,7 @@ def test_every_group_of_rows_gets_its_share() -> None:
     def places(begin: int, end: int) -> torch.Tensor:
         return torch.arange(begin, end).expand(3, -1)
 
-    CalibrationRows = low_rank.CalibrationRows
+    CalibrationRows = measured_rows.CalibrationRows
     rows = CalibrationRows(places(0, 64), places(0, 48), (places(48, 64),))
     mass = torch.zeros(3, 64, 256)
     mass[0, :48, 200], mass[0, 48:, 150] = 1, 1
@@ -338,5 +338,5 @@ def test_shares_of_the_output_for_any_norms() -> None:
         ([0.0, 1.0, 1.0], [0.0, 1.0, 0.0]),
         ([torch.inf, 1.0, 1.0], [1.0, 0.0, 0.0]),
     ):
-        found = low_rank.by_value(weights.clone(), torch.tensor([norms]))
+        found = measured_rows.by_value(weights.clone(), torch.tensor([norms]))
         torch.testing.assert_close(found, torch.tensor([[shares]]))

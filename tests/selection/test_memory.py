@@ -132,11 +132,13 @@ def test_memory_of_antidiagonal_scores_at_a_million_tokens(
 
 
 LOW_RANK_KERNELS = {
-    "calibration": ("share_sum", "share_by_bin"),
-    "chunk_queries": ("distance", "project"),
+    "calibration": ("value_norms", "share_sum", "share_by_bin"),
+    "chunk_queries": ("unlike_rows", "query_codes"),
+    "fit": ("moments", "fit"),
     "key_codes": ("key_codes",),
-    "key_lists": ("page_counts", "key_lists"),
-    "low_rank": ("peak_lse", "tile_bins"),
+    "key_lists": ("page_counts", "block_lists", "key_lists"),
+    "low_rank": ("peak_lse", "tile_bins", "representative_bins"),
+    "thresholds": ("threshold",),
 }
 
 

@@ -6,38 +6,35 @@ import pytest
 import torch
 from low_rank_inputs import as_quantized
 
-from minference_vllm.selection import projection
 from minference_vllm.selection.projection import (
     MAX_KEY_NORM,
     MAX_PRODUCT,
     MAX_QUERY,
     MIN_RANGE,
     Projection,
-    by_cholesky,
     fit,
     fit_within,
     for_int8,
+    orthonormal,
     quantize_keys,
+    start_vectors,
 )
 
 # Dimensions
 
 
 @pytest.mark.parametrize("case", ["random", "few directions", "zeros"])
-def test_what_gpus_orthogonalise_by_spans_what_a_qr_decomposition_does(
-    case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_columns_become_orthonormal_or_short(case: str) -> None:
     generator = torch.Generator().manual_seed(0)
     size = torch.logspace(0, -3, 64) if case == "random" else torch.arange(64).lt(5).float()
-    query, keys = (torch.randn(2, 700, 64, generator=generator) * size for _ in range(2))
-    query *= case != "zeros"
-    found = []
-    for way in (projection.orthonormal, lambda vectors: by_cholesky(by_cholesky(vectors))):
-        monkeypatch.setattr(projection, "orthonormal", way)
-        fitted = fit(query, keys, 16)
-        found.append((query @ fitted.to_query) @ ((keys - fitted.mean) @ fitted.to_key).transpose(1, 2))
-    assert torch.isfinite(found[1]).all()
-    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    query = torch.randn(2, 700, 64, generator=generator).mul(size * (case != "zeros")).double()
+    moment = query.transpose(1, 2) @ query / 700
+    vectors = start_vectors(64, 16, query.device).expand(2, -1, -1)
+    found, images = orthonormal(vectors, moment @ vectors)
+    torch.testing.assert_close(images, moment @ found)
+    products, rank = found.transpose(1, 2) @ images, {"random": 16, "few directions": 5, "zeros": 0}[case]
+    torch.testing.assert_close(products[:, :rank, :rank], torch.eye(rank).double().expand(2, -1, -1), atol=1e-4, rtol=0)
+    assert (products[:, rank:, rank:].abs() < 1e-4).all()
 
 
 # Quantized queries and keys
@@ -76,7 +73,7 @@ def test_quantized_queries_and_keys_keep_the_products(case: str, rank: int) -> N
 def test_longer_keys_than_sampled_are_shortened() -> None:
     keys = torch.randn(1, 100, 32, generator=torch.Generator().manual_seed(0))
     same = torch.eye(32)[None]
-    low_rank = for_int8(Projection(same, same, torch.zeros(1, 1, 32)), keys[:, :50])
+    low_rank = for_int8(Projection(same, same, torch.zeros(1, 1, 32), torch.ones(1, 1, 32)), keys[:, :50])
     keys[:, 70] *= 50
     low = quantize_keys(keys, low_rank).double()
     assert low.norm(dim=2).max() < MAX_KEY_NORM * 1.02

@@ -14,7 +14,7 @@ from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.native import library
 from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.selection.compaction import EXACT_WIDTH, compact_keys
-from minference_vllm.selection.low_rank import calibration_rows
+from minference_vllm.selection.measured_rows import calibration_rows
 from minference_vllm.selection.probe_queries import unlikeness
 from minference_vllm.selection.projection import BINS_PER_BIT, QuantizedQK
 from minference_vllm.selection.score_bins import (

@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-LOW_RANK = ("distance", "project", "key_codes", "share_sum", "share_by_bin", "page_counts", "key_lists", "peak_lse",
+LOW_RANK = ("unlike_rows", "query_codes", "moments", "fit", "representatives", "threshold", "block_lists", "key_codes",
+            "share_sum", "value_norms", "share_by_bin", "page_counts", "key_lists", "peak_lse",
             "tile_bins", "peak_lse representatives", "tile_bins representatives")  # fmt: skip
 TOOL = Path(__file__).parents[2] / "tools" / "kernel_account.py"
 
@@ -24,13 +25,13 @@ def test_default_variants_keep_their_registers_tensor_cores_and_pace() -> None:
     lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
     assert all(line.endswith("  ok") for line in lines)
     kernels = ("sparse_attention", "physical_lists", "row_lse", "column_diagonal", "block_mean", "square_lse")
-    for kernel in (*kernels, "square_mass", *LOW_RANK):
+    for kernel in (*kernels, "square_mass", "left_out", "remainder", *LOW_RANK):
         assert any(line.startswith(kernel) for line in lines)
     assert any("packed 7" in line for line in lines)
     loops = [line for line in done.stdout.splitlines() if line.startswith(" ")]
     assert any("keys before" in line and "380 TFLOP/s, 1.00 of dense" in line for line in loops)
     ours = [line for line in loops if "whole pages" in line]
-    assert len(ours) == 6
+    assert len(ours) == 10
     assert all("buffers" in line and "model" in line for line in ours)
 
 

@@ -13,7 +13,7 @@ from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.native import interface
 from minference_vllm.kernels.native.library import describe_cache, library
 from minference_vllm.selection import score_bins
-from minference_vllm.selection.compaction import Capacity, KeyLists, Selection
+from minference_vllm.selection.compaction import Capacity, KeyLists, Selection, WritesLists
 from minference_vllm.selection.probe_queries import probe_groups
 from minference_vllm.selection.projection import BINS_PER_BIT, QuantizedQK
 from minference_vllm.selection.score_bins import ScoreBins, whole_pages
@@ -160,7 +160,7 @@ class NativeScores(TorchScores):
         return columns, diagonals
 
     def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-        """``low_rank.row_weights`` straight from the pages."""
+        """``measured_rows.row_weights`` straight from the pages."""
         if not self.from_pages:
             return super().row_weights(rows, heads)
         weights = torch.empty(*rows.shape, self.inputs.chunk.seq_len)
@@ -193,7 +193,7 @@ class NativeScores(TorchScores):
             torch.get_num_threads(),
         )
 
-    def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection:
+    def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection | WritesLists:
         if not capacity.exact or tiling.column_multiple > 1:
             return super().select_bins(tiling, found, capacity)
         bins, threshold = found.bins, found.threshold
