@@ -66,11 +66,8 @@ def machine_code(compiled: Any, arch: int, few_rows: bool = False, with_loops: b
         with_loops: else none is looked for: a loop around others may come out otherwise than it was written.
     """
     multiply = OF_FEW_ROWS if few_rows else TENSOR_CORES[arch]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        instructions, loops = innermost(_run("nvdisasm", "-c", "-ndf", file.name))
+    usage, code = _tool_says(compiled, "cuobjdump", "-res-usage"), disassembled(compiled)
+    instructions, loops = innermost(code)
     registers = re.search(r"REG:(\d+)", usage)
     if not registers or not instructions:
         raise RuntimeError(f"{TOOLS} says nothing of this kernel: {usage}")
@@ -92,8 +89,17 @@ def machine_code(compiled: Any, arch: int, few_rows: bool = False, with_loops: b
     )
 
 
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+def disassembled(compiled: Any) -> str:
+    """The machine code of a kernel that ``triton.compile`` made, as ``nvdisasm`` prints it."""
+    return _tool_says(compiled, "nvdisasm", "-c", "-ndf")
+
+
+def _tool_says(compiled: Any, tool: str, *arguments: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(TOOLS / tool), *arguments, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def innermost(code: str) -> tuple[list[str], list[slice]]:

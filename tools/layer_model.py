@@ -1,0 +1,112 @@
+"""What a sparse layer of the default should take on an H100, by counts: nothing here was measured.
+
+Device time of each part is the largest of three: instructions (of the part's loop in the machine code for Hopper, as
+often as it runs) at one per scheduler and cycle, bytes at the memory's pace, and products at the tensor cores' pace.
+Host time is operations and launches (``tests/backend/test_layer_account.py``) at 5 microseconds each. The host works
+ahead of the GPU, so a layer takes the larger of the two. Dense attention is FlashAttention 3 at 616 TFLOP/s.
+
+Left out: what caches and waits cost or save, atomic additions, and how well blocks fill the multiprocessors. Expect the
+parts of the index to take up to twice as long.
+
+    python tools/layer_model.py [--density 0.28 0.1 0.05 0.02]
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import kernel_account
+from kernel_variants import Variant, compile_kernel
+from machine_code import disassembled, innermost
+
+from minference_vllm.triton_kernels import calibration, low_rank
+
+HEADS, KV_HEADS, DIM, PAGE, CHUNK, TILE, RANK, REPRESENTATIVES, ROWS = 32, 8, 128, 128, 8192, 128, 32, 16, 128
+LENGTHS = {"32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}
+HOST_CALLS = {"32K": 19 + 18, "128K": 23 + 31, "1M": 79 + 213}
+"""Operations and launches of a layer."""
+HOST_CALL = 5e-6
+FIT = 100e-6
+"""Seconds of the fit, a guess: 160 dependent steps in one block for each head."""
+LANES_PER_SECOND = 132 * 4 * 32 * 1.7e9
+BYTES_PER_SECOND, TENSOR_FLOPS, FLASH_ATTENTION_3 = 3.3e12, 600e12, 616e12
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one part of a layer."""
+
+    instructions: float = 0.0
+    """Of single lanes."""
+    size: float = 0.0
+    """Bytes."""
+    flops: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return max(self.instructions / LANES_PER_SECOND, self.size / BYTES_PER_SECOND, self.flops / TENSOR_FLOPS)
+
+
+def per_element(function: Any, kinds: dict[str, str], shape: dict[str, Any], elements: int) -> float:
+    """Instructions of a lane for one element of a product, in the kernel's main loop."""
+    variant, warps = Variant(), shape["num_warps"]
+    constants = {name: value for name, value in (variant.constants | shape).items() if name in function.arg_names}
+    types = variant.types(function) | {name: kind for name, kind in kinds.items() if name in function.arg_names}
+    code = disassembled(compile_kernel(function, types, constants, 90, num_warps=warps, num_stages=3))
+    instructions, loops = innermost(code)
+    bodies = [instructions[loop] for loop in loops]
+    main = next(body for body in bodies if any("GMMA" in one or "HMMA" in one for one in body))
+    return len(main) * warps * 32 / elements
+
+
+def parts(length: int) -> dict[str, Work]:
+    """The index of one layer."""
+    tiles, pairs = CHUNK // TILE, float(CHUNK) * (length - CHUNK / 2)
+    scores, measured = pairs / TILE * REPRESENTATIVES * HEADS, pairs / CHUNK * ROWS * HEADS
+    of_rows, of_bins = low_rank.launch_shape(RANK, TILE, REPRESENTATIVES)
+    codes = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16"}
+    of_measured = {"BLOCK_N": calibration.BLOCK_N, "WITH_SOFTCAP": False, "TILE": TILE}
+    of_measured["num_warps"] = calibration.NUM_WARPS
+    own = {"p_rows": "*i64", "p_mass": "*i32", "p_sum": "*fp32", "p_norm": "*fp32"}
+    size = calibration.ROWS.value * calibration.BLOCK_N
+    elements = of_rows["BLOCK_M"] * of_rows["STEP"], low_rank.QUERIES * of_bins["BLOCK_N"]
+    keys_read, bins = float(length) * KV_HEADS * DIM * 2, float(HEADS) * tiles * length
+
+    def work(
+        function: Any, kinds: dict[str, str], shape: dict[str, Any], count: float, step: int, **more: float
+    ) -> Work:
+        return Work(per_element(function, kinds, shape, step) * count, **more)
+
+    exact = {"size": keys_read, "flops": measured * 2 * DIM}
+    return {
+        "codes of keys": Work(size=keys_read + HEADS * length * RANK, flops=4.0 * HEADS * length * DIM * RANK),
+        "denominators": work(low_rank.peak_lse_kernel, codes, of_rows, scores, elements[0]),
+        "bins": work(low_rank.representative_bins_kernel, codes, of_bins, scores, elements[1], size=bins),
+        "measured rows, sums": work(calibration.share_sum_kernel, own, of_measured, measured, size, **exact),
+        "measured rows, by bin": work(calibration.share_by_bin_kernel, own, of_measured, measured, size, **exact),
+        "lists": Work(size=2 * bins),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--density", type=float, nargs="+", default=[0.28, 0.1, 0.05, 0.02], help="of attention")
+    args = parser.parse_args()
+    attention = kernel_account.attention_account(Variant(page=PAGE, remainder=True), True, 90)
+    pace = min(loop.tflops for loop in attention.loops[:2] if loop.tflops is not None) * 1e12
+    print(f"milliseconds of a layer; chunk of {CHUNK} tokens, {HEADS} heads of {DIM} over {KV_HEADS}")
+    for name, length in LENGTHS.items():
+        flops = 4.0 * DIM * HEADS * CHUNK * (length - CHUNK / 2)
+        dense, found = flops / FLASH_ATTENTION_3, {part: work.seconds for part, work in parts(length).items()}
+        index, host = FIT + sum(found.values()), HOST_CALLS[name] * HOST_CALL
+        shares = ", ".join(f"{part} {1e3 * seconds:.2f}" for part, seconds in found.items())
+        print(f"{name}: dense {1e3 * dense:.1f}, host {1e3 * host:.2f}, index {1e3 * index:.2f} ({shares})")
+        for density in args.density:
+            layer = max(host, index + density * flops / pace)
+            print(f"    density {density}: {1e3 * layer:.2f}, {dense / layer:.1f} times as fast as dense")
+
+
+if __name__ == "__main__":
+    main()
