@@ -316,9 +316,11 @@ def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
     }
     for per_tile, name in ((0, ""), (REPRESENTATIVES, " representatives")):
         of_rows, of_tiles = low_rank.launch_shape(rank, TILE, per_tile, arch // 10)
-        kernels[f"peak_lse{name}"] = low_rank.peak_lse_kernel, quantized, of_rows
-        of_bins = low_rank.representative_bins_kernel if per_tile else low_rank.tile_bins_kernel
-        kernels[f"tile_bins{name}"] = of_bins, quantized, of_tiles
+        of_lse, of_bins = low_rank.peak_lse_kernel, low_rank.tile_bins_kernel
+        if per_tile:
+            of_lse, of_bins = low_rank.representative_lse_kernel, low_rank.representative_bins_kernel
+        kernels[f"lse{name}"] = of_lse, quantized, of_rows
+        kernels[f"bins{name}"] = of_bins, quantized, of_tiles
     found = []
     for name, (function, kinds, shape) in kernels.items():
         constants = {key: value for key, value in shape.items() if key in function.arg_names}

@@ -21,6 +21,7 @@ import kernel_account
 from kernel_variants import Variant, compile_kernel
 from machine_code import disassembled, innermost
 
+from minference_vllm.selection import score_bins
 from minference_vllm.triton_kernels import calibration, low_rank
 
 HEADS, KV_HEADS, DIM, PAGE, CHUNK, TILE, RANK, REPRESENTATIVES, ROWS = 32, 8, 128, 128, 8192, 128, 32, 16, 128
@@ -65,6 +66,8 @@ def parts(length: int) -> dict[str, Work]:
     """The index of one layer."""
     tiles, pairs = CHUNK // TILE, float(CHUNK) * (length - CHUNK / 2)
     scores, measured = pairs / TILE * REPRESENTATIVES * HEADS, pairs / CHUNK * ROWS * HEADS
+    # One in so many groups of keys, and the own keys of the tiles that a program has.
+    sampled = scores / score_bins.SAMPLED_GROUPS + float(tiles) * low_rank.BLOCK_M * TILE * HEADS
     of_rows, of_bins = low_rank.launch_shape(RANK, TILE, REPRESENTATIVES)
     codes = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16"}
     of_measured = {"BLOCK_N": calibration.BLOCK_N, "WITH_SOFTCAP": False, "TILE": TILE}
@@ -82,7 +85,7 @@ def parts(length: int) -> dict[str, Work]:
     exact = {"size": keys_read, "flops": measured * 2 * DIM}
     return {
         "codes of keys": Work(size=keys_read + HEADS * length * RANK, flops=4.0 * HEADS * length * DIM * RANK),
-        "denominators": work(low_rank.peak_lse_kernel, codes, of_rows, scores, elements[0]),
+        "denominators": work(low_rank.representative_lse_kernel, codes, of_rows, sampled, elements[0]),
         "bins": work(low_rank.representative_bins_kernel, codes, of_bins, scores, elements[1], size=bins),
         "measured rows, sums": work(calibration.share_sum_kernel, own, of_measured, measured, size, **exact),
         "measured rows, by bin": work(calibration.share_by_bin_kernel, own, of_measured, measured, size, **exact),

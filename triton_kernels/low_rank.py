@@ -6,6 +6,8 @@ Exponential units would be the bottleneck: there is one exponential per row and 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,8 @@ from minference_vllm.triton_kernels.column_diagonal import add_scores, combined
 from minference_vllm.triton_kernels.launch import launcher
 
 PEAK_KEYS = tl.constexpr(score_bins.PEAK_KEYS)
+SAMPLED_GROUPS = tl.constexpr(score_bins.SAMPLED_GROUPS)
+LOG2_SAMPLED = tl.constexpr(math.log2(score_bins.SAMPLED_GROUPS))
 BINS_PER_BIT = tl.constexpr(projection.BINS_PER_BIT)
 TOP_BIN = tl.constexpr(score_bins.TOP_BIN)
 LOCAL_BIN = tl.constexpr(score_bins.LOCAL_BIN)
@@ -45,14 +49,6 @@ def _peaks(b_score):
     return tl.max(tl.reshape(b_score, [b_score.shape[0], STEP // PEAK_KEYS, PEAK_KEYS]), 2)
 
 
-@triton.jit
-def _last_seen(o_row, context_len, seq_len, TILE: tl.constexpr, PER_TILE: tl.constexpr):
-    """The last key that each query sees: a row itself; a representative its tile's last row."""
-    if PER_TILE == 0:
-        return context_len + o_row
-    return tl.minimum((context_len // TILE + o_row // PER_TILE + 1) * TILE, seq_len) - 1
-
-
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
 @triton.jit(do_not_specialize=["context_len", "seq_len", "num_queries"])
 def peak_lse_kernel(
@@ -66,8 +62,6 @@ def peak_lse_kernel(
     keys_per_part,
     RANK: tl.constexpr,
     R: tl.constexpr,
-    TILE: tl.constexpr,
-    PER_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -83,7 +77,7 @@ def peak_lse_kernel(
     p_key += i_head.to(tl.int64) * seq_len * RANK
     b_query = _rows(p_query, o_row, m_row, RANK, R)
     b_bits = _bits(p_scale + i_head.to(tl.int64) * num_queries, o_row, m_row)
-    o_last = _last_seen(o_row, context_len, seq_len, TILE, PER_TILE)
+    o_last = context_len + o_row
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
     begin = i_part * keys_per_part
@@ -99,6 +93,44 @@ def peak_lse_kernel(
         b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < end, RANK, R))) * b_bits[:, None]
         b_score = tl.where(o_key[None, :] <= o_last[:, None], b_score, -float("inf"))
         b_sum, b_max = add_scores(b_sum, b_max, _peaks(b_score))
+    p_lse += (i_head * tl.num_programs(2) + i_part).to(tl.int64) * num_queries
+    tl.store(p_lse + o_row, b_max + tl.log2(b_sum), mask=m_row)
+
+
+@triton.jit(do_not_specialize=["context_len", "seq_len", "num_queries"])
+def representative_lse_kernel(
+    p_query, p_key, p_scale, p_lse, context_len, seq_len, num_queries, groups_per_part, RANK: tl.constexpr,
+    R: tl.constexpr, TILE: tl.constexpr, PER_TILE: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """One program: ``score_bins.sampled_lse`` over one part of the sampled groups, for BLOCK_M representatives of one
+    head; the last part has the tiles' own keys, too.
+
+    ``p_lse`` is float32 ``[h, parts, num_queries]``. Parts are multiples of ``STEP // PEAK_KEYS`` groups.
+    """
+    i_block, i_head, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    o_row, o_step = i_block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, STEP)
+    m_row = o_row < num_queries
+    p_key += i_head.to(tl.int64) * seq_len * RANK
+    b_query = _rows(p_query + i_head.to(tl.int64) * num_queries * RANK, o_row, m_row, RANK, R)
+    b_bits = _bits(p_scale + i_head.to(tl.int64) * num_queries, o_row, m_row)[:, None]
+    b_own = tl.where(m_row, (context_len // TILE + o_row // PER_TILE) * TILE, context_len // TILE * TILE)
+    b_end = tl.minimum(b_own + TILE, seq_len)
+    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+    first = i_part * groups_per_part
+    stop = tl.minimum(first + groups_per_part, tl.cdiv(tl.max(b_own, 0), PEAK_KEYS * SAMPLED_GROUPS))
+    for i_group in range(first, stop, STEP // PEAK_KEYS):
+        o_key = (i_group + o_step // PEAK_KEYS) * (PEAK_KEYS * SAMPLED_GROUPS) + o_step % PEAK_KEYS
+        b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < seq_len, RANK, R))) * b_bits
+        b_score = tl.where(o_key[None, :] < b_own[:, None], b_score, -float("inf"))
+        o_group = i_group + tl.arange(0, STEP // PEAK_KEYS)
+        b_sum, b_max = add_scores(b_sum, b_max, _peaks(b_score) + tl.where(o_group > 0, LOG2_SAMPLED, 0.0)[None, :])
+    if i_part == tl.num_programs(2) - 1:
+        for i_key in range(tl.min(b_own, 0) // STEP * STEP, tl.max(b_end, 0), STEP):
+            o_key = i_key + o_step
+            b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < seq_len, RANK, R))) * b_bits
+            m_own = (o_key[None, :] >= b_own[:, None]) & (o_key[None, :] < b_end[:, None])
+            b_sum, b_max = add_scores(b_sum, b_max, _peaks(tl.where(m_own, b_score, -float("inf"))))
     p_lse += (i_head * tl.num_programs(2) + i_part).to(tl.int64) * num_queries
     tl.store(p_lse + o_row, b_max + tl.log2(b_sum), mask=m_row)
 
@@ -243,22 +275,26 @@ def representative_bins_kernel(
 BLOCK_M, STEP, BLOCK_N, NUM_WARPS = 64, 128, 64, 4
 KEYS_PER_PART, STRIP = 8192, 2048
 """Keys of one program, of either kernel."""
-QUERIES = 128
-"""Representatives of one program."""
+QUERIES, GROUPS_PER_PART = 128, 128
+"""Representatives of one program of bins; sampled groups of one of denominators."""
 
 
 def launch_shape(rank: int, tile: int, per_tile: int, major: int = 9) -> tuple[dict[str, int], dict[str, int]]:
-    """Constants of ``peak_lse_kernel``, and of the kernel of bins; ``major``: compute capability."""
-    shape = {"RANK": rank, "R": max(16, triton.next_power_of_2(rank)), "TILE": tile, "num_warps": NUM_WARPS}
-    of_rows = shape | {"PER_TILE": per_tile, "BLOCK_M": BLOCK_M, "STEP": STEP}
-    if per_tile:
-        tiles = max(1, QUERIES // per_tile)
-        # With four warps Blackwell's registers spill.
-        of_tiles = {"PER_TILE": per_tile, "TILES": tiles, "STRIP": STRIP, "BLOCK_N": BLOCK_N}
-        return of_rows, shape | of_tiles | {"num_warps": 2 * NUM_WARPS if major == 10 else NUM_WARPS}
-    # A wide tile comes in several steps.
-    rows = max(16, min(128, triton.next_power_of_2(tile)))
-    return of_rows, shape | {"STRIP": STRIP, "BLOCK_M": rows, "BLOCK_N": BLOCK_N}
+    """Constants of the kernel of denominators, and of the one of bins.
+
+    Args:
+        per_tile: see ``QuantizedQK``.
+        major: compute capability.
+    """
+    shape = {"RANK": rank, "R": max(16, triton.next_power_of_2(rank)), "num_warps": NUM_WARPS}
+    of_rows, of_tiles = shape | {"BLOCK_M": BLOCK_M, "STEP": STEP}, shape | {"STRIP": STRIP, "BLOCK_N": BLOCK_N}
+    if not per_tile:
+        # A wide tile comes in several steps.
+        return of_rows, of_tiles | {"TILE": tile, "BLOCK_M": max(16, min(128, triton.next_power_of_2(tile)))}
+    own = {"TILE": tile, "PER_TILE": per_tile}
+    # With four warps Blackwell's registers spill.
+    warps = 2 * NUM_WARPS if major == 10 else NUM_WARPS
+    return of_rows | own, of_tiles | own | {"TILES": max(1, QUERIES // per_tile), "num_warps": warps}
 
 
 def tile_bins(quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
@@ -285,16 +321,19 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
     lengths = tiling.context_len, tiling.seq_len, queries
     major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
     of_rows, of_tiles = launch_shape(rank, tiling.tile, per_tile, major)
-    parts = triton.cdiv(length, KEYS_PER_PART)
+    if per_tile:
+        of_lse, of_bins, per_part = representative_lse_kernel, representative_bins_kernel, GROUPS_PER_PART
+        parts = triton.cdiv(length, per_part * score_bins.PEAK_KEYS * score_bins.SAMPLED_GROUPS)
+        groups = triton.cdiv(tiles, of_tiles["TILES"])
+    else:
+        of_lse, of_bins, per_part = peak_lse_kernel, tile_bins_kernel, KEYS_PER_PART
+        parts, groups = triton.cdiv(length, per_part), tiles
     lse = torch.empty(heads, parts, queries, device=query.device)
-    launcher(peak_lse_kernel, (triton.cdiv(queries, BLOCK_M), heads, parts))(
-        query, keys, dequant_scale, lse, *lengths, KEYS_PER_PART, **of_rows
+    launcher(of_lse, (triton.cdiv(queries, BLOCK_M), heads, parts))(
+        query, keys, dequant_scale, lse, *lengths, per_part, **of_rows
     )
     bins = torch.empty(heads, tiles, length, dtype=torch.uint8, device=query.device)
-    kernel, groups = tile_bins_kernel, tiles
-    if per_tile:
-        kernel, groups = representative_bins_kernel, triton.cdiv(tiles, of_tiles["TILES"])
-    launcher(kernel, (triton.cdiv(length, STRIP), groups, heads))(
+    launcher(of_bins, (triton.cdiv(length, STRIP), groups, heads))(
         query, keys, dequant_scale, lse, bins, *lengths, tiles, parts, tiling.window, **of_tiles
     )
     return bins

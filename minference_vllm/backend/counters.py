@@ -288,7 +288,8 @@ def _added_head(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {**parts[0], **counts}
     chunks = counts["audited_chunks"]
     means = {
-        name: sum(part[name] * part["audited_chunks"] for part in audited) / chunks for name in ("recall", "value_recall")
+        name: sum(part[name] * part["audited_chunks"] for part in audited) / chunks
+        for name in ("recall", "value_recall")
     }
     least = {name: min(part[name] for part in audited) for name in ("least_recall", "least_value_recall")}
     return {**parts[0], **counts, **means, **least}

@@ -63,7 +63,9 @@ class _Collector:
         }
         for name, text in totals.items():
             yield CounterMetricFamily(f"minference_{name}", text, value=self.report[name])
-        yield GaugeMetricFamily("minference_engines", "Data-parallel engines counted here", value=self.report["engines"])
+        yield GaugeMetricFamily(
+            "minference_engines", "Data-parallel engines counted here", value=self.report["engines"]
+        )
         dense = CounterMetricFamily("minference_dense_chunks", "Prefill chunks left dense", labels=["reason"])
         for reason, count in self.report["dense_chunks"].items():
             dense.add_metric([reason], count)

@@ -17,6 +17,8 @@ from minference_vllm.selection.projection import BINS_PER_BIT, QuantizedQK
 
 PEAK_KEYS = 32
 """Keys of which the largest score alone counts in ``approx_lse``."""
+SAMPLED_GROUPS = 16
+"""Of representatives' scores one in so many groups of ``PEAK_KEYS`` is asked for the denominator."""
 TOP_BIN = 254
 LOCAL_BIN = 255
 """Bin of the keys in a tile's own pages, which it always attends."""
@@ -53,6 +55,36 @@ def approx_lse(scores: torch.Tensor) -> torch.Tensor:
     return peaks.mul_(math.log(2)).logsumexp(-1, keepdim=True).div_(math.log(2))
 
 
+def sampled_lse(scores: torch.Tensor, own: int) -> torch.Tensor:
+    """``approx_lse`` of a tile's representatives from some of the keys.
+
+    Of those before the tile it reads the first ``PEAK_KEYS``, which hold attention sinks, and one in ``SAMPLED_GROUPS``
+    groups, which stands for as many; and of the tile's own keys all.
+
+    What comes out selects as well as ``approx_lse`` of all keys (``docs/estimator.md``).
+
+    Args:
+        scores: float32 ``[n, S]``, in bits, up to the tile's last key.
+        own: the tile's first own key.
+
+    Returns:
+        float32 ``[n, 1]``.
+    """
+    groups = torch.arange(scores.shape[-1], device=scores.device) // PEAK_KEYS
+    far = torch.arange(own, device=scores.device)[groups[:own] % SAMPLED_GROUPS == 0]
+    peaks = [_group_peaks(scores[:, far], groups[far] // SAMPLED_GROUPS)]
+    peaks[0][:, 1:] += math.log2(SAMPLED_GROUPS)
+    peaks.append(_group_peaks(scores[:, own:], groups[own:] - own // PEAK_KEYS))
+    return torch.cat(peaks, 1).mul_(math.log(2)).logsumexp(-1, keepdim=True).div_(math.log(2))
+
+
+def _group_peaks(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """float32 ``[n, G]``: the largest score of each group; groups, int64 ``[S]``, count from 0 and ascend."""
+    count = int(groups[-1]) + 1 if len(groups) else 0
+    found = scores.new_full((len(scores), count), -torch.inf)
+    return found.scatter_reduce_(1, groups.expand(scores.shape), scores, "amax")
+
+
 def as_bins(scores: torch.Tensor) -> torch.Tensor:
     """uint8: bins of scores less their row's ``approx_lse`` (float32, in bits, overwritten)."""
     return scores.mul_(BINS_PER_BIT).add_(TOP_BIN).clamp_(0, TOP_BIN).round_().to(torch.uint8)
@@ -82,7 +114,8 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> t
             scores.mul_(bits[head, rows])
             if not quantized.per_tile:
                 scores[:, begin:].masked_fill_(future, -torch.inf)
-            found = as_bins((scores[:, :own] - approx_lse(scores)).amax(0))
+            lse = sampled_lse(scores, own) if quantized.per_tile else approx_lse(scores)
+            found = as_bins((scores[:, :own] - lse).amax(0))
             bins[head, tile, :own] = found.masked_fill_(found < lowest[head], 0)
         bins[:, tile, own:end] = LOCAL_BIN
     return bins

@@ -253,6 +253,7 @@ def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, A
         "peak_lse_kernel",
         "tile_bins_kernel",
         "representative_bins_kernel",
+        "representative_lse_kernel",
         "unlike_rows_kernel",
         "moments_kernel",
         "fit_kernel",

@@ -1,9 +1,10 @@
 """One vLLM engine in a process of its own: ``python engine_process.py REQUEST.json ANSWER.json``.
 
 The request: ``llm`` (arguments of ``LLM``), ``max_tokens``, and ``batches``: prompts as token ids that are given to the
-engine together, the patterns that each asks for (None: nothing), whether to forget cached prefixes first, and which
-patterns the engine is to run if that is said (null: its own). The answer, for every batch and prompt: the greedy
-tokens, how far the best token led the second best (in nats), and how many tokens of the prompt were cached; for every
+engine together, the patterns that each asks for (None: nothing), the folder of each one's LoRA adapter (None: none),
+their priorities, what ``structured_outputs`` are to be, whether to forget cached prefixes first, and which
+patterns the engine is to run if that is said (null: its own). With ``beams`` the tokens are those of the best of so
+many beams, without leads. The answer, for every batch and prompt: the greedy tokens, how far the best token led the second best (in nats), and how many tokens of the prompt were cached; for every
 batch with ``patterns`` what our backend counted; how many tokens were drafted altogether; and the statistics of every
 worker that runs minference.
 """
@@ -25,8 +26,10 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
         backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
-    llm = LLM(skip_tokenizer_init=True, **request["llm"])
+    llm = LLM(**{"skip_tokenizer_init": True, **request["llm"]})
+    adapters: dict[str, Any] = {}
     options = {"temperature": 0, "max_tokens": request["max_tokens"], "detokenize": False, "logprobs": 2}
     answer: dict[str, Any] = {"tokens": [], "leads": [], "cached": [], "counted": []}
     for batch in request["batches"]:
@@ -36,9 +39,22 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             llm.collective_rpc(use_patterns, args=(batch["patterns"],))
         if batch.get("forget_prefixes"):
             llm.reset_prefix_cache()
+        prompts = [{"prompt_token_ids": ids} for ids in batch["prompts"]]
+        if "beams" in batch:
+            answer["tokens"].append(best_beams(llm, prompts, batch["beams"], request["max_tokens"]))
+            continue
         asked = batch.get("asked") or [None] * len(batch["prompts"])
-        sampling = [SamplingParams(**options, extra_args=name and {"minference": name}) for name in asked]
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in batch["prompts"]], sampling, use_tqdm=False)
+        more = dict(options)
+        if "structured_outputs" in batch:
+            more["structured_outputs"] = StructuredOutputsParams(**batch["structured_outputs"])
+        sampling = [SamplingParams(**more, extra_args=name and {"minference": name}) for name in asked]
+        outputs = llm.generate(
+            prompts,
+            sampling,
+            use_tqdm=False,
+            lora_request=[name and adapter(name, adapters) for name in batch["lora"]] if "lora" in batch else None,
+            priority=batch.get("priority"),
+        )
         completions = [output.outputs[0] for output in outputs]
         answer["tokens"].append([list(completion.token_ids) for completion in completions])
         answer["leads"].append([[lead(entry) for entry in completion.logprobs or []] for completion in completions])
@@ -51,6 +67,22 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     if request["llm"].get("attention_backend") == "minference":
         answer["stats"] = llm.collective_rpc("minference_stats")
     return answer
+
+
+def adapter(folder: str, known: dict[str, Any]) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    if folder not in known:
+        known[folder] = LoRARequest(Path(folder).name, len(known) + 1, folder)
+    return known[folder]
+
+
+def best_beams(llm: Any, prompts: list[Any], width: int, max_tokens: int) -> list[list[int]]:
+    from vllm.sampling_params import BeamSearchParams
+
+    outputs = llm.beam_search(prompts, BeamSearchParams(beam_width=width, max_tokens=max_tokens))
+    best = [list(output.sequences[0].tokens) for output in outputs]
+    return [tokens[len(prompt["prompt_token_ids"]) :] for tokens, prompt in zip(best, prompts, strict=True)]
 
 
 def lead(position: dict[int, Any]) -> float:

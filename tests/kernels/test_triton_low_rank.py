@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
         "rank": 32,
         "per_tile": 16,
     },
+    "representatives, long": {"seq_len": 2900, "context_len": 2701, "page": 16, "tile": 48, "per_tile": 16},
     "a window": {"seq_len": 700, "context_len": 401, "page": 32, "tile": 64, "window": 200},
     "beyond the bins' reach": {"seq_len": 400, "context_len": 200, "page": 32, "tile": 64, "spread": 30.0},
 }
@@ -159,6 +160,7 @@ def run_case(
 
     # So that short sequences have several, too.
     kernels.KEYS_PER_PART = kernels.STRIP = 256
+    kernels.GROUPS_PER_PART = 4
     torch.manual_seed(0)
     tiling = Tiling.of(context_len, seq_len, page, tile, window=window)
     chunk = seq_len - context_len
