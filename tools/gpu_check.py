@@ -2,7 +2,8 @@
 
 Each command runs in a process of its own; one that fails does not keep the others from running. Rows are written as
 they are measured, so a run that is interrupted keeps what it had. A table of what ran, and what did not and why, comes
-last; the exit status is 1 when anything failed or was stopped.
+last, and one of what was measured beside the goals (``gpu_goals.py``); the exit status is 1 when anything failed or was
+stopped.
 
     python tools/gpu_check.py [--quick] [--only STEP ...] [--longest 1048576]
 
@@ -37,12 +38,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import gpu_goals
 import torch
 from peers import PEERS, Size, installed
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-ATTENTION_ROWS = "attention_gpu.csv"
+ATTENTION_ROWS, TTFT_ROWS = "attention_gpu.csv", "ttft_gpu.csv"
 CONTEXTS = (32768, 65536, 131072, 262144, 524288, 1048576)
 QUICK_CONTEXTS = (32768, 131072)
 LONGEST_WHOLE = 262144
@@ -156,7 +158,7 @@ def ttft(longest: int, results: Path) -> Iterator[Item]:
         return
     script = [sys.executable, "benchmarks/bench_ttft.py", "--device", "cuda", "--compile", "--chunk", "8192", *SHAPE]
     script += ["--hidden", str(HIDDEN), "--intermediate", str(INTERMEDIATE), "--layers", "4"]
-    script += ["--csv", str(results / "ttft_gpu.csv")]
+    script += ["--csv", str(results / TTFT_ROWS)]
     contexts = [context for context in (4096, *CONTEXTS) if context <= longest]
     # By arithmetic the longest take a minute for every dense prompt.
     often = [context for context in contexts if context <= LONGEST_WHOLE]
@@ -304,6 +306,8 @@ def run_all(gpu: str, minutes: dict[str, int], args: argparse.Namespace, results
     print(f"\n{gpu}, torch {torch.__version__}")
     for title, verdict, seconds in done:
         print(f"{verdict:12s} {seconds:7.0f} s  {title}")
+    share = REHEARSED_SHARE if args.rehearse else 1
+    print("", *gpu_goals.table(results / ATTENTION_ROWS, results / TTFT_ROWS, share), sep="\n")
     return int(any(verdict.startswith(("failed", "stopped")) for _, verdict, _ in done))
 
 

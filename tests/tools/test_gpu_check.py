@@ -196,7 +196,11 @@ def test_a_rehearsal(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith("kernel=")]
     assert {line.split()[0] for line in rows} == {"kernel=triton", "kernel=block_table"}
-    assert done.stdout.splitlines()[-1].startswith("ok ")
+    *before, header, first = done.stdout.split("\n\n")[-1].splitlines()[:2]
+    assert not before and header.split()[:4] == ["context", "goal", "layer", "met"]
+    # A row that stands for 32K tokens.
+    assert first.split()[:2] == ["32,768", "5x"] and first.split()[3] in ("yes", "no")
+    assert [line.split()[0] for line in done.stdout.split("\n\n")[-2].splitlines()[1:]][-1] == "ok"
 
 
 def test_an_interrupted_run_still_says_what_it_did(
@@ -213,4 +217,6 @@ def test_an_interrupted_run_still_says_what_it_did(
     assert gpu_check.main() == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"a GPU: tests {QUICK_MINUTES['tests']} min, ttft {MINUTES['ttft']} min;"
-    assert [line.split()[0] for line in lines[-2:]] == ["ok", "stopped"]
+    end = lines.index("")
+    assert [line.split()[0] for line in lines[3:] if line.startswith(("ok", "stopped"))] == ["ok", "stopped"], lines
+    assert end >= 2
