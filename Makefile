@@ -8,7 +8,7 @@ READY := .venv/.ready
 # Read by the demo; given on make's command line.
 export TOKENS JSON
 
-.PHONY: help setup demo test test-fast architectures contract lint format kernels gpu-check clean soak
+.PHONY: help setup demo test test-fast architectures features contract lint format kernels gpu-check clean soak
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -36,13 +36,16 @@ FAST := -m "not engine and not older_vllm" -n 2 --dist loadfile
 
 test: setup lint ## lint, types, and all tests (about twenty minutes)
 	@$(BIN)/pytest $(FAST) $(ARGS)
-	@$(BIN)/pytest -m "engine and not architectures" $(ARGS)
+	@$(BIN)/pytest -m "engine and not architectures and not features" $(ARGS)
 
 test-fast: setup ## the tests that start no engine (four minutes)
 	@$(BIN)/pytest $(FAST) $(ARGS)
 
 architectures: setup ## the architectures of docs/models.md in vLLM's CPU engine, tiny (ten to twenty minutes)
 	@$(BIN)/pytest tests/engine/test_engine_architectures.py $(ARGS)
+
+features: setup ## the options of vLLM in docs/features.md that `make test` leaves out (five to ten minutes)
+	@$(BIN)/pytest -m features $(ARGS)
 
 contract: setup ## our GPU classes in CUDA releases of vLLM, old and new, without a GPU (downloads 1 GB the first time)
 	@$(BIN)/pytest -m contract $(ARGS)

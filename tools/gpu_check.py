@@ -146,8 +146,8 @@ def attention(contexts: Sequence[int], quick: bool, results: Path = RESULTS) -> 
 
 
 def engine() -> Iterator[Item]:
-    title = "tests of whole engines"
-    yield Command(title, pytest("-m", "engine and not architectures")) if installed("vllm") else no_vllm(title)
+    title, those = "tests of whole engines", "engine and not architectures and not features"
+    yield Command(title, pytest("-m", those)) if installed("vllm") else no_vllm(title)
 
 
 def ttft(longest: int, results: Path) -> Iterator[Item]:

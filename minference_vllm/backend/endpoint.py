@@ -33,8 +33,8 @@ class StatsEndpoint:
 
 
 async def stats(request: Request) -> dict[str, Any]:
-    """Totals since the server's start, see ``Counters.report``, and of how many data-parallel engines they are: all that
-    this server hands requests to."""
+    """Totals since the server's start, see ``Counters.report``, and of how many data-parallel engines they are: of all
+    that this server hands requests to."""
     engine = request.app.state.minference_engine
     if engine is None or not selects_minference(engine.vllm_config):
         raise HTTPException(404, "this server does not run the attention backend minference")

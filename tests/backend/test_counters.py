@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from minference_vllm.backend.counters import Counters, HeadRecall, merged
+from minference_vllm.backend.counters import Counters, HeadRecall, added, merged
 from minference_vllm.core.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT, plan_batch
 
 
@@ -122,6 +122,31 @@ def test_reports_of_ranks_become_one() -> None:
     assert (report["computed_pairs"], report["dense_pairs"], report["density"]) == (50.0, 200.0, 0.25)
     assert [(head["head"], head["recall"]) for head in report["heads"]] == [(0, 0.9), (1, 0.8), (2, 0.5), (3, 1.0)]
     assert merged([idle]) == idle
+
+
+def test_reports_of_data_parallel_engines_become_one() -> None:
+    """Each has seen chunks of its own."""
+    busy, other = counted(0, [0.5, 1.0]), counted(0, [0.8, 0.4])
+    other.count_recall(1, 0, torch.tensor([[0.2, 0.4], [0.2, 0.4]], dtype=torch.float64))
+    other.count_raised(1, 1, dense=True)
+    other.count_raised(2, 0, dense=False)
+    for counters in (busy, other):
+        counters.count_layer(5.0, 20.0, name="a_shape")
+    other.count_layer(5.0, 30.0, name="dense")
+    report = added([busy.report(), other.report(), Counters().report()])
+    assert json.loads(json.dumps(report)) == report
+    assert (report["sparse_chunks"], report["sparse_tokens"], report["overflowed_tiles"]) == (2, 1200, 6)
+    assert report["dense_chunks"] == {BELOW_MIN_CONTEXT: 2} and report["density"] == 65 / 270
+    assert {name: work["density"] for name, work in report["asked_by_requests"].items()} == {
+        "a_shape": 0.25,
+        "dense": 5 / 30,
+    }
+    heads = {(head["layer"], head["head"]): head for head in report["heads"]}
+    assert list(heads) == [(1, 0), (1, 1), (2, 0)]
+    assert heads[1, 0]["audited_chunks"] == 3 and heads[1, 0]["recall"] == pytest.approx((0.5 + 0.8 + 0.2) / 3)
+    assert heads[1, 0]["least_value_recall"] == 0.2 and heads[1, 1]["chunks_run_densely"] == 1
+    assert heads[2, 0]["recall"] is None and heads[2, 0]["chunks_with_more_keys"] == 1
+    assert added([busy.report()]) == busy.report()
 
 
 def test_patterns_that_requests_asked_for_are_counted_by_themselves_too() -> None:

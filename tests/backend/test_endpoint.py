@@ -48,7 +48,25 @@ def counters(monkeypatch: pytest.MonkeyPatch) -> Counters:
 
 
 def test_stats_are_the_report(counters: Counters) -> None:
-    assert client(engine(counters)).get("/minference/stats").json() == counters.report()
+    assert client(engine(counters)).get("/minference/stats").json() == {**counters.report(), "engines": 1}
+
+
+def test_every_data_parallel_engine_is_asked(counters: Counters) -> None:
+    """vLLM's own ``collective_rpc`` hands on what the first one answers."""
+    ranks = {b"first": counters, b"second": Counters(sparse_chunks=4)}
+
+    async def call(method: str, *args: Any, engine: bytes) -> Any:
+        assert (method, args) == ("collective_rpc", ("minference_stats", None, (), None))
+        return [ranks[engine].report()]
+
+    served = engine(counters)
+    served.engine_core = SimpleNamespace(core_engines=list(ranks), _call_utility_async=call)
+    found = client(served)
+    stats = found.get("/minference/stats").json()
+    assert (stats["engines"], stats["sparse_chunks"], stats["sparse_tokens"]) == (2, 3 + 4, 700)
+    assert {"minference_engines 2.0", "minference_sparse_chunks_total 7.0"} <= set(
+        found.get("/minference/metrics").text.splitlines()
+    )
 
 
 def test_metrics_are_prometheus_text(counters: Counters) -> None:
