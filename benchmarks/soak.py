@@ -38,8 +38,10 @@ from vllm_server import serve, signal_group
 
 OUTPUT = Path(__file__).resolve().parents[1] / "soak_output"
 PAGE = 128
-SPACE = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-"""GiB. Else vLLM wants nearly all of the machine's memory to be free."""
+VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
+"""Else vLLM wants nearly all of the machine's memory to be free; and oneDNN, and torch's layer over it, keep a compiled
+kernel for each of the last thousand numbers of tokens in a step: half a gigabyte after as many requests, with vLLM's own
+backend, too, in which nothing else that grows could be seen."""
 ROOM = 1.5
 """Chunks that the cache holds beside the longest request: a second long one begins, and is preempted."""
 SHORT_LIFE = 0.08
@@ -110,7 +112,7 @@ def live(
     """
     last = end is not None
     log = args.folder / f"server_{number}.log"
-    variables = {"VLLM_PLUGINS": "minference", **SPACE}
+    variables = {"VLLM_PLUGINS": "minference", **VARIABLES}
     settings = json.dumps({"minference": {"min_context": MIN_CONTEXT, "min_chunk": MIN_CHUNK}})
     ours = [*flags(args), "--attention-backend", "minference", "--additional-config", settings]
     with serve(f"server {number}", MODEL, ours, log, sys.stderr, variables) as server:
@@ -142,7 +144,7 @@ def ask_densely(args: argparse.Namespace, tally: Tally) -> int:
         return dense_wrong
     rows = [json.dumps({"prompt": request.prompt, "answer": answer.text}) for request, answer in tally.wrong]
     (args.folder / "wrong.jsonl").write_text("\n".join(rows) + "\n")
-    with serve("dense", MODEL, flags(args), args.folder / "dense.log", sys.stderr, SPACE) as server:
+    with serve("dense", MODEL, flags(args), args.folder / "dense.log", sys.stderr, VARIABLES) as server:
         for number, (request, _) in enumerate(tally.wrong):
             prompt = request.prompt
             again = Request(prompt, ANSWER_TOKENS, stream=False)
