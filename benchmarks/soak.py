@@ -40,8 +40,8 @@ OUTPUT = Path(__file__).resolve().parents[1] / "soak_output"
 PAGE = 128
 VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 """Else vLLM wants nearly all of the machine's memory to be free; and oneDNN, and torch's layer over it, keep a compiled
-kernel for each of the last thousand numbers of tokens in a step: half a gigabyte after as many requests, with vLLM's own
-backend, too, in which nothing else that grows could be seen."""
+kernel for each of the last thousand numbers of tokens in a step, half a gigabyte in all, by vLLM's own backend, too: in
+that a leak would not be seen."""
 ROOM = 1.5
 """Chunks that the cache holds beside the longest request: a second long one begins, and is preempted."""
 SHORT_LIFE = 0.08
