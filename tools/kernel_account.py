@@ -285,7 +285,7 @@ def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
     """Of the kernels for ``low_rank``: of all rows, and of representatives."""
     variant = Variant()
     quantized = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16"}
-    own = dict.fromkeys(("p_rows", "p_drawn", "p_alone"), "*i64") | {"p_mass": "*i32", "p_codes": "*i8"}
+    own = dict.fromkeys(("p_rows", "p_drawn", "p_alone"), "*i64") | {"p_levels": "*fp32", "p_codes": "*i8"}
     own |= {"p_taken": "*i1", "p_scale": "*i16", "p_threshold": "*i32"}
     floats = ("p_to_query", "p_to_key", "p_sum", "p_moment", "p_start", "p_vectors", "p_key_size", "p_norm")
     own |= dict.fromkeys(floats, "*fp32")
@@ -307,8 +307,7 @@ def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
         "representatives": (representatives.representatives_kernel, own, of_tile),
         "key_codes": (key_codes.key_codes_kernel, own, of_keys),
         "value_norms": (calibration.value_norms_kernel, own, shared | {"KEYS": calibration.KEYS, "num_warps": 4}),
-        "share_sum": (calibration.share_sum_kernel, own, shared),
-        "share_by_bin": (calibration.share_by_bin_kernel, own, shared),
+        "share_levels": (calibration.share_levels_kernel, own, shared),
         "threshold": (thresholds.threshold_kernel, own, {"ROWS": thresholds.ROWS, "num_warps": thresholds.NUM_WARPS}),
         "page_counts": (key_lists.page_counts_kernel, LISTS, lists | {"TILE": TILE}),
         "block_lists": (key_lists.block_lists_kernel, LISTS, lists | {"TILE": TILE, "STEP": key_lists.STEP}),

@@ -26,7 +26,7 @@ from minference_vllm.triton_kernels import calibration, low_rank
 
 HEADS, KV_HEADS, DIM, PAGE, CHUNK, TILE, RANK, REPRESENTATIVES, ROWS = 32, 8, 128, 128, 8192, 128, 32, 16, 128
 LENGTHS = {"32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}
-HOST_CALLS = {"32K": 19 + 18, "128K": 23 + 31, "1M": 79 + 213}
+HOST_CALLS = {"32K": 18 + 17, "128K": 21 + 29, "1M": 63 + 197}
 """Operations and launches of a layer."""
 HOST_CALL = 5e-6
 FIT = 100e-6
@@ -72,7 +72,7 @@ def parts(length: int) -> dict[str, Work]:
     codes = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16"}
     of_measured = {"BLOCK_N": calibration.BLOCK_N, "WITH_SOFTCAP": False, "TILE": TILE}
     of_measured["num_warps"] = calibration.NUM_WARPS
-    own = {"p_rows": "*i64", "p_mass": "*i32", "p_sum": "*fp32", "p_norm": "*fp32"}
+    own = {"p_rows": "*i64", "p_levels": "*fp32", "p_norm": "*fp32"}
     size = calibration.ROWS.value * calibration.BLOCK_N
     elements = of_rows["BLOCK_M"] * of_rows["STEP"], low_rank.QUERIES * of_bins["BLOCK_N"]
     keys_read, bins = float(length) * KV_HEADS * DIM * 2, float(HEADS) * tiles * length
@@ -87,8 +87,7 @@ def parts(length: int) -> dict[str, Work]:
         "codes of keys": Work(size=keys_read + HEADS * length * RANK, flops=4.0 * HEADS * length * DIM * RANK),
         "denominators": work(low_rank.representative_lse_kernel, codes, of_rows, sampled, elements[0]),
         "bins": work(low_rank.representative_bins_kernel, codes, of_bins, scores, elements[1], size=bins),
-        "measured rows, sums": work(calibration.share_sum_kernel, own, of_measured, measured, size, **exact),
-        "measured rows, by bin": work(calibration.share_by_bin_kernel, own, of_measured, measured, size, **exact),
+        "measured rows": work(calibration.share_levels_kernel, own, of_measured, measured, size, **exact),
         "lists": Work(size=2 * bins),
     }
 

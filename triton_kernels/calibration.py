@@ -1,7 +1,9 @@
-"""The attention of ``low_rank``'s calibration rows by bin, straight from paged keys and values of any strides.
+"""The attention of ``low_rank``'s calibration rows at or above some bins, straight from paged keys and values of any
+strides.
 
-Nothing of the size rows x context is stored: scores are computed twice, once for what each row's shares sum to, and
-once for their sums by bin. Those are whole numbers, whose sums do not depend on the order of atomic additions.
+Nothing of the size rows x context is stored, and scores are computed once. Sums for each of 256 bins would be atomic
+additions, one for every row and key; sums from a few levels up stay in registers, and what lies between two levels is
+interpolated (``thresholds.py``).
 """
 
 from __future__ import annotations
@@ -16,13 +18,18 @@ import triton.language as tl
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.triton_kernels.attention import LOG2E, compute_type
-from minference_vllm.triton_kernels.column_diagonal import add_scores, combined, on_device
+from minference_vllm.triton_kernels.column_diagonal import on_device
 from minference_vllm.triton_kernels.launch import launcher
 
 ROWS = tl.constexpr(128)
 """Of one program."""
-UNITS = tl.constexpr(1 << 30)
-"""Of a row's attention: a share of 1."""
+LEVELS = tl.constexpr((110, 136, 154, 168, 180, 192, 206, 232))
+"""Bins, rising: from each of them up the attention is summed. They lie from 4 to 24 bits below a row's denominator,
+closest from 8 to 16, where most thresholds do. Each costs three instructions for every row and key."""
+NUM_LEVELS = tl.constexpr(len(LEVELS.value))
+BIN_CODE = tl.constexpr(0x4B000000)
+"""float32 of these bits and a bin in the last eight is ``CODE_OF_0`` plus the bin."""
+CODE_OF_0 = tl.constexpr(float(1 << 23))
 LEAST_NORM, LARGEST_NORM = tl.constexpr(1e-20), tl.constexpr(1e20)
 """See ``measured_rows.by_value``."""
 
@@ -53,12 +60,13 @@ def value_norms_kernel(
 @triton.jit
 def _keys_and_norms(
     b_position, p_key, p_norm, p_pages, o_key_head, stride_key_page, stride_key_slot, seq_len, HEAD_SIZE: tl.constexpr,
-    D: tl.constexpr, PAGE: tl.constexpr, COMPUTE: tl.constexpr,
+    D: tl.constexpr, PAGE: tl.constexpr, COMPUTE: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """Keys ``[BLOCK_N, D]``, and the logarithms of the norms of their values, ``[BLOCK_N]``."""
+    """Keys ``[BLOCK_N, D]``, and the logarithms of the norms of their values, ``[BLOCK_N]``. ALL: none is past the
+    end."""
     o_dim = tl.arange(0, D)
-    m_key = b_position < seq_len
-    m_tile = m_key[:, None] & (o_dim < HEAD_SIZE)[None, :]
+    m_key = tl.full(b_position.shape, True, dtype=tl.int1) if ALL else (b_position < seq_len)
+    m_tile = (o_dim < HEAD_SIZE)[None, :] if ALL else (m_key[:, None] & (o_dim < HEAD_SIZE)[None, :])
     b_page = tl.load(p_pages + b_position // PAGE, mask=m_key, other=0).to(tl.int64)
     o_key = o_key_head + b_page * stride_key_page + b_position % PAGE * stride_key_slot
     b_key = tl.load(p_key + o_key[:, None] + o_dim[None, :], mask=m_tile, other=0.0).to(COMPUTE)
@@ -77,100 +85,97 @@ def _rows_of(p_query, p_rows, num_rows, stride_query_row, HEAD_SIZE: tl.constexp
 
 @triton.jit
 def _log_shares(
-    b_query, o_row, b_key, b_norm, b_position, context_len, seq_len, window, scale_log2, softcap_log2,
-    WITH_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    b_query, b_key, b_norm, scale_log2, softcap_log2, WITH_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of keys in the rows' attention times the norms of their values, not yet normalised, in powers of two; -inf where
-    a row does not see a key: ``[ROWS, BLOCK_N]``."""
+    """Of keys in the rows' attention times the norms of their values, not yet normalised, in powers of two, as if every
+    row saw every key: ``[ROWS, BLOCK_N]``."""
     b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2
     if WITH_SOFTCAP:
         # As in the attention kernel: the scale is the one of tanh's exponential.
         b_score = softcap_log2 * (1.0 - 2.0 / (tl.exp2(b_score) + 1.0))
-    o_seen = context_len + o_row[:, None]
-    m_score = (b_position < seq_len)[None, :] & (b_position[None, :] <= o_seen)
-    m_score = m_score & (b_position[None, :] > o_seen - window)
-    return tl.where(m_score, b_score + b_norm[None, :], -float("inf"))
+    return b_score + b_norm[None, :]
 
 
-@triton.jit(do_not_specialize=["context_len", "seq_len", "window", "num_rows"])
-def share_sum_kernel(
-    p_query, p_key, p_norm, p_pages, p_heads, p_rows, p_sum, stride_query_row, stride_query_head, stride_key_page,
-    stride_key_head, stride_key_slot, context_len, seq_len, window, num_rows, keys_per_part, scale_log2, softcap_log2,
-    GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    WITH_SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One program: the logarithm of what the shares of ROWS rows sum to over one part of the keys, one head.
-
-    ``p_rows`` is int64 ``[h, num_rows]``, ``p_sum`` float32 ``[h, parts, num_rows]``, in powers of two.
-    """
-    i_slot, i_part = tl.program_id(0), tl.program_id(1)
-    i_head = tl.load(p_heads + i_slot).to(tl.int64)
-    p_norm += i_head // GROUP * seq_len
-    b_query, o_row = _rows_of(
-        p_query + i_head * stride_query_head, p_rows + i_slot * num_rows, num_rows, stride_query_row, HEAD_SIZE, D,
-        COMPUTE,
-    )  # fmt: skip
-    b_sum = tl.zeros([ROWS], dtype=tl.float32)
-    b_max = tl.full([ROWS], -float("inf"), dtype=tl.float32)
-    first = i_part * keys_per_part
-    for i_key in range(first, tl.minimum(first + keys_per_part, seq_len), BLOCK_N):
-        b_position = i_key + tl.arange(0, BLOCK_N)
-        b_key, b_norm = _keys_and_norms(
-            b_position, p_key, p_norm, p_pages, i_head // GROUP * stride_key_head, stride_key_page, stride_key_slot,
-            seq_len, HEAD_SIZE, D, PAGE, COMPUTE,
-        )  # fmt: skip
-        b_share = _log_shares(
-            b_query, o_row, b_key, b_norm, b_position, context_len, seq_len, window, scale_log2, softcap_log2,
-            WITH_SOFTCAP, PRECISION,
-        )  # fmt: skip
-        b_sum, b_max = add_scores(b_sum, b_max, b_share)
-    o_slot = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    p_sum += (i_slot * tl.num_programs(1) + i_part) * num_rows
-    tl.store(p_sum + o_slot, b_max + tl.log2(b_sum), mask=o_slot < num_rows)
+@triton.jit
+def _added(sums, b_max, b_share, b_bin):
+    """The rows' sums of all shares and of those from each level up, and their maximum, ``[ROWS]`` each, with more
+    shares added: ``_log_shares`` and bins, ``[ROWS, BLOCK_N]``."""
+    b_new_max = tl.maximum(b_max, tl.max(b_share, 1))
+    # A row that has seen no key yet keeps a maximum of -inf; subtracting 0 then gives shares of 0, not NaN.
+    b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
+    b_scale, b_share = tl.exp2(b_max - b_shift), tl.exp2(b_share - b_shift[:, None])
+    b_code = (b_bin.to(tl.int32) | BIN_CODE).to(tl.float32, bitcast=True)
+    # Changes nothing, as shares are at most 1; but bins go to the threads that have the shares here, once, instead of
+    # the results of every comparison.
+    b_code = tl.maximum(b_code, b_share)
+    found = (sums[0] * b_scale + tl.sum(b_share, 1),)
+    for i_level in tl.static_range(NUM_LEVELS):
+        b_reached = (b_code >= CODE_OF_0 + LEVELS[i_level]).to(tl.float32)
+        found += (sums[i_level + 1] * b_scale + tl.sum(b_reached * b_share, 1),)  # type: ignore[assignment]
+    return found, b_new_max
 
 
-@triton.jit(do_not_specialize=["context_len", "seq_len", "window", "num_rows", "num_tiles", "num_parts"])
-def share_by_bin_kernel(
-    p_query, p_key, p_norm, p_pages, p_heads, p_rows, p_sum, p_bins, p_mass, stride_query_row, stride_query_head,
+# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+@triton.jit(do_not_specialize=["context_len", "seq_len", "window", "num_rows", "num_tiles"])
+def share_levels_kernel(
+    p_query, p_key, p_norm, p_pages, p_heads, p_rows, p_bins, p_levels, stride_query_row, stride_query_head,
     stride_key_page, stride_key_head, stride_key_slot, context_len, seq_len, window, num_rows, keys_per_part,
-    scale_log2, softcap_log2, num_tiles, num_parts,
+    scale_log2, softcap_log2, num_tiles,
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     WITH_SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One program: the shares of one part of the keys, one head, added by the bins of the rows' tiles.
+    """One program: sums of the shares of ROWS rows over one part of the keys, one head: of all, and from each level up.
 
-    ``p_sum`` is float32 ``[h, num_parts, num_rows]``, ``p_bins`` uint8 ``[h, T, S]``, ``p_mass`` int32
-    ``[h, num_rows, 256]``.
+    ``p_rows`` is int64 ``[h, num_rows]``, ``p_bins`` uint8 ``[h, T, S]``, ``p_levels`` float32
+    ``[h, parts, 2 + NUM_LEVELS, num_rows]``: a maximum in powers of two, and sums relative to it. Parts are multiples
+    of BLOCK_N.
     """
     i_slot, i_part = tl.program_id(0), tl.program_id(1)
     i_head = tl.load(p_heads + i_slot).to(tl.int64)
     p_norm += i_head // GROUP * seq_len
-    o_slot = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    m_slot = o_slot < num_rows
     b_query, o_row = _rows_of(
         p_query + i_head * stride_query_head, p_rows + i_slot * num_rows, num_rows, stride_query_row, HEAD_SIZE, D,
         COMPUTE,
     )  # fmt: skip
-    b_total = combined(p_sum + i_slot * num_parts * num_rows + o_slot, num_rows, num_parts, m_slot)
-    b_total = tl.where(m_slot, b_total, 0.0)
-    b_tile = (context_len + o_row) // TILE - context_len // TILE
-    o_bins = (i_slot * num_tiles + b_tile).to(tl.int64) * seq_len
-    p_mass += i_slot * num_rows * 256
+    o_seen = context_len + o_row
+    b_tile = o_seen // TILE - context_len // TILE
+    p_tile = p_bins + (i_slot * num_tiles + b_tile).to(tl.int64) * seq_len
+    o_key_head = i_head // GROUP * stride_key_head
+    sums = (tl.zeros([ROWS], dtype=tl.float32),)
+    for _ in tl.static_range(NUM_LEVELS):
+        sums += (tl.zeros([ROWS], dtype=tl.float32),)  # type: ignore[assignment]
+    b_max = tl.full([ROWS], -float("inf"), dtype=tl.float32)
     first = i_part * keys_per_part
-    for i_key in range(first, tl.minimum(first + keys_per_part, seq_len), BLOCK_N):
+    end = tl.minimum(first + keys_per_part, seq_len)
+    # The keys that all rows see, and those that some do.
+    border = first + tl.maximum(tl.minimum(end, tl.min(o_seen, 0).to(tl.int32) + 1) - first, 0) // BLOCK_N * BLOCK_N
+    border = tl.where(tl.max(o_seen, 0) - window < first, border, first)
+    for i_key in range(first, border, BLOCK_N):
         b_position = i_key + tl.arange(0, BLOCK_N)
         b_key, b_norm = _keys_and_norms(
-            b_position, p_key, p_norm, p_pages, i_head // GROUP * stride_key_head, stride_key_page, stride_key_slot,
-            seq_len, HEAD_SIZE, D, PAGE, COMPUTE,
+            b_position, p_key, p_norm, p_pages, o_key_head, stride_key_page, stride_key_slot, seq_len, HEAD_SIZE, D,
+            PAGE, COMPUTE, True,
         )  # fmt: skip
-        b_share = _log_shares(
-            b_query, o_row, b_key, b_norm, b_position, context_len, seq_len, window, scale_log2, softcap_log2,
-            WITH_SOFTCAP, PRECISION,
+        b_bin = tl.load(p_tile[:, None] + b_position[None, :])
+        b_share = _log_shares(b_query, b_key, b_norm, scale_log2, softcap_log2, WITH_SOFTCAP, PRECISION)
+        sums, b_max = _added(sums, b_max, b_share, b_bin)
+    for i_key in range(border, end, BLOCK_N):
+        b_position = i_key + tl.arange(0, BLOCK_N)
+        b_key, b_norm = _keys_and_norms(
+            b_position, p_key, p_norm, p_pages, o_key_head, stride_key_page, stride_key_slot, seq_len, HEAD_SIZE, D,
+            PAGE, COMPUTE, False,
         )  # fmt: skip
-        b_units = (tl.exp2(b_share - b_total[:, None]) * UNITS + 0.5).to(tl.int32)
-        m_units = (b_units > 0) & m_slot[:, None]
-        b_bin = tl.load(p_bins + o_bins[:, None] + b_position[None, :], mask=m_units, other=0).to(tl.int32)
-        tl.atomic_add(p_mass + o_slot[:, None] * 256 + b_bin, b_units, mask=m_units, sem="relaxed")
+        m_key = (b_position < seq_len)[None, :] & (b_position[None, :] <= o_seen[:, None])
+        m_key = m_key & (b_position[None, :] > o_seen[:, None] - window)
+        b_bin = tl.load(p_tile[:, None] + b_position[None, :], mask=m_key, other=0)
+        b_share = _log_shares(b_query, b_key, b_norm, scale_log2, softcap_log2, WITH_SOFTCAP, PRECISION)
+        sums, b_max = _added(sums, b_max, tl.where(m_key, b_share, -float("inf")), b_bin)
+    o_slot = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    m_slot = o_slot < num_rows
+    p_levels += (i_slot * tl.num_programs(1) + i_part) * (NUM_LEVELS + 2) * num_rows + o_slot
+    tl.store(p_levels, b_max, mask=m_slot)
+    for i_level in tl.static_range(NUM_LEVELS + 1):
+        tl.store(p_levels + (i_level + 1) * num_rows, sums[i_level], mask=m_slot)
 
 
 KEYS_PER_PART, BLOCK_N, NUM_WARPS = 4096, 32, 8
@@ -179,7 +184,7 @@ KEYS = 64
 
 
 def constants(inputs: Inputs) -> dict[str, Any]:
-    """Constants that both kernels share."""
+    """Of ``share_levels_kernel``, but for its tile."""
     compute, precision = compute_type(inputs.query.dtype)
     return {
         "GROUP": inputs.group,
@@ -209,7 +214,7 @@ def value_norms(inputs: Inputs) -> torch.Tensor:
     return norms
 
 
-def mass_by_bin(
+def share_levels(
     inputs: Inputs,
     query: torch.Tensor,
     heads: Sequence[int],
@@ -218,8 +223,8 @@ def mass_by_bin(
     bins: torch.Tensor,
     norms: torch.Tensor,
 ) -> torch.Tensor:
-    """``score_bins.mass_by_bin`` of some rows' shares (``measured_rows.by_value``) at the bins of their tiles. Equal
-    inputs give equal results, and nothing waits for the GPU.
+    """How some rows' shares (``measured_rows.by_value``) spread over the bins of their tiles. Equal inputs give equal
+    results, and nothing waits for the GPU.
 
     Args:
         inputs: with a cache of layout ``rows``, elements of a head side by side.
@@ -230,24 +235,21 @@ def mass_by_bin(
         norms: see ``value_norms``.
 
     Returns:
-        int32 ``[h, R, 256]``, in ``UNITS``.
+        float32 ``[h, parts, 2 + NUM_LEVELS, R]``: of each part of the keys a maximum in powers of two, and relative to
+        it the sum of all shares and those of the keys whose bin is at least each of ``LEVELS``.
     """
-    cache, chunk, device = inputs.cache, inputs.chunk, query.device
+    cache, chunk = inputs.cache, inputs.chunk
     parts = triton.cdiv(chunk.seq_len, KEYS_PER_PART)
     shape, num_rows = constants(inputs), rows.shape[1]
-    grid = len(heads), parts, triton.cdiv(num_rows, ROWS.value)
-    strides = query.stride(0), query.stride(1), *cache.key.stride()[:3]
     scale_log2 = inputs.scale * cache.key_scale * LOG2E.value
     softcap_log2 = inputs.softcap * LOG2E.value
     if inputs.softcap:
         scale_log2 = 2 * scale_log2 / inputs.softcap
-    scalars = chunk.context_len, chunk.seq_len, inputs.window or chunk.seq_len, num_rows, KEYS_PER_PART
-    tensors = query, cache.key, norms, inputs.pages, on_device(heads, query), rows.contiguous()
-    sums = torch.empty(len(heads), parts, num_rows, device=device)
-    launcher(share_sum_kernel, grid)(*tensors, sums, *strides, *scalars, scale_log2, softcap_log2, **shape)
-    mass = torch.zeros(*rows.shape, 256, dtype=torch.int32, device=device)
-    launcher(share_by_bin_kernel, grid)(
-        *tensors, sums, bins, mass, *strides, *scalars, scale_log2, softcap_log2, tiling.num_tiles, parts,
+    levels = torch.empty(len(heads), parts, 2 + NUM_LEVELS.value, num_rows, device=query.device)
+    launcher(share_levels_kernel, (len(heads), parts, triton.cdiv(num_rows, ROWS.value)))(
+        query, cache.key, norms, inputs.pages, on_device(heads, query), rows.contiguous(), bins, levels,
+        query.stride(0), query.stride(1), *cache.key.stride()[:3], chunk.context_len, chunk.seq_len,
+        inputs.window or chunk.seq_len, num_rows, KEYS_PER_PART, scale_log2, softcap_log2, tiling.num_tiles,
         TILE=tiling.tile, **shape,
     )  # fmt: skip
-    return mass
+    return levels

@@ -81,8 +81,8 @@ class TritonScores(TorchScores):
         else:
             scored = query_codes(query, heads, projection, factor, codes)
         bins = low_rank.tile_bins(scored, tiling)
-        mass = calibration.mass_by_bin(inputs, query, heads, rows, tiling, bins, self._value_norms)
-        return ScoreBins(bins, thresholds(mass, drawn, pattern.gamma))
+        levels = calibration.share_levels(inputs, query, heads, rows, tiling, bins, self._value_norms)
+        return ScoreBins(bins, thresholds(levels, drawn, pattern.gamma))
 
     @functools.cached_property
     def _value_norms(self) -> torch.Tensor:

@@ -65,8 +65,8 @@ LIMITS: dict[str, tuple[tuple[int, int], ...]] = {
     "antidiagonal": ((135, 6), (135, 6), (675, 24)),
     "peak_threshold": ((543, 4), (543, 4), (3431, 13)),
     "remainder": ((67, 4), (67, 4), (118, 4)),
-    "default_cpu": ((19, 18), (23, 31), (79, 213)),
-    "default_cuda": ((19, 18), (23, 31), (79, 213)),
+    "default_cpu": ((18, 17), (21, 29), (63, 197)),
+    "default_cuda": ((18, 17), (21, 29), (63, 197)),
     "mixed": ((533, 5), (533, 5), (851, 8)),
 }
 """Operations and launches of a layer, at each of ``LENGTHS``."""

@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a window": {"seq_len": 700, "context_len": 401, "page": 32, "tile": 64, "window": 200},
     "beyond the bins' reach": {"seq_len": 400, "context_len": 200, "page": 32, "tile": 64, "spread": 30.0},
 }
-INDEX_CASES = [(0, 389, 16), (301, 520, 32)]
+INDEX_CASES = [(0, 1000, 16), (301, 800, 32)]
 """(context, length, page size) of float32 chunks whose index must be the torch path's."""
 MASS_CASES: dict[str, dict[str, Any]] = {
     "odd length": {"seq_len": 389, "context_len": 100, "page": 16},
@@ -79,9 +79,9 @@ def test_bins_are_the_torch_paths(interpreted: dict[str, Any], name: str) -> Non
 
 
 @pytest.mark.parametrize("name", list(MASS_CASES))
-def test_the_mass_by_bin_is_the_torch_paths(interpreted: dict[str, Any], name: str) -> None:
+def test_what_rows_miss_is_the_torch_paths(interpreted: dict[str, Any], name: str) -> None:
     error, repeated = interpreted[f"mass: {name}"]
-    assert error < 2e-5 and repeated == 0, "sums of whole numbers"
+    assert error < 2e-5 and repeated == 0
 
 
 @pytest.mark.parametrize("name", list(FIT_CASES))
@@ -101,8 +101,11 @@ def test_rows_dimensions_and_codes_are_the_torch_paths(interpreted: dict[str, An
 
 @pytest.mark.parametrize("case", THRESHOLD_CASES, ids=str)
 def test_thresholds_are_the_torch_paths(interpreted: dict[str, Any], case: tuple[int, float, float]) -> None:
-    *differences, lowest, highest = interpreted[f"threshold {list(case)}"]
-    assert max(differences) <= 1 and 0 < lowest <= highest < 255
+    found = interpreted[f"threshold {list(case)}"]
+    assert max(found["differences"]) <= 1 and 0 < found["lowest"] <= found["highest"] < 255
+    # What lies between levels is not known: on the whole rather too low.
+    assert max(found["above"]) <= 2 and -16 < sum(found["above"]) / 3 < 1
+    assert found["not numbers"] == found["nothing"] == 0 and found["little"] == found["highest level"]
 
 
 @pytest.mark.parametrize("name", list(LIST_CASES))
@@ -117,11 +120,11 @@ def test_lists_are_the_torch_paths(interpreted: dict[str, Any], name: str) -> No
 @pytest.mark.parametrize("case", INDEX_CASES, ids=str)
 def test_the_index_is_the_torch_paths(interpreted: dict[str, Any], case: tuple[int, int, int]) -> None:
     found = interpreted[f"index {list(case)}"]
-    assert found["different"] < 0.002, "share of pairs, where bins round otherwise"
+    assert found["different"] < 0.002, "share of pairs, where bins or thresholds round otherwise"
     assert found["repeated"] == 0, "the same index twice"
     # Flat heads are dense by representatives.
     assert max(found["density"][:3]) < 0.7 and found["columns"] > 0
-    assert found["error"] < 1e-5
+    assert found["error"] < 3e-5, "float32, of scores in the tens"
 
 
 @pytest.mark.parametrize("name", ["length", "rows", "scales", "type"])
@@ -207,7 +210,7 @@ def run_mass_case(
     window: int = 0,
     values: float = 1.0,
 ) -> tuple[float, float]:
-    """The largest error of a share, and of the sums of a second run."""
+    """The largest error of a share that is missed from a level up, and of the sums of a second run."""
     import dataclasses
 
     import torch
@@ -218,7 +221,7 @@ def run_mass_case(
     from minference_vllm.selection.score_bins import mass_by_bin
     from minference_vllm.triton_kernels import calibration
 
-    calibration.KEYS_PER_PART = 128
+    calibration.KEYS_PER_PART = 160
     torch.manual_seed(0)
     chunk, heads = seq_len - context_len, [0, 3, 1]
     query, keys = torch.randn(chunk, 4, 64) * 2, torch.randn(seq_len, 2, 64)
@@ -229,7 +232,7 @@ def run_mass_case(
     bins = torch.randint(0, 256, (3, tiling.num_tiles, seq_len), dtype=torch.uint8)
     chosen = torch.stack([torch.randperm(chunk)[:rows].sort().values for _ in heads])
     norms = calibration.value_norms(inputs)
-    found, again = (calibration.mass_by_bin(inputs, query, heads, chosen, tiling, bins, norms) for _ in range(2))
+    found, again = (calibration.share_levels(inputs, query, heads, chosen, tiling, bins, norms) for _ in range(2))
     of_heads = torch.stack([query[of_head, head] for of_head, head in zip(chosen, heads, strict=True)])
     kv_heads = torch.tensor(heads) // 2
     weights = row_weights(
@@ -237,9 +240,10 @@ def run_mass_case(
     )
     weights = by_value(weights, stored.norm(dim=2)[:, kv_heads].T)
     tile = torch.searchsorted(tiling.starts, chosen + context_len, right=True) - 1
-    right = mass_by_bin(bins, tile, weights)
-    difference = (found / found.sum(-1, keepdim=True) - right).abs().max()
-    return float(difference), float((again - found).abs().max())
+    right = missed_below(mass_by_bin(bins, tile, weights))[..., list(calibration.LEVELS.value)]
+    sums = (found[:, :, 1:].double() * found[:, :, :1].double().exp2()).sum(1)
+    difference = (1 - sums[:, 1:] / sums[:, :1]).transpose(1, 2) - right
+    return float(difference.abs().max()), float((again - found).nan_to_num().abs().max())
 
 
 def run_fit_case(
@@ -326,23 +330,85 @@ def in_any_order(rows: Any) -> Any:
     return torch.cat([mean, (plus - minus).abs(), (plus + minus) / 2, unlike], 2)
 
 
-def run_threshold_case(chunk: int, gamma: float, sharpness: float) -> list[int]:
-    """How far the kernel's thresholds lie from torch's."""
+def missed_below(mass: Any) -> Any:
+    """The share of each row's attention that lies below each bin; as ``mass``, ``[..., 256]``."""
+    mass = mass.double()
+    return (mass.cumsum(-1) - mass) / mass.sum(-1, keepdim=True)
+
+
+def threshold_of_levels(sample: Any, mass: Any, gamma: float) -> Any:
+    """``CalibrationRows.threshold`` where what is missed is known at the kernel's levels, and its square root lies on
+    lines from one to the next."""
+    import torch
+
+    from minference_vllm.selection.measured_rows import MOST_MISSED, STANDARD_ERRORS
+    from minference_vllm.triton_kernels.calibration import LEVELS
+
+    missed, levels = missed_below(mass), LEVELS.value
+    spread, *others = (
+        missed.gather(1, places[..., None].expand(-1, -1, 256)) for places in (sample.spread, *sample.others)
+    )
+    errors = STANDARD_ERRORS / spread.shape[1] ** 0.5 * spread.std(1, correction=0)
+    criteria = [spread.mean(1) + errors, *(group.mean(1) for group in others)]
+    if others:
+        criteria.append(torch.cat(others, 1).amax(1) / min(MOST_MISSED, 1 / (1 - gamma)))
+    found = []
+    for of_head in torch.stack(criteria, 1)[..., list(levels)].tolist():
+        bins = []
+        for at in of_head:
+            holding = next((place for place, one in enumerate(at) if one > 1 - gamma), len(levels))
+            if 0 < holding < len(levels):
+                least, most, wanted = (max(0.0, one) ** 0.5 for one in (at[holding - 1], at[holding], 1 - gamma))
+                part = (wanted - least) / (most - least)
+                step = levels[holding] - levels[holding - 1]
+                bins.append(min(int(levels[holding - 1] + part * step), levels[holding] - 1))
+            else:
+                bins.append(levels[-1] if holding else 0)
+        found.append(min(bins))
+    return torch.tensor(found, dtype=torch.int32)
+
+
+def run_threshold_case(chunk: int, gamma: float, sharpness: float) -> dict[str, Any]:
+    """How far the kernel's thresholds lie from torch's, and from those of all bins."""
     import torch
 
     from minference_vllm.selection.measured_rows import CalibrationRows, drawn_rows
+    from minference_vllm.triton_kernels.calibration import LEVELS
     from minference_vllm.triton_kernels.thresholds import thresholds
 
     torch.manual_seed(0)
     drawn = drawn_rows(chunk, 4 * chunk, torch.device("cpu"))
     count = drawn.sampled + drawn.last + drawn.unlike
-    shares = (torch.randn(3, count, 256) * sharpness + torch.linspace(-3, 3, 256)).softmax(2)
-    mass = (shares * (1 << 30)).int()
+    # Most of the attention, as of real heads, from 3 to 16 bits below the denominator, other keys of every row.
+    middle = torch.linspace(200, 185, count)[:, None] + sharpness * torch.randn(3, count, 1)
+    mass = (-(((torch.arange(256) - middle) / 22) ** 2) + 0.2 * torch.randn(3, count, 256)).exp()
     places = torch.arange(count).expand(3, -1)
     sample, *others = places.split([drawn.sampled, drawn.last, drawn.unlike], 1)
-    groups = tuple(group for group in others if group.shape[1])
-    right = CalibrationRows(places, sample, groups).threshold(mass.float(), gamma)
-    return [*(thresholds(mass, drawn, gamma) - right).abs().tolist(), int(right.min()), int(right.max())]
+    rows = CalibrationRows(places, sample, tuple(group for group in others if group.shape[1]))
+
+    def levels_of(mass: Any) -> Any:
+        """In two parts of the keys, and one that no row sees."""
+        first = torch.rand(256)
+        parts = torch.stack([first, 1 - first, torch.zeros(256)])[None, :, None] * mass[:, None]
+        most = parts.amax(-1, keepdim=True)
+        sums = [(parts / most).nan_to_num()[..., low:].sum(-1) for low in (0, *LEVELS.value)]
+        return torch.stack([most[..., 0].log2(), *sums], 2)
+
+    levels = levels_of(mass)
+    found, exact = thresholds(levels, drawn, gamma), rows.threshold(mass, gamma)
+    low, high = (torch.zeros_like(mass).index_fill_(2, torch.tensor(bin_), 1.0) for bin_ in (3, 255))
+    no_numbers = levels.clone()
+    no_numbers[:, 1, 1:, -1] = torch.nan
+    return {
+        "differences": (found - threshold_of_levels(rows, mass, gamma)).abs().tolist(),
+        "above": (found - exact).tolist(),
+        "lowest": int(exact.min()),
+        "highest": int(exact.max()),
+        "not numbers": int(thresholds(no_numbers, drawn, gamma).max()),
+        "nothing": int(thresholds(levels_of(low), drawn, gamma).max()),
+        "little": int(thresholds(levels_of(high), drawn, gamma).min()),
+        "highest level": LEVELS.value[-1],
+    }
 
 
 def run_list_case(
@@ -393,11 +459,14 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
     from minference_vllm.core.tiling import Tiling
     from minference_vllm.selection import low_rank
     from minference_vllm.selection.build import build_index
+    from minference_vllm.selection.measured_rows import CalibrationRows
     from minference_vllm.selection.projection import QuantizedQK
     from minference_vllm.selection.score_bins import ScoreBins
     from minference_vllm.selection.torch_scores import TorchScores
 
     low_rank.SCORE_ERROR = 1e-9
+    # Of levels, as the kernel's.
+    CalibrationRows.threshold = threshold_of_levels  # type: ignore[method-assign]
 
     class ScoringAlways(TorchScores):
         """As the kernels' path: whatever columns and diagonals hold, in all dimensions, and of all keys."""
@@ -413,13 +482,13 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
 
     # Heads that are scored together are not all neighbours.
     patterns = [
-        LowRank(gamma=0.3),
-        LowRank(gamma=0.3),
-        LowRank(rank=32, gamma=0.3),
-        LowRank(gamma=0.2, queries=16),
+        LowRank(gamma=0.5),
+        LowRank(gamma=0.5),
+        LowRank(rank=32, gamma=0.5),
+        LowRank(gamma=0.5, queries=16),
     ]
-    inputs, out, index, expected = prefill(context_len, seq_len, page, patterns, sharpness=4)
-    _, _, again, _ = prefill(context_len, seq_len, page, patterns, sharpness=4)
+    inputs, out, index, expected = prefill(context_len, seq_len, page, patterns, sharpness=10)
+    _, _, again, _ = prefill(context_len, seq_len, page, patterns, sharpness=10)
     by_torch = build_index(Tiling.of(context_len, seq_len, page, 128), patterns, ScoringAlways(inputs))
     return {
         "different": float((index.to_mask() != by_torch.to_mask()).float().mean()),

@@ -132,7 +132,7 @@ def test_memory_of_antidiagonal_scores_at_a_million_tokens(
 
 
 LOW_RANK_KERNELS = {
-    "calibration": ("value_norms", "share_sum", "share_by_bin"),
+    "calibration": ("value_norms", "share_levels"),
     "chunk_queries": ("unlike_rows", "query_codes"),
     "fit": ("moments", "fit"),
     "key_codes": ("key_codes",),

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 LOW_RANK = ("unlike_rows", "query_codes", "moments", "fit", "representatives", "threshold", "block_lists", "key_codes",
-            "share_sum", "value_norms", "share_by_bin", "page_counts", "key_lists", "lse",
+            "share_levels", "value_norms", "page_counts", "key_lists", "lse",
             "bins", "lse representatives", "bins representatives")  # fmt: skip
 TOOL = Path(__file__).parents[2] / "tools" / "kernel_account.py"
 
