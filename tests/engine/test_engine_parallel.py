@@ -98,6 +98,7 @@ def test_two_compiled_stages_give_the_tokens_of_one(
     assert_same_tokens(two, eager, tie=0.005, at_least=20)
 
 
+@pytest.mark.features
 def test_two_data_parallel_engines_answer_as_one_and_both_are_counted(
     one: Any,
     llama: Path,
