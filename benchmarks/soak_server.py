@@ -93,10 +93,7 @@ class Watched:
         self.tally.add_problems(prometheus_problems(self.server.url))
 
     def check_end(self) -> None:
-        """The server ends when it is told to, by a signal to ``vllm serve`` alone, as an init or a container sends it.
-
-        A signal to the engine, too, may end it before the server knows that all is to end: vLLM then logs an error.
-        """
+        """The server ends when it is told to, by a signal to ``vllm serve`` alone, as a container sends it."""
         self.server.process.send_signal(signal.SIGTERM)
         try:
             self.server.process.wait(END_TIMEOUT)

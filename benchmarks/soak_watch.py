@@ -25,6 +25,10 @@ IN_LOG = re.compile(
     r"|minference: some (layers|batches)|below the floor|had no room"
 )
 """A line of a server's log that must not be there."""
+ENDING = "[shutdown] API server: shutdown triggered"
+"""vLLM says so when it was told to end. It then kills its engine at once, and may call that an error."""
+AT_THE_END = re.compile(r"\bERROR\b.*minference|Segmentation fault|core dumped|terminate called")
+"""What must not be there even then."""
 
 
 def get(url: str) -> str:
@@ -101,7 +105,9 @@ def growth(samples: Sequence[tuple[float, float]]) -> Growth | None:
 
 def log_problems(text: str) -> list[str]:
     """Lines that must not be there."""
-    return [line[:300] for line in text.splitlines() if IN_LOG.search(line)]
+    before, _, after = text.partition(ENDING)
+    parts = (before, IN_LOG), (after, AT_THE_END)
+    return [line[:300] for part, pattern in parts for line in part.splitlines() if pattern.search(line)]
 
 
 # Counters

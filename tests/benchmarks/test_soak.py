@@ -213,6 +213,16 @@ def test_lines_that_must_not_be_in_a_log() -> None:
     assert watch.log_problems("\n".join([*good, *bad])) == bad
 
 
+def test_what_vllm_calls_an_error_when_it_ends_is_none() -> None:
+    told = "(APIServer pid=1) INFO 11-29 09:11:35 [launcher.py:254] [shutdown] API server: shutdown triggered"
+    vllms = "(APIServer pid=1) ERROR 11-29 09:11:35 [async_llm.py:906] AsyncLLM output_handler failed."
+    ours = '(Worker pid=2) ERROR 11-29 09:11:35 [worker.py:1]   File "site-packages/minference_vllm/plugin.py", line 3'
+    assert watch.log_problems("\n".join([told, vllms])) == []
+    assert watch.log_problems("\n".join([vllms, told, vllms, ours, "Segmentation fault"])) == [
+        vllms, ours, "Segmentation fault",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("tokens", "expected"),
     [
