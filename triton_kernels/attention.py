@@ -15,7 +15,7 @@ import triton.language as tl
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.remainder import Remainder
 from minference_vllm.core.sparse_index import SparseIndex
-from minference_vllm.triton_kernels.launch import launch_shape, launcher
+from minference_vllm.triton_kernels.launch import launch_shape, launcher, major_capability
 from minference_vllm.triton_kernels.physical_lists import physical_lists, place_of, split_keys
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -265,6 +265,13 @@ def compute_type(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     return types.get(dtype, tl.bfloat16), "ieee" if dtype == torch.float32 else "tf32"
 
 
+def scales_log2(inputs: Inputs) -> tuple[float, float]:
+    """Of scores and of their soft cap, in powers of two, see ``capped_log2``: with a soft cap the first is the one of
+    tanh's exponential."""
+    scale = inputs.scale * inputs.cache.key_scale * LOG2E.value
+    return (2 * scale / inputs.softcap if inputs.softcap else scale), inputs.softcap * LOG2E.value
+
+
 def run(
     inputs: Inputs,
     index: SparseIndex,
@@ -288,13 +295,11 @@ def run(
     if cache.layout != "rows":
         raise ValueError(f"the Triton kernel reads pages of plain rows, not {cache.layout!r}")
     chunk = len(query)
-    major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
+    major = major_capability(query)
     compute, precision = compute_type(query.dtype)
     launch = launch_shape(major, cache.head_size, compute.primitive_bitwidth // 8, cache.key.element_size())
     lists = physical_lists(inputs, index, launch.block_n)
     parts = triton.cdiv(min(index.tiling.tile, chunk) * index.heads_per_list, launch.block_m)
-    # In powers of two; with a soft cap the scale is the one of tanh's exponential.
-    scale = inputs.scale * cache.key_scale * LOG2E.value
     launcher(sparse_attention_kernel, (index.num_lists * index.num_tiles * parts,))(
         query, cache.key, cache.value, out, query if lse is None else lse, query if sinks is None else sinks,
         *((query, query, query) if remainder is None else remainder),
@@ -302,7 +307,7 @@ def run(
         lists.table, lists.listed, lists.singles,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), cache.key.stride(1), cache.key.stride(2),
         index.num_tiles, parts, chunk, index.blocks.shape[2], lists.max_singles,
-        2 * scale / inputs.softcap if inputs.softcap else scale, inputs.softcap * LOG2E.value,
+        *scales_log2(inputs),
         cache.key_scale, cache.value_scale,
         LISTS=inputs.group // index.heads_per_list,
         HEADS_PER_LIST=index.heads_per_list,

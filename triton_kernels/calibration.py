@@ -17,7 +17,7 @@ import triton.language as tl
 
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.triton_kernels.attention import LOG2E, compute_type
+from minference_vllm.triton_kernels.attention import capped_log2, compute_type, scales_log2
 from minference_vllm.triton_kernels.column_diagonal import on_device
 from minference_vllm.triton_kernels.launch import launcher
 
@@ -89,10 +89,8 @@ def _log_shares(
 ):  # fmt: skip
     """Of keys in the rows' attention times the norms of their values, not yet normalised, in powers of two, as if every
     row saw every key: ``[ROWS, BLOCK_N]``."""
-    b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION) * scale_log2
-    if WITH_SOFTCAP:
-        # As in the attention kernel: the scale is the one of tanh's exponential.
-        b_score = softcap_log2 * (1.0 - 2.0 / (tl.exp2(b_score) + 1.0))
+    b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
+    b_score = capped_log2(b_score, scale_log2, softcap_log2) if WITH_SOFTCAP else b_score * scale_log2
     return b_score + b_norm[None, :]
 
 
@@ -241,15 +239,11 @@ def share_levels(
     cache, chunk = inputs.cache, inputs.chunk
     parts = triton.cdiv(chunk.seq_len, KEYS_PER_PART)
     shape, num_rows = constants(inputs), rows.shape[1]
-    scale_log2 = inputs.scale * cache.key_scale * LOG2E.value
-    softcap_log2 = inputs.softcap * LOG2E.value
-    if inputs.softcap:
-        scale_log2 = 2 * scale_log2 / inputs.softcap
     levels = torch.empty(len(heads), parts, 2 + NUM_LEVELS.value, num_rows, device=query.device)
     launcher(share_levels_kernel, (len(heads), parts, triton.cdiv(num_rows, ROWS.value)))(
         query, cache.key, norms, inputs.pages, on_device(heads, query), rows.contiguous(), bins, levels,
         query.stride(0), query.stride(1), *cache.key.stride()[:3], chunk.context_len, chunk.seq_len,
-        inputs.window or chunk.seq_len, num_rows, KEYS_PER_PART, scale_log2, softcap_log2, tiling.num_tiles,
+        inputs.window or chunk.seq_len, num_rows, KEYS_PER_PART, *scales_log2(inputs), tiling.num_tiles,
         TILE=tiling.tile, **shape,
     )  # fmt: skip
     return levels

@@ -214,10 +214,10 @@ COLUMNS = 32
 
 
 @functools.lru_cache(maxsize=64)
-def _start(head_size: int, rank: int, width: int, wide: int, device: torch.device) -> torch.Tensor:
-    """``projection.start_vectors``, float32 ``[D, R]``, zeros beyond."""
-    vectors = start_vectors(head_size, rank, device).float()
-    return torch.nn.functional.pad(vectors, (0, width - rank, 0, wide - head_size))
+def padded_start(shape: tuple[int, int], room: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """``projection.start_vectors`` of this shape, float32 ``[*room]``, zeros beyond."""
+    vectors = start_vectors(*shape, device).float()
+    return torch.nn.functional.pad(vectors, (0, room[1] - shape[1], 0, room[0] - shape[0]))
 
 
 def constants(inputs: Inputs) -> dict[str, Any]:
@@ -261,8 +261,8 @@ def fitted(inputs: Inputs, query: torch.Tensor, heads: Sequence[int], alone: tor
     to_query, to_key = (torch.empty(len(heads), size, width, device=device) for _ in range(2))
     key_size = torch.empty(len(heads), 1, width, device=device)
     launcher(fit_kernel, (len(heads),))(
-        moments, mean, _start(size, rank, room, wide, device), vectors, cache.key, inputs.pages, of_heads, to_query,
-        to_key, key_size, *cache.key.stride()[:3], seq_len, key_step, cache.key_scale, **shape, RANK=rank, WIDTH=width,
-        R=room, STEP=min(wide, STEP),
+        moments, mean, padded_start((size, rank), (wide, room), device), vectors, cache.key, inputs.pages,
+        of_heads, to_query, to_key, key_size, *cache.key.stride()[:3], seq_len, key_step, cache.key_scale, **shape,
+        RANK=rank, WIDTH=width, R=room, STEP=min(wide, STEP),
     )  # fmt: skip
     return Projection(to_query, to_key, mean, key_size)

@@ -36,6 +36,11 @@ def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
     return run
 
 
+def major_capability(tensor: torch.Tensor) -> int:
+    """The compute capability's first number where the tensor lies; Hopper's in the interpreter."""
+    return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
+
+
 @dataclass(frozen=True)
 class LaunchShape:
     """How one variant is launched; found with ``tools/kernel_account.py``, not yet timed on a GPU."""

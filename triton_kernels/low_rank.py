@@ -16,7 +16,7 @@ from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection import projection, score_bins
 from minference_vllm.selection.projection import QuantizedQK
 from minference_vllm.triton_kernels.column_diagonal import add_scores, combined
-from minference_vllm.triton_kernels.launch import launcher
+from minference_vllm.triton_kernels.launch import launcher, major_capability
 
 PEAK_KEYS = tl.constexpr(score_bins.PEAK_KEYS)
 SAMPLED_GROUPS = tl.constexpr(score_bins.SAMPLED_GROUPS)
@@ -319,8 +319,7 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
     if types != (torch.int8, torch.int8, torch.int16):
         raise ValueError(f"types must be int8, int8 and int16, not {', '.join(map(str, types))}")
     lengths = tiling.context_len, tiling.seq_len, queries
-    major = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
-    of_rows, of_tiles = launch_shape(rank, tiling.tile, per_tile, major)
+    of_rows, of_tiles = launch_shape(rank, tiling.tile, per_tile, major_capability(query))
     if per_tile:
         of_lse, of_bins, per_part = representative_lse_kernel, representative_bins_kernel, GROUPS_PER_PART
         parts = triton.cdiv(length, per_part * score_bins.PEAK_KEYS * score_bins.SAMPLED_GROUPS)

@@ -23,7 +23,7 @@ import triton.language as tl
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.remainder import Remainder, sample_step
 from minference_vllm.core.sparse_index import SparseIndex
-from minference_vllm.triton_kernels.attention import LN2, LOG2E, capped_log2, compute_type
+from minference_vllm.triton_kernels.attention import LN2, capped_log2, compute_type, scales_log2
 from minference_vllm.triton_kernels.column_diagonal import on_device
 from minference_vllm.triton_kernels.launch import launcher
 
@@ -299,12 +299,10 @@ def of_heads(inputs: Inputs, index: SparseIndex, heads: Sequence[int]) -> Remain
     )  # fmt: skip
     among = set(heads)
     wanted = on_device([int(head in among) for head in range(inputs.num_heads)], query)
-    # In powers of two; with a soft cap the scale is the one of tanh's exponential.
-    scale = inputs.scale * cache.key_scale * LOG2E.value
     launcher(remainder_kernel, (triton.cdiv(index.num_tiles * inputs.group, BLOCK_M), cache.num_kv_heads))(
         mean, cache.key, cache.value, slots, marks, wanted, tiling.starts, key, value, bias,
         *cache.key.stride()[:3], *cache.value.stride()[:3], index.num_tiles, samples, step,
-        2 * scale / inputs.softcap if inputs.softcap else scale, inputs.softcap * LOG2E.value,
-        cache.key_scale, cache.value_scale, math.log(step), WITH_SOFTCAP=inputs.softcap != 0.0, **of_keys,
+        *scales_log2(inputs), cache.key_scale, cache.value_scale, math.log(step),
+        WITH_SOFTCAP=inputs.softcap != 0.0, **of_keys,
     )  # fmt: skip
     return Remainder(key, value, bias)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,10 +10,10 @@ import triton.language as tl
 
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection import representatives
-from minference_vllm.selection.projection import Projection, QuantizedQK, start_vectors
+from minference_vllm.selection.projection import Projection, QuantizedQK
 from minference_vllm.triton_kernels.chunk_queries import constants, load_projection, load_rows, quantized
 from minference_vllm.triton_kernels.column_diagonal import on_device
-from minference_vllm.triton_kernels.fit import orthonormal
+from minference_vllm.triton_kernels.fit import orthonormal, padded_start
 from minference_vllm.triton_kernels.key_codes import precise_dot
 from minference_vllm.triton_kernels.launch import launcher
 
@@ -106,13 +105,6 @@ def representatives_kernel(
 NUM_STAGES = 2
 
 
-@functools.lru_cache(maxsize=64)
-def _start(rank: int, directions: int, width: int, device: torch.device) -> torch.Tensor:
-    """``projection.start_vectors``, float32 ``[R, WIDE]``, zeros beyond."""
-    vectors = start_vectors(rank, directions, device).float()
-    return torch.nn.functional.pad(vectors, (0, WIDE.value - directions, 0, width - rank))
-
-
 def representative_codes(
     query: torch.Tensor,
     heads: Sequence[int],
@@ -137,7 +129,8 @@ def representative_codes(
     shape = constants(head_size, rank) | {"num_stages": NUM_STAGES}
     launcher(representatives_kernel, (tiling.num_tiles, len(heads)))(
         query, on_device(heads, query), projection.to_query.contiguous(), projection.key_size.contiguous(),
-        _start(rank, directions, shape["R"], query.device), codes, scale, query.stride(0), query.stride(1),
-        tiling.context_len, tiling.seq_len, tiling.num_tiles, factor, TILE=tiling.tile, DIRECTIONS=directions, **shape,
+        padded_start((rank, directions), (shape["R"], WIDE.value), query.device), codes, scale, query.stride(0),
+        query.stride(1), tiling.context_len, tiling.seq_len, tiling.num_tiles, factor, TILE=tiling.tile,
+        DIRECTIONS=directions, **shape,
     )  # fmt: skip
     return QuantizedQK(codes, keys, scale, count)
