@@ -19,7 +19,7 @@ OUTSIDE = {
     "minference_vllm.triton_kernels": "triton_kernels",
 }
 INSTRUCTIONS = {
-    "avx512bf16": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16")],
+    "avx512bf16": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "bf16")],
     # Conversions of float16 (F16C) are as old as AVX2, but no part of it.
     "avx2": ["-mavx2", "-mf16c"],
 }

@@ -6,6 +6,7 @@
 
 #include <immintrin.h>
 
+#include <cstring>
 #include <limits>
 
 #include "interface.h"
@@ -19,6 +20,7 @@ using Packed = float;  // one factor: float32 has no instruction for pairs
 constexpr int kLanes = 8;
 constexpr int kPack = 1;  // factors in one Packed
 constexpr int kRows = 6;  // query rows per register tile: 6 x 2 accumulators + 3 operands fit 16 registers
+constexpr int kKeys = 6;  // keys multiplied as bytes: likewise
 
 inline Floats load(const float* in) { return _mm256_loadu_ps(in); }
 inline void store(float* out, Floats x) { _mm256_storeu_ps(out, x); }
@@ -224,10 +226,46 @@ inline int reduce_max(Shorts x) {
   return static_cast<int16_t>(_mm_extract_epi16(turned, 0) ^ 0x7fff);
 }
 
-// sum + left[0] * right[0] + left[1] * right[1] in every 16-bit lane, modulo 2^16. `left` is the same two uint8 in both
-// halves; each lane of `right` is two int8 from -64 to 63, whose products with uint8 do not saturate.
-inline Shorts multiply_add_bytes(int32_t left, Shorts right, Shorts sum) {
-  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(_mm256_set1_epi32(left), right));
+// Sums of products of int8 with uint8, kBytes of them at a time, for as many rows as Shorts has.
+using Sum = int16_t;
+using Sums = Shorts;
+
+constexpr int kBytes = 2;
+constexpr int kSums = kShorts;
+
+inline Sums load_bytes(const int8_t* in) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)); }
+inline Sums max_sums(Sums a, Sums b) { return max(a, b); }
+inline Sums least_sums() { return repeat(std::numeric_limits<Sum>::min()); }
+inline Shorts to_shorts(const Sums* in) { return in[0]; }
+inline Shorts pack_sums(const Sums* in) { return in[0]; }
+constexpr int place_of_sum(int i) { return i; }
+
+// 16 int8 -> 8 pairs of uint8, each with 128 added and each pair in both halves of its int32.
+inline void copy_bytes(const int8_t* in, int32_t* out) {
+  const __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
+  const __m256i once = _mm256_cvtepu16_epi32(bytes);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_or_si256(once, _mm256_slli_epi32(once, 16)));
+}
+
+inline Sums repeat_sum(Sum x) { return repeat(x); }
+inline Sums repeat_bytes(int32_t bytes) { return _mm256_set1_epi32(bytes); }
+inline Sums repeat_bytes(const int8_t* in) {
+  int16_t bytes;
+  std::memcpy(&bytes, in, sizeof bytes);
+  return _mm256_set1_epi16(bytes);
+}
+
+// sum + the products of kBytes uint8 with as many int8 in every lane, modulo 2^16. The latter are from -64 to 63, so
+// that no pair of products saturates.
+inline Sums multiply_add_bytes(Sums left, Sums right, Sums sum) {
+  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(left, right));
+}
+
+// A bit for every lane: x >= limit.
+inline uint32_t at_least(Shorts x, int16_t limit) {
+  const __m256i smaller = _mm256_cmpgt_epi16(_mm256_set1_epi16(limit), x);
+  const auto bits = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_packs_epi16(smaller, _mm256_setzero_si256())));
+  return ~(bits | bits >> 8) & 0xffff;
 }
 
 // (a - b) * factor / 2^15, rounded; the difference saturates.

@@ -1,4 +1,4 @@
-// Vectors and packing on processors with AVX512-F/BW/VL/DQ/BF16; avx2.h has the same names for all others.
+// Vectors and packing on processors with AVX512-F/BW/VL/DQ/VNNI/BF16; avx2.h has the same names for all others.
 //
 // vdpbf16ps multiplies pairs of bf16 along the reduced dimension, so the right-hand side of a product [K] x [N] is
 // kept as [K / 2][N] 32-bit pairs.
@@ -21,6 +21,7 @@ using Packed = pair;  // neighbouring factors along the reduced dimension
 constexpr int kLanes = 16;
 constexpr int kPack = 2;   // factors in one Packed
 constexpr int kRows = 12;  // query rows per register tile: 12 x 2 accumulators + 2 operands fit 32 registers
+constexpr int kKeys = 6;   // keys multiplied as bytes: 6 x 4 accumulators + 5 operands
 
 inline Floats load(const float* in) { return _mm512_loadu_ps(in); }
 inline void store(float* out, Floats x) { _mm512_storeu_ps(out, x); }
@@ -176,11 +177,45 @@ inline int reduce_max(Shorts x) {
   return static_cast<int16_t>(_mm_extract_epi16(turned, 0) ^ 0x7fff);
 }
 
-// sum + left[0] * right[0] + left[1] * right[1] in every 16-bit lane, modulo 2^16. `left` is the same two uint8 in both
-// halves; each lane of `right` is two int8 from -64 to 63, whose products with uint8 do not saturate.
-inline Shorts multiply_add_bytes(int32_t left, Shorts right, Shorts sum) {
-  return _mm512_add_epi16(sum, _mm512_maddubs_epi16(_mm512_set1_epi32(left), right));
+// Sums of products of int8 with uint8, kBytes of them at a time, for half as many rows as Shorts has.
+using Sum = int32_t;
+using Sums = __m512i;
+
+constexpr int kBytes = 4;
+constexpr int kSums = 16;
+
+inline Sums load(const Sum* in) { return _mm512_loadu_si512(in); }
+inline Sums load_bytes(const int8_t* in) { return _mm512_loadu_si512(in); }
+inline Sums max_sums(Sums a, Sums b) { return _mm512_max_epi32(a, b); }
+inline Sums least_sums() { return _mm512_set1_epi32(std::numeric_limits<Sum>::min()); }
+
+inline Shorts to_shorts(const Sums* in) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(in[0])), _mm512_cvtepi32_epi16(in[1]), 1);
 }
+
+// The same in one instruction, where sum i is that of place_of_sum(i).
+inline Shorts pack_sums(const Sums* in) { return _mm512_packs_epi32(in[0], in[1]); }
+constexpr int place_of_sum(int i) { return (i / 4 % 2) * kSums + i / 8 * 4 + i % 4; }
+
+// 16 int8 -> the same as uint8, each with 128 added, as multiply_add_bytes takes them.
+inline void copy_bytes(const int8_t* in, int32_t* out) {
+  const __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+}
+
+inline Sums repeat_sum(Sum x) { return _mm512_set1_epi32(x); }
+inline Sums repeat_bytes(int32_t bytes) { return _mm512_set1_epi32(bytes); }
+inline Sums repeat_bytes(const int8_t* in) {
+  int32_t bytes;
+  std::memcpy(&bytes, in, sizeof bytes);
+  return _mm512_set1_epi32(bytes);
+}
+
+// sum + the products of kBytes uint8 with as many int8, in every lane.
+inline Sums multiply_add_bytes(Sums left, Sums right, Sums sum) { return _mm512_dpbusd_epi32(sum, left, right); }
+
+// A bit for every lane: x >= limit.
+inline uint32_t at_least(Shorts x, int16_t limit) { return _mm512_cmpge_epi16_mask(x, _mm512_set1_epi16(limit)); }
 
 // (a - b) * factor / 2^15, rounded; the difference saturates.
 inline Shorts scaled_difference(Shorts a, Shorts b, Shorts factor) {

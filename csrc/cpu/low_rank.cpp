@@ -3,15 +3,17 @@
 //
 // Keys are taken in blocks of kPeakKeys. approx_lse is the log-sum-exp of a row's largest product in every block, which
 // needs one exponential per block. tile_score_bins has one task per head and tile, with two passes over the keys: the
-// first finds the largest products and approx_lse, the second multiplies again only the blocks whose largest products
-// reach `min_bin`. Rows are in the lanes, so that a row's maximum needs no shuffles, and all values from the products
-// to the bins are int16.
+// first finds the largest products and approx_lse, the second multiplies again only the rows and blocks whose largest
+// product reaches `min_bin`. The first has rows in the lanes, the second keys, so that no maximum needs shuffles.
+// Products fit int16, and so does everything from them to the bins.
 #include "score_bins.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -19,17 +21,18 @@ namespace minference {
 namespace {
 
 constexpr int kPeakKeys = 32;                 // PEAK_KEYS in Python
-constexpr int kRowBlock = 2 * kShorts;        // rows in two vectors
-constexpr int kKeyStride = kMaxHead / 2 + 8;  // of loaded keys: a constant, and not a power of two (cache sets)
+constexpr int kRowBlock = 2 * kShorts;        // rows that are multiplied together
+constexpr int kParts = kRowBlock / kSums;     // vectors of their products
+constexpr int kKeyVectors = kPeakKeys / kShorts;
+constexpr int kKeyStride = kMaxHead / kBytes + 8;  // of loaded keys: a constant, and not a power of two (cache sets)
 constexpr int16_t kMin = std::numeric_limits<int16_t>::min();
 constexpr int16_t kMax = std::numeric_limits<int16_t>::max();
 
 struct Workspace {
-  int32_t keys[kPeakKeys * kKeyStride];           // [keys][rank / 2], see repeat_byte_pairs
-  alignas(64) int16_t best[kPeakKeys * kShorts];  // [keys][lanes], largest bins so far, less kTopBin
+  int32_t keys[kPeakKeys * kKeyStride];  // [keys][rank / kBytes], see copy_bytes
   // All by row, padded to whole row blocks.
-  std::vector<int16_t> query;          // [rank / 2][rows], pairs of int8
-  std::vector<int16_t> offset;         // [rows], added to every product, see load_rows
+  std::vector<int8_t> query;           // [rank / kBytes][rows][kBytes]
+  std::vector<Sum> offset;             // [rows], added to every product, see load_rows
   std::vector<int16_t> dequant_scale;  // [rows]
   std::vector<int16_t> peaks;          // [key blocks][rows], largest product of each block
   std::vector<int16_t> approx_lse;     // [rows], in units of a product
@@ -51,7 +54,7 @@ class Rows {
   void load_rows(int rows, const RowOf& row_of) {
     count = rows;
     padded = (rows + kRowBlock - 1) / kRowBlock * kRowBlock;
-    w_.query.assign(qk_.rank / 2 * padded, 0);
+    w_.query.assign(qk_.rank * padded, 0);
     w_.offset.assign(padded, 0);
     w_.dequant_scale.assign(padded, kMax);
     w_.position.assign(padded, 0);
@@ -59,10 +62,10 @@ class Rows {
     for (int r = 0; r < count; ++r) {
       const int64_t place = head_ * qk_.chunk + row_of(r);
       const int8_t* row = qk_.query + place * qk_.rank;
-      for (int k = 0; k < qk_.rank / 2; ++k) std::memcpy(&w_.query[k * padded + r], row + 2 * k, 2);
-      // Keys are loaded with 128 added, which this offset cancels. Sums may wrap around on the way: they are modulo
-      // 2^16, and the final product fits.
-      w_.offset[r] = static_cast<int16_t>(-128 * std::accumulate(row, row + qk_.rank, 0));
+      for (int k = 0; k < qk_.rank; k += kBytes) std::memcpy(&w_.query[k * padded + kBytes * r], row + k, kBytes);
+      // Keys are loaded with 128 added, which this offset cancels. Sums of 16 bits may wrap around on the way: the
+      // final product fits.
+      w_.offset[r] = static_cast<Sum>(-128 * std::accumulate(row, row + qk_.rank, 0));
       w_.dequant_scale[r] = qk_.dequant_scale[place];
       w_.position[r] = qk_.seq_len - qk_.chunk + row_of(r);
     }
@@ -72,21 +75,9 @@ class Rows {
     const int keys = static_cast<int>(std::min<int64_t>(kPeakKeys, end - first));
     for (int n = 0; n < keys; ++n) {
       const int8_t* key = qk_.keys + (head_ * qk_.seq_len + first + n) * qk_.rank;
-      for (int k = 0; k < qk_.rank; k += 16) repeat_byte_pairs(key + k, w_.keys + n * kKeyStride + k / 2);
+      for (int k = 0; k < qk_.rank; k += 16) copy_bytes(key + k, w_.keys + n * kKeyStride + k / kBytes);
     }
     return keys;
-  }
-
-  // Calls use(key, low, high) for each of the loaded keys, with its products with the rows from r on, two vectors.
-  template <typename Use>
-  void multiply(int keys, int64_t r, const Use& use) {
-    for (int n = 0; n < keys; n += kRows) {
-      with_rows(std::min(kRows, keys - n), [&]<int R>() {
-        Shorts product[R][2];
-        multiply<R>(n, r, product);
-        for (int i = 0; i < R; ++i) use(n + i, product[i][0], product[i][1]);
-      });
-    }
   }
 
   // Sets peaks and approx_lse, over the keys that each row sees.
@@ -100,18 +91,21 @@ class Rows {
       for (int64_t r = 0; r < padded; r += kRowBlock) {
         Shorts low = repeat(kMin), high = low;
         if (first + keys - 1 <= w_.position[r]) {
-          multiply(keys, r, [&](int, Shorts low_product, Shorts high_product) {
-            low = max(low, low_product);
-            high = max(high, high_product);
+          Sums most[kParts];
+          std::fill(most, most + kParts, least_sums());
+          multiply(keys, r, [&](int, const Sums* products) {
+            for (int p = 0; p < kParts; ++p) most[p] = max_sums(most[p], products[p]);
           });
+          low = to_shorts(most), high = to_shorts(most + kParts / 2);
         } else {
           int16_t* visible = w_.visible.data();
           for (int i = 0; i < kRowBlock; ++i) {
             visible[i] = static_cast<int16_t>(std::clamp<int64_t>(w_.position[r + i] + 1 - first, 0, kPeakKeys));
           }
-          multiply(keys, r, [&](int n, Shorts low_product, Shorts high_product) {
-            low = max(low, hide_before(low_product, visible, static_cast<int16_t>(n + 1)));
-            high = max(high, hide_before(high_product, visible + kShorts, static_cast<int16_t>(n + 1)));
+          multiply(keys, r, [&](int n, const Sums* products) {
+            const auto limit = static_cast<int16_t>(n + 1);
+            low = max(low, hide_before(to_shorts(products), visible, limit));
+            high = max(high, hide_before(to_shorts(products + kParts / 2), visible + kShorts, limit));
           });
         }
         store(peaks + r, low);
@@ -122,22 +116,36 @@ class Rows {
   }
 
  private:
-  template <int R>
-  void multiply(int key, int64_t r, Shorts (*product)[2]) {
-    const Shorts low_offset = load(w_.offset.data() + r), high_offset = load(w_.offset.data() + r + kShorts);
-    for (int i = 0; i < R; ++i) {
-      product[i][0] = low_offset;
-      product[i][1] = high_offset;
+  // Calls use(key, products) for each of the loaded keys, with its products with the rows from r on: kParts vectors.
+  template <typename Use>
+  void multiply(int keys, int64_t r, const Use& use) {
+    for (int n = 0; n < keys; n += kKeys) {
+      with_rows<kKeys>(std::min(kKeys, keys - n), [&]<int R>() { multiply<R>(n, r, use); });
     }
-    const int16_t* query = w_.query.data() + r;
+  }
+
+  template <int R, typename Use>
+  void multiply(int key, int64_t r, const Use& use) {
+    Sums sum[R][kParts];
+    unrolled<kParts>([&]<int P>() {
+      const Sums offset = load(w_.offset.data() + r + P * kSums);
+      unrolled<R>([&]<int I>() { sum[I][P] = offset; });
+    });
+    const int8_t* query = w_.query.data() + kBytes * r;
     const int32_t* keys = w_.keys + key * kKeyStride;
-    for (int k = 0; k < qk_.rank / 2; ++k) {
-      const Shorts low = load(query + k * padded), high = load(query + k * padded + kShorts);
-      for (int i = 0; i < R; ++i) {
-        product[i][0] = multiply_add_bytes(keys[i * kKeyStride + k], low, product[i][0]);
-        product[i][1] = multiply_add_bytes(keys[i * kKeyStride + k], high, product[i][1]);
-      }
+    for (int k = 0; k < qk_.rank / kBytes; ++k, query += kBytes * padded) {
+      Sums rows[kParts];
+      unrolled<kParts>([&]<int P>() { rows[P] = load_bytes(query + P * kBytes * kSums); });
+      unrolled<R>([&]<int I>() {
+        const Sums here = repeat_bytes(keys[I * kKeyStride + k]);
+        unrolled<kParts>([&]<int P>() { sum[I][P] = multiply_add_bytes(here, rows[P], sum[I][P]); });
+      });
     }
+    unrolled<R>([&]<int I>() {
+      Sums products[kParts];
+      unrolled<kParts>([&]<int P>() { products[P] = sum[I][P]; });
+      use(key + I, products);
+    });
   }
 
   void sum_peaks(int64_t blocks) {
@@ -168,61 +176,105 @@ class Rows {
 // The bin of a key that is `bins` above approx_lse.
 int to_bin(int bins) { return std::clamp(kTopBin + bins, 0, kTopBin); }
 
-class TileTask {
+// Keys of all heads in blocks of kPeakKeys, [heads][blocks][rank / kBytes][kPeakKeys][kBytes] as uint8 with 128 added:
+// the keys of a block are in the lanes of kKeyVectors vectors, in the order in which pack_sums wants their sums.
+class KeysInLanes {
  public:
-  TileTask(const TileScoreBinArguments& arguments, Workspace& space, int head, int tile)
-      : w_(space), rows_(arguments.qk, space, head), min_bin_(arguments.min_bin[head]) {
-    const int64_t chunk_start = arguments.tile_starts[0], seq_len = arguments.qk.seq_len;
-    const int64_t start = arguments.tile_starts[tile], end = arguments.tile_starts[tile + 1];
-    local_ = start / arguments.tile * arguments.tile;
-    bins_ = arguments.bins + (static_cast<int64_t>(head) * arguments.tiles + tile) * seq_len;
-    rows_.load_rows(static_cast<int>(end - start), [&](int r) { return start - chunk_start + r; });
-    rows_.find_approx_lse();
-    for (int64_t first = 0; first < local_; first += kPeakKeys) write_bins(first);
-    std::memset(bins_ + local_, kLocalBin, end - local_);
-    std::memset(bins_ + end, 0, seq_len - end);
+  explicit KeysInLanes(const QuantizedQK& qk)
+      : qk_(qk),
+        blocks_((qk.seq_len + kPeakKeys - 1) / kPeakKeys),
+        bytes_(new int8_t[static_cast<size_t>(qk.heads * blocks_ * kPeakKeys) * qk.rank]) {}
+
+  int64_t tasks() const { return qk_.heads * blocks_; }
+
+  void fill(int64_t task) {
+    const int64_t head = task / blocks_, first = task % blocks_ * kPeakKeys;
+    int8_t* block = bytes_.get() + task * kPeakKeys * qk_.rank;
+    for (int n = 0; n < kPeakKeys; ++n) {
+      // Past the last key this one once more: nobody asks for what becomes of it.
+      const int8_t* key = qk_.keys + (head * qk_.seq_len + std::min(first + n, qk_.seq_len - 1)) * qk_.rank;
+      const int place = n / kShorts * kShorts + place_of_sum(n % kShorts);
+      for (int k = 0; k < qk_.rank; ++k) {
+        block[(k / kBytes * kPeakKeys + place) * kBytes + k % kBytes] = static_cast<int8_t>(key[k] ^ -128);
+      }
+    }
+  }
+
+  const int8_t* block(int head, int64_t block) const {
+    return bytes_.get() + (head * blocks_ + block) * kPeakKeys * qk_.rank;
   }
 
  private:
-  // Of the block of keys from `first` on, up to the tile's own pages: every row sees all of them.
-  void write_bins(int64_t first) {
-    const int here = static_cast<int>(std::min<int64_t>(kPeakKeys, local_ - first));
-    const int16_t* peaks = w_.peaks.data() + first / kPeakKeys * rows_.padded;
-    bool loaded = false;
-    for (int64_t r = 0; r < rows_.padded; r += kRowBlock) {
-      const int16_t *lse = w_.approx_lse.data() + r, *scale = w_.dequant_scale.data() + r;
-      const Shorts low_lse = load(lse), high_lse = load(lse + kShorts);
-      const Shorts low_scale = load(scale), high_scale = load(scale + kShorts);
-      // The larger of two rows' bins, less kTopBin.
-      const auto largest = [&](Shorts low, Shorts high) {
-        return max(scaled_difference(low, low_lse, low_scale), scaled_difference(high, high_lse, high_scale));
-      };
-      if (to_bin(reduce_max(largest(load(peaks + r), load(peaks + r + kShorts)))) < min_bin_) continue;
-      if (!loaded) {
-        rows_.load_keys(first, local_);
-        std::fill(w_.best, w_.best + kPeakKeys * kShorts, kMin);
-        loaded = true;
+  const QuantizedQK& qk_;
+  int64_t blocks_;
+  std::unique_ptr<int8_t[]> bytes_;
+};
+
+class TileTask {
+ public:
+  TileTask(const TileScoreBinArguments& arguments, const KeysInLanes& keys, Workspace& space, int head, int tile)
+      : qk_(arguments.qk), keys_(keys), w_(space), rows_(arguments.qk, space, head), head_(head) {
+    const int64_t chunk_start = arguments.tile_starts[0], seq_len = qk_.seq_len;
+    const int64_t start = arguments.tile_starts[tile], end = arguments.tile_starts[tile + 1];
+    const int64_t local = start / arguments.tile * arguments.tile;  // the first key in the tile's own pages
+    uint8_t* bins = arguments.bins + (static_cast<int64_t>(head) * arguments.tiles + tile) * seq_len;
+    query_ = qk_.query + (head * qk_.chunk + start - chunk_start) * qk_.rank;
+    rows_.load_rows(static_cast<int>(end - start), [&](int r) { return start - chunk_start + r; });
+    rows_.find_approx_lse();
+    const int min_bin = arguments.min_bin[head];
+    for (int64_t first = 0; first < local; first += kPeakKeys) {
+      alignas(64) int16_t found[kPeakKeys];
+      find_bins(first / kPeakKeys, min_bin, found);
+      for (int64_t n = 0; n < std::min<int64_t>(kPeakKeys, local - first); ++n) {
+        const int bin = to_bin(found[n]);
+        bins[first + n] = static_cast<uint8_t>(bin < min_bin ? 0 : bin);
       }
-      rows_.multiply(here, r, [&](int n, Shorts low, Shorts high) {
-        int16_t* best = w_.best + n * kShorts;
-        store(best, max(load(best), largest(low, high)));
-      });
     }
-    if (!loaded) {
-      std::memset(bins_ + first, 0, here);
-      return;
+    std::memset(bins + local, kLocalBin, end - local);
+    std::memset(bins + end, 0, seq_len - end);
+  }
+
+ private:
+  // The largest bins of a block's keys, less kTopBin, over the rows that give one of them min_bin or more. Every row
+  // sees all keys before the tile's own pages.
+  void find_bins(int64_t block, int min_bin, int16_t* found) {
+    Shorts best[kKeyVectors];
+    std::fill(best, best + kKeyVectors, repeat(kMin));
+    const int16_t* peaks = w_.peaks.data() + block * rows_.padded;
+    const int8_t* keys = keys_.block(head_, block);
+    for (int64_t r = 0; r < rows_.padded; r += kShorts) {
+      const Shorts lse = load(w_.approx_lse.data() + r), scale = load(w_.dequant_scale.data() + r);
+      const Shorts most = scaled_difference(load(peaks + r), lse, scale);
+      for (uint32_t rows = at_least(most, static_cast<int16_t>(min_bin - kTopBin)); rows != 0; rows &= rows - 1) {
+        add_row(r + std::countr_zero(rows), keys, best);
+      }
     }
-    for (int n = 0; n < here; ++n) {
-      const int bin = to_bin(reduce_max(load(w_.best + n * kShorts)));
-      bins_[first + n] = static_cast<uint8_t>(bin < min_bin_ ? 0 : bin);
+    for (int v = 0; v < kKeyVectors; ++v) store(found + v * kShorts, best[v]);
+  }
+
+  void add_row(int64_t r, const int8_t* keys, Shorts* best) {
+    if (r >= rows_.count) return;
+    constexpr int kVectors = kPeakKeys / kSums;
+    Sums sum[kVectors];
+    unrolled<kVectors>([&]<int V>() { sum[V] = repeat_sum(w_.offset[r]); });
+    const int8_t* query = query_ + r * qk_.rank;
+    for (int k = 0; k < qk_.rank; k += kBytes, keys += kPeakKeys * kBytes) {
+      const Sums row = repeat_bytes(query + k);
+      unrolled<kVectors>(
+          [&]<int V>() { sum[V] = multiply_add_bytes(load_bytes(keys + V * kSums * kBytes), row, sum[V]); });
+    }
+    const Shorts lse = repeat(w_.approx_lse[r]), scale = repeat(w_.dequant_scale[r]);
+    for (int v = 0; v < kKeyVectors; ++v) {
+      best[v] = max(best[v], scaled_difference(pack_sums(sum + v * kShorts / kSums), lse, scale));
     }
   }
 
+  const QuantizedQK& qk_;
+  const KeysInLanes& keys_;
   Workspace& w_;
   Rows rows_;
-  int min_bin_;
-  int64_t local_;  // position of the first key in the tile's own pages
-  uint8_t* bins_;
+  int head_;
+  const int8_t* query_;  // of the tile's first row
 };
 
 // The attention of some rows of one head per bin, where each row gives the keys their bins by itself.
@@ -258,12 +310,15 @@ void find_row_mass(const RowMassArguments& a, Workspace& w, int head, int first_
 
 extern "C" void minference_tile_score_bins(const minference::TileScoreBinArguments* arguments) {
   const int heads = arguments->qk.heads, tasks = heads * arguments->tiles;
+  minference::KeysInLanes keys(arguments->qk);
 #pragma omp parallel num_threads(arguments->qk.threads)
   {
     static thread_local minference::Workspace space;
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < keys.tasks(); ++task) keys.fill(task);
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < tasks; ++task) {
-      minference::TileTask(*arguments, space, task % heads, task / heads);
+      minference::TileTask(*arguments, keys, space, task % heads, task / heads);
     }
   }
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "interface.h"
 
@@ -106,13 +107,6 @@ inline void product_rows(const Factor* a, const Packed* b, int64_t ldb, float* c
   if (n < width) product<R, 1, LDA, kAdd>(a, b + n, ldb, c + n, ldc, depth);
 }
 
-// 16 int8 -> 8 pairs of uint8, each with 128 added and each pair in both halves of its int32.
-inline void repeat_byte_pairs(const int8_t* in, int32_t* out) {
-  const __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
-  const __m256i once = _mm256_cvtepu16_epi32(bytes);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_or_si256(once, _mm256_slli_epi32(once, 16)));
-}
-
 // cap * tanh(x / cap), with a relative error of 3e-7. Near zero, where 1 - 2 / (e^2y + 1) cancels, tanh is y times a
 // polynomial in y^2 (least squares, error 1e-7).
 inline Floats soft_cap(Floats x, Floats cap, Floats inverse_cap) {
@@ -133,6 +127,15 @@ inline Floats soft_cap(Floats x, Floats cap, Floats inverse_cap) {
 inline void soft_cap_row(float* products, int count, float scale, float cap) {
   const Floats to_score = repeat(scale), caps = repeat(cap), inverse_cap = repeat(1.0f / cap);
   for (int n = 0; n < count; n += kLanes) store(products + n, soft_cap(load(products + n) * to_score, caps, inverse_cap));
+}
+
+// Calls body.template operator()<I>() for I = 0 .. N - 1. In loops over arrays of vectors, so that these stay in
+// registers: gcc 12 writes arrays to memory whose indices it comes to know only when it unrolls a loop.
+template <int N, typename Body>
+[[gnu::always_inline]] inline void unrolled(const Body& body) {
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    (body.template operator()<I>(), ...);
+  }(std::make_integer_sequence<int, N>());
 }
 
 // Calls body.template operator()<R>() for the run-time number of rows 1 .. kRows.
