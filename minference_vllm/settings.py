@@ -50,7 +50,7 @@ class Settings(BaseModel):
     kernel: Literal["auto", "block_table", "native", "triton"] = "auto"
     """What runs attention under an index: ``native``, our kernels for x86 processors from AVX2 on;
     ``triton``, our kernel for GPUs; ``block_table``, vLLM's own kernel, on both; ``auto``, the faster of those that run
-    here."""
+    here, on GPUs found by timing them when the engine starts."""
 
     audit_rows: int = Field(default=4, ge=0, le=1024)
     """Rows per chunk and layer whose attention recall, and value recall, is taken, half of them drawn, half those most

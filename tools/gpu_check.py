@@ -2,22 +2,23 @@
 
 Each command runs in a process of its own; one that fails does not keep the others from running. Rows are written as
 they are measured, so a run that is interrupted keeps what it had. A table of what ran, and what did not and why, comes
-last, and one of what was measured beside the goals (``gpu_goals.py``); the exit status is 1 when anything failed or was
-stopped.
+last, one of what was measured beside the goals (``gpu_goals.py``), and the kernels that ``auto`` took when engines were
+started; the exit status is 1 when anything failed or was stopped.
 
     python tools/gpu_check.py [--quick] [--only STEP ...] [--longest 1048576]
 
 tests        pytest -m gpu, without engines
 sanitizer    a few of them under NVIDIA's compute-sanitizer: memcheck, and racecheck for the smallest
 kernels      the static account
+choice       the kernel that the setting auto chooses, for layers of several kinds (time_kernels.py)
 attention    one layer against FlashAttention and the peers that are installed (see benchmarks/peers.py): a row per
              context, chunk, pattern and kernel or peer
 engine       pytest -m engine, vLLM on the GPU
 ttft         whole engines, in the shape of Llama-3.1-8B's layers, up to a million tokens
 plot         a picture of the attention rows
 
---quick, for a GPU that is lent for minutes: the layer's tests and attention at 32K and 128K, about 10 minutes; a step
-whose minutes are over is stopped.
+--quick, for a GPU that is lent for minutes: the layer's tests, the kernel of auto, and attention at 32K and 128K, about
+10 minutes; a step whose minutes are over is stopped.
 
 --rehearse, without a GPU: the same commands on the CPU in its place (``rehearsal.py``) and in small, so that on the day
 nothing but the GPU is new. Tests are collected, those for a sanitizer run; first tokens come from vLLM's CPU engine.
@@ -42,6 +43,9 @@ import gpu_goals
 import torch
 from peers import PEERS, Size, installed
 
+from minference_vllm.kernels import choice_cache
+from minference_vllm.prefill import kernel_trial
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ATTENTION_ROWS, TTFT_ROWS = "attention_gpu.csv", "ttft_gpu.csv"
@@ -54,8 +58,10 @@ HEADS, KV_HEADS, HEAD_SIZE, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336
 PAGE = TILE = 128
 SHAPE = ["--heads", str(HEADS), "--kv-heads", str(KV_HEADS), "--head-size", str(HEAD_SIZE)]
 # Guessed minutes of each step.
-MINUTES = {"tests": 10, "sanitizer": 15, "kernels": 5, "attention": 45, "engine": 30, "ttft": 30, "plot": 1}
-QUICK_MINUTES = {"tests": 3, "attention": 6, "plot": 1}
+MINUTES = {
+    "tests": 10, "sanitizer": 15, "kernels": 5, "choice": 2, "attention": 45, "engine": 30, "ttft": 30, "plot": 1,
+}  # fmt: skip
+QUICK_MINUTES = {"tests": 3, "choice": 1, "attention": 5, "plot": 1}
 SANITIZER = "compute-sanitizer"
 # Options of a rehearsal.
 SMALL = {
@@ -121,6 +127,13 @@ def kernels(results: Path) -> Iterator[Item]:
     yield Command("static account", words)
 
 
+def choice() -> Iterator[Item]:
+    title = "the kernel of the setting auto"
+    sizes = ["--context", str(kernel_trial.SEQ_LEN), "--chunk", str(kernel_trial.CHUNK_LEN)]
+    words = [sys.executable, "tools/time_kernels.py", *SHAPE, *sizes]
+    yield Command(title, words) if installed("vllm") else no_vllm(title)
+
+
 def attention(contexts: Sequence[int], quick: bool, results: Path = RESULTS) -> Iterator[Item]:
     """Chunks of 8K and 32K at the context's end, and the whole prompt; the quick ones without 32K."""
     script = [sys.executable, "benchmarks/bench_attention.py", "--device", "cuda", *SHAPE]
@@ -146,7 +159,7 @@ def attention(contexts: Sequence[int], quick: bool, results: Path = RESULTS) -> 
 
 
 def engine() -> Iterator[Item]:
-    title, those = "tests of whole engines", "engine and not architectures and not features"
+    title, those = "tests of whole engines", "engine and not architectures and not features and not versions"
     yield Command(title, pytest("-m", those)) if installed("vllm") else no_vllm(title)
 
 
@@ -191,6 +204,7 @@ def items_of(step: str, quick: bool, longest: int, results: Path = RESULTS, rehe
         "tests": lambda: tests(quick),
         "sanitizer": lambda: sanitizer(shutil.which(SANITIZER) or (SANITIZER if rehearse else None)),
         "kernels": lambda: kernels(results),
+        "choice": choice,
         "attention": lambda: attention(contexts, quick, results),
         "engine": engine,
         "ttft": lambda: ttft(longest, results),
@@ -294,6 +308,14 @@ def main() -> int:
     return run_all(torch.cuda.get_device_name(), minutes, args, RESULTS)
 
 
+def kept_choices() -> Iterator[str]:
+    """A line for each kernel that the setting ``auto`` has chosen on this GPU when an engine was started."""
+    for key, found in choice_cache.stored(choice_cache.default_folder()):
+        if key.get("gpu") == torch.cuda.get_device_name():
+            words = kernel_trial.result_in_words(found, key.get("chunk_len", 0), key.get("seq_len", 0))
+            yield f"auto chose {words}; layers of {key.get('layer')}; vllm {key.get('vllm')}, torch {key.get('torch')}"
+
+
 def run_all(gpu: str, minutes: dict[str, int], args: argparse.Namespace, results: Path) -> int:
     """The exit status."""
     announce(gpu, minutes, results)
@@ -308,6 +330,8 @@ def run_all(gpu: str, minutes: dict[str, int], args: argparse.Namespace, results
         print(f"{verdict:12s} {seconds:7.0f} s  {title}")
     share = REHEARSED_SHARE if args.rehearse else 1
     print("", *gpu_goals.table(results / ATTENTION_ROWS, results / TTFT_ROWS, share), sep="\n")
+    if not args.rehearse:
+        print("", *kept_choices(), sep="\n")
     return int(any(verdict.startswith(("failed", "stopped")) for _, verdict, _ in done))
 
 

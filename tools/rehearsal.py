@@ -40,6 +40,13 @@ class OnCPU(TorchFunctionMode):
         return func(*("cpu" if is_gpu(value) else value for value in args), **kwargs)
 
 
+class Generator(torch.Generator):
+    """One for a GPU is one for the CPU."""
+
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        return super().__new__(cls, device="cpu" if is_gpu(device) else device)
+
+
 class Event:
     """``torch.cuda.Event``; whatever it stands behind is done."""
 
@@ -65,6 +72,7 @@ def pretend() -> None:
     cuda.synchronize = cuda.empty_cache = cuda.reset_peak_memory_stats = cuda.set_sync_debug_mode = lambda *given: None
     cuda.max_memory_allocated = cuda.memory_allocated = lambda *device: 0
     cuda.Event = Event
+    torch.Generator = Generator  # type: ignore[misc]
     tensor: Any = torch.Tensor
     tensor.is_cuda = property(lambda self: True)
     tensor.pin_memory = lambda self: self

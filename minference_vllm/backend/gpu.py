@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Atte
 
 from minference_vllm.backend import compat
 from minference_vllm.backend.dual_chunk_limits import dual_chunk_of
+from minference_vllm.backend.kernel_choice import choose_kernels
 from minference_vllm.backend.limits import gpu_head_size_reasons, unsupported_layer_reasons
 from minference_vllm.backend.metadata_builder import SparsePrefillBuilder
 from minference_vllm.backend.request_patterns import Asked
@@ -52,6 +53,7 @@ class GPUBuilder(SparsePrefillBuilder):
         super().prepare_layers()
         # Builders are made once the weights are there and before CUDA graphs are captured.
         if self.device.type == "cuda":
+            choose_kernels(self.sparse_layers, self.kv_cache_spec, self.vllm_config, self.device)
             dtype = self.vllm_config.model_config.dtype
             warm_up(self.sparse_layers, self.kv_cache_spec, dtype, self.runtime.settings, self.device)
 
@@ -96,6 +98,16 @@ class GPUImpl(SparsePrefillImpl):
             if getattr(self, f"{kind}_world_size", 1) > 1:
                 reasons.append(f"context parallelism ({kind})")
         return reasons
+
+    @property
+    def needs_own_kernel(self) -> bool:
+        return bool(self.logits_soft_cap) or self.sinks is not None or self.dual_chunk is not None
+
+    def kernel_for(self, name: str | None) -> str:
+        # What requests ask for later runs by the kernel that was found for the layer: nothing is timed while serving.
+        if name is not None and self.sparse_layer is not None:
+            return self.sparse_layer.kernel.name
+        return super().kernel_for(name)
 
     def measure(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
         # Later, too, vLLM calls layers without a batch, as when it captures CUDA graphs; the cache is there by then.

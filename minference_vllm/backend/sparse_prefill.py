@@ -5,6 +5,7 @@ The class stands in front of vLLM's own in the order of base classes: ``super()`
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.tiling import whole_tile
 from minference_vllm.kernels.choose import choose_for, description
+from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.patterns.file import PatternFile
 
 # A child of vLLM's own logger, so that our lines appear where vLLM's do.
@@ -111,6 +113,20 @@ class SparsePrefillImpl(AttentionImpl):
         """Whether only a kernel of ours can serve the layer (``choose``)."""
         return False
 
+    def kernel_for(self, name: str | None) -> str:
+        """The setting ``kernel`` as it holds for patterns of this name (``Chunk.patterns``)."""
+        return self.runtime.settings.kernel
+
+    def run_by(self, kernel: Kernel, dtype: torch.dtype, cache: PagedCache) -> None:
+        """Serve the sparse chunks of the layer, which is prepared, by another kernel.
+
+        Args:
+            cache: one like the layer's.
+        """
+        assert self.sparse_layer is not None
+        self.sparse_layer = replace(self.sparse_layer, kernel=kernel)
+        self.attends = description(kernel, self.runtime.settings.kernel, dtype, cache)
+
     def prepare(self, layer: Any, spec: Any, dtype: torch.dtype, device: torch.device) -> None:
         """Find the layer's patterns and choose its kernel, once the weights are loaded and pages have their size.
 
@@ -176,7 +192,7 @@ class SparsePrefillImpl(AttentionImpl):
             return None
         try:
             own = self.needs_own_kernel
-            kernel, patterns, without = choose_for(patterns, self.runtime.settings.kernel, dtype, cache, own)
+            kernel, patterns, without = choose_for(patterns, self.kernel_for(name), dtype, cache, own)
         except ValueError as error:
             raise ValueError(f"minference: patterns from {source}: {error}") from None
         if without:

@@ -36,6 +36,11 @@ class MInferenceTritonMetadataBuilder(GPUBuilder, TritonAttentionMetadataBuilder
 
 
 class MInferenceTritonImpl(GPUImpl, TritonAttentionImpl):
+    @property
+    def needs_own_kernel(self) -> bool:
+        """Yes: there is no FlashAttention for ``block_table``."""
+        return True
+
     def dense_reasons(self, vllm_config: Any) -> list[str]:
         if self.runtime.settings.kernel == "block_table":
             raise ValueError(

@@ -13,9 +13,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     "config": ("get_current_vllm_config", "get_layers_from_vllm_config"),
     "config.attention": ("AttentionConfig.backend",),
+    "config.scheduler": ("SchedulerConfig.max_num_batched_tokens",),
     "config.vllm": (
         "VllmConfig.additional_config", "VllmConfig.attention_config", "VllmConfig.compilation_config",
-        "VllmConfig.model_config",
+        "VllmConfig.model_config", "VllmConfig.scheduler_config",
     ),
     "distributed.parallel_state": ("get_tensor_model_parallel_rank",),
     "exceptions": ("VLLMValidationError",),

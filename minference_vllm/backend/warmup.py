@@ -9,21 +9,23 @@ where vLLM measures what the model needs beside its cache, the largest chunk is 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
 
-from minference_vllm.core.inputs import Inputs
+from minference_vllm.backend.kernel_choice import LayerChoice
+from minference_vllm.backend.variants import Variant, empty_inputs, run_named
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.tiling import whole_tile
+from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.patterns.kinds import MAX_STEP, HeadPattern, LowRank
+from minference_vllm.prefill import kernel_trial
 from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.prefill.recall import RecallCheck, audited_rows
 from minference_vllm.selection.capacity import MEMORY_LIMIT
-from minference_vllm.selection.families import family_of, share_lists
+from minference_vllm.selection.families import family_of
 from minference_vllm.selection.family import ADAPTIVE_COLUMNS
 from minference_vllm.settings import Settings
 
@@ -33,33 +35,8 @@ WIDEST = LowRank(rank=128)
 """What takes most: on the longest contexts a single head of it more than is left of ``MEMORY_LIMIT``."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What decides which kernels the sparse chunks of a layer run."""
-
-    kinds: frozenset[tuple[str, tuple[int, ...]]]
-    """Of its patterns, with ``Family.kernel_sizes``: budgets change no kernel."""
-    remainder: bool
-    heads_per_list: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    page: int
-    query: torch.dtype
-    cache: torch.dtype
-    softcap: bool
-    sinks: bool
-    dual_chunk: bool = False
-
-    def __str__(self) -> str:
-        query, cache = (str(dtype).removeprefix("torch.") for dtype in (self.query, self.cache))
-        flags = [name for name in ("remainder", "softcap", "sinks", "dual_chunk") if getattr(self, name)]
-        sizes = f"{self.heads} heads over {self.kv_heads} of size {self.head_size}, pages of {self.page}"
-        return ", ".join([f"{query} over {cache}", sizes, *flags, *sorted({kind for kind, _ in self.kinds})])
-
-
-_ready: set[Variant] = set()
-"""In this process: builders are made anew for every group of layers and micro-batch."""
+_ready: set[tuple[Variant, str]] = set()
+"""With the kernel's name. In this process: builders are made anew for every group of layers and micro-batch."""
 
 
 def warm_up(
@@ -90,8 +67,9 @@ def warm_up(
         logger.info("minference: kernels for %d kinds of layers ready after %.1f s", len(_ready) - before, seconds)
 
 
-_profiled: dict[tuple[Variant, tuple[HeadPattern, ...], bool], int] = {}
-"""Tokens of the largest chunk, far in dual chunk attention or not, whose memory this process has taken once."""
+_profiled: dict[tuple[Variant, tuple[HeadPattern, ...], str | None], int] = {}
+"""Tokens of the largest chunk whose memory this process has taken once; by the kernel's name, None where the chunk is
+far in dual chunk attention."""
 
 
 def take_memory(layer: Any, vllm_config: Any, tokens: int, device: torch.device) -> None:
@@ -99,7 +77,7 @@ def take_memory(layer: Any, vllm_config: Any, tokens: int, device: torch.device)
     audit. vLLM calls its layers so while it measures how much memory is left for its cache.
 
     Sizes of an index come from patterns and lengths alone, so the content does not matter: every page of the sequence
-    is the same empty one.
+    is the same empty one. Where several kernels may serve the layer, each takes its memory, and so does their trial.
 
     Args:
         layer: vLLM's attention layer with our implementation.
@@ -115,7 +93,7 @@ def take_memory(layer: Any, vllm_config: Any, tokens: int, device: torch.device)
     if dual_chunk is not None and dual_chunk.plain_len < seq_len:
         chunk = _last_chunk(tokens, seq_len)
         _take_room(spec, chunk, settings, device)
-        _take_memory(layer, spec, model.dtype, chunk, dual_chunk.layers[None].patterns, settings, device)
+        _take_memory(layer, spec, model.dtype, chunk, dual_chunk.layers[None].patterns, None, settings, device)
         seq_len = dual_chunk.plain_len
     chunk = _last_chunk(tokens, seq_len)
     if seq_len < settings.min_context or chunk.query_len < settings.min_chunk:
@@ -123,8 +101,18 @@ def take_memory(layer: Any, vllm_config: Any, tokens: int, device: torch.device)
     _take_room(spec, chunk, settings, device)
     if layer.impl.sparse_layer is None:
         return
-    for patterns in _patterns_of(layer, settings):
-        _take_memory(layer, spec, model.dtype, chunk, patterns, settings, device)
+    choice = LayerChoice(layer, spec, vllm_config, device)
+    kernels = choice.candidates()
+    of_the_trial = torch.empty(kernel_trial.MEMORY if len(kernels) > 1 else 0, dtype=torch.uint8, device=device)
+    for kernel in kernels:
+        try:
+            for patterns in _patterns_of(layer, settings):
+                _take_memory(layer, spec, model.dtype, chunk, patterns, kernel, settings, device)
+        except RuntimeError as error:
+            if choice.candidates() == [kernel]:
+                raise
+            choice.leave_out(kernel, error)
+    del of_the_trial
 
 
 def _take_room(spec: Any, chunk: Chunk, settings: Settings, device: torch.device) -> None:
@@ -147,25 +135,27 @@ def _take_memory(
     dtype: torch.dtype,
     chunk: Chunk,
     patterns: Sequence[HeadPattern],
+    kernel: Kernel | None,
     settings: Settings,
     device: torch.device,
 ) -> None:
-    inputs = _empty_inputs(layer, spec, dtype, chunk, device)
-    impl, is_far = layer.impl, layer.impl.dual_chunk is not None and layer.impl.dual_chunk.is_far(chunk)
-    key = _variant(layer, inputs, patterns), tuple(patterns), is_far
+    """``kernel``: None: the chunk is far in dual chunk attention, which has a kernel of its own."""
+    inputs = empty_inputs(layer, spec, dtype, chunk, device)
+    variant = Variant.of(layer, inputs, patterns)
+    key = variant, tuple(patterns), None if kernel is None else kernel.name
     if _profiled.get(key, 0) >= chunk.query_len:
         return
     _profiled[key] = chunk.query_len
 
     def run(out: torch.Tensor) -> None:
-        if is_far:
-            impl.dual_chunk.take_memory(inputs, out, settings)
+        if kernel is None:
+            layer.impl.dual_chunk.take_memory(inputs, out, settings)
             return
         rows = audited_rows(inputs.query, settings.audit_rows, seed=0) if settings.audit_rows else None
         check = None if rows is None else RecallCheck(rows)
-        attend_chunk(inputs, patterns, impl.sparse_layer.kernel, out, settings.tile, check)
+        attend_chunk(inputs, patterns, kernel, out, settings.tile, check)
 
-    _serve(layer, inputs, patterns, dtype, run)
+    run_named(variant, inputs, dtype, run)
 
 
 def _patterns_of(layer: Any, settings: Settings, name: str | None = None) -> Iterator[list[HeadPattern]]:
@@ -185,64 +175,15 @@ def _warm_up_layer(
 ) -> None:
     tile = whole_tile(settings.tile, spec.block_size)
     chunk = Chunk(request=0, query_start=0, context_len=tile, seq_len=3 * tile, patterns=name)
-    inputs = _empty_inputs(layer, spec, dtype, chunk, device)
-    variant, impl = _variant(layer, inputs, patterns), layer.impl
+    inputs = empty_inputs(layer, spec, dtype, chunk, device)
+    variant, impl = Variant.of(layer, inputs, patterns), layer.impl
+    kernel = impl.layer_for(name).kernel
 
     def run(out: torch.Tensor) -> None:
-        attend_chunk(inputs, patterns, impl.layer_for(name).kernel, out, settings.tile)
+        attend_chunk(inputs, patterns, kernel, out, settings.tile)
         if impl.dual_chunk is not None:
             impl.dual_chunk.warm_up(inputs, out, settings.tile)
 
-    if variant not in _ready:
-        _serve(layer, inputs, patterns, dtype, run)
-        _ready.add(variant)
-
-
-def _empty_inputs(layer: Any, spec: Any, dtype: torch.dtype, chunk: Chunk, device: torch.device) -> Inputs:
-    """A chunk of zeros, all pages of whose sequence are one page of zeros."""
-    impl = layer.impl
-    # Quantised queries come with quantised caches, where the parent asked for them.
-    query_dtype = torch.float8_e4m3fn if getattr(layer, "query_quant", None) is not None else dtype
-    memory = torch.zeros(1, impl.num_kv_heads, spec.block_size, 2 * impl.head_size, dtype=spec.dtype, device=device)
-    pages = torch.zeros(-(-chunk.seq_len // spec.block_size), dtype=torch.int64, device=device)
-    query = torch.zeros(chunk.query_len, impl.num_heads, impl.head_size, dtype=query_dtype, device=device)
-    inputs = impl.inputs(layer, query, impl.paged_cache(layer, memory, dtype), pages, chunk)
-    assert isinstance(inputs, Inputs)
-    return inputs
-
-
-def _variant(layer: Any, inputs: Inputs, patterns: Sequence[HeadPattern]) -> Variant:
-    cache = inputs.cache
-    return Variant(
-        frozenset((pattern.kind, family_of(pattern).kernel_sizes(pattern)) for pattern in patterns),
-        any(pattern.has_remainder for pattern in patterns),
-        inputs.group if share_lists(patterns, inputs.group) else 1,
-        inputs.num_heads,
-        cache.num_kv_heads,
-        cache.head_size,
-        cache.block_size,
-        inputs.query.dtype,
-        cache.key.dtype,
-        inputs.softcap != 0.0,
-        inputs.sinks is not None,
-        layer.impl.dual_chunk is not None,
-    )
-
-
-@torch.inference_mode()
-def _serve(
-    layer: Any,
-    inputs: Inputs,
-    patterns: Sequence[HeadPattern],
-    dtype: torch.dtype,
-    run: Callable[[torch.Tensor], None],
-) -> None:
-    """Have ``run`` write the chunk's attention."""
-    out = torch.empty(inputs.query.shape, dtype=dtype, device=inputs.query.device)
-    try:
-        run(out)
-        if out.device.type == "cuda":
-            torch.cuda.synchronize(out.device)
-    except Exception as error:
-        variant = _variant(layer, inputs, patterns)
-        raise RuntimeError(f"minference: kernels for layers of {variant} do not run here: {error}") from error
+    if (variant, kernel.name) not in _ready:
+        run_named(variant, inputs, dtype, run)
+        _ready.add((variant, kernel.name))

@@ -200,6 +200,7 @@ def kernels() -> Iterator[Finding]:
     import torch
 
     from minference_vllm.backend import compat, gpu_parent
+    from minference_vllm.kernels import choice_cache
     from minference_vllm.kernels.native import library
 
     if compat.vllm_platform().is_cuda():
@@ -210,6 +211,9 @@ def kernels() -> Iterator[Finding]:
             yield Finding("--", "kernel block_table", why)
         yield Finding("--", "kernel native", "runs on CPUs")
         yield gpu_triton()
+        if parent == "FLASH_ATTN":
+            kept = choice_cache.default_folder()
+            yield Finding("ok", "kernel auto", f"the fastest for each layer, timed when vLLM starts; kept in {kept}")
         return
     yield cpu_block_table()
     reason = library.unavailable_reason()

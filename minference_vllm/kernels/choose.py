@@ -18,13 +18,15 @@ from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.selection.torch_scores import TorchScores
 
 KERNELS = ("auto", "block_table", "native", "triton")
+GPU_KERNELS = ("triton", "block_table")
+"""Those that run on GPUs; where nothing has been timed ``auto`` is the first that can serve the cache."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TRITON_HEAD_SIZE = 256
 NO_LSE = "the remainder needs every row's log-sum-exp, which vLLM's CPU kernel does not give and kernel 'native' does"
 
 
 def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = False, own: bool = False) -> Kernel:
-    """The named kernel, or for ``auto`` the fastest that can serve this cache.
+    """The named kernel, or for ``auto`` the fastest that can serve this cache; on GPUs the first of ``candidates``.
 
     On processors with AMX vLLM's own kernel is faster than ours, which has no AMX path. ``triton`` runs on GPUs, and on
     CPUs in Triton's interpreter, for tests.
@@ -40,7 +42,7 @@ def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = Fa
         ValueError: the kernel cannot run; the message says why.
     """
     if cache.key.is_cuda or name == "triton":
-        return _on_gpu("triton" if name == "auto" else name, dtype, cache)
+        return _on_gpu(name, dtype, cache, own)[0]
     reason = library.unsupported_cache_reason(dtype, cache)
     if name == "auto":
         name = "block_table" if reason or (cache.layout == "amx" and not (with_lse or own)) else "native"
@@ -95,13 +97,27 @@ def own_kernel_reason(name: str, dtype: torch.dtype, head_size: int, block_size:
     return reason and f"kernel 'native' cannot run: {reason}"
 
 
-def _on_gpu(name: str, dtype: torch.dtype, cache: PagedCache) -> Kernel:
+def candidates(name: str, dtype: torch.dtype, cache: PagedCache, own: bool = False) -> list[Kernel]:
+    """The kernels of which the fastest is to be found by timing them: on a GPU, for ``auto``, all that can serve this
+    cache; else the one that ``choose`` gives. Arguments and errors as ``choose`` has them."""
+    if name == "auto" and cache.key.is_cuda:
+        return _on_gpu(name, dtype, cache, own)
+    return [choose(name, dtype, cache, own=own)]
+
+
+def _on_gpu(name: str, dtype: torch.dtype, cache: PagedCache, own: bool) -> list[Kernel]:
+    """The named kernel, or for ``auto`` all that can serve the cache, in the order of ``GPU_KERNELS``."""
     if name == "native":
         raise ValueError(f"kernel 'native' cannot run: it runs on CPUs; tensors on {cache.key.device} need 'triton'")
-    reason = flash.unsupported_cache_reason(dtype, cache) if name == "block_table" else triton_reason(cache)
-    if reason:
-        raise ValueError(f"kernel {name!r} cannot run: {reason}")
-    return _block_table_on_gpu() if name == "block_table" else _triton()
+    names = [name] if name != "auto" else ["triton"] if own else list(GPU_KERNELS)
+    reasons = {
+        name: flash.unsupported_cache_reason(dtype, cache) if name == "block_table" else triton_reason(cache)
+        for name in names
+    }
+    able = [name for name, reason in reasons.items() if reason is None]
+    if not able:
+        raise ValueError("; ".join(f"kernel {name!r} cannot run: {reason}" for name, reason in reasons.items()))
+    return [_block_table_on_gpu() if name == "block_table" else _triton() for name in able]
 
 
 def description(kernel: Kernel, wanted: str, dtype: torch.dtype, cache: PagedCache) -> str:

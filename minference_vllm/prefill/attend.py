@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.remainder import Remainder
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling, whole_tile
 from minference_vllm.kernels.kernel import Kernel
@@ -17,7 +18,7 @@ from minference_vllm.prefill.recall import Recall, RecallCheck, chunk_recall
 from minference_vllm.prefill.timing import TimedScores, Timing
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.capacity import plan_capacity
-from minference_vllm.selection.compaction import EXACT_WIDTH
+from minference_vllm.selection.compaction import EXACT_WIDTH, Capacity
 from minference_vllm.selection.torch_scores import TorchScores
 
 
@@ -39,6 +40,14 @@ _tiling = functools.lru_cache(maxsize=64)(Tiling.of)
 _capacity = functools.lru_cache(maxsize=256)(plan_capacity)
 
 
+def capacity_for(tiling: Tiling, patterns: Sequence[HeadPattern], kernel: Kernel) -> Capacity:
+    """The room for the index of a chunk, as the kernel takes it."""
+    if not kernel.planned:
+        return EXACT_WIDTH
+    sizes = tiling.context_len, tiling.seq_len, tiling.block_size, tiling.tile, tiling.column_multiple
+    return _capacity(tuple(patterns), *sizes, kernel.lists_everything)
+
+
 def select(
     inputs: Inputs,
     patterns: Sequence[HeadPattern],
@@ -54,8 +63,7 @@ def select(
     """
     timing = timing or Timing()
     tiling = tiling_for(inputs, kernel, tile)
-    sizes = tiling.context_len, tiling.seq_len, tiling.block_size, tiling.tile, tiling.column_multiple
-    capacity = _capacity(tuple(patterns), *sizes, kernel.lists_everything) if kernel.planned else EXACT_WIDTH
+    capacity = capacity_for(tiling, patterns, kernel)
     with timing.stage("index"):
         return build_index(
             tiling, patterns, TimedScores(scores, timing), capacity, inputs.group if kernel.planned else 1
@@ -115,13 +123,23 @@ def attend_chunk(
     if with_remainder:
         with timing.stage("index"):
             left_out = (kernel.remainder or remainder.of_heads)(inputs, index, with_remainder)
-    afterwards = left_out is not None and kernel.run_with_remainder is None
-    lse = out.new_empty(inputs.num_heads, len(out), dtype=torch.float32) if afterwards else None
     with timing.stage("attend"):
-        if left_out is not None and kernel.run_with_remainder is not None:
-            kernel.run_with_remainder(inputs, index, out, lse, left_out)
-        else:
-            kernel.run(inputs, index, out, lse)
-            if left_out is not None and lse is not None:
-                remainder.add(inputs, index, left_out, out, lse)
+        run_index(inputs, index, kernel, out, left_out)
     return index
+
+
+def run_index(
+    inputs: Inputs, index: SparseIndex, kernel: Kernel, out: torch.Tensor, left_out: Remainder | None = None
+) -> None:
+    """Sparse attention of one chunk under an index that is there, written to ``out`` (``[chunk, H, D]``).
+
+    Args:
+        left_out: the remainder of every tile, which the kernel adds, or what it computed is merged with.
+    """
+    if left_out is not None and kernel.run_with_remainder is not None:
+        kernel.run_with_remainder(inputs, index, out, None, left_out)
+        return
+    lse = None if left_out is None else out.new_empty(inputs.num_heads, len(out), dtype=torch.float32)
+    kernel.run(inputs, index, out, lse)
+    if left_out is not None and lse is not None:
+        remainder.add(inputs, index, left_out, out, lse)

@@ -14,7 +14,7 @@ import torch
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import Antidiagonal
 from minference_vllm.selection.compaction import Capacity, Selection
-from minference_vllm.selection.family import Family
+from minference_vllm.selection.family import Family, Room
 from minference_vllm.selection.probe_queries import logits
 from minference_vllm.selection.scores import Scores
 
@@ -116,6 +116,9 @@ class AntidiagonalFamily(Family[Antidiagonal]):
         self, pattern: Antidiagonal, heads: Sequence[int], tiling: Tiling, scores: Scores, capacity: Capacity
     ) -> Selection:
         return Selection(covering_blocks(tiling, scores.antidiagonal(heads, tiling, pattern.stride), pattern.tau))
+
+    def room(self, pattern: Antidiagonal, block_size: int, adaptive: int) -> Room:
+        return Room(adaptive, 0)
 
     def kernel_sizes(self, pattern: Antidiagonal) -> tuple[int, ...]:
         return (pattern.stride,)

@@ -20,6 +20,11 @@ ADAPTIVE_BYTES = 64 << 20
 that wants more is dense."""
 
 
+def adaptive_room(num_heads: int, tiles: int) -> int:
+    """Blocks, and likewise columns, of a head and tile whose budget the data decide, see ``Family.room``."""
+    return max(FORCED_COLUMNS, ADAPTIVE_BYTES // (4 * num_heads * tiles))
+
+
 def plan_capacity(
     patterns: Sequence[HeadPattern],
     context_len: int,
@@ -38,7 +43,7 @@ def plan_capacity(
     """
     key_blocks = -(-seq_len // block_size)
     tiles = -(-seq_len // tile) - context_len // tile
-    adaptive = max(FORCED_COLUMNS, ADAPTIVE_BYTES // (4 * len(patterns) * tiles))
+    adaptive = adaptive_room(len(patterns), tiles)
     blocks, columns = 1, 1
     for pattern in set(patterns):
         family = family_of(pattern)

@@ -12,7 +12,7 @@ import torch
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import PeakThreshold
 from minference_vllm.selection.compaction import Capacity, Selection
-from minference_vllm.selection.family import Family
+from minference_vllm.selection.family import Family, Room
 from minference_vllm.selection.probe_queries import logits
 from minference_vllm.selection.scores import Scores
 from minference_vllm.selection.static import sink_and_local_blocks
@@ -75,6 +75,9 @@ class PeakThresholdFamily(Family[PeakThreshold]):
         self, pattern: PeakThreshold, heads: Sequence[int], tiling: Tiling, scores: Scores, capacity: Capacity
     ) -> Selection:
         return Selection(peak_blocks(tiling, scores.peaks(heads, tiling), pattern))
+
+    def room(self, pattern: PeakThreshold, block_size: int, adaptive: int) -> Room:
+        return Room(adaptive, 0)
 
 
 FAMILY = PeakThresholdFamily()

@@ -78,13 +78,16 @@ def test_kernels_are_compiled_with_the_builder_on_a_gpu_alone(
     from minference_vllm.backend import gpu
 
     calls: list[tuple[Any, ...]] = []
+    chosen: list[tuple[Any, ...]] = []
     monkeypatch.setattr(gpu, "warm_up", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(gpu, "choose_kernels", lambda *arguments: chosen.append((*arguments, len(calls))))
     layer = make_gpu_layer([(0, 400)])
-    assert not calls
+    assert not calls and not chosen
     dense = SimpleNamespace(layer_name="somebody else's", impl=SimpleNamespace(dense_only=True))
     layer.make_builder(layer.layer, dense, device="cuda")
     assert layer.impl.sparse_layer.kernel.name == "triton"
     assert calls == [([layer.layer], layer.spec, DTYPE, layer.impl.runtime.settings, torch.device("cuda"))]
+    assert chosen == [([layer.layer], layer.spec, layer.config, torch.device("cuda"), 0)], "before they are compiled"
 
 
 @only("FlashAttention")
@@ -101,7 +104,8 @@ def test_the_kernels_that_run_are_logged(
 ) -> None:
     from minference_vllm.backend import gpu
 
-    monkeypatch.setattr(gpu, "warm_up", lambda *arguments: None)
+    for step in ("warm_up", "choose_kernels"):
+        monkeypatch.setattr(gpu, step, lambda *arguments: None)
     lines = record_once(monkeypatch)
     make_gpu_layer([(0, 400)], settings={"kernel": kernel}, device="cuda")
     (line,) = [line for line in lines if "patterns from" in line]

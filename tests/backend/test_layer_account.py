@@ -20,8 +20,9 @@ from minference_vllm.backend.serving import SparseLayer, serve_chunk
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
+from minference_vllm.kernels.autotune import Budget, Trial
 from minference_vllm.kernels.block_table import flash
-from minference_vllm.kernels.choose import choose
+from minference_vllm.kernels.choose import candidates, choose
 from minference_vllm.patterns.discovery import default_pattern
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.patterns.kinds import (
@@ -35,8 +36,10 @@ from minference_vllm.patterns.kinds import (
     TriShape,
     VerticalSlash,
 )
+from minference_vllm.prefill import kernel_trial
 from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.prefill.recall import RecallCheck, audited_rows
+from minference_vllm.selection import spread
 from minference_vllm.selection.capacity import MEMORY_LIMIT
 from minference_vllm.settings import Settings
 
@@ -166,6 +169,45 @@ def test_the_block_table_kernel_waits_for_nothing(name: str, monkeypatch: pytest
 
     monkeypatch.setattr(flash, "_flash_attention", lambda: attend)
     Serving(monkeypatch, 1 << 15, audit_rows=0, kernel="block_table").serve(MIXTURES[name])
+
+
+@pytest.mark.parametrize("name", ["default_cuda", "a_shape", "antidiagonal", "mixed"])
+@pytest.mark.parametrize("page", [16, PAGE])
+def test_timing_kernels_takes_no_more_than_was_taken_for_it(
+    name: str, page: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside what serving such a chunk takes; ``backend/warmup.py`` takes both while vLLM measures memory."""
+
+    def attend(q: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty_like(q), torch.empty(q.shape[1], len(q), device="meta")
+
+    monkeypatch.setattr(flash, "_flash_attention", lambda: attend)
+    monkeypatch.setattr(spread.torch, "Generator", lambda device: torch.default_generator)
+    monkeypatch.setattr(spread.torch, "rand", lambda *size, device, **options: torch.empty(size, device=device))
+    seq_len = kernel_trial.SEQ_LEN
+    with DeviceAccount(monkeypatch):
+        memory = torch.empty(4, KV_HEADS, page, 2 * DIM, dtype=torch.bfloat16, device="meta")
+        cache = PagedCache(memory[..., :DIM], memory[..., DIM:], "rows")
+        query = torch.empty(CHUNK, HEADS, DIM, dtype=torch.bfloat16, device="meta")
+        table = torch.empty(seq_len // page, dtype=torch.int64, device="meta")
+        inputs = Inputs.of(query, cache, table, Chunk(0, 0, seq_len - CHUNK, seq_len), DIM**-0.5)
+        kernels = candidates("auto", torch.bfloat16, cache)
+        assert len(kernels) == 2
+        taken = []
+        for kernel in kernels:
+            with LiveBytes(query, inputs.pages, memory) as served:
+                attend_chunk(inputs, MIXTURES[name], kernel, torch.empty_like(query))
+            taken.append(served.peak)
+
+        def clock(run: Any) -> float:
+            run()
+            return 1.0
+
+        trial = Trial([kernel.name for kernel in kernels], clock, Budget(1e9))
+        with LiveBytes(query, inputs.pages, memory) as timed:
+            kernel_trial.run_trial(trial, kernels, inputs, MIXTURES[name], None)
+    assert not trial.failed and len(trial.medians) == len(kernel_trial.DENSITIES)
+    assert timed.peak + kernel_trial.PAGE_BYTES <= max(taken) + kernel_trial.MEMORY, f"{timed.peak >> 20} MiB, {taken}"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import pytest
 from gpu_check import MINUTES, QUICK_MINUTES, Command, Done, Skipped
 from peers import PEERS, Kind, Size
 
+from minference_vllm.kernels import choice_cache
+
 CONTEXTS = gpu_check.CONTEXTS
 
 
@@ -110,12 +112,24 @@ def test_what_needs_vllm_or_matplotlib_or_rows_is_skipped_without(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(gpu_check, "installed", lambda module: False)
-    for step, missing in (("engine", "vLLM"), ("ttft", "vLLM"), ("plot", "matplotlib")):
+    for step, missing in (("choice", "vLLM"), ("engine", "vLLM"), ("ttft", "vLLM"), ("plot", "matplotlib")):
         (item,) = gpu_check.items_of(step, False, CONTEXTS[-1])
         assert isinstance(item, Skipped) and f"{missing} is not installed" in item.reason
     monkeypatch.setattr(gpu_check, "installed", lambda module: True)
     (item,) = gpu_check.items_of("plot", False, CONTEXTS[-1], tmp_path)
     assert item == Skipped("picture of the attention rows", "there are no rows")
+
+
+def test_the_kernels_that_engines_took_on_this_gpu_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(gpu_check.torch.cuda, "get_device_name", lambda: "a GPU")
+    choice = choice_cache.Choice("triton", {"triton": 0.002, "block_table": 0.003})
+    for gpu, layer in (("a GPU", "32 heads"), ("another", "8 heads")):
+        key = {"gpu": gpu, "layer": layer, "vllm": "0.33.0", "torch": "2.14.0", "chunk_len": 8192, "seq_len": 65536}
+        choice_cache.store(choice_cache.default_folder(), key, choice)
+    (line,) = gpu_check.kept_choices()
+    assert line.startswith("auto chose 'triton' 2.00 ms, 'block_table' 3.00 ms (1.50 times as long), for the last 8192")
+    assert line.endswith("layers of 32 heads; vllm 0.33.0, torch 2.14.0")
 
 
 def python(code: str, *environment: tuple[str, str]) -> Command:
@@ -188,14 +202,17 @@ def test_every_command_of_a_rehearsal_runs_without_a_gpu(tmp_path: Path) -> None
 
 @pytest.mark.timeout(600)
 def test_a_rehearsal(tmp_path: Path) -> None:
-    """Attention on 128 tokens, each of our kernels checked against float64, and the picture of its rows."""
+    """The kernel of ``auto``, attention on 128 tokens, each of our kernels checked against float64, and the picture of
+    its rows."""
     pytest.importorskip("triton")
     pytest.importorskip("vllm")
-    words = [sys.executable, "tools/gpu_check.py", "--rehearse", "--quick", "--only", "attention", "plot"]
+    words = [sys.executable, "tools/gpu_check.py", "--rehearse", "--quick", "--only", "choice", "attention", "plot"]
     done = subprocess.run(words, cwd=gpu_check.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith("kernel=")]
     assert {line.split()[0] for line in rows} == {"kernel=triton", "kernel=block_table"}
+    kinds = [line for line in done.stdout.splitlines() if line.startswith("pages of ")]
+    assert len(kinds) == 6 and all("'triton' " in line and "'block_table' " in line for line in kinds)
     *before, header, first = done.stdout.split("\n\n")[-1].splitlines()[:2]
     assert not before and header.split()[:4] == ["context", "goal", "layer", "met"]
     # A row that stands for 32K tokens.

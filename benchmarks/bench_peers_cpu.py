@@ -1,0 +1,239 @@
+"""vLLM's dense CPU engine, minference, and OpenVINO GenAI, dense and with its two kinds of sparse prefill: the time to
+the first token of the same prompts, and the answers.
+
+All engines run on the same cores, one at a time; the others stand still. A prompt ends with a question about something
+in it: questions of ``examples/demo/tasks.py`` for the bundled model, for other models a number planted in a book. A
+row is right when it writes the answer. OpenVINO lives in an environment of its own:
+
+    python3.11 -m venv openvino-env
+    openvino-env/bin/pip install torch openvino-genai "optimum-intel[openvino]" "transformers<5.6"
+    python benchmarks/bench_peers_cpu.py --openvino openvino-env/bin/python --csv benchmarks/results/peers_cpu.csv
+
+vLLM reads prompts in chunks of ``--chunk`` tokens; OpenVINO's sparse prefill wants the whole prompt in one step. Both
+hold weights, products and cache in ``--dtype`` (OpenVINO would otherwise keep its cache in 8 bits).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tasks
+from bench_answers import DEMO, TASKS
+from engine_process import ENVIRONMENT, Engine, end_with_us
+from record import emit
+
+from minference_vllm.offline.evaluate.tasks import Passages
+from minference_vllm.offline.texts import load_text
+
+OPENVINO = Path(__file__).with_name("openvino_engine.py")
+PRECISION = {"bfloat16": "bf16", "float32": "f32"}
+MODES = ("dense", "XATTENTION", "TRISHAPE")
+
+
+class Question(NamedTuple):
+    ids: list[int]
+    answer: str
+
+
+class Answer(NamedTuple):
+    ttft: float
+    """Seconds."""
+    tokens: list[int]
+
+
+Ask = Callable[[list[int], int], Answer]
+
+
+def book_questions(tokenizer: Any, tokens: int, count: int) -> list[Question]:
+    """A number planted in a passage of a book, asked for at the end."""
+    passages = Passages(tokenizer, load_text("opticks")[1], "opticks")
+    found = []
+    for number in range(count):
+        prompt = passages.planted(number, count, tokens, tokens, ["end"])
+        (answer,) = prompt.answers
+        expected = prompt.ids[answer.first : answer.first + answer.tokens].tolist()
+        found.append(Question(prompt.ids[: answer.first].tolist(), tokenizer.decode(expected)))
+    return found
+
+
+def bundled_questions(tokenizer: Any, task: str, tokens: int, count: int) -> list[Question]:
+    prompts = [TASKS[task].questions(tokens, 1, 1000 + number)[0] for number in range(count)]
+    return [Question(tokenizer(prompt.text).input_ids, prompt.answer) for prompt in prompts]
+
+
+class OpenVino:
+    """One engine of the peer, in a process of its own."""
+
+    def __init__(self, args: argparse.Namespace, model: Path, mode: str, tokens: int, log: Path) -> None:
+        self.log = log
+        values = [str(model), mode, PRECISION[args.dtype], str(tokens), str(args.cache_gib)]
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [args.openvino, str(OPENVINO), "serve", *values],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+            )
+        self.version = str(self._read()["version"])
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
+            sys.exit(f"OpenVINO ended; the end of its log:\n{tail}")
+        read: dict[str, Any] = json.loads(line)
+        return read
+
+    def ask(self, ids: list[int], tokens: int) -> Answer:
+        assert self.process.stdin is not None
+        print(json.dumps({"ids": ids, "tokens": tokens}), file=self.process.stdin, flush=True)
+        read = self._read()
+        return Answer(read["ttft"], read["tokens"][:tokens])
+
+    def stop(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def vllm_engine(args: argparse.Namespace, name: str, tokens: int, folder: Path) -> Engine:
+    options: dict[str, Any] = {
+        "model": args.model,
+        "dtype": args.dtype,
+        "max_model_len": tokens,
+        "max_num_batched_tokens": args.chunk,
+        "max_num_seqs": 1,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }
+    if args.yarn:
+        options["hf_overrides"] = yarn(args.model, args.yarn)
+    if name == "minference":
+        settings = {"min_context": args.min_context, "log_interval": 0}
+        options |= {"attention_backend": "minference", "additional_config": {"minference": settings}}
+    environment = ENVIRONMENT | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": str(args.cache_gib)}
+    return Engine(name, options, environment, folder / f"{name}.log")
+
+
+def yarn(model: str, factor: float) -> dict[str, Any]:
+    """What a configuration needs for ``factor`` times its context."""
+    config = json.loads((Path(model) / "config.json").read_text())
+    length = config["max_position_embeddings"]
+    rope = dict(config.get("rope_parameters") or {"rope_theta": config["rope_theta"]})
+    rope |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
+    return {"max_position_embeddings": int(length * factor), "rope_parameters": rope}
+
+
+def exported(args: argparse.Namespace, folder: Path) -> Path:
+    """The model as OpenVINO reads it."""
+    source, target = Path(args.model), folder / "openvino"
+    if args.yarn:
+        changed = folder / "checkpoint"
+        changed.mkdir()
+        for file in source.iterdir():
+            (changed / file.name).symlink_to(file.resolve())
+        config = json.loads((source / "config.json").read_text()) | yarn(args.model, args.yarn)
+        (changed / "config.json").unlink()
+        (changed / "config.json").write_text(json.dumps(config))
+        source = changed
+    command = [args.openvino, str(OPENVINO), "export", str(source), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"OpenVINO cannot read the model:\n{done.stderr[-2000:]}")
+    return target
+
+
+def engines(args: argparse.Namespace, tokens: int, folder: Path) -> Iterator[tuple[str, str, Ask]]:
+    """Name, version ("" of what this environment has) and how to ask; each is stopped when the next is wanted."""
+    for name in ("vllm", "minference"):
+        engine = vllm_engine(args, name, tokens, folder)
+        try:
+            engine.start()
+
+            def ask(ids: list[int], count: int, engine: Engine = engine) -> Answer:
+                timed = engine.ask(ids, count - 1)
+                return Answer(timed.ttft, timed.tokens)
+
+            yield name, "", ask
+        finally:
+            engine.stop()
+    model = exported(args, folder)
+    for mode in MODES:
+        peer = OpenVino(args, model, mode, tokens, folder / f"{mode}.log")
+        try:
+            yield f"openvino {mode}", peer.version, peer.ask
+        finally:
+            peer.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--openvino", required=True, help="Python of an environment that has openvino-genai")
+    parser.add_argument("--model", default=str(DEMO / "model"), help="the bundled model, or a checkpoint's folder")
+    parser.add_argument("--tokens", type=int, default=32768, help="of a prompt")
+    parser.add_argument("--yarn", type=float, default=0.0, help="factor of the model's context")
+    parser.add_argument("--task", choices=["needle", "key-value"], default="key-value", help="of the bundled model")
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--chunk", type=int, default=2048, help="vLLM's max_num_batched_tokens")
+    parser.add_argument("--min-context", type=int, default=8192, help="minference's setting")
+    parser.add_argument("--dtype", choices=list(PRECISION), default="bfloat16")
+    parser.add_argument("--answer-tokens", type=int, default=8)
+    parser.add_argument("--cache-gib", type=int, default=4)
+    parser.add_argument("--json", action="store_true", help="one JSON object per row")
+    parser.add_argument("--csv", default=None, help="append rows to this file")
+    args = parser.parse_args()
+    end_with_us()
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    bundled = Path(args.model).resolve() == (DEMO / "model").resolve()
+    task = args.task if bundled else "book"
+    questions = (
+        bundled_questions(tokenizer, task, args.tokens, args.prompts)
+        if bundled
+        else book_questions(tokenizer, args.tokens, args.prompts)
+    )
+    room = math.ceil((max(len(question.ids) for question in questions) + args.answer_tokens + 1) / 128) * 128
+    dense: dict[str, list[list[int]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, version, ask in engines(args, room, Path(folder)):
+            ask(questions[0].ids[: min(2048, args.tokens)], 2)  # warm-up
+            answers = [ask(question.ids, args.answer_tokens) for question in questions]
+            texts = [tokenizer.decode(answer.tokens) for answer in answers]
+            right = [tasks.grade(text, question.answer) for text, question in zip(texts, questions, strict=True)]
+            product = name.split()[0].replace("minference", "vllm")
+            base = dense.setdefault(product, [answer.tokens for answer in answers])
+            emit(
+                {
+                    "model": "bundled" if bundled else Path(args.model).name,
+                    "task": task,
+                    "tokens": args.tokens,
+                    "dtype": args.dtype,
+                    "engine": name,
+                    "ttft_s": statistics.median(answer.ttft for answer in answers),
+                    "ttft_min_s": min(answer.ttft for answer in answers),
+                    "ttft_max_s": max(answer.ttft for answer in answers),
+                    "prompts": len(answers),
+                    "right": sum(right),
+                    "as_dense": sum(a.tokens == b for a, b in zip(answers, base, strict=True)),
+                    "openvino": version,
+                },
+                args.json,
+                args.csv,
+            )
+
+
+if __name__ == "__main__":
+    main()
