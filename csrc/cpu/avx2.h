@@ -26,6 +26,17 @@ inline Floats load(const float* in) { return _mm256_loadu_ps(in); }
 inline void store(float* out, Floats x) { _mm256_storeu_ps(out, x); }
 inline Floats repeat(float x) { return _mm256_set1_ps(x); }
 inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+inline Floats square_root(Floats x) { return _mm256_sqrt_ps(x); }
+inline Factor to_factor(float x) { return x; }
+inline float to_float(Factor x) { return x; }
+
+// Rounded to nearest, ties to even; from -128 to 127.
+inline void store_bytes(int8_t* out, Floats x) {
+  const __m256i whole = _mm256_cvtps_epi32(x);
+  const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(shorts, shorts));
+}
 
 inline float reduce_max(Floats x) {
   __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

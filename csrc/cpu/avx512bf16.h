@@ -27,6 +27,8 @@ inline Floats load(const float* in) { return _mm512_loadu_ps(in); }
 inline void store(float* out, Floats x) { _mm512_storeu_ps(out, x); }
 inline Floats repeat(float x) { return _mm512_set1_ps(x); }
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats square_root(Floats x) { return _mm512_sqrt_ps(x); }
 inline float reduce_max(Floats x) { return _mm512_reduce_max_ps(x); }
 inline float reduce_add(Floats x) { return _mm512_reduce_add_ps(x); }
 
@@ -73,6 +75,25 @@ inline Floats multiply_add(Floats left, Floats right, Floats sum) {
 inline Floats widen(const bf16* in) {
   const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+}
+
+// Rounded to nearest, ties to even.
+inline Factor to_factor(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<Factor>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float to_float(Factor x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Rounded to nearest, ties to even; from -128 to 127.
+inline void store_bytes(int8_t* out, Floats x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
 inline void copy_factors(const bf16* in, Factor* out, int count) { std::memcpy(out, in, count * sizeof(Factor)); }

@@ -85,6 +85,9 @@ TABLE(RowArguments, FIELD(cache), FIELD(query), FIELD(query_token_stride), FIELD
 TABLE(RowWeightArguments, FIELD(row_arguments), FIELD(weights));
 TABLE(ColumnDiagonalArguments, FIELD(row_arguments), FIELD(group_starts), FIELD(columns), FIELD(diagonals),
       FIELD(num_groups));
+TABLE(KeyCodeArguments, FIELD(cache), FIELD(pages), FIELD(heads), FIELD(to_key), FIELD(center), FIELD(codes),
+      FIELD(seq_len), FIELD(num_heads), FIELD(num_wanted), FIELD(rank), FIELD(max_code), FIELD(max_norm),
+      FIELD(threads));
 TABLE(QuantizedQK, FIELD(query), FIELD(keys), FIELD(dequant_scale), FIELD(chunk), FIELD(seq_len), FIELD(heads),
       FIELD(rank), FIELD(bins_per_bit), FIELD(threads));
 TABLE(TileScoreBinArguments, FIELD(qk), FIELD(min_bin), FIELD(bins), FIELD(tile_starts), FIELD(tiles), FIELD(tile));
@@ -118,9 +121,10 @@ extern "C" const char* minference_describe_interface() {
   using namespace minference;
   static const std::string text =
       describe<Cache>() + describe<AttendArguments>() + describe<RowArguments>() + describe<RowWeightArguments>() +
-      describe<ColumnDiagonalArguments>() + describe<QuantizedQK>() + describe<TileScoreBinArguments>() +
-      describe<RowMassArguments>() + describe<BinMassArguments>() + describe<KeyArguments>() + FUNCTION(attend) +
-      FUNCTION(row_weights) + FUNCTION(column_diagonal_scores) + FUNCTION(tile_score_bins) + FUNCTION(row_mass) +
-      FUNCTION(mass_by_bin) + FUNCTION(page_counts) + FUNCTION(keys_above);
+      describe<ColumnDiagonalArguments>() + describe<KeyCodeArguments>() + describe<QuantizedQK>() +
+      describe<TileScoreBinArguments>() + describe<RowMassArguments>() + describe<BinMassArguments>() +
+      describe<KeyArguments>() + FUNCTION(attend) + FUNCTION(row_weights) + FUNCTION(column_diagonal_scores) +
+      FUNCTION(key_codes) + FUNCTION(tile_score_bins) + FUNCTION(row_mass) + FUNCTION(mass_by_bin) +
+      FUNCTION(page_counts) + FUNCTION(keys_above);
   return text.c_str();
 }

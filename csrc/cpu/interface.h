@@ -100,6 +100,22 @@ struct ColumnDiagonalArguments {
   int32_t num_groups;
 };
 
+// All keys of a sequence in few dimensions, as int8 (quantize_keys in Python).
+struct KeyCodeArguments {
+  Cache cache;
+  const int64_t* pages;  // [logical blocks], the physical page of each
+  const int32_t* heads;  // [num_wanted], query heads
+  const float* to_key;   // [num_wanted][head_size][rank], the projection
+  const float* center;   // [num_wanted][rank], the projection of the mean key
+  int8_t* codes;         // [num_wanted][seq_len][rank], written
+  int64_t seq_len;
+  int32_t num_heads, num_wanted;
+  int32_t rank;      // at most 256
+  int32_t max_code;  // largest element
+  float max_norm;    // longer keys are shortened to it
+  int32_t threads;
+};
+
 // Queries and keys of few dimensions as int8 (QuantizedQK in Python). A key's score bin is
 //   254 + (product - approx_lse) * dequant_scale / 2^15
 // rounded and clamped to [0, 254], where approx_lse is the log-sum-exp of the row's products, see low_rank.cpp. Keys in
@@ -167,6 +183,9 @@ void minference_attend(const minference::AttendArguments* arguments);
 // Exact attention of some rows: every weight, or the weights summed per column and per diagonal.
 void minference_row_weights(const minference::RowWeightArguments* arguments);
 void minference_column_diagonal_scores(const minference::ColumnDiagonalArguments* arguments);
+
+// Keys in few dimensions.
+void minference_key_codes(const minference::KeyCodeArguments* arguments);
 
 // Score bins per tile, and how much of some rows' attention lies in each bin that the row itself gives the keys.
 void minference_tile_score_bins(const minference::TileScoreBinArguments* arguments);

@@ -38,6 +38,44 @@ struct Workspace {
   std::vector<int16_t> approx_lse;     // [rows], in units of a product
   std::vector<int16_t> visible;        // [rows], how many keys of the current block a row sees
   std::vector<int64_t> position;       // [rows]
+  std::vector<const int8_t*> bytes;    // [rows], each row's rank int8
+};
+
+// Keys of all heads in blocks of kPeakKeys, [heads][blocks][rank / kBytes][kPeakKeys][kBytes] as uint8 with 128 added:
+// the keys of a block are in the lanes of kKeyVectors vectors, in the order in which pack_sums wants their sums.
+class KeysInLanes {
+ public:
+  explicit KeysInLanes(const QuantizedQK& qk)
+      : qk_(qk),
+        blocks_((qk.seq_len + kPeakKeys - 1) / kPeakKeys),
+        bytes_(new int8_t[static_cast<size_t>(qk.heads * blocks_ * kPeakKeys) * qk.rank]) {}
+
+  int64_t tasks() const { return qk_.heads * blocks_; }
+
+  void fill(int64_t task) {
+    const int64_t head = task / blocks_, first = task % blocks_ * kPeakKeys;
+    int8_t* block = bytes_.get() + task * kPeakKeys * qk_.rank;
+    for (int n = 0; n < kPeakKeys; ++n) {
+      // Past the last key this one once more: nobody asks for what becomes of it.
+      const int8_t* key = qk_.keys + (head * qk_.seq_len + std::min(first + n, qk_.seq_len - 1)) * qk_.rank;
+      int8_t* place = block + (n / kShorts * kShorts + place_of_sum(n % kShorts)) * kBytes;
+      for (int k = 0; k < qk_.rank; k += kBytes, place += kPeakKeys * kBytes) {
+        Sum bytes;
+        std::memcpy(&bytes, key + k, kBytes);
+        bytes ^= static_cast<Sum>(0x80808080);
+        std::memcpy(place, &bytes, kBytes);
+      }
+    }
+  }
+
+  const int8_t* block(int head, int64_t block) const {
+    return bytes_.get() + (head * blocks_ + block) * kPeakKeys * qk_.rank;
+  }
+
+ private:
+  const QuantizedQK& qk_;
+  int64_t blocks_;
+  std::unique_ptr<int8_t[]> bytes_;
 };
 
 // Some rows of one head, and their products with the keys.
@@ -59,9 +97,10 @@ class Rows {
     w_.dequant_scale.assign(padded, kMax);
     w_.position.assign(padded, 0);
     w_.visible.resize(padded);
+    w_.bytes.resize(count);
     for (int r = 0; r < count; ++r) {
       const int64_t place = head_ * qk_.chunk + row_of(r);
-      const int8_t* row = qk_.query + place * qk_.rank;
+      const int8_t* row = w_.bytes[r] = qk_.query + place * qk_.rank;
       for (int k = 0; k < qk_.rank; k += kBytes) std::memcpy(&w_.query[k * padded + kBytes * r], row + k, kBytes);
       // Keys are loaded with 128 added, which this offset cancels. Sums of 16 bits may wrap around on the way: the
       // final product fits.
@@ -113,6 +152,22 @@ class Rows {
       }
     }
     sum_peaks(blocks);
+  }
+
+  // The bins, less kTopBin, that row r gives the keys of a block, which are in lanes.
+  [[gnu::always_inline]] void bins_of_row(int64_t r, const int8_t* keys, Shorts* bins) const {
+    constexpr int kVectors = kPeakKeys / kSums;
+    Sums sum[kVectors];
+    unrolled<kVectors>([&]<int V>() { sum[V] = repeat_sum(w_.offset[r]); });
+    const int8_t* query = w_.bytes[r];
+    for (int k = 0; k < qk_.rank; k += kBytes, keys += kPeakKeys * kBytes) {
+      const Sums row = repeat_bytes(query + k);
+      unrolled<kVectors>(
+          [&]<int V>() { sum[V] = multiply_add_bytes(load_bytes(keys + V * kSums * kBytes), row, sum[V]); });
+    }
+    const Shorts lse = repeat(w_.approx_lse[r]), scale = repeat(w_.dequant_scale[r]);
+    unrolled<kKeyVectors>(
+        [&]<int V>() { bins[V] = scaled_difference(pack_sums(sum + V * kShorts / kSums), lse, scale); });
   }
 
  private:
@@ -176,40 +231,6 @@ class Rows {
 // The bin of a key that is `bins` above approx_lse.
 int to_bin(int bins) { return std::clamp(kTopBin + bins, 0, kTopBin); }
 
-// Keys of all heads in blocks of kPeakKeys, [heads][blocks][rank / kBytes][kPeakKeys][kBytes] as uint8 with 128 added:
-// the keys of a block are in the lanes of kKeyVectors vectors, in the order in which pack_sums wants their sums.
-class KeysInLanes {
- public:
-  explicit KeysInLanes(const QuantizedQK& qk)
-      : qk_(qk),
-        blocks_((qk.seq_len + kPeakKeys - 1) / kPeakKeys),
-        bytes_(new int8_t[static_cast<size_t>(qk.heads * blocks_ * kPeakKeys) * qk.rank]) {}
-
-  int64_t tasks() const { return qk_.heads * blocks_; }
-
-  void fill(int64_t task) {
-    const int64_t head = task / blocks_, first = task % blocks_ * kPeakKeys;
-    int8_t* block = bytes_.get() + task * kPeakKeys * qk_.rank;
-    for (int n = 0; n < kPeakKeys; ++n) {
-      // Past the last key this one once more: nobody asks for what becomes of it.
-      const int8_t* key = qk_.keys + (head * qk_.seq_len + std::min(first + n, qk_.seq_len - 1)) * qk_.rank;
-      const int place = n / kShorts * kShorts + place_of_sum(n % kShorts);
-      for (int k = 0; k < qk_.rank; ++k) {
-        block[(k / kBytes * kPeakKeys + place) * kBytes + k % kBytes] = static_cast<int8_t>(key[k] ^ -128);
-      }
-    }
-  }
-
-  const int8_t* block(int head, int64_t block) const {
-    return bytes_.get() + (head * blocks_ + block) * kPeakKeys * qk_.rank;
-  }
-
- private:
-  const QuantizedQK& qk_;
-  int64_t blocks_;
-  std::unique_ptr<int8_t[]> bytes_;
-};
-
 class TileTask {
  public:
   TileTask(const TileScoreBinArguments& arguments, const KeysInLanes& keys, Workspace& space, int head, int tile)
@@ -218,7 +239,6 @@ class TileTask {
     const int64_t start = arguments.tile_starts[tile], end = arguments.tile_starts[tile + 1];
     const int64_t local = start / arguments.tile * arguments.tile;  // the first key in the tile's own pages
     uint8_t* bins = arguments.bins + (static_cast<int64_t>(head) * arguments.tiles + tile) * seq_len;
-    query_ = qk_.query + (head * qk_.chunk + start - chunk_start) * qk_.rank;
     rows_.load_rows(static_cast<int>(end - start), [&](int r) { return start - chunk_start + r; });
     rows_.find_approx_lse();
     const int min_bin = arguments.min_bin[head];
@@ -246,27 +266,14 @@ class TileTask {
       const Shorts lse = load(w_.approx_lse.data() + r), scale = load(w_.dequant_scale.data() + r);
       const Shorts most = scaled_difference(load(peaks + r), lse, scale);
       for (uint32_t rows = at_least(most, static_cast<int16_t>(min_bin - kTopBin)); rows != 0; rows &= rows - 1) {
-        add_row(r + std::countr_zero(rows), keys, best);
+        const int64_t row = r + std::countr_zero(rows);
+        if (row >= rows_.count) break;
+        Shorts bins[kKeyVectors];
+        rows_.bins_of_row(row, keys, bins);
+        unrolled<kKeyVectors>([&]<int V>() { best[V] = max(best[V], bins[V]); });
       }
     }
     for (int v = 0; v < kKeyVectors; ++v) store(found + v * kShorts, best[v]);
-  }
-
-  void add_row(int64_t r, const int8_t* keys, Shorts* best) {
-    if (r >= rows_.count) return;
-    constexpr int kVectors = kPeakKeys / kSums;
-    Sums sum[kVectors];
-    unrolled<kVectors>([&]<int V>() { sum[V] = repeat_sum(w_.offset[r]); });
-    const int8_t* query = query_ + r * qk_.rank;
-    for (int k = 0; k < qk_.rank; k += kBytes, keys += kPeakKeys * kBytes) {
-      const Sums row = repeat_bytes(query + k);
-      unrolled<kVectors>(
-          [&]<int V>() { sum[V] = multiply_add_bytes(load_bytes(keys + V * kSums * kBytes), row, sum[V]); });
-    }
-    const Shorts lse = repeat(w_.approx_lse[r]), scale = repeat(w_.dequant_scale[r]);
-    for (int v = 0; v < kKeyVectors; ++v) {
-      best[v] = max(best[v], scaled_difference(pack_sums(sum + v * kShorts / kSums), lse, scale));
-    }
   }
 
   const QuantizedQK& qk_;
@@ -274,11 +281,11 @@ class TileTask {
   Workspace& w_;
   Rows rows_;
   int head_;
-  const int8_t* query_;  // of the tile's first row
 };
 
 // The attention of some rows of one head per bin, where each row gives the keys their bins by itself.
-void find_row_mass(const RowMassArguments& a, Workspace& w, int head, int first_row, int rows) {
+void find_row_mass(const RowMassArguments& a, const KeysInLanes& keys, Workspace& w, int head, int first_row,
+                   int rows) {
   const QuantizedQK& qk = a.qk;
   Rows part(qk, w, head);
   part.load_rows(rows, [&](int r) { return a.rows[first_row + r]; });
@@ -286,22 +293,20 @@ void find_row_mass(const RowMassArguments& a, Workspace& w, int head, int first_
   for (int r = 0; r < rows; ++r) {
     const int64_t local = w.position[r] / a.tile * a.tile;
     const int64_t place = static_cast<int64_t>(head) * a.num_rows + first_row + r;
-    const float* weights = a.weights + place * qk.seq_len;
-    float* mass = a.mass + place * kBins;
-    std::fill(mass, mass + kBins, 0.0f);
-    const int8_t* query = qk.query + (head * qk.chunk + a.rows[first_row + r]) * qk.rank;
-    const float rest = for_weights(weights, qk.seq_len, [&](int64_t position, float weight) {
-      int bin = kLocalBin;
-      if (position < local) {
-        const int8_t* key = qk.keys + (head * qk.seq_len + position) * qk.rank;
-        int product = 0;
-        for (int k = 0; k < qk.rank; ++k) product += query[k] * key[k];
-        const int above = std::clamp<int>(product - w.approx_lse[r], kMin, kMax);
-        bin = to_bin((above * w.dequant_scale[r] + (1 << 14)) >> 15);  // rounded as scaled_difference does
+    Mass mass;
+    int64_t block = -1;  // whose bins are in `found`
+    alignas(64) int16_t found[kPeakKeys];
+    mass.add_row(a.weights + place * qk.seq_len, qk.seq_len, [&](int64_t key) -> int {
+      if (key >= local) return kLocalBin;
+      if (key / kPeakKeys != block) {
+        block = key / kPeakKeys;
+        Shorts bins[kKeyVectors];
+        part.bins_of_row(r, keys.block(head, block), bins);
+        for (int v = 0; v < kKeyVectors; ++v) store(found + v * kShorts, bins[v]);
       }
-      mass[bin] += weight;
+      return to_bin(found[key % kPeakKeys]);
     });
-    mass[0] += rest;
+    mass.write(a.mass + place * kBins);
   }
 }
 
@@ -327,13 +332,16 @@ extern "C" void minference_row_mass(const minference::RowMassArguments* argument
   using namespace minference;
   const RowMassArguments& a = *arguments;
   const int parts = (a.num_rows + kRowBlock - 1) / kRowBlock;
+  KeysInLanes keys(a.qk);
 #pragma omp parallel num_threads(a.qk.threads)
   {
     static thread_local Workspace space;
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < keys.tasks(); ++task) keys.fill(task);
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < a.qk.heads * parts; ++task) {
       const int first_row = task % parts * kRowBlock;
-      find_row_mass(a, space, task / parts, first_row, std::min(kRowBlock, a.num_rows - first_row));
+      find_row_mass(a, keys, space, task / parts, first_row, std::min(kRowBlock, a.num_rows - first_row));
     }
   }
 }

@@ -50,7 +50,7 @@ class RowScores {
   void run(int task, RowWorkspace& w, const Use& use) const {
     const int64_t group = task / parts, first_tile = task % parts * kTilesPerTask;
     for (int64_t tile = first_tile; tile < std::min(first_tile + kTilesPerTask, key_tiles); ++tile) {
-      load_keys(w, kv_head(first_of_group_[group]), tile * kKeyTile);
+      pack_sequence(a_.cache, a_.pages, a_.seq_len, kv_head(first_of_group_[group]), tile * kKeyTile, w.keys);
       for (int i = first_of_group_[group]; i < first_of_group_[group + 1]; ++i) {
         score_tile(query_.data() + static_cast<size_t>(i) * a_.rows * kQueryStride, w, tile * kKeyTile);
         use(i, tile);
@@ -70,26 +70,6 @@ class RowScores {
   }
 
   int kv_head(int wanted) const { return a_.heads[wanted] / (a_.num_heads / a_.cache.num_kv_heads); }
-
-  void load_keys(RowWorkspace& w, int kv_head, int64_t first_key) const {
-    const int size = a_.cache.block_size;
-    int at = 0;
-    while (at < kKeyTile) {
-      const int64_t key = first_key + at;
-      if (key >= a_.seq_len) {  // past the last page: masked later, but scores must not become NaN
-        for (int k = 0; k < a_.cache.head_size / kPack; ++k) {
-          std::memset(w.keys + k * kKeyTile + at, 0, (kKeyTile - at) * sizeof(Packed));
-        }
-        return;
-      }
-      const int slot = static_cast<int>(key % size);
-      const int count = std::min(size - slot, kKeyTile - at);
-      with_element(a_.cache.element, [&]<typename T>() {
-        pack_keys<T>(a_.cache, a_.pages[key / size], kv_head, slot, count, w.keys, at);
-      });
-      at += count;
-    }
-  }
 
   void score_tile(const Factor* query, RowWorkspace& w, int64_t first_key) const {
     static constexpr auto kPlaces = [] {  // 0, 1, .. kKeyTile - 1

@@ -24,11 +24,9 @@ extern "C" void minference_mass_by_bin(const minference::BinMassArguments* argum
 #pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
   for (int64_t task = 0; task < static_cast<int64_t>(a.heads) * a.rows; ++task) {
     const uint8_t* bins = a.bins + (task / a.rows * a.tiles + a.tile_of_row[task % a.rows]) * a.seq_len;
-    float* mass = a.mass + task * kBins;
-    std::fill(mass, mass + kBins, 0.0f);
-    // Keys with negligible weights are not looked up: their weights count for bin 0.
-    mass[0] += for_weights(a.weights + task * a.seq_len, a.seq_len,
-                           [&](int64_t key, float weight) { mass[bins[key]] += weight; });
+    Mass mass;
+    mass.add_row(a.weights + task * a.seq_len, a.seq_len, [&](int64_t key) -> int { return bins[key]; });
+    mass.write(a.mass + task * kBins);
   }
 }
 

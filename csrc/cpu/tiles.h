@@ -2,7 +2,9 @@
 // choose the header with the vector instructions. No Python or torch headers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "interface.h"
@@ -56,6 +58,28 @@ inline void pack_keys(const Cache& cache, int64_t page, int head, int slot, int 
     const T* rows[kKeyTile];
     for (int n = 0; n < count; ++n) rows[n] = base + (slot + n) * cache.row_stride;
     pack_key_rows(rows, count, dim, packed, at);
+  }
+}
+
+// Keys [first, first + kKeyTile) of a sequence; zeros for those past its last page.
+inline void pack_sequence(const Cache& cache, const int64_t* pages, int64_t seq_len, int head, int64_t first,
+                          Packed* packed) {
+  const int size = cache.block_size;
+  int at = 0;
+  while (at < kKeyTile) {
+    const int64_t key = first + at;
+    if (key >= seq_len) {
+      for (int k = 0; k < cache.head_size / kPack; ++k) {
+        std::memset(packed + k * kKeyTile + at, 0, (kKeyTile - at) * sizeof(Packed));
+      }
+      return;
+    }
+    const int slot = static_cast<int>(key % size);
+    const int count = std::min(size - slot, kKeyTile - at);
+    with_element(cache.element, [&]<typename T>() {
+      pack_keys<T>(cache, pages[key / size], head, slot, count, packed, at);
+    });
+    at += count;
   }
 }
 

@@ -6,6 +6,7 @@ Kernels lay a page out as suits them: vLLM's CPU kernels store keys transposed (
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,18 +96,29 @@ class PagedCache:
         Returns:
             keys and values, each ``[*shape, head_size]``.
         """
-        size, dim = self.block_size, self.head_size
+        keys = self.gather_keys(pages, slots, kv_heads)
+        if self.layout != "amx":
+            return keys, self.value[pages, kv_heads, slots]
+        return keys, self._gather_places(self.value, unpack_values, pages, slots, kv_heads)
+
+    def gather_keys(self, pages: torch.Tensor, slots: torch.Tensor, kv_heads: torch.Tensor) -> torch.Tensor:
+        """The keys of ``gather_rows``."""
         if self.layout == "rows":
-            return self.key[pages, kv_heads, slots], self.value[pages, kv_heads, slots]
+            return self.key[pages, kv_heads, slots]
         if self.layout == "transposed":
-            keys = self.key.flatten(2).unflatten(2, (dim, size))
-            return keys[pages, kv_heads, :, slots], self.value[pages, kv_heads, slots]
-        # The dimension's place within a stored page, as a function of (slot, dimension).
-        place = torch.arange(size * dim).view(1, 1, size, dim)
-        key_place = unpack_keys(place, self.layout)[0, 0][slots]
-        value_place = unpack_values(place, self.layout)[0, 0][slots]
-        page, head = pages[..., None], kv_heads[..., None]
-        return (
-            self.key[page, head, key_place // dim, key_place % dim],
-            self.value[page, head, value_place // dim, value_place % dim],
-        )
+            keys = self.key.flatten(2).unflatten(2, (self.head_size, self.block_size))
+            return keys[pages, kv_heads, :, slots]
+        return self._gather_places(self.key, unpack_keys, pages, slots, kv_heads)
+
+    def _gather_places(
+        self,
+        stored: torch.Tensor,
+        unpack: Callable[[torch.Tensor, Layout], torch.Tensor],
+        pages: torch.Tensor,
+        slots: torch.Tensor,
+        kv_heads: torch.Tensor,
+    ) -> torch.Tensor:
+        # Each element's place within a stored page, as a function of slot and dimension.
+        size, dim = self.block_size, self.head_size
+        place = unpack(torch.arange(size * dim).view(1, 1, size, dim), self.layout)[0, 0][slots]
+        return stored[pages[..., None], kv_heads[..., None], place // dim, place % dim]

@@ -13,7 +13,7 @@ sequence, ``r`` rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -24,7 +24,7 @@ from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import Capacity, Selection, WritesLists
 from minference_vllm.selection.coverage import mass_per_token
 from minference_vllm.selection.family import Family
-from minference_vllm.selection.measured_rows import CalibrationRows, by_value, calibration_rows, joined
+from minference_vllm.selection.measured_rows import CalibrationRows, by_value, calibration_rows
 from minference_vllm.selection.probe_queries import unlikeness
 from minference_vllm.selection.projection import (
     Projection,
@@ -33,7 +33,6 @@ from minference_vllm.selection.projection import (
     fit_within,
     for_int8,
     project_queries,
-    quantize_keys,
 )
 from minference_vllm.selection.representatives import representatives
 from minference_vllm.selection.score_bins import ScoreBins
@@ -67,8 +66,11 @@ class LowRankOps(Protocol):
     def queries_of(self, heads: Sequence[int]) -> torch.Tensor:
         """``[h, chunk, D]``."""
 
-    def keys_of(self, heads: Sequence[int], step: int = 1) -> Iterator[torch.Tensor]:
-        """``[h, n, D]`` each: pieces that together are the sequence, every ``step``-th key of each."""
+    def some_keys(self, heads: Sequence[int], step: int) -> torch.Tensor:
+        """``[h, n, D]``: one key in ``step``."""
+
+    def key_codes(self, heads: Sequence[int], projection: Projection) -> torch.Tensor:
+        """int8 ``[h, S, r]``: ``projection.quantize_keys`` of all keys."""
 
     def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
         """float32 ``[h, R, S]``: exact softmax weights of rows of the chunk (int64 ``[h, R]``, ascending)."""
@@ -201,14 +203,13 @@ def score_keys(
     Where all rows are scored the measured rows' attention is looked up twice: in the bins that the row itself gives the
     keys, which says below which bin keys need not be told apart, and then in those of its tile, which are no lower.
     """
-    # Copies: views would keep all keys.
-    some_keys = joined([piece.clone() for piece in scores.keys_of(heads, fit_step(tiling.seq_len))], 1)
+    some_keys = scores.some_keys(heads, fit_step(tiling.seq_len))
     queries, alone = measured.queries, measured.sample.alone()
     some_queries = queries[:, :: fit_step(queries.shape[1])]
     error = 0.0 if pattern.queries else SCORE_ERROR / scores.scale
     alone = queries.gather(1, alone[..., None].expand(-1, -1, queries.shape[2]))
     projection = fitted(some_queries, alone, some_keys, pattern.rank, error)
-    keys = joined([quantize_keys(piece, projection) for piece in scores.keys_of(heads)], 1)
+    keys = scores.key_codes(heads, projection)
     low = project_queries(queries, projection, scores.scale)
     sample, weights = measured.sample, measured.weights
     if pattern.queries:

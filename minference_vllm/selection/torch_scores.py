@@ -18,6 +18,7 @@ from minference_vllm.selection.block_sparse import pooled_scores
 from minference_vllm.selection.compaction import Capacity, Selection, WritesLists, compact_keys
 from minference_vllm.selection.peak_threshold import peak_scores
 from minference_vllm.selection.probe_queries import beyond_diagonals, column_diagonal_scores, probe_groups
+from minference_vllm.selection.projection import Projection, quantize_keys
 from minference_vllm.selection.score_bins import ScoreBins
 
 PIECE_BYTES = 64 << 20
@@ -45,7 +46,10 @@ class TorchScores:
 
     def stored_keys(self, pages: torch.Tensor) -> torch.Tensor:
         """``[HK, n * B, D]``: keys of some pages, a copy, in the type of the queries."""
-        keys = self.inputs.cache.keys_by_head(pages)
+        return self._as_queries(self.inputs.cache.keys_by_head(pages))
+
+    def _as_queries(self, keys: torch.Tensor) -> torch.Tensor:
+        """Stored keys in the type of the queries."""
         return keys if keys.dtype == self.query.dtype else keys.to(self.query.dtype).mul_(self.inputs.cache.key_scale)
 
     def key_pieces(self, rows: int) -> Iterator[torch.Tensor]:
@@ -120,12 +124,28 @@ class TorchScores:
         # A list as an index would be copied to a GPU, and waited for.
         return torch.stack([self.query[:, head] for head in heads])
 
-    def keys_of(self, heads: Sequence[int], step: int = 1) -> Iterator[torch.Tensor]:
+    def keys_of(self, heads: Sequence[int]) -> Iterator[torch.Tensor]:
+        """``[h, n, D]`` each: pieces that together are the sequence."""
         group = self.inputs.group
         runs = [(kv_head, len(list(run))) for kv_head, run in itertools.groupby(head // group for head in heads)]
         for piece in self.key_pieces(measured_rows.CALIBRATION_ROWS):
-            parts = [piece[kv_head : kv_head + 1, ::step].expand(run, -1, -1) for kv_head, run in runs]
+            parts = [piece[kv_head : kv_head + 1].expand(run, -1, -1) for kv_head, run in runs]
             yield measured_rows.joined(parts, 0)
+
+    def some_keys(self, heads: Sequence[int], step: int) -> torch.Tensor:
+        cache, pages = self.inputs.cache, self.inputs.pages
+        positions = torch.arange(0, self.inputs.chunk.seq_len, step, device=pages.device)
+        shape = len(heads), len(positions)
+        kv_heads = torch.tensor([head // self.inputs.group for head in heads], device=pages.device)
+        keys = cache.gather_keys(
+            pages[positions // cache.block_size].expand(shape),
+            (positions % cache.block_size).expand(shape),
+            kv_heads[:, None].expand(shape),
+        )
+        return self._as_queries(keys)
+
+    def key_codes(self, heads: Sequence[int], projection: Projection) -> torch.Tensor:
+        return measured_rows.joined([quantize_keys(piece, projection) for piece in self.keys_of(heads)], 1)
 
     def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
         query = torch.stack([self.query[of_head, head] for of_head, head in zip(rows, heads, strict=True)])

@@ -21,6 +21,7 @@ from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.selection import measured_rows
 from minference_vllm.selection.probe_queries import probe_groups, unlikeness
+from minference_vllm.selection.projection import MAX_KEY, MAX_KEY_NORM, fit, for_int8
 from minference_vllm.selection.torch_scores import TorchScores
 
 built = pytest.mark.skipif(bool(library.unavailable_reason()), reason=str(library.unavailable_reason()))
@@ -216,3 +217,24 @@ def test_index_and_tiling_fit_the_kernels_types(paged_batch: Callable[..., Paged
     for lists in (index.blocks, index.num_blocks, index.columns, index.num_columns):
         assert lists.dtype == torch.int32 and lists.is_contiguous()
     assert Tiling.of(0, 64, 32, 32).starts.is_contiguous()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads, kv_heads, head_size, rank", [(8, 2, 64, 32), (7, 1, 80, 16), (4, 4, 128, 128)])
+def test_key_codes(layout: Layout, heads: int, kv_heads: int, head_size: int, rank: int, dtype: torch.dtype) -> None:
+    """Those of the torch definition but for ties that float32 rounds otherwise; what lies behind the last token, NaN,
+    does not matter, and codes are as large as that definition allows."""
+    batch = small_batch(77, 340, heads, kv_heads, head_size, dtype)
+    inputs = batch.inputs(cache=in_layout(batch, layout))
+    native, torch_scores = NativeScores(inputs), TorchScores(inputs)
+    wanted = [0, heads - 1]
+    keys = torch_scores.some_keys(wanted, 3)
+    queries = native.queries_of(wanted)
+    projection = for_int8(fit(queries, keys, rank), keys)
+    found, right = (scores.key_codes(wanted, projection).int() for scores in (native, torch_scores))
+    assert found.shape == (2, 417, rank) and found.abs().max() <= MAX_KEY
+    assert (found - right).abs().max() <= 1 and (found != right).float().mean() < 1e-3
+    # Keys that are too long are shortened, not cut.
+    longer = projection._replace(to_key=projection.to_key * 100)
+    found, right = (scores.key_codes(wanted, longer).int() for scores in (native, torch_scores))
+    assert (found - right).abs().max() <= 1 and found.float().norm(dim=2).max() < MAX_KEY_NORM + rank**0.5

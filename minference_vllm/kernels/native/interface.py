@@ -106,6 +106,24 @@ class ColumnDiagonalArguments(ctypes.Structure):
     )
 
 
+class KeyCodeArguments(ctypes.Structure):
+    _fields_ = (
+        ("cache", Cache),
+        ("pages", _Int64Ptr),
+        ("heads", _Int32Ptr),
+        ("to_key", _Float32Ptr),
+        ("center", _Float32Ptr),
+        ("codes", _Int8Ptr),
+        ("seq_len", ctypes.c_int64),
+        ("num_heads", ctypes.c_int32),
+        ("num_wanted", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("max_code", ctypes.c_int32),
+        ("max_norm", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
 class QuantizedQK(ctypes.Structure):
     _fields_ = (
         ("query", _Int8Ptr),
@@ -176,6 +194,7 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "attend": AttendArguments,
     "row_weights": RowWeightArguments,
     "column_diagonal_scores": ColumnDiagonalArguments,
+    "key_codes": KeyCodeArguments,
     "tile_score_bins": TileScoreBinArguments,
     "row_mass": RowMassArguments,
     "mass_by_bin": BinMassArguments,

@@ -15,7 +15,7 @@ from minference_vllm.kernels.native.library import describe_cache, library
 from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import Capacity, KeyLists, Selection, WritesLists
 from minference_vllm.selection.probe_queries import probe_groups
-from minference_vllm.selection.projection import BINS_PER_BIT, QuantizedQK
+from minference_vllm.selection.projection import BINS_PER_BIT, MAX_KEY, MAX_KEY_NORM, Projection, QuantizedQK
 from minference_vllm.selection.score_bins import ScoreBins, whole_pages
 from minference_vllm.selection.torch_scores import TorchScores
 
@@ -170,6 +170,32 @@ class NativeScores(TorchScores):
                 call = interface.RowWeightArguments(self._rows(some, wanted), part.data_ptr())
                 library(self.inputs.cache.key.dtype).minference_row_weights(ctypes.byref(call))
         return weights
+
+    def key_codes(self, heads: Sequence[int], projection: Projection) -> torch.Tensor:
+        """``projection.quantize_keys`` of all keys, straight from the pages. May round otherwise by one."""
+        if not self.from_pages:
+            return super().key_codes(heads, projection)
+        inputs, rank = self.inputs, projection.to_key.shape[2]
+        wanted, to_key = torch.tensor(list(heads), dtype=torch.int32), projection.to_key.contiguous()
+        center = torch.matmul(projection.mean, to_key)
+        codes = torch.empty(len(wanted), inputs.chunk.seq_len, rank, dtype=torch.int8)
+        call = interface.KeyCodeArguments(
+            describe_cache(inputs.cache),
+            inputs.pages.data_ptr(),
+            wanted.data_ptr(),
+            to_key.data_ptr(),
+            center.data_ptr(),
+            codes.data_ptr(),
+            inputs.chunk.seq_len,
+            inputs.num_heads,
+            len(wanted),
+            rank,
+            MAX_KEY,
+            MAX_KEY_NORM,
+            torch.get_num_threads(),
+        )
+        library(inputs.cache.key.dtype).minference_key_codes(ctypes.byref(call))
+        return codes
 
     def _rows(self, rows: torch.Tensor, heads: torch.Tensor) -> interface.RowArguments:
         """``heads`` is int32, ascending, and ``rows`` int64; both must live as long as this is used."""
