@@ -5,10 +5,10 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
 READY := .venv/.ready
-# Read by the demo; given on make's command line.
-export TOKENS JSON
+# Read by the demo, and by the tests of other releases; given on make's command line.
+export TOKENS JSON RELEASES CSV
 
-.PHONY: help setup demo test test-fast architectures features contract lint format kernels gpu-check clean soak
+.PHONY: help setup demo test test-fast architectures features versions contract lint format kernels gpu-check clean soak
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -36,7 +36,8 @@ FAST := -m "not engine and not older_vllm" -n 2 --dist loadfile
 
 test: setup lint ## lint, types, and all tests (about twenty minutes)
 	@$(BIN)/pytest $(FAST) $(ARGS)
-	@$(BIN)/pytest -m "engine and not architectures and not features" $(ARGS)
+	@RELEASES=0.27.1 CSV= $(BIN)/pytest -m versions -k "own_backend_answers or native" $(ARGS)
+	@$(BIN)/pytest -m "engine and not architectures and not features and not versions" $(ARGS)
 
 test-fast: setup ## the tests that start no engine (four minutes)
 	@$(BIN)/pytest $(FAST) $(ARGS)
@@ -47,7 +48,10 @@ architectures: setup ## the architectures of docs/models.md in vLLM's CPU engine
 features: setup ## the options of vLLM in docs/features.md that `make test` leaves out (five to ten minutes)
 	@$(BIN)/pytest -m features $(ARGS)
 
-contract: setup ## our GPU classes in CUDA releases of vLLM, old and new, without a GPU (downloads 1 GB the first time)
+versions: setup ## vLLM's CPU engine in every release that we support (a minute or two each; RELEASES="0.27.1 0.31.0" chooses, CSV= appends rows)
+	@$(BIN)/pytest -m versions $(ARGS)
+
+contract: setup ## our GPU classes in CUDA releases of vLLM, old and new, without a GPU (downloads 3 GB the first time)
 	@$(BIN)/pytest -m contract $(ARGS)
 
 MINUTES ?= 30

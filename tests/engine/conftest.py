@@ -169,6 +169,7 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Answer
         batches: list[dict[str, Any]],
         llm: dict[str, Any],
         max_tokens: int = 8,
+        python: str = sys.executable,
         **changes: str,
     ) -> Answer:
         folder = tmp_path_factory.mktemp("engine")
@@ -178,7 +179,7 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Answer
             "max_tokens": max_tokens,
         }
         (folder / "request.json").write_text(json.dumps(request))
-        command = [sys.executable, str(HERE / "engine_process.py"), "request.json", "answer.json"]
+        command = [python, str(HERE / "engine_process.py"), "request.json", "answer.json"]
         done = subprocess.run(
             command,
             cwd=folder,
