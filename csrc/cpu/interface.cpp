@@ -79,6 +79,11 @@ TABLE(AttendArguments, FIELD(cache), FIELD(query), FIELD(out), FIELD(lse), FIELD
       FIELD(column_row), FIELD(sinks), FIELD(remainder_key), FIELD(remainder_value), FIELD(remainder_bias),
       FIELD(seq_len), FIELD(window), FIELD(heads), FIELD(tiles), FIELD(max_blocks), FIELD(max_columns),
       FIELD(scale), FIELD(softcap), FIELD(threads));
+TABLE(RemainderArguments, FIELD(cache), FIELD(query), FIELD(query_token_stride), FIELD(query_head_stride),
+      FIELD(pages), FIELD(tile_starts), FIELD(blocks), FIELD(num_blocks), FIELD(columns), FIELD(num_columns),
+      FIELD(sampled), FIELD(heads), FIELD(key), FIELD(value), FIELD(bias), FIELD(seq_len), FIELD(window),
+      FIELD(num_heads), FIELD(num_wanted), FIELD(heads_per_list), FIELD(tiles), FIELD(max_blocks), FIELD(max_columns),
+      FIELD(num_sampled), FIELD(scale), FIELD(softcap), FIELD(log_step), FIELD(threads));
 TABLE(RowArguments, FIELD(cache), FIELD(query), FIELD(query_token_stride), FIELD(query_head_stride), FIELD(pages),
       FIELD(row_index), FIELD(heads), FIELD(context_len), FIELD(seq_len), FIELD(window), FIELD(num_heads), FIELD(num_wanted),
       FIELD(rows), FIELD(scale), FIELD(softcap), FIELD(threads));
@@ -120,11 +125,11 @@ std::string describe(const char* name, void (*)(const S*)) {
 extern "C" const char* minference_describe_interface() {
   using namespace minference;
   static const std::string text =
-      describe<Cache>() + describe<AttendArguments>() + describe<RowArguments>() + describe<RowWeightArguments>() +
-      describe<ColumnDiagonalArguments>() + describe<KeyCodeArguments>() + describe<QuantizedQK>() +
-      describe<TileScoreBinArguments>() + describe<RowMassArguments>() + describe<BinMassArguments>() +
-      describe<KeyArguments>() + FUNCTION(attend) + FUNCTION(row_weights) + FUNCTION(column_diagonal_scores) +
-      FUNCTION(key_codes) + FUNCTION(tile_score_bins) + FUNCTION(row_mass) + FUNCTION(mass_by_bin) +
-      FUNCTION(page_counts) + FUNCTION(keys_above);
+      describe<Cache>() + describe<AttendArguments>() + describe<RemainderArguments>() + describe<RowArguments>() +
+      describe<RowWeightArguments>() + describe<ColumnDiagonalArguments>() + describe<KeyCodeArguments>() +
+      describe<QuantizedQK>() + describe<TileScoreBinArguments>() + describe<RowMassArguments>() +
+      describe<BinMassArguments>() + describe<KeyArguments>() + FUNCTION(attend) + FUNCTION(remainder) +
+      FUNCTION(row_weights) + FUNCTION(column_diagonal_scores) + FUNCTION(key_codes) + FUNCTION(tile_score_bins) +
+      FUNCTION(row_mass) + FUNCTION(mass_by_bin) + FUNCTION(page_counts) + FUNCTION(keys_above);
   return text.c_str();
 }

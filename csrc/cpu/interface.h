@@ -69,6 +69,34 @@ struct AttendArguments {
   int32_t threads;
 };
 
+// What each tile leaves out, as one key and one value, of some heads.
+struct RemainderArguments {
+  Cache cache;
+  const void* query;  // the whole chunk; row r, head h at r * query_token_stride + h * query_head_stride
+  int64_t query_token_stride, query_head_stride;
+  const int64_t* pages;        // [logical blocks], the physical page of each
+  const int64_t* tile_starts;  // [tiles + 1], positions
+  const int32_t* blocks;       // [lists][tiles][max_blocks], logical blocks; where the first is -1, a tile has them all
+  const int32_t* num_blocks;   // [lists][tiles]
+  const int32_t* columns;      // [lists][tiles][max_columns], positions of single keys, in any order
+  const int32_t* num_columns;  // [lists][tiles]
+  const int64_t* sampled;      // [num_sampled], positions of the keys that stand for all, ascending
+  const int32_t* heads;        // [num_wanted], query heads, ascending
+  float* key;    // [num_heads][tiles][head_size], written where a wanted head's tile leaves something out; zeros before
+  float* value;  // [num_heads][tiles][head_size], likewise
+  float* bias;   // [num_heads][tiles], likewise; -inf before
+  int64_t seq_len;
+  int64_t window;  // keys that a row sees at most, itself included; 0: all before it
+  int32_t num_heads, num_wanted;
+  int32_t heads_per_list;  // neighbouring query heads that share each list
+  int32_t tiles, max_blocks, max_columns;
+  int32_t num_sampled;  // less than 2^15
+  float scale;          // of query-key products before the softmax
+  float softcap;        // scores s become softcap * tanh(s / softcap); 0: no cap
+  float log_step;       // natural logarithm of how many keys each sampled one stands for
+  int32_t threads;
+};
+
 // Some query rows of some heads, for exact attention over all keys.
 struct RowArguments {
   Cache cache;
@@ -179,6 +207,7 @@ extern "C" {
 const char* minference_describe_interface();
 
 void minference_attend(const minference::AttendArguments* arguments);
+void minference_remainder(const minference::RemainderArguments* arguments);
 
 // Exact attention of some rows: every weight, or the weights summed per column and per diagonal.
 void minference_row_weights(const minference::RowWeightArguments* arguments);

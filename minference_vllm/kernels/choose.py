@@ -13,6 +13,7 @@ from minference_vllm.kernels.block_table import cpu, flash
 from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.kernels.native import attention as native
 from minference_vllm.kernels.native import library
+from minference_vllm.kernels.native import remainder as native_remainder
 from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.selection.torch_scores import TorchScores
@@ -156,7 +157,14 @@ def triton_reason(cache: PagedCache) -> str | None:
 
 
 NATIVE = Kernel(
-    "native", native.run, NativeScores, run_with_remainder=native.run, softcap=True, sinks=True, window=True
+    "native",
+    native.run,
+    NativeScores,
+    run_with_remainder=native.run,
+    remainder=native_remainder.of_heads,
+    softcap=True,
+    sinks=True,
+    window=True,
 )
 BLOCK_TABLE = Kernel("block_table", cpu.run, NativeScores, whole_pages=True, gives_lse=False)
 BLOCK_TABLE_WITH_NATIVE_PRODUCTS = Kernel(

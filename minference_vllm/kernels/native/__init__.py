@@ -1,1 +1,1 @@
-"""Our CPU kernels (``csrc/cpu``): attention and scores."""
+"""Our CPU kernels (``csrc/cpu``): attention, the remainder and scores."""

@@ -71,6 +71,39 @@ class AttendArguments(ctypes.Structure):
     )
 
 
+class RemainderArguments(ctypes.Structure):
+    _fields_ = (
+        ("cache", Cache),
+        ("query", _VoidPtr),
+        ("query_token_stride", ctypes.c_int64),
+        ("query_head_stride", ctypes.c_int64),
+        ("pages", _Int64Ptr),
+        ("tile_starts", _Int64Ptr),
+        ("blocks", _Int32Ptr),
+        ("num_blocks", _Int32Ptr),
+        ("columns", _Int32Ptr),
+        ("num_columns", _Int32Ptr),
+        ("sampled", _Int64Ptr),
+        ("heads", _Int32Ptr),
+        ("key", _Float32Ptr),
+        ("value", _Float32Ptr),
+        ("bias", _Float32Ptr),
+        ("seq_len", ctypes.c_int64),
+        ("window", ctypes.c_int64),
+        ("num_heads", ctypes.c_int32),
+        ("num_wanted", ctypes.c_int32),
+        ("heads_per_list", ctypes.c_int32),
+        ("tiles", ctypes.c_int32),
+        ("max_blocks", ctypes.c_int32),
+        ("max_columns", ctypes.c_int32),
+        ("num_sampled", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+        ("log_step", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
 class RowArguments(ctypes.Structure):
     _fields_ = (
         ("cache", Cache),
@@ -192,6 +225,7 @@ class KeyArguments(ctypes.Structure):
 
 FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "attend": AttendArguments,
+    "remainder": RemainderArguments,
     "row_weights": RowWeightArguments,
     "column_diagonal_scores": ColumnDiagonalArguments,
     "key_codes": KeyCodeArguments,
