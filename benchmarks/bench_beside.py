@@ -3,8 +3,8 @@ minference.
 
 One client asks long prompts (``examples/demo/tasks.py``) one after the other; others ask short ones at random times, so
 that nearly each of them meets a long prompt in the middle. By default vLLM gives all of a step's tokens to the prompt
-that it is reading, and a short request waits until that is done. With ``--long-prefill-token-threshold`` a step has room
-for short requests, which then wait for one chunk. Every answer is checked.
+that it is reading, and a short request waits until that is done. With ``--threshold`` a step has room for short
+requests, which then wait for one chunk. Every answer is checked.
 
     python benchmarks/bench_beside.py --csv benchmarks/results/beside_cpu.csv
     python benchmarks/bench_beside.py --threshold 2048 --chunk 2560 --csv benchmarks/results/beside_cpu.csv

@@ -2,13 +2,13 @@
 
 Each turn adds a passage with facts and asks for one fact of the text so far; the right answer then becomes part of the
 conversation, so that all engines read the same. With vLLM's prefix cache only what is new is computed, on keys and
-values that earlier turns left there: with minference, those of sparse attention. A third engine, ``minference anew``,
-has no prefix cache and reads every turn from its first token.
+values that earlier turns left there: with minference, those of sparse attention. With ``--anew`` a third engine,
+``minference anew``, has no prefix cache and reads every turn from its first token.
 
 The bundled model reads its own kind of text (``examples/demo/tasks.py``), other models a book with planted numbers.
 
-    python benchmarks/bench_turns.py --csv benchmarks/results/turns_cpu.csv
-    python benchmarks/bench_turns.py --model CHECKPOINT --yarn 2 --first 4096 --more 1408 --csv ...
+    python benchmarks/bench_turns.py --anew --csv benchmarks/results/turns_cpu.csv
+    python benchmarks/bench_turns.py --model CHECKPOINT --yarn 2 --first 3072 --more 1280 --csv ...
 """
 
 from __future__ import annotations
@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--more", type=int, default=2048, help="tokens that each other turn adds")
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--talks", type=int, default=12, help="conversations")
+    parser.add_argument("--anew", action="store_true", help="a third engine, without a prefix cache")
     parser.add_argument("--yarn", type=float, default=0.0, help="factor of the model's context")
     parser.add_argument("--chunk", type=int, default=2048, help="max_num_batched_tokens")
     parser.add_argument("--min-context", type=int, default=1024, help="minference's setting")
@@ -170,7 +171,7 @@ def main() -> None:
     lengths = [args.first] + [args.more] * (args.turns - 1)
     talk = bundled_talk(tokenizer, lengths) if bundled else book_talk(tokenizer, lengths, args.talks)
     room = math.ceil((sum(lengths) + 2 * args.answer_tokens * args.turns) / 128) * 128
-    names = ("dense", "minference", "minference anew")
+    names = ["dense", "minference", *(["minference anew"] if args.anew else [])]
     found = [{name: Answers() for name in names} for _ in lengths]
     read = [0] * len(lengths)
     with tempfile.TemporaryDirectory() as folder:
