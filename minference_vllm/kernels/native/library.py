@@ -27,7 +27,11 @@ LAYOUTS = {"rows": 0, "transposed": 1, "amx": 2}
 PAGE_MULTIPLE = 32
 MAX_HEAD_SIZE = 256
 
-_SUPPORTED = {"avx512bf16": torch.cpu._is_avx512_bf16_supported, "avx2": torch.cpu._is_avx2_supported}
+_SUPPORTED = {
+    # Processors with the one have the other, but a virtual machine may hide it.
+    "avx512bf16": lambda: torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported(),
+    "avx2": torch.cpu._is_avx2_supported,
+}
 INSTRUCTIONS = {"avx512bf16": "AVX512-BF16", "avx2": "AVX2"}
 """Builds of the kernels (``setup.py``), best first, and the instructions that each needs."""
 
