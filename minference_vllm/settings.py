@@ -47,10 +47,10 @@ class Settings(BaseModel):
     tile: int | None = Field(default=None, ge=32, le=4096)
     """Query rows that share one selection of keys, rounded up to whole pages. None: 128."""
 
-    kernel: Literal["auto", "block_table", "native", "triton"] = "auto"
+    kernel: Literal["auto", "block_table", "fa4", "native", "triton"] = "auto"
     """What runs attention under an index: ``native``, our kernels for x86 processors from AVX2 on;
-    ``triton``, our kernel for GPUs; ``block_table``, vLLM's own kernel, on both; ``auto``, the faster of those that run
-    here, on GPUs found by timing them when the engine starts."""
+    ``triton``, our kernel for GPUs; ``fa4``, vLLM's FlashAttention 4 beside it; ``block_table``, vLLM's own kernel, on
+    both; ``auto``, the faster of those that run here, on GPUs found by timing them when the engine starts."""
 
     audit_rows: int = Field(default=4, ge=0, le=1024)
     """Rows per chunk and layer whose attention recall, and value recall, is taken, half of them drawn, half those most

@@ -30,8 +30,10 @@ OUTSIDE: dict[str, set[str]] = {
 }
 """Packages from outside that a part may import."""
 REFERENCES = {"reference"}
-VLLM_CALLS = {"kernels.block_table.cpu_ops", "kernels.block_table.flash"}
+VLLM_CALLS = {"kernels.block_table.cpu_ops", "kernels.block_table.flash", "kernels.fa4.attention"}
 """Of the kernels, the files that call vLLM."""
+COMPILERS = {"kernels.fa4.attention": "cutlass"}
+"""Files that hand a function of theirs to another compiler than Triton."""
 ENTRIES = {"plugin": "backend", "__main__": "commands", "": "prefill"}
 """Files flat in the package beside ``settings`` and ``reference``, and the highest part that each may import. The
 empty name is the package's own ``__init__``."""
@@ -120,7 +122,7 @@ def test_packages_from_outside() -> None:
         part = part_of(name)
         allowed = OUTSIDE.get(part, set()) | sys.stdlib_module_names | {"minference_vllm"}
         if name in VLLM_CALLS:
-            allowed |= {"vllm"}
+            allowed |= {"vllm", *([COMPILERS[name]] if name in COMPILERS else [])}
         outside = {imported.split(".")[0] for imported in imports(path)} - allowed
         assert not outside, f"{name} imports {outside}"
 

@@ -193,7 +193,7 @@ def test_an_unknown_setting_is_told_the_nearest_one() -> None:
     [
         ("min_context", -1, "a whole number from 0 to 16777216"),
         ("tile", 1.5, "a whole number from 32 to 4096"),
-        ("kernel", "cuda", "one of auto, block_table, native, triton"),
+        ("kernel", "cuda", "one of auto, block_table, fa4, native, triton"),
         ("audit_share", 2, "a number from 0 to 1"),
         ("recall_floor", 1, "a number between 0 and 1, both excluded"),
         ("log_interval", -1, "a number of at least 0"),

@@ -220,7 +220,8 @@ def attention_account(variant: Variant, default: bool, arch: int, launch: Launch
         "STAGES": launch.stages,
     }
     flags = dict.fromkeys(("WITH_SOFTCAP", "WITH_SINKS", "WITH_LSE"), variant.extras)
-    flags |= {"WITH_REMAINDER": variant.remainder, "CAUSAL": True}
+    flags |= {"WITH_REMAINDER": variant.remainder, "CAUSAL": True, "CONTINUES": variant.continues}
+    flags["WITH_LSE"] |= variant.continues
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     compiled = compile_kernel(
         function, variant.types(function), constants | own | flags, arch, num_warps=launch.num_warps
@@ -343,10 +344,10 @@ def accounts(arch: int, everything: bool) -> list[Account]:
     rows += [lists_account(variant, arch) for variant in ESTIMATES]
     rows += [row for variant in ESTIMATES for row in estimate_accounts(variant, arch)]
     for variant in DEFAULT:
-        if variant.remainder:
+        if variant.remainder and not variant.continues:
             rows += remainder_accounts(variant, True, arch)
     for variant in OTHERS if everything else ():
-        if variant.remainder and (arch >= 89 or not variant.fp8):
+        if variant.remainder and not variant.continues and (arch >= 89 or not variant.fp8):
             rows += remainder_accounts(variant, False, arch)
     ranks = [rank for rank, default in RANKS.items() if default or everything]
     return rows + [row for rank in ranks for row in low_rank_accounts(rank, RANKS[rank], arch)]

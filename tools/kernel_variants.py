@@ -44,6 +44,8 @@ class Variant:
     """Soft cap, sinks and log-sum-exp."""
     remainder: bool = False
     """Whether attention starts from it."""
+    continues: bool = False
+    """Whether attention continues what FlashAttention 4 has begun."""
     group: int = 4
     """Query heads per KV head."""
     packed: bool = False
@@ -54,8 +56,9 @@ class Variant:
         cache = " fp8 cache" if self.fp8 else ""
         extras = " cap+sinks+lse" if self.extras else ""
         remainder = " remainder" if self.remainder else ""
+        continues = " after FA4" if self.continues else ""
         packed = f" packed {self.group}" if self.packed else ""
-        return f"{_SHORT[self.dtype]} D={self.head_size} page={self.page}{cache}{extras}{remainder}{packed}"
+        return f"{_SHORT[self.dtype]} D={self.head_size} page={self.page}{cache}{extras}{remainder}{continues}{packed}"
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -100,6 +103,8 @@ DEFAULT = (
     Variant(page=16, remainder=True),
     Variant(page=128, remainder=True),
     Variant(page=16, packed=True, remainder=True),
+    Variant(page=128, continues=True),
+    Variant(page=128, continues=True, remainder=True),
 )
 OTHERS = (
     Variant(head_size=96),
@@ -116,6 +121,9 @@ OTHERS = (
     Variant(fp8=True, remainder=True),
     Variant(head_size=256, fp8=True, remainder=True),
     Variant(page=528, packed=True, group=7, remainder=True),
+    Variant(head_size=64, continues=True, remainder=True),
+    Variant(head_size=96, continues=True),
+    Variant(continues=True, packed=True),
 )
 ESTIMATES = (Variant(page=16), Variant(page=128))
 RANKS = {LowRank().rank: True, 16: False, 64: False}

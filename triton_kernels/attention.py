@@ -17,6 +17,7 @@ from minference_vllm.core.remainder import Remainder
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.triton_kernels.launch import launch_shape, launcher, major_capability
 from minference_vllm.triton_kernels.physical_lists import physical_lists, place_of, split_keys
+from minference_vllm.triton_kernels.tile_rows import add_begun, own_keys_from, packed_rows, past_skipped
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -65,26 +66,8 @@ def _attend_keys(
     return b_out, b_sum, b_new_max
 
 
-@triton.jit
-def _packed_rows(
-    i_item, i_part, p_tile_starts, num_tiles, LISTS: tl.constexpr, HEADS_PER_LIST: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """``[BLOCK_M]``: positions, places in the chunk and heads of a program's rows, and which of them are there.
-
-    The heads of a row are packed side by side, as they lie in memory: short tiles fill a program, too.
-    """
-    _, i_list, i_tile = place_of(i_item, num_tiles, LISTS)
-    # Positions take 32 bits: rows keep theirs in registers.
-    tile_start = tl.load(p_tile_starts + i_tile).to(tl.int32)
-    o_packed = i_part * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_row = tile_start + o_packed // HEADS_PER_LIST
-    o_query = (o_row - tl.load(p_tile_starts).to(tl.int32)).to(tl.int64)
-    o_head = (i_list * HEADS_PER_LIST + o_packed % HEADS_PER_LIST).to(tl.int64)
-    return o_row, o_query, o_head, o_row < tl.load(p_tile_starts + i_tile + 1).to(tl.int32)
-
-
 # Sizes differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
-@triton.jit(do_not_specialize=["num_tiles", "num_parts", "num_rows", "max_blocks", "max_singles"])
+@triton.jit(do_not_specialize=["num_tiles", "num_parts", "num_rows", "max_blocks", "max_singles", "own_from"])
 def sparse_attention_kernel(
     p_query,
     p_key,
@@ -114,6 +97,7 @@ def sparse_attention_kernel(
     num_rows,
     max_blocks,
     max_singles,
+    own_from,
     scale_log2,
     softcap_log2,
     key_scale,
@@ -135,6 +119,7 @@ def sparse_attention_kernel(
     WITH_REMAINDER: tl.constexpr,
     WITH_LSE: tl.constexpr,
     CAUSAL: tl.constexpr,
+    CONTINUES: tl.constexpr,
 ):
     """One program: BLOCK_M packed rows of one query tile, of the query heads that share a list."""
     PADDED: tl.constexpr = HEAD_SIZE != D
@@ -146,7 +131,7 @@ def sparse_attention_kernel(
     if tile_start + i_part * BLOCK_M // HEADS_PER_LIST < tile_end:
         o_dim = tl.arange(0, D)
         m_dim = o_dim < HEAD_SIZE
-        o_row, o_query, o_head, m_row = _packed_rows(
+        o_row, o_query, o_head, m_row = packed_rows(
             i_item, i_part, p_tile_starts, num_tiles, LISTS, HEADS_PER_LIST, BLOCK_M
         )
         p_row = p_query + o_query * stride_query_row + o_head * stride_query_head
@@ -180,6 +165,11 @@ def sparse_attention_kernel(
             b_out = tl.zeros([BLOCK_M, D], dtype=tl.float32)
             b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
             b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
+        if CONTINUES:
+            p_row = p_out + o_query * stride_out_row + o_head * stride_out_head
+            b_begun_out = tl.load(p_row[:, None] + o_dim[None, :], mask=m_tile, other=0.0)
+            b_begun = tl.load(p_lse + o_head * num_rows + o_query, mask=m_row, other=0.0) * LOG2E
+            b_out, b_sum, b_max = add_begun(b_begun_out, b_begun, b_out, b_sum, b_max)
         o_slot = tl.arange(0, BLOCK_N)
         if PAGE % BLOCK_N == 0:
             o_in_page = o_slot[:, None] * stride_slot + o_dim[None, :]
@@ -230,8 +220,11 @@ def sparse_attention_kernel(
             # No own keys: what follows those that are left lies behind every row.
             own = tile_end
             last = tile_end - 1
+        skipped = 0
+        if CONTINUES:
+            skipped, own, last = own_keys_from(own, own_from, last, tile_end)
         o_own = tl.arange(0, BLOCK_OWN)
-        b_place = tl.load(p_singles + o_own)
+        b_place = tl.load(p_singles + past_skipped(0, o_own, num_left, skipped, CONTINUES))
         for first in tl.range(0, num_left + last + 1 - own, BLOCK_OWN, num_stages=STAGES):
             o_position = tl.where(first + o_own < num_left, 0, own + first + o_own - num_left)
             o_rest = (b_place.to(tl.int64) * UNIT)[:, None] + o_dim[None, :]
@@ -239,11 +232,12 @@ def sparse_attention_kernel(
                 b_query, p_key + o_rest, p_value + o_rest, o_position[None, :] <= o_row[:, None], m_dim,
                 b_out, b_sum, b_max, scale_log2, softcap_log2, True, PADDED, WITH_SOFTCAP, PRECISION,
             )  # fmt: skip
-            b_place = tl.load(p_singles + first + BLOCK_OWN + o_own)
+            o_next = past_skipped(first + BLOCK_OWN, o_own, num_left, skipped, CONTINUES)
+            b_place = tl.load(p_singles + first + BLOCK_OWN + o_next)
 
         # Read again, or what addresses the output would have to stay in registers beside the loops.
         i_item = tl.load(p_order + tl.program_id(0) // num_parts, volatile=True).to(tl.int32)
-        _, o_query, o_head, m_row = _packed_rows(
+        _, o_query, o_head, m_row = packed_rows(
             i_item, i_part, p_tile_starts, num_tiles, LISTS, HEADS_PER_LIST, BLOCK_M
         )
         if WITH_SINKS:
@@ -278,6 +272,7 @@ def run(
     out: torch.Tensor,
     lse: torch.Tensor | None = None,
     remainder: Remainder | None = None,
+    own_from: int | None = None,
 ) -> None:
     """See ``kernels.kernel.Run``. The log-sum-exp includes the shares of sink and remainder.
 
@@ -286,6 +281,8 @@ def run(
             layout ``rows``, a head's elements side by side, keys and values at the same strides, of the query's type
             or FP8 with scales; ``sinks`` contiguous.
         index: on the device of the query.
+        own_from: not None: another kernel has attended the tiles' own keys before this position, and what else the
+            index does not name; ``out`` and ``lse`` hold what it gave, and its softmax is continued. No FP8 cache.
 
     Raises:
         ValueError: the cache has another layout, or other strides for values than for keys.
@@ -306,7 +303,7 @@ def run(
         index.tiling.starts, lists.order, index.blocks, index.num_blocks, index.num_columns,
         lists.table, lists.listed, lists.singles,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), cache.key.stride(1), cache.key.stride(2),
-        index.num_tiles, parts, chunk, index.blocks.shape[2], lists.max_singles,
+        index.num_tiles, parts, chunk, index.blocks.shape[2], lists.max_singles, own_from or 0,
         *scales_log2(inputs),
         cache.key_scale, cache.value_scale,
         LISTS=inputs.group // index.heads_per_list,
@@ -326,5 +323,6 @@ def run(
         WITH_REMAINDER=remainder is not None,
         WITH_LSE=lse is not None,
         CAUSAL=index.causal,
+        CONTINUES=own_from is not None,
         num_warps=launch.num_warps,
     )  # fmt: skip

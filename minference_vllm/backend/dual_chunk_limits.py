@@ -30,8 +30,8 @@ def check_configuration(vllm_config: Any, settings: Settings, patterns: PatternF
         raise refusal(f"a KV cache of {cache_dtype}", "set kv_cache_dtype to 'auto'")
     if getattr(vllm_config, "speculative_config", None) is not None:
         raise refusal("speculative decoding", "leave speculative_config out")
-    if settings.kernel == "block_table":
-        raise refusal("the kernel 'block_table'", "set kernel to 'auto'")
+    if settings.kernel in ("block_table", "fa4"):
+        raise refusal(f"the kernel {settings.kernel!r}", "set kernel to 'auto'")
     if settings.recall_floor is not None:
         raise refusal("a recall_floor, since parts of chunks are not selected again", "leave recall_floor out")
 

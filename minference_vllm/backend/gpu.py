@@ -81,8 +81,8 @@ class GPUImpl(SparsePrefillImpl):
         dtype, kernel = vllm_config.model_config.dtype, self.runtime.settings.kernel
         if kernel == "native":
             raise ValueError("minference: kernel 'native' runs on CPUs; set kernel to 'auto' or 'triton'")
-        # Our own kernel knows soft caps, sinks and FP8 caches; 'block_table' does not, nor do the parts of dual chunks.
-        fused = kernel != "block_table" and self.dual_chunk is None
+        # Our own kernel knows soft caps, sinks and FP8 caches; vLLM's do not, nor do the parts of dual chunks.
+        fused = kernel not in ("block_table", "fa4") and self.dual_chunk is None
         window = self.sliding_window[0] if self.sliding_window is not None else None
         reasons = unsupported_layer_reasons(
             sliding_window=window,

@@ -38,13 +38,14 @@ class MInferenceTritonMetadataBuilder(GPUBuilder, TritonAttentionMetadataBuilder
 class MInferenceTritonImpl(GPUImpl, TritonAttentionImpl):
     @property
     def needs_own_kernel(self) -> bool:
-        """Yes: there is no FlashAttention for ``block_table``."""
+        """Yes: there is no FlashAttention for ``block_table`` and ``fa4``."""
         return True
 
     def dense_reasons(self, vllm_config: Any) -> list[str]:
-        if self.runtime.settings.kernel == "block_table":
+        kernel = self.runtime.settings.kernel
+        if kernel in ("block_table", "fa4"):
             raise ValueError(
-                "minference: kernel 'block_table' runs on vLLM's FlashAttention, which this GPU does not have; set "
+                f"minference: kernel {kernel!r} runs on vLLM's FlashAttention, which this GPU does not have; set "
                 "kernel to 'auto' or 'triton'"
             )
         return super().dense_reasons(vllm_config)

@@ -209,6 +209,7 @@ def kernels() -> Iterator[Finding]:
             yield Finding("ok", "kernel block_table", "vLLM's FlashAttention kernel")
         else:
             yield Finding("--", "kernel block_table", why)
+        yield gpu_fa4() if parent == "FLASH_ATTN" else Finding("--", "kernel fa4", why)
         yield Finding("--", "kernel native", "runs on CPUs")
         yield gpu_triton()
         if parent == "FLASH_ATTN":
@@ -216,11 +217,22 @@ def kernels() -> Iterator[Finding]:
             yield Finding("ok", "kernel auto", f"the fastest for each layer, timed when vLLM starts; kept in {kept}")
         return
     yield cpu_block_table()
+    yield Finding("--", "kernel fa4", "needs an NVIDIA GPU")
     reason = library.unavailable_reason()
     builds = {"bf16": library.instructions(), "float32": library.instructions(torch.float32)}
     served = " and ".join(f"{dtype} ({found})" for dtype, found in builds.items() if found)
     yield Finding("--" if reason else "ok", "kernel native", reason or f"our kernels for {served}")
     yield Finding("--", "kernel triton", "needs an NVIDIA GPU (for tests: TRITON_INTERPRET=1)")
+
+
+def gpu_fa4() -> Finding:
+    import torch
+
+    from minference_vllm.kernels.fa4 import limits
+
+    reason = limits.unsupported_gpu_reason(torch.cuda.get_device_capability()) or limits.unavailable_reason()
+    served = f"vLLM's FlashAttention 4, block-sparse, where --block-size is {limits.BLOCK}"
+    return Finding("--" if reason else "ok", "kernel fa4", reason or served)
 
 
 def gpu_triton() -> Finding:

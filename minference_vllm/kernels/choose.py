@@ -10,6 +10,7 @@ import torch
 
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.kernels.block_table import cpu, flash
+from minference_vllm.kernels.fa4 import limits as fa4
 from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.kernels.native import attention as native
 from minference_vllm.kernels.native import library
@@ -18,8 +19,8 @@ from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.selection.torch_scores import TorchScores
 
-KERNELS = ("auto", "block_table", "native", "triton")
-GPU_KERNELS = ("triton", "block_table")
+KERNELS = ("auto", "block_table", "fa4", "native", "triton")
+GPU_KERNELS = ("triton", "block_table", "fa4")
 """Those that run on GPUs; where nothing has been timed ``auto`` is the first that can serve the cache."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TRITON_HEAD_SIZE = 256
@@ -30,7 +31,7 @@ def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = Fa
     """The named kernel, or for ``auto`` the fastest that can serve this cache; on GPUs the first of ``candidates``.
 
     On processors with AMX vLLM's own kernel is faster than ours, which has no AMX path. ``triton`` runs on GPUs, and on
-    CPUs in Triton's interpreter, for tests.
+    CPUs in Triton's interpreter, for tests; ``fa4`` on GPUs alone.
 
     Args:
         name: one of ``KERNELS``.
@@ -42,7 +43,7 @@ def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = Fa
     Raises:
         ValueError: the kernel cannot run; the message says why.
     """
-    if cache.key.is_cuda or name == "triton":
+    if cache.key.is_cuda or name in ("triton", "fa4"):
         return _on_gpu(name, dtype, cache, own)[0]
     reason = library.unsupported_cache_reason(dtype, cache)
     if name == "auto":
@@ -90,8 +91,8 @@ def own_kernel_reason(name: str, dtype: torch.dtype, head_size: int, block_size:
         name: the setting ``kernel``.
         block_size: tokens per page; None: not known yet.
     """
-    if name == "block_table":
-        return "kernel 'block_table' knows none"
+    if name in ("block_table", "fa4"):
+        return f"kernel {name!r} knows none"
     reason = library.unsupported_reason(dtype, head_size)
     if reason is None and block_size is not None:
         reason = library.unsupported_page_reason(block_size)
@@ -111,14 +112,19 @@ def _on_gpu(name: str, dtype: torch.dtype, cache: PagedCache, own: bool) -> list
     if name == "native":
         raise ValueError(f"kernel 'native' cannot run: it runs on CPUs; tensors on {cache.key.device} need 'triton'")
     names = [name] if name != "auto" else ["triton"] if own else list(GPU_KERNELS)
-    reasons = {
-        name: flash.unsupported_cache_reason(dtype, cache) if name == "block_table" else triton_reason(cache)
-        for name in names
-    }
+    reasons = {name: _gpu_reason(name, dtype, cache) for name in names}
     able = [name for name, reason in reasons.items() if reason is None]
     if not able:
         raise ValueError("; ".join(f"kernel {name!r} cannot run: {reason}" for name, reason in reasons.items()))
-    return [_block_table_on_gpu() if name == "block_table" else _triton() for name in able]
+    made = {"triton": _triton, "block_table": _block_table_on_gpu, "fa4": _fa4}
+    return [made[name]() for name in able]
+
+
+def _gpu_reason(name: str, dtype: torch.dtype, cache: PagedCache) -> str | None:
+    """Why a kernel of ``GPU_KERNELS`` cannot serve this cache, or None when it can."""
+    if name == "fa4":
+        return fa4.unsupported_reason(dtype, cache)
+    return flash.unsupported_cache_reason(dtype, cache) if name == "block_table" else triton_reason(cache)
 
 
 def description(kernel: Kernel, wanted: str, dtype: torch.dtype, cache: PagedCache) -> str:
@@ -132,6 +138,8 @@ def description(kernel: Kernel, wanted: str, dtype: torch.dtype, cache: PagedCac
         return f"our {library.instructions(dtype)} kernels (kernel 'native')"
     if kernel.name == "triton":
         return "our Triton kernels (kernel 'triton')"
+    if kernel.name == "fa4":
+        return "vLLM's FlashAttention 4, block-sparse, and our Triton kernels (kernel 'fa4')"
     if cache.key.is_cuda:
         return "vLLM's FlashAttention kernel (kernel 'block_table')"
     if wanted != "auto":
@@ -200,4 +208,21 @@ def _block_table_on_gpu() -> Kernel:
 
     return Kernel(
         "block_table", flash.run, TritonScores, planned=True, lists_everything=True, remainder=remainder.of_heads
+    )
+
+
+@functools.cache
+def _fa4() -> Kernel:
+    from minference_vllm.kernels.fa4 import attention
+    from minference_vllm.triton_kernels import remainder
+    from minference_vllm.triton_kernels.scores import TritonScores
+
+    return Kernel(
+        "fa4",
+        attention.run,
+        TritonScores,
+        planned=True,
+        lists_everything=True,
+        run_with_remainder=attention.run,
+        remainder=remainder.of_heads,
     )

@@ -116,7 +116,7 @@ class Checkpoint:
         on_gpu, kernel = torch.cuda.is_available(), settings.kernel
         head_size = _head_size(config)
         native = not on_gpu and own_kernel_reason(kernel, self.dtype, head_size) is None
-        own = native or (on_gpu and kernel != "block_table")
+        own = native or (on_gpu and kernel not in ("block_table", "fa4"))
         window = getattr(config, "sliding_window", None) if kind in WINDOWED else None
         if window is not None and config.model_type in BESIDE_ITSELF:
             window += 1

@@ -45,8 +45,8 @@ def sparse_prefill(
         patterns: one per query head, or one for all; default: ``default_pattern`` of the device, without its remainder
             where the kernel cannot add it.
         scale: softmax scale, above 0; default ``head_size ** -0.5``.
-        kernel: ``auto``; ``block_table`` or ``native`` on CPUs, ``triton`` or ``block_table`` on GPUs, where nothing is
-            timed and ``auto`` is ``triton``.
+        kernel: ``auto``; ``block_table`` or ``native`` on CPUs, ``triton``, ``block_table`` or ``fa4`` on GPUs, where
+            nothing is timed and ``auto`` is ``triton``.
         tile: query rows per selection of keys; default 128, rounded up to whole blocks.
         out: where to write, apart from the other arguments' memory; default: a new tensor like ``query``.
         return_index: also return the index of each request.

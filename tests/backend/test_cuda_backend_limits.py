@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from gpu_layer import DTYPE, Layer, Parent, only
-from layer_inputs import DIM, HEADS, KV_HEADS, MIXED, record_once
+from layer_inputs import DIM, HEADS, KV_HEADS, MIXED, PAGE, record_once
+
+from minference_vllm.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -113,13 +115,25 @@ def test_pages_with_something_else_in_them_run_densely(
 
 
 @only("FlashAttention")
-def test_the_block_table_kernel_knows_no_soft_cap(
-    monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
+@pytest.mark.parametrize("kernel", ["block_table", "fa4"])
+def test_vllms_kernels_know_no_soft_caps_sinks_and_fp8_caches(
+    kernel: str, monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
 ) -> None:
-    layer = make_gpu_layer([(0, 400)], settings={"kernel": "block_table"})
-    monkeypatch.setattr(layer.impl, "logits_soft_cap", 20.0)
+    layer = make_gpu_layer([(0, 400)])
+    monkeypatch.setattr(layer.impl.runtime, "settings", Settings(kernel=kernel))
     model = SimpleNamespace(model_config=SimpleNamespace(dtype=DTYPE))
-    assert layer.impl.dense_reasons(model) == ["soft cap on logits"]
+    assert not layer.impl.dense_reasons(model)
+    monkeypatch.setattr(layer.impl, "logits_soft_cap", 20.0)
+    monkeypatch.setattr(layer.impl, "sinks", torch.zeros(HEADS))
+    monkeypatch.setattr(layer.impl, "kv_cache_dtype", "fp8")
+    reasons = layer.impl.dense_reasons(model)
+    assert "soft cap on logits" in reasons and "attention sinks" in reasons and "fp8" in " ".join(reasons)
+
+
+@only("FlashAttention")
+def test_what_flash_attention_4_does_not_take_is_refused(make_gpu_layer: Callable[..., Layer]) -> None:
+    with pytest.raises(ValueError, match=f"kernel 'fa4' cannot run: pages of {PAGE} tokens; it takes pages of 128"):
+        make_gpu_layer([(0, 400)], settings={"kernel": "fa4"})
 
 
 @pytest.mark.parametrize("options", [{"logits_soft_cap": 20.0}, {"kv_cache_dtype": "fp8"}], ids=str)
@@ -138,6 +152,7 @@ def test_kernels_of_the_other_machine_are_refused(make_gpu_layer: Callable[..., 
 
 
 @only("TritonAttention")
-def test_the_block_table_kernel_needs_flash_attention(make_gpu_layer: Callable[..., Layer]) -> None:
-    with pytest.raises(ValueError, match="'block_table' runs on vLLM's FlashAttention, which this GPU does not have"):
-        make_gpu_layer([(0, 400)], settings={"kernel": "block_table"})
+@pytest.mark.parametrize("kernel", ["block_table", "fa4"])
+def test_vllms_kernels_need_flash_attention(kernel: str, make_gpu_layer: Callable[..., Layer]) -> None:
+    with pytest.raises(ValueError, match=f"'{kernel}' runs on vLLM's FlashAttention, which this GPU does not have"):
+        make_gpu_layer([(0, 400)], settings={"kernel": kernel})

@@ -222,6 +222,7 @@ def test_a_tensor_parallel_rank_runs_its_own_heads_patterns(rank: int, make_cpu_
     [
         ({"options": {"sliding_window": 128}}, "with sliding window: choose another attention backend"),
         ({"settings": {"kernel": "block_table"}}, "with the kernel 'block_table': set kernel to 'auto'"),
+        ({"settings": {"kernel": "fa4"}}, "with the kernel 'fa4': set kernel to 'auto'"),
         ({"settings": {"recall_floor": 0.9}}, "with a recall_floor"),
         ({"dual_chunk": {**CONFIG, "local_size": 70}}, "with pages of 64 tokens, since its chunks of 250 tokens"),
         ({"dual_chunk": {**CONFIG, "local_size": 320}}, "needs integers chunk_size > local_size >= 0"),

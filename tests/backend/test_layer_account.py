@@ -22,7 +22,8 @@ from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
 from minference_vllm.kernels.autotune import Budget, Trial
 from minference_vllm.kernels.block_table import flash
-from minference_vllm.kernels.choose import candidates, choose
+from minference_vllm.kernels.choose import candidates, choose, description
+from minference_vllm.kernels.fa4 import limits
 from minference_vllm.patterns.discovery import default_pattern
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.patterns.kinds import (
@@ -171,6 +172,47 @@ def test_the_block_table_kernel_waits_for_nothing(name: str, monkeypatch: pytest
     Serving(monkeypatch, 1 << 15, audit_rows=0, kernel="block_table").serve(MIXTURES[name])
 
 
+def pretend_flash_attention_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    from minference_vllm.kernels.fa4 import attention
+
+    monkeypatch.setattr(limits, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(attention, "flash_attention_4", lambda: lambda *arguments: None)
+
+
+@pytest.mark.parametrize("major", [9, 10])
+@pytest.mark.parametrize("name", ["dense", "a_shape", "vertical_slash", "remainder", "default_cuda", "mixed"])
+def test_the_kernel_fa4_waits_for_nothing(name: str, major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minference_vllm.kernels.fa4 import attention
+
+    pretend_flash_attention_4(monkeypatch)
+    monkeypatch.setattr(attention, "major_capability", lambda tensor: major)
+    serving = Serving(monkeypatch, 1 << 15, audit_rows=0, kernel="fa4")
+    serving.serve(MIXTURES[name])
+    # A chunk that begins and ends inside a page.
+    chunk = Chunk(0, 0, serving.inputs.chunk.context_len - 50, serving.inputs.chunk.seq_len - 50)
+    serving.inputs = dataclasses.replace(serving.inputs, chunk=chunk)
+    serving.serve(MIXTURES[name])
+
+
+def test_auto_considers_fa4_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_flash_attention_4(monkeypatch)
+    memory = torch.empty(4, KV_HEADS, PAGE, 2 * DIM, dtype=torch.bfloat16, device="meta")
+    cache = PagedCache(memory[..., :DIM], memory[..., DIM:], "rows")
+    small = dataclasses.replace(cache, key=cache.key[:, :, :64], value=cache.value[:, :, :64])
+    with DeviceAccount(monkeypatch):
+        kernels = candidates("auto", torch.bfloat16, cache)
+        assert [kernel.name for kernel in kernels] == ["triton", "block_table", "fa4"]
+        found = description(kernels[2], "auto", torch.bfloat16, cache)
+        assert found == "vLLM's FlashAttention 4, block-sparse, and our Triton kernels (kernel 'fa4')"
+        assert [kernel.name for kernel in candidates("auto", torch.bfloat16, cache, own=True)] == ["triton"]
+        assert [kernel.name for kernel in candidates("auto", torch.bfloat16, small)] == ["triton", "block_table"]
+        assert choose("fa4", torch.bfloat16, cache, with_lse=True).name == "fa4"
+        monkeypatch.setattr(limits, "unavailable_reason", lambda: "no cutlass")
+        assert len(candidates("auto", torch.bfloat16, cache)) == 2
+        with pytest.raises(ValueError, match="kernel 'fa4' cannot run: no cutlass"):
+            choose("fa4", torch.bfloat16, cache)
+
+
 @pytest.mark.parametrize("name", ["default_cuda", "a_shape", "antidiagonal", "mixed"])
 @pytest.mark.parametrize("page", [16, PAGE])
 def test_timing_kernels_takes_no_more_than_was_taken_for_it(
@@ -182,6 +224,7 @@ def test_timing_kernels_takes_no_more_than_was_taken_for_it(
         return torch.empty_like(q), torch.empty(q.shape[1], len(q), device="meta")
 
     monkeypatch.setattr(flash, "_flash_attention", lambda: attend)
+    pretend_flash_attention_4(monkeypatch)
     monkeypatch.setattr(spread.torch, "Generator", lambda device: torch.default_generator)
     monkeypatch.setattr(spread.torch, "rand", lambda *size, device, **options: torch.empty(size, device=device))
     seq_len = kernel_trial.SEQ_LEN
@@ -192,7 +235,7 @@ def test_timing_kernels_takes_no_more_than_was_taken_for_it(
         table = torch.empty(seq_len // page, dtype=torch.int64, device="meta")
         inputs = Inputs.of(query, cache, table, Chunk(0, 0, seq_len - CHUNK, seq_len), DIM**-0.5)
         kernels = candidates("auto", torch.bfloat16, cache)
-        assert len(kernels) == 2
+        assert len(kernels) == (3 if page == limits.BLOCK else 2)
         taken = []
         for kernel in kernels:
             with LiveBytes(query, inputs.pages, memory) as served:

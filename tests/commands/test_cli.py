@@ -448,7 +448,7 @@ def test_doctor_finds_this_machine_ready(tool: Callable[..., Ended]) -> None:
     assert ended.code == 0, ended.out
     assert "!!" not in ended.out and "minference is minference_vllm.backend." in ended.out
     assert ended.out.splitlines()[-1] == "Ready: vllm serve MODEL --attention-backend minference"
-    assert all(f"kernel {name}" in ended.out for name in ("block_table", "native", "triton"))
+    assert all(f"kernel {name}" in ended.out for name in ("block_table", "fa4", "native", "triton"))
 
 
 def test_doctor_names_a_plugin_that_is_left_out(tool: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:

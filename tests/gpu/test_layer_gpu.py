@@ -15,6 +15,7 @@ from minference_vllm.core.plan import Chunk
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.choose import choose
+from minference_vllm.kernels.fa4 import limits
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
@@ -45,10 +46,15 @@ MIXED: list[HeadPattern] = [
 LOOKING_UP: list[HeadPattern] = [LowRank(), Dense(), LowRank(), LowRank(), *[LowRank(gamma=0.5)] * 4]
 
 
-@pytest.fixture(params=["triton", "block_table"])
+@pytest.fixture(params=["triton", "block_table", "fa4"])
 def kernel(request: pytest.FixtureRequest) -> str:
     if request.param == "block_table":
         pytest.importorskip("vllm.vllm_flash_attn")
+    if request.param == "fa4":
+        reason = limits.unsupported_gpu_reason(torch.cuda.get_device_capability()) or limits.unavailable_reason()
+        page = request.node.callspec.params.get("page", limits.BLOCK)
+        if reason or page != limits.BLOCK:
+            pytest.skip(reason or f"it takes no pages of {page}")
     return str(request.param)
 
 
@@ -226,7 +232,7 @@ def test_a_million_tokens(kernel: str, page: int) -> None:
     before = torch.cuda.memory_allocated()
     index = attend(query, cache, pages, chunk, patterns, out, kernel)
     torch.cuda.synchronize()
-    # The kernel `block_table` holds head-major queries, outputs and gathered columns beside the index.
+    # The kernel `block_table` holds head-major queries, outputs and gathered columns beside the index; `fa4` its lists.
     allowed = (320 if kernel == "triton" else 1024) << 20
     assert torch.cuda.max_memory_allocated() - before <= allowed
     assert bool(torch.isfinite(out).all())

@@ -33,7 +33,7 @@ LENGTHS = (
     "num_tiles", "num_blocks", "num_rows", "num_lists", "max_blocks", "max_columns", "rows", "context_len",
     "seq_len", "first_kv_head", "num_items", "num_pages", "num_parts", "max_singles", "page_units", "slot_units",
     "num_queries", "window", "chunk", "query_step", "key_step", "num_alone", "num_drawn", "num_unlike", "num_sampled",
-    "num_last", "most", "num_samples", "step",
+    "num_last", "most", "num_samples", "step", "own_from",
 )  # fmt: skip
 """Arguments that kernels are not specialised on."""
 

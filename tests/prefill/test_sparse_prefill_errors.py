@@ -173,7 +173,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     },
     # Names
     **{
-        f"kernel_{name}": ({"kernel": value}, f"kernel must be one of auto, block_table, native, triton, not {shown}")
+        f"kernel_{name}": ({"kernel": value}, f"must be one of auto, block_table, fa4, native, triton, not {shown}")
         for name, value, shown in (
             ("missing", None, "None"),
             ("list", ["auto"], "a list"),

@@ -31,7 +31,7 @@ def test_default_variants_keep_their_registers_tensor_cores_and_pace() -> None:
     loops = [line for line in done.stdout.splitlines() if line.startswith(" ")]
     assert any("keys before" in line and "380 TFLOP/s, 1.00 of dense" in line for line in loops)
     ours = [line for line in loops if "whole pages" in line]
-    assert len(ours) == 10
+    assert len(ours) == 12
     assert all("buffers" in line and "model" in line for line in ours)
 
 
