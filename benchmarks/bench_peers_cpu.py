@@ -9,8 +9,10 @@ row is right when it writes the answer. OpenVINO lives in an environment of its 
     openvino-env/bin/pip install torch openvino-genai "optimum-intel[openvino]" "transformers<5.6"
     python benchmarks/bench_peers_cpu.py --openvino openvino-env/bin/python --csv benchmarks/results/peers_cpu.csv
 
-vLLM reads prompts in chunks of ``--chunk`` tokens; OpenVINO's sparse prefill wants the whole prompt in one step. Both
-hold weights, products and cache in ``--dtype`` (OpenVINO would otherwise keep its cache in 8 bits).
+OpenVINO computes with all cores. So does vLLM with ``VLLM_CPU_OMP_THREADS_BIND=0-1`` (of two cores) in the environment;
+by itself it leaves one to its other processes. vLLM reads prompts in chunks of ``--chunk`` tokens; OpenVINO's sparse
+prefill wants the whole prompt in one step. Both hold weights, products and cache in ``--dtype`` (OpenVINO would
+otherwise keep its cache in 8 bits).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -156,7 +159,7 @@ def exported(args: argparse.Namespace, folder: Path) -> Path:
 
 def engines(args: argparse.Namespace, tokens: int, folder: Path) -> Iterator[tuple[str, str, Ask]]:
     """Name, version ("" of what this environment has) and how to ask; each is stopped when the next is wanted."""
-    for name in ("vllm", "minference"):
+    for name in [name for name in ("vllm", "minference") if name in args.engines]:
         engine = vllm_engine(args, name, tokens, folder)
         try:
             engine.start()
@@ -168,8 +171,9 @@ def engines(args: argparse.Namespace, tokens: int, folder: Path) -> Iterator[tup
             yield name, "", ask
         finally:
             engine.stop()
-    model = exported(args, folder)
-    for mode in MODES:
+    modes = [mode for mode in MODES if f"openvino {mode}" in args.engines]
+    model = exported(args, folder) if modes else folder
+    for mode in modes:
         peer = OpenVino(args, model, mode, tokens, folder / f"{mode}.log")
         try:
             yield f"openvino {mode}", peer.version, peer.ask
@@ -179,7 +183,9 @@ def engines(args: argparse.Namespace, tokens: int, folder: Path) -> Iterator[tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--openvino", required=True, help="Python of an environment that has openvino-genai")
+    everything = ["vllm", "minference", *(f"openvino {mode}" for mode in MODES)]
+    parser.add_argument("--engines", nargs="+", choices=everything, default=everything)
+    parser.add_argument("--openvino", default="python", help="Python of an environment that has openvino-genai")
     parser.add_argument("--model", default=str(DEMO / "model"), help="the bundled model, or a checkpoint's folder")
     parser.add_argument("--tokens", type=int, default=32768, help="of a prompt")
     parser.add_argument("--yarn", type=float, default=0.0, help="factor of the model's context")
@@ -222,6 +228,7 @@ def main() -> None:
                     "tokens": args.tokens,
                     "dtype": args.dtype,
                     "engine": name,
+                    "bind": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", ""),
                     "ttft_s": statistics.median(answer.ttft for answer in answers),
                     "ttft_min_s": min(answer.ttft for answer in answers),
                     "ttft_max_s": max(answer.ttft for answer in answers),
