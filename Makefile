@@ -34,12 +34,12 @@ demo: setup ## a needle in a long prompt, dense and sparse, through vllm serve (
 # Two processes; the tests of a file stay together, since they share what they start.
 FAST := -m "not engine and not older_vllm" -n 2 --dist loadfile
 
-test: setup lint ## lint, types, and all tests (about twenty minutes)
+test: setup lint ## lint, types, and all tests (twenty to thirty minutes)
 	@$(BIN)/pytest $(FAST) $(ARGS)
 	@RELEASES=0.27.1 CSV= $(BIN)/pytest -m versions -k "own_backend_answers or native" $(ARGS)
 	@$(BIN)/pytest -m "engine and not architectures and not features and not versions" $(ARGS)
 
-test-fast: setup ## the tests that start no engine (four minutes)
+test-fast: setup ## the tests that start no engine (four to seven minutes)
 	@$(BIN)/pytest $(FAST) $(ARGS)
 
 architectures: setup ## the architectures of docs/models.md in vLLM's CPU engine, tiny (ten to twenty minutes)
