@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tasks
-from engine_process import ENVIRONMENT, Engine, Timed, end_with_us
+from engine_process import ENVIRONMENT, Engine, Timed, end_with_us, one_at_a_time
 from record import emit
 
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
@@ -75,19 +75,10 @@ TASKS = {
 
 def start(name: str, args: argparse.Namespace, folder: Path) -> Engine:
     """An engine named ``dense``, or by the pattern file that it runs."""
-    options: dict[str, Any] = {
-        "model": args.model,
-        "dtype": args.dtype,
-        "max_model_len": max(args.tokens) + ANSWER_TOKENS,
-        "max_num_batched_tokens": args.chunk,
-        "max_num_seqs": 1,
-        "enforce_eager": True,
-        "enable_prefix_caching": name == "dense" or args.keep_texts,
-        "disable_log_stats": False,
-    }
-    if name != "dense":
-        settings = {"patterns": name} | ({"min_chunk": 16} if args.keep_texts else {})
-        options |= {"attention_backend": "minference", "additional_config": {"minference": settings}}
+    settings = {"patterns": name} | ({"min_chunk": 16} if args.keep_texts else {}) if name != "dense" else None
+    keep = {"enforce_eager": True, "enable_prefix_caching": name == "dense" or args.keep_texts}
+    tokens = max(args.tokens) + ANSWER_TOKENS
+    options = one_at_a_time(args.model, args.dtype, tokens, args.chunk, settings, **keep)
     gib = math.ceil(max(args.tokens) * 3 * 2 * 2 * 64 * 2 * 2 / (1 << 30))
     environment = ENVIRONMENT | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": str(gib)}
     engine = Engine(name, options, environment, folder / f"{Path(name).name}.log")

@@ -26,6 +26,7 @@ import tasks
 from bench_answers import DEMO
 from record import emit
 from soak_clients import ANSWER_TOKENS, Request, ask
+from soak_report import percentile
 from vllm_server import serve
 
 MODEL = str(DEMO / "model")
@@ -58,11 +59,6 @@ def short_prompts(url: str, tokens: int, seconds: float, every: float, seed: int
     while time.monotonic() < end:
         time.sleep(rng.expovariate(1 / every))
         done.append(asked(url, tasks.needle(tokens, rng.random(), rng.randrange(1 << 30))))
-
-
-def percentile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def measure(args: argparse.Namespace, name: str, folder: Path) -> dict[str, object]:

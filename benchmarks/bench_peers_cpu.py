@@ -31,7 +31,8 @@ from typing import Any, NamedTuple
 
 import tasks
 from bench_answers import DEMO, TASKS
-from engine_process import ENVIRONMENT, Engine, end_with_us
+from engine_process import ENVIRONMENT, Engine, end_with_us, one_at_a_time
+from language_model import yarn
 from record import emit
 
 from minference_vllm.offline.evaluate.tasks import Passages
@@ -111,31 +112,18 @@ class OpenVino:
 
 
 def vllm_engine(args: argparse.Namespace, name: str, tokens: int, folder: Path) -> Engine:
-    options: dict[str, Any] = {
-        "model": args.model,
-        "dtype": args.dtype,
-        "max_model_len": tokens,
-        "max_num_batched_tokens": args.chunk,
-        "max_num_seqs": 1,
-        "enable_prefix_caching": False,
-        "disable_log_stats": False,
-    }
-    if args.yarn:
-        options["hf_overrides"] = yarn(args.model, args.yarn)
-    if name == "minference":
-        settings = {"min_context": args.min_context, "log_interval": 0}
-        options |= {"attention_backend": "minference", "additional_config": {"minference": settings}}
+    settings = {"min_context": args.min_context, "log_interval": 0} if name == "minference" else None
+    others = {"hf_overrides": stretched(args.model, args.yarn)} if args.yarn else {}
+    options = one_at_a_time(args.model, args.dtype, tokens, args.chunk, settings, **others)
     environment = ENVIRONMENT | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": str(args.cache_gib)}
     return Engine(name, options, environment, folder / f"{name}.log")
 
 
-def yarn(model: str, factor: float) -> dict[str, Any]:
-    """What a configuration needs for ``factor`` times its context."""
+def stretched(model: str, factor: float) -> dict[str, Any]:
+    """What a checkpoint's configuration needs for ``factor`` times its context."""
     config = json.loads((Path(model) / "config.json").read_text())
-    length = config["max_position_embeddings"]
-    rope = dict(config.get("rope_parameters") or {"rope_theta": config["rope_theta"]})
-    rope |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": length}
-    return {"max_position_embeddings": int(length * factor), "rope_parameters": rope}
+    parameters = config.get("rope_parameters") or {"rope_theta": config["rope_theta"]}
+    return yarn(parameters, config["max_position_embeddings"], factor)
 
 
 def exported(args: argparse.Namespace, folder: Path) -> Path:
@@ -146,7 +134,7 @@ def exported(args: argparse.Namespace, folder: Path) -> Path:
         changed.mkdir()
         for file in source.iterdir():
             (changed / file.name).symlink_to(file.resolve())
-        config = json.loads((source / "config.json").read_text()) | yarn(args.model, args.yarn)
+        config = json.loads((source / "config.json").read_text()) | stretched(args.model, args.yarn)
         (changed / "config.json").unlink()
         (changed / "config.json").write_text(json.dumps(config))
         source = changed

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from bench_attention import PATTERNS
-from engine_process import ENVIRONMENT, Engine, Timed, end_with_us
+from engine_process import ENVIRONMENT, Engine, Timed, end_with_us, one_at_a_time
 from record import emit
 
 from minference_vllm.kernels.choose import KERNELS
@@ -66,29 +66,17 @@ def engine_options(args: argparse.Namespace, model: Path, pattern: str) -> tuple
     """Arguments of ``LLM`` and environment variables for one engine; ``pattern`` is a name in PATTERNS."""
     pages = math.ceil(longest(args) / 128) + 2
     cache_bytes = pages * 128 * 2 * args.layers * args.kv_heads * args.head_size * 4
-    options: dict[str, Any] = {
-        "model": str(model),
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "dtype": args.dtype,
-        "max_model_len": longest(args),
-        "max_num_batched_tokens": args.chunk,
-        "max_num_seqs": 1,
-        "enable_prefix_caching": False,
-        "enforce_eager": not args.compile,
-        "disable_log_stats": False,
-    }
+    others = {"load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": not args.compile}
     environment = dict(ENVIRONMENT)
     if args.device == "cpu":
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(math.ceil(cache_bytes / (1 << 30)))
     else:
-        options["kv_cache_memory_bytes"] = cache_bytes
+        others["kv_cache_memory_bytes"] = cache_bytes
     patterns = PatternFile(provenance="benchmarks/bench_attention.py", default=PATTERNS[pattern])
     file = model / f"{pattern}.json"
     file.write_text(patterns.model_dump_json())
     settings = {"patterns": str(file), "min_context": args.min_context, "kernel": args.kernel, "log_interval": 0}
-    options |= {"attention_backend": "minference", "additional_config": {"minference": settings}}
-    return options, environment
+    return one_at_a_time(str(model), args.dtype, longest(args), args.chunk, settings, **others), environment
 
 
 def random_prompt(length: int, seed: int) -> list[int]:

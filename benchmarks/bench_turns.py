@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 import tasks
 from bench_answers import DEMO
-from bench_peers_cpu import yarn
-from engine_process import ENVIRONMENT, Engine, Timed, end_with_us
+from bench_peers_cpu import stretched
+from engine_process import ENVIRONMENT, Engine, Timed, end_with_us, one_at_a_time
 from record import emit
 
 from minference_vllm.offline.evaluate.tasks import CITIES
@@ -105,20 +105,11 @@ def book_talk(tokenizer: Any, lengths: list[int], count: int) -> Talk:
 
 
 def start(args: argparse.Namespace, name: str, tokens: int, folder: Path) -> Engine:
-    options: dict[str, Any] = {
-        "model": args.model,
-        "dtype": args.dtype,
-        "max_model_len": tokens,
-        "max_num_batched_tokens": args.chunk,
-        "max_num_seqs": 1,
-        "enable_prefix_caching": name != "minference anew",
-        "disable_log_stats": False,
-    }
+    settings = {"min_context": args.min_context, "log_interval": 0} if name != "dense" else None
+    others: dict[str, Any] = {"enable_prefix_caching": name != "minference anew"}
     if args.yarn:
-        options["hf_overrides"] = yarn(args.model, args.yarn)
-    if name != "dense":
-        settings = {"min_context": args.min_context, "log_interval": 0}
-        options |= {"attention_backend": "minference", "additional_config": {"minference": settings}}
+        others["hf_overrides"] = stretched(args.model, args.yarn)
+    options = one_at_a_time(args.model, args.dtype, tokens, args.chunk, settings, **others)
     environment = ENVIRONMENT | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": str(args.cache_gib)}
     engine = Engine(name, options, environment, folder / f"{name}.log")
     engine.start()

@@ -19,6 +19,31 @@ ENVIRONMENT = {
 }
 
 
+def one_at_a_time(
+    model: str, dtype: str, tokens: int, chunk: int, settings: dict[str, Any] | None = None, **others: Any
+) -> dict[str, Any]:
+    """Options of vLLM's ``LLM`` for an engine that serves one request at a time, and keeps no prefix unless told to.
+
+    Args:
+        tokens: the longest request.
+        chunk: max_num_batched_tokens.
+        settings: of minference, which then serves; None: vLLM's own backend does.
+        others: options that come on top.
+    """
+    options: dict[str, Any] = {
+        "model": model,
+        "dtype": dtype,
+        "max_model_len": tokens,
+        "max_num_batched_tokens": chunk,
+        "max_num_seqs": 1,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }
+    if settings is not None:
+        options |= {"attention_backend": "minference", "additional_config": {"minference": settings}}
+    return options | others
+
+
 class Timed(NamedTuple):
     """One request, as the engine's process saw it."""
 

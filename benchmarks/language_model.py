@@ -286,6 +286,16 @@ def question_mask(prompt: int, questions: Sequence[range]) -> torch.Tensor:
     return mask
 
 
+def yarn(parameters: dict[str, Any], trained: int, factor: float) -> dict[str, Any]:
+    """What a configuration says of its positions for ``factor`` times those that it was trained for.
+
+    Args:
+        parameters: its ``rope_parameters``.
+    """
+    stretched = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": trained}
+    return {"max_position_embeddings": int(trained * factor), "rope_parameters": parameters | stretched}
+
+
 def stretch(config: Any, tokens: int) -> int:
     """Let a configuration reach ``tokens`` positions by YaRN, where it does not; returns the factor, 1 if it did."""
     trained = config.max_position_embeddings
@@ -295,8 +305,6 @@ def stretch(config: Any, tokens: int) -> int:
     if parameters.get("rope_type", "default") != "default":
         raise ValueError(f"{tokens} tokens are above the model's {trained}, and its positions are already scaled")
     factor = 1 << (-(-tokens // trained) - 1).bit_length()
-    config.rope_parameters = parameters | {
-        "rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": trained,
-    }  # fmt: skip
-    config.max_position_embeddings = trained * factor
+    for name, value in yarn(parameters, trained, factor).items():
+        setattr(config, name, value)
     return factor

@@ -146,8 +146,13 @@ class Report:
         return {name: percentiles(seconds) for name, seconds in rows.items() if seconds}
 
 
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that this share of the values, below 1, lies under."""
+    return sorted(values)[int(share * len(values))]
+
+
 def percentiles(seconds: Sequence[float]) -> str:
-    p99 = sorted(seconds)[int(0.99 * len(seconds))]
+    p99 = percentile(seconds, 0.99)
     return f"p50 {statistics.median(seconds):.2f} s, p99 {p99:.2f} s ({len(seconds)} answers)"
 
 

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,18 @@ def cache_folder(name: str) -> Path:
     """In the user's cache, outside the repository."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "minference-vllm" / name
+
+
+def make_parent(folder: Path, needed_bytes: int) -> None:
+    """Make the folder that this one will lie in.
+
+    Raises:
+        MakeError: its disk has less free space than is needed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed_bytes:
+        raise MakeError(f"{folder.parent} has {free >> 20} MB of free space, {needed_bytes >> 20} MB are needed")
 
 
 def default_folder() -> Path:

@@ -13,14 +13,13 @@ import argparse
 import importlib.metadata
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
 import venv
 from pathlib import Path
 
-from get_smollm2 import MakeError, cache_folder
+from get_smollm2 import MakeError, cache_folder, make_parent
 
 INSTALL = Path(__file__).with_name("install_engine.py")
 STAMP = "made_from.json"
@@ -59,10 +58,7 @@ def make(release: str, folder: Path) -> None:
         return
     if folder.exists() and not (folder / "pyvenv.cfg").is_file():
         raise MakeError(f"{folder} exists and is no virtual environment; remove it, or name another with --output")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < NEEDED_BYTES:
-        raise MakeError(f"{folder.parent} has {free >> 20} MB of free space, {NEEDED_BYTES >> 20} MB are needed")
+    make_parent(folder, NEEDED_BYTES)
     # In its place from the beginning, since scripts name their interpreter; the stamp, written last, says it is whole.
     venv.create(folder, clear=True, symlinks=True)
     here = sysconfig.get_path("purelib")

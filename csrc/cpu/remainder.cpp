@@ -16,8 +16,6 @@
 namespace minference {
 namespace {
 
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int kPart = 384;          // sampled keys of a task: a multiple of 64 and of kRows
 constexpr int kWidth = 2 * kLanes;  // rows (see Group) handled together
 static_assert(kPart % 64 == 0 && kPart % kRows == 0);

@@ -15,7 +15,6 @@ namespace minference {
 
 constexpr int kMaxRows = 64;
 constexpr int kTilesPerTask = 8;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Zeros on both sides of a tile's scores, so that diagonals can be read past it.
 constexpr int kScoreStride = kKeyTile + 2 * kMaxRows;

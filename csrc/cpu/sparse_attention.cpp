@@ -9,8 +9,6 @@
 namespace minference {
 namespace {
 
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Sums are rescaled only when a row's maximum (in units of log2) has grown by more than this since the last time.
 constexpr float kRescale = 8.0f;
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minference_vllm.kernels.choose import DTYPES
+from minference_vllm.kernels.choose import DTYPES, VLLMS
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.prefill.dual_chunk import DualChunk
 from minference_vllm.settings import Settings
@@ -30,7 +30,7 @@ def check_configuration(vllm_config: Any, settings: Settings, patterns: PatternF
         raise refusal(f"a KV cache of {cache_dtype}", "set kv_cache_dtype to 'auto'")
     if getattr(vllm_config, "speculative_config", None) is not None:
         raise refusal("speculative decoding", "leave speculative_config out")
-    if settings.kernel in ("block_table", "fa4"):
+    if settings.kernel in VLLMS:
         raise refusal(f"the kernel {settings.kernel!r}", "set kernel to 'auto'")
     if settings.recall_floor is not None:
         raise refusal("a recall_floor, since parts of chunks are not selected again", "leave recall_floor out")

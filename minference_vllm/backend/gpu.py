@@ -21,6 +21,7 @@ from minference_vllm.backend.warmup import take_memory, warm_up
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
+from minference_vllm.kernels.choose import VLLMS
 
 PREFERRED_BLOCK_SIZE = 128
 """Tokens per page when the user named none: FlashAttention-3 then copies whole pages at once, and budgets, which are
@@ -82,7 +83,7 @@ class GPUImpl(SparsePrefillImpl):
         if kernel == "native":
             raise ValueError("minference: kernel 'native' runs on CPUs; set kernel to 'auto' or 'triton'")
         # Our own kernel knows soft caps, sinks and FP8 caches; vLLM's do not, nor do the parts of dual chunks.
-        fused = kernel not in ("block_table", "fa4") and self.dual_chunk is None
+        fused = kernel not in VLLMS and self.dual_chunk is None
         window = self.sliding_window[0] if self.sliding_window is not None else None
         reasons = unsupported_layer_reasons(
             sliding_window=window,

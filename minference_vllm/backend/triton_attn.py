@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.triton_attn import (
 
 from minference_vllm.backend.gpu import GPUBackend, GPUBuilder, GPUImpl
 from minference_vllm.backend.metadata_builder import SparsePrefillMetadata
+from minference_vllm.kernels.choose import VLLMS
 
 
 class MInferenceTritonBackend(GPUBackend, TritonAttentionBackend):
@@ -43,7 +44,7 @@ class MInferenceTritonImpl(GPUImpl, TritonAttentionImpl):
 
     def dense_reasons(self, vllm_config: Any) -> list[str]:
         kernel = self.runtime.settings.kernel
-        if kernel in ("block_table", "fa4"):
+        if kernel in VLLMS:
             raise ValueError(
                 f"minference: kernel {kernel!r} runs on vLLM's FlashAttention, which this GPU does not have; set "
                 "kernel to 'auto' or 'triton'"

@@ -22,6 +22,8 @@ from minference_vllm.selection.torch_scores import TorchScores
 KERNELS = ("auto", "block_table", "fa4", "native", "triton")
 GPU_KERNELS = ("triton", "block_table", "fa4")
 """Those that run on GPUs; where nothing has been timed ``auto`` is the first that can serve the cache."""
+VLLMS = ("block_table", "fa4")
+"""Those that are vLLM's own, at least in part: they know no soft caps, sinks, windows and FP8 caches."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TRITON_HEAD_SIZE = 256
 NO_LSE = "the remainder needs every row's log-sum-exp, which vLLM's CPU kernel does not give and kernel 'native' does"
@@ -91,7 +93,7 @@ def own_kernel_reason(name: str, dtype: torch.dtype, head_size: int, block_size:
         name: the setting ``kernel``.
         block_size: tokens per page; None: not known yet.
     """
-    if name in ("block_table", "fa4"):
+    if name in VLLMS:
         return f"kernel {name!r} knows none"
     reason = library.unsupported_reason(dtype, head_size)
     if reason is None and block_size is not None:

@@ -12,7 +12,7 @@ from minference_vllm.backend.limits import (
     unsupported_layer_reasons,
 )
 from minference_vllm.backend.runtime import model_patterns
-from minference_vllm.kernels.choose import own_kernel_reason
+from minference_vllm.kernels.choose import VLLMS, own_kernel_reason
 from minference_vllm.patterns.discovery import layer_configs, total_query_heads
 from minference_vllm.patterns.file import PatternFile
 from minference_vllm.settings import Settings, load_settings
@@ -116,7 +116,7 @@ class Checkpoint:
         on_gpu, kernel = torch.cuda.is_available(), settings.kernel
         head_size = _head_size(config)
         native = not on_gpu and own_kernel_reason(kernel, self.dtype, head_size) is None
-        own = native or (on_gpu and kernel not in ("block_table", "fa4"))
+        own = native or (on_gpu and kernel not in VLLMS)
         window = getattr(config, "sliding_window", None) if kind in WINDOWED else None
         if window is not None and config.model_type in BESIDE_ITSELF:
             window += 1

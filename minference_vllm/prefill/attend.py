@@ -118,14 +118,19 @@ def attend_chunk(
 
     index = build(patterns) if check is None else check.run(patterns, build, recall)
     used = patterns if check is None else check.strengthened(patterns)
-    with_remainder = [head for head, pattern in enumerate(used) if pattern.has_remainder]
-    left_out = None
-    if with_remainder:
-        with timing.stage("index"):
-            left_out = (kernel.remainder or remainder.of_heads)(inputs, index, with_remainder)
+    with timing.stage("index"):
+        left_out = left_out_by(inputs, index, kernel, used)
     with timing.stage("attend"):
         run_index(inputs, index, kernel, out, left_out)
     return index
+
+
+def left_out_by(
+    inputs: Inputs, index: SparseIndex, kernel: Kernel, patterns: Sequence[HeadPattern]
+) -> Remainder | None:
+    """The remainder of the heads whose patterns have one, by the kernel's code for it; None where none has."""
+    heads = [head for head, pattern in enumerate(patterns) if pattern.has_remainder]
+    return (kernel.remainder or remainder.of_heads)(inputs, index, heads) if heads else None
 
 
 def run_index(

@@ -17,8 +17,7 @@ from minference_vllm.kernels.autotune import Run, Trial
 from minference_vllm.kernels.choice_cache import Choice
 from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.patterns.kinds import HeadPattern
-from minference_vllm.prefill import remainder
-from minference_vllm.prefill.attend import capacity_for, run_index, tiling_for
+from minference_vllm.prefill.attend import capacity_for, left_out_by, run_index, tiling_for
 from minference_vllm.selection.spread import spread_index
 
 CHUNK_LEN, SEQ_LEN = 8192, 65536
@@ -121,8 +120,7 @@ def _first_run(
     """
     tiling = tiling_for(inputs, kernel, tile)
     index = spread_index(tiling, patterns, density, capacity_for(tiling, patterns, kernel), inputs.group)
-    heads = [head for head, pattern in enumerate(patterns) if pattern.has_remainder]
-    left_out = (kernel.remainder or remainder.of_heads)(inputs, index, heads) if heads else None
+    left_out = left_out_by(inputs, index, kernel, patterns)
     run = functools.partial(run_index, inputs, index, kernel, out, left_out)
     out.fill_(torch.nan)
     run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -62,7 +63,7 @@ def test_other_content_is_not_overwritten(tmp_path: Path, installs: list[str]) -
 
 
 def test_a_full_disk(tmp_path: Path, installs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(get_vllm_cpu.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1 << 20}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1 << 20}))
     with pytest.raises(MakeError, match="has 1 MB of free space, 2048 MB are needed"):
         get_vllm_cpu.make("1.0", tmp_path / "1.0")
     assert list(tmp_path.iterdir()) == []

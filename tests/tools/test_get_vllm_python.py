@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_what_fails_leaves_nothing_behind(
 ) -> None:
     answer(monkeypatch, *files)
     usage = type("Usage", (), {"free": free})
-    monkeypatch.setattr(get_vllm_python.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(MakeError, match=problem):
         get_vllm_python.make("1.0", tmp_path / "1.0")
     assert list(tmp_path.iterdir()) == []
