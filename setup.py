@@ -18,8 +18,10 @@ OUTSIDE = {
     "minference_vllm.pattern_configs": "pattern_configs",
     "minference_vllm.triton_kernels": "triton_kernels",
 }
+AVX512_BF16 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "bf16")]
 INSTRUCTIONS = {
-    "avx512bf16": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "bf16")],
+    "amx": [*AVX512_BF16, *(f"-mamx-{part}" for part in ("tile", "int8", "bf16"))],
+    "avx512bf16": AVX512_BF16,
     # Conversions of float16 (F16C) are as old as AVX2, but no part of it.
     "avx2": ["-mavx2", "-mf16c"],
 }

@@ -12,6 +12,7 @@ extern "C" void minference_row_weights(const minference::RowWeightArguments* arg
 #pragma omp parallel num_threads(a.threads)
   {
     static thread_local RowWorkspace w;
+    const ProductUnit unit;
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < scores.tasks(); ++task) {
       scores.run(task, w, [&](int i, int64_t tile) {
@@ -55,6 +56,7 @@ extern "C" void minference_column_diagonal_scores(const minference::ColumnDiagon
 #pragma omp parallel num_threads(a.threads)
   {
     static thread_local RowWorkspace w;
+    const ProductUnit unit;
     std::memset(w.scores, 0, sizeof w.scores);
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < scores.tasks(); ++task) {

@@ -31,17 +31,11 @@ struct alignas(64) Workspace {
   alignas(64) int8_t codes[kMaxHead * kKeyTile];  // likewise
 };
 
-void multiply(const Factor* projection, Workspace& w, int rank, int dim, bool add) {
-  for (int k = 0; k < rank; k += kRows) {
-    with_rows(std::min(kRows, rank - k), [&]<int R>() {
-      const Factor* rows = projection + k * kQueryStride;
-      float* low = w.low + k * kKeyTile;
-      if (add) {
-        product_rows<R, kQueryStride, true>(rows, w.keys, kKeyTile, low, kKeyTile, dim, kKeyTile);
-      } else {
-        product_rows<R, kQueryStride, false>(rows, w.keys, kKeyTile, low, kKeyTile, dim, kKeyTile);
-      }
-    });
+template <bool kAdd>
+void multiply(const Factor* projection, Workspace& w, int rank, int dim) {
+  for (int k = 0; k < rank; k += kProductRows) {
+    product_rows<kQueryStride, kAdd>(std::min(kProductRows, rank - k), projection + k * kQueryStride, w.keys, kKeyTile,
+                                     w.low + k * kKeyTile, kKeyTile, padded_depth(dim), kKeyTile);
   }
 }
 
@@ -67,8 +61,8 @@ void quantize(const KeyCodeArguments& a, const float* center, Workspace& w) {
 void run_task(const KeyCodeArguments& a, const Projection& projection, Workspace& w, int head, int64_t first) {
   const int kv_head = a.heads[head] / (a.num_heads / a.cache.num_kv_heads);
   pack_sequence(a.cache, a.pages, a.seq_len, kv_head, first, w.keys);
-  multiply(projection.nearest.data(), w, a.rank, a.cache.head_size, false);
-  if (sizeof(Factor) < sizeof(float)) multiply(projection.missing.data(), w, a.rank, a.cache.head_size, true);
+  multiply<false>(projection.nearest.data(), w, a.rank, a.cache.head_size);
+  if (sizeof(Factor) < sizeof(float)) multiply<true>(projection.missing.data(), w, a.rank, a.cache.head_size);
   quantize(a, a.center + static_cast<int64_t>(head) * a.rank, w);
   const int here = static_cast<int>(std::min<int64_t>(kKeyTile, a.seq_len - first));
   int8_t* out = a.codes + (head * a.seq_len + first) * a.rank;
@@ -90,6 +84,7 @@ extern "C" void minference_key_codes(const minference::KeyCodeArguments* argumen
 #pragma omp parallel num_threads(a.threads)
   {
     static thread_local Workspace w;
+    const ProductUnit unit;
 #pragma omp for schedule(dynamic, 4)
     for (int64_t task = 0; task < tasks; ++task) {
       const int head = static_cast<int>(task / key_tiles);

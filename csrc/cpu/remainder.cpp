@@ -310,7 +310,7 @@ class LeftOut {
     for (int v = 0; v < kHere; v += kLanes) softmax(scores + v, begin, end, kHere, group, part * group.width + row + v);
     float* total = group.total.get() + (static_cast<int64_t>(part) * group.size() + row) * stride;
     for (int r = 0; r < rows; r += kRows) {
-      with_rows(std::min(kRows, rows - r), [&]<int R>() {
+      with_rows<kRows>(std::min(kRows, rows - r), [&]<int R>() {
         for (int d = 0; d < stride; d += 2 * kLanes) {
           multiply<R, 2>(scores + begin * kHere + r, 1, kHere, w.rows.data() + begin * stride + d,
                          stride, total + r * stride + d, stride, end - begin);

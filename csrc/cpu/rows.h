@@ -33,7 +33,7 @@ class RowScores {
       : a_(arguments),
         key_tiles((a_.seq_len + kKeyTile - 1) / kKeyTile),
         parts((key_tiles + kTilesPerTask - 1) / kTilesPerTask),
-        query_(static_cast<size_t>(a_.num_wanted) * a_.rows * kQueryStride) {
+        query_((static_cast<size_t>(a_.num_wanted) * a_.rows + kProductRows) * kQueryStride) {
     with_element(a_.cache.element, [&]<typename T>() { copy_queries(static_cast<const T*>(a_.query)); });
     for (int i = 0; i < a_.num_wanted; ++i) {
       if (i == 0 || kv_head(i) != kv_head(i - 1)) first_of_group_.push_back(i);
@@ -76,11 +76,9 @@ class RowScores {
       std::iota(places.begin(), places.end(), 0);
       return places;
     }();
-    for (int r = 0; r < a_.rows; r += kRows) {
-      with_rows(std::min(kRows, a_.rows - r), [&]<int R>() {
-        product_rows<R, kQueryStride, false>(query + r * kQueryStride, w.keys, kKeyTile, w.row(r), kScoreStride,
-                                             a_.cache.head_size, kKeyTile);
-      });
+    for (int r = 0; r < a_.rows; r += kProductRows) {
+      product_rows<kQueryStride, false>(std::min(kProductRows, a_.rows - r), query + r * kQueryStride, w.keys, kKeyTile,
+                                        w.row(r), kScoreStride, padded_depth(a_.cache.head_size), kKeyTile);
     }
     const Floats scale = repeat(a_.softcap == 0.0f ? a_.scale * kLog2e : kLog2e);
     for (int r = 0; r < a_.rows; ++r) {

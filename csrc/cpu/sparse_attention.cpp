@@ -16,8 +16,8 @@ struct alignas(64) Workspace {
   alignas(64) Packed keys[kMaxHead / kPack * kKeyTile];
   alignas(64) Packed values[kKeyTile / kPack * kMaxHead];
   alignas(64) int32_t position[kKeyTile];
-  alignas(64) float scores[kRows * kKeyTile];
-  alignas(64) Factor weights[kRows * kKeyTile];
+  alignas(64) float scores[kProductRows * kKeyTile];
+  alignas(64) Factor weights[kProductRows * kKeyTile];
   std::vector<Factor> query;
   std::vector<float> out, maximum, sum;
 };
@@ -54,8 +54,10 @@ class TileTask {
 
  private:
   void load_query() {
-    w_.query.resize(static_cast<size_t>(rows_) * kQueryStride);
-    w_.out.assign(static_cast<size_t>(rows_) * dim_, 0.0f);
+    const size_t padded = (rows_ + kProductRows - 1) / kProductRows * kProductRows;
+    w_.query.assign(padded * kQueryStride, 0);
+    clear_padding(w_.keys, dim_);
+    w_.out.assign(padded * dim_, 0.0f);
     w_.maximum.assign(rows_, -kInfinity);
     w_.sum.assign(rows_, 0.0f);
     const T* query = static_cast<const T*>(a_.query);
@@ -121,10 +123,10 @@ class TileTask {
     const bool masked = latest > start_;
     // Whether the last row's window begins behind some of these keys.
     const bool cut = a_.window != 0 && earliest < first_seen(rows_ - 1);
-    for (int r = 0; r < rows_; r += kRows) {
-      const int rows = std::min(kRows, rows_ - r);
+    for (int r = 0; r < rows_; r += kProductRows) {
+      const int rows = std::min(kProductRows, rows_ - r);
       if (start_ + r + rows - 1 < earliest || (cut && latest < first_seen(r))) continue;
-      with_rows(rows, [&]<int R>() { attend_rows<R>(r, masked, cut); });
+      attend_rows(r, rows, masked, cut);
     }
     filled_ = 0;
   }
@@ -132,20 +134,19 @@ class TileTask {
   // The first key in the window of a row of the tile.
   int64_t first_seen(int row) const { return start_ + row - a_.window + 1; }
 
-  template <int R>
-  void attend_rows(int r, bool masked, bool cut) {
+  void attend_rows(int r, int rows, bool masked, bool cut) {
     const int keys = filled_;
-    product_rows<R, kQueryStride, false>(w_.query.data() + static_cast<size_t>(r) * kQueryStride, w_.keys, kKeyTile,
-                                         w_.scores, kKeyTile, dim_, keys);
+    product_rows<kQueryStride, false>(rows, w_.query.data() + static_cast<size_t>(r) * kQueryStride, w_.keys, kKeyTile,
+                                      w_.scores, kKeyTile, padded_depth(dim_), keys);
     float* out = w_.out.data() + static_cast<size_t>(r) * dim_;
     if (a_.softcap != 0.0f) {
-      for (int i = 0; i < R; ++i) soft_cap_row(w_.scores + i * kKeyTile, keys, a_.scale, a_.softcap);
+      for (int i = 0; i < rows; ++i) soft_cap_row(w_.scores + i * kKeyTile, keys, a_.scale, a_.softcap);
     }
     if (cut) {
-      for (int i = 0; i < R; ++i) hide_before_window(w_.scores + i * kKeyTile, keys, r + i);
+      for (int i = 0; i < rows; ++i) hide_before_window(w_.scores + i * kKeyTile, keys, r + i);
     }
-    for (int i = 0; i < R; ++i) softmax_row(r + i, i, keys, masked, out + static_cast<size_t>(i) * dim_);
-    product_rows<R, kKeyTile, true>(w_.weights, w_.values, dim_, out, dim_, keys, dim_);
+    for (int i = 0; i < rows; ++i) softmax_row(r + i, i, keys, masked, out + static_cast<size_t>(i) * dim_);
+    product_rows<kKeyTile, true>(rows, w_.weights, w_.values, dim_, out, dim_, keys, dim_);
   }
 
   void hide_before_window(float* scores, int keys, int row) const {
@@ -156,15 +157,17 @@ class TileTask {
   void softmax_row(int row, int i, int keys, bool masked, float* out) {
     float* scores = w_.scores + i * kKeyTile;
     Factor* weights = w_.weights + i * kKeyTile;
-    const Floats scale = repeat(a_.softcap == 0.0f ? a_.scale * kLog2e : kLog2e);
+    const float to_log2 = a_.softcap == 0.0f ? a_.scale * kLog2e : kLog2e;
     Floats largest = repeat(-kInfinity);
     for (int n = 0; n < keys; n += kLanes) {
-      Floats x = load(scores + n) * scale;
-      if (masked) x = hide_after(x, w_.position + n, static_cast<int32_t>(start_ + row));
-      store(scores + n, x);
+      Floats x = load(scores + n);
+      if (masked) {
+        x = hide_after(x, w_.position + n, static_cast<int32_t>(start_ + row));
+        store(scores + n, x);
+      }
       largest = max(largest, x);
     }
-    const float found = reduce_max(largest);
+    const float found = reduce_max(largest) * to_log2;
     float& maximum = w_.maximum[row];
     float& sum = w_.sum[row];
     if (found > maximum + kRescale || maximum == -kInfinity) {
@@ -175,10 +178,11 @@ class TileTask {
       for (int d = 0; d < dim_; d += kLanes) store(out + d, load(out + d) * factor);
     }
     const Floats shift = repeat(maximum == -kInfinity ? 0.0f : maximum);
+    const Floats unit = repeat(to_log2);
     Floats total = repeat(0.0f);
     for (int n = 0; n < keys; n += 2 * kLanes) {
-      const Floats low = exp2(load(scores + n) - shift);
-      const Floats high = exp2(load(scores + n + kLanes) - shift);
+      const Floats low = exp2(load(scores + n) * unit - shift);
+      const Floats high = exp2(load(scores + n + kLanes) * unit - shift);
       total += low + high;
       store_factors(weights + n, low, high);
     }
@@ -251,6 +255,7 @@ extern "C" void minference_attend(const minference::AttendArguments* arguments) 
   {
     // Static per thread: its memory stays in the core's caches from call to call.
     static thread_local minference::Workspace space;
+    const minference::ProductUnit unit;
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < tasks; ++task) {
       // Later tiles have more keys. They are started first, so that threads finish at about the same time.

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <utility>
 
 #include "interface.h"
 
@@ -14,6 +13,12 @@
 #include "avx512bf16.h"
 #else
 #include "avx2.h"
+#endif
+#include "unroll.h"
+#ifdef __AMX_BF16__
+#include "amx_products.h"
+#else
+#include "vector_products.h"
 #endif
 
 namespace minference {
@@ -23,6 +28,13 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int kKeyTile = 128;      // keys handled together
 constexpr int kMaxHead = 256;      // largest head size
 constexpr int kQueryStride = 288;  // row stride of copied queries: a constant, and not a power of two (cache sets)
+
+// Dimensions of queries and packed keys that product_rows multiplies: those behind the head's are zeros.
+inline int padded_depth(int dim) { return (dim + kDepthStep - 1) / kDepthStep * kDepthStep; }
+
+inline void clear_padding(Packed* keys, int dim) {
+  std::memset(keys + dim / kPack * kKeyTile, 0, (padded_depth(dim) - dim) / kPack * kKeyTile * sizeof(Packed));
+}
 
 // Keys as rows -> packed[d / kPack][kKeyTile] from column `at` on. `count` is a multiple of 16.
 template <typename T>
@@ -67,6 +79,7 @@ inline void pack_keys(const Cache& cache, int64_t page, int head, int slot, int 
 inline void pack_sequence(const Cache& cache, const int64_t* pages, int64_t seq_len, int head, int64_t first,
                           Packed* packed) {
   const int size = cache.block_size;
+  clear_padding(packed, cache.head_size);
   int at = 0;
   while (at < kKeyTile) {
     const int64_t key = first + at;
@@ -105,34 +118,6 @@ inline void pack_values(const Cache& cache, int64_t page, int head, int slot, in
   }
 }
 
-// c[R][kLanes V] (+)= a[R][depth] x b[depth / kPack][kLanes V]; a has the constant row stride LDA.
-template <int R, int V, int LDA, bool kAdd>
-inline void product(const Factor* a, const Packed* b, int64_t ldb, float* c, int64_t ldc, int depth) {
-  Floats sum[R][V];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) sum[r][v] = kAdd ? load(c + r * ldc + kLanes * v) : repeat(0.0f);
-  }
-  for (int k = 0; k < depth / kPack; ++k) {
-    Floats right[V];
-    for (int v = 0; v < V; ++v) right[v] = load_packed(b + k * ldb + kLanes * v);
-    for (int r = 0; r < R; ++r) {
-      const Floats left = repeat_factors(a + r * LDA + kPack * k);
-      for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(left, right[v], sum[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) store(c + r * ldc + kLanes * v, sum[r][v]);
-  }
-}
-
-// The same for any width (a multiple of 16).
-template <int R, int LDA, bool kAdd>
-inline void product_rows(const Factor* a, const Packed* b, int64_t ldb, float* c, int64_t ldc, int depth, int width) {
-  int n = 0;
-  for (; n + 2 * kLanes <= width; n += 2 * kLanes) product<R, 2, LDA, kAdd>(a, b + n, ldb, c + n, ldc, depth);
-  if (n < width) product<R, 1, LDA, kAdd>(a, b + n, ldb, c + n, ldc, depth);
-}
-
 // cap * tanh(x / cap), with a relative error of 3e-7. Near zero, where 1 - 2 / (e^2y + 1) cancels, tanh is y times a
 // polynomial in y^2 (least squares, error 1e-7).
 inline Floats soft_cap(Floats x, Floats cap, Floats inverse_cap) {
@@ -153,27 +138,6 @@ inline Floats soft_cap(Floats x, Floats cap, Floats inverse_cap) {
 inline void soft_cap_row(float* products, int count, float scale, float cap) {
   const Floats to_score = repeat(scale), caps = repeat(cap), inverse_cap = repeat(1.0f / cap);
   for (int n = 0; n < count; n += kLanes) store(products + n, soft_cap(load(products + n) * to_score, caps, inverse_cap));
-}
-
-// Calls body.template operator()<I>() for I = 0 .. N - 1. In loops over arrays of vectors, so that these stay in
-// registers: gcc 12 writes arrays to memory whose indices it comes to know only when it unrolls a loop.
-template <int N, typename Body>
-[[gnu::always_inline]] inline void unrolled(const Body& body) {
-  [&]<int... I>(std::integer_sequence<int, I...>) {
-    (body.template operator()<I>(), ...);
-  }(std::make_integer_sequence<int, N>());
-}
-
-// Calls body.template operator()<R>() for the run-time number of rows 1 .. kRows.
-template <int R = kRows, typename Body>
-inline void with_rows(int rows, const Body& body) {
-  if constexpr (R == 1) {
-    body.template operator()<1>();
-  } else if (rows == R) {
-    body.template operator()<R>();
-  } else {
-    with_rows<R - 1>(rows, body);
-  }
 }
 
 }  // namespace minference

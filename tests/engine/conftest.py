@@ -158,6 +158,17 @@ def density_in(log: str) -> float:
     return float(lines[-1])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cores() -> None:
+    """Each of several pytest processes has its engines compute with cores of its own: vLLM would take the same ones."""
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if 1 < processes <= len(cores):
+        # A process that replaces a crashed one has a higher number.
+        number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % processes
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(cores[number::processes]))
+
+
 def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONUNBUFFERED": "1", **changes}
 

@@ -11,7 +11,13 @@ from paged_inputs import PagedBatch, make_batch
 from minference_vllm.core.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
 
 LAYOUTS: tuple[Layout, ...] = ("rows", "transposed", "amx")
-BUILDS = (("avx512bf16", torch.bfloat16), ("avx2", torch.bfloat16), ("avx2", torch.float16), ("avx2", torch.float32))
+BUILDS = (
+    ("amx", torch.bfloat16),
+    ("avx512bf16", torch.bfloat16),
+    ("avx2", torch.bfloat16),
+    ("avx2", torch.float16),
+    ("avx2", torch.float32),
+)
 """Builds of the kernels, and types that each serves."""
 
 

@@ -141,12 +141,14 @@ def test_without_the_kernels_everything_runs_through_vllms(
 
 
 def test_the_best_build_that_the_processor_can_run_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    libraries = {"avx512bf16": ctypes.CDLL(None), "avx2": ctypes.CDLL(None)}
+    libraries = {build: ctypes.CDLL(None) for build in ("amx", "avx512bf16", "avx2")}
     monkeypatch.setattr(library, "load", libraries.get)
     best = library._best.__wrapped__
-    assert best(torch.bfloat16) == ("avx512bf16", libraries["avx512bf16"])
+    assert best(torch.bfloat16) == ("amx", libraries["amx"])
     # The other one's instructions multiply bf16.
     assert best(torch.float32) == best(torch.float16) == ("avx2", libraries["avx2"])
+    del libraries["amx"]
+    assert best(torch.bfloat16) == ("avx512bf16", libraries["avx512bf16"])
     del libraries["avx512bf16"]
     assert best(torch.bfloat16) == ("avx2", libraries["avx2"])
     del libraries["avx2"]

@@ -1,6 +1,6 @@
 """The libraries built from ``csrc/cpu``: which one runs here, and what it can serve.
 
-There are two, for AVX512-BF16 and for AVX2, built by ``pip install`` where a compiler is there; without them everything
+There are three, for AMX, for AVX512-BF16 and for AVX2, built by ``pip install`` where a compiler is there; without them everything
 runs through vLLM's kernel. float32 and float16 are served by the one for AVX2, on newer processors too: what the other
 one's instructions multiply is bf16.
 
@@ -27,12 +27,23 @@ LAYOUTS = {"rows": 0, "transposed": 1, "amx": 2}
 PAGE_MULTIPLE = 32
 MAX_HEAD_SIZE = 256
 
-_SUPPORTED = {
+
+def _has_avx512_bf16() -> bool:
     # Processors with the one have the other, but a virtual machine may hide it.
-    "avx512bf16": lambda: torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported(),
+    return torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()
+
+
+def _has_amx() -> bool:
+    # Linux lets a process use the unit once it has asked for it.
+    return _has_avx512_bf16() and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+
+
+_SUPPORTED = {
+    "amx": _has_amx,
+    "avx512bf16": _has_avx512_bf16,
     "avx2": torch.cpu._is_avx2_supported,
 }
-INSTRUCTIONS = {"avx512bf16": "AVX512-BF16", "avx2": "AVX2"}
+INSTRUCTIONS = {"amx": "AMX", "avx512bf16": "AVX512-BF16", "avx2": "AVX2"}
 """Builds of the kernels (``setup.py``), best first, and the instructions that each needs."""
 
 

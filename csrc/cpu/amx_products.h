@@ -1,0 +1,98 @@
+// Matrix products by the AMX unit, in tiles of 16 rows of 64 bytes; vector_products.h has the same names for processors
+// without.
+//
+// A product C += A x B takes A as rows, and B with the pairs of bf16 (or fours of bytes) that are summed side by side,
+// as Packed has them. Two rows and two columns of tiles are multiplied together: C in tiles 0 to 3, A in 4 and 5, B in
+// 6 and 7.
+#pragma once
+
+#include <immintrin.h>
+
+namespace minference {
+
+constexpr int kProductRows = 32;  // rows that product_rows takes at most, and that its buffers are padded to
+constexpr int kDepthStep = 32;    // what its depth is a multiple of
+
+// Tiles as a thread uses them, until the end of the scope. Whoever uses tiles configures them: nothing is restored.
+class ProductUnit {
+ public:
+  // bytes: of a row of A, a multiple of 4, at most 64; a fourth of them is the number of rows of B.
+  explicit ProductUnit(int bytes = 64) {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } tiles;
+    for (int i = 0; i < 8; ++i) {
+      tiles.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? bytes : 64);
+      tiles.rows[i] = static_cast<uint8_t>(i < 6 ? 16 : bytes / 4);
+    }
+    _tile_loadconfig(&tiles);
+  }
+  ~ProductUnit() { _tile_release(); }
+  ProductUnit(const ProductUnit&) = delete;
+  ProductUnit& operator=(const ProductUnit&) = delete;
+};
+
+// c[16 R][16 V] (+)= a[16 R][depth] x b[depth / 2][16 V]; strides in bytes.
+template <int R, int V, bool kAdd>
+inline void tile_product(const Factor* a, int64_t a_stride, const Packed* b, int64_t b_stride, float* c, int64_t c_stride,
+                         int depth) {
+  // gcc does not know that _tile_loadd reads memory.
+  asm volatile("" ::: "memory");
+  float* below = c + 16 * c_stride / static_cast<int64_t>(sizeof(float));
+  if constexpr (kAdd) {
+    _tile_loadd(0, c, c_stride);
+    if constexpr (V == 2) _tile_loadd(1, c + 16, c_stride);
+    if constexpr (R == 2) _tile_loadd(2, below, c_stride);
+    if constexpr (R == 2 && V == 2) _tile_loadd(3, below + 16, c_stride);
+  } else {
+    _tile_zero(0);
+    if constexpr (V == 2) _tile_zero(1);
+    if constexpr (R == 2) _tile_zero(2);
+    if constexpr (R == 2 && V == 2) _tile_zero(3);
+  }
+  for (int k = 0; k < depth; k += kDepthStep, a += kDepthStep, b += 16 * b_stride / static_cast<int64_t>(sizeof(Packed))) {
+    _tile_loadd(6, b, b_stride);
+    _tile_loadd(4, a, a_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (V == 2) {
+      _tile_loadd(7, b + 16, b_stride);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (R == 2) {
+      _tile_loadd(5, a + 16 * a_stride / static_cast<int64_t>(sizeof(Factor)), a_stride);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (V == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_stride);
+  if constexpr (V == 2) _tile_stored(1, c + 16, c_stride);
+  if constexpr (R == 2) _tile_stored(2, below, c_stride);
+  if constexpr (R == 2 && V == 2) _tile_stored(3, below + 16, c_stride);
+}
+
+// c[rows][width] (+)= a[rows][depth] x b[depth / kPack][width], for at most kProductRows rows and a width that is a
+// multiple of 16. Rows up to the next multiple of 16 are read and written, too.
+template <int LDA, bool kAdd>
+inline void product_rows(int rows, const Factor* a, const Packed* b, int64_t ldb, float* c, int64_t ldc, int depth,
+                         int width) {
+  constexpr int64_t kStride = LDA * sizeof(Factor);
+  const int64_t b_stride = ldb * static_cast<int64_t>(sizeof(Packed)), c_stride = ldc * static_cast<int64_t>(sizeof(float));
+  int n = 0;
+  for (; n + 32 <= width; n += 32) {
+    if (rows > 16) {
+      tile_product<2, 2, kAdd>(a, kStride, b + n, b_stride, c + n, c_stride, depth);
+    } else {
+      tile_product<1, 2, kAdd>(a, kStride, b + n, b_stride, c + n, c_stride, depth);
+    }
+  }
+  if (n == width) return;
+  if (rows > 16) {
+    tile_product<2, 1, kAdd>(a, kStride, b + n, b_stride, c + n, c_stride, depth);
+  } else {
+    tile_product<1, 1, kAdd>(a, kStride, b + n, b_stride, c + n, c_stride, depth);
+  }
+}
+
+}  // namespace minference
