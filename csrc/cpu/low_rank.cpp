@@ -28,8 +28,9 @@ constexpr int kKeyStride = kMaxHead / kBytes + 8;  // of loaded keys: a constant
 constexpr int16_t kMin = std::numeric_limits<int16_t>::min();
 constexpr int16_t kMax = std::numeric_limits<int16_t>::max();
 
-struct Workspace {
-  int32_t keys[kPeakKeys * kKeyStride];  // [keys][rank / kBytes], see copy_bytes
+struct alignas(64) Workspace {
+  alignas(64) int32_t keys[kPeakKeys * kKeyStride];  // [keys][rank / kBytes], see copy_bytes
+  alignas(64) Sum products[kPeakKeys * kRowBlock];   // [keys][rows], where tiles are multiplied
   // All by row, padded to whole row blocks.
   std::vector<int8_t> query;           // [rank / kBytes][rows][kBytes]
   std::vector<Sum> offset;             // [rows], added to every product, see load_rows
@@ -110,15 +111,6 @@ class Rows {
     }
   }
 
-  int load_keys(int64_t first, int64_t end) {
-    const int keys = static_cast<int>(std::min<int64_t>(kPeakKeys, end - first));
-    for (int n = 0; n < keys; ++n) {
-      const int8_t* key = qk_.keys + (head_ * qk_.seq_len + first + n) * qk_.rank;
-      for (int k = 0; k < qk_.rank; k += 16) copy_bytes(key + k, w_.keys + n * kKeyStride + k / kBytes);
-    }
-    return keys;
-  }
-
   // Sets peaks and approx_lse, over the keys that each row sees.
   void find_approx_lse() {
     const int64_t end = w_.position[count - 1] + 1, blocks = (end + kPeakKeys - 1) / kPeakKeys;
@@ -171,7 +163,42 @@ class Rows {
   }
 
  private:
-  // Calls use(key, products) for each of the loaded keys, with its products with the rows from r on: kParts vectors.
+  // load_keys loads a block of keys and returns how many there are before `end`. multiply calls use(key, products) for
+  // each of them, with its products with the rows from r on: kParts vectors.
+#ifdef __AMX_INT8__
+  int load_keys(int64_t first, int64_t end) {
+    const auto keys = static_cast<int>(std::min<int64_t>(kPeakKeys, end - first));
+    loaded_ = qk_.keys + (head_ * qk_.seq_len + first) * qk_.rank;
+    if (first + kPeakKeys > qk_.seq_len) {
+      auto* copy = reinterpret_cast<int8_t*>(w_.keys);
+      std::memcpy(copy, loaded_, static_cast<size_t>(keys) * qk_.rank);
+      loaded_ = copy;
+    }
+    return keys;
+  }
+
+  template <typename Use>
+  void multiply(int keys, int64_t r, const Use& use) {
+    static_assert(kPeakKeys == 32 && kRowBlock == 64);
+    byte_products(loaded_, qk_.rank, w_.query.data() + kBytes * r, kBytes * padded, qk_.rank, w_.products);
+    for (int n = 0; n < keys; ++n) {
+      Sums products[kParts];
+      unrolled<kParts>([&]<int P>() { products[P] = load(w_.products + n * kRowBlock + P * kSums); });
+      use(n, products);
+    }
+  }
+
+  const int8_t* loaded_ = nullptr;
+#else
+  int load_keys(int64_t first, int64_t end) {
+    const int keys = static_cast<int>(std::min<int64_t>(kPeakKeys, end - first));
+    for (int n = 0; n < keys; ++n) {
+      const int8_t* key = qk_.keys + (head_ * qk_.seq_len + first + n) * qk_.rank;
+      for (int k = 0; k < qk_.rank; k += 16) copy_bytes(key + k, w_.keys + n * kKeyStride + k / kBytes);
+    }
+    return keys;
+  }
+
   template <typename Use>
   void multiply(int keys, int64_t r, const Use& use) {
     for (int n = 0; n < keys; n += kKeys) {
@@ -202,6 +229,7 @@ class Rows {
       use(key + I, products);
     });
   }
+#endif
 
   void sum_peaks(int64_t blocks) {
     w_.approx_lse.assign(padded, kMax);
@@ -319,6 +347,7 @@ extern "C" void minference_tile_score_bins(const minference::TileScoreBinArgumen
 #pragma omp parallel num_threads(arguments->qk.threads)
   {
     static thread_local minference::Workspace space;
+    const minference::ProductUnit unit(minference::byte_step(arguments->qk.rank));
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < keys.tasks(); ++task) keys.fill(task);
 #pragma omp for schedule(dynamic, 1)
@@ -336,6 +365,7 @@ extern "C" void minference_row_mass(const minference::RowMassArguments* argument
 #pragma omp parallel num_threads(a.qk.threads)
   {
     static thread_local Workspace space;
+    const ProductUnit unit(byte_step(a.qk.rank));
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < keys.tasks(); ++task) keys.fill(task);
 #pragma omp for schedule(dynamic, 1)

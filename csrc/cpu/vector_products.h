@@ -12,8 +12,9 @@ constexpr int kDepthStep = 16;       // what its depth is a multiple of
 
 // What a thread needs around its products: nothing.
 struct ProductUnit {
-  ProductUnit() {}
+  explicit ProductUnit(int /*bytes*/ = 64) {}
 };
+constexpr int byte_step(int bytes) { return bytes; }
 
 // c[R][kLanes V] (+)= a[R][depth] x b[depth / kPack][kLanes V]; a has the constant row stride LDA.
 template <int R, int V, int LDA, bool kAdd>
