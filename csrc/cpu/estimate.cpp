@@ -11,7 +11,7 @@ extern "C" void minference_row_weights(const minference::RowWeightArguments* arg
   const int num_rows = a.num_wanted * a.rows;
 #pragma omp parallel num_threads(a.threads)
   {
-    static thread_local RowWorkspace w;
+    auto& w = thread_workspace<RowWorkspace>();
     const ProductUnit unit;
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < scores.tasks(); ++task) {
@@ -55,7 +55,7 @@ extern "C" void minference_column_diagonal_scores(const minference::ColumnDiagon
 
 #pragma omp parallel num_threads(a.threads)
   {
-    static thread_local RowWorkspace w;
+    auto& w = thread_workspace<RowWorkspace>();
     const ProductUnit unit;
     std::memset(w.scores, 0, sizeof w.scores);
 #pragma omp for schedule(dynamic, 1)

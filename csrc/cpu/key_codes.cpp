@@ -83,7 +83,7 @@ extern "C" void minference_key_codes(const minference::KeyCodeArguments* argumen
   for (int i = 0; i < a.num_wanted; ++i) projections.emplace_back(a.to_key + i * size, a.cache.head_size, a.rank);
 #pragma omp parallel num_threads(a.threads)
   {
-    static thread_local Workspace w;
+    auto& w = thread_workspace<Workspace>();
     const ProductUnit unit;
 #pragma omp for schedule(dynamic, 4)
     for (int64_t task = 0; task < tasks; ++task) {

@@ -346,7 +346,7 @@ extern "C" void minference_tile_score_bins(const minference::TileScoreBinArgumen
   minference::KeysInLanes keys(arguments->qk);
 #pragma omp parallel num_threads(arguments->qk.threads)
   {
-    static thread_local minference::Workspace space;
+    auto& space = minference::thread_workspace<minference::Workspace>();
     const minference::ProductUnit unit(minference::byte_step(arguments->qk.rank));
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < keys.tasks(); ++task) keys.fill(task);
@@ -364,7 +364,7 @@ extern "C" void minference_row_mass(const minference::RowMassArguments* argument
   KeysInLanes keys(a.qk);
 #pragma omp parallel num_threads(a.qk.threads)
   {
-    static thread_local Workspace space;
+    auto& space = thread_workspace<Workspace>();
     const ProductUnit unit(byte_step(a.qk.rank));
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < keys.tasks(); ++task) keys.fill(task);

@@ -367,7 +367,7 @@ extern "C" void minference_remainder(const minference::RemainderArguments* argum
   minference::LeftOut left_out(*arguments);
 #pragma omp parallel num_threads(arguments->threads)
   {
-    static thread_local minference::Workspace w;
+    auto& w = minference::thread_workspace<minference::Workspace>();
 #pragma omp for schedule(dynamic, 4)
     for (int64_t row = 0; row < left_out.rows(); ++row) left_out.prepare(row);
 #pragma omp for schedule(dynamic, 1)

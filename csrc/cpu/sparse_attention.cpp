@@ -253,8 +253,7 @@ extern "C" void minference_attend(const minference::AttendArguments* arguments) 
   const int tasks = arguments->heads * arguments->tiles;
 #pragma omp parallel num_threads(arguments->threads)
   {
-    // Static per thread: its memory stays in the core's caches from call to call.
-    static thread_local minference::Workspace space;
+    auto& space = minference::thread_workspace<minference::Workspace>();
     const minference::ProductUnit unit;
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < tasks; ++task) {

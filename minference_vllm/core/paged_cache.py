@@ -6,7 +6,6 @@ Kernels lay a page out as suits them: vLLM's CPU kernels store keys transposed (
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,7 +98,8 @@ class PagedCache:
         keys = self.gather_keys(pages, slots, kv_heads)
         if self.layout != "amx":
             return keys, self.value[pages, kv_heads, slots]
-        return keys, self._gather_places(self.value, unpack_values, pages, slots, kv_heads)
+        values = self.value.flatten(2).unflatten(2, (self.head_size // 16, self.block_size // 2, 16, 2))
+        return keys, values[pages, kv_heads, :, slots // 2, :, slots % 2].flatten(-2)
 
     def gather_keys(self, pages: torch.Tensor, slots: torch.Tensor, kv_heads: torch.Tensor) -> torch.Tensor:
         """The keys of ``gather_rows``."""
@@ -108,17 +108,5 @@ class PagedCache:
         if self.layout == "transposed":
             keys = self.key.flatten(2).unflatten(2, (self.head_size, self.block_size))
             return keys[pages, kv_heads, :, slots]
-        return self._gather_places(self.key, unpack_keys, pages, slots, kv_heads)
-
-    def _gather_places(
-        self,
-        stored: torch.Tensor,
-        unpack: Callable[[torch.Tensor, Layout], torch.Tensor],
-        pages: torch.Tensor,
-        slots: torch.Tensor,
-        kv_heads: torch.Tensor,
-    ) -> torch.Tensor:
-        # Each element's place within a stored page, as a function of slot and dimension.
-        size, dim = self.block_size, self.head_size
-        place = unpack(torch.arange(size * dim).view(1, 1, size, dim), self.layout)[0, 0][slots]
-        return stored[pages[..., None], kv_heads[..., None], place // dim, place % dim]
+        keys = self.key.flatten(2).unflatten(2, (self.block_size // 16, self.head_size // 2, 16, 2))
+        return keys[pages, kv_heads, slots // 16, :, slots % 16].flatten(-2)

@@ -161,12 +161,13 @@ def density_in(log: str) -> float:
 @pytest.fixture(scope="session", autouse=True)
 def own_cores() -> None:
     """Each of several pytest processes has its engines compute with cores of its own: vLLM would take the same ones."""
-    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if 1 < processes <= len(cores):
-        # A process that replaces a crashed one has a higher number.
-        number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % processes
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(cores[number::processes]))
+    if processes == 1:
+        return
+    # A process that replaces a crashed one has a higher number.
+    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % processes
+    if cores := sorted(os.sched_getaffinity(0))[number::processes]:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
 
 
 def environment(**changes: str) -> dict[str, str]:
