@@ -75,10 +75,9 @@ TABLE(Cache, FIELD(key), FIELD(value), FIELD(page_stride), FIELD(head_stride), F
       FIELD(head_size), FIELD(num_kv_heads), FIELD(layout), FIELD(element));
 TABLE(AttendArguments, FIELD(cache), FIELD(query), FIELD(out), FIELD(lse), FIELD(query_token_stride),
       FIELD(query_head_stride), FIELD(out_token_stride), FIELD(out_head_stride), FIELD(pages), FIELD(tile_starts),
-      FIELD(blocks), FIELD(num_blocks), FIELD(columns), FIELD(num_columns), FIELD(column_keys), FIELD(column_values),
-      FIELD(column_row), FIELD(sinks), FIELD(remainder_key), FIELD(remainder_value), FIELD(remainder_bias),
-      FIELD(seq_len), FIELD(window), FIELD(heads), FIELD(tiles), FIELD(max_blocks), FIELD(max_columns),
-      FIELD(scale), FIELD(softcap), FIELD(threads));
+      FIELD(blocks), FIELD(num_blocks), FIELD(columns), FIELD(num_columns), FIELD(sinks), FIELD(remainder_key),
+      FIELD(remainder_value), FIELD(remainder_bias), FIELD(seq_len), FIELD(window), FIELD(heads), FIELD(tiles),
+      FIELD(max_blocks), FIELD(max_columns), FIELD(scale), FIELD(softcap), FIELD(threads));
 TABLE(RemainderArguments, FIELD(cache), FIELD(query), FIELD(query_token_stride), FIELD(query_head_stride),
       FIELD(pages), FIELD(tile_starts), FIELD(blocks), FIELD(num_blocks), FIELD(columns), FIELD(num_columns),
       FIELD(sampled), FIELD(heads), FIELD(key), FIELD(value), FIELD(bias), FIELD(seq_len), FIELD(window),

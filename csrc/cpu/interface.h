@@ -54,9 +54,6 @@ struct AttendArguments {
   const int32_t* num_blocks;   // [heads][tiles]
   const int32_t* columns;      // [heads][tiles][max_columns], positions of single keys
   const int32_t* num_columns;  // [heads][tiles]
-  const void* column_keys;     // [n][head_size], the keys of all columns
-  const void* column_values;   // [n][head_size]
-  const int64_t* column_row;   // [heads][seq_len], the row of column_keys that holds this position
   const float* sinks;          // [heads], logit of each head's attention sink. May be null
   const float* remainder_key;    // [heads][tiles][head_size], one key for those that a tile leaves out. May be null
   const float* remainder_value;  // [heads][tiles][head_size]

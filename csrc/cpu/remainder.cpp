@@ -3,7 +3,7 @@
 // A task takes kPart of a KV head's sampled keys and all query heads and tiles of it that leave something out; what it
 // finds for each of these is a softmax over its own keys. The parts are then added, in their order, so that results do
 // not depend on the number of threads.
-#include "tiles.h"
+#include "single_keys.h"
 
 #include <algorithm>
 #include <bit>
@@ -59,43 +59,6 @@ void multiply(const float* a, int64_t row_step, int64_t step, const float* b, in
     });
   }
   unrolled<R>([&]<int r>() { unrolled<V>([&]<int v>() { store(c + r * ldc + kLanes * v, sum[r][v]); }); });
-}
-
-// Some keys of a page as rows.
-template <typename T>
-void copy_keys(const Cache& cache, int64_t page, int kv_head, const int* slot, int count, T (*out)[kMaxHead]) {
-  const T* base = static_cast<const T*>(cache.key) + page * cache.page_stride + kv_head * cache.head_stride;
-  const int size = cache.block_size, dim = cache.head_size;
-  if (cache.layout == Layout::rows) {
-    for (int i = 0; i < count; ++i) std::memcpy(out[i], base + slot[i] * cache.row_stride, dim * sizeof(T));
-  } else if (cache.layout == Layout::transposed) {
-    for (int d = 0; d < dim; ++d) {
-      for (int i = 0; i < count; ++i) out[i][d] = base[d * size + slot[i]];
-    }
-  } else {
-    for (int i = 0; i < count; ++i) {
-      const T* first = base + slot[i] / 16 * (dim * 16) + slot[i] % 16 * 2;
-      for (int d = 0; d < dim; d += 2) std::memcpy(out[i] + d, first + d * 16, 2 * sizeof(T));
-    }
-  }
-}
-
-// The same of values.
-template <typename T>
-void copy_values(const Cache& cache, int64_t page, int kv_head, const int* slot, int count, T (*out)[kMaxHead]) {
-  const T* base = static_cast<const T*>(cache.value) + page * cache.page_stride + kv_head * cache.head_stride;
-  const int size = cache.block_size, dim = cache.head_size;
-  const int64_t stride = cache.layout == Layout::rows ? cache.row_stride : dim;
-  for (int i = 0; i < count; ++i) {
-    if (cache.layout != Layout::amx) {
-      std::memcpy(out[i], base + slot[i] * stride, dim * sizeof(T));
-      continue;
-    }
-    for (int d = 0; d < dim; d += 16) {
-      const T* first = base + d * size + slot[i] / 2 * 32 + slot[i] % 2;
-      for (int of_tile = 0; of_tile < 16; ++of_tile) out[i][d + of_tile] = first[2 * of_tile];
-    }
-  }
 }
 
 class LeftOut {
@@ -283,9 +246,9 @@ class LeftOut {
         }
       };
       float* rows = w.rows.data() + i * stride;
-      copy_keys(a_.cache, a_.pages[block], kv_head, slot, here, copied);
+      copy_keys(a_.cache, a_.pages[block], kv_head, slot, here, copied[0], kMaxHead);
       widen_to(rows);
-      copy_values(a_.cache, a_.pages[block], kv_head, slot, here, copied);
+      copy_values(a_.cache, a_.pages[block], kv_head, slot, here, copied[0], kMaxHead);
       widen_to(rows + dim_);
       i += here;
     }

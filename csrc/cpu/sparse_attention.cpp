@@ -1,5 +1,5 @@
 // Attention under a SparseIndex: one task per query head and tile, an online softmax over key tiles of 128.
-#include "tiles.h"
+#include "single_keys.h"
 
 #include <algorithm>
 #include <cmath>
@@ -26,8 +26,8 @@ struct alignas(64) Workspace {
 template <typename T>
 class TileTask {
  public:
-  TileTask(const AttendArguments& arguments, Workspace& space, int head, int tile)
-      : a_(arguments), w_(space), head_(head), dim_(arguments.cache.head_size) {
+  TileTask(const AttendArguments& arguments, const Columns<T>& columns, Workspace& space, int head, int tile)
+      : a_(arguments), columns_(columns), w_(space), head_(head), dim_(arguments.cache.head_size) {
     start_ = a_.tile_starts[tile];
     rows_ = static_cast<int>(a_.tile_starts[tile + 1] - start_);
     row_of_query_ = start_ - a_.tile_starts[0];
@@ -90,10 +90,7 @@ class TileTask {
 
   void add_columns() {
     const int32_t* columns = a_.columns + slot_ * a_.max_columns;
-    const int64_t* row = a_.column_row + static_cast<int64_t>(head_) * a_.seq_len;
     const int count = a_.num_columns[slot_];
-    const T* column_keys = static_cast<const T*>(a_.column_keys);
-    const T* column_values = static_cast<const T*>(a_.column_values);
     const T *keys[kKeyTile], *values[kKeyTile];
     for (int first = 0; first < count; first += kKeyTile) {
       const int here = std::min(kKeyTile, count - first);
@@ -101,8 +98,8 @@ class TileTask {
       for (int i = 0; i < padded; ++i) {
         // Padding repeats the last column, at a position that no row sees.
         const int32_t column = columns[first + std::min(i, here - 1)];
-        keys[i] = column_keys + row[column] * dim_;
-        values[i] = column_values + row[column] * dim_;
+        keys[i] = columns_.key(kv_head_, column);
+        values[i] = columns_.value(kv_head_, column);
         w_.position[i] = i < here ? column : std::numeric_limits<int32_t>::max();
       }
       pack_key_rows(keys, padded, dim_, w_.keys, 0);
@@ -241,27 +238,38 @@ class TileTask {
   }
 
   const AttendArguments& a_;
+  const Columns<T>& columns_;
   Workspace& w_;
   int head_, dim_, kv_head_, rows_, filled_ = 0;
   int64_t start_, row_of_query_, slot_;
 };
 
+template <typename T>
+void attend(const AttendArguments& a) {
+  const int tasks = a.heads * a.tiles;
+  Columns<T> columns(a);
+#pragma omp parallel num_threads(a.threads)
+  {
+    auto& space = thread_workspace<Workspace>();
+    const ProductUnit unit;
+#pragma omp for schedule(dynamic, 1)
+    for (int kv_head = 0; kv_head < a.cache.num_kv_heads; ++kv_head) columns.mark(kv_head);
+#pragma omp single
+    columns.number();
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t page = 0; page < columns.num_pages(); ++page) columns.copy(page);
+#pragma omp for schedule(dynamic, 1)
+    for (int task = 0; task < tasks; ++task) {
+      // Later tiles have more keys. They are started first, so that threads finish at about the same time.
+      const int tile = a.tiles - 1 - task / a.heads;
+      TileTask<T>(a, columns, space, task % a.heads, tile).run();
+    }
+  }
+}
+
 }  // namespace
 }  // namespace minference
 
 extern "C" void minference_attend(const minference::AttendArguments* arguments) {
-  const int tasks = arguments->heads * arguments->tiles;
-#pragma omp parallel num_threads(arguments->threads)
-  {
-    auto& space = minference::thread_workspace<minference::Workspace>();
-    const minference::ProductUnit unit;
-#pragma omp for schedule(dynamic, 1)
-    for (int task = 0; task < tasks; ++task) {
-      // Later tiles have more keys. They are started first, so that threads finish at about the same time.
-      const int tile = arguments->tiles - 1 - task / arguments->heads;
-      minference::with_element(arguments->cache.element, [&]<typename T>() {
-        minference::TileTask<T>(*arguments, space, task % arguments->heads, tile).run();
-      });
-    }
-  }
+  minference::with_element(arguments->cache.element, [&]<typename T>() { minference::attend<T>(*arguments); });
 }

@@ -9,7 +9,6 @@ import torch
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.remainder import Remainder
 from minference_vllm.core.sparse_index import SparseIndex
-from minference_vllm.kernels.gathered_columns import gather_columns
 from minference_vllm.kernels.native import interface
 from minference_vllm.kernels.native.library import describe_cache, library
 
@@ -27,7 +26,6 @@ def run(
         inputs: the query has the cache's type, see ``library.unsupported_cache_reason``; ``sinks`` of any type.
     """
     query, cache, pages = inputs.query, inputs.cache, inputs.pages
-    columns = gather_columns(index, cache, pages)
     assert remainder is None or all(part.is_contiguous() for part in remainder)
     sinks = None if inputs.sinks is None else inputs.sinks.float().contiguous()
     call = interface.AttendArguments(
@@ -45,9 +43,6 @@ def run(
         index.num_blocks.data_ptr(),
         index.columns.data_ptr(),
         index.num_columns.data_ptr(),
-        columns.keys.data_ptr(),
-        columns.values.data_ptr(),
-        columns.row_of.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
         *((part.data_ptr() for part in remainder) if remainder is not None else (None, None, None)),
         index.tiling.seq_len,
