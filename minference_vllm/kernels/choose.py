@@ -32,8 +32,8 @@ NO_LSE = "the remainder needs every row's log-sum-exp, which vLLM's CPU kernel d
 def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = False, own: bool = False) -> Kernel:
     """The named kernel, or for ``auto`` the fastest that can serve this cache; on GPUs the first of ``candidates``.
 
-    On processors with AMX vLLM's own kernel is faster than ours, which has no AMX path. ``triton`` runs on GPUs, and on
-    CPUs in Triton's interpreter, for tests; ``fa4`` on GPUs alone.
+    Where pages are laid out for AMX, vLLM's own kernel is faster than those of ours that were built without it.
+    ``triton`` runs on GPUs, and on CPUs in Triton's interpreter, for tests; ``fa4`` on GPUs alone.
 
     Args:
         name: one of ``KERNELS``.
@@ -49,7 +49,8 @@ def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = Fa
         return _on_gpu(name, dtype, cache, own)[0]
     reason = library.unsupported_cache_reason(dtype, cache)
     if name == "auto":
-        name = "block_table" if reason or (cache.layout == "amx" and not (with_lse or own)) else "native"
+        slower = cache.layout == "amx" and library.instructions(dtype) != "AMX" and not (with_lse or own)
+        name = "block_table" if reason or slower else "native"
     if name == "native":
         if reason:
             raise ValueError(f"kernel 'native' cannot run: {reason}")
@@ -146,7 +147,7 @@ def description(kernel: Kernel, wanted: str, dtype: torch.dtype, cache: PagedCac
         return "vLLM's FlashAttention kernel (kernel 'block_table')"
     if wanted != "auto":
         return "vLLM's CPU kernel (kernel 'block_table')"
-    reason = library.unsupported_cache_reason(dtype, cache) or "the faster one with AMX"
+    reason = library.unsupported_cache_reason(dtype, cache) or "the faster one with AMX, for which ours were not built"
     return f"vLLM's CPU kernel (kernel 'block_table': {reason})"
 
 

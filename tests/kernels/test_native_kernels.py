@@ -156,16 +156,24 @@ def test_the_best_build_that_the_processor_can_run_is_taken(monkeypatch: pytest.
 
 
 @built
-def test_amx_pages_go_to_vllms_kernel_unless_ours_is_named(paged_batch: Callable[..., PagedBatch]) -> None:
+def test_amx_pages_go_to_vllms_kernel_where_ours_were_not_built_for_amx(
+    paged_batch: Callable[..., PagedBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = in_layout(paged_batch(), "amx")
+    monkeypatch.setattr(library, "instructions", lambda dtype: "AMX")
+    assert choose("auto", torch.bfloat16, cache).name == "native"
+    monkeypatch.setattr(library, "instructions", lambda dtype: "AVX512-BF16")
     assert choose("auto", torch.bfloat16, cache).name == "block_table"
     assert choose("native", torch.bfloat16, cache).name == "native"
     assert choose("auto", torch.bfloat16, in_layout(paged_batch(), "transposed")).name == "native"
 
 
 @built
-def test_what_vllms_kernel_does_not_know_goes_to_ours(paged_batch: Callable[..., PagedBatch]) -> None:
+def test_what_vllms_kernel_does_not_know_goes_to_ours(
+    paged_batch: Callable[..., PagedBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = in_layout(paged_batch(), "amx")
+    monkeypatch.setattr(library, "instructions", lambda dtype: "AVX512-BF16")
     assert choose("auto", torch.bfloat16, cache, own=True).name == "native"
     with pytest.raises(ValueError, match="'block_table' cannot run: it knows no soft caps, sinks and windows; native"):
         choose("block_table", torch.bfloat16, cache, own=True)

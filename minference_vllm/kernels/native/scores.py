@@ -143,6 +143,7 @@ class NativeScores(TorchScores):
     def __init__(self, inputs: Inputs, from_pages: bool = True) -> None:
         super().__init__(inputs)
         self.from_pages = from_pages
+        self._some_keys: dict[tuple[int, int], torch.Tensor] = {}
 
     def column_diagonal_scores(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """``probe_queries.column_diagonal_scores`` straight from the pages; heads ascending."""
@@ -170,6 +171,16 @@ class NativeScores(TorchScores):
                 call = interface.RowWeightArguments(self._rows(some, wanted), part.data_ptr())
                 library(self.inputs.cache.key.dtype).minference_row_weights(ctypes.byref(call))
         return weights
+
+    def some_keys(self, heads: Sequence[int], step: int) -> torch.Tensor:
+        """One key in ``step``; read once for all heads of a KV head, which ask one after the other."""
+        found = []
+        for head in heads:
+            place = head // self.inputs.group, step
+            if place not in self._some_keys:
+                self._some_keys[place] = super().some_keys([head], step)[0]
+            found.append(self._some_keys[place])
+        return torch.stack(found)
 
     def key_codes(self, heads: Sequence[int], projection: Projection) -> torch.Tensor:
         """``projection.quantize_keys`` of all keys, straight from the pages. May round otherwise by one."""
