@@ -125,7 +125,9 @@ def test_a_file_that_is_no_library_is_refused(
     for build in library.INSTRUCTIONS:
         (tmp_path / f"_cpu_kernels_{build}.so").write_text("not a library")
     monkeypatch.setattr(library, "__file__", str(tmp_path / "kernels" / "native" / "library.py"))
-    monkeypatch.setattr(library, "_SUPPORTED", {build: lambda build=build: build == "avx2" for build in library.INSTRUCTIONS})
+    monkeypatch.setattr(
+        library, "_SUPPORTED", {build: lambda build=build: build == "avx2" for build in library.INSTRUCTIONS}
+    )
     assert str(reopen()).startswith("_cpu_kernels_avx2.so cannot be loaded: ")
 
 

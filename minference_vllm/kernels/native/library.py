@@ -1,8 +1,8 @@
 """The libraries built from ``csrc/cpu``: which one runs here, and what it can serve.
 
-There are three, for AMX, for AVX512-BF16 and for AVX2, built by ``pip install`` where a compiler is there; without them everything
-runs through vLLM's kernel. float32 and float16 are served by the one for AVX2, on newer processors too: what the other
-one's instructions multiply is bf16.
+There are three, for AMX, for AVX512-BF16 and for AVX2, built by ``pip install`` where a compiler is there; without them
+everything runs through vLLM's kernel. float32 and float16 are served by the one for AVX2, on newer processors too: what
+the other ones' instructions multiply is bf16.
 
 Head sizes are multiples of 16, the width of a register tile, up to 256: larger heads do not fit the buffers that a
 thread keeps in its core's caches. Of the sizes that vLLM's own CPU kernel knows, 512 is the one that is left out.
