@@ -133,6 +133,8 @@ def device() -> Iterator[Finding]:
     yield Finding("ok", "device", f"CPU: {platform.machine()}, {capability}, {described}; {os.cpu_count()} threads")
     if bfloat16_is_slow():
         yield Finding("--", "bfloat16", "products take many times as long as float32's here: try --dtype float32")
+    if units["AMX"]:
+        yield Finding("--", "min_context", "with AMX dense attention is fast, and sparse pays later: try 16384")
 
 
 def bfloat16_is_slow() -> bool:
