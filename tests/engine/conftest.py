@@ -171,7 +171,7 @@ def own_cores() -> None:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """With one thread also where vLLM binds none, in the process that asks: with AMX two round its products otherwise."""
+    """With one thread also where vLLM binds none, in the process that asks: AMX products of two round otherwise."""
     return {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **changes}
 
 
