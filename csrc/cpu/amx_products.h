@@ -129,4 +129,29 @@ inline void byte_products(const int8_t* a, int64_t a_stride, const int8_t* b, in
 #undef MULTIPLY
 }
 
+// out[32][32] = a[32][bytes] x b[bytes / 4][32][4], of int8 and uint8, likewise.
+inline void byte_products_of_32(const int8_t* a, int64_t a_stride, const int8_t* b, int bytes, int32_t* out) {
+  asm volatile("" ::: "memory");
+  constexpr int64_t kRight = 32 * 4, kOut = 32 * sizeof(int32_t);
+  const int step = byte_step(bytes);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int k = 0; k < bytes; k += step, a += step, b += step / 4 * kRight) {
+    _tile_loadd(6, b, kRight);
+    _tile_loadd(4, a, a_stride);
+    _tile_dpbsud(0, 4, 6);
+    _tile_loadd(7, b + 64, kRight);
+    _tile_dpbsud(1, 4, 7);
+    _tile_loadd(5, a + 16 * a_stride, a_stride);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+  _tile_stored(0, out, kOut);
+  _tile_stored(1, out + 16, kOut);
+  _tile_stored(2, out + 16 * 32, kOut);
+  _tile_stored(3, out + 16 * 32 + 16, kOut);
+}
+
 }  // namespace minference

@@ -205,6 +205,7 @@ constexpr int kSums = 16;
 
 inline Sums load(const Sum* in) { return _mm512_loadu_si512(in); }
 inline Sums load_bytes(const int8_t* in) { return _mm512_loadu_si512(in); }
+inline Sums add_sums(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 inline Sums max_sums(Sums a, Sums b) { return _mm512_max_epi32(a, b); }
 inline Sums least_sums() { return _mm512_set1_epi32(std::numeric_limits<Sum>::min()); }
 

@@ -25,6 +25,7 @@ constexpr int kRowBlock = 2 * kShorts;        // rows that are multiplied togeth
 constexpr int kParts = kRowBlock / kSums;     // vectors of their products
 constexpr int kKeyVectors = kPeakKeys / kShorts;
 constexpr int kKeyStride = kMaxHead / kBytes + 8;  // of loaded keys: a constant, and not a power of two (cache sets)
+constexpr int kRowsForTiles = 8;              // of kShorts, from which on the AMX unit multiplies them all
 constexpr int16_t kMin = std::numeric_limits<int16_t>::min();
 constexpr int16_t kMax = std::numeric_limits<int16_t>::max();
 
@@ -146,6 +147,32 @@ class Rows {
     sum_peaks(blocks);
   }
 
+  // Raises `best` to the bins, less kTopBin, that some rows give the keys of a block, which are in lanes. The rows follow
+  // each other in the chunk; there is a bit for each, from row r on.
+  [[gnu::always_inline]] void raise_bins(int64_t r, uint32_t rows, const int8_t* keys, Shorts* best) {
+#ifdef __AMX_INT8__
+    static_assert(kPeakKeys == 32 && kShorts == 32);
+    if (std::popcount(rows) >= kRowsForTiles && r + kShorts <= count) {
+      byte_products_of_32(w_.bytes[r], qk_.rank, keys, qk_.rank, w_.products);
+      for (; rows != 0; rows &= rows - 1) {
+        const int row = std::countr_zero(rows);
+        const Sums offset = repeat_sum(w_.offset[r + row]);
+        Sums sum[2];
+        unrolled<2>([&]<int V>() { sum[V] = add_sums(load(w_.products + row * kPeakKeys + V * kSums), offset); });
+        best[0] = max(best[0], bins_of_sums(r + row, sum));
+      }
+      return;
+    }
+#endif
+    for (; rows != 0; rows &= rows - 1) {
+      const int64_t row = r + std::countr_zero(rows);
+      if (row >= count) break;
+      Shorts bins[kKeyVectors];
+      bins_of_row(row, keys, bins);
+      unrolled<kKeyVectors>([&]<int V>() { best[V] = max(best[V], bins[V]); });
+    }
+  }
+
   // The bins, less kTopBin, that row r gives the keys of a block, which are in lanes.
   [[gnu::always_inline]] void bins_of_row(int64_t r, const int8_t* keys, Shorts* bins) const {
     constexpr int kVectors = kPeakKeys / kSums;
@@ -157,12 +184,15 @@ class Rows {
       unrolled<kVectors>(
           [&]<int V>() { sum[V] = multiply_add_bytes(load_bytes(keys + V * kSums * kBytes), row, sum[V]); });
     }
-    const Shorts lse = repeat(w_.approx_lse[r]), scale = repeat(w_.dequant_scale[r]);
-    unrolled<kKeyVectors>(
-        [&]<int V>() { bins[V] = scaled_difference(pack_sums(sum + V * kShorts / kSums), lse, scale); });
+    unrolled<kKeyVectors>([&]<int V>() { bins[V] = bins_of_sums(r, sum + V * kShorts / kSums); });
   }
 
  private:
+  // Those of kShorts keys, from their products.
+  Shorts bins_of_sums(int64_t r, const Sums* sum) const {
+    return scaled_difference(pack_sums(sum), repeat(w_.approx_lse[r]), repeat(w_.dequant_scale[r]));
+  }
+
   // load_keys loads a block of keys and returns how many there are before `end`. multiply calls use(key, products) for
   // each of them, with its products with the rows from r on: kParts vectors.
 #ifdef __AMX_INT8__
@@ -293,13 +323,7 @@ class TileTask {
     for (int64_t r = 0; r < rows_.padded; r += kShorts) {
       const Shorts lse = load(w_.approx_lse.data() + r), scale = load(w_.dequant_scale.data() + r);
       const Shorts most = scaled_difference(load(peaks + r), lse, scale);
-      for (uint32_t rows = at_least(most, static_cast<int16_t>(min_bin - kTopBin)); rows != 0; rows &= rows - 1) {
-        const int64_t row = r + std::countr_zero(rows);
-        if (row >= rows_.count) break;
-        Shorts bins[kKeyVectors];
-        rows_.bins_of_row(row, keys, bins);
-        unrolled<kKeyVectors>([&]<int V>() { best[V] = max(best[V], bins[V]); });
-      }
+      rows_.raise_bins(r, at_least(most, static_cast<int16_t>(min_bin - kTopBin)), keys, best);
     }
     for (int v = 0; v < kKeyVectors; ++v) store(found + v * kShorts, best[v]);
   }
