@@ -19,8 +19,6 @@ SPREAD_GROUP = 8
 """Queries in each group but the last, where the groups are spread over the chunk."""
 SPREAD_FROM = 256
 """Rows from which on a chunk's groups are spread."""
-UNLIKENESS_PIECE = 2048
-"""Queries whose distances from the mean are computed together on CPUs."""
 
 
 def probe_groups(chunk: int) -> tuple[tuple[int, int], ...]:
@@ -47,10 +45,8 @@ def unlikeness(query: torch.Tensor) -> torch.Tensor:
     Args:
         query: ``[h, chunk, D]``.
     """
-    mean = query.mean(1, keepdim=True, dtype=torch.float32)
-    # In pieces that stay in a core's cache; a GPU takes all at once.
-    pieces = [query] if query.is_cuda else query.split(UNLIKENESS_PIECE, 1)
-    distance = torch.cat([(rows.float() - mean).square_().sum(-1) for rows in pieces], 1)
+    rows = query.float()
+    distance = (rows - rows.mean(1, keepdim=True)).square_().sum(-1)
     return (distance / distance.mean(1, keepdim=True).clamp_min(1e-20)).nan_to_num_(0.0)
 
 

@@ -124,7 +124,9 @@ class _Eigenspace(NamedTuple):
         query, keys = query.float(), keys.float()
         mean = keys.mean(1, keepdim=True)
         queries, spread = (((x.transpose(1, 2) @ x) / x.shape[1]).double() for x in (query, keys - mean))
-        spread.diagonal(dim1=1, dim2=2).add_(_share_of_mean(spread.diagonal(dim1=1, dim2=2), 1e-6))
+        # So that none is singular: of moments in float32, what is smaller is rounding errors.
+        for moments in (queries, spread):
+            moments.diagonal(dim1=1, dim2=2).add_(_share_of_mean(moments.diagonal(dim1=1, dim2=2), 1e-6))
         to_key = start_vectors(query.shape[2], rank, query.device).expand(len(query), -1, -1)
         for _ in range(ITERATIONS):
             to_query = spread @ to_key
