@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from minference_vllm import __version__
 from minference_vllm.backend import compat, registration
@@ -456,6 +457,14 @@ def test_doctor_names_a_plugin_that_is_left_out(tool: Callable[..., Ended], monk
     ended = tool("doctor")
     assert ended.code == 1 and "VLLM_PLUGINS=minference_cpu leaves minference out" in ended.out
     assert "does not work here: attention backend" in ended.out
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_doctor_says_that_sparse_pays_later_with_amx(
+    tool: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, amx: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert ("sparse pays later: try 16384" in tool("doctor").out) == amx
 
 
 def test_doctor_prints_its_own_lines_alone() -> None:
