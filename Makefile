@@ -38,7 +38,7 @@ FAST := -m "not engine and not older_vllm" $(TWO)
 ENGINES = -m "engine and not architectures and not features" -k "not versions or own_backend_answers or native" \
 	$(if $(shell nvidia-smi -L 2>/dev/null),,$(TWO))
 
-test: setup lint ## lint, types, and all tests (twenty to thirty minutes)
+test: setup lint ## lint, types, and all tests (fifteen to twenty-five minutes)
 	@$(BIN)/pytest $(FAST) $(ARGS)
 	@RELEASES=0.27.1 CSV= $(BIN)/pytest $(ENGINES) $(ARGS)
 
