@@ -36,11 +36,12 @@ class ProductUnit {
 
 // c[16 R][16 V] (+)= a[16 R][depth] x b[depth / 2][16 V]; strides in bytes.
 template <int R, int V, bool kAdd>
-inline void tile_product(const Factor* a, int64_t a_stride, const Packed* b, int64_t b_stride, float* c, int64_t c_stride,
-                         int depth) {
+inline void tile_product(const Factor* a, int64_t a_stride, const Packed* b, int64_t b_stride, float* c,
+                         int64_t c_stride, int depth) {
+  constexpr int64_t kFloat = sizeof(float), kPacked = sizeof(Packed), kFactor = sizeof(Factor);
   // gcc does not know that _tile_loadd reads memory.
   asm volatile("" ::: "memory");
-  float* below = c + 16 * c_stride / static_cast<int64_t>(sizeof(float));
+  float* below = c + 16 * c_stride / kFloat;
   if constexpr (kAdd) {
     _tile_loadd(0, c, c_stride);
     if constexpr (V == 2) _tile_loadd(1, c + 16, c_stride);
@@ -52,7 +53,7 @@ inline void tile_product(const Factor* a, int64_t a_stride, const Packed* b, int
     if constexpr (R == 2) _tile_zero(2);
     if constexpr (R == 2 && V == 2) _tile_zero(3);
   }
-  for (int k = 0; k < depth; k += kDepthStep, a += kDepthStep, b += 16 * b_stride / static_cast<int64_t>(sizeof(Packed))) {
+  for (int k = 0; k < depth; k += kDepthStep, a += kDepthStep, b += 16 * b_stride / kPacked) {
     _tile_loadd(6, b, b_stride);
     _tile_loadd(4, a, a_stride);
     _tile_dpbf16ps(0, 4, 6);
@@ -61,7 +62,7 @@ inline void tile_product(const Factor* a, int64_t a_stride, const Packed* b, int
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (R == 2) {
-      _tile_loadd(5, a + 16 * a_stride / static_cast<int64_t>(sizeof(Factor)), a_stride);
+      _tile_loadd(5, a + 16 * a_stride / kFactor, a_stride);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (V == 2) _tile_dpbf16ps(3, 5, 7);
     }
@@ -77,8 +78,8 @@ inline void tile_product(const Factor* a, int64_t a_stride, const Packed* b, int
 template <int LDA, bool kAdd>
 inline void product_rows(int rows, const Factor* a, const Packed* b, int64_t ldb, float* c, int64_t ldc, int depth,
                          int width) {
-  constexpr int64_t kStride = LDA * sizeof(Factor);
-  const int64_t b_stride = ldb * static_cast<int64_t>(sizeof(Packed)), c_stride = ldc * static_cast<int64_t>(sizeof(float));
+  constexpr int64_t kStride = LDA * sizeof(Factor), kPacked = sizeof(Packed), kFloat = sizeof(float);
+  const int64_t b_stride = ldb * kPacked, c_stride = ldc * kFloat;
   int n = 0;
   for (; n + 32 <= width; n += 32) {
     if (rows > 16) {
@@ -102,9 +103,10 @@ inline int byte_step(int bytes) {
   return bytes / parts;
 }
 
-// out[32][64] = a[32][bytes] x b[bytes / 4][64][4], of int8, by a ProductUnit(byte_step(bytes)); strides in
-// bytes. The products of one tile are stored while the next ones are multiplied.
-inline void byte_products(const int8_t* a, int64_t a_stride, const int8_t* b, int64_t b_stride, int bytes, int32_t* out) {
+// out[32][64] = a[32][bytes] x b[bytes / 4][64][4], of int8, by a ProductUnit(byte_step(bytes)); strides in bytes. The
+// products of one tile are stored while the next ones are multiplied.
+inline void byte_products(const int8_t* a, int64_t a_stride, const int8_t* b, int64_t b_stride, int bytes,
+                          int32_t* out) {
   asm volatile("" ::: "memory");
   const int step = byte_step(bytes);
   // gcc's intrinsics want the numbers of tiles as literals.

@@ -44,7 +44,8 @@ inline Floats hide_before(Floats x, const int32_t* position, int32_t first) {
   return _mm512_mask_blend_ps(visible, _mm512_set1_ps(-std::numeric_limits<float>::infinity()), x);
 }
 
-// 2^x, relative error 2e-7; 0 below 2^-126, as for -inf: Intel's processors take a hundred cycles for a subnormal result.
+// 2^x, relative error 2e-7; 0 below 2^-126, as for -inf: Intel's processors take a hundred cycles for a subnormal
+// result.
 inline Floats exp2(Floats x) {
   const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
   const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)

@@ -18,12 +18,12 @@
 
 namespace minference {
 
-constexpr int kPeakKeys = 32;                 // PEAK_KEYS in Python
-constexpr int kRowBlock = 2 * kShorts;        // rows that are multiplied together
-constexpr int kParts = kRowBlock / kSums;     // vectors of their products
+constexpr int kPeakKeys = 32;              // PEAK_KEYS in Python
+constexpr int kRowBlock = 2 * kShorts;     // rows that are multiplied together
+constexpr int kParts = kRowBlock / kSums;  // vectors of their products
 constexpr int kKeyVectors = kPeakKeys / kShorts;
 constexpr int kKeyStride = kMaxHead / kBytes + 8;  // of loaded keys: a constant, and not a power of two (cache sets)
-constexpr int kRowsForTiles = 8;              // of kShorts, from which on the AMX unit multiplies them all
+constexpr int kRowsForTiles = 8;  // of kShorts, from which on the AMX unit multiplies them all
 constexpr int16_t kMin = std::numeric_limits<int16_t>::min();
 constexpr int16_t kMax = std::numeric_limits<int16_t>::max();
 
@@ -145,8 +145,8 @@ class ByteRows {
     sum_peaks(blocks);
   }
 
-  // Raises `best` to the bins, less kTopBin, that some rows give the keys of a block, which are in lanes. The rows follow
-  // each other in the chunk; there is a bit for each, from row r on.
+  // Raises `best` to the bins, less kTopBin, that some rows give the keys of a block, which are in lanes. The rows
+  // follow each other in the chunk; there is a bit for each, from row r on.
   [[gnu::always_inline]] void raise_bins(int64_t r, uint32_t rows, const int8_t* keys, Shorts* best) {
 #ifdef __AMX_INT8__
     static_assert(kPeakKeys == 32 && kShorts == 32);

@@ -10,8 +10,8 @@
 
 namespace minference {
 
-// Keys of one page, in slots slot[0 .. count), to out + i * stride. Where keys are stored transposed, those of a page lie
-// in the same cache lines: they had better be copied together.
+// Keys of one page, in slots slot[0 .. count), to out + i * stride. Where keys are stored transposed, those of a page
+// lie in the same cache lines: they had better be copied together.
 template <typename T>
 void copy_keys(const Cache& cache, int64_t page, int kv_head, const int* slot, int count, T* out, int64_t stride) {
   const T* base = static_cast<const T*>(cache.key) + page * cache.page_stride + kv_head * cache.head_stride;
@@ -48,8 +48,8 @@ void copy_values(const Cache& cache, int64_t page, int kv_head, const int* slot,
   }
 }
 
-// The columns of an index: each key that some tile of a KV head's query heads names is copied once. First mark for every
-// KV head, then number, then copy for every page of every KV head.
+// The columns of an index: each key that some tile of a KV head's query heads names is copied once. First mark for
+// every KV head, then number, then copy for every page of every KV head.
 template <typename T>
 class Columns {
  public:
@@ -61,9 +61,9 @@ class Columns {
 
   // The named keys of a KV head, 1 in row_, and how many there are in each page.
   void mark(int kv_head) {
-    const int group = a_.heads / a_.cache.num_kv_heads;
+    const int64_t lists = static_cast<int64_t>(a_.heads / a_.cache.num_kv_heads) * a_.tiles;
     int32_t* row = row_.data() + kv_head * a_.seq_len;
-    for (int64_t list = static_cast<int64_t>(kv_head) * group * a_.tiles; list < (kv_head + 1) * group * a_.tiles; ++list) {
+    for (int64_t list = kv_head * lists; list < (kv_head + 1) * lists; ++list) {
       const int32_t* columns = a_.columns + list * a_.max_columns;
       for (int i = 0; i < a_.num_columns[list]; ++i) row[columns[i]] = 1;
     }

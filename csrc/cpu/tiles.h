@@ -29,8 +29,8 @@ constexpr int kKeyTile = 128;      // keys handled together
 constexpr int kMaxHead = 256;      // largest head size
 constexpr int kQueryStride = 288;  // row stride of copied queries: a constant, and not a power of two (cache sets)
 
-// This thread's own, kept from call to call so that it stays in its core's caches. Not inlined: where the compiler knows
-// that it is the thread's, it asks for its address again and again, which is a call each time.
+// This thread's own, kept from call to call so that it stays in its core's caches. Not inlined: where the compiler
+// knows that it is the thread's, it asks for its address again and again, which is a call each time.
 template <typename Workspace>
 [[gnu::noinline]] Workspace& thread_workspace() {
   static thread_local Workspace workspace;
