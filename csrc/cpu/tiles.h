@@ -30,9 +30,10 @@ constexpr int kMaxHead = 256;      // largest head size
 constexpr int kQueryStride = 288;  // row stride of copied queries: a constant, and not a power of two (cache sets)
 
 // This thread's own, kept from call to call so that it stays in its core's caches. Not inlined: where the compiler
-// knows that it is the thread's, it asks for its address again and again, which is a call each time.
+// knows that it is the thread's, it asks for its address again and again, which is a call each time. Static, so that the
+// name is no other build's, too: a process may load several, with workspaces of other sizes.
 template <typename Workspace>
-[[gnu::noinline]] Workspace& thread_workspace() {
+[[gnu::noinline]] static Workspace& thread_workspace() {
   static thread_local Workspace workspace;
   return workspace;
 }
