@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +80,19 @@ def test_a_library_describes_every_structure_field_and_function(build: str) -> N
     lines = loaded.minference_describe_interface().decode().splitlines()
     assert lines[0] == "Cache.key: void* at byte 0"
     assert sorted(lines) == sorted(f"{name}: {what}" for name, what in interface.interface().items())
+
+
+@built
+@pytest.mark.parametrize("build", library.INSTRUCTIONS)
+def test_nothing_of_a_library_is_shared_with_those_of_other_builds(build: str) -> None:
+    """gcc marks a static variable of an inline function ``u``: of all libraries in a process there is one of it then."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm lists a library's symbols")
+    loaded = library.load(build)
+    if loaded is None:
+        pytest.skip(f"no kernels for {library.INSTRUCTIONS[build]} here")
+    found = subprocess.run(["nm", "-D", "--defined-only", loaded._name], capture_output=True, text=True, check=True)
+    assert "minference_attend" in found.stdout and " u " not in found.stdout
 
 
 @built
