@@ -85,7 +85,7 @@ def test_a_library_describes_every_structure_field_and_function(build: str) -> N
 @built
 @pytest.mark.parametrize("build", library.INSTRUCTIONS)
 def test_nothing_of_a_library_is_shared_with_those_of_other_builds(build: str) -> None:
-    """gcc marks a static variable of an inline function ``u``: of all libraries in a process there is one of it then."""
+    """gcc marks a static variable of an inline function ``u``: all libraries of a process then have the same one."""
     if shutil.which("nm") is None:
         pytest.skip("nm lists a library's symbols")
     loaded = library.load(build)
