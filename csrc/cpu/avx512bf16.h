@@ -48,14 +48,14 @@ inline Floats hide_before(Floats x, const int32_t* position, int32_t first) {
 // result.
 inline Floats exp2(Floats x) {
   const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
-  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
-  __m512 p = _mm512_set1_ps(1.867130411e-3f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.017029598e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.579991362e-2f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.401644500e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931513118e-1f));
+  const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // x - round(x)
+  __m512 p = _mm512_set1_ps(1.326472722e-03f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.671512812e-03f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550733745e-02f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402224208e-01f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931469776e-01f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  return _mm512_maskz_scalef_ps(normal, p, x);  // p * 2^floor(x)
+  return _mm512_maskz_scalef_ps(normal, p, _mm512_sub_ps(x, f));
 }
 
 inline Floats load_packed(const Packed* in) { return _mm512_loadu_ps(in); }
