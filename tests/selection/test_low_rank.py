@@ -15,8 +15,8 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.kernels import gathered_columns as columns_module
-from minference_vllm.kernels.gathered_columns import gather_columns
+from minference_vllm.kernels.block_table import gathered_columns as columns_module
+from minference_vllm.kernels.block_table.gathered_columns import gather_columns
 from minference_vllm.kernels.native import library
 from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.patterns.kinds import Coverage, LowRank

@@ -15,8 +15,8 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.kernels.block_table import cpu_ops
+from minference_vllm.kernels.block_table.gathered_columns import GatheredColumns, gather_columns
 from minference_vllm.kernels.block_table.virtual_requests import VirtualRequests, by_list, by_row
-from minference_vllm.kernels.gathered_columns import GatheredColumns, gather_columns
 
 SCRATCH_PAGES = 512
 """Pages of gathered columns in flight; more would fall out of the last-level cache between writing and reading."""
