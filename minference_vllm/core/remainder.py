@@ -11,6 +11,37 @@ import torch
 
 SAMPLED_KEYS = 2048
 """At least so many keys of a sequence are sampled, all of them where there are no more, and less than twice as many."""
+NUM_DIMENSIONS = 8
+MOST_SPREAD = 2.0
+"""Nats by which the spread of the keys left out may raise a row's score, at most: a row far from the mean query is
+beyond what two orders can tell."""
+
+
+class Dimensions(NamedTuple):
+    """The ``r`` dimensions in which the remainder is expanded to the second order; float32, contiguous.
+
+    ``H`` query heads over ``HK`` KV heads of size ``D``, ``T`` query tiles.
+    """
+
+    to_query: torch.Tensor
+    """``[HK, D, r]``: ``(q @ to_query) @ (k @ to_key)`` is what scores, scaled, have in these dimensions."""
+    to_key: torch.Tensor
+    """``[HK, D, r]``."""
+    key_mean: torch.Tensor
+    """``[HK, r]``: a point near the keys, from which they are taken."""
+    query_mean: torch.Tensor
+    """``[H, T, r]``: each tile's mean query in these dimensions."""
+
+
+class SecondOrder(NamedTuple):
+    """The second order of the remainder, by head and tile, around its mean query ``q0``; float32, contiguous."""
+
+    dimensions: Dimensions
+    spread: torch.Tensor
+    """``[H, T, r, r]``: covariance of the keys left out, weighed as ``q0`` attends them. ``y @ spread @ y`` is the
+    variance of the scores by which a row's, ``y = q @ to_query - query_mean``, differ from those of ``q0``."""
+    slope: torch.Tensor
+    """``[H, T, r, D]``: their covariance with the values: how the value changes with ``y``."""
 
 
 class Remainder(NamedTuple):
@@ -22,6 +53,13 @@ class Remainder(NamedTuple):
     """``[H, T, D]``."""
     bias: torch.Tensor
     """``[H, T]``: added to a row's scaled product with the key; -inf where a tile leaves nothing out."""
+    second: SecondOrder | None = None
+    """None: to the first order; zeros for heads that are."""
+
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """All tensors that are ``[H, T, ...]`` of what is left out."""
+        second = () if self.second is None else (self.second.spread, self.second.slope)
+        return self.key, self.value, self.bias, *second
 
 
 def sample_step(seq_len: int) -> int:

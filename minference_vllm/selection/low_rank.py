@@ -100,16 +100,18 @@ class Measured(NamedTuple):
     """``[h, chunk, D]``, all of the chunk."""
     sample: CalibrationRows
     weights: torch.Tensor
-    """float32 ``[h, R, S]``, see ``by_value``."""
+    """float32 ``[h, R, S]``, see ``by_value``, to the pattern's ``power``."""
     tile: torch.Tensor
     """int64 ``[h, R]``: the tile of each row."""
 
     @classmethod
-    def of(cls, scores: LowRankOps, heads: Sequence[int], tiling: Tiling) -> Measured:
+    def of(cls, scores: LowRankOps, heads: Sequence[int], tiling: Tiling, power: float) -> Measured:
         queries = scores.queries_of(heads)
         sample = calibration_rows(unlikeness(queries), tiling.seq_len)
         tile = torch.searchsorted(tiling.starts, sample.rows + tiling.context_len, right=True) - 1
         weights = by_value(scores.row_weights(sample.rows, heads), scores.value_norms(heads))
+        if power == 1.5:
+            weights.mul_(weights.sqrt())
         return cls(queries, sample, weights, tile)
 
 
@@ -137,16 +139,17 @@ def column_diagonal_bins(tiling: Tiling, by_column: torch.Tensor, by_offset: tor
     return score_bins.hide_before_window(found.flatten(2)[..., : tiling.seq_len].contiguous(), tiling)
 
 
-def needed_keys(weights: torch.Tensor, gamma: float, scores: LowRankOps) -> torch.Tensor:
-    """float32 ``[h]``: how many keys hold a share ``gamma`` of a row's attention, if every row has its own; the mean.
+def needed_keys(weights: torch.Tensor, pattern: LowRank, scores: LowRankOps) -> torch.Tensor:
+    """float32 ``[h]``: how many keys a row needs to miss no more than the pattern lets it, if every row has its own;
+    the mean.
 
     Args:
-        weights: float32 ``[h, R, S]``.
+        weights: float32 ``[h, R, S]``, see ``Measured``.
     """
     rows = torch.arange(weights.shape[1], device=weights.device).expand(len(weights), -1)
     found = score_bins.as_bins(weights.clamp(min=1e-20).log2_())
-    share = score_bins.mean_share(score_bins.covered(scores.mass_by_bin(found, rows, weights)))
-    wanted = score_bins.lowest_bin(share, gamma)
+    missed = score_bins.mean_missed(score_bins.missed_below(scores.mass_by_bin(found, rows, weights)))
+    wanted = score_bins.lowest_bin(missed, (1 - pattern.gamma) ** pattern.power)
     return scores.page_counts(found, wanted, weights.shape[2]).sum(2).float().mean(1)
 
 
@@ -154,7 +157,7 @@ def columns_and_diagonals(
     scores: LowRankOps,
     measured: Measured,
     tiling: Tiling,
-    gamma: float,
+    pattern: LowRank,
     column_diagonal: tuple[torch.Tensor, torch.Tensor],
     cost: float,
 ) -> ScoreBins | None:
@@ -165,9 +168,10 @@ def columns_and_diagonals(
         cost: of scoring, as a share of dense attention.
     """
     bins = column_diagonal_bins(tiling, *column_diagonal)
-    wanted = measured.sample.threshold(scores.mass_by_bin(bins, measured.tile, measured.weights), gamma)
+    mass = scores.mass_by_bin(bins, measured.tile, measured.weights)
+    wanted = measured.sample.threshold(mass, pattern.gamma, pattern.power)
     keys = scores.page_counts(bins, wanted, tiling.block_size).sum((1, 2))
-    most_saved = keys - tiling.num_tiles * needed_keys(measured.weights[:, ::8], gamma, scores)
+    most_saved = keys - tiling.num_tiles * needed_keys(measured.weights[:, ::8], pattern, scores)
     cost *= float(tiling.reachable().sum()) * tiling.block_size
     enough = bool(((wanted > 0) & (most_saved <= cost)).all())
     return ScoreBins(bins, wanted, scored=False) if enough else None
@@ -219,10 +223,11 @@ def score_keys(
         lowest = torch.zeros(len(keys), dtype=torch.int32, device=keys.device)
     else:
         # One less: kernels may round otherwise.
-        lowest = sample.threshold(scores.row_mass(quantized, sample.rows, tiling, weights), pattern.gamma)
+        by_row = scores.row_mass(quantized, sample.rows, tiling, weights)
+        lowest = sample.threshold(by_row, pattern.gamma, pattern.power)
         lowest = lowest.sub_(1).clamp_(min=0)
     bins = score_bins.hide_before_window(scores.tile_bins(quantized, tiling, lowest), tiling)
-    wanted = sample.threshold(scores.mass_by_bin(bins, measured.tile, weights), pattern.gamma)
+    wanted = sample.threshold(scores.mass_by_bin(bins, measured.tile, weights), pattern.gamma, pattern.power)
     # Standard errors need not fall where every row has more: but what suffices the rows themselves does.
     return ScoreBins(bins, torch.maximum(wanted, lowest))
 

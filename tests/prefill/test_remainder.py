@@ -65,13 +65,14 @@ def drawn(context: int, length: int, heads: int = 4, kv_heads: int = 2) -> tuple
     return torch.randn(length - context, heads, 32), torch.randn(kv_heads, length, 32), values
 
 
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("order", ["first", "second", "soft-capped"])
 @pytest.mark.parametrize("heads", [[0, 1, 2, 3], [1, 3], [2]], ids=str)
 @pytest.mark.parametrize(
     ("context", "length", "tile"),
     [(0, 517, 64), (333, 700, 64), (640, 650, 64), (0, 700, 128), (211, 911, 128), (5000, 5100, 64)],
 )
-def test_agrees_with_its_definition(context: int, length: int, tile: int, heads: list[int], softcap: float) -> None:
+def test_agrees_with_its_definition(context: int, length: int, tile: int, heads: list[int], order: str) -> None:
+    softcap = 2.0 if order == "soft-capped" else 0.0
     query, keys, values = drawn(context, length)
     tiling = Tiling.of(context, length, 32, tile)
     index = index_of(tiling, query, keys)
@@ -79,32 +80,39 @@ def test_agrees_with_its_definition(context: int, length: int, tile: int, heads:
     inputs = Inputs(query, inputs.cache, inputs.pages, inputs.chunk, SCALE, softcap)
     out, lse = under(query, keys, values, index, softcap)
     plain = out.clone()
-    remainder.add(inputs, index, remainder.of_heads(inputs, index, heads), out, lse)
+    space = None if order == "first" else remainder.dimensions(inputs, tiling)
+    assert (space is not None) == (order == "second")
+    remainder.add(inputs, index, remainder.of_heads(inputs, index, heads, space), out, lse)
     sampled = sampled_positions(length), sample_step(length)
-    exact = reference.with_remainder(query, keys, values, index.to_mask(), tiling, SCALE, heads, *sampled, softcap)
+    exact = reference.with_remainder(
+        query, keys, values, index.to_mask(), tiling, SCALE, heads, *sampled, softcap, space
+    )  # fmt: skip
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
     others = [head for head in range(4) if head not in heads]
     assert torch.equal(out[:, others], plain[:, others])
     assert not torch.equal(out[:, heads], plain[:, heads])
 
 
+@pytest.mark.parametrize("order", ["first", "second"])
 @pytest.mark.parametrize(("context", "length"), [(0, 517), (333, 700), (900, 1500)])
-def test_of_a_window_only_what_all_rows_see(context: int, length: int) -> None:
+def test_of_a_window_only_what_all_rows_see(context: int, length: int, order: str) -> None:
     """What lies before it may be another request's, NaN included."""
     window = 300
     query, keys, values = drawn(context, length)
     tiling = Tiling.of(context, length, 32, 64, window=window)
     inputs = Inputs.of_rows(query, keys, values, SCALE, 32)
     index = build_index(tiling, [WINDOW] * 4, TorchScores(inputs))
+    space = remainder.dimensions(inputs, tiling) if order == "second" else None
     exact = reference.with_remainder(
         query, keys, values, index.to_mask(), tiling, SCALE, range(4), sampled_positions(length),
-        sample_step(length),
+        sample_step(length), space=space,
     )  # fmt: skip
     out, lse = under(query, keys, values, index)
     gone = torch.arange(max(0, context - window + 1))
     for stored in (inputs.cache.key, inputs.cache.value):
         stored[gone // 32, :, gone % 32] = torch.nan
-    remainder.add(inputs, index, remainder.of_heads(inputs, index, range(4)), out, lse)
+    space = remainder.dimensions(inputs, tiling) if order == "second" else None
+    remainder.add(inputs, index, remainder.of_heads(inputs, index, range(4), space), out, lse)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
 

@@ -26,7 +26,7 @@ def run(
         inputs: the query has the cache's type, see ``library.unsupported_cache_reason``; ``sinks`` of any type.
     """
     query, cache, pages = inputs.query, inputs.cache, inputs.pages
-    assert remainder is None or all(part.is_contiguous() for part in remainder)
+    assert remainder is None or all(part.is_contiguous() for part in remainder.parts())
     sinks = None if inputs.sinks is None else inputs.sinks.float().contiguous()
     call = interface.AttendArguments(
         describe_cache(cache),
@@ -44,7 +44,7 @@ def run(
         index.columns.data_ptr(),
         index.num_columns.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
-        *((part.data_ptr() for part in remainder) if remainder is not None else (None, None, None)),
+        *((part.data_ptr() for part in remainder[:3]) if remainder is not None else (None, None, None)),
         index.tiling.seq_len,
         inputs.window,
         index.num_heads,
