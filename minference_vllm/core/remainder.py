@@ -56,6 +56,23 @@ class Remainder(NamedTuple):
     second: SecondOrder | None = None
     """None: to the first order; zeros for heads that are."""
 
+    @classmethod
+    def empty(cls, heads: int, tiles: int, head_size: int, device: torch.device, space: Dimensions | None) -> Remainder:
+        """Of tiles that leave nothing out.
+
+        Args:
+            space: of the second order; None: to the first.
+        """
+        key, value = torch.zeros(2, heads, tiles, head_size, device=device)
+        bias = torch.full((heads, tiles), -torch.inf, device=device)
+        if space is None:
+            return cls(key, value, bias)
+        rank = space.to_key.shape[2]
+        spread = torch.zeros(heads, tiles, rank, rank, device=device)
+        return cls(
+            key, value, bias, SecondOrder(space, spread, torch.zeros(heads, tiles, rank, head_size, device=device))
+        )
+
     def parts(self) -> tuple[torch.Tensor, ...]:
         """All tensors that are ``[H, T, ...]`` of what is left out."""
         second = () if self.second is None else (self.second.spread, self.second.slope)

@@ -173,6 +173,7 @@ NATIVE = Kernel(
     NativeScores,
     run_with_remainder=native.run,
     remainder=native_remainder.of_heads,
+    second_order=native_remainder.of_heads,
     softcap=True,
     sinks=True,
     window=True,

@@ -166,8 +166,8 @@ class LowRank(_Pattern):
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
     gamma: Share = 0.95
     remainder: bool = False
-    second_order: bool = False
     queries: Annotated[int, Field(ge=0, le=16, multiple_of=16)] = 0
+    second_order: bool = False
 
     @model_validator(mode="after")
     def _has_what_it_expands(self) -> LowRank:

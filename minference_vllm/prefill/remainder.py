@@ -108,23 +108,12 @@ def of_heads(inputs: Inputs, index: SparseIndex, heads: Sequence[int], space: Di
     found = [(run, of_tiles(inputs, index, run, space)) for _, run in runs(heads)]
     if len(found) == 1 and len(heads) == inputs.num_heads:
         return found[0][1]
-    all_heads = empty(inputs, index.tiling, space)
+    shape = inputs.num_heads, index.num_tiles, inputs.cache.head_size
+    all_heads = Remainder.empty(*shape, inputs.query.device, space)
     for run, part in found:
         for into, of_some in zip(all_heads.parts(), part.parts(), strict=True):
             into[run] = of_some
     return all_heads
-
-
-def empty(inputs: Inputs, tiling: Tiling, space: Dimensions | None) -> Remainder:
-    """That of tiles which leave nothing out."""
-    shape, dim = (inputs.num_heads, tiling.num_tiles), inputs.cache.head_size
-    key, value = inputs.query.new_zeros(2, *shape, dim, dtype=torch.float32)
-    bias = key.new_full(shape, -torch.inf)
-    if space is None:
-        return Remainder(key, value, bias)
-    rank = space.to_key.shape[2]
-    spread, slope = key.new_zeros(*shape, rank, rank), key.new_zeros(*shape, rank, dim)
-    return Remainder(key, value, bias, SecondOrder(space, spread, slope))
 
 
 def of_tiles(inputs: Inputs, index: SparseIndex, heads: slice, space: Dimensions | None = None) -> Remainder:

@@ -111,7 +111,8 @@ class Measured(NamedTuple):
         tile = torch.searchsorted(tiling.starts, sample.rows + tiling.context_len, right=True) - 1
         weights = by_value(scores.row_weights(sample.rows, heads), scores.value_norms(heads))
         if power == 1.5:
-            weights.mul_(weights.sqrt())
+            for row in weights.unbind(1):  # each fits a cache; processors are slow with subnormals
+                row.mul_(row.clamp_(min=1e-24).sqrt())
         return cls(queries, sample, weights, tile)
 
 

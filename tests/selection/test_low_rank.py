@@ -58,7 +58,7 @@ def test_keys_that_single_rows_need() -> None:
     weights[0, :, :50] = 1 / 50
     weights[1, :2, 7], weights[1, 2:, 500:600] = 1.0, 0.01
     weights[2] = 1e-3
-    assert low_rank.needed_keys(weights, 0.9, scores_of(*lookups())).tolist() == [50, 50.5, 1000]
+    assert low_rank.needed_keys(weights, LowRank(gamma=0.9), scores_of(*lookups())).tolist() == [50, 50.5, 1000]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ TILING = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
 
 class AlwaysScored(TorchScores):
     def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
-        return low_rank.score_keys(self, low_rank.Measured.of(self, heads, tiling), heads, tiling, pattern)
+        return low_rank.score_keys(self, low_rank.Measured.of(self, heads, tiling, pattern.power), heads, tiling, pattern)
 
 
 def recall(index: SparseIndex, query: torch.Tensor, keys: torch.Tensor) -> float:

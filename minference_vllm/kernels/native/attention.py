@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from minference_vllm.core.inputs import Inputs
-from minference_vllm.core.remainder import Remainder
+from minference_vllm.core.remainder import MOST_SPREAD, Remainder
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.kernels.native import interface
 from minference_vllm.kernels.native.library import describe_cache, library
@@ -45,6 +45,7 @@ def run(
         index.num_columns.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
         *((part.data_ptr() for part in remainder[:3]) if remainder is not None else (None, None, None)),
+        interface.second_order(None if remainder is None else remainder.second),
         index.tiling.seq_len,
         inputs.window,
         index.num_heads,
@@ -53,6 +54,7 @@ def run(
         index.columns.shape[2],
         inputs.scale,
         inputs.softcap,
+        MOST_SPREAD,
         torch.get_num_threads(),
     )
     library(cache.key.dtype).minference_attend(ctypes.byref(call))
