@@ -179,7 +179,7 @@ def measure(
         parts = [compare(dense[head], head, index, rows) for head in heads]
         out, lse = (torch.stack([getattr(part, name) for part in parts]) for name in ("output", "lse"))
         if pattern.has_remainder:
-            remainder.add_to_rows(inputs, index, rows, out, lse, pattern.has_second_order)
+            remainder.add_to_rows(inputs, index, rows, out, lse)
         errors = [float((out[head] - dense[head].output).norm() / dense[head].output.norm()) for head in heads]
         found.append(
             [Found(parts[head].recall, errors[head], dense[head].needed, density[head], seconds) for head in heads]

@@ -288,7 +288,7 @@ def run(
         ValueError: the cache has another layout, or other strides for values than for keys.
     """
     query, cache, sinks = inputs.query, inputs.cache, inputs.sinks
-    assert remainder is None or (remainder.second is None and all(part.is_contiguous() for part in remainder[:3]))
+    assert remainder is None or all(part.is_contiguous() for part in remainder)
     if cache.layout != "rows":
         raise ValueError(f"the Triton kernel reads pages of plain rows, not {cache.layout!r}")
     chunk = len(query)
@@ -299,7 +299,7 @@ def run(
     parts = triton.cdiv(min(index.tiling.tile, chunk) * index.heads_per_list, launch.block_m)
     launcher(sparse_attention_kernel, (index.num_lists * index.num_tiles * parts,))(
         query, cache.key, cache.value, out, query if lse is None else lse, query if sinks is None else sinks,
-        *((query, query, query) if remainder is None else remainder[:3]),
+        *((query, query, query) if remainder is None else remainder),
         index.tiling.starts, lists.order, index.blocks, index.num_blocks, index.num_columns,
         lists.table, lists.listed, lists.singles,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), cache.key.stride(1), cache.key.stride(2),

@@ -70,10 +70,7 @@ class TritonScores(TorchScores):
     def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
         """As the definition, but for what would wait for the GPU or take memory for every row and key: keys are scored
         whatever columns and diagonals hold, in all dimensions, and none is left out by what the rows themselves need.
-        Of patterns of second order all that is the definition's own.
         """
-        if pattern.second_order:
-            return super().low_rank(heads, tiling, pattern)
         inputs, query = self.inputs, self.query
         drawn = drawn_rows(len(query), tiling.seq_len, query.device)
         rows = measured_rows(query, heads, drawn)

@@ -73,18 +73,16 @@ constexpr bool is_complete(const Field (&fields)[N]) {
 
 TABLE(Cache, FIELD(key), FIELD(value), FIELD(page_stride), FIELD(head_stride), FIELD(row_stride), FIELD(block_size),
       FIELD(head_size), FIELD(num_kv_heads), FIELD(layout), FIELD(element));
-TABLE(SecondOrder, FIELD(to_query), FIELD(to_key), FIELD(key_mean), FIELD(query_mean), FIELD(spread), FIELD(slope));
 TABLE(AttendArguments, FIELD(cache), FIELD(query), FIELD(out), FIELD(lse), FIELD(query_token_stride),
       FIELD(query_head_stride), FIELD(out_token_stride), FIELD(out_head_stride), FIELD(pages), FIELD(tile_starts),
       FIELD(blocks), FIELD(num_blocks), FIELD(columns), FIELD(num_columns), FIELD(sinks), FIELD(remainder_key),
-      FIELD(remainder_value), FIELD(remainder_bias), FIELD(second), FIELD(seq_len), FIELD(window), FIELD(heads),
-      FIELD(tiles), FIELD(max_blocks), FIELD(max_columns), FIELD(scale), FIELD(softcap), FIELD(most_spread),
-      FIELD(threads));
+      FIELD(remainder_value), FIELD(remainder_bias), FIELD(seq_len), FIELD(window), FIELD(heads), FIELD(tiles),
+      FIELD(max_blocks), FIELD(max_columns), FIELD(scale), FIELD(softcap), FIELD(threads));
 TABLE(RemainderArguments, FIELD(cache), FIELD(query), FIELD(query_token_stride), FIELD(query_head_stride),
       FIELD(pages), FIELD(tile_starts), FIELD(blocks), FIELD(num_blocks), FIELD(columns), FIELD(num_columns),
-      FIELD(sampled), FIELD(heads), FIELD(key), FIELD(value), FIELD(bias), FIELD(second), FIELD(seq_len),
-      FIELD(window), FIELD(num_heads), FIELD(num_wanted), FIELD(heads_per_list), FIELD(tiles), FIELD(max_blocks),
-      FIELD(max_columns), FIELD(num_sampled), FIELD(scale), FIELD(softcap), FIELD(log_step), FIELD(threads));
+      FIELD(sampled), FIELD(heads), FIELD(key), FIELD(value), FIELD(bias), FIELD(seq_len), FIELD(window),
+      FIELD(num_heads), FIELD(num_wanted), FIELD(heads_per_list), FIELD(tiles), FIELD(max_blocks), FIELD(max_columns),
+      FIELD(num_sampled), FIELD(scale), FIELD(softcap), FIELD(log_step), FIELD(threads));
 TABLE(RowArguments, FIELD(cache), FIELD(query), FIELD(query_token_stride), FIELD(query_head_stride), FIELD(pages),
       FIELD(row_index), FIELD(heads), FIELD(context_len), FIELD(seq_len), FIELD(window), FIELD(num_heads), FIELD(num_wanted),
       FIELD(rows), FIELD(scale), FIELD(softcap), FIELD(threads));
@@ -126,7 +124,7 @@ std::string describe(const char* name, void (*)(const S*)) {
 extern "C" const char* minference_describe_interface() {
   using namespace minference;
   static const std::string text =
-      describe<Cache>() + describe<SecondOrder>() + describe<AttendArguments>() + describe<RemainderArguments>() + describe<RowArguments>() +
+      describe<Cache>() + describe<AttendArguments>() + describe<RemainderArguments>() + describe<RowArguments>() +
       describe<RowWeightArguments>() + describe<ColumnDiagonalArguments>() + describe<KeyCodeArguments>() +
       describe<QuantizedQK>() + describe<TileScoreBinArguments>() + describe<RowMassArguments>() +
       describe<BinMassArguments>() + describe<KeyArguments>() + FUNCTION(attend) + FUNCTION(remainder) +

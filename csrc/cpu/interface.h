@@ -41,17 +41,6 @@ struct Cache {
   Element element;  // of the cache, the queries and the output
 };
 
-// The second order of the remainder, in kDimensions dimensions; minference_vllm/core/remainder.py.
-struct SecondOrder {
-  const float* to_query;    // [kv_heads][head_size][kDimensions]
-  const float* to_key;      // [kv_heads][head_size][kDimensions]
-  const float* key_mean;    // [kv_heads][kDimensions], taken from the keys
-  const float* query_mean;  // [heads][tiles][kDimensions], taken from the queries
-  float* spread;  // [heads][tiles][kDimensions][kDimensions], covariance of a tile's keys left out. Null: first order
-  float* slope;   // [heads][tiles][kDimensions][head_size], of these keys with their values
-};
-constexpr int kDimensions = 8;
-
 // Attention of one chunk under a SparseIndex.
 struct AttendArguments {
   Cache cache;
@@ -69,13 +58,11 @@ struct AttendArguments {
   const float* remainder_key;    // [heads][tiles][head_size], one key for those that a tile leaves out. May be null
   const float* remainder_value;  // [heads][tiles][head_size]
   const float* remainder_bias;   // [heads][tiles], added to its score; -inf: none. Null: none anywhere
-  SecondOrder second;            // read
   int64_t seq_len;
   int64_t window;  // keys that a row sees at most, itself included; 0: all before it
   int32_t heads, tiles, max_blocks, max_columns;
   float scale;  // of query-key products before the softmax
   float softcap;  // scores s become softcap * tanh(s / softcap); 0: no cap
-  float most_spread;  // what the spread of the keys left out may add to a score, at most
   int32_t threads;
 };
 
@@ -95,7 +82,6 @@ struct RemainderArguments {
   float* key;    // [num_heads][tiles][head_size], written where a wanted head's tile leaves something out; zeros before
   float* value;  // [num_heads][tiles][head_size], likewise
   float* bias;   // [num_heads][tiles], likewise; -inf before
-  SecondOrder second;  // spread and slope are written; zeros before
   int64_t seq_len;
   int64_t window;  // keys that a row sees at most, itself included; 0: all before it
   int32_t num_heads, num_wanted;

@@ -1,5 +1,4 @@
-// What each tile leaves out, as one key and one value, and its second order: of_heads in
-// minference_vllm/prefill/remainder.py.
+// What each tile leaves out, as one key and one value: of_heads in minference_vllm/prefill/remainder.py.
 //
 // A task takes kPart of a KV head's sampled keys and all query heads and tiles of it that leave something out; what it
 // finds for each of these is a softmax over its own keys. The parts are then added, in their order, so that results do
@@ -22,9 +21,8 @@ constexpr int kWidth = 2 * kLanes;  // rows (see Group) handled together
 static_assert(kPart % 64 == 0 && kPart % kRows == 0);
 
 struct alignas(64) Workspace {
-  alignas(64) float scores[kPart * kWidth];    // [keys][rows], then the weights
-  alignas(64) float weighted[kPart * kWidth];  // the weights times one coordinate of the keys
-  std::vector<float> rows;                     // [keys][row_size_], a key, its value and its coordinates side by side
+  alignas(64) float scores[kPart * kWidth];  // [keys][rows], then the weights
+  std::vector<float> rows;                   // [keys][2 * head_size], a key and its value side by side
 };
 
 // A query head and one of its tiles.
@@ -41,8 +39,7 @@ struct Group {
   std::vector<float> query;         // [head_size][width], mean queries times to_score
   std::vector<uint64_t> hidden;     // [rows][words], a bit for each sampled key that is not left out
   std::vector<float> maximum, sum;  // [parts][width], of scores, and of the weights exp2((score - maximum) * to_log2)
-  std::unique_ptr<float[]> total;   // [parts][rows][total_size_], sums of keys, values and coordinates with these
-                                    // weights; and for each coordinate of values and coordinates with both
+  std::unique_ptr<float[]> total;   // [parts][rows][2 * head_size], keys and values with these weights
 
   int size() const { return static_cast<int>(rows.size()); }
 };
@@ -70,10 +67,7 @@ class LeftOut {
       : a_(arguments),
         dim_(a_.cache.head_size),
         to_score_(a_.softcap == 0.0f ? a_.scale * kLog2e : a_.scale),
-        to_log2_(a_.softcap == 0.0f ? 1.0f : kLog2e),
-        coordinates_(a_.second.spread == nullptr ? 0 : std::max(kLanes, kDimensions)),
-        row_size_(2 * dim_ + coordinates_),
-        total_size_(row_size_ + (coordinates_ == 0 ? 0 : kDimensions * (dim_ + coordinates_))) {
+        to_log2_(a_.softcap == 0.0f ? 1.0f : kLog2e) {
     // Before the first row's window nobody sees anything, and pages may be another request's. The last tile's own keys
     // and later ones are left out by none.
     const int64_t oldest = a_.window == 0 ? 0 : a_.tile_starts[0] - a_.window + 1;
@@ -113,45 +107,29 @@ class LeftOut {
     const auto [group, row] = find(number);
     const int64_t out = static_cast<int64_t>(group.rows[row].head) * a_.tiles + group.rows[row].tile;
     float best = -kInfinity, total = 0.0f;
-    alignas(64) float sums[kMostTotal] = {};
     for (int part = 0; part < parts_; ++part) best = std::max(best, group.maximum[part * group.width + row]);
     if (best == -kInfinity) return;
+    float *key = a_.key + out * dim_, *value = a_.value + out * dim_;
     for (int part = 0; part < parts_; ++part) {
       const float maximum = group.maximum[part * group.width + row];
       if (maximum == -kInfinity) continue;
       const float weight = std::exp2((maximum - best) * to_log2_);
       total += weight * group.sum[part * group.width + row];
-      const float* found = group.total.get() + (static_cast<int64_t>(part) * group.size() + row) * total_size_;
-      const Floats factor = repeat(weight);
-      for (int i = 0; i < total_size_; i += kLanes) store(sums + i, load(sums + i) + factor * load(found + i));
+      const float* found = group.total.get() + (static_cast<int64_t>(part) * group.size() + row) * 2 * dim_;
+      add(key, found, weight);
+      add(value, found + dim_, weight);
     }
-    for (int i = 0; i < total_size_; ++i) sums[i] /= total;
-    std::copy(sums, sums + dim_, a_.key + out * dim_);
-    std::copy(sums + dim_, sums + 2 * dim_, a_.value + out * dim_);
-    if (coordinates_ != 0) write_second(sums, out);
     float at_mean = 0.0f;
-    for (int d = 0; d < dim_; ++d) at_mean += group.query[d * group.width + row] * sums[d];
+    for (int d = 0; d < dim_; ++d) {
+      key[d] /= total;
+      value[d] /= total;
+      at_mean += group.query[d * group.width + row] * key[d];
+    }
     if (a_.softcap != 0.0f) at_mean = a_.softcap * std::tanh(at_mean / a_.softcap);
     a_.bias[out] = ((best - at_mean) * to_log2_ + std::log2(total)) * kLn2 + a_.log_step;
   }
 
  private:
-  static constexpr int kMostTotal = 2 * kMaxHead + 16 + kDimensions * (kMaxHead + 16);
-
-  // Covariances, of means of products.
-  void write_second(const float* means, int64_t out) const {
-    const float *value = means + dim_, *coordinate = means + 2 * dim_;
-    float* spread = a_.second.spread + out * kDimensions * kDimensions;
-    float* slope = a_.second.slope + out * kDimensions * dim_;
-    for (int i = 0; i < kDimensions; ++i) {
-      const float* products = means + row_size_ + i * (dim_ + coordinates_);
-      for (int d = 0; d < dim_; ++d) slope[i * dim_ + d] = products[d] - coordinate[i] * value[d];
-      for (int j = 0; j < kDimensions; ++j) {
-        spread[i * kDimensions + j] = products[dim_ + j] - coordinate[i] * coordinate[j];
-      }
-    }
-  }
-
   // Where each position, and each block's first one, stands among the sampled keys.
   void list_places() {
     place_.assign(a_.seq_len, -1);
@@ -197,7 +175,7 @@ class LeftOut {
     group.hidden.assign(static_cast<size_t>(group.size()) * words_, 0);
     group.maximum.assign(group.width * parts_, -kInfinity);
     group.sum.assign(group.width * parts_, 0.0f);
-    group.total.reset(new float[static_cast<size_t>(group.size()) * parts_ * total_size_]);
+    group.total.reset(new float[static_cast<size_t>(group.size()) * parts_ * 2 * dim_]);
     num_rows_ += group.size();
     groups_.push_back(std::move(group));
   }
@@ -254,7 +232,7 @@ class LeftOut {
     constexpr int kTogether = 16;
     alignas(64) T copied[kTogether][kMaxHead];
     int slot[kTogether];
-    const int size = a_.cache.block_size, stride = row_size_;
+    const int size = a_.cache.block_size, stride = 2 * dim_;
     if (w.rows.size() < static_cast<size_t>(kPart * stride)) w.rows.resize(kPart * stride);
     for (int i = 0; i < count;) {
       const int64_t block = sampled_[first + i] / size;
@@ -274,25 +252,13 @@ class LeftOut {
       widen_to(rows + dim_);
       i += here;
     }
-    for (int i = 0; i < count && coordinates_ != 0; ++i) add_coordinates(kv_head, w.rows.data() + i * stride);
-  }
-
-  void add_coordinates(int kv_head, float* key) const {
-    const float* to_key = a_.second.to_key + static_cast<int64_t>(kv_head) * dim_ * kDimensions;
-    float* coordinate = key + 2 * dim_;
-    for (int i = 0; i < coordinates_; ++i) {
-      coordinate[i] = i < kDimensions ? -a_.second.key_mean[kv_head * kDimensions + i] : 0.0f;
-    }
-    for (int d = 0; d < dim_; ++d) {
-      for (int i = 0; i < kDimensions; ++i) coordinate[i] += key[d] * to_key[d * kDimensions + i];
-    }
   }
 
   // The gathered keys of a part for kLanes V rows, from one on.
   template <int V>
   void attend(Group& group, int part, int row, Workspace& w) const {
     constexpr int kHere = kLanes * V;
-    const int rows = std::min(kHere, group.size() - row), first = part * kPart, stride = row_size_;
+    const int rows = std::min(kHere, group.size() - row), first = part * kPart, stride = 2 * dim_;
     // Whole register tiles: what lies behind the last key is not looked at again.
     const int begin = std::max(0, group.rows[row].first - first) / kRows * kRows;
     const int end = std::min(kPart, group.rows[row + rows - 1].last - first);
@@ -305,31 +271,14 @@ class LeftOut {
     if (a_.softcap != 0.0f) soft_cap_row(scores + begin * kHere, (end - begin) * kHere, 1.0f, a_.softcap);
     for (int r = 0; r < rows; ++r) hide(group.hidden.data() + (row + r) * words_, first, begin, end, scores + r, kHere);
     for (int v = 0; v < kHere; v += kLanes) softmax(scores + v, begin, end, kHere, group, part * group.width + row + v);
-    float* total = group.total.get() + (static_cast<int64_t>(part) * group.size() + row) * total_size_;
-    // Sums over the keys of what stands from `from` on beside each, with the weights of each row.
-    const auto sum = [&](const float* weights, int from, int size, float* out) {
-      const float* beside = w.rows.data() + begin * stride + from;
-      for (int r = 0; r < rows; r += kRows) {
-        with_rows<kRows>(std::min(kRows, rows - r), [&]<int R>() {
-          const float* of_rows = weights + begin * kHere + r;
-          float* to = out + static_cast<int64_t>(r) * total_size_;
-          int d = 0;
-          for (; d + 2 * kLanes <= size; d += 2 * kLanes) {
-            multiply<R, 2>(of_rows, 1, kHere, beside + d, stride, to + d, total_size_, end - begin);
-          }
-          if (d < size) multiply<R, 1>(of_rows, 1, kHere, beside + d, stride, to + d, total_size_, end - begin);
-        });
-      }
-    };
-    sum(scores, 0, row_size_, total);
-    for (int i = 0; i < kDimensions && coordinates_ != 0; ++i) {
-      for (int n = begin; n < end; ++n) {
-        const Floats coordinate = repeat(w.rows[n * stride + 2 * dim_ + i]);
-        for (int v = 0; v < kHere; v += kLanes) {
-          store(w.weighted + n * kHere + v, load(scores + n * kHere + v) * coordinate);
+    float* total = group.total.get() + (static_cast<int64_t>(part) * group.size() + row) * stride;
+    for (int r = 0; r < rows; r += kRows) {
+      with_rows<kRows>(std::min(kRows, rows - r), [&]<int R>() {
+        for (int d = 0; d < stride; d += 2 * kLanes) {
+          multiply<R, 2>(scores + begin * kHere + r, 1, kHere, w.rows.data() + begin * stride + d,
+                         stride, total + r * stride + d, stride, end - begin);
         }
-      }
-      sum(w.weighted, dim_, dim_ + coordinates_, total + row_size_ + i * (dim_ + coordinates_));
+      });
     }
   }
 
@@ -357,12 +306,15 @@ class LeftOut {
     store(group.sum.data() + at, sum);
   }
 
+  void add(float* out, const float* found, float weight) const {
+    const Floats factor = repeat(weight);
+    for (int d = 0; d < dim_; d += kLanes) store(out + d, load(out + d) + factor * load(found + d));
+  }
+
   const RemainderArguments& a_;
   const int dim_;
   const float to_score_;         // makes products of queries and keys scores, in units of log2 unless they are capped
   const float to_log2_;          // makes scores units of log2
-  const int coordinates_;        // of a key, filled up to whole vectors; 0: to the first order
-  const int row_size_, total_size_;
   const int64_t* sampled_;       // [count_], positions of the sampled keys that some tile may leave out
   int count_, parts_, words_;
   int64_t num_rows_ = 0;

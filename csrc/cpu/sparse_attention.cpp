@@ -214,41 +214,10 @@ class TileTask {
       for (int d = 0; d < dim_; d += kLanes) products += widen(query + d) * load(key + d);
       float score = reduce_add(products) * a_.scale;
       if (a_.softcap != 0.0f) score = a_.softcap * std::tanh(score / a_.softcap);
-      score += bias;
-      float slopes[kDimensions];
-      if (a_.second.spread != nullptr) score += by_second_order(query, slopes);
-      const float weight = add_key(r, score * kLog2e);
+      const Floats weight = repeat(add_key(r, (score + bias) * kLog2e));
       float* out = w_.out.data() + static_cast<size_t>(r) * dim_;
-      add_times(out, value, weight);
-      if (a_.second.spread == nullptr) continue;
-      const float* slope = a_.second.slope + slot_ * kDimensions * dim_;
-      for (int i = 0; i < kDimensions; ++i) add_times(out, slope + i * dim_, weight * slopes[i]);
+      for (int d = 0; d < dim_; d += kLanes) store(out + d, load(out + d) + weight * load(value + d));
     }
-  }
-
-  void add_times(float* out, const float* row, float factor) const {
-    const Floats times = repeat(factor);
-    for (int d = 0; d < dim_; d += kLanes) store(out + d, load(out + d) + times * load(row + d));
-  }
-
-  // What the second order adds to a row's score, and how much of each dimension's slope to its value.
-  float by_second_order(const T* query, float* slopes) const {
-    const float* to_query = a_.second.to_query + static_cast<int64_t>(kv_head_) * dim_ * kDimensions;
-    const float* spread = a_.second.spread + slot_ * kDimensions * kDimensions;
-    alignas(64) float row[kMaxHead];
-    for (int d = 0; d < dim_; d += kLanes) store(row + d, widen(query + d));
-    for (int i = 0; i < kDimensions; ++i) slopes[i] = -a_.second.query_mean[slot_ * kDimensions + i];
-    for (int d = 0; d < dim_; ++d) {
-      for (int i = 0; i < kDimensions; ++i) slopes[i] += row[d] * to_query[d * kDimensions + i];
-    }
-    float variance = 0.0f;
-    for (int i = 0; i < kDimensions; ++i) {
-      float changed = 0.0f;
-      for (int j = 0; j < kDimensions; ++j) changed += spread[i * kDimensions + j] * slopes[j];
-      variance += slopes[i] * changed;
-    }
-    for (int i = 0; i < kDimensions; ++i) slopes[i] /= 1.0f + 0.25f * variance;
-    return std::min(0.5f * variance, a_.most_spread);
   }
 
   void write_out() {

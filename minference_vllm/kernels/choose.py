@@ -173,7 +173,6 @@ NATIVE = Kernel(
     NativeScores,
     run_with_remainder=native.run,
     remainder=native_remainder.of_heads,
-    second_order=native_remainder.of_heads,
     softcap=True,
     sinks=True,
     window=True,

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from minference_vllm.core.inputs import Inputs
-from minference_vllm.core.remainder import Dimensions, Remainder
+from minference_vllm.core.remainder import Remainder
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.selection.torch_scores import TorchScores
 
@@ -51,9 +51,6 @@ class Kernel:
     """Attends the remainder, too; None: it is merged afterwards."""
     remainder: Callable[[Inputs, SparseIndex, Sequence[int]], Remainder] | None = None
     """``prefill.remainder.of_heads`` by the fastest code that runs where the kernel does; None: by that itself."""
-    second_order: Callable[[Inputs, SparseIndex, Sequence[int], Dimensions], Remainder] | None = None
-    """The same to the second order, which ``run_with_remainder`` then attends, too; None: by ``prefill.remainder``, and
-    it is merged afterwards."""
     softcap: bool = False
     """Whether it knows soft caps."""
     sinks: bool = False

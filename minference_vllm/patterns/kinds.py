@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer
 from pydantic.fields import FieldInfo
 
 from minference_vllm.core.validation import cut, did_you_mean, shortened, value_problem
@@ -63,11 +63,6 @@ class _Pattern(BaseModel):
     def has_remainder(self) -> bool:
         """Whether what a tile leaves out stands in its softmax as one key (``prefill/remainder.py``)."""
         return bool(getattr(self, "remainder", False))
-
-    @property
-    def has_second_order(self) -> bool:
-        """Whether the remainder is expanded to the second order."""
-        return bool(getattr(self, "second_order", False))
 
     def without_remainder(self) -> HeadPattern:
         """For what cannot add the remainder."""
@@ -156,36 +151,19 @@ class LowRank(_Pattern):
     ``rank`` dimensions (after Loki, arXiv 2406.02542); as many as hold ``gamma`` of what the output of the chunk's last
     rows is made of (exact weights times the norms of values), and of sampled rows less 2.5 standard errors. A head
     that is not sparse comes out dense. With ``remainder`` what a tile leaves out stands in its softmax as one key. With
-    ``queries`` so many representatives of each tile are scored instead of all of its rows.
-
-    ``second_order``: the remainder is expanded to the second order, which stands for many small weights so well that
-    single large ones decide. A row may then miss keys whose shares count no more, to the power 1.5 and summed, than one
-    key's share of ``1 - gamma``; without it shares are summed as they are."""
+    ``queries`` so many representatives of each tile are scored instead of all of its rows."""
 
     kind: Literal["low_rank"] = "low_rank"
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
     gamma: Share = 0.95
     remainder: bool = False
     queries: Annotated[int, Field(ge=0, le=16, multiple_of=16)] = 0
-    second_order: bool = False
-
-    @model_validator(mode="after")
-    def _has_what_it_expands(self) -> LowRank:
-        if self.second_order and not self.remainder:
-            raise ValueError("second_order is that of the remainder: set remainder to true, too")
-        return self
-
-    @property
-    def power(self) -> float:
-        """To which shares of keys that a row misses are summed."""
-        return 1.5 if self.second_order else 1.0
 
     def without_remainder(self) -> LowRank:
-        """Half of the missing share errs no more (``docs/estimator.md``); to the power 1.5 all of it is less."""
+        """Half of the missing share errs no more (``docs/estimator.md``)."""
         if not self.remainder:
             return self
-        gamma = self.gamma if self.second_order else 1 - (1 - self.gamma) / 2
-        return self.model_copy(update={"remainder": False, "second_order": False, "gamma": gamma})
+        return self.model_copy(update={"remainder": False, "gamma": 1 - (1 - self.gamma) / 2})
 
     def at_step(self, step: int) -> LowRank | Dense:
         """With a quarter of the missing share at each step."""

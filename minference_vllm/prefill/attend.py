@@ -130,17 +130,7 @@ def left_out_by(
 ) -> Remainder | None:
     """The remainder of the heads whose patterns have one, by the kernel's code for it; None where none has."""
     heads = [head for head, pattern in enumerate(patterns) if pattern.has_remainder]
-    if not heads:
-        return None
-    second_order = [head for head in heads if patterns[head].has_second_order]
-    space = remainder.dimensions(inputs, index.tiling) if second_order else None
-    if space is None:
-        return (kernel.remainder or remainder.of_heads)(inputs, index, heads)
-    found = (kernel.second_order or remainder.of_heads)(inputs, index, heads, space)
-    assert found.second is not None
-    for head in set(heads).difference(second_order):
-        found.second.spread[head], found.second.slope[head] = 0.0, 0.0
-    return found
+    return (kernel.remainder or remainder.of_heads)(inputs, index, heads) if heads else None
 
 
 def run_index(
@@ -151,8 +141,7 @@ def run_index(
     Args:
         left_out: the remainder of every tile, which the kernel adds, or what it computed is merged with.
     """
-    known = left_out is None or left_out.second is None or kernel.second_order is not None
-    if left_out is not None and known and kernel.run_with_remainder is not None:
+    if left_out is not None and kernel.run_with_remainder is not None:
         kernel.run_with_remainder(inputs, index, out, None, left_out)
         return
     lse = None if left_out is None else out.new_empty(inputs.num_heads, len(out), dtype=torch.float32)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 
-from minference_vllm.core.remainder import MOST_SPREAD, Dimensions
 from minference_vllm.core.tiling import Tiling
 
 
@@ -75,7 +74,6 @@ def with_remainder(
     positions: torch.Tensor,
     step: int,
     softcap: float = 0.0,
-    space: Dimensions | None = None,
 ) -> torch.Tensor:
     """Attention under a mask with the remainder (``prefill.remainder``): what a tile leaves out stands in its rows'
     softmax as one key.
@@ -84,7 +82,6 @@ def with_remainder(
         query: ``[rows, H, D]``. keys, values: ``[HK, S, D]``. mask: bool ``[H, rows, S]``.
         heads: query heads that have it.
         positions: int64, the keys that are sampled, of which each stands for ``step``.
-        space: the dimensions of the second order; None: to the first.
 
     Returns:
         float64 ``[rows, H, D]``.
@@ -110,21 +107,9 @@ def with_remainder(
                 key, value = weights @ keys[head, left_out], weights @ values[head, left_out]
                 bias = at_mean.logsumexp(0) + math.log(step) - capped(mean @ key * scale, softcap)
                 one_more = capped(query[head, rows] @ key * scale, softcap) + bias
-                value = value.expand(len(scores), -1)
-                if space is not None:
-                    kv_head = head * len(space.to_key) // num_heads
-                    low = (query[head, rows] - mean) @ space.to_query[kv_head].double()
-                    centred = (keys[head, left_out] - key) @ space.to_key[kv_head].double()
-                    differences = low @ centred.T  # of scores, from those of the mean query
-                    variance = differences.square() @ weights
-                    one_more = one_more + (variance / 2).clamp(max=MOST_SPREAD)
-                    slopes = (differences * weights) @ (values[head, left_out] - value[0])
-                    value = value + slopes / (1 + variance / 4)[:, None]
                 scores = torch.cat([scores, one_more[:, None]], 1)
-                shares = scores.softmax(1)
-                out[head, rows] = shares[:, :-1] @ own_values + shares[:, -1:] * value
-            else:
-                out[head, rows] = scores.softmax(1) @ own_values
+                own_values = torch.cat([own_values, value[None]])
+            out[head, rows] = scores.softmax(1) @ own_values
     return out.transpose(0, 1)
 
 

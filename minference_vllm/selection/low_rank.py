@@ -100,19 +100,16 @@ class Measured(NamedTuple):
     """``[h, chunk, D]``, all of the chunk."""
     sample: CalibrationRows
     weights: torch.Tensor
-    """float32 ``[h, R, S]``, see ``by_value``, to the pattern's ``power``."""
+    """float32 ``[h, R, S]``, see ``by_value``."""
     tile: torch.Tensor
     """int64 ``[h, R]``: the tile of each row."""
 
     @classmethod
-    def of(cls, scores: LowRankOps, heads: Sequence[int], tiling: Tiling, power: float) -> Measured:
+    def of(cls, scores: LowRankOps, heads: Sequence[int], tiling: Tiling) -> Measured:
         queries = scores.queries_of(heads)
         sample = calibration_rows(unlikeness(queries), tiling.seq_len)
         tile = torch.searchsorted(tiling.starts, sample.rows + tiling.context_len, right=True) - 1
         weights = by_value(scores.row_weights(sample.rows, heads), scores.value_norms(heads))
-        if power == 1.5:
-            for row in weights.unbind(1):  # each fits a cache; processors are slow with subnormals
-                row.mul_(row.clamp_(min=1e-24).sqrt())
         return cls(queries, sample, weights, tile)
 
 
@@ -140,17 +137,16 @@ def column_diagonal_bins(tiling: Tiling, by_column: torch.Tensor, by_offset: tor
     return score_bins.hide_before_window(found.flatten(2)[..., : tiling.seq_len].contiguous(), tiling)
 
 
-def needed_keys(weights: torch.Tensor, pattern: LowRank, scores: LowRankOps) -> torch.Tensor:
-    """float32 ``[h]``: how many keys a row needs to miss no more than the pattern lets it, if every row has its own;
-    the mean.
+def needed_keys(weights: torch.Tensor, gamma: float, scores: LowRankOps) -> torch.Tensor:
+    """float32 ``[h]``: how many keys hold a share ``gamma`` of a row's attention, if every row has its own; the mean.
 
     Args:
-        weights: float32 ``[h, R, S]``, see ``Measured``.
+        weights: float32 ``[h, R, S]``.
     """
     rows = torch.arange(weights.shape[1], device=weights.device).expand(len(weights), -1)
     found = score_bins.as_bins(weights.clamp(min=1e-20).log2_())
-    missed = score_bins.mean_missed(score_bins.missed_below(scores.mass_by_bin(found, rows, weights)))
-    wanted = score_bins.lowest_bin(missed, (1 - pattern.gamma) ** pattern.power)
+    share = score_bins.mean_share(score_bins.covered(scores.mass_by_bin(found, rows, weights)))
+    wanted = score_bins.lowest_bin(share, gamma)
     return scores.page_counts(found, wanted, weights.shape[2]).sum(2).float().mean(1)
 
 
@@ -158,7 +154,7 @@ def columns_and_diagonals(
     scores: LowRankOps,
     measured: Measured,
     tiling: Tiling,
-    pattern: LowRank,
+    gamma: float,
     column_diagonal: tuple[torch.Tensor, torch.Tensor],
     cost: float,
 ) -> ScoreBins | None:
@@ -169,10 +165,9 @@ def columns_and_diagonals(
         cost: of scoring, as a share of dense attention.
     """
     bins = column_diagonal_bins(tiling, *column_diagonal)
-    mass = scores.mass_by_bin(bins, measured.tile, measured.weights)
-    wanted = measured.sample.threshold(mass, pattern.gamma, pattern.power)
+    wanted = measured.sample.threshold(scores.mass_by_bin(bins, measured.tile, measured.weights), gamma)
     keys = scores.page_counts(bins, wanted, tiling.block_size).sum((1, 2))
-    most_saved = keys - tiling.num_tiles * needed_keys(measured.weights[:, ::8], pattern, scores)
+    most_saved = keys - tiling.num_tiles * needed_keys(measured.weights[:, ::8], gamma, scores)
     cost *= float(tiling.reachable().sum()) * tiling.block_size
     enough = bool(((wanted > 0) & (most_saved <= cost)).all())
     return ScoreBins(bins, wanted, scored=False) if enough else None
@@ -224,11 +219,10 @@ def score_keys(
         lowest = torch.zeros(len(keys), dtype=torch.int32, device=keys.device)
     else:
         # One less: kernels may round otherwise.
-        by_row = scores.row_mass(quantized, sample.rows, tiling, weights)
-        lowest = sample.threshold(by_row, pattern.gamma, pattern.power)
+        lowest = sample.threshold(scores.row_mass(quantized, sample.rows, tiling, weights), pattern.gamma)
         lowest = lowest.sub_(1).clamp_(min=0)
     bins = score_bins.hide_before_window(scores.tile_bins(quantized, tiling, lowest), tiling)
-    wanted = sample.threshold(scores.mass_by_bin(bins, measured.tile, weights), pattern.gamma, pattern.power)
+    wanted = sample.threshold(scores.mass_by_bin(bins, measured.tile, weights), pattern.gamma)
     # Standard errors need not fall where every row has more: but what suffices the rows themselves does.
     return ScoreBins(bins, torch.maximum(wanted, lowest))
 

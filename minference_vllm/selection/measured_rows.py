@@ -45,26 +45,26 @@ class CalibrationRows(NamedTuple):
     others: tuple[torch.Tensor, ...]
     """Likewise, of groups that speak for themselves: some of the last rows, and those most unlike the others."""
 
-    def threshold(self, mass: torch.Tensor, gamma: float, power: float = 1.0) -> torch.Tensor:
-        """int32 ``[h]``: the bin down to which every group misses no more than a share ``1 - gamma`` of its attention,
-        and no row of the last and the unlike ones ``MOST_MISSED`` times as much.
+    def threshold(self, mass: torch.Tensor, gamma: float) -> torch.Tensor:
+        """int32 ``[h]``: the bin down to which every group has a share ``gamma`` of its attention, and no row of the
+        last and the unlike ones misses ``MOST_MISSED`` times as much.
 
         Args:
             mass: float32 ``[h, R, 256]``, see ``score_bins.mass_by_bin``.
-            power: to which the keys' shares in it were raised, and ``1 - gamma`` is.
         """
-        missed = score_bins.missed_below(mass)
+        share = score_bins.covered(mass)
 
         def of(places: torch.Tensor) -> torch.Tensor:
-            return missed.gather(1, places[..., None].expand(-1, -1, missed.shape[2]))
+            return share.gather(1, places[..., None].expand(-1, -1, share.shape[2]))
 
-        means = [score_bins.mean_missed(of(self.spread), STANDARD_ERRORS)]
-        means += [score_bins.mean_missed(of(group)) for group in self.others]
-        found = score_bins.lowest_bin(torch.stack(means), (1 - gamma) ** power).amin(0)
+        means = [score_bins.mean_share(of(self.spread), STANDARD_ERRORS)]
+        means += [score_bins.mean_share(of(group)) for group in self.others]
+        found = score_bins.lowest_bin(torch.stack(means), gamma).amin(0)
         if not self.others:
             return found
-        most = min(1.0, MOST_MISSED * (1 - gamma)) ** power
-        return torch.minimum(found, score_bins.lowest_bin(of(torch.cat(self.others, 1)).amax(1), most))
+        least = max(0.0, 1 - MOST_MISSED * (1 - gamma))
+        of_rows = score_bins.lowest_bin(of(torch.cat(self.others, 1)).amin(1), least)
+        return torch.minimum(found, of_rows)
 
     def alone(self) -> torch.Tensor:
         """int64 ``[h, n]``: rows of the groups that speak for themselves."""

@@ -169,36 +169,35 @@ def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights
     return mass_by_bin(own, torch.arange(rows.shape[1], device=rows.device).expand(rows.shape), weights)
 
 
-def missed_below(mass: torch.Tensor) -> torch.Tensor:
-    """float32 ``[..., 256]``: what lies on keys below each bin, the highest bin first.
+def covered(mass: torch.Tensor) -> torch.Tensor:
+    """float32 ``[..., 256]``: the share of a row's attention at or above each bin, the highest bin first.
 
     Args:
         mass: float32 ``[..., 256]``, see ``mass_by_bin``.
     """
-    below = mass.cumsum(-1).sub_(mass)
-    # Nothing is known of a row whose weights are no numbers: it misses everything.
-    return below.masked_fill_(mass.sum(-1, keepdim=True).isnan(), torch.inf).flip(-1)
+    share = mass.flip(-1).cumsum(-1)
+    return share / share[..., -1:]
 
 
-def lowest_bin(missed: torch.Tensor, missable: float) -> torch.Tensor:
-    """int32 ``[...]``: the bin down to which keys are needed for no more to be missed; 0 where no other bin does.
+def lowest_bin(share: torch.Tensor, gamma: float) -> torch.Tensor:
+    """int32 ``[...]``: the bin down to which a share ``gamma`` lies; 0 where no other bin has it.
 
     Args:
-        missed: float32 ``[..., 256]``, falling, see ``missed_below``.
+        share: float32 ``[..., 256]``, rising, see ``covered``.
     """
-    reached = missed <= missable
+    reached = share >= gamma
     reached[..., -1] = True
     return 255 - reached.int().argmax(-1).int()
 
 
-def mean_missed(missed: torch.Tensor, errors: float = 0.0) -> torch.Tensor:
-    """float32 ``[h, 256]``: the mean over rows, plus so many of its standard errors, where the rows are a sample.
+def mean_share(share: torch.Tensor, errors: float = 0.0) -> torch.Tensor:
+    """float32 ``[h, 256]``: the mean over rows, less so many of its standard errors, where the rows are a sample.
 
     Args:
-        missed: float32 ``[h, R, 256]``, see ``missed_below``.
+        share: float32 ``[h, R, 256]``, see ``covered``.
     """
-    mean = missed.mean(1)
-    return mean + errors / math.sqrt(missed.shape[1]) * missed.std(1, correction=0) if errors else mean
+    mean = share.mean(1)
+    return mean - errors / math.sqrt(share.shape[1]) * share.std(1, correction=0) if errors else mean
 
 
 def page_counts(bins: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:

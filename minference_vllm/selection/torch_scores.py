@@ -105,12 +105,12 @@ class TorchScores:
         return antidiagonal_scores(self.query, self.keys, heads, tiling, stride, self.scale, self.softcap)
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
-        measured = low_rank.Measured.of(self, heads, tiling, pattern.power)
+        measured = low_rank.Measured.of(self, heads, tiling)
         if not pattern.queries:
             chunk, _, head_size = self.query.shape
             cost = low_rank.scoring_cost(min(pattern.rank, head_size), head_size, chunk, self.query.device)
             lines = self.column_diagonal(heads)
-            found = low_rank.columns_and_diagonals(self, measured, tiling, pattern, lines, cost)
+            found = low_rank.columns_and_diagonals(self, measured, tiling, pattern.gamma, lines, cost)
             if found is not None:
                 return found
         return low_rank.score_keys(self, measured, heads, tiling, pattern)

@@ -15,7 +15,7 @@ from minference_vllm import reference
 from minference_vllm.core import remainder as core
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.paged_cache import Layout
-from minference_vllm.core.remainder import Dimensions, Remainder, sample_step, sampled_positions
+from minference_vllm.core.remainder import Remainder, sample_step, sampled_positions
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.choose import choose
@@ -56,11 +56,11 @@ def check(found: Remainder, right: Remainder) -> None:
     """The same but for sums of float32; nothing at all where nothing is left out."""
     there = right.bias > -torch.inf
     assert torch.equal(found.bias > -torch.inf, there)
-    for ours, theirs in zip(found.parts(), right.parts(), strict=True):
+    for ours, theirs in zip(found, right, strict=True):
         assert ours.dtype == torch.float32 and ours.is_contiguous() and ours.shape == theirs.shape
         if there.any():
             assert float((ours - theirs)[there].abs().max()) <= 5e-6 * float(theirs[there].abs().max())
-    assert not any(part[~there].any() for part in found.parts() if part is not found.bias)
+    assert not torch.cat([found.key, found.value], 2)[~there].any()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -72,19 +72,15 @@ def test_it_is_torchs(
     batch = small_batch(chunk, context, heads, kv_heads, head_size, dtype)
     inputs = batch.inputs(cache=in_layout(batch, layout))
     index = index_of(inputs, unlisted=0.3)
-    space = remainder.dimensions(inputs, index.tiling)
     for wanted in (range(heads), [1, heads - 1]):
         check(native.of_heads(inputs, index, wanted), remainder.of_heads(inputs, index, wanted))
-        check(native.of_heads(inputs, index, wanted, space), remainder.of_heads(inputs, index, wanted, space))
 
 
-def exact(
-    inputs: Inputs, batch: PagedBatch, index: SparseIndex, heads: Sequence[int], space: Dimensions | None
-) -> torch.Tensor:
+def exact(inputs: Inputs, batch: PagedBatch, index: SparseIndex, heads: Sequence[int]) -> torch.Tensor:
     length = inputs.chunk.seq_len
     return reference.with_remainder(
         batch.query, batch.keys(0), batch.values(0), index.to_mask(), index.tiling, inputs.scale, heads,
-        sampled_positions(length), sample_step(length), inputs.softcap, space,
+        sampled_positions(length), sample_step(length), inputs.softcap,
     )  # fmt: skip
 
 
@@ -116,12 +112,12 @@ def test_it_is_what_its_definition_says(
         for part in parts:
             part[table[gone // 32], gone % 32] = torch.nan
         inputs = replace(inputs, cache=in_layout(replace(batch, key_cache=parts[0], value_cache=parts[1]), layout))
-    for space in {None, remainder.dimensions(inputs, index.tiling)}:
-        found = native.of_heads(inputs, index, wanted, space)
-        assert (found.bias[wanted] > -torch.inf).any(1).all()
-        check(found, remainder.of_heads(inputs, index, wanted, space))
-        ours, right = with_found(inputs, batch, index, found), exact(inputs, batch, index, wanted, space)
-        torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-5)
+    found = native.of_heads(inputs, index, wanted)
+    assert (found.bias[wanted] > -torch.inf).any(1).all()
+    check(found, remainder.of_heads(inputs, index, wanted))
+    torch.testing.assert_close(
+        with_found(inputs, batch, index, found).double(), exact(inputs, batch, index, wanted), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("tile", [32, 64, 128])
@@ -167,16 +163,15 @@ def test_threads_do_not_change_a_bit(
     batch = paged_batch([301], [3700], dtype=dtype)
     inputs = batch.inputs()
     index = index_of(inputs, 128)
-    space = remainder.dimensions(inputs, index.tiling)
 
     def of(threads: int) -> Remainder:
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        return native.of_heads(inputs, index, range(8), space)
+        return native.of_heads(inputs, index, range(8))
 
     alone = of(1)
-    check(alone, remainder.of_heads(inputs, index, range(8), space))
+    check(alone, remainder.of_heads(inputs, index, range(8)))
     for threads in (2, 3, 5):
-        assert all(torch.equal(*parts) for parts in zip(of(threads).parts(), alone.parts(), strict=True))
+        assert all(torch.equal(*parts) for parts in zip(of(threads), alone, strict=True))
 
 
 def test_large_scores(dtype: torch.dtype) -> None:
@@ -192,10 +187,9 @@ def test_large_scores(dtype: torch.dtype) -> None:
     for ours, theirs in zip(found[:2], right[:2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=budget * float(theirs.abs().max()))
     # The bias differs by as much as the score of the key, many times the key: together they are what was left out.
-    left_out = [bias + (means.transpose(0, 1) * key).sum(2) * inputs.scale for key, _, bias, _ in (found, right)]
+    left_out = [bias + (means.transpose(0, 1) * key).sum(2) * inputs.scale for key, _, bias in (found, right)]
     torch.testing.assert_close(*left_out, rtol=0, atol=2 * budget)  # both round two scores each
 
 
 def test_the_kernel_brings_it(dtype: torch.dtype) -> None:
-    kernel = choose("native", dtype, small_batch(301, 710, 8, 2, 64, dtype).cache)
-    assert kernel.remainder is native.of_heads and kernel.second_order is native.of_heads
+    assert choose("native", dtype, small_batch(301, 710, 8, 2, 64, dtype).cache).remainder is native.of_heads

@@ -472,8 +472,7 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
         """As the kernels' path: whatever columns and diagonals hold, in all dimensions, and of all keys."""
 
         def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
-            measured = low_rank.Measured.of(self, heads, tiling, pattern.power)
-            return low_rank.score_keys(self, measured, heads, tiling, pattern)
+            return low_rank.score_keys(self, low_rank.Measured.of(self, heads, tiling), heads, tiling, pattern)
 
         @staticmethod
         def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:

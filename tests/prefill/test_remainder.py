@@ -17,7 +17,6 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.remainder import SAMPLED_KEYS, sample_step, sampled_positions
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.kernels import choose as choose_module
 from minference_vllm.kernels.choose import choose
 from minference_vllm.kernels.native import library
 from minference_vllm.patterns.discovery import default_pattern
@@ -40,7 +39,6 @@ needs_native = pytest.mark.skipif(
 )  # fmt: skip
 WINDOW = AShape(sink=16, local=64)
 """What is selected is not this file's concern."""
-SECOND_ORDER = LowRank(gamma=0.5, remainder=True, second_order=True)
 SCALE = 0.2
 
 
@@ -67,14 +65,13 @@ def drawn(context: int, length: int, heads: int = 4, kv_heads: int = 2) -> tuple
     return torch.randn(length - context, heads, 32), torch.randn(kv_heads, length, 32), values
 
 
-@pytest.mark.parametrize("order", ["first", "second", "soft-capped"])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("heads", [[0, 1, 2, 3], [1, 3], [2]], ids=str)
 @pytest.mark.parametrize(
     ("context", "length", "tile"),
     [(0, 517, 64), (333, 700, 64), (640, 650, 64), (0, 700, 128), (211, 911, 128), (5000, 5100, 64)],
 )
-def test_agrees_with_its_definition(context: int, length: int, tile: int, heads: list[int], order: str) -> None:
-    softcap = 2.0 if order == "soft-capped" else 0.0
+def test_agrees_with_its_definition(context: int, length: int, tile: int, heads: list[int], softcap: float) -> None:
     query, keys, values = drawn(context, length)
     tiling = Tiling.of(context, length, 32, tile)
     index = index_of(tiling, query, keys)
@@ -82,39 +79,32 @@ def test_agrees_with_its_definition(context: int, length: int, tile: int, heads:
     inputs = Inputs(query, inputs.cache, inputs.pages, inputs.chunk, SCALE, softcap)
     out, lse = under(query, keys, values, index, softcap)
     plain = out.clone()
-    space = None if order == "first" else remainder.dimensions(inputs, tiling)
-    assert (space is not None) == (order == "second")
-    remainder.add(inputs, index, remainder.of_heads(inputs, index, heads, space), out, lse)
+    remainder.add(inputs, index, remainder.of_heads(inputs, index, heads), out, lse)
     sampled = sampled_positions(length), sample_step(length)
-    exact = reference.with_remainder(
-        query, keys, values, index.to_mask(), tiling, SCALE, heads, *sampled, softcap, space
-    )  # fmt: skip
+    exact = reference.with_remainder(query, keys, values, index.to_mask(), tiling, SCALE, heads, *sampled, softcap)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
     others = [head for head in range(4) if head not in heads]
     assert torch.equal(out[:, others], plain[:, others])
     assert not torch.equal(out[:, heads], plain[:, heads])
 
 
-@pytest.mark.parametrize("order", ["first", "second"])
 @pytest.mark.parametrize(("context", "length"), [(0, 517), (333, 700), (900, 1500)])
-def test_of_a_window_only_what_all_rows_see(context: int, length: int, order: str) -> None:
+def test_of_a_window_only_what_all_rows_see(context: int, length: int) -> None:
     """What lies before it may be another request's, NaN included."""
     window = 300
     query, keys, values = drawn(context, length)
     tiling = Tiling.of(context, length, 32, 64, window=window)
     inputs = Inputs.of_rows(query, keys, values, SCALE, 32)
     index = build_index(tiling, [WINDOW] * 4, TorchScores(inputs))
-    space = remainder.dimensions(inputs, tiling) if order == "second" else None
     exact = reference.with_remainder(
         query, keys, values, index.to_mask(), tiling, SCALE, range(4), sampled_positions(length),
-        sample_step(length), space=space,
+        sample_step(length),
     )  # fmt: skip
     out, lse = under(query, keys, values, index)
     gone = torch.arange(max(0, context - window + 1))
     for stored in (inputs.cache.key, inputs.cache.value):
         stored[gone // 32, :, gone % 32] = torch.nan
-    space = remainder.dimensions(inputs, tiling) if order == "second" else None
-    remainder.add(inputs, index, remainder.of_heads(inputs, index, range(4), space), out, lse)
+    remainder.add(inputs, index, remainder.of_heads(inputs, index, range(4)), out, lse)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -193,14 +183,11 @@ def test_an_index_names_what_its_mask_allows(tile: int) -> None:
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("behind", [torch.nan, torch.inf], ids=str)
-@pytest.mark.parametrize(
-    "pattern", [WINDOW.model_copy(update={"remainder": True}), SECOND_ORDER], ids=["first order", "second order"]
-)
 def test_from_pages_in_any_order_and_with_anything_behind_the_last_token(
-    pattern: HeadPattern, dtype: torch.dtype, behind: float, paged_batch: Callable[..., Any]
+    dtype: torch.dtype, behind: float, paged_batch: Callable[..., Any]
 ) -> None:
     shape: dict[str, Any] = {"query_lens": [300, 129], "context_lens": [333, 900], "dtype": dtype}
-    patterns = [pattern] * 8
+    patterns: list[HeadPattern] = [WINDOW.model_copy(update={"remainder": True})] * 8
     batch = paged_batch(**shape, behind=behind)
     out, indices = sparse_prefill(*batch.arguments, patterns, kernel="native", return_index=True)
     clean = sparse_prefill(*paged_batch(**shape, behind=0.0).arguments, patterns, kernel="native")
@@ -208,10 +195,9 @@ def test_from_pages_in_any_order_and_with_anything_behind_the_last_token(
     for request, index in enumerate(indices):
         rows, length = batch.rows(request), index.tiling.seq_len
         assert float(index.density().min()) < 0.9
-        space = remainder.dimensions(batch.inputs(request), index.tiling) if pattern.has_second_order else None
         exact = reference.with_remainder(
             batch.query[rows], batch.keys(request), batch.values(request), index.to_mask(), index.tiling, batch.scale,
-            range(8), sampled_positions(length), sample_step(length), space=space,
+            range(8), sampled_positions(length), sample_step(length),
         )  # fmt: skip
         error = float((out[rows].double() - exact).abs().max())
         # Rounded by the kernel, and when the remainder was added; bf16 kernels round weights, too.
@@ -219,7 +205,6 @@ def test_from_pages_in_any_order_and_with_anything_behind_the_last_token(
 
 
 @needs_native
-@pytest.mark.parametrize("order", ["first", "second"])
 @pytest.mark.parametrize("heads", [range(8), [0, 1, 5]], ids=str)
 @pytest.mark.parametrize(
     "features",
@@ -227,14 +212,13 @@ def test_from_pages_in_any_order_and_with_anything_behind_the_last_token(
     ids=lambda features: "+".join(features) or "plain",
 )
 def test_the_native_kernel_takes_it_as_one_more_key(
-    features: dict[str, Any], heads: list[int], order: str, paged_batch: Callable[..., Any]
+    features: dict[str, Any], heads: list[int], paged_batch: Callable[..., Any]
 ) -> None:
     batch = paged_batch(query_lens=[300], context_lens=[933], dtype=torch.float32)
     inputs = replace(batch.inputs(), **features)
     kernel = choose("native", torch.float32, batch.cache, with_lse=True)
     index = build_index(Tiling.of(933, 1233, batch.cache.block_size, 128), [WINDOW] * 8, kernel.scores(inputs))
-    space = remainder.dimensions(inputs, index.tiling) if order == "second" else None
-    left_out = remainder.of_heads(inputs, index, heads, space)
+    left_out = remainder.of_heads(inputs, index, heads)
     found, merged = (torch.full_like(batch.query, torch.nan) for _ in range(2))
     lse, own_lse = torch.empty(2, 8, 300)
     assert kernel.run_with_remainder is not None
@@ -246,32 +230,6 @@ def test_the_native_kernel_takes_it_as_one_more_key(
     changed = [head for head in range(8) if not torch.equal(found[:, head], plain[:, head])]
     assert changed == list(heads)
     assert (lse >= own_lse - 1e-5).all()
-
-
-@needs_native
-def test_the_order_is_each_heads_own(paged_batch: Callable[..., Any]) -> None:
-    """A head's result depends on no other head's pattern: tensor parallelism may give those to another process."""
-    batch = paged_batch(query_lens=[300], context_lens=[933], dtype=torch.float32)
-    first = SECOND_ORDER.model_copy(update={"second_order": False})
-    outs = [
-        sparse_prefill(*batch.arguments, patterns, kernel="native")
-        for patterns in ([first] * 8, [SECOND_ORDER] * 8, [first, SECOND_ORDER] * 4)
-    ]
-    assert torch.equal(outs[2][:, 1::2], outs[1][:, 1::2])
-    torch.testing.assert_close(outs[2][:, ::2], outs[0][:, ::2], rtol=1e-6, atol=1e-6)
-    assert float((outs[0] - outs[1]).abs().max()) > 1e-3
-
-
-@needs_native
-def test_a_kernel_that_knows_the_first_order_alone_is_merged_with_the_second(
-    paged_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch = paged_batch(query_lens=[300], context_lens=[933], dtype=torch.float32)
-    own = sparse_prefill(*batch.arguments, SECOND_ORDER, kernel="native")
-    monkeypatch.setattr(choose_module, "NATIVE", replace(choose_module.NATIVE, second_order=None))
-    torch.testing.assert_close(
-        sparse_prefill(*batch.arguments, SECOND_ORDER, kernel="native"), own, rtol=2e-5, atol=2e-5
-    )
 
 
 @needs_native
@@ -307,9 +265,5 @@ def test_in_files_it_is_off_unless_it_is_named() -> None:
     assert isinstance(named, LowRank)
     assert named.without_remainder() == LowRank(gamma=0.975)
     assert [pattern.without_remainder() for pattern in (LowRank(gamma=0.5), Dense())] == [LowRank(gamma=0.5), Dense()]
-    with pytest.raises(PatternError, match=r"second_order is that of the remainder: set remainder to true, too"):
-        parse_head_pattern({"kind": "low_rank", "second_order": True})
-    assert SECOND_ORDER.without_remainder() == LowRank(gamma=0.5)
-    assert (SECOND_ORDER.power, named.power) == (1.5, 1.0)
     with pytest.raises(PatternError, match=r"remainder = 1: must be true or false"):
         parse_head_pattern({"kind": "low_rank", "remainder": 1})

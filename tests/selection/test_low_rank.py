@@ -58,7 +58,7 @@ def test_keys_that_single_rows_need() -> None:
     weights[0, :, :50] = 1 / 50
     weights[1, :2, 7], weights[1, 2:, 500:600] = 1.0, 0.01
     weights[2] = 1e-3
-    assert low_rank.needed_keys(weights, LowRank(gamma=0.9), scores_of(*lookups())).tolist() == [50, 50.5, 1000]
+    assert low_rank.needed_keys(weights, 0.9, scores_of(*lookups())).tolist() == [50, 50.5, 1000]
 
 
 @pytest.mark.parametrize(
@@ -122,17 +122,6 @@ def test_every_group_of_rows_gets_its_share() -> None:
     assert rows.alone().tolist() == [list(range(48, 64))] * 3
 
 
-def test_many_small_shares_count_less_to_a_power() -> None:
-    """Keys that hold 0.3 together, but 0.0003 each, may be missed where one key of 0.1 may not."""
-    places = torch.arange(64).expand(2, -1)
-    rows = measured_rows.CalibrationRows(places, places, ())
-    shares = torch.zeros(2, 64, 256)
-    shares[:, :, 200], shares[0, :, 100], shares[1, :, 100] = 1.0, 1000 * 0.0003**1.5, 0.1**1.5
-    assert rows.threshold(shares, 0.88, power=1.5).tolist() == [200, 200]
-    assert rows.threshold(shares, 0.901, power=1.5).tolist() == [200, 100]
-    assert rows.threshold(shares, 0.8999, power=1.5).tolist() == [200, 200]
-
-
 # Heads
 
 TILING = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
@@ -140,8 +129,7 @@ TILING = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
 
 class AlwaysScored(TorchScores):
     def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
-        measured = low_rank.Measured.of(self, heads, tiling, pattern.power)
-        return low_rank.score_keys(self, measured, heads, tiling, pattern)
+        return low_rank.score_keys(self, low_rank.Measured.of(self, heads, tiling), heads, tiling, pattern)
 
 
 def recall(index: SparseIndex, query: torch.Tensor, keys: torch.Tensor) -> float:

@@ -21,10 +21,10 @@ from minference_vllm.selection.score_bins import (
     LOCAL_BIN,
     PEAK_KEYS,
     ScoreBins,
+    covered,
     keys_above,
     lowest_bin,
-    mean_missed,
-    missed_below,
+    mean_share,
     row_bins,
     tile_bins,
 )
@@ -128,7 +128,7 @@ def test_mass_of_rows(name: str, rank: int, scores: TorchScores) -> None:
 
 
 def threshold(mass: torch.Tensor, gamma: float, errors: float = 0.0) -> torch.Tensor:
-    return lowest_bin(mean_missed(missed_below(mass), errors), 1 - gamma)
+    return lowest_bin(mean_share(covered(mass), errors), gamma)
 
 
 def test_threshold() -> None:

@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from minference_vllm.core.inputs import Inputs
-from minference_vllm.core.remainder import MOST_SPREAD, Remainder
+from minference_vllm.core.remainder import Remainder
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.kernels.native import interface
 from minference_vllm.kernels.native.library import describe_cache, library
@@ -26,7 +26,7 @@ def run(
         inputs: the query has the cache's type, see ``library.unsupported_cache_reason``; ``sinks`` of any type.
     """
     query, cache, pages = inputs.query, inputs.cache, inputs.pages
-    assert remainder is None or all(part.is_contiguous() for part in remainder.parts())
+    assert remainder is None or all(part.is_contiguous() for part in remainder)
     sinks = None if inputs.sinks is None else inputs.sinks.float().contiguous()
     call = interface.AttendArguments(
         describe_cache(cache),
@@ -44,8 +44,7 @@ def run(
         index.columns.data_ptr(),
         index.num_columns.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
-        *((part.data_ptr() for part in remainder[:3]) if remainder is not None else (None, None, None)),
-        interface.second_order(None if remainder is None else remainder.second),
+        *((part.data_ptr() for part in remainder) if remainder is not None else (None, None, None)),
         index.tiling.seq_len,
         inputs.window,
         index.num_heads,
@@ -54,7 +53,6 @@ def run(
         index.columns.shape[2],
         inputs.scale,
         inputs.softcap,
-        MOST_SPREAD,
         torch.get_num_threads(),
     )
     library(cache.key.dtype).minference_attend(ctypes.byref(call))

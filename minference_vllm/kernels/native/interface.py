@@ -8,10 +8,6 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-import torch
-
-from minference_vllm.core import remainder
-
 _SCALARS: dict[Any, str] = {ctypes.c_int32: "int32", ctypes.c_int64: "int64", ctypes.c_float: "float32"}
 
 
@@ -40,28 +36,6 @@ class Cache(ctypes.Structure):
     )
 
 
-class SecondOrder(ctypes.Structure):
-    _fields_ = (
-        ("to_query", _Float32Ptr),
-        ("to_key", _Float32Ptr),
-        ("key_mean", _Float32Ptr),
-        ("query_mean", _Float32Ptr),
-        ("spread", _Float32Ptr),
-        ("slope", _Float32Ptr),
-    )
-
-
-def second_order(second: remainder.SecondOrder | None) -> SecondOrder:
-    """Of tensors that must outlive the call; None: nulls, which say that there is none."""
-    if second is None:
-        return SecondOrder()
-    space = second.dimensions
-    assert space.to_key.shape[2] == remainder.NUM_DIMENSIONS
-    parts = space.to_query, space.to_key, space.key_mean, space.query_mean, second.spread, second.slope
-    assert all(part.is_contiguous() and part.dtype == torch.float32 for part in parts)
-    return SecondOrder(*(part.data_ptr() for part in parts))
-
-
 class AttendArguments(ctypes.Structure):
     _fields_ = (
         ("cache", Cache),
@@ -82,7 +56,6 @@ class AttendArguments(ctypes.Structure):
         ("remainder_key", _Float32Ptr),
         ("remainder_value", _Float32Ptr),
         ("remainder_bias", _Float32Ptr),
-        ("second", SecondOrder),
         ("seq_len", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("heads", ctypes.c_int32),
@@ -91,7 +64,6 @@ class AttendArguments(ctypes.Structure):
         ("max_columns", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
-        ("most_spread", ctypes.c_float),
         ("threads", ctypes.c_int32),
     )
 
@@ -113,7 +85,6 @@ class RemainderArguments(ctypes.Structure):
         ("key", _Float32Ptr),
         ("value", _Float32Ptr),
         ("bias", _Float32Ptr),
-        ("second", SecondOrder),
         ("seq_len", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("num_heads", ctypes.c_int32),

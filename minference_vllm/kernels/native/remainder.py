@@ -9,13 +9,13 @@ from collections.abc import Sequence
 import torch
 
 from minference_vllm.core.inputs import Inputs
-from minference_vllm.core.remainder import Dimensions, Remainder, sample_step, sampled_positions
+from minference_vllm.core.remainder import Remainder, sample_step, sampled_positions
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.kernels.native import interface
 from minference_vllm.kernels.native.library import describe_cache, library
 
 
-def of_heads(inputs: Inputs, index: SparseIndex, heads: Sequence[int], space: Dimensions | None = None) -> Remainder:
+def of_heads(inputs: Inputs, index: SparseIndex, heads: Sequence[int]) -> Remainder:
     """``prefill.remainder.of_heads``.
 
     Args:
@@ -26,7 +26,8 @@ def of_heads(inputs: Inputs, index: SparseIndex, heads: Sequence[int], space: Di
     assert index.causal
     query, cache, tiling = inputs.query, inputs.cache, index.tiling
     sampled, wanted = sampled_positions(tiling.seq_len), torch.tensor(list(heads), dtype=torch.int32)
-    found = Remainder.empty(inputs.num_heads, index.num_tiles, cache.head_size, query.device, space)
+    key, value = torch.zeros(2, inputs.num_heads, index.num_tiles, cache.head_size, dtype=torch.float32)
+    bias = torch.full(key.shape[:2], -torch.inf, dtype=torch.float32)
     call = interface.RemainderArguments(
         describe_cache(cache),
         query.data_ptr(),
@@ -40,10 +41,9 @@ def of_heads(inputs: Inputs, index: SparseIndex, heads: Sequence[int], space: Di
         index.num_columns.data_ptr(),
         sampled.data_ptr(),
         wanted.data_ptr(),
-        found.key.data_ptr(),
-        found.value.data_ptr(),
-        found.bias.data_ptr(),
-        interface.second_order(found.second),
+        key.data_ptr(),
+        value.data_ptr(),
+        bias.data_ptr(),
         tiling.seq_len,
         tiling.window,
         inputs.num_heads,
@@ -59,4 +59,4 @@ def of_heads(inputs: Inputs, index: SparseIndex, heads: Sequence[int], space: Di
         torch.get_num_threads(),
     )
     library(cache.key.dtype).minference_remainder(ctypes.byref(call))
-    return found
+    return Remainder(key, value, bias)

@@ -218,7 +218,7 @@ def measure(
         recall = kept.sum(-1, keepdim=True)
         found = times(kept, values) / recall
         if pattern.has_remainder:
-            remainder.add_to_rows(inputs, index, rows, found, lse + recall.squeeze(-1).log(), pattern.has_second_order)
+            remainder.add_to_rows(inputs, index, rows, found, lse + recall.squeeze(-1).log())
         error = found - dense
         pairs = index.dense_pairs()
         scoring = family_of(pattern).scoring_cost(pattern, cache.head_size, chunk.query_len, device)
