@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_inputs import Ended
 
 from minference_vllm.commands.convert import convert
 from minference_vllm.patterns.file import Measurement, PatternFile, parse_patterns, read_pattern_json, to_text
@@ -177,3 +179,25 @@ def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path.write_text('{"0": {"7": ["stream_llm", 1, 2, 1], "7": ["stream_llm", 3, 4, 1]}}')
     with pytest.raises(PatternError, match=r"patterns\.json: '7' stands twice"):
         read_pattern_json(str(path))
+
+
+# The command
+
+
+def test_convert_there_and_back(tool: Callable[..., Ended], tmp_path: Path) -> None:
+    published = tmp_path / "published.json"
+    published.write_text(json.dumps([{"0": ["stream_llm", 1024, 4096, 0.5], "1": ["block_sparse", 9, 0, 0.75]}]))
+    ours, qwen = tmp_path / "ours.json", tmp_path / "qwen.json"
+    ended = tool("convert", published, "-o", ours)
+    assert ended == (0, "", "left out: the scores of 2 heads; nothing is computed from them\n")
+    ended = tool("convert", ours, "-o", qwen, "--to", "qwen")
+    assert ended.code == 0 and [line.split(":")[1] for line in ended.err.splitlines()] == [" provenance"]
+    ended = tool("convert", qwen, "-o", "-", "--to", "minference")
+    assert ended.code == 0 and ended.err == ""
+    assert json.loads(ended.out) == [{"0": ["stream_llm", 1024, 4096, 1.0], "1": ["block_sparse", 9, 0, 1.0]}]
+
+
+def test_convert_writes_nothing_when_it_refuses(tool: Callable[..., Ended], tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    ended = tool("convert", "dense", "-o", out, "--to", "qwen", "--layers", 1, "--heads", 1)
+    assert ended.code == 1 and "layer 0, head 0: dense" in ended.err and not out.exists()
