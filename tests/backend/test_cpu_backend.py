@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cpu_layer import FIRST, PAGE, SECOND, Layer, two_chunks
-from layer_inputs import ADAPTIVE_KINDS, DIM, HEADS, KINDS, MIN_CONTEXT, MIXED, SPARSE, assert_right, record_once
+from layer_inputs import ADAPTIVE_KINDS, DIM, HEADS, KINDS, MIN_CONTEXT, MIXED, PEAKS, SPARSE, assert_right, record_once
 from paged_inputs import make_batch
 
 from minference_vllm.backend.counters import Counters
@@ -100,96 +100,6 @@ def test_the_reason_is_logged(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: C
     make_cpu_layer([(0, 10)], options=options, settings={"kernel": "block_table"})
     (line,) = [line for line in lines if "densely" in line]
     assert "sliding window, soft cap" in line
-
-
-# What vLLM's own CPU kernel serves, and ours, but not vLLM's under an index.
-
-FEATURES: dict[str, dict[str, Any]] = {
-    "soft cap": {"logits_soft_cap": 1.0},
-    "sinks": {"sinks": torch.linspace(-2, 8, HEADS)},
-    "sinks in bfloat16": {"sinks": torch.linspace(-2, 8, HEADS).bfloat16()},
-    "window": {"sliding_window": MIN_CONTEXT},
-    "all": {"sliding_window": 333, "logits_soft_cap": 2.0, "sinks": torch.linspace(-2, 8, HEADS)},
-}
-
-
-@needs_native
-@pytest.mark.parametrize("kinds", [KINDS, ADAPTIVE_KINDS], ids=["fixed", "adaptive"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("feature", FEATURES)
-def test_features_of_our_own_kernel(
-    feature: str, dtype: torch.dtype, kinds: list[dict[str, Any]], make_cpu_layer: Callable[..., Layer]
-) -> None:
-    layer = make_cpu_layer(MIXED, dtype=dtype, patterns=kinds, options=FEATURES[feature])
-    output = layer.run(layer.impl, layer.metadata())
-    assert layer.impl.sparse_layer.kernel.name == "native" and len(layer.indices) == len(SPARSE)
-    assert_right(layer, output, SPARSE)
-    assert all(float(index.density().mean()) < 0.95 for index in layer.indices)
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("feature", FEATURES)
-def test_features_mean_what_they_mean_to_vllm(
-    feature: str, dtype: torch.dtype, make_cpu_layer: Callable[..., Layer]
-) -> None:
-    """With all keys selected we give what vLLM's own kernel gives."""
-    everything = [{"kind": "a_shape", "sink": 0, "local": 100_000}] * HEADS
-    layer = make_cpu_layer(MIXED, dtype=dtype, patterns=everything, options=FEATURES[feature])
-    metadata = layer.metadata()
-    found, expected = (layer.run(impl, metadata) for impl in (layer.impl, layer.parent))
-    assert len(layer.indices) == len(SPARSE) and float(layer.indices[0].density().mean()) == 1.0
-    torch.testing.assert_close(found, expected, rtol=0, atol=3 * max(torch.finfo(dtype).eps, 1e-6))
-
-
-@needs_native
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"settings": {"kernel": "block_table"}}, None),
-        ({"page": 16}, "kernel 'native' cannot run: page size 16 is not a multiple of 32"),
-    ],
-    ids=["block_table", "small pages"],
-)
-@pytest.mark.parametrize(
-    ("feature", "named"), [("soft cap", "soft cap"), ("sinks", "attention sinks"), ("window", "sliding window")]
-)
-def test_without_our_own_kernel_such_layers_run_densely(
-    feature: str,
-    named: str,
-    changes: dict[str, Any],
-    reason: str | None,
-    monkeypatch: pytest.MonkeyPatch,
-    make_cpu_layer: Callable[..., Layer],
-) -> None:
-    lines = record_once(monkeypatch)
-    layer = make_cpu_layer(MIXED, options=FEATURES[feature], **changes)
-    (line,) = [line for line in lines if "densely" in line]
-    assert named in line and (reason or "") in line
-    assert torch.equal(layer.run(layer.impl, layer.metadata()), layer.run(layer.parent, layer.metadata()))
-    assert not layer.indices
-
-
-@needs_native
-def test_pages_before_a_window_are_never_read(make_cpu_layer: Callable[..., Layer]) -> None:
-    """vLLM gives them to other requests."""
-    layer = make_cpu_layer([(600, 150)], patterns=KINDS, options=FEATURES["window"], settings={"tile": PAGE})
-    output = layer.run(layer.impl, layer.metadata())
-    assert_right(layer, output, [0])
-    gone = (600 - MIN_CONTEXT + 1) // PAGE
-    assert layer.indices[0].tiling.context_len == 600 - gone * PAGE
-    layer.cache[layer.batch.block_table[0, :gone].long()] = torch.nan
-    assert torch.equal(layer.run(layer.impl, layer.metadata()), output)
-
-
-@needs_native
-def test_short_windows_run_densely(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]) -> None:
-    """A row of theirs attends fewer keys than where sparse prefill begins."""
-    lines = record_once(monkeypatch)
-    layer = make_cpu_layer(MIXED, options={"sliding_window": MIN_CONTEXT - 1})
-    (line,) = [line for line in lines if "run densely:" in line]
-    assert f"sliding window of {MIN_CONTEXT - 1} tokens, below min_context" in line
-    assert torch.equal(layer.run(layer.impl, layer.metadata()), layer.run(layer.parent, layer.metadata()))
 
 
 def test_the_source_of_the_patterns_is_logged(
@@ -425,60 +335,3 @@ def test_patterns_that_do_not_fit_the_pages_are_refused_while_an_engine_runs(
     layer = make_cpu_layer([FIRST])
     with pytest.raises(ValueError, match=r"antidiagonal\(3, 0.9\).*stride"):
         layer.impl.runtime.use(load_pattern_file("antidiagonal(3, 0.9)"), "antidiagonal(3, 0.9)")
-
-
-# The remainder
-
-PEAKS = {"kind": "peak_threshold", "alpha": 0.99, "sink": 0, "window": 0}
-
-
-@needs_native
-def test_heads_with_a_remainder_are_served(make_cpu_layer: Callable[..., Layer]) -> None:
-    outputs = []
-    for remainder in (True, False):
-        layer = make_cpu_layer(MIXED, patterns=[{**PEAKS, "remainder": remainder}, *KINDS[1:]])
-        outputs.append(layer.run(layer.impl, layer.metadata()))
-        assert len(layer.indices) == len(SPARSE)
-    starts, served = layer.batch.query_start_loc.tolist(), torch.zeros(len(outputs[0]), dtype=torch.bool)
-    for request in SPARSE:
-        served[starts[request] : starts[request + 1]] = True
-    differs = (outputs[0] != outputs[1]).any(-1)
-    assert not differs[:, 1:].any() and not differs[~served].any() and differs[served, 0].any()
-
-
-# Page sizes: vLLM may settle them, and tell them to the builder alone, after its layers are made.
-
-
-@needs_native
-@pytest.mark.parametrize(
-    ("pattern", "settings"),
-    [
-        ({"kind": "a_shape", "sink": 16, "local": 100}, {"kernel": "native"}),
-        ({"kind": "antidiagonal", "stride": 64, "tau": 0.4}, {}),
-    ],
-    ids=["native", "stride"],
-)
-def test_the_page_size_of_the_builder_decides(
-    pattern: dict[str, Any], settings: dict[str, Any], make_cpu_layer: Callable[..., Layer]
-) -> None:
-    """On pages of 16 tokens, which vLLM's configuration names at first, all of these would be refused."""
-    layer = make_cpu_layer(MIXED, patterns=[pattern] * HEADS, settings=settings, page_before=16, page=128)
-    assert layer.impl.sparse_layer.kernel.name == "native"
-    output = layer.run(layer.impl, layer.metadata())
-    assert [index.tiling.block_size for index in layer.indices] == [128] * len(SPARSE)
-    assert_right(layer, output, SPARSE)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "settings", "message"),
-    [
-        ({"kind": "antidiagonal", "stride": 64}, {}, "stride 64 must divide the page size.* 16"),
-        (KINDS[0], {"kernel": "native"}, "page size 16 is not a multiple of 32"),
-    ],
-    ids=["stride", "native"],
-)
-def test_the_page_size_of_the_builder_is_refused(
-    pattern: dict[str, Any], settings: dict[str, Any], message: str, make_cpu_layer: Callable[..., Layer]
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_cpu_layer([(0, 400)], patterns=[pattern] * HEADS, settings=settings, page_before=128, page=16)

@@ -24,6 +24,7 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "block_sparse", "top_k": 1},
 ]
 GPU_KINDS: list[dict[str, Any]] = [*KINDS[:3], {"kind": "dense"}] * 2
+PEAKS: dict[str, Any] = {"kind": "peak_threshold", "alpha": 0.99, "sink": 0, "window": 0}
 ADAPTIVE_KINDS: list[dict[str, Any]] = [
     {"kind": "coverage", "gamma": 0.4, "min_budget": 0},
     {"kind": "antidiagonal", "stride": 16, "tau": 0.4},
