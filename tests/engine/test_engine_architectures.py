@@ -64,10 +64,13 @@ ARCHITECTURES = {
     "granite_hybrid": Architecture(tiny_hybrids.granite_hybrid, others=LINEAR, sparse="1, 3"),
     "qwen3_5": Architecture(tiny_hybrids.qwen3_5, others=LINEAR, sparse="1, 3", dtype="bfloat16", torchvision=True),
     "lfm2": Architecture(tiny_hybrids.lfm2, others={"0, 2": "no patterns: conv"}, sparse="1, 3"),
+    "gemma2": Architecture(tiny_decoders.gemma2, {"window": 1000}),
+    "gpt_oss": Architecture(tiny_decoders.gpt_oss, {"window": 128}, {"0, 2": short(128)}, "1, 3"),
     "gemma3": Architecture(tiny_decoders.gemma3, {"window": 128}, {"0, 2": short(128)}, "1, 3"),
     "gemma3n": Architecture(tiny_decoders.gemma3n, {"window": 128}, {"0-4 by 2": short(128)}, "1-5 by 2"),
     "glm4": Architecture(tiny_decoders.glm4),
     "phi3": Architecture(tiny_decoders.phi3, {"window": 128}, {"0-3": short(128)}, ""),
+    "phi3_128k": Architecture(tiny_decoders.phi3, {"window": 262_144}),
     "phi4": Architecture(tiny_decoders.phi4),
     "mistral": Architecture(tiny_decoders.mistral, {"window": 1000}),
     "qwen3": Architecture(tiny_decoders.qwen3),
@@ -76,7 +79,7 @@ ARCHITECTURES = {
     "llava": Architecture(tiny_image_readers.llava, llm=TEXT_ALONE, torchvision=True),
 }
 ORDINARY = ("gemma4", "llama4")
-"""Those that have most that others do not; Gemma 2 and gpt-oss stand in ``test_engine_features.py``."""
+"""Those that have most that others do not; Gemma 2 and gpt-oss stand in ``test_engine_features.py``, too."""
 
 
 @dataclass
