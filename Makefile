@@ -34,7 +34,8 @@ demo: setup ## a needle in a long prompt, dense and sparse, through vllm serve (
 # Two processes; the tests of a file stay together, since they share what they start.
 TWO := -n 2 --dist loadfile
 FAST := -m "not engine and not older_vllm" $(TWO)
-# Of the releases of vLLM the oldest on this torch, and ours, by one of our engines. An engine takes most of a GPU's memory: there one process.
+# Of the releases of vLLM the oldest on this torch, and the installed one, by one of our engines. An engine takes most of a
+# GPU's memory: there one process.
 ENGINES = -m "engine and not architectures and not features" -k "not versions or own_backend_answers or native" \
 	$(if $(shell nvidia-smi -L 2>/dev/null),,$(TWO))
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 from cpu_layer import FIRST, PAGE, SECOND, Layer, two_chunks
 from layer_inputs import ADAPTIVE_KINDS, DIM, HEADS, KINDS, MIN_CONTEXT, MIXED, PEAKS, SPARSE, assert_right, record_once
+from native_inputs import needs_native
 from paged_inputs import make_batch
 
 from minference_vllm.backend.counters import Counters
 from minference_vllm.core.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
 from minference_vllm.kernels.block_table import cpu_ops
 from minference_vllm.kernels.native import library
-
-needs_native = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
 
 
 @pytest.mark.parametrize("kinds", [KINDS, ADAPTIVE_KINDS], ids=["fixed", "adaptive"])

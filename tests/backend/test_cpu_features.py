@@ -9,11 +9,7 @@ import pytest
 import torch
 from cpu_layer import PAGE, Layer
 from layer_inputs import ADAPTIVE_KINDS, HEADS, KINDS, MIN_CONTEXT, MIXED, PEAKS, SPARSE, assert_right, record_once
-
-from minference_vllm.kernels.native import library
-
-needs_native = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
-
+from native_inputs import needs_native
 
 FEATURES: dict[str, dict[str, Any]] = {
     "soft cap": {"logits_soft_cap": 1.0},

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dual_chunk_inputs import frequencies, turn
 from layer_inputs import DIM, GPU_KINDS, HEADS, KINDS, KV_HEADS, planned
+from native_inputs import needs_native
 
 from minference_vllm import reference
 from minference_vllm.kernels.native import library
@@ -18,7 +19,6 @@ from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.prefill.dual_chunk import ROTATIONS, DualChunk, attend_dual_chunk, decode_dual_chunk
 from minference_vllm.reference import dual_chunk as reference_dual_chunk
 
-needs_native = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
 CONFIG = {"chunk_size": 320, "local_size": 64, "original_max_position_embeddings": 200}
 GEOMETRY = DualChunk.of(CONFIG)
 MIXED = [(500, 1), (0, 150), (150, 1), (20, 30), (300, 250), (600, 40), (0, 700), (199, 1), (200, 1), (250, 20)]

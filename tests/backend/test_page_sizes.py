@@ -8,10 +8,7 @@ from typing import Any
 import pytest
 from cpu_layer import Layer
 from layer_inputs import HEADS, KINDS, MIXED, SPARSE, assert_right
-
-from minference_vllm.kernels.native import library
-
-needs_native = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
+from native_inputs import needs_native
 
 
 @needs_native

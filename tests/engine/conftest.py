@@ -276,6 +276,24 @@ def write_patterns_fixture() -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
+def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run ``minference-vllm`` as a user does; its output and errors together."""
+
+    def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(Path(sys.executable).parent / "minference-vllm"), *arguments],
+            env=environment(HF_HUB_OFFLINE="1", **changes),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=800,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def vllm_command() -> list[str]:
     """The ``vllm`` command of this environment."""
     return [str(Path(sys.executable).parent / "vllm")]

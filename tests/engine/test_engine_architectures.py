@@ -6,7 +6,6 @@ docs/models.md says what these tests say.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,6 @@ OPTIONS: dict[str, Any] = {
     "enable_chunked_prefill": True,
     "max_num_batched_tokens": 1024,
 }
-TEXT_ALONE = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,9 @@ ARCHITECTURES = {
     "phi4": Architecture(tiny_decoders.phi4),
     "mistral": Architecture(tiny_decoders.mistral, {"window": 1000}),
     "qwen3": Architecture(tiny_decoders.qwen3),
-    "qwen2_vl": Architecture(tiny_image_readers.qwen2_vl, llm=TEXT_ALONE, torchvision=True),
-    "qwen2_5_vl": Architecture(tiny_image_readers.qwen2_5_vl, llm=TEXT_ALONE, torchvision=True),
-    "llava": Architecture(tiny_image_readers.llava, llm=TEXT_ALONE, torchvision=True),
+    "qwen2_vl": Architecture(tiny_image_readers.qwen2_vl, llm=tiny_image_readers.TEXT_ALONE, torchvision=True),
+    "qwen2_5_vl": Architecture(tiny_image_readers.qwen2_5_vl, llm=tiny_image_readers.TEXT_ALONE, torchvision=True),
+    "llava": Architecture(tiny_image_readers.llava, llm=tiny_image_readers.TEXT_ALONE, torchvision=True),
 }
 ORDINARY = ("gemma4", "llama4")
 """Those that have most that others do not; Gemma 2 and gpt-oss stand in ``test_engine_features.py``, too."""
@@ -106,8 +104,8 @@ def served(
     model = architecture.build(folder / request.param, **architecture.arguments)
     # The engine steps in our own process, so that all requests are there before the first step.
     changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    if architecture.torchvision and importlib.util.find_spec("torchvision") is None:
-        changes["PYTHONPATH"] = str(tiny_image_readers.torchvision_stand_in(folder / "stand_in"))
+    if architecture.torchvision:
+        changes |= tiny_image_readers.torchvision_environment(folder / "stand_in")
     options = {**OPTIONS, "dtype": architecture.dtype, **architecture.llm}
     prompts = [prompt(length, seed) for seed, length in enumerate(LENGTHS)]
     stock = run_engine(model, [{"prompts": prompts}], options, max_tokens=12, **changes)

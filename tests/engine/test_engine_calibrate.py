@@ -3,14 +3,12 @@ configuration: what an engine's layers measure must reach the file's writer."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import random
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tiny_image_readers
 from tiny_models import VOCABULARY
@@ -18,25 +16,15 @@ from tiny_models import VOCABULARY
 TOKENS = 8000
 
 
-def test_calibrate_measures_every_layer_of_an_image_reader(tmp_path: Path) -> None:
+def test_calibrate_measures_every_layer_of_an_image_reader(tmp_path: Path, run_tool: Callable[..., Any]) -> None:
     draw, prompts = random.Random(0), tmp_path / "prompts.jsonl"
     texts = (" ".join(f"w{draw.randrange(VOCABULARY)}" for _ in range(TOKENS)) for _ in range(2))
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    model, out, environment = tiny_image_readers.llava(tmp_path / "llava"), tmp_path / "out.json", dict(os.environ)
-    if importlib.util.find_spec("torchvision") is None:
-        environment["PYTHONPATH"] = str(tiny_image_readers.torchvision_stand_in(tmp_path / "stand_in"))
-    done = subprocess.run(
-        [
-            str(Path(sys.executable).parent / "minference-vllm"), "calibrate", str(model), "-o", str(out),
-            "--tokens", str(TOKENS), "--prompts", str(prompts), "--dtype", "float32",
-            "--engine-args", json.dumps({"limit_mm_per_prompt": {"image": 0, "video": 0}}),
-        ],
-        env={**environment, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=800,
-        check=False,
+    model, out = tiny_image_readers.llava(tmp_path / "llava"), tmp_path / "out.json"
+    done = run_tool(
+        "calibrate", str(model), "-o", str(out), "--tokens", str(TOKENS), "--prompts", str(prompts),
+        "--dtype", "float32", "--engine-args", json.dumps(tiny_image_readers.TEXT_ALONE),
+        **tiny_image_readers.torchvision_environment(tmp_path / "stand_in"),
     )  # fmt: skip
     rows = re.findall(r"^ +(\d+|all) +([01]\.\d+) \(([01]\.\d+)\)", done.stdout, re.MULTILINE)
     assert [layer for layer, _, _ in rows] == ["0", "1", "2", "3", "all"], done.stdout[-4000:]

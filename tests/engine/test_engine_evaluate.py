@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 MODEL = Path(__file__).parent.parent.parent / "examples" / "demo" / "model"
 
 
-def test_evaluate_compares_patterns_in_one_engine(tmp_path: Path) -> None:
+def test_evaluate_compares_patterns_in_one_engine(tmp_path: Path, run_tool: Callable[..., Any]) -> None:
     """The default loses next to nothing; a pattern that sees little loses much, and the exit code says so."""
-    done = subprocess.run(
-        [
-            str(Path(sys.executable).parent / "minference-vllm"), "evaluate", str(MODEL), "-o", str(tmp_path),
-            "--patterns", "default", "a_shape(64, 64)", "--lengths", "6144", "--chunk", "1024", "--samples", "1",
-            "--repeats", "1", "--max-loss", "0.01", "--settings", '{"min_context": 1024}',
-            "--engine-args", '{"enforce_eager": true}',
-        ],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        check=False,
+    done = run_tool(
+        "evaluate", str(MODEL), "-o", str(tmp_path),
+        "--patterns", "default", "a_shape(64, 64)", "--lengths", "6144", "--chunk", "1024", "--samples", "1",
+        "--repeats", "1", "--max-loss", "0.01", "--settings", '{"min_context": 1024}',
+        "--engine-args", '{"enforce_eager": true}',
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stdout[-4000:]
     with (tmp_path / "report.csv").open(newline="") as file:

@@ -9,7 +9,9 @@ import torch
 from paged_inputs import PagedBatch, make_batch
 
 from minference_vllm.core.paged_cache import Layout, PagedCache, unpack_keys, unpack_values
+from minference_vllm.kernels.native import library
 
+needs_native = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
 LAYOUTS: tuple[Layout, ...] = ("rows", "transposed", "amx")
 BUILDS = (
     ("amx", torch.bfloat16),

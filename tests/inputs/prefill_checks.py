@@ -1,8 +1,7 @@
 """``sparse_prefill``'s output against float64 attention under the mask of the index that it used.
 
-Budget: a kernel may be twice as far from float64 as plain eager attention in the inputs' type is, root of the mean
-square, and one element four times as far as eager attention's worst, plus one rounding of the largest output. (Which
-element is the worst is luck: vLLM's float32 kernel, no worse in the mean than ours, was once 3.4 times as far.)
+Budget: a kernel may be twice as far from float64 as plain eager attention in the inputs' type is, plus one rounding of
+the largest output.
 """
 
 from __future__ import annotations
@@ -37,11 +36,9 @@ def assert_close(
 ) -> None:
     finite = torch.isfinite(found)
     assert finite.all(), f"{what}: not finite at (row, head, dim) {(~finite).nonzero()[0].tolist()}"
-    error, eager_error = (found.double() - exact).abs(), (yardstick.double() - exact).abs()
+    error = (found.double() - exact).abs()
     rounding = roundings * torch.finfo(found.dtype).eps * float(exact.abs().max())
-    mean, budget = float(error.square().mean().sqrt()), 2 * float(eager_error.square().mean().sqrt()) + rounding
-    assert mean <= budget, f"{what}: error {mean:.3g}, root of the mean square, budget {budget:.3g}"
-    budget = 4 * float(eager_error.max()) + rounding
+    budget = 2 * float((yardstick.double() - exact).abs().max()) + rounding
     worst = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
     assert float(error.max()) <= budget, (
         f"{what}: error {float(error.max()):.3g} at (row, head, dim) {worst}, budget {budget:.3g}"

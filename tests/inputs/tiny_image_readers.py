@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,17 @@ MARKS = {
     name: VOCABULARY + number
     for number, name in enumerate(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"))
 }
+
+
+TEXT_ALONE: dict[str, Any] = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+"""Arguments of ``LLM``: no room is kept for images."""
+
+
+def torchvision_environment(folder: Path) -> dict[str, str]:
+    """What lets vLLM import these models: where torchvision is missing, a stand-in that is written to this folder."""
+    if importlib.util.find_spec("torchvision") is not None:
+        return {}
+    return {"PYTHONPATH": str(torchvision_stand_in(folder))}
 
 
 def torchvision_stand_in(folder: Path) -> Path:

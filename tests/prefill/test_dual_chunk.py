@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from dual_chunk_inputs import DualChunkBatch, make_dual_chunk_batch
+from native_inputs import needs_native
 
 from minference_vllm import reference
 from minference_vllm.core.plan import Chunk
 from minference_vllm.kernels.choose import choose
-from minference_vllm.kernels.native import library
 from minference_vllm.patterns.kinds import (
     Antidiagonal,
     AShape,
@@ -25,7 +25,6 @@ from minference_vllm.patterns.kinds import (
 from minference_vllm.prefill.dual_chunk import MERGED_ROWS, DualChunk, Part, attend_dual_chunk, decode_dual_chunk, merge
 from minference_vllm.prefill.dual_chunk_recall import audited_recall, piece_recall
 
-needs_native = pytest.mark.skipif(library.unavailable_reason() is not None, reason=str(library.unavailable_reason()))
 SMALL = DualChunk(chunk_size=256, local_size=64)  # 192 tokens a chunk
 SHARPENED = DualChunk(chunk_size=256, local_size=64, original_len=150)
 WIDE_LOCAL = DualChunk(chunk_size=256, local_size=160)  # 96 tokens a chunk: no position is bounded

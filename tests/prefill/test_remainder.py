@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_inputs import needs_native
 
 from minference_vllm import reference
 from minference_vllm.core.inputs import Inputs
@@ -18,7 +19,6 @@ from minference_vllm.core.remainder import SAMPLED_KEYS, sample_step, sampled_po
 from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.choose import choose
-from minference_vllm.kernels.native import library
 from minference_vllm.patterns.discovery import default_pattern
 from minference_vllm.patterns.kinds import (
     AShape,
@@ -34,9 +34,6 @@ from minference_vllm.prefill.api import sparse_prefill
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.torch_scores import TorchScores
 
-needs_native = pytest.mark.skipif(
-    library.unavailable_reason() is not None, reason=str(library.unavailable_reason())
-)  # fmt: skip
 WINDOW = AShape(sink=16, local=64)
 """What is selected is not this file's concern."""
 SCALE = 0.2
