@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
         TOKENIZERS_PARALLELISM="0",
     )
     # A developer's own settings must not decide what the tests see.
-    for name in [name for name in os.environ if name.startswith("MINFERENCE_")]:
+    for name in [name for name in os.environ if name.startswith("MINFERENCE_") or name == "VLLM_LOGGING_LEVEL"]:
         del os.environ[name]
     # The tests' tensors are so small that threads would mostly wait for each other, above all on a busy machine.
     torch.set_num_threads(1)
@@ -58,6 +58,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_sessionfinish() -> None:
     """Statistics that are logged when a process ends meet a stream that pytest has closed; nobody waits for them."""
     logging.raiseExceptions = False
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a test, or a command that runs in its process, sets in the environment ends with it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture
