@@ -42,6 +42,7 @@ from minference_vllm.triton_kernels import (
     page_means,
     physical_lists,
     remainder,
+    representative_bins,
     representatives,
     thresholds,
 )
@@ -318,7 +319,8 @@ def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
         of_rows, of_tiles = low_rank.launch_shape(rank, TILE, per_tile, arch // 10)
         of_lse, of_bins = low_rank.peak_lse_kernel, low_rank.tile_bins_kernel
         if per_tile:
-            of_lse, of_bins = low_rank.representative_lse_kernel, low_rank.representative_bins_kernel
+            of_lse = representative_bins.representative_lse_kernel
+            of_bins = representative_bins.representative_bins_kernel
         kernels[f"lse{name}"] = of_lse, quantized, of_rows
         kernels[f"bins{name}"] = of_bins, quantized, of_tiles
     found = []

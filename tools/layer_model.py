@@ -22,7 +22,7 @@ from kernel_variants import Variant, compile_kernel
 from machine_code import disassembled, innermost
 
 from minference_vllm.selection import score_bins
-from minference_vllm.triton_kernels import calibration, low_rank
+from minference_vllm.triton_kernels import calibration, low_rank, representative_bins
 
 HEADS, KV_HEADS, DIM, PAGE, CHUNK, TILE, RANK, REPRESENTATIVES, ROWS = 32, 8, 128, 128, 8192, 128, 32, 16, 128
 LENGTHS = {"32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}
@@ -33,6 +33,7 @@ FIT = 100e-6
 """Seconds of the fit, a guess: 160 dependent steps in one block for each head."""
 LANES_PER_SECOND = 132 * 4 * 32 * 1.7e9
 BYTES_PER_SECOND, TENSOR_FLOPS, FLASH_ATTENTION_3 = 3.3e12, 600e12, 616e12
+"""The second with operands of 16 bits; of whole numbers of 8 bits twice as many."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def per_element(function: Any, kinds: dict[str, str], shape: dict[str, Any], ele
     code = disassembled(compile_kernel(function, types, constants, 90, num_warps=warps, num_stages=3))
     instructions, loops = innermost(code)
     bodies = [instructions[loop] for loop in loops]
-    main = next(body for body in bodies if any("GMMA" in one or "HMMA" in one for one in body))
+    main = next(body for body in bodies if any("MMA" in one for one in body))
     return len(main) * warps * 32 / elements
 
 
@@ -67,14 +68,15 @@ def parts(length: int) -> dict[str, Work]:
     tiles, pairs = CHUNK // TILE, float(CHUNK) * (length - CHUNK / 2)
     scores, measured = pairs / TILE * REPRESENTATIVES * HEADS, pairs / CHUNK * ROWS * HEADS
     # One in so many groups of keys, and the own keys of the tiles that a program has.
-    sampled = scores / score_bins.SAMPLED_GROUPS + float(tiles) * low_rank.BLOCK_M * TILE * HEADS
+    sampled = scores / score_bins.SAMPLED_GROUPS + float(tiles) * representative_bins.BLOCK_M * TILE * HEADS
     of_rows, of_bins = low_rank.launch_shape(RANK, TILE, REPRESENTATIVES)
     codes = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16"}
     of_measured = {"BLOCK_N": calibration.BLOCK_N, "WITH_SOFTCAP": False, "TILE": TILE}
     of_measured["num_warps"] = calibration.NUM_WARPS
     own = {"p_rows": "*i64", "p_levels": "*fp32", "p_norm": "*fp32"}
     size = calibration.ROWS.value * calibration.BLOCK_N
-    elements = of_rows["BLOCK_M"] * of_rows["STEP"], low_rank.QUERIES * of_bins["BLOCK_N"]
+    keys = representative_bins.THREADS.value * representative_bins.PEAK_KEYS.value
+    elements = of_rows["BLOCK_M"] * keys, representative_bins.QUERIES * of_bins["BLOCK_N"]
     keys_read, bins = float(length) * KV_HEADS * DIM * 2, float(HEADS) * tiles * length
 
     def work(
@@ -82,11 +84,12 @@ def parts(length: int) -> dict[str, Work]:
     ) -> Work:
         return Work(per_element(function, kinds, shape, step) * count, **more)
 
+    of_bytes = {"size": bins, "flops": scores * RANK}
     exact = {"size": keys_read, "flops": measured * 2 * DIM}
     return {
         "codes of keys": Work(size=keys_read + HEADS * length * RANK, flops=4.0 * HEADS * length * DIM * RANK),
-        "denominators": work(low_rank.representative_lse_kernel, codes, of_rows, sampled, elements[0]),
-        "bins": work(low_rank.representative_bins_kernel, codes, of_bins, scores, elements[1], size=bins),
+        "denominators": work(representative_bins.representative_lse_kernel, codes, of_rows, sampled, elements[0]),
+        "bins": work(representative_bins.representative_bins_kernel, codes, of_bins, scores, elements[1], **of_bytes),
         "measured rows": work(calibration.share_levels_kernel, own, of_measured, measured, size, **exact),
         "lists": Work(size=2 * bins),
     }

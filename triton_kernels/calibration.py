@@ -19,13 +19,14 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.triton_kernels.attention import capped_log2, compute_type, scales_log2
 from minference_vllm.triton_kernels.column_diagonal import on_device
+from minference_vllm.triton_kernels.in_thread import THREADS, columns_of_threads
 from minference_vllm.triton_kernels.launch import launcher
 
 ROWS = tl.constexpr(128)
 """Of one program."""
 LEVELS = tl.constexpr((110, 136, 154, 168, 180, 192, 206, 232))
 """Bins, rising: from each of them up the attention is summed. They lie from 4 to 24 bits below a row's denominator,
-closest from 8 to 16, where most thresholds do. Each costs three instructions for every row and key."""
+closest from 8 to 16, where most thresholds do. Each costs two instructions for every row and key."""
 NUM_LEVELS = tl.constexpr(len(LEVELS.value))
 BIN_CODE = tl.constexpr(0x4B000000)
 """float32 of these bits and a bin in the last eight is ``CODE_OF_0`` plus the bin."""
@@ -59,16 +60,21 @@ def value_norms_kernel(
 
 @triton.jit
 def _keys_and_norms(
-    b_position, p_key, p_norm, p_pages, o_key_head, stride_key_page, stride_key_slot, seq_len, HEAD_SIZE: tl.constexpr,
-    D: tl.constexpr, PAGE: tl.constexpr, COMPUTE: tl.constexpr, ALL: tl.constexpr,
+    i_key, p_key, p_norm, p_pages, o_key_head, stride_key_page, stride_key_slot, seq_len, HEAD_SIZE: tl.constexpr,
+    D: tl.constexpr, PAGE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """Keys ``[BLOCK_N, D]``, and the logarithms of the norms of their values, ``[BLOCK_N]``. ALL: none is past the
-    end."""
-    o_dim = tl.arange(0, D)
-    m_key = tl.full(b_position.shape, True, dtype=tl.int1) if ALL else (b_position < seq_len)
+    """Keys ``[BLOCK_N, D]`` from ``i_key`` on, a multiple of BLOCK_N, and the logarithms of the norms of their values,
+    ``[BLOCK_N]``. ALL: none is past the end."""
+    o_dim, b_position = tl.arange(0, D), i_key + tl.arange(0, BLOCK_N)
+    m_key = tl.full([BLOCK_N], True, dtype=tl.int1) if ALL else (b_position < seq_len)
     m_tile = (o_dim < HEAD_SIZE)[None, :] if ALL else (m_key[:, None] & (o_dim < HEAD_SIZE)[None, :])
-    b_page = tl.load(p_pages + b_position // PAGE, mask=m_key, other=0).to(tl.int64)
-    o_key = o_key_head + b_page * stride_key_page + b_position % PAGE * stride_key_slot
+    if PAGE % BLOCK_N == 0:
+        i_page = tl.load(p_pages + i_key // PAGE).to(tl.int64)
+        o_first = o_key_head + i_page * stride_key_page + i_key % PAGE * stride_key_slot
+        o_key = o_first + tl.arange(0, BLOCK_N) * stride_key_slot
+    else:
+        b_page = tl.load(p_pages + b_position // PAGE, mask=m_key, other=0).to(tl.int64)
+        o_key = o_key_head + b_page * stride_key_page + b_position % PAGE * stride_key_slot
     b_key = tl.load(p_key + o_key[:, None] + o_dim[None, :], mask=m_tile, other=0.0).to(COMPUTE)
     return b_key, tl.load(p_norm + b_position, mask=m_key, other=0.0)
 
@@ -96,20 +102,31 @@ def _log_shares(
 
 @triton.jit
 def _added(sums, b_max, b_share, b_bin):
-    """The rows' sums of all shares and of those from each level up, and their maximum, ``[ROWS]`` each, with more
-    shares added: ``_log_shares`` and bins, ``[ROWS, BLOCK_N]``."""
-    b_new_max = tl.maximum(b_max, tl.max(b_share, 1))
+    """The rows' sums of all shares and of those from each level up, and their maximum, ``[ROWS, 4]`` each, one for each
+    thread that holds some of a row's, with more shares added: ``_log_shares`` and bins, ``[ROWS, BLOCK_N]``."""
+    b_code = (b_bin.to(tl.int32) | BIN_CODE).to(tl.float32, bitcast=True)
+    # Changes nothing: shares have fewer than 2 ** 23 bits. But bins go to the threads that have the shares here, once,
+    # instead of the results of every comparison.
+    b_code = tl.maximum(b_code, b_share)
+    shares, codes = columns_of_threads(b_share), columns_of_threads(b_code)
+    b_new_max = b_max
+    for i in tl.static_range(len(shares)):
+        b_new_max = tl.maximum(b_new_max, shares[i])
     # A row that has seen no key yet keeps a maximum of -inf; subtracting 0 then gives shares of 0, not NaN.
     b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
-    b_scale, b_share = tl.exp2(b_max - b_shift), tl.exp2(b_share - b_shift[:, None])
-    b_code = (b_bin.to(tl.int32) | BIN_CODE).to(tl.float32, bitcast=True)
-    # Changes nothing, as shares are at most 1; but bins go to the threads that have the shares here, once, instead of
-    # the results of every comparison.
-    b_code = tl.maximum(b_code, b_share)
-    found = (sums[0] * b_scale + tl.sum(b_share, 1),)
+    b_scale = tl.exp2(b_max - b_shift)
+    found = (sums[0] * b_scale,)
     for i_level in tl.static_range(NUM_LEVELS):
-        b_reached = (b_code >= CODE_OF_0 + LEVELS[i_level]).to(tl.float32)
-        found += (sums[i_level + 1] * b_scale + tl.sum(b_reached * b_share, 1),)  # type: ignore[assignment]
+        found += (sums[i_level + 1] * b_scale,)  # type: ignore[assignment]
+    for i in tl.static_range(len(shares)):
+        b_one = tl.exp2(shares[i] - b_shift)
+        more = (found[0] + b_one,)
+        for i_level in tl.static_range(NUM_LEVELS):
+            # Codes are whole numbers: 1 from the level on, else 0. A saturating addition takes one instruction and a
+            # comparison two; the sum takes another.
+            b_reached = tl.minimum(tl.maximum(codes[i] - (CODE_OF_0 + LEVELS[i_level] - 1.0), 0.0), 1.0)
+            more += (found[i_level + 1] + b_reached * b_one,)  # type: ignore[assignment]
+        found = more
     return found, b_new_max
 
 
@@ -118,7 +135,7 @@ def _added(sums, b_max, b_share, b_bin):
 def share_levels_kernel(
     p_query, p_key, p_norm, p_pages, p_heads, p_rows, p_bins, p_levels, stride_query_row, stride_query_head,
     stride_key_page, stride_key_head, stride_key_slot, context_len, seq_len, window, num_rows, keys_per_part,
-    scale_log2, softcap_log2, num_tiles,
+    scale_log2, softcap_log2, num_tiles, stride_bins,
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     WITH_SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -137,31 +154,33 @@ def share_levels_kernel(
     )  # fmt: skip
     o_seen = context_len + o_row
     b_tile = o_seen // TILE - context_len // TILE
-    p_tile = p_bins + (i_slot * num_tiles + b_tile).to(tl.int64) * seq_len
+    p_tile = p_bins + (i_slot * num_tiles + b_tile).to(tl.int64) * stride_bins
     o_key_head = i_head // GROUP * stride_key_head
-    sums = (tl.zeros([ROWS], dtype=tl.float32),)
+    sums = (tl.zeros([ROWS, THREADS], dtype=tl.float32),)
     for _ in tl.static_range(NUM_LEVELS):
-        sums += (tl.zeros([ROWS], dtype=tl.float32),)  # type: ignore[assignment]
-    b_max = tl.full([ROWS], -float("inf"), dtype=tl.float32)
-    first = i_part * keys_per_part
+        sums += (tl.zeros([ROWS, THREADS], dtype=tl.float32),)  # type: ignore[assignment]
+    b_max = tl.full([ROWS, THREADS], -float("inf"), dtype=tl.float32)
+    first = tl.multiple_of(i_part * keys_per_part, BLOCK_N)
     end = tl.minimum(first + keys_per_part, seq_len)
     # The keys that all rows see, and those that some do.
     border = first + tl.maximum(tl.minimum(end, tl.min(o_seen, 0).to(tl.int32) + 1) - first, 0) // BLOCK_N * BLOCK_N
     border = tl.where(tl.max(o_seen, 0) - window < first, border, first)
     for i_key in range(first, border, BLOCK_N):
+        i_key = tl.multiple_of(i_key, BLOCK_N)
         b_position = i_key + tl.arange(0, BLOCK_N)
         b_key, b_norm = _keys_and_norms(
-            b_position, p_key, p_norm, p_pages, o_key_head, stride_key_page, stride_key_slot, seq_len, HEAD_SIZE, D,
-            PAGE, COMPUTE, True,
+            i_key, p_key, p_norm, p_pages, o_key_head, stride_key_page, stride_key_slot, seq_len, HEAD_SIZE, D, PAGE,
+            COMPUTE, BLOCK_N, True,
         )  # fmt: skip
         b_bin = tl.load(p_tile[:, None] + b_position[None, :])
         b_share = _log_shares(b_query, b_key, b_norm, scale_log2, softcap_log2, WITH_SOFTCAP, PRECISION)
         sums, b_max = _added(sums, b_max, b_share, b_bin)
     for i_key in range(border, end, BLOCK_N):
+        i_key = tl.multiple_of(i_key, BLOCK_N)
         b_position = i_key + tl.arange(0, BLOCK_N)
         b_key, b_norm = _keys_and_norms(
-            b_position, p_key, p_norm, p_pages, o_key_head, stride_key_page, stride_key_slot, seq_len, HEAD_SIZE, D,
-            PAGE, COMPUTE, False,
+            i_key, p_key, p_norm, p_pages, o_key_head, stride_key_page, stride_key_slot, seq_len, HEAD_SIZE, D, PAGE,
+            COMPUTE, BLOCK_N, False,
         )  # fmt: skip
         m_key = (b_position < seq_len)[None, :] & (b_position[None, :] <= o_seen[:, None])
         m_key = m_key & (b_position[None, :] > o_seen[:, None] - window)
@@ -171,12 +190,14 @@ def share_levels_kernel(
     o_slot = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     m_slot = o_slot < num_rows
     p_levels += (i_slot * tl.num_programs(1) + i_part) * (NUM_LEVELS + 2) * num_rows + o_slot
-    tl.store(p_levels, b_max, mask=m_slot)
+    b_most = tl.max(b_max, 1)
+    b_scale = tl.exp2(b_max - tl.where(b_most == -float("inf"), 0.0, b_most)[:, None])
+    tl.store(p_levels, b_most, mask=m_slot)
     for i_level in tl.static_range(NUM_LEVELS + 1):
-        tl.store(p_levels + (i_level + 1) * num_rows, sums[i_level], mask=m_slot)
+        tl.store(p_levels + (i_level + 1) * num_rows, tl.sum(sums[i_level] * b_scale, 1), mask=m_slot)
 
 
-KEYS_PER_PART, BLOCK_N, NUM_WARPS = 4096, 32, 8
+KEYS_PER_PART, BLOCK_N, NUM_WARPS = 4096, 64, 8
 KEYS = 64
 """Values of one program."""
 
@@ -229,7 +250,7 @@ def share_levels(
         query: ``[chunk, H, D]``, elements of a head side by side.
         heads: query heads.
         rows: int64 ``[h, R]``, rows of the chunk.
-        bins: uint8 ``[h, T, S]``.
+        bins: uint8 ``[h, T, S]``, a tile's one behind the other.
         norms: see ``value_norms``.
 
     Returns:
@@ -243,7 +264,7 @@ def share_levels(
     launcher(share_levels_kernel, (len(heads), parts, triton.cdiv(num_rows, ROWS.value)))(
         query, cache.key, norms, inputs.pages, on_device(heads, query), rows.contiguous(), bins, levels,
         query.stride(0), query.stride(1), *cache.key.stride()[:3], chunk.context_len, chunk.seq_len,
-        inputs.window or chunk.seq_len, num_rows, KEYS_PER_PART, *scales_log2(inputs), tiling.num_tiles,
+        inputs.window or chunk.seq_len, num_rows, KEYS_PER_PART, *scales_log2(inputs), tiling.num_tiles, bins.stride(1),
         TILE=tiling.tile, **shape,
     )  # fmt: skip
     return levels

@@ -66,12 +66,17 @@ def unlike_rows_kernel(
 
 
 @triton.jit
-def quantized(b_low):
-    """``projection.quantize_queries`` of ``[M, R]``: codes, and how many bins a unit of their products is, times
-    ``2 ** 15``."""
+def units(b_low):
+    """What a unit of products with each of ``[M, R]`` must be at least, in bits."""
     b_norm = tl.sqrt(tl.sum(b_low * b_low, 1))
     b_unit = tl.maximum(b_norm * MAX_KEY_NORM, MIN_RANGE) / MAX_PRODUCT
-    b_unit = tl.maximum(b_unit, tl.max(tl.abs(b_low), 1) / MAX_QUERY)
+    return tl.maximum(b_unit, tl.max(tl.abs(b_low), 1) / MAX_QUERY)
+
+
+@triton.jit
+def quantized(b_low, b_unit):
+    """``projection.quantize_queries`` of ``[M, R]``: codes, and how many bins a unit of their products is, times
+    ``2 ** 15``."""
     b_scale = tl.ceil(b_unit * UNITS_PER_BIT)
     b_code = tl.floor(b_low / (b_scale / UNITS_PER_BIT)[:, None] + 0.5)
     return b_code.to(tl.int8), tl.minimum(b_scale, 32767.0).to(tl.int16)
@@ -93,7 +98,8 @@ def query_codes_kernel(
     m_row, m_rank = o_row < chunk, o_rank < RANK
     b_query = load_rows(p_query + i_head * stride_head, stride_row, o_row, m_row, HEAD_SIZE, D)
     b_to_query = load_projection(p_to_query, i_slot, HEAD_SIZE, D, RANK, R)
-    b_code, b_scale = quantized(precise_dot(b_query, b_to_query) * factor)
+    b_low = precise_dot(b_query, b_to_query) * factor
+    b_code, b_scale = quantized(b_low, units(b_low))
     o_out = i_slot.to(tl.int64) * chunk + o_row
     tl.store(p_codes + o_out[:, None] * RANK + o_rank[None, :], b_code, mask=m_row[:, None] & m_rank[None, :])
     tl.store(p_scale + o_out, b_scale, mask=m_row)

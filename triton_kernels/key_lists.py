@@ -18,13 +18,13 @@ from minference_vllm.triton_kernels.launch import launcher
 
 
 @triton.jit
-def _reaching(p_bins, p_threshold, i_row, i_slot, o_page, seq_len, PAGE: tl.constexpr, SLOTS: tl.constexpr):
-    """Which keys of some pages reach the head's threshold, ``[PAGES, SLOTS]``, and their positions."""
+def _reaching(p_bins, threshold, o_page, seq_len, PAGE: tl.constexpr, SLOTS: tl.constexpr):
+    """Which keys of some pages reach the threshold by one tile's bins, ``[PAGES, SLOTS]``, and their positions."""
     o_slot = tl.arange(0, SLOTS)
     o_position = o_page[:, None] * PAGE + o_slot[None, :]
     m_key = (o_slot < PAGE)[None, :] & (o_position < seq_len)
-    b_bin = tl.load(p_bins + i_row.to(tl.int64) * seq_len + o_position, mask=m_key, other=0).to(tl.int32)
-    return m_key & (b_bin >= tl.load(p_threshold + i_slot)), o_position
+    b_bin = tl.load(p_bins + o_position, mask=m_key, other=0).to(tl.int32)
+    return m_key & (b_bin >= threshold), o_position
 
 
 @triton.jit
@@ -39,8 +39,8 @@ def _reach(i_tile, context_len, seq_len, window, TILE: tl.constexpr, PAGE: tl.co
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
 @triton.jit(do_not_specialize=["num_tiles", "num_pages", "context_len", "seq_len", "window"])
 def page_counts_kernel(
-    p_bins, p_threshold, p_counts, p_cost, num_tiles, num_pages, context_len, seq_len, window, TILE: tl.constexpr,
-    PAGE: tl.constexpr, SLOTS: tl.constexpr, PAGES: tl.constexpr,
+    p_bins, stride_bins, p_threshold, p_counts, p_cost, num_tiles, num_pages, context_len, seq_len, window,
+    TILE: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: how many keys of PAGES pages reach the threshold, for one tile; and what they cost the head.
 
@@ -50,7 +50,8 @@ def page_counts_kernel(
     i_strip, i_row = tl.program_id(0), tl.program_id(1)
     i_slot = i_row // num_tiles
     o_page = i_strip * PAGES + tl.arange(0, PAGES)
-    m_reaching, _ = _reaching(p_bins, p_threshold, i_row, i_slot, o_page, seq_len, PAGE, SLOTS)
+    p_bins += i_row.to(tl.int64) * stride_bins
+    m_reaching, _ = _reaching(p_bins, tl.load(p_threshold + i_slot), o_page, seq_len, PAGE, SLOTS)
     _, own, end = _reach(i_row % num_tiles, context_len, seq_len, window, TILE, PAGE)
     b_count = tl.sum(m_reaching.to(tl.int32), 1)
     b_count = tl.where((2 * b_count >= PAGE) | (o_page >= own) & (o_page < end), PAGE, b_count)
@@ -112,8 +113,8 @@ def block_lists_kernel(
 
 @triton.jit(do_not_specialize=["num_tiles", "num_pages", "seq_len", "max_columns"])
 def key_lists_kernel(
-    p_bins, p_threshold, p_begin, p_lists, p_columns, num_tiles, num_pages, seq_len, max_columns, PAGE: tl.constexpr,
-    SLOTS: tl.constexpr, PAGES: tl.constexpr,
+    p_bins, stride_bins, p_threshold, p_begin, p_lists, p_columns, num_tiles, num_pages, seq_len, max_columns,
+    PAGE: tl.constexpr, SLOTS: tl.constexpr, PAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: the single keys of PAGES pages of one tile.
 
@@ -126,7 +127,8 @@ def key_lists_kernel(
     b_begin = tl.load(p_begin + i_row.to(tl.int64) * num_pages + o_page, mask=o_page < num_pages, other=-1)
     if tl.max(b_begin, 0) >= 0:
         i_list = (tl.load(p_lists + i_slot) * num_tiles + i_row % num_tiles).to(tl.int64)
-        m_reaching, o_position = _reaching(p_bins, p_threshold, i_row, i_slot, o_page, seq_len, PAGE, SLOTS)
+        p_bins += i_row.to(tl.int64) * stride_bins
+        m_reaching, o_position = _reaching(p_bins, tl.load(p_threshold + i_slot), o_page, seq_len, PAGE, SLOTS)
         o_key = b_begin[:, None] + tl.cumsum(m_reaching.to(tl.int32), 1) - 1
         tl.store(p_columns + i_list * max_columns + o_key, o_position, mask=m_reaching & (b_begin >= 0)[:, None])
 
@@ -157,7 +159,7 @@ class BinLists:
     tiling: Tiling
     """With a ``column_multiple`` of 1."""
     bins: torch.Tensor
-    """uint8 ``[h, T, S]``, see ``score_bins.tile_bins``."""
+    """uint8 ``[h, T, S]``, see ``score_bins.tile_bins``; a tile's one behind the other."""
     threshold: torch.Tensor
     """int32 ``[h]``."""
 
@@ -169,13 +171,22 @@ class BinLists:
             heads: whose lists these are.
         """
         tiling, shape = self.tiling, constants(self.tiling.block_size)
-        lengths = tiling.context_len, tiling.seq_len, tiling.window
+        lengths, bins = (tiling.context_len, tiling.seq_len, tiling.window), (self.bins, self.bins.stride(1))
         count, tiles, pages = len(heads), tiling.num_tiles, tiling.num_key_blocks
         counts = torch.empty(count, tiles, pages, dtype=torch.int32, device=self.bins.device)
         grid, numbers = (triton.cdiv(pages, shape["PAGES"]), count * tiles), on_device(heads, self.bins)
         cost = torch.zeros(count, dtype=torch.int32, device=self.bins.device)
         launcher(page_counts_kernel, grid)(
-            self.bins, self.threshold, counts, cost, tiles, pages, *lengths, TILE=tiling.tile, **shape
+            self.bins,
+            self.bins.stride(1),
+            self.threshold,
+            counts,
+            cost,
+            tiles,
+            pages,
+            *lengths,
+            TILE=tiling.tile,
+            **shape,
         )
         most = _most(*lengths, tiling.tile, tiling.block_size)
         launcher(block_lists_kernel, (tiles, count))(
@@ -184,6 +195,6 @@ class BinLists:
             lists.columns.shape[2], most, TILE=tiling.tile, PAGE=tiling.block_size, STEP=STEP, num_warps=NUM_WARPS,
         )  # fmt: skip
         launcher(key_lists_kernel, grid)(
-            self.bins, self.threshold, counts, numbers, lists.columns, tiles, pages, tiling.seq_len,
+            *bins, self.threshold, counts, numbers, lists.columns, tiles, pages, tiling.seq_len,
             lists.columns.shape[2], **shape,
         )  # fmt: skip

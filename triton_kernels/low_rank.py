@@ -1,12 +1,10 @@
-"""The score bins of ``low_rank``, of a tile's rows or of its representatives.
+"""The score bins of ``low_rank``, of all rows of a tile; ``representative_bins.py`` has those of representatives.
 
 Products are computed twice, once for what each row's scores are measured by and once for the bins, and never stored.
 Exponential units would be the bottleneck: there is one exponential per row and ``PEAK_KEYS`` keys, and none per key.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
@@ -15,31 +13,20 @@ import triton.language as tl
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection import projection, score_bins
 from minference_vllm.selection.projection import QuantizedQK
+from minference_vllm.triton_kernels import representative_bins
 from minference_vllm.triton_kernels.column_diagonal import add_scores, combined
 from minference_vllm.triton_kernels.launch import launcher, major_capability
+from minference_vllm.triton_kernels.representative_bins import bits, codes
 
 PEAK_KEYS = tl.constexpr(score_bins.PEAK_KEYS)
-SAMPLED_GROUPS = tl.constexpr(score_bins.SAMPLED_GROUPS)
-LOG2_SAMPLED = tl.constexpr(math.log2(score_bins.SAMPLED_GROUPS))
 BINS_PER_BIT = tl.constexpr(projection.BINS_PER_BIT)
-TOP_BIN = tl.constexpr(score_bins.TOP_BIN)
-LOCAL_BIN = tl.constexpr(score_bins.LOCAL_BIN)
-BITS_PER_SCALE = tl.constexpr(1.0 / (projection.BINS_PER_BIT << 15))
+TOP_BIN, LOCAL_BIN = tl.constexpr(score_bins.TOP_BIN), tl.constexpr(score_bins.LOCAL_BIN)
 
 
 @triton.jit
 def _rows(p_rows, o_row, m_row, RANK: tl.constexpr, R: tl.constexpr):
-    """Rows of RANK bytes that lie one behind the other, zeros where there are none: bf16 ``[len(o_row), R]``, which
-    holds them exactly."""
-    o_dim = tl.arange(0, R)
-    m_tile = m_row[:, None] & (o_dim < RANK)[None, :]
-    return tl.load(p_rows + o_row[:, None] * RANK + o_dim[None, :], mask=m_tile, other=0).to(tl.float32).to(tl.bfloat16)
-
-
-@triton.jit
-def _bits(p_scale, o_row, m_row):
-    """What products of rows count for, in bits."""
-    return tl.load(p_scale + o_row, mask=m_row, other=0).to(tl.float32) * BITS_PER_SCALE
+    """``codes`` as bf16, which holds them exactly."""
+    return codes(p_rows, o_row, m_row, RANK, R).to(tl.float32).to(tl.bfloat16)
 
 
 @triton.jit
@@ -76,7 +63,7 @@ def peak_lse_kernel(
     p_query += i_head.to(tl.int64) * num_queries * RANK
     p_key += i_head.to(tl.int64) * seq_len * RANK
     b_query = _rows(p_query, o_row, m_row, RANK, R)
-    b_bits = _bits(p_scale + i_head.to(tl.int64) * num_queries, o_row, m_row)
+    b_bits = bits(p_scale + i_head.to(tl.int64) * num_queries, o_row, m_row)
     o_last = context_len + o_row
     b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
@@ -97,44 +84,6 @@ def peak_lse_kernel(
     tl.store(p_lse + o_row, b_max + tl.log2(b_sum), mask=m_row)
 
 
-@triton.jit(do_not_specialize=["context_len", "seq_len", "num_queries"])
-def representative_lse_kernel(
-    p_query, p_key, p_scale, p_lse, context_len, seq_len, num_queries, groups_per_part, RANK: tl.constexpr,
-    R: tl.constexpr, TILE: tl.constexpr, PER_TILE: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """One program: ``score_bins.sampled_lse`` over one part of the sampled groups, for BLOCK_M representatives of one
-    head; the last part has the tiles' own keys, too.
-
-    ``p_lse`` is float32 ``[h, parts, num_queries]``. Parts are multiples of ``STEP // PEAK_KEYS`` groups.
-    """
-    i_block, i_head, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_row, o_step = i_block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, STEP)
-    m_row = o_row < num_queries
-    p_key += i_head.to(tl.int64) * seq_len * RANK
-    b_query = _rows(p_query + i_head.to(tl.int64) * num_queries * RANK, o_row, m_row, RANK, R)
-    b_bits = _bits(p_scale + i_head.to(tl.int64) * num_queries, o_row, m_row)[:, None]
-    b_own = tl.where(m_row, (context_len // TILE + o_row // PER_TILE) * TILE, context_len // TILE * TILE)
-    b_end = tl.minimum(b_own + TILE, seq_len)
-    b_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    b_max = tl.full([BLOCK_M], -float("inf"), dtype=tl.float32)
-    first = i_part * groups_per_part
-    stop = tl.minimum(first + groups_per_part, tl.cdiv(tl.max(b_own, 0), PEAK_KEYS * SAMPLED_GROUPS))
-    for i_group in range(first, stop, STEP // PEAK_KEYS):
-        o_key = (i_group + o_step // PEAK_KEYS) * (PEAK_KEYS * SAMPLED_GROUPS) + o_step % PEAK_KEYS
-        b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < seq_len, RANK, R))) * b_bits
-        b_score = tl.where(o_key[None, :] < b_own[:, None], b_score, -float("inf"))
-        o_group = i_group + tl.arange(0, STEP // PEAK_KEYS)
-        b_sum, b_max = add_scores(b_sum, b_max, _peaks(b_score) + tl.where(o_group > 0, LOG2_SAMPLED, 0.0)[None, :])
-    if i_part == tl.num_programs(2) - 1:
-        for i_key in range(tl.min(b_own, 0) // STEP * STEP, tl.max(b_end, 0), STEP):
-            o_key = i_key + o_step
-            b_score = tl.dot(b_query, tl.trans(_rows(p_key, o_key, o_key < seq_len, RANK, R))) * b_bits
-            m_own = (o_key[None, :] >= b_own[:, None]) & (o_key[None, :] < b_end[:, None])
-            b_sum, b_max = add_scores(b_sum, b_max, _peaks(tl.where(m_own, b_score, -float("inf"))))
-    p_lse += (i_head * tl.num_programs(2) + i_part).to(tl.int64) * num_queries
-    tl.store(p_lse + o_row, b_max + tl.log2(b_sum), mask=m_row)
-
-
 @triton.jit
 def _tile_rows(
     p_query, p_scale, p_lse, first, i_down, count, num_queries, num_parts, RANK: tl.constexpr, R: tl.constexpr,
@@ -147,7 +96,7 @@ def _tile_rows(
     m_row = (o_down < count) & (o_row >= 0) & (o_row < num_queries)
     # Rows that are not there come near no key.
     b_lse = tl.where(m_row, combined(p_lse + o_row, num_queries, num_parts, m_row), float("inf"))
-    return _rows(p_query, o_row, m_row, RANK, R), _bits(p_scale, o_row, m_row), b_lse
+    return _rows(p_query, o_row, m_row, RANK, R), bits(p_scale, o_row, m_row), b_lse
 
 
 @triton.jit
@@ -169,6 +118,7 @@ def tile_bins_kernel(
     p_scale,
     p_lse,
     p_bins,
+    stride_bins,
     context_len,
     seq_len,
     num_queries,
@@ -184,13 +134,13 @@ def tile_bins_kernel(
 ):
     """One program: the bins of STRIP keys for one tile of one head.
 
-    ``p_lse`` is float32 ``[h, num_parts, num_queries]``, ``p_bins`` uint8 ``[h, T, S]``.
+    ``p_lse`` is float32 ``[h, num_parts, num_queries]``, ``p_bins`` uint8 ``[h, T, stride_bins]``.
     """
     i_strip, i_tile, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     own = (context_len // TILE + i_tile) * TILE
     first_seen = tl.where(window > 0, tl.maximum(tl.maximum(own, context_len) - window + 1, 0), 0)
     begin, stop = i_strip * STRIP, tl.minimum((i_strip + 1) * STRIP, tl.minimum(own + TILE, seq_len))
-    p_bins += (i_head * num_tiles + i_tile).to(tl.int64) * seq_len
+    p_bins += (i_head * num_tiles + i_tile).to(tl.int64) * stride_bins
     if begin < stop:
         p_query += i_head.to(tl.int64) * num_queries * RANK
         p_key += i_head.to(tl.int64) * seq_len * RANK
@@ -221,62 +171,11 @@ def tile_bins_kernel(
         tl.store(p_bins + o_key, tl.zeros([BLOCK_N], dtype=tl.uint8), mask=o_key < tl.minimum(begin + STRIP, seq_len))
 
 
-@triton.jit
-def _nearest_by_tile(
-    p_key, o_key, m_key, b_query, b_bits, b_lse, RANK: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr,
-    PER_TILE: tl.constexpr,
-):  # fmt: skip
-    """``_nearest`` of the representatives of each tile: ``[BLOCK_N, TILES]``."""
-    b_score = tl.dot(_rows(p_key, o_key, m_key, RANK, R), tl.trans(b_query)) * b_bits[None, :] - b_lse[None, :]
-    return tl.max(tl.reshape(b_score, [o_key.shape[0], TILES, PER_TILE]), 2)
-
-
-@triton.jit(do_not_specialize=["context_len", "seq_len", "num_queries", "num_tiles", "num_parts", "window"])
-def representative_bins_kernel(
-    p_query, p_key, p_scale, p_lse, p_bins, context_len, seq_len, num_queries, num_tiles, num_parts, window,
-    RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, PER_TILE: tl.constexpr, TILES: tl.constexpr,
-    STRIP: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One program: the bins of STRIP keys for TILES tiles of one head, each of PER_TILE representatives.
-
-    What is done once for every key, such as to read it, is done for all of those tiles. Tensors as ``tile_bins_kernel``
-    has them.
-    """
-    i_strip, i_group, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    o_query = i_group * TILES * PER_TILE + tl.arange(0, TILES * PER_TILE)
-    m_query = o_query < num_queries
-    p_key += i_head.to(tl.int64) * seq_len * RANK
-    b_query = _rows(p_query + i_head.to(tl.int64) * num_queries * RANK, o_query, m_query, RANK, R)
-    b_bits = _bits(p_scale + i_head.to(tl.int64) * num_queries, o_query, m_query)
-    p_lse += i_head.to(tl.int64) * num_parts * num_queries
-    b_lse = tl.where(m_query, combined(p_lse + o_query, num_queries, num_parts, m_query), float("inf"))
-    o_tile = i_group * TILES + tl.arange(0, TILES)
-    b_own = ((context_len // TILE + o_tile) * TILE)[None, :]
-    b_first = tl.where(window > 0, tl.maximum(b_own, context_len) - window + 1, 0)
-    o_bins = ((i_head * num_tiles + o_tile).to(tl.int64) * seq_len)[None, :]
-    begin, stop = i_strip * STRIP, tl.minimum((i_strip + 1) * STRIP, seq_len)
-    # The keys that come before all of those tiles, and see no window.
-    first_own = (context_len // TILE + i_group * TILES) * TILE // BLOCK_N * BLOCK_N
-    border = tl.where(window > 0, begin, tl.maximum(begin, tl.minimum(stop, first_own)))
-    m_tile = (o_tile < num_tiles)[None, :]
-    for i_key in range(begin, border, BLOCK_N):
-        o_key = i_key + tl.arange(0, BLOCK_N)
-        b_best = _nearest_by_tile(p_key, o_key, o_key < stop, b_query, b_bits, b_lse, RANK, R, TILES, PER_TILE)
-        tl.store(p_bins + o_bins + o_key[:, None], _bins(b_best).to(tl.uint8), mask=m_tile)
-    for i_key in range(border, stop, BLOCK_N):
-        o_key = i_key + tl.arange(0, BLOCK_N)
-        b_best = _nearest_by_tile(p_key, o_key, o_key < stop, b_query, b_bits, b_lse, RANK, R, TILES, PER_TILE)
-        b_position = o_key[:, None]
-        b_bin = tl.where(b_position < b_own, tl.where(b_position >= b_first, _bins(b_best), 0.0), LOCAL_BIN)
-        b_bin = tl.where(b_position < b_own + TILE, b_bin, 0.0)
-        tl.store(p_bins + o_bins + b_position, b_bin.to(tl.uint8), mask=m_tile & (b_position < stop))
-
-
 BLOCK_M, STEP, BLOCK_N, NUM_WARPS = 64, 128, 64, 4
 KEYS_PER_PART, STRIP = 8192, 2048
 """Keys of one program, of either kernel."""
-QUERIES, GROUPS_PER_PART = 128, 128
-"""Representatives of one program of bins; sampled groups of one of denominators."""
+ALIGNED = 128
+"""Bytes that bins of a tile begin at multiples of, so that they are read many at once."""
 
 
 def launch_shape(rank: int, tile: int, per_tile: int, major: int = 9) -> tuple[dict[str, int], dict[str, int]]:
@@ -286,22 +185,24 @@ def launch_shape(rank: int, tile: int, per_tile: int, major: int = 9) -> tuple[d
         per_tile: see ``QuantizedQK``.
         major: compute capability.
     """
-    shape = {"RANK": rank, "R": max(16, triton.next_power_of_2(rank)), "num_warps": NUM_WARPS}
-    of_rows, of_tiles = shape | {"BLOCK_M": BLOCK_M, "STEP": STEP}, shape | {"STRIP": STRIP, "BLOCK_N": BLOCK_N}
+    # Tensor cores take 32 whole numbers at once.
+    shape = {"RANK": rank, "R": max(32 if per_tile else 16, triton.next_power_of_2(rank)), "num_warps": NUM_WARPS}
     if not per_tile:
         # A wide tile comes in several steps.
-        return of_rows, of_tiles | {"TILE": tile, "BLOCK_M": max(16, min(128, triton.next_power_of_2(tile)))}
-    own = {"TILE": tile, "PER_TILE": per_tile}
-    # With four warps Blackwell's registers spill.
-    warps = 2 * NUM_WARPS if major == 10 else NUM_WARPS
-    return of_rows | own, of_tiles | own | {"TILES": max(1, QUERIES // per_tile), "num_warps": warps}
+        rows = {"TILE": tile, "STRIP": STRIP, "BLOCK_M": max(16, min(128, triton.next_power_of_2(tile)))}
+        return shape | {"BLOCK_M": BLOCK_M, "STEP": STEP}, shape | rows | {"BLOCK_N": BLOCK_N}
+    shape |= {"TILE": tile, "PER_TILE": per_tile}
+    wide = {"TILES": representative_bins.QUERIES // per_tile, "STRIP": representative_bins.STRIP}
+    # Blackwell's registers would spill.
+    wide["BLOCK_N"] = representative_bins.BLOCK_N // 2 if major == 10 else representative_bins.BLOCK_N
+    return shape | {"BLOCK_M": representative_bins.BLOCK_M}, shape | wide
 
 
 def tile_bins(quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
     """``score_bins.tile_bins``, without waiting for the GPU, of all keys.
 
     Returns:
-        uint8 ``[h, T, S]``.
+        uint8 ``[h, T, S]``; the bins of every tile begin at a multiple of ``ALIGNED`` bytes.
 
     Raises:
         ValueError: the quantized have other types, or do not fit the tiling.
@@ -321,18 +222,19 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
     lengths = tiling.context_len, tiling.seq_len, queries
     of_rows, of_tiles = launch_shape(rank, tiling.tile, per_tile, major_capability(query))
     if per_tile:
-        of_lse, of_bins, per_part = representative_lse_kernel, representative_bins_kernel, GROUPS_PER_PART
+        of_lse, of_bins = representative_bins.representative_lse_kernel, representative_bins.representative_bins_kernel
+        per_part, groups = representative_bins.GROUPS_PER_PART, triton.cdiv(tiles, of_tiles["TILES"])
         parts = triton.cdiv(length, per_part * score_bins.PEAK_KEYS * score_bins.SAMPLED_GROUPS)
-        groups = triton.cdiv(tiles, of_tiles["TILES"])
     else:
         of_lse, of_bins, per_part = peak_lse_kernel, tile_bins_kernel, KEYS_PER_PART
         parts, groups = triton.cdiv(length, per_part), tiles
     lse = torch.empty(heads, parts, queries, device=query.device)
-    launcher(of_lse, (triton.cdiv(queries, BLOCK_M), heads, parts))(
+    launcher(of_lse, (triton.cdiv(queries, of_rows["BLOCK_M"]), heads, parts))(
         query, keys, dequant_scale, lse, *lengths, per_part, **of_rows
     )
-    bins = torch.empty(heads, tiles, length, dtype=torch.uint8, device=query.device)
-    launcher(of_bins, (triton.cdiv(length, STRIP), groups, heads))(
-        query, keys, dequant_scale, lse, bins, *lengths, tiles, parts, tiling.window, **of_tiles
+    stride = triton.cdiv(length, ALIGNED) * ALIGNED
+    bins = torch.empty(heads, tiles, stride, dtype=torch.uint8, device=query.device)
+    launcher(of_bins, (triton.cdiv(length, of_tiles["STRIP"]), groups, heads))(
+        query, keys, dequant_scale, lse, bins, stride, *lengths, tiles, parts, tiling.window, **of_tiles
     )
-    return bins
+    return bins[..., :length]

@@ -11,7 +11,7 @@ import triton.language as tl
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection import representatives
 from minference_vllm.selection.projection import Projection, QuantizedQK
-from minference_vllm.triton_kernels.chunk_queries import constants, load_projection, load_rows, quantized
+from minference_vllm.triton_kernels.chunk_queries import constants, load_projection, load_rows, quantized, units
 from minference_vllm.triton_kernels.column_diagonal import on_device
 from minference_vllm.triton_kernels.fit import orthonormal, padded_start
 from minference_vllm.triton_kernels.key_codes import precise_dot
@@ -87,9 +87,11 @@ def representatives_kernel(
     b_deviation = tl.where((o_wide < DIRECTIONS)[None, :], b_deviation, 0.0)
     # A last column without a deviation stands for the mean, and for the row most unlike it.
     b_away = tl.trans(b_deviation)
-    b_plus, b_plus_scale = quantized(b_mean[None, :] + b_away)
     m_last = (o_wide == DIRECTIONS)[:, None]
-    b_minus, b_minus_scale = quantized(tl.where(m_last, b_unlike[None, :], b_mean[None, :] - b_away))
+    b_plus, b_minus = b_mean[None, :] + b_away, tl.where(m_last, b_unlike[None, :], b_mean[None, :] - b_away)
+    b_unit = tl.zeros([WIDE], dtype=tl.float32) + tl.max(tl.maximum(units(b_plus), units(b_minus)), 0)
+    b_plus, b_scale = quantized(b_plus, b_unit)
+    b_minus, b_scale = quantized(b_minus, b_unit)
     COUNT: tl.constexpr = 2 * DIRECTIONS + 2
     o_first = (i_slot * num_tiles + i_tile).to(tl.int64) * COUNT
     o_plus = o_first + tl.where(o_wide == DIRECTIONS, 0, 1 + o_wide)
@@ -98,8 +100,8 @@ def representatives_kernel(
     m_codes = m_slot[:, None] & m_rank[None, :]
     tl.store(p_codes + o_plus[:, None] * RANK + o_rank[None, :], b_plus, mask=m_codes)
     tl.store(p_codes + o_minus[:, None] * RANK + o_rank[None, :], b_minus, mask=m_codes)
-    tl.store(p_scale + o_plus, b_plus_scale, mask=m_slot)
-    tl.store(p_scale + o_minus, b_minus_scale, mask=m_slot)
+    tl.store(p_scale + o_plus, b_scale, mask=m_slot)
+    tl.store(p_scale + o_minus, b_scale, mask=m_slot)
 
 
 NUM_STAGES = 2

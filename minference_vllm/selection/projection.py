@@ -53,14 +53,15 @@ class QuantizedQK(NamedTuple):
     keys: torch.Tensor
     """int8 ``[h, S, r]``."""
     dequant_scale: torch.Tensor
-    """int16 ``[h, chunk]``: bins per unit of a row's products, times ``2 ** 15``."""
+    """int16 ``[h, chunk]``: bins per unit of a row's products, times ``2 ** 15``; one for all of a tile's
+    representatives, whose products can be compared as they are."""
     per_tile: int = 0
     """Queries are so many representatives of each tile, which see all keys up to its end; 0: the chunk's rows."""
 
     @classmethod
     def of(cls, low: torch.Tensor, keys: torch.Tensor, per_tile: int = 0) -> QuantizedQK:
         """Of queries in few dimensions (see ``project_queries``; overwritten) and quantized keys."""
-        query, dequant_scale = quantize_queries(low)
+        query, dequant_scale = quantize_queries(low, per_tile or 1)
         return cls(query, keys, dequant_scale, per_tile)
 
     def rows(self, rows: torch.Tensor) -> QuantizedQK:
@@ -188,10 +189,12 @@ def project_queries(query: torch.Tensor, projection: Projection, scale: float) -
     return torch.matmul(query.float(), projection.to_query).mul_(scale / math.log(2))
 
 
-def quantize_queries(low: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``QuantizedQK.query`` and ``dequant_scale`` of queries in few dimensions, ``[h, chunk, r]``, overwritten."""
+def quantize_queries(low: torch.Tensor, together: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """``QuantizedQK.query`` and ``dequant_scale`` of queries in few dimensions, ``[h, n, r]``, overwritten; so many
+    neighbours have one scale."""
     most = (low.norm(dim=2) * MAX_KEY_NORM).clamp_(min=MIN_RANGE) / MAX_PRODUCT
     unit = torch.maximum(most, low.abs().amax(2) / MAX_QUERY)
+    unit = unit.unflatten(1, (-1, together)).amax(2).repeat_interleave(together, 1, output_size=low.shape[1])
     dequant_scale = (unit * (BINS_PER_BIT << 15)).ceil_()
     low *= (BINS_PER_BIT << 15) / dequant_scale[..., None]
     return low.round_().to(torch.int8), dequant_scale.clamp_(max=(1 << 15) - 1).to(torch.int16)

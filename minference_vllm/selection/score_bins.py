@@ -110,12 +110,19 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> t
             rows = slice(tile * quantized.per_tile, (tile + 1) * quantized.per_tile)
         future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device).triu_(1)
         for head in range(heads):
-            scores = quantized.query[head, rows].float() @ quantized.keys[head, :end].float().T
-            scores.mul_(bits[head, rows])
-            if not quantized.per_tile:
+            products, unit = (
+                quantized.query[head, rows].float() @ quantized.keys[head, :end].float().T,
+                bits[head, rows],
+            )
+            if quantized.per_tile:
+                # One unit for all of them: whole numbers are compared.
+                lse = sampled_lse(products * unit, own).div_(unit).round_()
+                best = (products[:, :own] - lse).amax(0) * unit[0]
+            else:
+                scores = products.mul_(unit)
                 scores[:, begin:].masked_fill_(future, -torch.inf)
-            lse = sampled_lse(scores, own) if quantized.per_tile else approx_lse(scores)
-            found = as_bins((scores[:, :own] - lse).amax(0))
+                best = (scores[:, :own] - approx_lse(scores)).amax(0)
+            found = as_bins(best)
             bins[head, tile, :own] = found.masked_fill_(found < lowest[head], 0)
         bins[:, tile, own:end] = LOCAL_BIN
     return bins

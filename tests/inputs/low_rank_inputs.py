@@ -31,12 +31,12 @@ def random_quantized(heads: int, chunk: int, length: int, rank: int, sharpness: 
     return as_quantized(query, torch.randn(heads, length, rank, generator=generator))
 
 
-def as_quantized(query: torch.Tensor, keys: torch.Tensor) -> QuantizedQK:
-    """Of queries ``[h, chunk, r]`` and keys ``[h, S, r]`` whose products are in bits."""
+def as_quantized(query: torch.Tensor, keys: torch.Tensor, per_tile: int = 0) -> QuantizedQK:
+    """Of queries ``[h, chunk, r]``, or representatives, and keys ``[h, S, r]`` whose products are in bits."""
     same = torch.eye(query.shape[2]).expand(len(query), -1, -1)
     none = torch.zeros(len(query), 1, query.shape[2])
     projection = for_int8(Projection(same, same, none, none + 1), keys)
-    return QuantizedQK.of(project_queries(query, projection, math.log(2)), quantize_keys(keys, projection))
+    return QuantizedQK.of(project_queries(query, projection, math.log(2)), quantize_keys(keys, projection), per_tile)
 
 
 def lookups(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -160,10 +160,11 @@ def run_case(
     from minference_vllm.core.tiling import Tiling
     from minference_vllm.selection.score_bins import hide_before_window, tile_bins
     from minference_vllm.triton_kernels import low_rank as kernels
+    from minference_vllm.triton_kernels import representative_bins
 
     # So that short sequences have several, too.
-    kernels.KEYS_PER_PART = kernels.STRIP = 256
-    kernels.GROUPS_PER_PART = 4
+    kernels.KEYS_PER_PART = kernels.STRIP = representative_bins.STRIP = 256
+    representative_bins.GROUPS_PER_PART = 4
     torch.manual_seed(0)
     tiling = Tiling.of(context_len, seq_len, page, tile, window=window)
     chunk = seq_len - context_len
@@ -174,7 +175,7 @@ def run_case(
         query = 40 * keys[:, wanted]
     if per_tile:
         query = torch.randn(2, tiling.num_tiles * per_tile, rank) * spread
-    quantized = as_quantized(query, keys)._replace(per_tile=per_tile)
+    quantized = as_quantized(query, keys, per_tile)
     empty = torch.empty
 
     def poisoned(*shape: int, **options: Any) -> torch.Tensor:
@@ -221,7 +222,7 @@ def run_mass_case(
     from minference_vllm.selection.score_bins import mass_by_bin
     from minference_vllm.triton_kernels import calibration
 
-    calibration.KEYS_PER_PART = 160
+    calibration.KEYS_PER_PART = 192
     torch.manual_seed(0)
     chunk, heads = seq_len - context_len, [0, 3, 1]
     query, keys = torch.randn(chunk, 4, 64) * 2, torch.randn(seq_len, 2, 64)

@@ -137,7 +137,8 @@ LOW_RANK_KERNELS = {
     "fit": ("moments", "fit"),
     "key_codes": ("key_codes",),
     "key_lists": ("page_counts", "block_lists", "key_lists"),
-    "low_rank": ("peak_lse", "tile_bins", "representative_lse", "representative_bins"),
+    "low_rank": ("peak_lse", "tile_bins"),
+    "representative_bins": ("representative_lse", "representative_bins"),
     "thresholds": ("threshold",),
 }
 
