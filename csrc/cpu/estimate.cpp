@@ -16,8 +16,14 @@ extern "C" void minference_row_weights(const minference::RowWeightArguments* arg
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < scores.tasks(); ++task) {
       scores.run(task, w, [&](int i, int64_t tile) {
-        normalizers.add(w, i, task % scores.parts);
         const int64_t first_key = tile * kKeyTile, here = std::min<int64_t>(kKeyTile, a.seq_len - first_key);
+        if (arguments->factors != nullptr) {
+          const float* factors = arguments->factors + i * a.seq_len + first_key;
+          for (int r = 0; r < a.rows; ++r) {
+            for (int64_t n = 0; n < here; ++n) w.row(r)[n] += factors[n];
+          }
+        }
+        normalizers.add(w, i, task % scores.parts);
         for (int r = 0; r < a.rows; ++r) {
           float* target = arguments->weights + (static_cast<int64_t>(i) * a.rows + r) * a.seq_len;
           std::memcpy(target + first_key, w.row(r), here * sizeof(float));

@@ -86,7 +86,7 @@ TABLE(RemainderArguments, FIELD(cache), FIELD(query), FIELD(query_token_stride),
 TABLE(RowArguments, FIELD(cache), FIELD(query), FIELD(query_token_stride), FIELD(query_head_stride), FIELD(pages),
       FIELD(row_index), FIELD(heads), FIELD(context_len), FIELD(seq_len), FIELD(window), FIELD(num_heads), FIELD(num_wanted),
       FIELD(rows), FIELD(scale), FIELD(softcap), FIELD(threads));
-TABLE(RowWeightArguments, FIELD(row_arguments), FIELD(weights));
+TABLE(RowWeightArguments, FIELD(row_arguments), FIELD(factors), FIELD(weights));
 TABLE(ColumnDiagonalArguments, FIELD(row_arguments), FIELD(group_starts), FIELD(columns), FIELD(diagonals),
       FIELD(num_groups));
 TABLE(KeyCodeArguments, FIELD(cache), FIELD(pages), FIELD(heads), FIELD(to_key), FIELD(center), FIELD(codes),
@@ -98,6 +98,9 @@ TABLE(TileScoreBinArguments, FIELD(qk), FIELD(min_bin), FIELD(bins), FIELD(tile_
 TABLE(RowMassArguments, FIELD(qk), FIELD(rows), FIELD(weights), FIELD(mass), FIELD(num_rows), FIELD(tile));
 TABLE(BinMassArguments, FIELD(bins), FIELD(tile_of_row), FIELD(weights), FIELD(mass), FIELD(seq_len), FIELD(heads),
       FIELD(rows), FIELD(tiles), FIELD(threads));
+TABLE(ThresholdArguments, FIELD(mass), FIELD(places), FIELD(threshold), FIELD(heads), FIELD(rows),
+      FIELD(places_per_head), FIELD(sampled), FIELD(first), FIELD(share), FIELD(row_share), FIELD(errors),
+      FIELD(threads));
 TABLE(KeyArguments, FIELD(bins), FIELD(threshold), FIELD(counts), FIELD(listed_pages), FIELD(columns), FIELD(seq_len),
       FIELD(heads), FIELD(tiles), FIELD(block_size), FIELD(max_columns), FIELD(threads));
 
@@ -127,8 +130,9 @@ extern "C" const char* minference_describe_interface() {
       describe<Cache>() + describe<AttendArguments>() + describe<RemainderArguments>() + describe<RowArguments>() +
       describe<RowWeightArguments>() + describe<ColumnDiagonalArguments>() + describe<KeyCodeArguments>() +
       describe<QuantizedQK>() + describe<TileScoreBinArguments>() + describe<RowMassArguments>() +
-      describe<BinMassArguments>() + describe<KeyArguments>() + FUNCTION(attend) + FUNCTION(remainder) +
+      describe<BinMassArguments>() + describe<ThresholdArguments>() + describe<KeyArguments>() + FUNCTION(attend) +
+      FUNCTION(remainder) +
       FUNCTION(row_weights) + FUNCTION(column_diagonal_scores) + FUNCTION(key_codes) + FUNCTION(tile_score_bins) +
-      FUNCTION(row_mass) + FUNCTION(mass_by_bin) + FUNCTION(page_counts) + FUNCTION(keys_above);
+      FUNCTION(row_mass) + FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) + FUNCTION(keys_above);
   return text.c_str();
 }

@@ -114,7 +114,8 @@ struct RowArguments {
 
 struct RowWeightArguments {
   RowArguments row_arguments;
-  float* weights;  // [num_wanted][rows][seq_len], written: softmax weights
+  const float* factors;  // [num_wanted][seq_len], logarithms, base 2, of what each key's weight counts times. May be null
+  float* weights;        // [num_wanted][rows][seq_len], written: softmax weights; with factors they sum to 1, too
 };
 
 struct ColumnDiagonalArguments {
@@ -184,6 +185,21 @@ struct BinMassArguments {
   int32_t threads;
 };
 
+// How far down the bins each head needs keys (CalibrationRows.threshold in Python): the largest bin from which on every
+// group of rows has its share of the attention; 0 where none but the lowest has it.
+struct ThresholdArguments {
+  const float* mass;      // [heads][rows][256], attention per bin
+  const int64_t* places;  // [heads][places], rows: of a sample, then of groups that speak for themselves
+  int32_t* threshold;     // [heads], written
+  int32_t heads, rows, places_per_head;
+  int32_t sampled;    // of the places
+  int32_t first;      // of the places after those, in the first group; the rest are the second
+  float share;        // wanted of the mean of each group
+  float row_share;    // wanted of every row of the groups
+  float errors;       // standard errors that the sample's mean must lie above `share`
+  int32_t threads;
+};
+
 // Keys whose bin is at least the threshold of their head. `pages` is seq_len / block_size, rounded up.
 struct KeyArguments {
   const uint8_t* bins;       // [heads][tiles][seq_len]
@@ -217,8 +233,10 @@ void minference_key_codes(const minference::KeyCodeArguments* arguments);
 void minference_tile_score_bins(const minference::TileScoreBinArguments* arguments);
 void minference_row_mass(const minference::RowMassArguments* arguments);
 
-// From the score bins of tiles: attention per bin, keys at or above the threshold per page, and the list of those keys.
+// From the score bins of tiles: attention per bin, how far down it is needed, keys at or above that threshold per page,
+// and the list of those keys.
 void minference_mass_by_bin(const minference::BinMassArguments* arguments);
+void minference_threshold(const minference::ThresholdArguments* arguments);
 void minference_page_counts(const minference::KeyArguments* arguments);
 void minference_keys_above(const minference::KeyArguments* arguments);
 }

@@ -68,19 +68,20 @@ void find_row_mass(const RowMassArguments& a, const KeysInLanes& keys, ByteWorks
   for (int r = 0; r < rows; ++r) {
     const int64_t local = w.position[r] / a.tile * a.tile;
     const int64_t place = static_cast<int64_t>(head) * a.num_rows + first_row + r;
-    Mass mass;
-    int64_t block = -1;  // whose bins are in `found`
-    alignas(64) int16_t found[kPeakKeys];
-    mass.add_row(a.weights + place * qk.seq_len, qk.seq_len, [&](int64_t key) -> int {
-      if (key >= local) return kLocalBin;
-      if (key / kPeakKeys != block) {
-        block = key / kPeakKeys;
-        Shorts bins[kKeyVectors];
-        part.bins_of_row(r, keys.block(head, block), bins);
-        for (int v = 0; v < kKeyVectors; ++v) store(found + v * kShorts, bins[v]);
-      }
-      return to_bin(found[key % kPeakKeys]);
-    });
+    const float* weights = a.weights + place * qk.seq_len;
+    Mass mass(qk.seq_len);
+    for (int64_t first = 0; first < qk.seq_len; first += kPeakKeys) {
+      const int64_t count = std::min<int64_t>(kPeakKeys, qk.seq_len - first);
+      if (count == kPeakKeys && mass.add_negligible(weights + first, count)) continue;
+      Shorts shorts[kKeyVectors];
+      part.bins_of_row(r, keys.block(head, first / kPeakKeys), shorts);
+      alignas(64) int16_t found[kPeakKeys];
+      for (int v = 0; v < kKeyVectors; ++v) store(found + v * kShorts, shorts[v]);
+      uint8_t bins[kPeakKeys];
+      for (int n = 0; n < kPeakKeys; ++n) bins[n] = static_cast<uint8_t>(to_bin(found[n]));
+      for (int64_t key = std::max(first, local); key < first + count; ++key) bins[key - first] = kLocalBin;
+      mass.add(weights + first, bins, count);
+    }
     mass.write(a.mass + place * kBins);
   }
 }

@@ -2,6 +2,8 @@
 #include "score_bins.h"
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 
 namespace minference {
 namespace {
@@ -15,6 +17,48 @@ void for_tiles(const KeyArguments& a, const Use& use) {
   }
 }
 
+// How much of some rows' attention lies from a bin up.
+class Coverage {
+ public:
+  explicit Coverage(const float* mass) : mass_(mass) {}
+
+  // The largest bin down to which the rows have a share in the mean, less so many standard errors of it; else 0.
+  int of_mean(const int64_t* rows, int count, float share, float errors) const {
+    std::array<double, kBins> sum{}, squares{};
+    for (int r = 0; r < count; ++r) {
+      const auto covered = of_row(rows[r]);
+      for (int bin = 0; bin < kBins; ++bin) sum[bin] += covered[bin], squares[bin] += covered[bin] * covered[bin];
+    }
+    for (int bin = kBins - 1; bin > 0; --bin) {
+      const double mean = sum[bin] / count, variance = std::max(0.0, squares[bin] / count - mean * mean);
+      if (mean - errors * std::sqrt(variance / count) >= share) return bin;
+    }
+    return 0;
+  }
+
+  // The largest bin down to which every row has a share; else 0.
+  int of_every(const int64_t* rows, int count, float share) const {
+    int found = kBins - 1;
+    for (int r = 0; r < count; ++r) {
+      const auto covered = of_row(rows[r]);
+      while (found > 0 && !(covered[found] >= share)) --found;
+    }
+    return found;
+  }
+
+ private:
+  // What a row has from each bin up. Of a row without attention this is not a number, and never enough.
+  std::array<double, kBins> of_row(int64_t row) const {
+    std::array<double, kBins> covered;
+    double sum = 0.0;
+    for (int bin = kBins - 1; bin >= 0; --bin) covered[bin] = sum += mass_[row * kBins + bin];
+    for (double& one : covered) one /= sum;
+    return covered;
+  }
+
+  const float* mass_;
+};
+
 }  // namespace
 }  // namespace minference
 
@@ -24,9 +68,29 @@ extern "C" void minference_mass_by_bin(const minference::BinMassArguments* argum
 #pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
   for (int64_t task = 0; task < static_cast<int64_t>(a.heads) * a.rows; ++task) {
     const uint8_t* bins = a.bins + (task / a.rows * a.tiles + a.tile_of_row[task % a.rows]) * a.seq_len;
-    Mass mass;
-    mass.add_row(a.weights + task * a.seq_len, a.seq_len, [&](int64_t key) -> int { return bins[key]; });
+    Mass mass(a.seq_len);
+    mass.add(a.weights + task * a.seq_len, bins, a.seq_len);
     mass.write(a.mass + task * kBins);
+  }
+}
+
+extern "C" void minference_threshold(const minference::ThresholdArguments* arguments) {
+  using namespace minference;
+  const ThresholdArguments& a = *arguments;
+#pragma omp parallel for num_threads(a.threads) schedule(static)
+  for (int64_t head = 0; head < a.heads; ++head) {
+    const int64_t* places = a.places + head * a.places_per_head;
+    const Coverage coverage(a.mass + head * a.rows * kBins);
+    const int ends[] = {a.sampled, a.sampled + a.first, a.places_per_head};
+    int found = kBins - 1, begin = 0;
+    for (const int end : ends) {
+      const float errors = begin == 0 ? a.errors : 0.0f;
+      if (end > begin) found = std::min(found, coverage.of_mean(places + begin, end - begin, a.share, errors));
+      begin = end;
+    }
+    const int alone = a.places_per_head - a.sampled;
+    if (alone > 0) found = std::min(found, coverage.of_every(places + a.sampled, alone, a.row_share));
+    a.threshold[head] = found;
   }
 }
 

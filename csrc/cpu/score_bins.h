@@ -12,24 +12,35 @@ constexpr uint8_t kLocalBin = 255;  // of keys in the tile's own pages
 // The attention of one row per bin.
 class Mass {
  public:
-  // Adds the row's weights, each to the bin that bin_of(key) names; keys ascend. Groups of kLanes keys whose weights are
-  // all below 1e-3 / count are not looked up and count for bin 0: a row's weights sum to 1, so that this is 1e-3 at
-  // most. Neighbours go to sums of their own, since an addition to a sum waits for the one before.
-  template <typename BinOf>
-  void add_row(const float* weights, int64_t count, const BinOf& bin_of) {
-    const float negligible = 1e-3f / static_cast<float>(count);
-    Floats rest = repeat(0.0f);
+  // `count`: keys of the row, whose weights sum to 1.
+  explicit Mass(int64_t count) : negligible_(1e-3f / static_cast<float>(count)) {}
+
+  // Adds neighbouring keys, each to its bin. Groups of kLanes whose weights are all negligible are not looked up and
+  // count for bin 0: that is 1e-3 of the row at most. Neighbours go to sums of their own, since an addition to a sum
+  // waits for the one before.
+  void add(const float* weights, const uint8_t* bins, int64_t count) {
     int64_t key = 0;
     for (; key + kLanes <= count; key += kLanes) {
       const Floats here = load(weights + key);
-      if (reduce_max(here) < negligible) {
-        rest += here;
+      if (reduce_max(here) < negligible_) {
+        rest_ += here;
         continue;
       }
-      for (int i = 0; i < kLanes; ++i) sum_[i % kSplit][bin_of(key + i)] += weights[key + i];
+      for (int i = 0; i < kLanes; ++i) sum_[i % kSplit][bins[key + i]] += weights[key + i];
     }
-    for (; key < count; ++key) sum_[0][bin_of(key)] += weights[key];
-    sum_[0][0] += reduce_add(rest);
+    for (; key < count; ++key) sum_[0][bins[key]] += weights[key];
+  }
+
+  // Adds `count` keys, a multiple of kLanes, if all of them are negligible: nobody need know their bins.
+  bool add_negligible(const float* weights, int64_t count) {
+    Floats largest = repeat(0.0f), sum = largest;
+    for (int64_t key = 0; key < count; key += kLanes) {
+      const Floats here = load(weights + key);
+      largest = max(largest, here), sum += here;
+    }
+    if (!(reduce_max(largest) < negligible_)) return false;
+    rest_ += sum;
+    return true;
   }
 
   void write(float* mass) const {
@@ -37,10 +48,13 @@ class Mass {
       mass[bin] = 0.0f;
       for (const auto& part : sum_) mass[bin] += part[bin];
     }
+    mass[0] += reduce_add(rest_);
   }
 
  private:
   static constexpr int kSplit = 4;
+  float negligible_;
+  Floats rest_ = repeat(0.0f);
   float sum_[kSplit][kBins] = {};
 };
 

@@ -24,7 +24,7 @@ from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import Capacity, Selection, WritesLists
 from minference_vllm.selection.coverage import mass_per_token
 from minference_vllm.selection.family import Family
-from minference_vllm.selection.measured_rows import CalibrationRows, by_value, calibration_rows
+from minference_vllm.selection.measured_rows import CalibrationRows, calibration_rows
 from minference_vllm.selection.probe_queries import unlikeness
 from minference_vllm.selection.projection import (
     Projection,
@@ -72,11 +72,12 @@ class LowRankOps(Protocol):
     def key_codes(self, heads: Sequence[int], projection: Projection) -> torch.Tensor:
         """int8 ``[h, S, r]``: ``projection.quantize_keys`` of all keys."""
 
-    def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-        """float32 ``[h, R, S]``: exact softmax weights of rows of the chunk (int64 ``[h, R]``, ascending)."""
+    def row_shares(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+        """float32 ``[h, R, S]``: ``measured_rows.by_value`` of the exact attention of rows of the chunk (int64
+        ``[h, R]``, ascending)."""
 
-    def value_norms(self, heads: Sequence[int]) -> torch.Tensor:
-        """float32 ``[h, S]``: norm of every key's value, up to one factor for all."""
+    def threshold(self, sample: CalibrationRows, mass: torch.Tensor, gamma: float) -> torch.Tensor:
+        """``CalibrationRows.threshold``."""
 
     def tile_bins(self, quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
         """See ``score_bins.tile_bins``."""
@@ -100,7 +101,7 @@ class Measured(NamedTuple):
     """``[h, chunk, D]``, all of the chunk."""
     sample: CalibrationRows
     weights: torch.Tensor
-    """float32 ``[h, R, S]``, see ``by_value``."""
+    """float32 ``[h, R, S]``, see ``measured_rows.by_value``."""
     tile: torch.Tensor
     """int64 ``[h, R]``: the tile of each row."""
 
@@ -109,8 +110,7 @@ class Measured(NamedTuple):
         queries = scores.queries_of(heads)
         sample = calibration_rows(unlikeness(queries), tiling.seq_len)
         tile = torch.searchsorted(tiling.starts, sample.rows + tiling.context_len, right=True) - 1
-        weights = by_value(scores.row_weights(sample.rows, heads), scores.value_norms(heads))
-        return cls(queries, sample, weights, tile)
+        return cls(queries, sample, scores.row_shares(sample.rows, heads), tile)
 
 
 def column_diagonal_bins(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor) -> torch.Tensor:
@@ -145,8 +145,7 @@ def needed_keys(weights: torch.Tensor, gamma: float, scores: LowRankOps) -> torc
     """
     rows = torch.arange(weights.shape[1], device=weights.device).expand(len(weights), -1)
     found = score_bins.as_bins(weights.clamp(min=1e-20).log2_())
-    share = score_bins.mean_share(score_bins.covered(scores.mass_by_bin(found, rows, weights)))
-    wanted = score_bins.lowest_bin(share, gamma)
+    wanted = scores.threshold(CalibrationRows(rows, rows, (), 0.0), scores.mass_by_bin(found, rows, weights), gamma)
     return scores.page_counts(found, wanted, weights.shape[2]).sum(2).float().mean(1)
 
 
@@ -165,7 +164,7 @@ def columns_and_diagonals(
         cost: of scoring, as a share of dense attention.
     """
     bins = column_diagonal_bins(tiling, *column_diagonal)
-    wanted = measured.sample.threshold(scores.mass_by_bin(bins, measured.tile, measured.weights), gamma)
+    wanted = scores.threshold(measured.sample, scores.mass_by_bin(bins, measured.tile, measured.weights), gamma)
     keys = scores.page_counts(bins, wanted, tiling.block_size).sum((1, 2))
     most_saved = keys - tiling.num_tiles * needed_keys(measured.weights[:, ::8], gamma, scores)
     cost *= float(tiling.reachable().sum()) * tiling.block_size
@@ -219,10 +218,10 @@ def score_keys(
         lowest = torch.zeros(len(keys), dtype=torch.int32, device=keys.device)
     else:
         # One less: kernels may round otherwise.
-        lowest = sample.threshold(scores.row_mass(quantized, sample.rows, tiling, weights), pattern.gamma)
+        lowest = scores.threshold(sample, scores.row_mass(quantized, sample.rows, tiling, weights), pattern.gamma)
         lowest = lowest.sub_(1).clamp_(min=0)
     bins = score_bins.hide_before_window(scores.tile_bins(quantized, tiling, lowest), tiling)
-    wanted = sample.threshold(scores.mass_by_bin(bins, measured.tile, weights), pattern.gamma)
+    wanted = scores.threshold(sample, scores.mass_by_bin(bins, measured.tile, weights), pattern.gamma)
     # Standard errors need not fall where every row has more: but what suffices the rows themselves does.
     return ScoreBins(bins, torch.maximum(wanted, lowest))
 

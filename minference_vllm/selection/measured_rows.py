@@ -35,6 +35,11 @@ WEIGHTS_BYTES = 64 << 20
 """Attention of a head's measured rows."""
 
 
+def least_of_a_row(gamma: float) -> float:
+    """The share that every single one of the last and the unlike rows must have."""
+    return max(0.0, 1 - MOST_MISSED * (1 - gamma))
+
+
 class CalibrationRows(NamedTuple):
     """Rows of a chunk whose attention is measured, of each head its own."""
 
@@ -44,6 +49,8 @@ class CalibrationRows(NamedTuple):
     """int64 ``[h, n]``: places in ``rows`` of a sample of all rows."""
     others: tuple[torch.Tensor, ...]
     """Likewise, of groups that speak for themselves: some of the last rows, and those most unlike the others."""
+    errors: float = STANDARD_ERRORS
+    """So many standard errors the mean of the sample must lie above what is wanted."""
 
     def threshold(self, mass: torch.Tensor, gamma: float) -> torch.Tensor:
         """int32 ``[h]``: the bin down to which every group has a share ``gamma`` of its attention, and no row of the
@@ -57,13 +64,12 @@ class CalibrationRows(NamedTuple):
         def of(places: torch.Tensor) -> torch.Tensor:
             return share.gather(1, places[..., None].expand(-1, -1, share.shape[2]))
 
-        means = [score_bins.mean_share(of(self.spread), STANDARD_ERRORS)]
+        means = [score_bins.mean_share(of(self.spread), self.errors)]
         means += [score_bins.mean_share(of(group)) for group in self.others]
         found = score_bins.lowest_bin(torch.stack(means), gamma).amin(0)
         if not self.others:
             return found
-        least = max(0.0, 1 - MOST_MISSED * (1 - gamma))
-        of_rows = score_bins.lowest_bin(of(torch.cat(self.others, 1)).amin(1), least)
+        of_rows = score_bins.lowest_bin(of(torch.cat(self.others, 1)).amin(1), least_of_a_row(gamma))
         return torch.minimum(found, of_rows)
 
     def alone(self) -> torch.Tensor:

@@ -153,6 +153,10 @@ class TorchScores:
         window = self.inputs.window
         return measured_rows.row_weights(query, self.keys_of(heads), positions, self.scale, self.softcap, window)
 
+    def row_shares(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+        return measured_rows.by_value(self.row_weights(rows, heads), self.value_norms(heads))
+
+    threshold = staticmethod(measured_rows.CalibrationRows.threshold)
     tile_bins = staticmethod(score_bins.tile_bins)
     row_mass = staticmethod(score_bins.row_mass)
     mass_by_bin = staticmethod(score_bins.mass_by_bin)

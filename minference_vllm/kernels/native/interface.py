@@ -123,7 +123,7 @@ class RowArguments(ctypes.Structure):
 
 
 class RowWeightArguments(ctypes.Structure):
-    _fields_ = (("row_arguments", RowArguments), ("weights", _Float32Ptr))
+    _fields_ = (("row_arguments", RowArguments), ("factors", _Float32Ptr), ("weights", _Float32Ptr))
 
 
 class ColumnDiagonalArguments(ctypes.Structure):
@@ -204,6 +204,23 @@ class BinMassArguments(ctypes.Structure):
     )
 
 
+class ThresholdArguments(ctypes.Structure):
+    _fields_ = (
+        ("mass", _Float32Ptr),
+        ("places", _Int64Ptr),
+        ("threshold", _Int32Ptr),
+        ("heads", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("places_per_head", ctypes.c_int32),
+        ("sampled", ctypes.c_int32),
+        ("first", ctypes.c_int32),
+        ("share", ctypes.c_float),
+        ("row_share", ctypes.c_float),
+        ("errors", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
 class KeyArguments(ctypes.Structure):
     _fields_ = (
         ("bins", _Uint8Ptr),
@@ -229,6 +246,7 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "tile_score_bins": TileScoreBinArguments,
     "row_mass": RowMassArguments,
     "mass_by_bin": BinMassArguments,
+    "threshold": ThresholdArguments,
     "page_counts": KeyArguments,
     "keys_above": KeyArguments,
 }

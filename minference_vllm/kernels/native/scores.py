@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from minference_vllm.kernels.native import interface
 from minference_vllm.kernels.native.library import describe_cache, library
 from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import Capacity, KeyLists, Selection, WritesLists
+from minference_vllm.selection.measured_rows import CalibrationRows, least_of_a_row
 from minference_vllm.selection.probe_queries import probe_groups
 from minference_vllm.selection.projection import BINS_PER_BIT, MAX_KEY, MAX_KEY_NORM, Projection, QuantizedQK
 from minference_vllm.selection.score_bins import ScoreBins, whole_pages
@@ -94,6 +96,28 @@ def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor
     return mass
 
 
+def threshold(sample: CalibrationRows, mass: torch.Tensor, gamma: float) -> torch.Tensor:
+    """``CalibrationRows.threshold``."""
+    places, mass = torch.cat([sample.spread, *sample.others], 1), mass.contiguous()
+    found = torch.empty(len(mass), dtype=torch.int32)
+    call = interface.ThresholdArguments(
+        mass.data_ptr(),
+        places.data_ptr(),
+        found.data_ptr(),
+        len(mass),
+        mass.shape[1],
+        places.shape[1],
+        sample.spread.shape[1],
+        sample.others[0].shape[1] if sample.others else 0,
+        gamma,
+        least_of_a_row(gamma),
+        sample.errors,
+        torch.get_num_threads(),
+    )
+    library().minference_threshold(ctypes.byref(call))
+    return found
+
+
 def page_counts(bins: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:
     """``score_bins.page_counts``."""
     heads, tiles, length = bins.shape
@@ -138,6 +162,7 @@ class NativeScores(TorchScores):
     tile_bins = staticmethod(tile_bins)
     row_mass = staticmethod(row_mass)
     mass_by_bin = staticmethod(mass_by_bin)
+    threshold = staticmethod(threshold)
     page_counts = staticmethod(page_counts)
 
     def __init__(self, inputs: Inputs, from_pages: bool = True) -> None:
@@ -162,13 +187,24 @@ class NativeScores(TorchScores):
 
     def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
         """``measured_rows.row_weights`` straight from the pages."""
-        if not self.from_pages:
-            return super().row_weights(rows, heads)
+        return self._row_weights(rows, heads, None) if self.from_pages else super().row_weights(rows, heads)
+
+    def row_shares(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+        """``measured_rows.by_value`` of them: a softmax, too, of scores that count the values' norms."""
+        return self._row_weights(rows, heads, self._factors) if self.from_pages else super().row_shares(rows, heads)
+
+    @functools.cached_property
+    def _factors(self) -> torch.Tensor:
+        """float32 ``[HK, S]``: logarithms, base 2, of the values' norms."""
+        return self.kv_value_norms.clamp(1e-20, 1e20).log2()
+
+    def _row_weights(self, rows: torch.Tensor, heads: Sequence[int], factors: torch.Tensor | None) -> torch.Tensor:
         weights = torch.empty(*rows.shape, self.inputs.chunk.seq_len)
         for own, head, found in zip(rows.contiguous(), heads, weights, strict=True):
             wanted = torch.tensor([head], dtype=torch.int32)
             for some, part in zip(own.split(MAX_ROWS), found.split(MAX_ROWS), strict=True):
-                call = interface.RowWeightArguments(self._rows(some, wanted), part.data_ptr())
+                of_head = None if factors is None else factors[head // self.inputs.group].data_ptr()
+                call = interface.RowWeightArguments(self._rows(some, wanted), of_head, part.data_ptr())
                 library(self.inputs.cache.key.dtype).minference_row_weights(ctypes.byref(call))
         return weights
 
