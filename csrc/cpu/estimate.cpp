@@ -2,6 +2,27 @@
 // passes over K. minference_vllm/selection/low_rank.py and probe_queries.py say which queries and what for.
 #include "rows.h"
 
+namespace minference {
+namespace {
+
+// `count` floats as bf16; whole vectors are read.
+void store_as_bf16(bf16* out, const float* in, int64_t count) {
+  for (int64_t n = 0; n < count; n += kLanes) {
+    if (n + kLanes <= count) {
+      store_element(out + n, load(in + n));
+    } else {
+      bf16 rest[kLanes];
+      store_element(rest, load(in + n));
+      std::memcpy(out + n, rest, (count - n) * sizeof(bf16));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace minference
+
+// The weights of a tile of keys are stored relative to the largest so far, and multiplied when all are known: they are
+// many, and nothing of them takes as long as memory.
 extern "C" void minference_row_weights(const minference::RowWeightArguments* arguments) {
   using namespace minference;
   const RowArguments& a = arguments->row_arguments;
@@ -9,6 +30,7 @@ extern "C" void minference_row_weights(const minference::RowWeightArguments* arg
   Normalizers normalizers(a, scores.parts);
   std::vector<float> normalizer;
   const int num_rows = a.num_wanted * a.rows;
+  std::vector<float> relative_to(static_cast<size_t>(num_rows) * scores.key_tiles);
 #pragma omp parallel num_threads(a.threads)
   {
     auto& w = thread_workspace<RowWorkspace>();
@@ -25,8 +47,9 @@ extern "C" void minference_row_weights(const minference::RowWeightArguments* arg
         }
         normalizers.add(w, i, task % scores.parts);
         for (int r = 0; r < a.rows; ++r) {
-          float* target = arguments->weights + (static_cast<int64_t>(i) * a.rows + r) * a.seq_len;
-          std::memcpy(target + first_key, w.row(r), here * sizeof(float));
+          const int64_t row = static_cast<int64_t>(i) * a.rows + r;
+          relative_to[row * scores.key_tiles + tile] = w.largest[r];
+          store_as_bf16(arguments->weights + row * a.seq_len + first_key, w.row(r), here);
         }
       });
     }
@@ -34,11 +57,16 @@ extern "C" void minference_row_weights(const minference::RowWeightArguments* arg
     normalizer = normalizers.result();
 #pragma omp for schedule(static)
     for (int row = 0; row < num_rows; ++row) {
-      float* weights = arguments->weights + row * a.seq_len;
-      const int64_t whole = a.seq_len / kLanes * kLanes;
-      const Floats shift = repeat(normalizer[row]);
-      for (int64_t n = 0; n < whole; n += kLanes) store(weights + n, exp2(load(weights + n) - shift));
-      for (int64_t n = whole; n < a.seq_len; ++n) weights[n] = std::exp2(weights[n] - normalizer[row]);
+      for (int64_t tile = 0; tile < scores.key_tiles; ++tile) {
+        bf16* weights = arguments->weights + row * a.seq_len + tile * kKeyTile;
+        const int64_t here = std::min<int64_t>(kKeyTile, a.seq_len - tile * kKeyTile);
+        const float factor = std::exp2(relative_to[row * scores.key_tiles + tile] - normalizer[row]);
+        alignas(64) bf16 relative[kKeyTile];
+        alignas(64) float scaled[kKeyTile];
+        std::memcpy(relative, weights, here * sizeof(bf16));
+        for (int n = 0; n < kKeyTile; n += kLanes) store(scaled + n, widen(relative + n) * repeat(factor));
+        store_as_bf16(weights, scaled, here);
+      }
     }
   }
 }

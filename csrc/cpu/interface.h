@@ -115,7 +115,7 @@ struct RowArguments {
 struct RowWeightArguments {
   RowArguments row_arguments;
   const float* factors;  // [num_wanted][seq_len], logarithms, base 2, of what each key's weight counts times. May be null
-  float* weights;        // [num_wanted][rows][seq_len], written: softmax weights; with factors they sum to 1, too
+  bf16* weights;         // [num_wanted][rows][seq_len], written: softmax weights; with factors they sum to 1, too
 };
 
 struct ColumnDiagonalArguments {
@@ -169,7 +169,7 @@ struct TileScoreBinArguments {
 struct RowMassArguments {
   QuantizedQK qk;
   const int64_t* rows;   // [num_rows], rows of the chunk, ascending
-  const float* weights;  // [heads][num_rows][seq_len], softmax weights
+  const bf16* weights;   // [heads][num_rows][seq_len], softmax weights
   float* mass;           // [heads][num_rows][256], written: sum of the weights per bin
   int32_t num_rows;
   int32_t tile;  // rows per tile
@@ -178,7 +178,7 @@ struct RowMassArguments {
 struct BinMassArguments {
   const uint8_t* bins;         // [heads][tiles][seq_len]
   const int64_t* tile_of_row;  // [rows], the tile whose bins apply to each row
-  const float* weights;        // [heads][rows][seq_len], softmax weights
+  const bf16* weights;         // [heads][rows][seq_len], softmax weights
   float* mass;                 // [heads][rows][256], written: sum of the weights per bin
   int64_t seq_len;
   int32_t heads, rows, tiles;

@@ -22,6 +22,7 @@ constexpr int kScoreStride = kKeyTile + 2 * kMaxRows;
 struct alignas(64) RowWorkspace {
   alignas(64) Packed keys[kMaxHead / kPack * kKeyTile];
   alignas(64) float scores[kMaxRows * kScoreStride];
+  float largest[kMaxRows];  // what the rows of the last tile that Normalizers met are relative to
 
   float* row(int r) { return scores + r * kScoreStride + kMaxRows; }
 };
@@ -113,23 +114,31 @@ class Normalizers {
         maximum_(count_ * parts, -kInfinity),
         sum_(count_ * parts, 0.0f) {}
 
-  // Adds the scores of one head and one tile of a part.
+  // Adds the scores of one head and one tile of a part, in whose place come weights relative to w.largest.
   void add(RowWorkspace& w, int wanted, int64_t part) {
     for (int r = 0; r < rows_; ++r) {
-      const float* row = w.row(r);
+      float* row = w.row(r);
       Floats largest = load(row);
       for (int n = kLanes; n < kKeyTile; n += kLanes) largest = max(largest, load(row + n));
       const float found = reduce_max(largest);
-      if (found == -kInfinity) continue;
+      if (found == -kInfinity) {
+        w.largest[r] = found;
+        std::fill_n(row, kKeyTile, 0.0f);
+        continue;
+      }
       float& best = maximum_[count_ * part + static_cast<size_t>(wanted) * rows_ + r];
       float& total = sum_[count_ * part + static_cast<size_t>(wanted) * rows_ + r];
       if (found > best) {
         total *= best == -kInfinity ? 0.0f : std::exp2(best - found);
         best = found;
       }
-      const Floats shift = repeat(best);
+      const Floats shift = repeat(w.largest[r] = best);
       Floats added = repeat(0.0f);
-      for (int n = 0; n < kKeyTile; n += kLanes) added += exp2(load(row + n) - shift);
+      for (int n = 0; n < kKeyTile; n += kLanes) {
+        const Floats weight = exp2(load(row + n) - shift);
+        store(row + n, weight);
+        added += weight;
+      }
       total += reduce_add(added);
     }
   }

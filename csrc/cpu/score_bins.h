@@ -18,24 +18,31 @@ class Mass {
   // Adds neighbouring keys, each to its bin. Groups of kLanes whose weights are all negligible are not looked up and
   // count for bin 0: that is 1e-3 of the row at most. Neighbours go to sums of their own, since an addition to a sum
   // waits for the one before.
-  void add(const float* weights, const uint8_t* bins, int64_t count) {
+  void add(const bf16* weights, const uint8_t* bins, int64_t count) {
     int64_t key = 0;
     for (; key + kLanes <= count; key += kLanes) {
-      const Floats here = load(weights + key);
+      const Floats here = widen(weights + key);
       if (reduce_max(here) < negligible_) {
         rest_ += here;
         continue;
       }
-      for (int i = 0; i < kLanes; ++i) sum_[i % kSplit][bins[key + i]] += weights[key + i];
+      float weight[kLanes];
+      store(weight, here);
+      for (int i = 0; i < kLanes; ++i) sum_[i % kSplit][bins[key + i]] += weight[i];
     }
-    for (; key < count; ++key) sum_[0][bins[key]] += weights[key];
+    if (key == count) return;
+    bf16 last[kLanes] = {};
+    std::memcpy(last, weights + key, (count - key) * sizeof(bf16));
+    float weight[kLanes];
+    store(weight, widen(last));
+    for (int i = 0; key < count; ++key, ++i) sum_[0][bins[key]] += weight[i];
   }
 
   // Adds `count` keys, a multiple of kLanes, if all of them are negligible: nobody need know their bins.
-  bool add_negligible(const float* weights, int64_t count) {
+  bool add_negligible(const bf16* weights, int64_t count) {
     Floats largest = repeat(0.0f), sum = largest;
     for (int64_t key = 0; key < count; key += kLanes) {
-      const Floats here = load(weights + key);
+      const Floats here = widen(weights + key);
       largest = max(largest, here), sum += here;
     }
     if (!(reduce_max(largest) < negligible_)) return false;

@@ -73,7 +73,7 @@ class LowRankOps(Protocol):
         """int8 ``[h, S, r]``: ``projection.quantize_keys`` of all keys."""
 
     def row_shares(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-        """float32 ``[h, R, S]``: ``measured_rows.by_value`` of the exact attention of rows of the chunk (int64
+        """float32 or bf16 ``[h, R, S]``: ``measured_rows.by_value`` of the exact attention of rows of the chunk (int64
         ``[h, R]``, ascending)."""
 
     def threshold(self, sample: CalibrationRows, mass: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -101,7 +101,7 @@ class Measured(NamedTuple):
     """``[h, chunk, D]``, all of the chunk."""
     sample: CalibrationRows
     weights: torch.Tensor
-    """float32 ``[h, R, S]``, see ``measured_rows.by_value``."""
+    """float32 or bf16 ``[h, R, S]``, see ``measured_rows.by_value``."""
     tile: torch.Tensor
     """int64 ``[h, R]``: the tile of each row."""
 
@@ -141,10 +141,10 @@ def needed_keys(weights: torch.Tensor, gamma: float, scores: LowRankOps) -> torc
     """float32 ``[h]``: how many keys hold a share ``gamma`` of a row's attention, if every row has its own; the mean.
 
     Args:
-        weights: float32 ``[h, R, S]``.
+        weights: float32 or bf16 ``[h, R, S]``.
     """
     rows = torch.arange(weights.shape[1], device=weights.device).expand(len(weights), -1)
-    found = score_bins.as_bins(weights.clamp(min=1e-20).log2_())
+    found = score_bins.as_bins(weights.float().clamp(min=1e-20).log2_())
     wanted = scores.threshold(CalibrationRows(rows, rows, (), 0.0), scores.mass_by_bin(found, rows, weights), gamma)
     return scores.page_counts(found, wanted, weights.shape[2]).sum(2).float().mean(1)
 

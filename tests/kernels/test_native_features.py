@@ -135,7 +135,9 @@ def test_scores(layout: Layout, chunk: int, context: int, features: dict[str, An
     )
     for kind in (NativeScores, TorchScores):
         scores = kind(inputs)
-        torch.testing.assert_close(scores.row_weights(rows, heads).double(), weights, rtol=1e-3, atol=1e-5)
+        # Ours are rounded to bf16 twice.
+        rtol = 2**-7 if kind is NativeScores else 1e-3
+        torch.testing.assert_close(scores.row_weights(rows, heads).double(), weights, rtol=rtol, atol=1e-5)
         for found, expected in zip(scores.column_diagonal_scores(heads), lines, strict=True):
             torch.testing.assert_close(found.double(), expected[1::2], rtol=1e-3, atol=1e-5)
 

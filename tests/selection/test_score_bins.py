@@ -94,7 +94,8 @@ def test_mass_by_bin(scores: TorchScores) -> None:
     bins = torch.randint(0, 256, (3, 5, 301), generator=generator).to(torch.uint8)
     weights = torch.rand(3, 7, 301, generator=generator)
     weights[:, :, 40:200] *= 1e-12
-    weights /= weights.sum(-1, keepdim=True)
+    # What our kernels hold exactly.
+    weights = (weights / weights.sum(-1, keepdim=True)).bfloat16().float()
     bin_row = torch.tensor([[0, 0, 1, 3, 4, 4, 2], [1, 1, 1, 0, 2, 3, 4], [4, 3, 2, 1, 0, 0, 0]])
     exact = torch.zeros(3, 7, 256, dtype=torch.float64)
     for head in range(3):
@@ -102,7 +103,7 @@ def test_mass_by_bin(scores: TorchScores) -> None:
             exact[head, row].index_add_(0, bins[head, which].long(), weights[head, row].double())
     found = scores.mass_by_bin(bins, bin_row, weights)
     torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=0)
-    torch.testing.assert_close(found.sum(2), torch.ones(3, 7), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.sum(2), weights.sum(2), atol=1e-5, rtol=0)
     assert torch.equal(scores.mass_by_bin(bins, bin_row[:, ::2], weights[:, ::2]), found[:, ::2])
 
 
@@ -116,14 +117,15 @@ def test_mass_of_rows(name: str, rank: int, scores: TorchScores) -> None:
     positions = rows + context
     weights = torch.rand(*rows.shape, length, generator=torch.Generator().manual_seed(0)).pow(20)
     weights.masked_fill_(torch.arange(length) > positions[..., None], 0)
-    weights /= weights.sum(-1, keepdim=True)
+    # What our kernels hold exactly.
+    weights = (weights / weights.sum(-1, keepdim=True)).bfloat16().float()
     found = scores.row_mass(quantized, rows, tiling, weights).double()
     bins = row_bins(quantized.rows(rows), positions, tiling)
     exact = torch.zeros(*rows.shape, 256, dtype=torch.float64).scatter_add_(2, bins.long(), weights.double())
     # Where a key's bin is rounded otherwise, its mass moves to the next one.
     ours, right = found.cumsum(2), exact.cumsum(2)
     assert (ours[..., :-1] <= right[..., 1:] + 1e-3).all() and (ours[..., 1:] >= right[..., :-1] - 1e-3).all()
-    torch.testing.assert_close(found.sum(2), torch.ones(rows.shape, dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.sum(2), weights.double().sum(2), atol=1e-4, rtol=0)
     torch.testing.assert_close(found[..., LOCAL_BIN], exact[..., LOCAL_BIN], atol=1e-3, rtol=0)
 
 
@@ -189,3 +191,22 @@ def test_keys_from_one_bin_up(name: str, scores: TorchScores) -> None:
         for number in range(tiling.num_tiles):
             single = (by_page[number] & (before & ~whole)[number][:, None]).flatten().nonzero()[:, 0]
             assert columns[head, number, : num_columns[head, number]].tolist() == single.tolist()
+
+
+@pytest.mark.parametrize("chunk", [4096, 300, 20, 1])
+@pytest.mark.parametrize("gamma", [0.5, 0.92, 0.999])
+def test_thresholds_of_our_kernels(chunk: int, gamma: float) -> None:
+    """Of a sample, of rows that speak for themselves, and of rows without any attention."""
+    if reason := library.unavailable_reason():
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(chunk)
+    sample = calibration_rows(torch.rand(3, chunk, generator=generator), 4 * chunk)
+    middle = torch.randint(60, 240, (3, sample.rows.shape[1], 1), generator=generator)
+    mass = (-(((torch.arange(256) - middle) / 30.0) ** 2)).exp()
+    mass[2, -1] = 0
+    for rows in (sample, sample._replace(others=(), errors=0.0)):
+        found, right = NativeScores.threshold(rows, mass, gamma), rows.threshold(mass, gamma)
+        # Shares that lie within rounding errors of what is wanted may fall on either side.
+        assert found.dtype == right.dtype and int((found - right).abs().max()) <= 1
+        assert (found == right).float().mean() > 0.6
+    assert 0 < int(found[:2].min()) < 255

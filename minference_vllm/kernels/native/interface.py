@@ -18,6 +18,7 @@ def _pointer(element: str) -> type[ctypes.c_void_p]:
 
 _VoidPtr, _BoolPtr, _Float32Ptr = _pointer("void"), _pointer("bool"), _pointer("float32")
 _Uint8Ptr, _Int8Ptr, _Int16Ptr = _pointer("uint8"), _pointer("int8"), _pointer("int16")
+_Uint16Ptr = _pointer("uint16")
 _Int32Ptr, _Int64Ptr = _pointer("int32"), _pointer("int64")
 
 
@@ -123,7 +124,7 @@ class RowArguments(ctypes.Structure):
 
 
 class RowWeightArguments(ctypes.Structure):
-    _fields_ = (("row_arguments", RowArguments), ("factors", _Float32Ptr), ("weights", _Float32Ptr))
+    _fields_ = (("row_arguments", RowArguments), ("factors", _Float32Ptr), ("weights", _Uint16Ptr))
 
 
 class ColumnDiagonalArguments(ctypes.Structure):
@@ -183,7 +184,7 @@ class RowMassArguments(ctypes.Structure):
     _fields_ = (
         ("qk", QuantizedQK),
         ("rows", _Int64Ptr),
-        ("weights", _Float32Ptr),
+        ("weights", _Uint16Ptr),
         ("mass", _Float32Ptr),
         ("num_rows", ctypes.c_int32),
         ("tile", ctypes.c_int32),
@@ -194,7 +195,7 @@ class BinMassArguments(ctypes.Structure):
     _fields_ = (
         ("bins", _Uint8Ptr),
         ("tile_of_row", _Int64Ptr),
-        ("weights", _Float32Ptr),
+        ("weights", _Uint16Ptr),
         ("mass", _Float32Ptr),
         ("seq_len", ctypes.c_int64),
         ("heads", ctypes.c_int32),

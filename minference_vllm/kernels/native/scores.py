@@ -61,7 +61,7 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> t
 
 def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
     """``score_bins.row_mass``."""
-    mass = torch.empty(*weights.shape[:2], 256)
+    mass, weights = torch.empty(*weights.shape[:2], 256), weights.bfloat16()
     for head, (own, weight, found) in enumerate(zip(rows.contiguous(), weights, mass, strict=True)):
         call = interface.RowMassArguments(
             _describe(QuantizedQK(*(part[head : head + 1] for part in quantized[:3]))),
@@ -77,7 +77,7 @@ def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights
 
 def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """``score_bins.mass_by_bin``."""
-    bins, bin_row, weights = (part.contiguous() for part in (bins, bin_row, weights))
+    bins, bin_row, weights = (part.contiguous() for part in (bins, bin_row, weights.bfloat16()))
     _, rows, length = weights.shape
     mass = torch.empty(*weights.shape[:2], 256)
     for of_head, own, weight, found in zip(bins, bin_row, weights, mass, strict=True):
@@ -186,7 +186,7 @@ class NativeScores(TorchScores):
         return columns, diagonals
 
     def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-        """``measured_rows.row_weights`` straight from the pages."""
+        """``measured_rows.row_weights`` straight from the pages, as bf16: to be read takes as long as to be found."""
         return self._row_weights(rows, heads, None) if self.from_pages else super().row_weights(rows, heads)
 
     def row_shares(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
@@ -199,7 +199,7 @@ class NativeScores(TorchScores):
         return self.kv_value_norms.clamp(1e-20, 1e20).log2()
 
     def _row_weights(self, rows: torch.Tensor, heads: Sequence[int], factors: torch.Tensor | None) -> torch.Tensor:
-        weights = torch.empty(*rows.shape, self.inputs.chunk.seq_len)
+        weights = torch.empty(*rows.shape, self.inputs.chunk.seq_len, dtype=torch.bfloat16)
         for own, head, found in zip(rows.contiguous(), heads, weights, strict=True):
             wanted = torch.tensor([head], dtype=torch.int32)
             for some, part in zip(own.split(MAX_ROWS), found.split(MAX_ROWS), strict=True):
