@@ -12,7 +12,7 @@ import triton.language as tl
 
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.selection import projection
-from minference_vllm.selection.low_rank import FIT_ROWS, FIT_SHARE, fit_step
+from minference_vllm.selection.low_rank import FIT_SHARE, fit_step
 from minference_vllm.selection.projection import Projection, start_vectors
 from minference_vllm.triton_kernels.attention import compute_type
 from minference_vllm.triton_kernels.column_diagonal import on_device
@@ -248,7 +248,7 @@ def fitted(inputs: Inputs, query: torch.Tensor, heads: Sequence[int], alone: tor
     width, shape = rank + -rank % 16, constants(inputs)
     wide, room = shape["D"], max(16, triton.next_power_of_2(width))
     of_heads = on_device(heads, query)
-    query_step, key_step = (fit_step(length, FIT_ROWS // 2) for length in (len(query), seq_len))
+    query_step, key_step = (fit_step(length) for length in (len(query), seq_len))
     moments = torch.empty(len(heads), 2, wide, wide, device=device)
     mean = torch.empty(len(heads), 1, size, device=device)
     columns = min(wide, COLUMNS)

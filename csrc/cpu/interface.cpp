@@ -96,6 +96,8 @@ TABLE(QuantizedQK, FIELD(query), FIELD(keys), FIELD(dequant_scale), FIELD(chunk)
       FIELD(rank), FIELD(bins_per_bit), FIELD(threads));
 TABLE(TileScoreBinArguments, FIELD(qk), FIELD(min_bin), FIELD(bins), FIELD(tile_starts), FIELD(tiles), FIELD(tile));
 TABLE(RowMassArguments, FIELD(qk), FIELD(rows), FIELD(weights), FIELD(mass), FIELD(num_rows), FIELD(tile));
+TABLE(LineBinArguments, FIELD(of_key), FIELD(of_distance), FIELD(bins), FIELD(tile_starts), FIELD(seq_len),
+      FIELD(heads), FIELD(tiles), FIELD(tile), FIELD(block_size), FIELD(threads));
 TABLE(BinMassArguments, FIELD(bins), FIELD(tile_of_row), FIELD(weights), FIELD(mass), FIELD(seq_len), FIELD(heads),
       FIELD(rows), FIELD(tiles), FIELD(threads));
 TABLE(ThresholdArguments, FIELD(mass), FIELD(places), FIELD(threshold), FIELD(heads), FIELD(rows),
@@ -130,9 +132,9 @@ extern "C" const char* minference_describe_interface() {
       describe<Cache>() + describe<AttendArguments>() + describe<RemainderArguments>() + describe<RowArguments>() +
       describe<RowWeightArguments>() + describe<ColumnDiagonalArguments>() + describe<KeyCodeArguments>() +
       describe<QuantizedQK>() + describe<TileScoreBinArguments>() + describe<RowMassArguments>() +
-      describe<BinMassArguments>() + describe<ThresholdArguments>() + describe<KeyArguments>() + FUNCTION(attend) +
+      describe<LineBinArguments>() + describe<BinMassArguments>() + describe<ThresholdArguments>() + describe<KeyArguments>() + FUNCTION(attend) +
       FUNCTION(remainder) +
       FUNCTION(row_weights) + FUNCTION(column_diagonal_scores) + FUNCTION(key_codes) + FUNCTION(tile_score_bins) +
-      FUNCTION(row_mass) + FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) + FUNCTION(keys_above);
+      FUNCTION(row_mass) + FUNCTION(line_bins) + FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) + FUNCTION(keys_above);
   return text.c_str();
 }

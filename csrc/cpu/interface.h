@@ -175,6 +175,18 @@ struct RowMassArguments {
   int32_t tile;  // rows per tile
 };
 
+// Bins from what keys count as columns, and pages by their distance from a tile: the larger of both; bin 255 in a
+// tile's own pages, 0 after them.
+struct LineBinArguments {
+  const uint8_t* of_key;       // [heads][seq_len]
+  const uint8_t* of_distance;  // [heads][pages], of the page before a tile, the one before that, and so on
+  uint8_t* bins;               // [heads][tiles][seq_len], written
+  const int64_t* tile_starts;  // [tiles + 1], positions
+  int64_t seq_len;
+  int32_t heads, tiles, tile, block_size;
+  int32_t threads;
+};
+
 struct BinMassArguments {
   const uint8_t* bins;         // [heads][tiles][seq_len]
   const int64_t* tile_of_row;  // [rows], the tile whose bins apply to each row
@@ -233,8 +245,9 @@ void minference_key_codes(const minference::KeyCodeArguments* arguments);
 void minference_tile_score_bins(const minference::TileScoreBinArguments* arguments);
 void minference_row_mass(const minference::RowMassArguments* arguments);
 
-// From the score bins of tiles: attention per bin, how far down it is needed, keys at or above that threshold per page,
+// Bins by columns and diagonals. And from the score bins of tiles: attention per bin, how far down it is needed, keys at or above that threshold per page,
 // and the list of those keys.
+void minference_line_bins(const minference::LineBinArguments* arguments);
 void minference_mass_by_bin(const minference::BinMassArguments* arguments);
 void minference_threshold(const minference::ThresholdArguments* arguments);
 void minference_page_counts(const minference::KeyArguments* arguments);

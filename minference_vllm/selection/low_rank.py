@@ -41,7 +41,7 @@ from minference_vllm.selection.scores import Scores
 FIT_SHARE = 1.0
 """How much the last and the unlike rows together count in the fit, beside all rows: dimensions in which few rows look
 carry next to nothing of the mean square."""
-FIT_ROWS = 4096
+FIT_ROWS = 2048
 """Queries, and keys, from which dimensions are fitted, at most about."""
 SCORE_ERROR = 1.0
 """Error of a score, in nats, below which more dimensions would not tell keys apart much better."""
@@ -87,6 +87,9 @@ class LowRankOps(Protocol):
     ) -> torch.Tensor:
         """See ``score_bins.row_mass``."""
 
+    def line_bins(self, of_key: torch.Tensor, of_distance: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+        """See ``score_bins.line_bins``."""
+
     def mass_by_bin(self, bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """See ``score_bins.mass_by_bin``."""
 
@@ -113,7 +116,9 @@ class Measured(NamedTuple):
         return cls(queries, sample, scores.row_shares(sample.rows, heads), tile)
 
 
-def column_diagonal_bins(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor) -> torch.Tensor:
+def column_diagonal_bins(
+    scores: LowRankOps, tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor
+) -> torch.Tensor:
     """Bins of keys, as ``score_bins.tile_bins`` gives them, by columns and diagonals alone.
 
     A key counts by what ``coverage`` takes it for: its share of the attention as a token of a page at this distance
@@ -126,15 +131,8 @@ def column_diagonal_bins(tiling: Tiling, by_column: torch.Tensor, by_offset: tor
         uint8 ``[h, T, S]``.
     """
     mass = mass_per_token(tiling, by_column, by_offset)
-    distance, size = tiling.distance(), tiling.block_size
-    before = (distance > 0).to(torch.uint8)
-    by_distance, of_column = (score_bins.as_bins(part.log2()) for part in (mass.of_distance, mass.as_column))
-    pages = by_distance[:, distance.clamp(min=1) - 1] * before
-    pages[:, tiling.own()] = score_bins.LOCAL_BIN
-    missing = tiling.num_key_blocks * size - tiling.seq_len
-    columns = torch.nn.functional.pad(of_column, (0, missing)).view(len(of_column), 1, -1, size)
-    found = torch.maximum(pages[..., None], columns * before[..., None])
-    return score_bins.hide_before_window(found.flatten(2)[..., : tiling.seq_len].contiguous(), tiling)
+    of_key, of_distance = (score_bins.as_bins(part.log2()) for part in (mass.as_column, mass.of_distance))
+    return score_bins.hide_before_window(scores.line_bins(of_key, of_distance, tiling), tiling)
 
 
 def needed_keys(weights: torch.Tensor, gamma: float, scores: LowRankOps) -> torch.Tensor:
@@ -163,12 +161,14 @@ def columns_and_diagonals(
     Args:
         cost: of scoring, as a share of dense attention.
     """
-    bins = column_diagonal_bins(tiling, *column_diagonal)
+    bins = column_diagonal_bins(scores, tiling, *column_diagonal)
     wanted = scores.threshold(measured.sample, scores.mass_by_bin(bins, measured.tile, measured.weights), gamma)
     keys = scores.page_counts(bins, wanted, tiling.block_size).sum((1, 2))
-    most_saved = keys - tiling.num_tiles * needed_keys(measured.weights[:, ::8], gamma, scores)
     cost *= float(tiling.reachable().sum()) * tiling.block_size
-    enough = bool(((wanted > 0) & (most_saved <= cost)).all())
+    enough = bool(((wanted > 0) & (keys <= cost)).all())
+    if not enough and bool((wanted > 0).all()):
+        most_saved = keys - tiling.num_tiles * needed_keys(measured.weights[:, ::8], gamma, scores)
+        enough = bool((most_saved <= cost).all())
     return ScoreBins(bins, wanted, scored=False) if enough else None
 
 

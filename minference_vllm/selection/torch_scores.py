@@ -156,8 +156,12 @@ class TorchScores:
     def row_shares(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
         return measured_rows.by_value(self.row_weights(rows, heads), self.value_norms(heads))
 
-    threshold = staticmethod(measured_rows.CalibrationRows.threshold)
+    @staticmethod
+    def threshold(sample: measured_rows.CalibrationRows, mass: torch.Tensor, gamma: float) -> torch.Tensor:
+        return sample.threshold(mass, gamma)
+
     tile_bins = staticmethod(score_bins.tile_bins)
     row_mass = staticmethod(score_bins.row_mass)
+    line_bins = staticmethod(score_bins.line_bins)
     mass_by_bin = staticmethod(score_bins.mass_by_bin)
     page_counts = staticmethod(score_bins.page_counts)

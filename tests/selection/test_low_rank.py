@@ -29,14 +29,17 @@ from minference_vllm.selection.score_bins import LOCAL_BIN, ScoreBins
 from minference_vllm.selection.torch_scores import TorchScores
 
 
-@pytest.mark.parametrize("name", ["regular", "starts_inside_a_tile", "large_tile"])
-def test_bins_by_columns_and_diagonals(name: str) -> None:
+@pytest.mark.parametrize("kind", [TorchScores, NativeScores])
+@pytest.mark.parametrize("name", ["regular", "odd_length", "starts_inside_a_tile", "large_tile"])
+def test_bins_by_columns_and_diagonals(name: str, kind: type[TorchScores]) -> None:
     """Seen from the last tile they are ``coverage``'s mass per token; other tiles see pages shifted."""
+    if kind is NativeScores and library.unavailable_reason():
+        pytest.skip(str(library.unavailable_reason()))
     context, length, page, tile = TILINGS[name]
-    tiling = Tiling.of(context, length, page, tile)
+    tiling, scores = Tiling.of(context, length, page, tile), scores_of(*lookups(), kind=kind)
     generator = torch.Generator().manual_seed(0)
     by_column, by_offset = torch.rand(2, 2, length, generator=generator).pow(8)
-    bins = column_diagonal_bins(tiling, by_column, by_offset)
+    bins = column_diagonal_bins(scores, tiling, by_column, by_offset)
     _, of_key, *_ = reference.mass_per_token(by_column, by_offset, tiling, 0, 0)
     exact = (254 + BINS_PER_BIT * of_key.log2()).clamp(0, 254).floor()
     exact[of_key.isinf()] = LOCAL_BIN
@@ -45,7 +48,7 @@ def test_bins_by_columns_and_diagonals(name: str) -> None:
     later = ~tiling.reachable().repeat_interleave(page, 1)[:, :length]
     assert (bins[:, own] == LOCAL_BIN).all() and (bins[:, later] == 0).all()
     # Without columns, what is at the same distance counts the same.
-    flat = column_diagonal_bins(tiling, torch.full_like(by_column, 1e-9), by_offset)
+    flat = column_diagonal_bins(scores, tiling, torch.full_like(by_column, 1e-9), by_offset)
     for number in range(tiling.num_tiles - 1):
         shift = (int(tiling.starts[-2]) // tile - int(tiling.starts[number]) // tile) * tile
         before = int(tiling.starts[number]) // tile * tile

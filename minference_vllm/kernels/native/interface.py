@@ -191,6 +191,21 @@ class RowMassArguments(ctypes.Structure):
     )
 
 
+class LineBinArguments(ctypes.Structure):
+    _fields_ = (
+        ("of_key", _Uint8Ptr),
+        ("of_distance", _Uint8Ptr),
+        ("bins", _Uint8Ptr),
+        ("tile_starts", _Int64Ptr),
+        ("seq_len", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("tiles", ctypes.c_int32),
+        ("tile", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
 class BinMassArguments(ctypes.Structure):
     _fields_ = (
         ("bins", _Uint8Ptr),
@@ -246,6 +261,7 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "key_codes": KeyCodeArguments,
     "tile_score_bins": TileScoreBinArguments,
     "row_mass": RowMassArguments,
+    "line_bins": LineBinArguments,
     "mass_by_bin": BinMassArguments,
     "threshold": ThresholdArguments,
     "page_counts": KeyArguments,

@@ -75,6 +75,26 @@ def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights
     return mass
 
 
+def line_bins(of_key: torch.Tensor, of_distance: torch.Tensor, tiling: Tiling) -> torch.Tensor:
+    """``score_bins.line_bins``."""
+    of_key, of_distance = of_key.contiguous(), of_distance.contiguous()
+    bins = torch.empty(len(of_key), tiling.num_tiles, tiling.seq_len, dtype=torch.uint8)
+    call = interface.LineBinArguments(
+        of_key.data_ptr(),
+        of_distance.data_ptr(),
+        bins.data_ptr(),
+        tiling.starts.data_ptr(),
+        tiling.seq_len,
+        len(of_key),
+        tiling.num_tiles,
+        tiling.tile,
+        tiling.block_size,
+        torch.get_num_threads(),
+    )
+    library().minference_line_bins(ctypes.byref(call))
+    return bins
+
+
 def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """``score_bins.mass_by_bin``."""
     bins, bin_row, weights = (part.contiguous() for part in (bins, bin_row, weights.bfloat16()))
@@ -161,6 +181,7 @@ class NativeScores(TorchScores):
 
     tile_bins = staticmethod(tile_bins)
     row_mass = staticmethod(row_mass)
+    line_bins = staticmethod(line_bins)
     mass_by_bin = staticmethod(mass_by_bin)
     threshold = staticmethod(threshold)
     page_counts = staticmethod(page_counts)
