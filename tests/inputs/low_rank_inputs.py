@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from minference_vllm.selection.measured_rows import MOST_MISSED, STANDARD_ERRORS, CalibrationRows
 from minference_vllm.selection.projection import Projection, QuantizedQK, for_int8, project_queries, quantize_keys
 
 CONTEXT, CHUNK, DIM, PAGE = 3072, 1024, 64, 32
@@ -59,3 +60,38 @@ def neighbours(sink: bool) -> tuple[torch.Tensor, torch.Tensor]:
         keys[0], query[:, -1] = 0, 1
         keys[0, -1] = 90
     return query[:, None], keys[None]
+
+
+def missed_below(mass: torch.Tensor) -> torch.Tensor:
+    """The share of each row's attention that lies below each bin; as ``mass``, ``[..., 256]``."""
+    mass = mass.double()
+    return (mass.cumsum(-1) - mass) / mass.sum(-1, keepdim=True)
+
+
+def threshold_of_levels(sample: CalibrationRows, mass: torch.Tensor, gamma: float) -> torch.Tensor:
+    """``CalibrationRows.threshold`` where what is missed is known at the kernel's levels, and its square root lies on
+    lines from one to the next."""
+    from minference_vllm.triton_kernels.calibration import LEVELS
+
+    missed, levels = missed_below(mass), LEVELS.value
+    spread, *others = (
+        missed.gather(1, places[..., None].expand(-1, -1, 256)) for places in (sample.spread, *sample.others)
+    )
+    errors = STANDARD_ERRORS / spread.shape[1] ** 0.5 * spread.std(1, correction=0)
+    criteria = [spread.mean(1) + errors, *(group.mean(1) for group in others)]
+    if others:
+        criteria.append(torch.cat(others, 1).amax(1) / min(MOST_MISSED, 1 / (1 - gamma)))
+    found = []
+    for of_head in torch.stack(criteria, 1)[..., list(levels)].tolist():
+        bins = []
+        for at in of_head:
+            holding = next((place for place, one in enumerate(at) if one > 1 - gamma), len(levels))
+            if 0 < holding < len(levels):
+                least, most, wanted = (max(0.0, one) ** 0.5 for one in (at[holding - 1], at[holding], 1 - gamma))
+                part = (wanted - least) / (most - least)
+                step = levels[holding] - levels[holding - 1]
+                bins.append(min(int(levels[holding - 1] + part * step), levels[holding] - 1))
+            else:
+                bins.append(levels[-1] if holding else 0)
+        found.append(min(bins))
+    return torch.tensor(found, dtype=torch.int32)
