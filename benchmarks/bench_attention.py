@@ -7,7 +7,8 @@ with events; the stages one after the other, each waited for, so that their sum 
 For every context the answer is checked first: sampled rows against float64 attention under the index's own mask (error)
 and the share of the dense softmax mass that the index keeps (recall); the dense kernel's answer, too. One that is wrong
 is not timed: it costs the row and the exit status. Then dense and sparse are timed in turns and the medians reported.
-TFLOP/s (GPU rows) count 4 * head_size per query-key pair that the index names.
+Where ``--chunk`` leaves tokens before it, what a server on CPUs keeps of their pages (norms of values, mean keys) is
+there already. TFLOP/s (GPU rows) count 4 * head_size per query-key pair that the index names.
 
 ``--peer`` adds rows of other kernels (see ``peers.py``) on the index that the first of ours attended, checked in the
 same way and timed in turns with the dense kernel. Such a row says ``peer`` and, in ``computes``, what it attended; its
@@ -35,6 +36,7 @@ from synthetic import Structure, structured_qkv
 
 from minference_vllm import reference
 from minference_vllm.core.inputs import Inputs
+from minference_vllm.core.page_means import PageMeans
 from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.plan import Chunk
 from minference_vllm.core.remainder import sample_step, sampled_positions
@@ -207,8 +209,12 @@ def measure(
     query = query[context - chunk_len :].contiguous()
     cache, pages = fill_cache(keys, values, args.block_size)
     scale = args.head_size**-0.5
-    inputs = Inputs(query, cache, pages, Chunk(0, 0, context - chunk_len, context), scale)
     kernel = choose(kernel_name, query.dtype, cache)
+    # What a server has kept of the pages before the chunk, where it keeps it (``metadata_builder``).
+    kept = None if kernel.planned else PageMeans()
+    inputs = Inputs(query, cache, pages, Chunk(0, 0, context - chunk_len, context), scale, page_means=kept)
+    positions = torch.arange(context - chunk_len, context, device=pages.device)
+    slots = pages[positions // args.block_size] * args.block_size + positions % args.block_size
     patterns = [PATTERNS[pattern_name]] * args.heads
     out = torch.full_like(query, torch.nan)
     dense_kernel, dense = dense_attention(query, keys, values, cache, pages, scale)
@@ -216,6 +222,8 @@ def measure(
     waited_for = query.device if on_gpu else None
 
     def sparse(timing: Timing | None = None) -> SparseIndex:
+        if kept is not None:
+            kept.forget(slots, args.block_size)
         return attend_chunk(inputs, patterns, kernel, out, args.tile, timing=timing)
 
     index = sparse()
