@@ -105,9 +105,6 @@ def _added(sums, b_max, b_share, b_bin):
     """The rows' sums of all shares and of those from each level up, and their maximum, ``[ROWS, 4]`` each, one for each
     thread that holds some of a row's, with more shares added: ``_log_shares`` and bins, ``[ROWS, BLOCK_N]``."""
     b_code = (b_bin.to(tl.int32) | BIN_CODE).to(tl.float32, bitcast=True)
-    # Changes nothing: shares have fewer than 2 ** 23 bits. But bins go to the threads that have the shares here, once,
-    # instead of the results of every comparison.
-    b_code = tl.maximum(b_code, b_share)
     shares, codes = columns_of_threads(b_share), columns_of_threads(b_code)
     b_new_max = b_max
     for i in tl.static_range(len(shares)):

@@ -31,8 +31,8 @@ MOST_MISSED = 1.5
 """A single one of the last and the unlike rows may miss so many times what their mean may."""
 STANDARD_ERRORS = 2.5
 """How far the mean of the other rows, which are a sample, must lie above what is wanted."""
-WEIGHTS_BYTES = 64 << 20
-"""Attention of a head's measured rows."""
+WEIGHTS_BYTES = 512 << 20
+"""Attention of a head's measured rows, as float32: 128 rows of a million keys."""
 
 
 def least_of_a_row(gamma: float) -> float:

@@ -77,8 +77,9 @@ def test_keys_that_single_rows_need() -> None:
         (4096, 9000, 64, 16, 32),
         (8192, 9000, 128, 16, 64),
         (65536, 70000, 128, 16, 64),
-        (4096, 1 << 19, 32, 8, 16),
-        (4096, 1 << 22, 16, 4, 8),
+        (8192, 1 << 20, 128, 16, 64),
+        (4096, 1 << 22, 32, 8, 16),
+        (4096, 1 << 24, 16, 4, 8),
     ],
 )
 def test_calibration_rows(chunk: int, length: int, count: int, last: int, unlike: int) -> None:
