@@ -95,5 +95,18 @@ def run_in_this_process(script: str, arguments: list[str], environment: dict[str
         os._exit(status)
 
 
+def run_fresh_vllm(
+    server: ForkServer, folder: Path, script: str, *arguments: str, first_path: str | None = None, **changes: str
+) -> Any:
+    """The JSON value that a script prints last, which imports vLLM and may have arguments and changes to the
+    environment."""
+    path = folder / "script.py"
+    path.write_text(script)
+    printed = server.run(
+        path, [*arguments], {**os.environ, **changes}, str(folder) if first_path is None else first_path
+    )
+    return json.loads(printed.splitlines()[-1])
+
+
 if __name__ == "__main__":
     serve()
