@@ -21,8 +21,8 @@ void store_as_bf16(bf16* out, const float* in, int64_t count) {
 }  // namespace
 }  // namespace minference
 
-// The weights of a tile of keys are stored relative to the largest so far, and multiplied when all are known: they are
-// many, and nothing of them takes as long as memory.
+// The weights of a tile of keys are stored relative to the largest so far, and multiplied when all are known: one
+// exponential for each.
 extern "C" void minference_row_weights(const minference::RowWeightArguments* arguments) {
   using namespace minference;
   const RowArguments& a = arguments->row_arguments;
