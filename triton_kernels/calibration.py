@@ -17,6 +17,7 @@ import triton.language as tl
 
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.selection import measured_rows
 from minference_vllm.triton_kernels.attention import capped_log2, compute_type, scales_log2
 from minference_vllm.triton_kernels.column_diagonal import on_device
 from minference_vllm.triton_kernels.in_thread import THREADS, columns_of_threads
@@ -31,8 +32,7 @@ NUM_LEVELS = tl.constexpr(len(LEVELS.value))
 BIN_CODE = tl.constexpr(0x4B000000)
 """float32 of these bits and a bin in the last eight is ``CODE_OF_0`` plus the bin."""
 CODE_OF_0 = tl.constexpr(float(1 << 23))
-LEAST_NORM, LARGEST_NORM = tl.constexpr(1e-20), tl.constexpr(1e20)
-"""See ``measured_rows.by_value``."""
+LEAST_NORM, LARGEST_NORM = tl.constexpr(measured_rows.LEAST_NORM), tl.constexpr(measured_rows.LARGEST_NORM)
 
 
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.

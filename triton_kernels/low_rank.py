@@ -11,16 +11,12 @@ import triton
 import triton.language as tl
 
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.selection import projection, score_bins
+from minference_vllm.selection import score_bins
 from minference_vllm.selection.projection import QuantizedQK
 from minference_vllm.triton_kernels import representative_bins
 from minference_vllm.triton_kernels.column_diagonal import add_scores, combined
 from minference_vllm.triton_kernels.launch import launcher, major_capability
-from minference_vllm.triton_kernels.representative_bins import bits, codes
-
-PEAK_KEYS = tl.constexpr(score_bins.PEAK_KEYS)
-BINS_PER_BIT = tl.constexpr(projection.BINS_PER_BIT)
-TOP_BIN, LOCAL_BIN = tl.constexpr(score_bins.TOP_BIN), tl.constexpr(score_bins.LOCAL_BIN)
+from minference_vllm.triton_kernels.representative_bins import LOCAL_BIN, PEAK_KEYS, as_bins, bits, codes
 
 
 @triton.jit
@@ -105,12 +101,6 @@ def _nearest(b_key, b_query, b_bits, b_lse):
     return tl.max(tl.dot(b_key, tl.trans(b_query)) * b_bits[None, :] - b_lse[None, :], 1)
 
 
-@triton.jit
-def _bins(b_best):
-    """See ``score_bins.as_bins``; to be cut off after the point."""
-    return tl.minimum(tl.maximum(b_best * BINS_PER_BIT + TOP_BIN, 0.0), TOP_BIN) + 0.5
-
-
 @triton.jit(do_not_specialize=["context_len", "seq_len", "num_queries", "num_tiles", "num_parts", "window"])
 def tile_bins_kernel(
     p_query,
@@ -160,7 +150,7 @@ def tile_bins_kernel(
                     p_query, p_scale, p_lse, first, i_down, TILE, num_queries, num_parts, RANK, R, BLOCK_M
                 )  # fmt: skip
                 b_best = tl.maximum(b_best, _nearest(b_key, b_more, b_their_bits, b_their_lse))
-            b_bin = tl.where(o_key >= first_seen, _bins(b_best), 0.0)
+            b_bin = tl.where(o_key >= first_seen, as_bins(b_best), 0.0)
             tl.store(p_bins + o_key, b_bin.to(tl.uint8), mask=o_key < before)
         for i_key in range(tl.maximum(begin, own), stop, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)

@@ -41,8 +41,16 @@ def bits(p_scale, o_row, m_row):
 
 
 @triton.jit
-def _add_peaks(b_sum, b_max, b_peak):
-    """A running sum of weights and their maximum, ``[M, 4]`` each, with one score more each."""
+def as_bins(b_best):
+    """``score_bins.as_bins``, float32; to be cut off after the point."""
+    return tl.minimum(tl.maximum(b_best * BINS_PER_BIT + TOP_BIN, 0.0), TOP_BIN) + 0.5
+
+
+@triton.jit
+def _add_peaks(b_sum, b_max, b_product, b_bits, b_more):
+    """A running sum of weights and their maximum, ``[M, 4]`` each, with the largest of each thread's products, ``[M,
+    N]``, added: times ``b_bits``, and ``b_more`` on top."""
+    b_peak = max_in_thread(b_product, 1).to(tl.float32) * b_bits + b_more
     b_new_max = tl.maximum(b_max, b_peak)
     return b_sum * tl.exp2(b_max - b_new_max) + tl.exp2(b_peak - b_new_max), b_new_max
 
@@ -78,24 +86,21 @@ def representative_lse_kernel(
     for i_group in range(first, border, THREADS):
         o_key = (i_group + o_group) * (PEAK_KEYS * SAMPLED_GROUPS) + o_place
         b_product = tl.dot(b_query, tl.trans(codes(p_key, o_key, o_key >= 0, RANK, R)), out_dtype=tl.int32)
-        b_peak = max_in_thread(b_product, 1).to(tl.float32) * b_bits
         b_more = tl.where(i_group + o_thread > 0, LOG2_SAMPLED, 0.0)[None, :]
-        b_sum, b_max = _add_peaks(b_sum, b_max, b_peak + b_more)
+        b_sum, b_max = _add_peaks(b_sum, b_max, b_product, b_bits, b_more)
     for i_group in range(tl.maximum(first, border), stop, THREADS):
         o_key = (i_group + o_group) * (PEAK_KEYS * SAMPLED_GROUPS) + o_place
         b_product = tl.dot(b_query, tl.trans(codes(p_key, o_key, o_key < seq_len, RANK, R)), out_dtype=tl.int32)
         b_product = tl.where(o_key[None, :] < b_own[:, None], b_product, -NEVER)
-        b_peak = max_in_thread(b_product, 1).to(tl.float32) * b_bits
         b_more = tl.where(i_group + o_thread > 0, LOG2_SAMPLED, 0.0)[None, :]
-        b_sum, b_max = _add_peaks(b_sum, b_max, b_peak + b_more)
+        b_sum, b_max = _add_peaks(b_sum, b_max, b_product, b_bits, b_more)
     if i_part == tl.num_programs(2) - 1:
         first_own = tl.min(b_own, 0) // (THREADS * PEAK_KEYS) * (THREADS * PEAK_KEYS)
         for i_key in range(first_own, tl.max(b_end, 0), THREADS * PEAK_KEYS):
             o_key = i_key + o_group * PEAK_KEYS + o_place
             b_product = tl.dot(b_query, tl.trans(codes(p_key, o_key, o_key < seq_len, RANK, R)), out_dtype=tl.int32)
             m_own = (o_key[None, :] >= b_own[:, None]) & (o_key[None, :] < b_end[:, None])
-            b_peak = max_in_thread(tl.where(m_own, b_product, -NEVER), 1).to(tl.float32) * b_bits
-            b_sum, b_max = _add_peaks(b_sum, b_max, b_peak)
+            b_sum, b_max = _add_peaks(b_sum, b_max, tl.where(m_own, b_product, -NEVER), b_bits, 0.0)
     b_most = tl.max(b_max, 1)
     b_sum = tl.sum(b_sum * tl.exp2(b_max - b_most[:, None]), 1)
     p_lse += (i_head * tl.num_programs(2) + i_part).to(tl.int64) * num_queries
@@ -105,10 +110,8 @@ def representative_lse_kernel(
 
 @triton.jit
 def _best_bins(b_product, b_below, b_bits, TILES: tl.constexpr):
-    """The bin that the best of each tile's products comes to, float32 ``[BLOCK_N, TILES]``; to be cut off after the
-    point."""
-    b_best = max_in_thread(b_product - b_below[None, :], TILES // THREADS).to(tl.float32) * b_bits[None, :]
-    return tl.minimum(tl.maximum(b_best * BINS_PER_BIT + TOP_BIN, 0.0), TOP_BIN) + 0.5
+    """The bin that the best of each tile's products comes to, see ``as_bins``: ``[BLOCK_N, TILES]``."""
+    return as_bins(max_in_thread(b_product - b_below[None, :], TILES // THREADS).to(tl.float32) * b_bits[None, :])
 
 
 @triton.jit(do_not_specialize=["context_len", "seq_len", "num_queries", "num_tiles", "num_parts", "window"])

@@ -132,9 +132,9 @@ extern "C" const char* minference_describe_interface() {
       describe<Cache>() + describe<AttendArguments>() + describe<RemainderArguments>() + describe<RowArguments>() +
       describe<RowWeightArguments>() + describe<ColumnDiagonalArguments>() + describe<KeyCodeArguments>() +
       describe<QuantizedQK>() + describe<TileScoreBinArguments>() + describe<RowMassArguments>() +
-      describe<LineBinArguments>() + describe<BinMassArguments>() + describe<ThresholdArguments>() + describe<KeyArguments>() + FUNCTION(attend) +
-      FUNCTION(remainder) +
-      FUNCTION(row_weights) + FUNCTION(column_diagonal_scores) + FUNCTION(key_codes) + FUNCTION(tile_score_bins) +
-      FUNCTION(row_mass) + FUNCTION(line_bins) + FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) + FUNCTION(keys_above);
+      describe<LineBinArguments>() + describe<BinMassArguments>() + describe<ThresholdArguments>() +
+      describe<KeyArguments>() + FUNCTION(attend) + FUNCTION(remainder) + FUNCTION(row_weights) +
+      FUNCTION(column_diagonal_scores) + FUNCTION(key_codes) + FUNCTION(tile_score_bins) + FUNCTION(row_mass) +
+      FUNCTION(line_bins) + FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) + FUNCTION(keys_above);
   return text.c_str();
 }

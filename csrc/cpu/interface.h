@@ -114,8 +114,9 @@ struct RowArguments {
 
 struct RowWeightArguments {
   RowArguments row_arguments;
-  const float* factors;  // [num_wanted][seq_len], logarithms, base 2, of what each key's weight counts times. May be null
-  bf16* weights;         // [num_wanted][rows][seq_len], written: softmax weights; with factors they sum to 1, too
+  // [num_wanted][seq_len], logarithms, base 2, of what each key's weight counts times. May be null
+  const float* factors;
+  bf16* weights;  // [num_wanted][rows][seq_len], written: softmax weights; with factors they sum to 1, too
 };
 
 struct ColumnDiagonalArguments {
@@ -245,8 +246,8 @@ void minference_key_codes(const minference::KeyCodeArguments* arguments);
 void minference_tile_score_bins(const minference::TileScoreBinArguments* arguments);
 void minference_row_mass(const minference::RowMassArguments* arguments);
 
-// Bins by columns and diagonals. And from the score bins of tiles: attention per bin, how far down it is needed, keys at or above that threshold per page,
-// and the list of those keys.
+// Bins by columns and diagonals. And from the bins of tiles: attention per bin, how far down it is needed, keys at or
+// above that threshold per page, and the list of those keys.
 void minference_line_bins(const minference::LineBinArguments* arguments);
 void minference_mass_by_bin(const minference::BinMassArguments* arguments);
 void minference_threshold(const minference::ThresholdArguments* arguments);

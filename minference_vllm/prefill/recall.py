@@ -23,6 +23,7 @@ from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.core.transfer import to_device
 from minference_vllm.patterns.kinds import MAX_STEP, HeadPattern
 from minference_vllm.selection.families import family_of
+from minference_vllm.selection.measured_rows import bounded
 from minference_vllm.selection.probe_queries import logits, most_unlike, unlikeness, unseen
 from minference_vllm.selection.torch_scores import PIECE_BYTES, TorchScores
 
@@ -130,7 +131,7 @@ class RecallSums:
             shift = new_largest.masked_fill(new_largest == -torch.inf, 0.0)
             weights = scores.sub_(shift).exp_()
             sums *= (self._largest - shift).exp_()
-            norms = value_norms[:, None, None].clamp(1e-20, 1e20)  # as ``measured_rows.by_value`` has them
+            norms = bounded(value_norms)[:, None, None]
             kept = index.tile_mask(tiles, first=first, last=last)
             sums[0] += weights.sum(-1, keepdim=True)
             sums[2] += _by_norm(weights, norms)

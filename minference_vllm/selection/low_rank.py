@@ -165,11 +165,12 @@ def columns_and_diagonals(
     wanted = scores.threshold(measured.sample, scores.mass_by_bin(bins, measured.tile, measured.weights), gamma)
     keys = scores.page_counts(bins, wanted, tiling.block_size).sum((1, 2))
     cost *= float(tiling.reachable().sum()) * tiling.block_size
-    enough = bool(((wanted > 0) & (keys <= cost)).all())
-    if not enough and bool((wanted > 0).all()):
-        most_saved = keys - tiling.num_tiles * needed_keys(measured.weights[:, ::8], gamma, scores)
-        enough = bool((most_saved <= cost).all())
-    return ScoreBins(bins, wanted, scored=False) if enough else None
+    if not bool((wanted > 0).all()):
+        return None
+    if bool((keys > cost).any()):
+        # Scores would leave the keys that single rows need.
+        keys = keys - tiling.num_tiles * needed_keys(measured.weights[:, ::8], gamma, scores)
+    return ScoreBins(bins, wanted, scored=False) if bool((keys <= cost).all()) else None
 
 
 def fitted(queries: torch.Tensor, alone: torch.Tensor, keys: torch.Tensor, rank: int, error: float = 0.0) -> Projection:

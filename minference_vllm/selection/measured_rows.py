@@ -31,6 +31,8 @@ MOST_MISSED = 1.5
 """A single one of the last and the unlike rows may miss so many times what their mean may."""
 STANDARD_ERRORS = 2.5
 """How far the mean of the other rows, which are a sample, must lie above what is wanted."""
+LEAST_NORM, LARGEST_NORM = 1e-20, 1e20
+"""See ``bounded``."""
 WEIGHTS_BYTES = 512 << 20
 """Attention of a head's measured rows, as float32: 128 rows of a million keys."""
 
@@ -157,9 +159,14 @@ def by_value(weights: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
         weights: float32 ``[h, R, S]``, softmax weights; overwritten.
         norms: float32 ``[h, S]``.
     """
-    # Where all values are zero the weights alone count; norms that float32 does not hold count as its largest.
-    shares = weights.mul_(norms.clamp(1e-20, 1e20)[:, None])
+    shares = weights.mul_(bounded(norms)[:, None])
     return shares.div_(shares.sum(-1, keepdim=True))
+
+
+def bounded(norms: torch.Tensor) -> torch.Tensor:
+    """Norms of values as shares count them. Where all values are zero the weights alone count; norms that float32 does
+    not hold count as its largest."""
+    return norms.clamp(LEAST_NORM, LARGEST_NORM)
 
 
 def joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:

@@ -110,10 +110,8 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> t
             rows = slice(tile * quantized.per_tile, (tile + 1) * quantized.per_tile)
         future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device).triu_(1)
         for head in range(heads):
-            products, unit = (
-                quantized.query[head, rows].float() @ quantized.keys[head, :end].float().T,
-                bits[head, rows],
-            )
+            unit = bits[head, rows]
+            products = quantized.query[head, rows].float() @ quantized.keys[head, :end].float().T
             if quantized.per_tile:
                 # One unit for all of them: whole numbers are compared.
                 lse = sampled_lse(products * unit, own).div_(unit).round_()

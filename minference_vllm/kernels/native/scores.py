@@ -15,7 +15,7 @@ from minference_vllm.kernels.native import interface
 from minference_vllm.kernels.native.library import describe_cache, library
 from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import Capacity, KeyLists, Selection, WritesLists
-from minference_vllm.selection.measured_rows import CalibrationRows, least_of_a_row
+from minference_vllm.selection.measured_rows import CalibrationRows, bounded, least_of_a_row
 from minference_vllm.selection.probe_queries import probe_groups
 from minference_vllm.selection.projection import BINS_PER_BIT, MAX_KEY, MAX_KEY_NORM, Projection, QuantizedQK
 from minference_vllm.selection.score_bins import ScoreBins, whole_pages
@@ -217,7 +217,7 @@ class NativeScores(TorchScores):
     @functools.cached_property
     def _factors(self) -> torch.Tensor:
         """float32 ``[HK, S]``: logarithms, base 2, of the values' norms."""
-        return self.kv_value_norms.clamp(1e-20, 1e20).log2()
+        return bounded(self.kv_value_norms).log2()
 
     def _row_weights(self, rows: torch.Tensor, heads: Sequence[int], factors: torch.Tensor | None) -> torch.Tensor:
         weights = torch.empty(*rows.shape, self.inputs.chunk.seq_len, dtype=torch.bfloat16)
