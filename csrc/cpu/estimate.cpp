@@ -1,5 +1,5 @@
-// Exact attention of some of a chunk's queries: every weight, or the weights summed per column and per diagonal, in two
-// passes over K. minference_vllm/selection/low_rank.py and probe_queries.py say which queries and what for.
+// Exact attention of some of a chunk's queries: every key's share of it, or the weights summed per column and per
+// diagonal, in two passes over K. minference_vllm/selection/low_rank.py and probe_queries.py say which queries and what for.
 #include "rows.h"
 
 namespace minference {
@@ -21,9 +21,9 @@ void store_as_bf16(bf16* out, const float* in, int64_t count) {
 }  // namespace
 }  // namespace minference
 
-// The weights of a tile of keys are stored relative to the largest so far, and multiplied when all are known: one
+// The shares of a tile of keys are stored relative to the largest so far, and multiplied when all are known: one
 // exponential for each.
-extern "C" void minference_row_weights(const minference::RowWeightArguments* arguments) {
+extern "C" void minference_row_shares(const minference::RowShareArguments* arguments) {
   using namespace minference;
   const RowArguments& a = arguments->row_arguments;
   const RowScores scores(a);
@@ -39,17 +39,15 @@ extern "C" void minference_row_weights(const minference::RowWeightArguments* arg
     for (int task = 0; task < scores.tasks(); ++task) {
       scores.run(task, w, [&](int i, int64_t tile) {
         const int64_t first_key = tile * kKeyTile, here = std::min<int64_t>(kKeyTile, a.seq_len - first_key);
-        if (arguments->factors != nullptr) {
-          const float* factors = arguments->factors + i * a.seq_len + first_key;
-          for (int r = 0; r < a.rows; ++r) {
-            for (int64_t n = 0; n < here; ++n) w.row(r)[n] += factors[n];
-          }
+        const float* log_norms = arguments->log_norms + i * a.seq_len + first_key;
+        for (int r = 0; r < a.rows; ++r) {
+          for (int64_t n = 0; n < here; ++n) w.row(r)[n] += log_norms[n];
         }
         normalizers.add(w, i, task % scores.parts);
         for (int r = 0; r < a.rows; ++r) {
           const int64_t row = static_cast<int64_t>(i) * a.rows + r;
           relative_to[row * scores.key_tiles + tile] = w.largest[r];
-          store_as_bf16(arguments->weights + row * a.seq_len + first_key, w.row(r), here);
+          store_as_bf16(arguments->shares + row * a.seq_len + first_key, w.row(r), here);
         }
       });
     }
@@ -58,14 +56,14 @@ extern "C" void minference_row_weights(const minference::RowWeightArguments* arg
 #pragma omp for schedule(static)
     for (int row = 0; row < num_rows; ++row) {
       for (int64_t tile = 0; tile < scores.key_tiles; ++tile) {
-        bf16* weights = arguments->weights + row * a.seq_len + tile * kKeyTile;
+        bf16* shares = arguments->shares + row * a.seq_len + tile * kKeyTile;
         const int64_t here = std::min<int64_t>(kKeyTile, a.seq_len - tile * kKeyTile);
         const float factor = std::exp2(relative_to[row * scores.key_tiles + tile] - normalizer[row]);
         alignas(64) bf16 relative[kKeyTile];
         alignas(64) float scaled[kKeyTile];
-        std::memcpy(relative, weights, here * sizeof(bf16));
+        std::memcpy(relative, shares, here * sizeof(bf16));
         for (int n = 0; n < kKeyTile; n += kLanes) store(scaled + n, widen(relative + n) * repeat(factor));
-        store_as_bf16(weights, scaled, here);
+        store_as_bf16(shares, scaled, here);
       }
     }
   }

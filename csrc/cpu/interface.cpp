@@ -86,7 +86,7 @@ TABLE(RemainderArguments, FIELD(cache), FIELD(query), FIELD(query_token_stride),
 TABLE(RowArguments, FIELD(cache), FIELD(query), FIELD(query_token_stride), FIELD(query_head_stride), FIELD(pages),
       FIELD(row_index), FIELD(heads), FIELD(context_len), FIELD(seq_len), FIELD(window), FIELD(num_heads), FIELD(num_wanted),
       FIELD(rows), FIELD(scale), FIELD(softcap), FIELD(threads));
-TABLE(RowWeightArguments, FIELD(row_arguments), FIELD(factors), FIELD(weights));
+TABLE(RowShareArguments, FIELD(row_arguments), FIELD(log_norms), FIELD(shares));
 TABLE(ColumnDiagonalArguments, FIELD(row_arguments), FIELD(group_starts), FIELD(columns), FIELD(diagonals),
       FIELD(num_groups));
 TABLE(KeyCodeArguments, FIELD(cache), FIELD(pages), FIELD(heads), FIELD(to_key), FIELD(center), FIELD(codes),
@@ -130,10 +130,10 @@ extern "C" const char* minference_describe_interface() {
   using namespace minference;
   static const std::string text =
       describe<Cache>() + describe<AttendArguments>() + describe<RemainderArguments>() + describe<RowArguments>() +
-      describe<RowWeightArguments>() + describe<ColumnDiagonalArguments>() + describe<KeyCodeArguments>() +
+      describe<RowShareArguments>() + describe<ColumnDiagonalArguments>() + describe<KeyCodeArguments>() +
       describe<QuantizedQK>() + describe<TileScoreBinArguments>() + describe<RowMassArguments>() +
       describe<LineBinArguments>() + describe<BinMassArguments>() + describe<ThresholdArguments>() +
-      describe<KeyArguments>() + FUNCTION(attend) + FUNCTION(remainder) + FUNCTION(row_weights) +
+      describe<KeyArguments>() + FUNCTION(attend) + FUNCTION(remainder) + FUNCTION(row_shares) +
       FUNCTION(column_diagonal_scores) + FUNCTION(key_codes) + FUNCTION(tile_score_bins) + FUNCTION(row_mass) +
       FUNCTION(line_bins) + FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) + FUNCTION(keys_above);
   return text.c_str();

@@ -112,11 +112,10 @@ struct RowArguments {
   int32_t threads;
 };
 
-struct RowWeightArguments {
+struct RowShareArguments {
   RowArguments row_arguments;
-  // [num_wanted][seq_len], logarithms, base 2, of what each key's weight counts times. May be null
-  const float* factors;
-  bf16* weights;  // [num_wanted][rows][seq_len], written: softmax weights; with factors they sum to 1, too
+  const float* log_norms;  // [num_wanted][seq_len], logarithms, base 2, of the values' norms
+  bf16* shares;            // [num_wanted][rows][seq_len], written: softmax weights times norms, over their sum
 };
 
 struct ColumnDiagonalArguments {
@@ -236,7 +235,7 @@ void minference_attend(const minference::AttendArguments* arguments);
 void minference_remainder(const minference::RemainderArguments* arguments);
 
 // Exact attention of some rows: every weight, or the weights summed per column and per diagonal.
-void minference_row_weights(const minference::RowWeightArguments* arguments);
+void minference_row_shares(const minference::RowShareArguments* arguments);
 void minference_column_diagonal_scores(const minference::ColumnDiagonalArguments* arguments);
 
 // Keys in few dimensions.

@@ -147,14 +147,13 @@ class TorchScores:
     def key_codes(self, heads: Sequence[int], projection: Projection) -> torch.Tensor:
         return measured_rows.joined([quantize_keys(piece, projection) for piece in self.keys_of(heads)], 1)
 
-    def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
+    def row_shares(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
         query = torch.stack([self.query[of_head, head] for of_head, head in zip(rows, heads, strict=True)])
         positions = rows + self.inputs.chunk.context_len
         window = self.inputs.window
-        return measured_rows.row_weights(query, self.keys_of(heads), positions, self.scale, self.softcap, window)
-
-    def row_shares(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-        return measured_rows.by_value(self.row_weights(rows, heads), self.value_norms(heads))
+        keys = self.keys_of(heads)
+        weights = measured_rows.row_weights(query, keys, positions, self.scale, self.softcap, window)
+        return measured_rows.by_value(weights, self.value_norms(heads))
 
     @staticmethod
     def threshold(sample: measured_rows.CalibrationRows, mass: torch.Tensor, gamma: float) -> torch.Tensor:

@@ -130,6 +130,8 @@ def test_scores(layout: Layout, chunk: int, context: int, features: dict[str, An
     rows = measured_rows.calibration_rows(unlikeness(batch.query.transpose(0, 1)[1::2]), chunk + context).rows
     weights = exact_logits(batch, inputs)[1::2].softmax(-1)
     weights = weights.gather(1, rows[..., None].expand(-1, -1, inputs.chunk.seq_len))
+    norms = rows_of(batch, inputs)[1].double().norm(dim=2)
+    shares = measured_rows.by_value(weights, norms[[head // inputs.group for head in heads]])
     lines = reference.column_diagonal_scores(
         batch.query, rows_of(batch, inputs)[0], inputs.scale, probe_groups(chunk), inputs.softcap, inputs.window
     )
@@ -137,7 +139,8 @@ def test_scores(layout: Layout, chunk: int, context: int, features: dict[str, An
         scores = kind(inputs)
         # Ours are rounded to bf16 twice.
         rtol = 2**-7 if kind is NativeScores else 1e-3
-        torch.testing.assert_close(scores.row_weights(rows, heads).double(), weights, rtol=rtol, atol=1e-5)
+        atol = 1e-4 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(scores.row_shares(rows, heads).double(), shares, rtol=rtol, atol=atol)
         for found, expected in zip(scores.column_diagonal_scores(heads), lines, strict=True):
             torch.testing.assert_close(found.double(), expected[1::2], rtol=1e-3, atol=1e-5)
 

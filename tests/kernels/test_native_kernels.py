@@ -85,23 +85,21 @@ def test_column_diagonal_scores(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("chunk, context", [(301, 210), (64, 0), (64, 449), (5, 260), (1, 70)])
 @pytest.mark.parametrize("heads, kv_heads, head_size", [(8, 2, 64), (7, 1, 80)])
-def test_row_weights(
+def test_row_shares(
     layout: Layout, chunk: int, context: int, heads: int, kv_heads: int, head_size: int, dtype: torch.dtype
 ) -> None:
     shape = chunk, context, heads, kv_heads, head_size, dtype
     batch, length, wanted = small_batch(*shape), chunk + context, list(range(1, heads, 2))
     rows = measured_rows.calibration_rows(unlikeness(batch.query.transpose(0, 1)[wanted]), length).rows
-    found = NativeScores(batch.inputs(cache=in_layout(batch, layout))).row_weights(rows, wanted)
     future = torch.arange(length) > (rows + context)[..., None]
     logits = exact_logits(*shape)[wanted].gather(1, rows[..., None].expand(-1, -1, length))
     exact = logits.masked_fill(future, -torch.inf).softmax(-1)
-    # Rounded to bf16 twice.
-    torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=1e-5)
-    assert not found[future].any()
     norms = batch.values(0).double().norm(dim=2)
     shares = measured_rows.by_value(exact, norms[[head * kv_heads // heads for head in wanted]])
     found = NativeScores(batch.inputs(cache=in_layout(batch, layout))).row_shares(rows, wanted)
+    # Rounded to bf16 twice.
     torch.testing.assert_close(found.double(), shares, rtol=2**-7, atol=1e-4 if dtype == torch.bfloat16 else 1e-5)
+    assert not found[future].any()
 
 
 def test_scores_do_not_depend_on_how_threads_share_the_work(
@@ -114,7 +112,7 @@ def test_scores_do_not_depend_on_how_threads_share_the_work(
     def scores(threads: int) -> tuple[torch.Tensor, ...]:
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         found = NativeScores(batch.inputs())
-        return *found.column_diagonal_scores(range(8)), found.row_weights(rows, range(8))
+        return *found.column_diagonal_scores(range(8)), found.row_shares(rows, range(8))
 
     alone = scores(1)
     for threads in (2, 3, 5):

@@ -123,8 +123,8 @@ class RowArguments(ctypes.Structure):
     )
 
 
-class RowWeightArguments(ctypes.Structure):
-    _fields_ = (("row_arguments", RowArguments), ("factors", _Float32Ptr), ("weights", _Uint16Ptr))
+class RowShareArguments(ctypes.Structure):
+    _fields_ = (("row_arguments", RowArguments), ("log_norms", _Float32Ptr), ("shares", _Uint16Ptr))
 
 
 class ColumnDiagonalArguments(ctypes.Structure):
@@ -256,7 +256,7 @@ class KeyArguments(ctypes.Structure):
 FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "attend": AttendArguments,
     "remainder": RemainderArguments,
-    "row_weights": RowWeightArguments,
+    "row_shares": RowShareArguments,
     "column_diagonal_scores": ColumnDiagonalArguments,
     "key_codes": KeyCodeArguments,
     "tile_score_bins": TileScoreBinArguments,

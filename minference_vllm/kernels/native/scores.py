@@ -206,28 +206,23 @@ class NativeScores(TorchScores):
         library(self.inputs.cache.key.dtype).minference_column_diagonal_scores(ctypes.byref(call))
         return columns, diagonals
 
-    def row_weights(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-        """``measured_rows.row_weights`` straight from the pages, as bf16: half the memory."""
-        return self._row_weights(rows, heads, None) if self.from_pages else super().row_weights(rows, heads)
-
     def row_shares(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-        """``measured_rows.by_value`` of them: a softmax, too, of scores that count the values' norms."""
-        return self._row_weights(rows, heads, self._factors) if self.from_pages else super().row_shares(rows, heads)
+        """``measured_rows.by_value`` of the rows' attention, straight from the pages, as bf16, half the memory: a softmax,
+        too, of scores that count the values' norms."""
+        if not self.from_pages:
+            return super().row_shares(rows, heads)
+        shares = torch.empty(*rows.shape, self.inputs.chunk.seq_len, dtype=torch.bfloat16)
+        for own, head, found in zip(rows.contiguous(), heads, shares, strict=True):
+            wanted, norms = torch.tensor([head], dtype=torch.int32), self._log_norms[head // self.inputs.group]
+            for some, part in zip(own.split(MAX_ROWS), found.split(MAX_ROWS), strict=True):
+                call = interface.RowShareArguments(self._rows(some, wanted), norms.data_ptr(), part.data_ptr())
+                library(self.inputs.cache.key.dtype).minference_row_shares(ctypes.byref(call))
+        return shares
 
     @functools.cached_property
-    def _factors(self) -> torch.Tensor:
+    def _log_norms(self) -> torch.Tensor:
         """float32 ``[HK, S]``: logarithms, base 2, of the values' norms."""
         return bounded(self.kv_value_norms).log2()
-
-    def _row_weights(self, rows: torch.Tensor, heads: Sequence[int], factors: torch.Tensor | None) -> torch.Tensor:
-        weights = torch.empty(*rows.shape, self.inputs.chunk.seq_len, dtype=torch.bfloat16)
-        for own, head, found in zip(rows.contiguous(), heads, weights, strict=True):
-            wanted = torch.tensor([head], dtype=torch.int32)
-            for some, part in zip(own.split(MAX_ROWS), found.split(MAX_ROWS), strict=True):
-                of_head = None if factors is None else factors[head // self.inputs.group].data_ptr()
-                call = interface.RowWeightArguments(self._rows(some, wanted), of_head, part.data_ptr())
-                library(self.inputs.cache.key.dtype).minference_row_weights(ctypes.byref(call))
-        return weights
 
     def some_keys(self, heads: Sequence[int], step: int) -> torch.Tensor:
         """One key in ``step``; read once for all heads of a KV head, which ask one after the other."""
