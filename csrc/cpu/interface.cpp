@@ -75,7 +75,7 @@ TABLE(Cache, FIELD(key), FIELD(value), FIELD(page_stride), FIELD(head_stride), F
       FIELD(head_size), FIELD(num_kv_heads), FIELD(layout), FIELD(element));
 TABLE(AttendArguments, FIELD(cache), FIELD(query), FIELD(out), FIELD(lse), FIELD(query_token_stride),
       FIELD(query_head_stride), FIELD(out_token_stride), FIELD(out_head_stride), FIELD(pages), FIELD(tile_starts),
-      FIELD(blocks), FIELD(num_blocks), FIELD(columns), FIELD(num_columns), FIELD(sinks), FIELD(remainder_key),
+      FIELD(blocks), FIELD(num_blocks), FIELD(columns), FIELD(num_columns), FIELD(column_codes), FIELD(sinks), FIELD(remainder_key),
       FIELD(remainder_value), FIELD(remainder_bias), FIELD(seq_len), FIELD(window), FIELD(heads), FIELD(tiles),
       FIELD(max_blocks), FIELD(max_columns), FIELD(scale), FIELD(softcap), FIELD(threads));
 TABLE(RemainderArguments, FIELD(cache), FIELD(query), FIELD(query_token_stride), FIELD(query_head_stride),
@@ -95,16 +95,21 @@ TABLE(KeyCodeArguments, FIELD(cache), FIELD(pages), FIELD(heads), FIELD(to_key),
 TABLE(QuantizedQK, FIELD(query), FIELD(keys), FIELD(dequant_scale), FIELD(chunk), FIELD(seq_len), FIELD(heads),
       FIELD(rank), FIELD(bins_per_bit), FIELD(threads));
 TABLE(TileScoreBinArguments, FIELD(qk), FIELD(min_bin), FIELD(bins), FIELD(tile_starts), FIELD(tiles), FIELD(tile));
-TABLE(RowMassArguments, FIELD(qk), FIELD(rows), FIELD(weights), FIELD(mass), FIELD(num_rows), FIELD(tile));
+TABLE(RowMassArguments, FIELD(qk), FIELD(rows), FIELD(weights), FIELD(mass), FIELD(num_rows), FIELD(tile),
+      FIELD(squared));
 TABLE(LineBinArguments, FIELD(of_key), FIELD(of_distance), FIELD(bins), FIELD(tile_starts), FIELD(seq_len),
       FIELD(heads), FIELD(tiles), FIELD(tile), FIELD(block_size), FIELD(threads));
 TABLE(BinMassArguments, FIELD(bins), FIELD(tile_of_row), FIELD(weights), FIELD(mass), FIELD(seq_len), FIELD(heads),
-      FIELD(rows), FIELD(tiles), FIELD(threads));
+      FIELD(rows), FIELD(tiles), FIELD(squared), FIELD(threads));
 TABLE(ThresholdArguments, FIELD(mass), FIELD(places), FIELD(threshold), FIELD(heads), FIELD(rows),
       FIELD(places_per_head), FIELD(sampled), FIELD(first), FIELD(share), FIELD(row_share), FIELD(errors),
       FIELD(threads));
 TABLE(KeyArguments, FIELD(bins), FIELD(threshold), FIELD(counts), FIELD(listed_pages), FIELD(columns), FIELD(seq_len),
       FIELD(heads), FIELD(tiles), FIELD(block_size), FIELD(max_columns), FIELD(threads));
+
+TABLE(SampleArguments, FIELD(bins), FIELD(threshold), FIELD(first_keys), FIELD(own_keys), FIELD(listed_pages),
+      FIELD(increments), FIELD(num_columns), FIELD(columns), FIELD(codes), FIELD(seq_len), FIELD(heads), FIELD(tiles),
+      FIELD(block_size), FIELD(max_columns), FIELD(max_code), FIELD(threads));
 
 template <typename S>
 std::string describe() {
@@ -133,8 +138,9 @@ extern "C" const char* minference_describe_interface() {
       describe<RowShareArguments>() + describe<ColumnDiagonalArguments>() + describe<KeyCodeArguments>() +
       describe<QuantizedQK>() + describe<TileScoreBinArguments>() + describe<RowMassArguments>() +
       describe<LineBinArguments>() + describe<BinMassArguments>() + describe<ThresholdArguments>() +
-      describe<KeyArguments>() + FUNCTION(attend) + FUNCTION(remainder) + FUNCTION(row_shares) +
+      describe<KeyArguments>() + describe<SampleArguments>() + FUNCTION(attend) + FUNCTION(remainder) + FUNCTION(row_shares) +
       FUNCTION(column_diagonal_scores) + FUNCTION(key_codes) + FUNCTION(tile_score_bins) + FUNCTION(row_mass) +
-      FUNCTION(line_bins) + FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) + FUNCTION(keys_above);
+      FUNCTION(line_bins) + FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) + FUNCTION(keys_above) +
+      FUNCTION(sampled_keys);
   return text.c_str();
 }

@@ -54,6 +54,7 @@ struct AttendArguments {
   const int32_t* num_blocks;   // [heads][tiles]
   const int32_t* columns;      // [heads][tiles][max_columns], positions of single keys
   const int32_t* num_columns;  // [heads][tiles]
+  const uint8_t* column_codes;  // [heads][tiles][max_columns], a column counts 2^(code / 6) times. Null: once
   const float* sinks;          // [heads], logit of each head's attention sink. May be null
   const float* remainder_key;    // [heads][tiles][head_size], one key for those that a tile leaves out. May be null
   const float* remainder_value;  // [heads][tiles][head_size]
@@ -172,7 +173,8 @@ struct RowMassArguments {
   const bf16* weights;   // [heads][num_rows][seq_len], softmax weights
   float* mass;           // [heads][num_rows][256], written: sum of the weights per bin
   int32_t num_rows;
-  int32_t tile;  // rows per tile
+  int32_t tile;     // rows per tile
+  int32_t squared;  // not 0: of their squares
 };
 
 // Bins from what keys count as columns, and pages by their distance from a tile: the larger of both; bin 255 in a
@@ -194,6 +196,7 @@ struct BinMassArguments {
   float* mass;                 // [heads][rows][256], written: sum of the weights per bin
   int64_t seq_len;
   int32_t heads, rows, tiles;
+  int32_t squared;  // not 0: of their squares
   int32_t threads;
 };
 
@@ -221,6 +224,22 @@ struct KeyArguments {
   int32_t* columns;          // [heads][tiles][max_columns], written by keys_above: positions, ascending, then -1
   int64_t seq_len;
   int32_t heads, tiles, block_size, max_columns;
+  int32_t threads;
+};
+
+// The keys at or above a threshold, and a sample of those below it (score_bins.sampled_keys in Python).
+struct SampleArguments {
+  const uint8_t* bins;          // [heads][tiles][seq_len]
+  const int32_t* threshold;     // [heads], 0 to 255
+  const int64_t* first_keys;    // [tiles], keys before it are not sampled
+  const int64_t* own_keys;      // [tiles], the first key of the tile's own pages, which are not sampled either
+  const bool* listed_pages;     // [heads][tiles][pages], pages whose keys are listed
+  const int32_t* increments;    // [max_code + 1], how likely a key of each code is taken, in 65536ths
+  int32_t* num_columns;         // [heads][tiles], written
+  int32_t* columns;             // [heads][tiles][max_columns], written: positions, ascending, then -1. Null: they are counted
+  uint8_t* codes;               // likewise: threshold less bin, at most max_code; 0 from the threshold on
+  int64_t seq_len;
+  int32_t heads, tiles, block_size, max_columns, max_code;
   int32_t threads;
 };
 
@@ -252,4 +271,5 @@ void minference_mass_by_bin(const minference::BinMassArguments* arguments);
 void minference_threshold(const minference::ThresholdArguments* arguments);
 void minference_page_counts(const minference::KeyArguments* arguments);
 void minference_keys_above(const minference::KeyArguments* arguments);
+void minference_sampled_keys(const minference::SampleArguments* arguments);
 }

@@ -69,7 +69,7 @@ void find_row_mass(const RowMassArguments& a, const KeysInLanes& keys, ByteWorks
     const int64_t local = w.position[r] / a.tile * a.tile;
     const int64_t place = static_cast<int64_t>(head) * a.num_rows + first_row + r;
     const bf16* weights = a.weights + place * qk.seq_len;
-    Mass mass(qk.seq_len);
+    Mass mass(qk.seq_len, a.squared != 0);
     for (int64_t first = 0; first < qk.seq_len; first += kPeakKeys) {
       const int64_t count = std::min<int64_t>(kPeakKeys, qk.seq_len - first);
       if (count == kPeakKeys && mass.add_negligible(weights + first, count)) continue;

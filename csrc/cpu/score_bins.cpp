@@ -88,7 +88,7 @@ extern "C" void minference_mass_by_bin(const minference::BinMassArguments* argum
 #pragma omp parallel for num_threads(a.threads) schedule(dynamic, 1)
   for (int64_t task = 0; task < static_cast<int64_t>(a.heads) * a.rows; ++task) {
     const uint8_t* bins = a.bins + (task / a.rows * a.tiles + a.tile_of_row[task % a.rows]) * a.seq_len;
-    Mass mass(a.seq_len);
+    Mass mass(a.seq_len, a.squared != 0);
     mass.add(a.weights + task * a.seq_len, bins, a.seq_len);
     mass.write(a.mass + task * kBins);
   }
@@ -142,4 +142,39 @@ extern "C" void minference_keys_above(const minference::KeyArguments* arguments)
     }
     std::fill(next, end_of_columns, -1);
   });
+}
+
+extern "C" void minference_sampled_keys(const minference::SampleArguments* arguments) {
+  const minference::SampleArguments& a = *arguments;
+  const int64_t pages = (a.seq_len + a.block_size - 1) / a.block_size;
+#pragma omp parallel for num_threads(a.threads) schedule(dynamic, 4)
+  for (int64_t task = 0; task < static_cast<int64_t>(a.heads) * a.tiles; ++task) {
+    const int64_t tile = task % a.tiles, own = a.own_keys[tile];
+    const uint8_t* bins = a.bins + task * a.seq_len;
+    const int threshold = a.threshold[task / a.tiles];
+    const bool* listed = a.listed_pages + task * pages;
+    int32_t* columns = a.columns == nullptr ? nullptr : a.columns + task * a.max_columns;
+    uint8_t* codes = a.codes + task * a.max_columns;
+    // Each code's increments are added up; a key that carries the sum past a multiple of 65536 is taken.
+    uint32_t sum = static_cast<uint32_t>(tile) * 40503 & 0xffff;
+    int32_t count = 0;
+    const auto take = [&](int64_t key, int code) {
+      if (!listed[key / a.block_size]) return;
+      if (columns != nullptr) columns[count] = static_cast<int32_t>(key), codes[count] = static_cast<uint8_t>(code);
+      ++count;
+    };
+    for (int64_t key = a.first_keys[tile]; key < own; ++key) {
+      if (bins[key] >= threshold) {
+        take(key, 0);
+        continue;
+      }
+      const int code = std::min(threshold - bins[key], a.max_code);
+      sum += static_cast<uint32_t>(a.increments[code]);
+      if (sum < 0x10000) continue;
+      sum -= 0x10000;
+      take(key, code);
+    }
+    a.num_columns[task] = count;
+    if (columns != nullptr) std::fill(columns + count, columns + a.max_columns, -1);
+  }
 }

@@ -12,8 +12,8 @@ constexpr uint8_t kLocalBin = 255;  // of keys in the tile's own pages
 // The attention of one row per bin.
 class Mass {
  public:
-  // `count`: keys of the row, whose weights sum to 1.
-  explicit Mass(int64_t count) : negligible_(1e-3f / static_cast<float>(count)) {}
+  // `count`: keys of the row, whose weights sum to 1. `squared`: the squares of the weights are summed.
+  Mass(int64_t count, bool squared) : negligible_(1e-3f / static_cast<float>(count)), squared_(squared) {}
 
   // Adds neighbouring keys, each to its bin. Groups of kLanes whose weights are all negligible are not looked up and
   // count for bin 0: that is 1e-3 of the row at most. Neighbours go to sums of their own, since an addition to a sum
@@ -23,18 +23,18 @@ class Mass {
     for (; key + kLanes <= count; key += kLanes) {
       const Floats here = widen(weights + key);
       if (reduce_max(here) < negligible_) {
-        rest_ += here;
+        rest_ += counted(here);
         continue;
       }
       float weight[kLanes];
-      store(weight, here);
+      store(weight, counted(here));
       for (int i = 0; i < kLanes; ++i) sum_[i % kSplit][bins[key + i]] += weight[i];
     }
     if (key == count) return;
     bf16 last[kLanes] = {};
     std::memcpy(last, weights + key, (count - key) * sizeof(bf16));
     float weight[kLanes];
-    store(weight, widen(last));
+    store(weight, counted(widen(last)));
     for (int i = 0; key < count; ++key, ++i) sum_[0][bins[key]] += weight[i];
   }
 
@@ -43,7 +43,7 @@ class Mass {
     Floats largest = repeat(0.0f), sum = largest;
     for (int64_t key = 0; key < count; key += kLanes) {
       const Floats here = widen(weights + key);
-      largest = max(largest, here), sum += here;
+      largest = max(largest, here), sum += counted(here);
     }
     if (!(reduce_max(largest) < negligible_)) return false;
     rest_ += sum;
@@ -60,7 +60,11 @@ class Mass {
 
  private:
   static constexpr int kSplit = 4;
+
+  Floats counted(Floats weights) const { return squared_ ? weights * weights : weights; }
+
   float negligible_;
+  bool squared_;
   Floats rest_ = repeat(0.0f);
   float sum_[kSplit][kBins] = {};
 };

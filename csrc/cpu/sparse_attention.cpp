@@ -11,11 +11,14 @@ namespace {
 
 // Sums are rescaled only when a row's maximum (in units of log2) has grown by more than this since the last time.
 constexpr float kRescale = 8.0f;
+// Codes of columns are in so many parts of a power of two.
+constexpr float kCodesPerBit = 6.0f;
 
 struct alignas(64) Workspace {
   alignas(64) Packed keys[kMaxHead / kPack * kKeyTile];
   alignas(64) Packed values[kKeyTile / kPack * kMaxHead];
   alignas(64) int32_t position[kKeyTile];
+  alignas(64) float more[kKeyTile];  // what the scores of columns grow by, before `scale`
   alignas(64) float scores[kProductRows * kKeyTile];
   alignas(64) Factor weights[kProductRows * kKeyTile];
   std::vector<Factor> query;
@@ -90,8 +93,10 @@ class TileTask {
 
   void add_columns() {
     const int32_t* columns = a_.columns + slot_ * a_.max_columns;
+    const uint8_t* codes = a_.column_codes == nullptr ? nullptr : a_.column_codes + slot_ * a_.max_columns;
     const int count = a_.num_columns[slot_];
     const T *keys[kKeyTile], *values[kKeyTile];
+    const float of_code = kLn2 / kCodesPerBit / (a_.softcap == 0.0f ? a_.scale : 1.0f);
     for (int first = 0; first < count; first += kKeyTile) {
       const int here = std::min(kKeyTile, count - first);
       const int padded = (here + 31) / 32 * 32;
@@ -101,16 +106,17 @@ class TileTask {
         keys[i] = columns_.key(kv_head_, column);
         values[i] = columns_.value(kv_head_, column);
         w_.position[i] = i < here ? column : std::numeric_limits<int32_t>::max();
+        if (codes != nullptr) w_.more[i] = of_code * static_cast<float>(codes[first + std::min(i, here - 1)]);
       }
       pack_key_rows(keys, padded, dim_, w_.keys, 0);
       pack_value_rows(values, padded, dim_, w_.values, 0);
       filled_ = padded;
-      flush();
+      flush(codes != nullptr);
     }
   }
 
-  // Attends the packed keys and empties the buffers.
-  void flush() {
+  // Attends the packed keys and empties the buffers. `counted`: keys count as often as w_.more says.
+  void flush(bool counted = false) {
     if (filled_ == 0) return;
     int32_t latest = 0, earliest = std::numeric_limits<int32_t>::max();
     for (int i = 0; i < filled_; ++i) {
@@ -123,7 +129,7 @@ class TileTask {
     for (int r = 0; r < rows_; r += kProductRows) {
       const int rows = std::min(kProductRows, rows_ - r);
       if (start_ + r + rows - 1 < earliest || (cut && latest < first_seen(r))) continue;
-      attend_rows(r, rows, masked, cut);
+      attend_rows(r, rows, masked, cut, counted);
     }
     filled_ = 0;
   }
@@ -131,13 +137,17 @@ class TileTask {
   // The first key in the window of a row of the tile.
   int64_t first_seen(int row) const { return start_ + row - a_.window + 1; }
 
-  void attend_rows(int r, int rows, bool masked, bool cut) {
+  void attend_rows(int r, int rows, bool masked, bool cut, bool counted) {
     const int keys = filled_;
     product_rows<kQueryStride, false>(rows, w_.query.data() + static_cast<size_t>(r) * kQueryStride, w_.keys, kKeyTile,
                                       w_.scores, kKeyTile, padded_depth(dim_), keys);
     float* out = w_.out.data() + static_cast<size_t>(r) * dim_;
     if (a_.softcap != 0.0f) {
       for (int i = 0; i < rows; ++i) soft_cap_row(w_.scores + i * kKeyTile, keys, a_.scale, a_.softcap);
+    }
+    for (int i = 0; counted && i < rows; ++i) {
+      float* scores = w_.scores + i * kKeyTile;
+      for (int n = 0; n < keys; n += kLanes) store(scores + n, load(scores + n) + load(w_.more + n));
     }
     if (cut) {
       for (int i = 0; i < rows; ++i) hide_before_window(w_.scores + i * kKeyTile, keys, r + i);

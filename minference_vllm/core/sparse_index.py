@@ -13,6 +13,9 @@ import torch
 from minference_vllm.core.plan import dense_pairs
 from minference_vllm.core.tiling import Tiling
 
+CODES_PER_BIT = 6
+"""See ``SparseIndex.column_codes``; as many as a score's bins."""
+
 
 @dataclass(frozen=True)
 class SparseIndex:
@@ -44,6 +47,11 @@ class SparseIndex:
     """Neighbouring query heads that share each list: query head ``h`` has list ``h // heads_per_list``."""
     causal: bool = True
     """False: the chunk's own keys are left out, see ``without_own_keys``."""
+    column_codes: torch.Tensor | None = None
+    """uint8 ``[L, T, max_columns]``: a column counts ``2 ** (code / CODES_PER_BIT)`` times in every softmax, for the
+    keys like it that were not drawn (``score_bins.sampled_keys``); None: each counts once."""
+    sampled: tuple[int, ...] = ()
+    """Query heads, ascending, whose other keys are all represented so."""
 
     @property
     def num_lists(self) -> int:
@@ -68,6 +76,17 @@ class SparseIndex:
         begin = first - first_block * self.tiling.block_size
         by_key = by_block.repeat_interleave(self.tiling.block_size, dim=-1)[..., begin : begin + last - first]
         return by_key | _marks(self.columns[self._lists(tiles, heads), tiles], first, last)
+
+    def tile_counts(self, tiles: torch.Tensor) -> torch.Tensor:
+        """float32 ``[H, R, S]``: how often the keys of ``tile_mask`` count, 0 where they are not attended."""
+        counts = self.tile_mask(tiles).float()
+        if self.column_codes is not None:
+            lists = self._lists(tiles, slice(None))
+            columns, codes = self.columns[lists, tiles].long(), self.column_codes[lists, tiles]
+            padded = torch.nn.functional.pad(counts, (0, 1))
+            often = torch.exp2(codes / CODES_PER_BIT)
+            counts = padded.scatter_(-1, columns.masked_fill(columns < 0, counts.shape[-1]), often)[..., :-1]
+        return counts
 
     def block_mask(self, tiles: torch.Tensor, heads: slice, first: int, last: int) -> torch.Tensor:
         """bool ``[H, R, last - first]``: which of the key blocks ``[first, last)`` the named tiles (int64 ``[R]``)

@@ -81,6 +81,10 @@ class Tiling:
         first = self.starts[:-1] // self.tile * (self.tile // self.block_size)
         return first[:, None] - self.key_blocks()
 
+    def first_own(self) -> torch.Tensor:
+        """int64 ``[T]``: the first key in the pages that hold each tile's rows."""
+        return self.starts[:-1] // self.tile * self.tile
+
     def first_seen(self) -> torch.Tensor:
         """int64 ``[T]``: the first key that a row of each tile sees."""
         oldest = self.starts[:-1] - self.window + 1

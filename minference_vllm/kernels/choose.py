@@ -72,14 +72,18 @@ def choose_for(
     """The kernel for some heads' patterns, as ``choose`` finds it, and the patterns as it can serve them.
 
     Returns:
-        the kernel; the patterns, without the remainder where the kernel cannot add it; and why it cannot, or None.
+        the kernel; the patterns, without sampling where the kernel does not know that, and without the remainder where
+        it cannot add it; and why it cannot, or None.
 
     Raises:
         ValueError: as ``choose``.
     """
     with_lse = any(pattern.has_remainder for pattern in patterns)
     try:
-        return choose(name, dtype, cache, with_lse, own), tuple(patterns), None
+        kernel = choose(name, dtype, cache, with_lse, own)
+        if kernel.samples:
+            return kernel, tuple(patterns), None
+        return kernel, tuple(pattern.without_sampling() for pattern in patterns), None
     except ValueError as error:
         if not with_lse:
             raise
@@ -173,6 +177,7 @@ NATIVE = Kernel(
     NativeScores,
     run_with_remainder=native.run,
     remainder=native_remainder.of_heads,
+    samples=True,
     softcap=True,
     sinks=True,
     window=True,

@@ -51,6 +51,8 @@ class Kernel:
     """Attends the remainder, too; None: it is merged afterwards."""
     remainder: Callable[[Inputs, SparseIndex, Sequence[int]], Remainder] | None = None
     """``prefill.remainder.of_heads`` by the fastest code that runs where the kernel does; None: by that itself."""
+    samples: bool = False
+    """Whether it knows columns that count more than once."""
     softcap: bool = False
     """Whether it knows soft caps."""
     sinks: bool = False

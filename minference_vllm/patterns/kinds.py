@@ -64,6 +64,10 @@ class _Pattern(BaseModel):
         """Whether what a tile leaves out stands in its softmax as one key (``prefill/remainder.py``)."""
         return bool(getattr(self, "remainder", False))
 
+    def without_sampling(self) -> HeadPattern:
+        """For what cannot count a key more than once."""
+        return self  # type: ignore[return-value]
+
     def without_remainder(self) -> HeadPattern:
         """For what cannot add the remainder."""
         return self.model_copy(update={"remainder": False}) if self.has_remainder else self  # type: ignore[return-value]
@@ -151,25 +155,32 @@ class LowRank(_Pattern):
     ``rank`` dimensions (after Loki, arXiv 2406.02542); as many as hold ``gamma`` of what the output of the chunk's last
     rows is made of (exact weights times the norms of values), and of sampled rows less 2.5 standard errors. A head
     that is not sparse comes out dense. With ``remainder`` what a tile leaves out stands in its softmax as one key. With
-    ``queries`` so many representatives of each tile are scored instead of all of its rows."""
+    ``queries`` so many representatives of each tile are scored instead of all of its rows. With ``noise`` a scored head
+    samples its keys by their weights, whatever ``gamma`` says, so that outputs err by that share (0: none is)."""
 
     kind: Literal["low_rank"] = "low_rank"
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
     gamma: Share = 0.95
     remainder: bool = False
     queries: Annotated[int, Field(ge=0, le=16, multiple_of=16)] = 0
+    noise: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+
+    def without_sampling(self) -> LowRank:
+        return self.model_copy(update={"noise": 0.0}) if self.noise else self
 
     def without_remainder(self) -> LowRank:
         """Half of the missing share errs no more (``docs/estimator.md``)."""
         if not self.remainder:
-            return self
-        return self.model_copy(update={"remainder": False, "gamma": 1 - (1 - self.gamma) / 2})
+            return self.without_sampling()
+        return self.model_copy(update={"remainder": False, "gamma": 1 - (1 - self.gamma) / 2, "noise": 0.0})
 
     def at_step(self, step: int) -> LowRank | Dense:
         """With a quarter of the missing share at each step."""
         if step >= MAX_STEP:
             return Dense()
-        return self.model_copy(update={"gamma": 1 - (1 - self.gamma) / 4**step}) if step > 0 else self
+        if step <= 0:
+            return self
+        return self.model_copy(update={"gamma": 1 - (1 - self.gamma) / 4**step, "noise": 0.0})
 
 
 HeadPattern = Annotated[

@@ -129,7 +129,7 @@ def left_out_by(
     inputs: Inputs, index: SparseIndex, kernel: Kernel, patterns: Sequence[HeadPattern]
 ) -> Remainder | None:
     """The remainder of the heads whose patterns have one, by the kernel's code for it; None where none has."""
-    heads = [head for head, pattern in enumerate(patterns) if pattern.has_remainder]
+    heads = [head for head, pattern in enumerate(patterns) if pattern.has_remainder and head not in index.sampled]
     return (kernel.remainder or remainder.of_heads)(inputs, index, heads) if heads else None
 
 
@@ -141,6 +141,7 @@ def run_index(
     Args:
         left_out: the remainder of every tile, which the kernel adds, or what it computed is merged with.
     """
+    assert kernel.samples or not index.sampled
     if left_out is not None and kernel.run_with_remainder is not None:
         kernel.run_with_remainder(inputs, index, out, None, left_out)
         return

@@ -110,9 +110,12 @@ def add(inputs: Inputs, index: SparseIndex, remainder: Remainder, out: torch.Ten
 
 
 def add_to_rows(inputs: Inputs, index: SparseIndex, rows: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """``add`` for all heads of some rows of the chunk (int64 ``[R]``): out ``[H, R, D]``, lse ``[H, R]``."""
+    """``add`` for all heads of some rows of the chunk (int64 ``[R]``), but for those that sample what they leave out:
+    out ``[H, R, D]``, lse ``[H, R]``."""
     key, value, bias = of_tiles(inputs, index, slice(0, inputs.num_heads))
     tile = torch.searchsorted(index.tiling.starts, rows + index.tiling.context_len, right=True) - 1
     logits = (inputs.query[rows].float().transpose(0, 1) * key[:, tile]).sum(2).mul_(inputs.scale)
     logits = cap_(logits, inputs.softcap) + bias[:, tile]
-    out.lerp_(value[:, tile], torch.sigmoid(logits - lse)[..., None])
+    share = torch.sigmoid(logits - lse)
+    share[list(index.sampled)] = 0.0
+    out.lerp_(value[:, tile], share[..., None])

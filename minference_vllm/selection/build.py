@@ -45,8 +45,7 @@ def build_index(
     shape, device = (len(patterns), tiling.num_tiles), tiling.starts.device
     found = _selections(tiling, patterns, scores, capacity)
     if capacity.exact:
-        blocks, num_blocks, columns, num_columns = _exact(tiling, shape, found)
-        return SparseIndex(tiling, blocks, num_blocks, columns, num_columns, None, heads_per_list)
+        return _exact(tiling, shape, found, heads_per_list)
     lists = Lists.empty(shape, capacity.blocks, capacity.columns, device)
     for heads, selection in found:
         if isinstance(selection, Selection):
@@ -72,18 +71,27 @@ def _selections(
 
 
 def _exact(
-    tiling: Tiling, shape: tuple[int, int], found: Iterable[tuple[list[int], Selection | WritesLists]]
-) -> Sequence[torch.Tensor]:
-    """The first four of ``Lists``, as wide as the widest of the selections."""
-    parts = []
+    tiling: Tiling,
+    shape: tuple[int, int],
+    found: Iterable[tuple[list[int], Selection | WritesLists]],
+    heads_per_list: int,
+) -> SparseIndex:
+    """The index with lists as wide as the widest of the selections."""
+    parts, sampled = [], []
     for heads, selection in found:
         assert isinstance(selection, Selection), "what writes lists needs planned sizes"
         parts.append((heads, _listed(tiling, len(heads), selection, EXACT_WIDTH)))
+        if selection.keys is not None and selection.keys.codes is not None:
+            sampled.append((heads, selection.keys.codes))
     blocks, columns = (max(part[place].shape[-1] for _, part in parts) for place in (0, 2))
     lists = Lists.empty(shape, blocks, columns, tiling.starts.device)[:4]
     for heads, part in parts:
         _copy(lists, heads, part)
-    return lists
+    codes = torch.zeros(lists[2].shape, dtype=torch.uint8, device=lists[2].device) if sampled else None
+    for heads, part in sampled:
+        _copy([codes], heads, [part])
+    own = tuple(sorted(head for heads, _ in sampled for head in heads))
+    return SparseIndex(tiling, *lists, heads_per_list=heads_per_list, column_codes=codes, sampled=own)
 
 
 def _copy(lists: Sequence[torch.Tensor], heads: Sequence[int], part: Sequence[torch.Tensor]) -> None:
@@ -102,7 +110,7 @@ def _listed(
     """What a pattern selects: the first four of ``Lists``."""
     shape, device = (heads, tiling.num_tiles), tiling.starts.device
     blocks, num_blocks = compact_blocks(selection.blocks, capacity)
-    columns, num_columns = selection.keys or KeyLists(
+    columns, num_columns, _ = selection.keys or KeyLists(
         torch.full((*shape, 1), -1, dtype=torch.int32, device=device),
         torch.zeros(shape, dtype=torch.int32, device=device),
     )

@@ -44,6 +44,8 @@ class KeyLists(NamedTuple):
     """int32 ``[h, T, C]``: absolute positions, -1 past ``count``."""
     count: torch.Tensor
     """int32 ``[h, T]``; larger than ``C`` where planned room did not suffice."""
+    codes: torch.Tensor | None = None
+    """uint8 ``[h, T, C]`` of heads whose other keys are sampled, see ``SparseIndex.column_codes``."""
 
 
 class Lists(NamedTuple):

@@ -83,14 +83,16 @@ class LowRankOps(Protocol):
         """See ``score_bins.tile_bins``."""
 
     def row_mass(
-        self, quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor
+        self, quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor, squared: bool = False
     ) -> torch.Tensor:
         """See ``score_bins.row_mass``."""
 
     def line_bins(self, of_key: torch.Tensor, of_distance: torch.Tensor, tiling: Tiling) -> torch.Tensor:
         """See ``score_bins.line_bins``."""
 
-    def mass_by_bin(self, bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def mass_by_bin(
+        self, bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor, squared: bool = False
+    ) -> torch.Tensor:
         """See ``score_bins.mass_by_bin``."""
 
     def page_counts(self, bins: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -214,17 +216,23 @@ def score_keys(
     sample, weights = measured.sample, measured.weights
     if pattern.queries:
         low = representatives(low, projection.key_size, tiling, pattern.queries)
-    quantized = QuantizedQK.of(low, keys, pattern.queries)
+    quantized, sampled = QuantizedQK.of(low, keys, pattern.queries), pattern.noise > 0
+
+    def threshold(mass: torch.Tensor) -> torch.Tensor:
+        if sampled:
+            return sample.sampling_threshold(mass, pattern.noise)
+        return scores.threshold(sample, mass, pattern.gamma)
+
     if pattern.queries:
-        lowest = torch.zeros(len(keys), dtype=torch.int32, device=keys.device)
+        suffices = torch.zeros(len(keys), dtype=torch.int32, device=keys.device)
     else:
         # One less: kernels may round otherwise.
-        lowest = scores.threshold(sample, scores.row_mass(quantized, sample.rows, tiling, weights), pattern.gamma)
-        lowest = lowest.sub_(1).clamp_(min=0)
+        suffices = threshold(scores.row_mass(quantized, sample.rows, tiling, weights, sampled)).sub_(1).clamp_(min=0)
+    lowest = (suffices - score_bins.MAX_CODE).clamp_(min=0) if sampled else suffices
     bins = score_bins.hide_before_window(scores.tile_bins(quantized, tiling, lowest), tiling)
-    wanted = scores.threshold(sample, scores.mass_by_bin(bins, measured.tile, weights), pattern.gamma)
+    wanted = threshold(scores.mass_by_bin(bins, measured.tile, weights, sampled))
     # Standard errors need not fall where every row has more: but what suffices the rows themselves does.
-    return ScoreBins(bins, torch.maximum(wanted, lowest))
+    return ScoreBins(bins, torch.maximum(wanted, suffices), sampled)
 
 
 class LowRankFamily(Family[LowRank]):

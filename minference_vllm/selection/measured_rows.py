@@ -74,6 +74,27 @@ class CalibrationRows(NamedTuple):
         of_rows = score_bins.lowest_bin(of(torch.cat(self.others, 1)).amin(1), least_of_a_row(gamma))
         return torch.minimum(found, of_rows)
 
+    def sampling_threshold(self, squares: torch.Tensor, noise: float) -> torch.Tensor:
+        """int32 ``[h]``: the highest bin below which keys may be sampled (``score_bins.sampled_keys``), so that the
+        output of every group errs no more than that, as a share of itself and root of the mean square over its rows,
+        and no row of the last and the unlike ones ``MOST_MISSED`` times as much; 0 where there is none.
+
+        Args:
+            squares: float32 ``[h, R, 256]``, of shares, see ``score_bins.mass_by_bin``.
+        """
+        variance = squares @ score_bins.noise_by_threshold(squares.device)
+
+        def of(places: torch.Tensor) -> torch.Tensor:
+            return variance.gather(1, places[..., None].expand(-1, -1, variance.shape[2]))
+
+        spread, limit = of(self.spread), noise**2
+        suffices = score_bins.mean_share(-spread, self.errors) >= -limit
+        for group in self.others:
+            suffices &= of(group).mean(1) <= limit
+        if self.others:
+            suffices &= of(torch.cat(self.others, 1)).amax(1) <= MOST_MISSED**2 * limit
+        return suffices[:, 1 : score_bins.TOP_BIN + 1].cumprod(1).sum(1, dtype=torch.int32)
+
     def alone(self) -> torch.Tensor:
         """int64 ``[h, n]``: rows of the groups that speak for themselves."""
         places = torch.cat(self.others, 1) if self.others else self.spread[:, :0]

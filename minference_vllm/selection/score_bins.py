@@ -19,6 +19,8 @@ PEAK_KEYS = 32
 """Keys of which the largest score alone counts in ``approx_lse``."""
 SAMPLED_GROUPS = 16
 """Of representatives' scores one in so many groups of ``PEAK_KEYS`` is asked for the denominator."""
+MAX_CODE = 36
+"""Keys below a threshold are drawn less and less often, at least one in ``2 ** (MAX_CODE / BINS_PER_BIT)``."""
 TOP_BIN = 254
 LOCAL_BIN = 255
 """Bin of the keys in a tile's own pages, which it always attends."""
@@ -34,6 +36,8 @@ class ScoreBins(NamedTuple):
     """uint8 ``[h, T, S]``, see ``tile_bins``."""
     threshold: torch.Tensor
     """int32 ``[h]``: the bin from which on keys are selected; 0 means that bins do not tell them apart."""
+    sampled: bool = False
+    """Whether keys below the threshold are sampled (``sampled_keys``); else they are left out."""
     scored: bool = True
     """Whether keys were scored, as ``Family.scoring_cost`` counts; else columns and diagonals sufficed."""
 
@@ -169,19 +173,25 @@ def row_bins(quantized: QuantizedQK, positions: torch.Tensor, tiling: Tiling) ->
     return as_bins(scores.sub_(approx_lse(scores))).masked_fill_(own, LOCAL_BIN)
 
 
-def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def mass_by_bin(
+    bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor, squared: bool = False
+) -> torch.Tensor:
     """float32 ``[h, R, 256]``: the share of each row's attention that lies on the keys of each bin.
 
     Args:
         bins: uint8 ``[h, L, S]``.
         bin_row: int64 ``[h, R]``: which of the ``L`` holds each row's bins.
         weights: float32 ``[h, R, S]``.
+        squared: sum the squares of shares instead.
     """
     mass = torch.zeros(*weights.shape[:2], 256, device=weights.device)
+    weights = weights.square() if squared else weights
     return mass.scatter_add_(2, bins.gather(1, bin_row[..., None].expand(weights.shape)).long(), weights)
 
 
-def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
+def row_mass(
+    quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor, squared: bool = False
+) -> torch.Tensor:
     """``mass_by_bin`` of some rows at the bins that they themselves give the keys.
 
     Args:
@@ -189,7 +199,7 @@ def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights
         weights: float32 ``[h, R, S]``.
     """
     own = row_bins(quantized.rows(rows), rows + tiling.context_len, tiling)
-    return mass_by_bin(own, torch.arange(rows.shape[1], device=rows.device).expand(rows.shape), weights)
+    return mass_by_bin(own, torch.arange(rows.shape[1], device=rows.device).expand(rows.shape), weights, squared)
 
 
 def covered(mass: torch.Tensor) -> torch.Tensor:
@@ -273,3 +283,46 @@ def keys_above(tiling: Tiling, bins: torch.Tensor, threshold: torch.Tensor) -> t
     blocks, dense = whole_pages(tiling, marks.sum(3, dtype=torch.int32), threshold)
     marks &= ~(blocks | dense[:, None, None])[..., None]
     return blocks, marks.flatten(2)[..., : bins.shape[2]]
+
+
+def increments(device: torch.device) -> torch.Tensor:
+    """int32 ``[MAX_CODE + 1]``: how likely a key so many bins below the threshold is drawn, in 65536ths."""
+    codes = torch.arange(MAX_CODE + 1, device=device)
+    return torch.exp2(16 - codes.double() / BINS_PER_BIT).round_().int()
+
+
+def noise_by_threshold(device: torch.device) -> torch.Tensor:
+    """float32 ``[256, 256]``: what the square of a share adds to the variance of a row's output, by the key's bin and
+    the threshold: ``1 / p - 1`` of a key that is drawn with a chance ``p`` and then counts ``1 / p`` times."""
+    bins = torch.arange(256, device=device)
+    return torch.exp2((bins - bins[:, None]).clamp(0, MAX_CODE).float() / BINS_PER_BIT) - 1
+
+
+def sampled_keys(
+    tiling: Tiling, bins: torch.Tensor, threshold: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each tile's keys from one bin up, and a sample of the keys below, which stand for those that are not drawn.
+
+    A key ``c`` bins below the threshold is drawn with a chance of ``2 ** (-c / BINS_PER_BIT)``, as its attention falls,
+    and counts for as many keys as its chance says: what a row gives all keys, and what comes of it, is right in the
+    mean (Horvitz and Thompson 1952), whatever the scores are worth. The sample is systematic: chances are added up
+    along the keys, and the one that carries the sum past a whole number is drawn. Equal bins give an equal sample.
+
+    Args:
+        bins: uint8 ``[h, T, S]``, see ``tile_bins``; 0 counts as far below.
+        threshold: int32 ``[h]``; 0: the bins do not tell the keys apart.
+
+    Returns:
+        blocks (bool ``[h, T, N]``, see ``whole_pages``), single keys (bool ``[h, T, S]``), none in a block, and their
+        codes (uint8 ``[h, T, S]``, see ``SparseIndex.column_codes``).
+    """
+    size, places = tiling.block_size, torch.arange(tiling.seq_len, device=bins.device)
+    blocks, dense = whole_pages(tiling, page_counts(bins, threshold, size), threshold)
+    before = (places >= tiling.first_seen()[:, None]) & (places < tiling.first_own()[:, None])
+    codes = (threshold[:, None, None] - bins.int()).clamp_(0, MAX_CODE)
+    chances = increments(bins.device)[codes].long().masked_fill_(~before | (codes == 0), 0)
+    tiles = torch.arange(tiling.num_tiles, device=bins.device)[:, None]
+    sums = chances.cumsum(2) + tiles * 40503 % 65536
+    drawn = (sums >> 16) > ((sums - chances) >> 16)
+    listed = ~(blocks | dense[:, None, None]).repeat_interleave(size, 2)[..., : tiling.seq_len]
+    return blocks, before & listed & ((codes == 0) | drawn), codes.to(torch.uint8)

@@ -15,7 +15,14 @@ from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.selection import low_rank, measured_rows, score_bins
 from minference_vllm.selection.antidiagonal import antidiagonal_scores
 from minference_vllm.selection.block_sparse import pooled_scores
-from minference_vllm.selection.compaction import Capacity, Selection, WritesLists, compact_keys
+from minference_vllm.selection.compaction import (
+    Capacity,
+    KeyLists,
+    Selection,
+    WritesLists,
+    compact_exact,
+    compact_keys,
+)
 from minference_vllm.selection.peak_threshold import peak_scores
 from minference_vllm.selection.probe_queries import beyond_diagonals, column_diagonal_scores, probe_groups
 from minference_vllm.selection.projection import Projection, quantize_keys
@@ -116,6 +123,11 @@ class TorchScores:
         return low_rank.score_keys(self, measured, heads, tiling, pattern)
 
     def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection | WritesLists:
+        if found.sampled:
+            blocks, single, codes = score_bins.sampled_keys(tiling, found.bins, found.threshold)
+            positions, count = compact_exact(single)
+            drawn = codes.gather(2, positions.long().clamp(min=0)).masked_fill_(positions < 0, 0)
+            return Selection(blocks, KeyLists(positions, count, drawn))
         blocks, single = score_bins.keys_above(tiling, found.bins, found.threshold)
         del found  # its bins are as large as what comes now
         return compact_keys(tiling, blocks, single, capacity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.selection import measured_rows
 from minference_vllm.selection.probe_queries import probe_groups, unlikeness
 from minference_vllm.selection.projection import MAX_KEY, MAX_KEY_NORM, fit, for_int8
+from minference_vllm.selection.score_bins import MAX_CODE
 from minference_vllm.selection.torch_scores import TorchScores
 
 built = pytest.mark.skipif(bool(library.unavailable_reason()), reason=str(library.unavailable_reason()))
@@ -63,6 +65,28 @@ def test_attention_and_log_sum_exp(layout: Layout, block_size: int, head_size: i
     lse, again = torch.full((8, 301), torch.nan), torch.full_like(out, torch.nan)
     kernel.run(inputs, index, again, lse)
     assert torch.equal(again, out)
+    torch.testing.assert_close(
+        lse.double(), scores.logsumexp(-1), rtol=0, atol=1e-3 if dtype == torch.bfloat16 else 5e-6
+    )
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_columns_that_count_more_than_once(softcap: float, dtype: torch.dtype) -> None:
+    batch = small_batch(301, 210, 8, 2, 64, dtype)
+    inputs = dataclasses.replace(batch.inputs(cache=in_layout(batch, "transposed")), softcap=softcap)
+    kernel, out = choose("native", dtype, inputs.cache), torch.full_like(batch.query, torch.nan)
+    index = attend_chunk(inputs, batch.patterns, kernel, out)
+    assert int(index.num_columns.max()) > 128
+    codes = torch.randint(0, MAX_CODE + 1, index.columns.shape, dtype=torch.uint8)
+    counted = dataclasses.replace(index, column_codes=codes, sampled=tuple(range(8)))
+    lse = torch.full((8, 301), torch.nan)
+    kernel.run(inputs, counted, out, lse)
+    tiles = torch.searchsorted(index.tiling.starts, torch.arange(210, 511), right=True) - 1
+    scores = reference.logits(batch.query, batch.keys(0), batch.scale, softcap)
+    scores += counted.tile_counts(tiles).double().log()
+    scores.masked_fill_(~reference.causal_mask(210, 511), -torch.inf)
+    exact = (scores.softmax(-1) @ reference.repeat_heads(batch.values(0), 8)).transpose(0, 1)
+    assert float((out.double() - exact).abs().max()) <= budget(dtype) * float(exact.abs().max())
     torch.testing.assert_close(
         lse.double(), scores.logsumexp(-1), rtol=0, atol=1e-3 if dtype == torch.bfloat16 else 5e-6
     )

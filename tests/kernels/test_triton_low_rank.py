@@ -331,7 +331,9 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
             return low_rank.score_keys(self, low_rank.Measured.of(self, heads, tiling), heads, tiling, pattern)
 
         @staticmethod
-        def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
+        def row_mass(
+            quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor, squared: bool = False
+        ) -> torch.Tensor:
             mass = torch.zeros(*rows.shape, 256)
             mass[..., 0] = 1
             return mass

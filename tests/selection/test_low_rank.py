@@ -191,7 +191,9 @@ def test_what_suffices_the_rows_themselves_suffices() -> None:
 
     class Uneven(AlwaysScored):
         @staticmethod
-        def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        def mass_by_bin(
+            bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor, squared: bool = False
+        ) -> torch.Tensor:
             mass = torch.zeros(*weights.shape[:2], 256)
             mass[..., 0] = 1.0
             return mass

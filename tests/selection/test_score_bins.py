@@ -105,6 +105,12 @@ def test_mass_by_bin(scores: TorchScores) -> None:
     torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=0)
     torch.testing.assert_close(found.sum(2), weights.sum(2), atol=1e-5, rtol=0)
     assert torch.equal(scores.mass_by_bin(bins, bin_row[:, ::2], weights[:, ::2]), found[:, ::2])
+    exact.zero_()
+    for head in range(3):
+        for row, which in enumerate(bin_row[head].tolist()):
+            exact[head, row].index_add_(0, bins[head, which].long(), weights[head, row].double().square())
+    found = scores.mass_by_bin(bins, bin_row, weights, squared=True)
+    torch.testing.assert_close(found.double(), exact, atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("rank", [16, 80])
@@ -127,6 +133,8 @@ def test_mass_of_rows(name: str, rank: int, scores: TorchScores) -> None:
     assert (ours[..., :-1] <= right[..., 1:] + 1e-3).all() and (ours[..., 1:] >= right[..., :-1] - 1e-3).all()
     torch.testing.assert_close(found.sum(2), weights.double().sum(2), atol=1e-4, rtol=0)
     torch.testing.assert_close(found[..., LOCAL_BIN], exact[..., LOCAL_BIN], atol=1e-3, rtol=0)
+    squares = scores.row_mass(quantized, rows, tiling, weights, squared=True).double().sum(2)
+    torch.testing.assert_close(squares, weights.double().square().sum(2), atol=1e-6, rtol=1e-3)
 
 
 def threshold(mass: torch.Tensor, gamma: float, errors: float = 0.0) -> torch.Tensor:
@@ -176,9 +184,9 @@ def test_keys_from_one_bin_up(name: str, scores: TorchScores) -> None:
     found = scores.select_bins(tiling, ScoreBins(bins, wanted), EXACT_WIDTH)
     blocks, keys, crowded = compact_keys(tiling, *keys_above(tiling, bins, wanted), EXACT_WIDTH)
     assert keys is not None and found.keys is not None and crowded is None and found.crowded is None
-    for ours, right in zip((found.blocks, *found.keys), (blocks, *keys), strict=True):
+    for ours, right in zip((found.blocks, *found.keys[:2]), (blocks, *keys[:2]), strict=True):
         assert ours.dtype == right.dtype and torch.equal(ours, right)
-    columns, num_columns = keys
+    columns, num_columns, _ = keys
     before = tiling.distance() > 0
     for head, lowest in enumerate(wanted.tolist()):
         by_page = marks[head].unflatten(1, (-1, page))

@@ -83,7 +83,7 @@ def test_single_columns_are_exactly_those_asked_for() -> None:
     tiling = Tiling.of(0, 256, 32, 32)
     blocks = tiling.own()[None].clone()
     blocks[..., 0] = True
-    more_blocks, (columns, count) = columns_outside_blocks(tiling, blocks, wanted(200, 5, 71, 100, 70))
+    more_blocks, (columns, count, _) = columns_outside_blocks(tiling, blocks, wanted(200, 5, 71, 100, 70))
     assert torch.equal(more_blocks, blocks)
     assert listed(columns, count, 7) == [70, 71, 100, 200]
     assert listed(columns, count, 3) == [70, 71], "the others lie in the tile or behind it"
@@ -94,7 +94,7 @@ def test_pages_of_columns_are_filled_up_from_a_block_that_the_tile_lacks() -> No
     tiling = Tiling.of(0, 256, 32, 32, column_multiple=32)
     blocks = tiling.own()[None].clone()
     asked = [200, 5, 71, 100, 70]
-    more_blocks, (columns, count) = columns_outside_blocks(tiling, blocks, wanted(*asked))
+    more_blocks, (columns, count, _) = columns_outside_blocks(tiling, blocks, wanted(*asked))
     assert torch.equal(more_blocks[0, 7], blocks[0, 7])
     assert len(set(listed(columns, count, 7))) == 32 and set(asked) <= set(listed(columns, count, 7))
     # In the second tile only block 0 lies before; its 31 other keys fill the page of the one column.
@@ -104,7 +104,7 @@ def test_pages_of_columns_are_filled_up_from_a_block_that_the_tile_lacks() -> No
 def test_where_nothing_is_left_to_fill_a_page_blocks_are_taken_whole() -> None:
     tiling = Tiling.of(0, 96, 32, 32, column_multiple=64)
     blocks = tiling.own()[None].clone()
-    more_blocks, (_, count) = columns_outside_blocks(tiling, blocks, wanted(5, 40))
+    more_blocks, (_, count, _) = columns_outside_blocks(tiling, blocks, wanted(5, 40))
     assert int(count[0, 1]) == 0, "33 keys lie before the second tile and outside its blocks: no 64"
     assert more_blocks[0, 1].nonzero().view(-1).tolist() == [0, 1]
 

@@ -43,6 +43,7 @@ def run(
         index.num_blocks.data_ptr(),
         index.columns.data_ptr(),
         index.num_columns.data_ptr(),
+        None if index.column_codes is None else index.column_codes.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
         *((part.data_ptr() for part in remainder) if remainder is not None else (None, None, None)),
         index.tiling.seq_len,

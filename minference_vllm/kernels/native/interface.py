@@ -53,6 +53,7 @@ class AttendArguments(ctypes.Structure):
         ("num_blocks", _Int32Ptr),
         ("columns", _Int32Ptr),
         ("num_columns", _Int32Ptr),
+        ("column_codes", _Uint8Ptr),
         ("sinks", _Float32Ptr),
         ("remainder_key", _Float32Ptr),
         ("remainder_value", _Float32Ptr),
@@ -188,6 +189,7 @@ class RowMassArguments(ctypes.Structure):
         ("mass", _Float32Ptr),
         ("num_rows", ctypes.c_int32),
         ("tile", ctypes.c_int32),
+        ("squared", ctypes.c_int32),
     )
 
 
@@ -216,6 +218,7 @@ class BinMassArguments(ctypes.Structure):
         ("heads", ctypes.c_int32),
         ("rows", ctypes.c_int32),
         ("tiles", ctypes.c_int32),
+        ("squared", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
 
@@ -253,6 +256,27 @@ class KeyArguments(ctypes.Structure):
     )
 
 
+class SampleArguments(ctypes.Structure):
+    _fields_ = (
+        ("bins", _Uint8Ptr),
+        ("threshold", _Int32Ptr),
+        ("first_keys", _Int64Ptr),
+        ("own_keys", _Int64Ptr),
+        ("listed_pages", _BoolPtr),
+        ("increments", _Int32Ptr),
+        ("num_columns", _Int32Ptr),
+        ("columns", _Int32Ptr),
+        ("codes", _Uint8Ptr),
+        ("seq_len", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("tiles", ctypes.c_int32),
+        ("block_size", ctypes.c_int32),
+        ("max_columns", ctypes.c_int32),
+        ("max_code", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
 FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "attend": AttendArguments,
     "remainder": RemainderArguments,
@@ -266,6 +290,7 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "threshold": ThresholdArguments,
     "page_counts": KeyArguments,
     "keys_above": KeyArguments,
+    "sampled_keys": SampleArguments,
 }
 """The functions of a library, without their prefix, and the structure that each takes."""
 

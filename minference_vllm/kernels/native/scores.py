@@ -59,7 +59,9 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> t
     return bins
 
 
-def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor) -> torch.Tensor:
+def row_mass(
+    quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor, squared: bool = False
+) -> torch.Tensor:
     """``score_bins.row_mass``."""
     mass, weights = torch.empty(*weights.shape[:2], 256), weights.bfloat16()
     for head, (own, weight, found) in enumerate(zip(rows.contiguous(), weights, mass, strict=True)):
@@ -70,6 +72,7 @@ def row_mass(quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights
             found.data_ptr(),
             len(own),
             tiling.tile,
+            squared,
         )
         library().minference_row_mass(ctypes.byref(call))
     return mass
@@ -95,7 +98,9 @@ def line_bins(of_key: torch.Tensor, of_distance: torch.Tensor, tiling: Tiling) -
     return bins
 
 
-def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def mass_by_bin(
+    bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor, squared: bool = False
+) -> torch.Tensor:
     """``score_bins.mass_by_bin``."""
     bins, bin_row, weights = (part.contiguous() for part in (bins, bin_row, weights.bfloat16()))
     _, rows, length = weights.shape
@@ -110,6 +115,7 @@ def mass_by_bin(bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor
             1,
             rows,
             bins.shape[1],
+            squared,
             torch.get_num_threads(),
         )
         library().minference_mass_by_bin(ctypes.byref(call))
@@ -145,6 +151,41 @@ def page_counts(bins: torch.Tensor, threshold: torch.Tensor, block_size: int) ->
     call = _key_arguments(bins, threshold, block_size, counts)
     library().minference_page_counts(ctypes.byref(call))
     return counts
+
+
+def sampled_keys(tiling: Tiling, bins: torch.Tensor, threshold: torch.Tensor) -> Selection:
+    """``score_bins.sampled_keys``."""
+    blocks, dense = whole_pages(tiling, page_counts(bins, threshold, tiling.block_size), threshold)
+    first, own, increments = tiling.first_seen(), tiling.first_own(), score_bins.increments(bins.device)
+    count = torch.empty(bins.shape[:2], dtype=torch.int32)
+
+    def listed(columns: torch.Tensor | None, codes: torch.Tensor | None) -> None:
+        pages = ~(blocks | dense[:, None, None])
+        call = interface.SampleArguments(
+            bins.data_ptr(),
+            threshold.data_ptr(),
+            first.data_ptr(),
+            own.data_ptr(),
+            pages.data_ptr(),
+            increments.data_ptr(),
+            count.data_ptr(),
+            None if columns is None else columns.data_ptr(),
+            None if codes is None else codes.data_ptr(),
+            bins.shape[2],
+            len(bins),
+            bins.shape[1],
+            tiling.block_size,
+            0 if columns is None else columns.shape[2],
+            score_bins.MAX_CODE,
+            torch.get_num_threads(),
+        )
+        library().minference_sampled_keys(ctypes.byref(call))
+
+    listed(None, None)
+    columns = torch.empty(*count.shape, max(1, int(count.max())), dtype=torch.int32)
+    codes = torch.zeros(columns.shape, dtype=torch.uint8)
+    listed(columns, codes)
+    return Selection(blocks, KeyLists(columns, count, codes))
 
 
 def _key_arguments(
@@ -207,8 +248,8 @@ class NativeScores(TorchScores):
         return columns, diagonals
 
     def row_shares(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-        """``measured_rows.by_value`` of the rows' attention, straight from the pages, as bf16, half the memory: a softmax,
-        too, of scores that count the values' norms."""
+        """``measured_rows.by_value`` of the rows' attention, straight from the pages, as bf16, half the memory: a
+        softmax, too, of scores that count the values' norms."""
         if not self.from_pages:
             return super().row_shares(rows, heads)
         shares = torch.empty(*rows.shape, self.inputs.chunk.seq_len, dtype=torch.bfloat16)
@@ -285,6 +326,8 @@ class NativeScores(TorchScores):
     def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection | WritesLists:
         if not capacity.exact or tiling.column_multiple > 1:
             return super().select_bins(tiling, found, capacity)
+        if found.sampled:
+            return sampled_keys(tiling, found.bins, found.threshold)
         bins, threshold = found.bins, found.threshold
         counts = page_counts(bins, threshold, tiling.block_size)
         blocks, dense = whole_pages(tiling, counts, threshold)

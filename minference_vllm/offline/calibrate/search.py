@@ -216,7 +216,8 @@ def measure(
         index = build_index(tiling, [pattern] * heads, scores)
         kept = weights * index.tile_mask(tiles)
         recall = kept.sum(-1, keepdim=True)
-        found = times(kept, values) / recall
+        counted = weights * index.tile_counts(tiles) if index.sampled else kept
+        found = times(counted, values) / counted.sum(-1, keepdim=True)
         if pattern.has_remainder:
             remainder.add_to_rows(inputs, index, rows, found, lse + recall.squeeze(-1).log())
         error = found - dense
