@@ -155,7 +155,7 @@ def sampled_check(
         tile = torch.searchsorted(index.tiling.starts, torch.tensor([position]), right=True) - 1
         for kv_head in range(keys.shape[0]):
             heads = slice(kv_head * group, (kv_head + 1) * group)
-            mask = index.tile_mask(tile, heads)
+            mask, counts = index.tile_mask(tile, heads), index.tile_counts(tile, heads)
             one = query[row : row + 1, heads]
             seen = keys[kv_head : kv_head + 1, : position + 1], values[kv_head : kv_head + 1, : position + 1]
             if remainder:
@@ -167,12 +167,15 @@ def sampled_check(
                     mask[..., :end] & reference.causal_mask(begin, end),
                     Tiling.of(begin, end, index.tiling.block_size, index.tiling.tile),
                     scale,
-                    range(group),
+                    [head for head in range(group) if heads.start + head not in index.sampled],
                     sampled_positions(index.tiling.seq_len),
                     sample_step(index.tiling.seq_len),
+                    counts=counts[..., :end].expand(-1, end - begin, -1),
                 )[position - begin : position - begin + 1]
             else:
-                expected = reference.masked_attention(one, *seen, mask[..., : position + 1], scale)
+                expected = reference.masked_attention(
+                    one, *seen, mask[..., : position + 1], scale, counts=counts[..., : position + 1]
+                )
             mask = mask[..., : position + 1]
             errors.append((out[row : row + 1, heads].double() - expected).abs().max() / expected.abs().max())
             recalls.append(reference.attention_recall(one, seen[0], mask, position, scale).mean())

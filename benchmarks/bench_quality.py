@@ -201,10 +201,11 @@ def compare(of: Rows, head: int, index: SparseIndex, rows: torch.Tensor) -> Kept
     positions = rows + index.tiling.context_len
     tiles = torch.searchsorted(index.tiling.starts, positions, right=True) - 1
     selected = index.tile_mask(tiles, slice(head, head + 1))[0] & (of.logits > -torch.inf)
+    counts = index.tile_counts(tiles, slice(head, head + 1))[0]
     kept = of.weights * selected
-    recall = kept.sum(-1, keepdim=True)
-    lse = of.logits.masked_fill(~selected, -torch.inf).logsumexp(-1)
-    return Kept(float(recall.mean()), kept @ of.values / recall, lse)
+    counted = kept * counts
+    lse = (of.logits + counts.log()).masked_fill(~selected, -torch.inf).logsumexp(-1)
+    return Kept(float(kept.sum(-1).mean()), counted @ of.values / counted.sum(-1, keepdim=True), lse)
 
 
 def main() -> None:

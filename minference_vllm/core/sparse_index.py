@@ -77,11 +77,11 @@ class SparseIndex:
         by_key = by_block.repeat_interleave(self.tiling.block_size, dim=-1)[..., begin : begin + last - first]
         return by_key | _marks(self.columns[self._lists(tiles, heads), tiles], first, last)
 
-    def tile_counts(self, tiles: torch.Tensor) -> torch.Tensor:
+    def tile_counts(self, tiles: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
         """float32 ``[H, R, S]``: how often the keys of ``tile_mask`` count, 0 where they are not attended."""
-        counts = self.tile_mask(tiles).float()
+        counts = self.tile_mask(tiles, heads).float()
         if self.column_codes is not None:
-            lists = self._lists(tiles, slice(None))
+            lists = self._lists(tiles, heads)
             columns, codes = self.columns[lists, tiles].long(), self.column_codes[lists, tiles]
             padded = torch.nn.functional.pad(counts, (0, 1))
             often = torch.exp2(codes / CODES_PER_BIT)

@@ -42,6 +42,7 @@ def masked_attention(
     scale: float,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention over the keys that the mask allows.
 
@@ -50,12 +51,15 @@ def masked_attention(
         mask: bool ``[H, rows, S]``; each row allows at least one key.
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2); 0: no cap.
         sinks: ``[H]``: one more score in every row's softmax, without a value and without a cap (gpt-oss).
+        counts: ``[H, rows, S]``: how often each key counts; None: once.
 
     Returns:
         float64 ``[rows, H, D]``.
     """
     heads = query.shape[1]
     scores = logits(query, keys, scale, softcap).masked_fill(~mask, -torch.inf)
+    if counts is not None:
+        scores += counts.double().log()
     total = scores.logsumexp(-1, keepdim=True)
     if sinks is not None:
         total = torch.logaddexp(total, sinks.double()[:, None, None])
@@ -74,6 +78,7 @@ def with_remainder(
     positions: torch.Tensor,
     step: int,
     softcap: float = 0.0,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention under a mask with the remainder (``prefill.remainder``): what a tile leaves out stands in its rows'
     softmax as one key.
@@ -82,6 +87,7 @@ def with_remainder(
         query: ``[rows, H, D]``. keys, values: ``[HK, S, D]``. mask: bool ``[H, rows, S]``.
         heads: query heads that have it.
         positions: int64, the keys that are sampled, of which each stands for ``step``.
+        counts: see ``masked_attention``.
 
     Returns:
         float64 ``[rows, H, D]``.
@@ -96,6 +102,8 @@ def with_remainder(
             scores = capped(query[head, rows] @ keys[head].T * scale, softcap).masked_fill(
                 ~mask[head, rows], -torch.inf
             )
+            if counts is not None:
+                scores += counts[head, rows].double().log()
             # All of the tile's rows see them.
             own_values, first = values[head], end - tiling.window if tiling.window else 0
             left_out = positions[(positions >= first) & (positions < begin)]
