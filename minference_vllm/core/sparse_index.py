@@ -127,6 +127,7 @@ class SparseIndex:
         The chunk's context, whole blocks, is that range; the keys of the chunk itself stood for nothing and are left
         out. A tile may then have no keys at all: kernels give it a log-sum-exp of -inf.
         """
+        assert self.column_codes is None, "parts of dual chunk attention count every key once"
         end = self.tiling.context_len
         context_blocks = end // self.tiling.block_size
         listed = (self.blocks >= 0) & (self.blocks < context_blocks)

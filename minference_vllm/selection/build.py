@@ -119,6 +119,7 @@ def _listed(
 
 def _planned(tiling: Tiling, heads: int, selection: Selection, capacity: Capacity) -> Lists:
     """The same where there is room for so much; a tile that wants more has everything, without a list."""
+    assert selection.keys is None or selection.keys.codes is None, "planned lists count every key once"
     blocks, num_blocks, columns, num_columns = _listed(tiling, heads, selection, capacity)
     reach = ((tiling.starts[1:] - 1) // tiling.block_size + 1).to(torch.int32)
     over = (num_blocks > capacity.blocks) | (num_columns > capacity.columns)
