@@ -77,15 +77,18 @@ class SparseIndex:
         by_key = by_block.repeat_interleave(self.tiling.block_size, dim=-1)[..., begin : begin + last - first]
         return by_key | _marks(self.columns[self._lists(tiles, heads), tiles], first, last)
 
-    def tile_counts(self, tiles: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
-        """float32 ``[H, R, S]``: how often the keys of ``tile_mask`` count, 0 where they are not attended."""
-        counts = self.tile_mask(tiles, heads).float()
+    def tile_counts(
+        self, tiles: torch.Tensor, heads: slice = slice(None), first: int = 0, last: int | None = None
+    ) -> torch.Tensor:
+        """float32 ``[H, R, last - first]``: how often the keys of ``tile_mask`` count, 0 where none is attended."""
+        counts = self.tile_mask(tiles, heads, first, last).float()
         if self.column_codes is not None:
             lists = self._lists(tiles, heads)
-            columns, codes = self.columns[lists, tiles].long(), self.column_codes[lists, tiles]
-            padded = torch.nn.functional.pad(counts, (0, 1))
-            often = torch.exp2(codes / CODES_PER_BIT)
-            counts = padded.scatter_(-1, columns.masked_fill(columns < 0, counts.shape[-1]), often)[..., :-1]
+            often = torch.exp2(self.column_codes[lists, tiles] / CODES_PER_BIT)
+            # Columns outside of the range are marked in one spare last place, which is cut off again.
+            places, width = self.columns[lists, tiles].long() - first, counts.shape[-1]
+            places.masked_fill_((places < 0) | (places >= width), width)
+            counts = torch.nn.functional.pad(counts, (0, 1)).scatter_(-1, places, often)[..., :-1]
         return counts
 
     def block_mask(self, tiles: torch.Tensor, heads: slice, first: int, last: int) -> torch.Tensor:

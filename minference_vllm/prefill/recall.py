@@ -100,6 +100,7 @@ class RecallSums:
         """float32 ``[H, R, 1]``: the largest score so far."""
         self._sums = torch.empty(0)
         """float32 ``[4, H, R, 1]``."""
+        self._sampled = False
 
     def add(
         self,
@@ -132,17 +133,20 @@ class RecallSums:
             weights = scores.sub_(shift).exp_()
             sums *= (self._largest - shift).exp_()
             norms = bounded(value_norms)[:, None, None]
-            kept = index.tile_mask(tiles, first=first, last=last)
+            kept = index.tile_counts if index.sampled else index.tile_mask
             sums[0] += weights.sum(-1, keepdim=True)
             sums[2] += _by_norm(weights, norms)
-            weights.mul_(kept)
+            weights.mul_(kept(tiles, first=first, last=last))
             sums[1] += weights.sum(-1, keepdim=True)
             sums[3] += _by_norm(weights, norms)
             self._largest, first = new_largest, last
+        self._sampled |= bool(index.sampled)
 
     def recall(self) -> Recall:
-        """Of all sets that were added."""
-        return Recall((self._sums[1] / self._sums[0])[..., 0], (self._sums[3] / self._sums[2])[..., 0])
+        """Of all sets that were added. Keys that count more than once stand for others, but never for more than there
+        are."""
+        found = Recall((self._sums[1] / self._sums[0])[..., 0], (self._sums[3] / self._sums[2])[..., 0])
+        return Recall(*(part.clamp_(max=1.0) for part in found)) if self._sampled else found
 
 
 def _by_norm(weights: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:

@@ -153,7 +153,7 @@ def columns_and_diagonals(
     scores: LowRankOps,
     measured: Measured,
     tiling: Tiling,
-    gamma: float,
+    pattern: LowRank,
     column_diagonal: tuple[torch.Tensor, torch.Tensor],
     cost: float,
 ) -> ScoreBins | None:
@@ -164,14 +164,14 @@ def columns_and_diagonals(
         cost: of scoring, as a share of dense attention.
     """
     bins = column_diagonal_bins(scores, tiling, *column_diagonal)
-    wanted = scores.threshold(measured.sample, scores.mass_by_bin(bins, measured.tile, measured.weights), gamma)
+    wanted = scores.threshold(measured.sample, scores.mass_by_bin(bins, measured.tile, measured.weights), pattern.gamma)
     keys = scores.page_counts(bins, wanted, tiling.block_size).sum((1, 2))
     cost *= float(tiling.reachable().sum()) * tiling.block_size
     if not bool((wanted > 0).all()):
         return None
-    if bool((keys > cost).any()):
-        # Scores would leave the keys that single rows need.
-        keys = keys - tiling.num_tiles * needed_keys(measured.weights[:, ::8], gamma, scores)
+    if bool((keys > cost).any()) and not pattern.noise:
+        # Scores would leave the keys that single rows need; but a sample of those will do.
+        keys = keys - tiling.num_tiles * needed_keys(measured.weights[:, ::8], pattern.gamma, scores)
     return ScoreBins(bins, wanted, scored=False) if bool((keys <= cost).all()) else None
 
 

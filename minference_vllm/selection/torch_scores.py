@@ -117,7 +117,7 @@ class TorchScores:
             chunk, _, head_size = self.query.shape
             cost = low_rank.scoring_cost(min(pattern.rank, head_size), head_size, chunk, self.query.device)
             lines = self.column_diagonal(heads)
-            found = low_rank.columns_and_diagonals(self, measured, tiling, pattern.gamma, lines, cost)
+            found = low_rank.columns_and_diagonals(self, measured, tiling, pattern, lines, cost)
             if found is not None:
                 return found
         return low_rank.score_keys(self, measured, heads, tiling, pattern)

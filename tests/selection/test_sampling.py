@@ -10,11 +10,13 @@ from low_rank_inputs import TILINGS, lookups
 from score_inputs import scores_of
 
 from minference_vllm import LowRank, reference, sparse_prefill
+from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.sparse_index import CODES_PER_BIT, SparseIndex
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.choose import choose_for
 from minference_vllm.kernels.native import library
 from minference_vllm.kernels.native.scores import NativeScores, sampled_keys
+from minference_vllm.prefill.recall import chunk_recall
 from minference_vllm.selection import score_bins
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.compaction import EXACT_WIDTH
@@ -149,3 +151,21 @@ def test_kernels_that_count_every_key_once_get_none() -> None:
     assert pattern.without_sampling() == LowRank(gamma=0.92, remainder=True)
     # What is to have more keys is not sampled.
     assert pattern.at_step(0) == pattern and pattern.at_step(1) == LowRank(gamma=0.98, remainder=True)
+
+
+def test_recall_counts_what_drawn_keys_stand_for() -> None:
+    query, keys, values = flat_head(8192)
+    scores = TorchScores(Inputs.of_rows(query, keys.transpose(0, 1), values.transpose(0, 1), 64**-0.5, 64))
+    tiling = Tiling.of(8192 - 512, 8192, 64, 128)
+    index, rows = build_index(tiling, [LowRank(noise=0.05)], scores), torch.arange(0, 512, 7)
+    assert index.sampled == (0,) and float(index.density()) < 0.7
+    tiles = torch.searchsorted(tiling.starts, rows + tiling.context_len, right=True) - 1
+    mask = reference.causal_mask(tiling.context_len, 8192)[rows]
+    weights = reference.logits(query[rows], keys.transpose(0, 1), 64**-0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+    exact = (weights * index.tile_counts(tiles)).sum(-1).clamp(max=1.0)
+    found = chunk_recall(scores, index, rows)
+    torch.testing.assert_close(found.mass.double(), exact, rtol=0, atol=1e-5)
+    assert float(exact.mean()) > 0.95 > float((weights * index.tile_mask(tiles)).sum(-1).mean())
+    # Piece by piece as all at once.
+    pieces = [index.tile_counts(tiles, first=first, last=first + 1000) for first in range(0, 8000, 1000)]
+    assert torch.equal(torch.cat(pieces, 2), index.tile_counts(tiles, last=8000))

@@ -214,10 +214,9 @@ def measure(
     result = Measured.nothing(len(candidates), heads)
     for number, pattern in enumerate(candidates):
         index = build_index(tiling, [pattern] * heads, scores)
-        kept = weights * index.tile_mask(tiles)
+        kept = weights * index.tile_counts(tiles)
         recall = kept.sum(-1, keepdim=True)
-        counted = weights * index.tile_counts(tiles) if index.sampled else kept
-        found = times(counted, values) / counted.sum(-1, keepdim=True)
+        found = times(kept, values) / recall
         if pattern.has_remainder:
             remainder.add_to_rows(inputs, index, rows, found, lse + recall.squeeze(-1).log())
         error = found - dense
@@ -226,8 +225,9 @@ def measure(
         result.computed[number] = index.computed_pairs().cpu()
         result.cost[number] = result.computed[number] + pairs * scoring * scores.scored
         result.pairs[number] = pairs
-        result.recall[number] = recall.double().mean((1, 2)).cpu()
-        result.value_recall[number] = _share(times(kept, norms), by_norm, of_nothing=1.0).double().mean((1, 2)).cpu()
+        result.recall[number] = recall.clamp(max=1.0).double().mean((1, 2)).cpu()
+        by_value = _share(times(kept, norms), by_norm, of_nothing=1.0).clamp(max=1.0)
+        result.value_recall[number] = by_value.double().mean((1, 2)).cpu()
         lost, whole = (part.double().square().sum((1, 2)) for part in (error, dense))
         result.squared_error[number] = _share(lost, whole, of_nothing=0.0).cpu()
     return result
