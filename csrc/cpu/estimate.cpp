@@ -1,5 +1,6 @@
 // Exact attention of some of a chunk's queries: every key's share of it, or the weights summed per column and per
-// diagonal, in two passes over K. minference_vllm/selection/low_rank.py and probe_queries.py say which queries and what for.
+// diagonal, in two passes over K. minference_vllm/selection/low_rank.py and probe_queries.py say which queries and what
+// for.
 #include "rows.h"
 
 namespace minference {

@@ -75,9 +75,9 @@ TABLE(Cache, FIELD(key), FIELD(value), FIELD(page_stride), FIELD(head_stride), F
       FIELD(head_size), FIELD(num_kv_heads), FIELD(layout), FIELD(element));
 TABLE(AttendArguments, FIELD(cache), FIELD(query), FIELD(out), FIELD(lse), FIELD(query_token_stride),
       FIELD(query_head_stride), FIELD(out_token_stride), FIELD(out_head_stride), FIELD(pages), FIELD(tile_starts),
-      FIELD(blocks), FIELD(num_blocks), FIELD(columns), FIELD(num_columns), FIELD(column_codes), FIELD(sinks), FIELD(remainder_key),
-      FIELD(remainder_value), FIELD(remainder_bias), FIELD(seq_len), FIELD(window), FIELD(heads), FIELD(tiles),
-      FIELD(max_blocks), FIELD(max_columns), FIELD(scale), FIELD(softcap), FIELD(threads));
+      FIELD(blocks), FIELD(num_blocks), FIELD(columns), FIELD(num_columns), FIELD(column_codes), FIELD(sinks),
+      FIELD(remainder_key), FIELD(remainder_value), FIELD(remainder_bias), FIELD(seq_len), FIELD(window), FIELD(heads),
+      FIELD(tiles), FIELD(max_blocks), FIELD(max_columns), FIELD(scale), FIELD(softcap), FIELD(threads));
 TABLE(RemainderArguments, FIELD(cache), FIELD(query), FIELD(query_token_stride), FIELD(query_head_stride),
       FIELD(pages), FIELD(tile_starts), FIELD(blocks), FIELD(num_blocks), FIELD(columns), FIELD(num_columns),
       FIELD(sampled), FIELD(heads), FIELD(key), FIELD(value), FIELD(bias), FIELD(seq_len), FIELD(window),
@@ -106,7 +106,6 @@ TABLE(ThresholdArguments, FIELD(mass), FIELD(places), FIELD(threshold), FIELD(he
       FIELD(threads));
 TABLE(KeyArguments, FIELD(bins), FIELD(threshold), FIELD(counts), FIELD(listed_pages), FIELD(columns), FIELD(seq_len),
       FIELD(heads), FIELD(tiles), FIELD(block_size), FIELD(max_columns), FIELD(threads));
-
 TABLE(SampleArguments, FIELD(bins), FIELD(threshold), FIELD(first_keys), FIELD(own_keys), FIELD(listed_pages),
       FIELD(increments), FIELD(num_columns), FIELD(columns), FIELD(codes), FIELD(seq_len), FIELD(heads), FIELD(tiles),
       FIELD(block_size), FIELD(max_columns), FIELD(max_code), FIELD(threads));
@@ -138,8 +137,8 @@ extern "C" const char* minference_describe_interface() {
       describe<RowShareArguments>() + describe<ColumnDiagonalArguments>() + describe<KeyCodeArguments>() +
       describe<QuantizedQK>() + describe<TileScoreBinArguments>() + describe<RowMassArguments>() +
       describe<LineBinArguments>() + describe<BinMassArguments>() + describe<ThresholdArguments>() +
-      describe<KeyArguments>() + describe<SampleArguments>() + FUNCTION(attend) + FUNCTION(remainder) + FUNCTION(row_shares) +
-      FUNCTION(column_diagonal_scores) + FUNCTION(key_codes) + FUNCTION(tile_score_bins) + FUNCTION(row_mass) +
+      describe<KeyArguments>() + describe<SampleArguments>() + FUNCTION(attend) + FUNCTION(remainder) +
+      FUNCTION(row_shares) + FUNCTION(column_diagonal_scores) + FUNCTION(key_codes) + FUNCTION(tile_score_bins) + FUNCTION(row_mass) +
       FUNCTION(line_bins) + FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) + FUNCTION(keys_above) +
       FUNCTION(sampled_keys);
   return text.c_str();

@@ -78,7 +78,7 @@ class Tiling:
 
     def distance(self) -> torch.Tensor:
         """int64 ``[T, N]``: blocks from a tile's (aligned) first block back to each key block; <= 0 for its own."""
-        first = self.starts[:-1] // self.tile * (self.tile // self.block_size)
+        first = self.first_own() // self.block_size
         return first[:, None] - self.key_blocks()
 
     def first_own(self) -> torch.Tensor:

@@ -120,7 +120,7 @@ class RecallSums:
         if self._largest is None:
             self._largest = torch.full((heads, count, 1), -torch.inf, device=rows.device)
             self._sums = torch.zeros(4, heads, count, 1, device=rows.device)
-        sums, first = self._sums, 0
+        sums, first, counts = self._sums, 0, index.tile_counts if index.sampled else index.tile_mask
         for piece, value_norms in pieces:
             # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
             by_kv_head = sampled.reshape(piece.shape[0], -1, dim)
@@ -133,10 +133,9 @@ class RecallSums:
             weights = scores.sub_(shift).exp_()
             sums *= (self._largest - shift).exp_()
             norms = bounded(value_norms)[:, None, None]
-            kept = index.tile_counts if index.sampled else index.tile_mask
             sums[0] += weights.sum(-1, keepdim=True)
             sums[2] += _by_norm(weights, norms)
-            weights.mul_(kept(tiles, first=first, last=last))
+            weights.mul_(counts(tiles, first=first, last=last))
             sums[1] += weights.sum(-1, keepdim=True)
             sums[3] += _by_norm(weights, norms)
             self._largest, first = new_largest, last

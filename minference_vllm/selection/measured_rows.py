@@ -62,16 +62,12 @@ class CalibrationRows(NamedTuple):
             mass: float32 ``[h, R, 256]``, see ``score_bins.mass_by_bin``.
         """
         share = score_bins.covered(mass)
-
-        def of(places: torch.Tensor) -> torch.Tensor:
-            return share.gather(1, places[..., None].expand(-1, -1, share.shape[2]))
-
-        means = [score_bins.mean_share(of(self.spread), self.errors)]
-        means += [score_bins.mean_share(of(group)) for group in self.others]
+        means = [score_bins.mean_share(_of_rows(share, self.spread), self.errors)]
+        means += [score_bins.mean_share(_of_rows(share, group)) for group in self.others]
         found = score_bins.lowest_bin(torch.stack(means), gamma).amin(0)
         if not self.others:
             return found
-        of_rows = score_bins.lowest_bin(of(torch.cat(self.others, 1)).amin(1), least_of_a_row(gamma))
+        of_rows = score_bins.lowest_bin(_of_rows(share, torch.cat(self.others, 1)).amin(1), least_of_a_row(gamma))
         return torch.minimum(found, of_rows)
 
     def sampling_threshold(self, squares: torch.Tensor, noise: float) -> torch.Tensor:
@@ -83,22 +79,23 @@ class CalibrationRows(NamedTuple):
             squares: float32 ``[h, R, 256]``, of shares, see ``score_bins.mass_by_bin``.
         """
         variance = squares @ score_bins.noise_by_threshold(squares.device)
-
-        def of(places: torch.Tensor) -> torch.Tensor:
-            return variance.gather(1, places[..., None].expand(-1, -1, variance.shape[2]))
-
-        spread, limit = of(self.spread), noise**2
+        spread, limit = _of_rows(variance, self.spread), noise**2
         suffices = score_bins.mean_share(-spread, self.errors) >= -limit
         for group in self.others:
-            suffices &= of(group).mean(1) <= limit
+            suffices &= _of_rows(variance, group).mean(1) <= limit
         if self.others:
-            suffices &= of(torch.cat(self.others, 1)).amax(1) <= MOST_MISSED**2 * limit
+            suffices &= _of_rows(variance, torch.cat(self.others, 1)).amax(1) <= MOST_MISSED**2 * limit
         return suffices[:, 1 : score_bins.TOP_BIN + 1].cumprod(1).sum(1, dtype=torch.int32)
 
     def alone(self) -> torch.Tensor:
         """int64 ``[h, n]``: rows of the groups that speak for themselves."""
         places = torch.cat(self.others, 1) if self.others else self.spread[:, :0]
         return self.rows.gather(1, places)
+
+
+def _of_rows(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """``[h, n, 256]``: of ``[h, R, 256]`` the rows at some places, int64 ``[h, n]``."""
+    return values.gather(1, places[..., None].expand(-1, -1, values.shape[2]))
 
 
 class DrawnRows(NamedTuple):

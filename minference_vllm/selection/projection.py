@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-BINS_PER_BIT = 6
+from minference_vllm.core.sparse_index import CODES_PER_BIT
+
+BINS_PER_BIT = CODES_PER_BIT
 """Score bins between a score and twice its exponential: 254 of them span 42 bits, or 29 nats."""
 MAX_QUERY, MAX_KEY = 63, 127
 """Largest elements of quantized queries and keys: 2 * 63 * 255 fits 16 bits."""

@@ -6,6 +6,7 @@ Sizes: ``h`` query heads, ``T`` query tiles, ``N`` key blocks (pages), ``S`` tok
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -285,12 +286,14 @@ def keys_above(tiling: Tiling, bins: torch.Tensor, threshold: torch.Tensor) -> t
     return blocks, marks.flatten(2)[..., : bins.shape[2]]
 
 
+@functools.lru_cache(maxsize=8)
 def increments(device: torch.device) -> torch.Tensor:
     """int32 ``[MAX_CODE + 1]``: how likely a key so many bins below the threshold is drawn, in 65536ths."""
     codes = torch.arange(MAX_CODE + 1, device=device)
     return torch.exp2(16 - codes.double() / BINS_PER_BIT).round_().int()
 
 
+@functools.lru_cache(maxsize=8)
 def noise_by_threshold(device: torch.device) -> torch.Tensor:
     """float32 ``[256, 256]``: what the square of a share adds to the variance of a row's output, by the key's bin and
     the threshold: ``1 / p - 1`` of a key that is drawn with a chance ``p`` and then counts ``1 / p`` times."""
