@@ -138,8 +138,8 @@ extern "C" const char* minference_describe_interface() {
       describe<QuantizedQK>() + describe<TileScoreBinArguments>() + describe<RowMassArguments>() +
       describe<LineBinArguments>() + describe<BinMassArguments>() + describe<ThresholdArguments>() +
       describe<KeyArguments>() + describe<SampleArguments>() + FUNCTION(attend) + FUNCTION(remainder) +
-      FUNCTION(row_shares) + FUNCTION(column_diagonal_scores) + FUNCTION(key_codes) + FUNCTION(tile_score_bins) + FUNCTION(row_mass) +
-      FUNCTION(line_bins) + FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) + FUNCTION(keys_above) +
-      FUNCTION(sampled_keys);
+      FUNCTION(row_shares) + FUNCTION(column_diagonal_scores) + FUNCTION(key_codes) + FUNCTION(tile_score_bins) +
+      FUNCTION(row_mass) + FUNCTION(line_bins) + FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) +
+      FUNCTION(keys_above) + FUNCTION(sampled_keys);
   return text.c_str();
 }

@@ -236,7 +236,7 @@ struct SampleArguments {
   const bool* listed_pages;     // [heads][tiles][pages], pages whose keys are listed
   const int32_t* increments;    // [max_code + 1], how likely a key of each code is taken, in 65536ths
   int32_t* num_columns;         // [heads][tiles], written
-  int32_t* columns;             // [heads][tiles][max_columns], written: positions, ascending, then -1. Null: they are counted
+  int32_t* columns;             // [heads][tiles][max_columns], written: positions, ascending, then -1; null: none
   uint8_t* codes;               // likewise: threshold less bin, at most max_code; 0 from the threshold on
   int64_t seq_len;
   int32_t heads, tiles, block_size, max_columns, max_code;
