@@ -62,7 +62,7 @@ MODELLED = (64, 128)
 NARROW = LaunchShape(block_m=128, block_n=64, block_own=64, stages=5)
 """On Hopper, beside the shape that is launched: half as many keys per step, and more steps ahead."""
 LISTS = dict.fromkeys(("p_threshold", "p_counts", "p_cost", "p_lists", "p_begin", "p_num_blocks"), "*i32")
-LISTS |= {"p_overflowed": "*u8"}
+LISTS |= dict.fromkeys(("p_chances", "p_sums", "p_fraction"), "*i32") | {"p_overflowed": "*u8"}
 REPRESENTATIVES = 16
 LOOPS = ("whole pages", "single keys", "own pages")
 """Of the attention kernel, in order. A tile passes through the last one a few times, whatever the context."""
@@ -110,7 +110,7 @@ class Account:
         found = []
         if self.spill_loads or self.spill_stores:
             found.append(f"spills {self.spill_loads}/{self.spill_stores}")
-        if not self.tensor_core and self.kernel not in WITHOUT_TENSOR_CORES:
+        if not self.tensor_core and self.kernel.removesuffix(" sampled") not in WITHOUT_TENSOR_CORES:
             found.append("no tensor-core instruction")
         if not self.blocks_per_sm:
             found.append("does not fit a multiprocessor")
@@ -222,6 +222,7 @@ def attention_account(variant: Variant, default: bool, arch: int, launch: Launch
     }
     flags = dict.fromkeys(("WITH_SOFTCAP", "WITH_SINKS", "WITH_LSE"), variant.extras)
     flags |= {"WITH_REMAINDER": variant.remainder, "CAUSAL": True, "CONTINUES": variant.continues}
+    flags["COUNTED"] = variant.counted
     flags["WITH_LSE"] |= variant.continues
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     compiled = compile_kernel(
@@ -238,7 +239,7 @@ def lists_account(variant: Variant, arch: int) -> Account:
     function = physical_lists.physical_lists_kernel
     block_n = launch_shape(arch // 10, variant.head_size, 2, 2).block_n
     own = {"LISTS": variant.group, "BLOCK": physical_lists.BLOCK, "WORK": physical_lists.WORK, "BLOCK_N": block_n}
-    own |= {"PAGE": variant.page, "CAUSAL": True}
+    own |= {"PAGE": variant.page, "CAUSAL": True, "COUNTED": variant.counted}
     compiled = compile_kernel(function, variant.types(function), own, arch, num_warps=4)
     return account("physical_lists", variant.name, True, compiled, arch)
 
@@ -294,7 +295,8 @@ def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
     own |= dict.fromkeys(("factor", "alone_share", "missable", "row_missable", "errors"), "fp32")
     shared = variant.constants | {"BLOCK_N": calibration.BLOCK_N, "WITH_SOFTCAP": False, "TILE": TILE}
     shared["num_warps"] = calibration.NUM_WARPS
-    lists = key_lists.constants(variant.page)
+    lists = key_lists.constants(variant.page) | {"TILE": TILE}
+    of_thresholds = {"ROWS": thresholds.ROWS, "num_warps": thresholds.NUM_WARPS}
     of_keys = key_codes.constants(variant.group, variant.head_size, variant.page, rank, variant.dtype)
     of_queries = chunk_queries.constants(variant.head_size, rank)
     of_fit = variant.constants | {"BLOCK_N": fit.BLOCK_N, "COLUMNS": fit.COLUMNS, "STEP": fit.STEP, "RANK": rank}
@@ -309,12 +311,14 @@ def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
         "representatives": (representatives.representatives_kernel, own, of_tile),
         "key_codes": (key_codes.key_codes_kernel, own, of_keys),
         "value_norms": (calibration.value_norms_kernel, own, shared | {"KEYS": calibration.KEYS, "num_warps": 4}),
-        "share_levels": (calibration.share_levels_kernel, own, shared),
-        "threshold": (thresholds.threshold_kernel, own, {"ROWS": thresholds.ROWS, "num_warps": thresholds.NUM_WARPS}),
-        "page_counts": (key_lists.page_counts_kernel, LISTS, lists | {"TILE": TILE}),
-        "block_lists": (key_lists.block_lists_kernel, LISTS, lists | {"TILE": TILE, "STEP": key_lists.STEP}),
-        "key_lists": (key_lists.key_lists_kernel, LISTS, lists),
     }
+    for sampled, name in ((False, ""), (True, " sampled")):
+        squared, drawn = {"SQUARED": sampled}, lists | {"SAMPLED": sampled}
+        kernels[f"share_levels{name}"] = calibration.share_levels_kernel, own, shared | squared
+        kernels[f"threshold{name}"] = thresholds.threshold_kernel, own, of_thresholds | squared
+        kernels[f"page_counts{name}"] = key_lists.page_counts_kernel, LISTS, drawn
+        kernels[f"block_lists{name}"] = key_lists.block_lists_kernel, LISTS, drawn | {"STEP": key_lists.STEP}
+        kernels[f"key_lists{name}"] = key_lists.key_lists_kernel, LISTS, drawn
     for per_tile, name in ((0, ""), (REPRESENTATIVES, " representatives")):
         of_rows, of_tiles = low_rank.launch_shape(rank, TILE, per_tile, arch // 10)
         of_lse, of_bins = low_rank.peak_lse_kernel, low_rank.tile_bins_kernel
@@ -343,7 +347,7 @@ def accounts(arch: int, everything: bool) -> list[Account]:
             rows.append(attention_account(variant, False, arch))
     if arch == 90 and everything:
         rows += [attention_account(variant, False, arch, NARROW) for variant in ESTIMATES]
-    rows += [lists_account(variant, arch) for variant in ESTIMATES]
+    rows += [lists_account(variant, arch) for variant in (*ESTIMATES, Variant(counted=True))]
     rows += [row for variant in ESTIMATES for row in estimate_accounts(variant, arch)]
     for variant in DEFAULT:
         if variant.remainder and not variant.continues:

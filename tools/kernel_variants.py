@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minference_vllm.patterns.kinds import LowRank
-from minference_vllm.triton_kernels import attention, column_diagonal
+from minference_vllm.triton_kernels import attention, column_diagonal, physical_lists
 
 
 def compile_kernel(function: Any, types: dict[str, str], constants: dict[str, Any], arch: int, **options: int) -> Any:
@@ -50,6 +50,8 @@ class Variant:
     """Query heads per KV head."""
     packed: bool = False
     """Whether they share their lists."""
+    counted: bool = False
+    """Whether columns may count more than once."""
 
     @property
     def name(self) -> str:
@@ -58,6 +60,7 @@ class Variant:
         remainder = " remainder" if self.remainder else ""
         continues = " after FA4" if self.continues else ""
         packed = f" packed {self.group}" if self.packed else ""
+        packed += " counted" if self.counted else ""
         return f"{_SHORT[self.dtype]} D={self.head_size} page={self.page}{cache}{extras}{remainder}{continues}{packed}"
 
     @property
@@ -77,7 +80,7 @@ class Variant:
         query, cache = f"*{_SHORT[self.dtype]}", "*fp8e4nv" if self.fp8 else f"*{_SHORT[self.dtype]}"
         pointers = {"p_query": query, "p_out": query, "p_key": cache, "p_value": cache}
         positions = ("p_pages", "p_tile_starts", "p_bin_row", "p_order")
-        pointers |= {name: "*i64" for name in positions} | {"p_bins": "*u8", "p_marks": "*u8"}
+        pointers |= {name: "*i64" for name in positions} | dict.fromkeys(("p_bins", "p_marks", "p_codes"), "*u8")
         floats = ["p_lse", "p_sinks", "p_mean", "p_scores", "p_weights", "p_mass"]
         floats += ["p_left_key", "p_left_value", "p_bias"]
         pointers |= {name: "*fp32" for name in floats}
@@ -86,6 +89,8 @@ class Variant:
         pointers |= {name: "*i32" for name in integers}
         if function is column_diagonal.column_diagonal_kernel:
             pointers |= {"p_columns": "*fp32", "p_nearer": "*fp32", "p_farther": "*fp32"}
+        if function in (attention.sparse_attention_kernel, physical_lists.physical_lists_kernel):
+            pointers["p_counts"] = "*fp32"
         scalars = dict.fromkeys(("scale_log2", "softcap_log2", "value_scale", "key_scale", "log_step"), "fp32")
         strides = {name: "i32!" for name in function.arg_names if name.startswith("stride_")}
         return {name: "i32" for name in function.arg_names} | pointers | scalars | strides
@@ -103,6 +108,10 @@ DEFAULT = (
     Variant(page=16, remainder=True),
     Variant(page=128, remainder=True),
     Variant(page=16, packed=True, remainder=True),
+    Variant(head_size=64, page=16, counted=True),
+    Variant(page=16, counted=True),
+    Variant(page=128, counted=True),
+    Variant(page=128, continues=True, counted=True),
     Variant(page=128, continues=True),
     Variant(page=128, continues=True, remainder=True),
 )
@@ -121,6 +130,8 @@ OTHERS = (
     Variant(fp8=True, remainder=True),
     Variant(head_size=256, fp8=True, remainder=True),
     Variant(page=528, packed=True, group=7, remainder=True),
+    Variant(head_size=256, counted=True),
+    Variant(fp8=True, counted=True),
     Variant(head_size=64, continues=True, remainder=True),
     Variant(head_size=96, continues=True),
     Variant(continues=True, packed=True),

@@ -1,4 +1,5 @@
-"""Attention under a ``SparseIndex`` over paged keys and values of any strides, in one online softmax.
+"""Attention under a ``SparseIndex`` over paged keys and values of any strides, in one online softmax. Columns may count
+more than once (``SparseIndex.column_codes``).
 
 A tile's softmax starts from its remainder, where there is one. Three loops read the tile's keys: whole pages before it,
 without a mask; single keys, without a mask; and those of them that fill no step, with the tile's own pages, causally
@@ -36,6 +37,7 @@ def _attend_keys(
     p_values,  # [N, D]
     m_score,  # [BLOCK_M, N] which keys a row attends, where MASKED: at least one, unless it has seen others
     m_dim,  # [D] which dimensions are there, where PADDED
+    b_count,  # [N] float32, how often each key counts, where COUNTED
     b_out,  # [BLOCK_M, D] float32
     b_sum,  # [BLOCK_M]
     b_max,  # [BLOCK_M]
@@ -43,6 +45,7 @@ def _attend_keys(
     softcap_log2,
     MASKED: tl.constexpr,
     PADDED: tl.constexpr,
+    COUNTED: tl.constexpr,
     WITH_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -59,6 +62,8 @@ def _attend_keys(
     # The scale is positive: one multiplication and addition per score, fused, and one per row.
     b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * factor)
     b_weight = tl.exp2(b_score * factor - b_new_max[:, None])
+    if COUNTED:
+        b_weight *= b_count[None, :]
     b_decay = tl.exp2(b_max - b_new_max)
     b_sum = b_sum * b_decay + tl.sum(b_weight, 1)
     b_value = (tl.load(p_values, mask=m_dim[None, :], other=0.0) if PADDED else tl.load(p_values)).to(b_query.dtype)
@@ -86,6 +91,7 @@ def sparse_attention_kernel(
     p_table,
     p_listed,
     p_singles,
+    p_counts,
     stride_query_row,
     stride_query_head,
     stride_out_row,
@@ -120,6 +126,7 @@ def sparse_attention_kernel(
     WITH_LSE: tl.constexpr,
     CAUSAL: tl.constexpr,
     CONTINUES: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """One program: BLOCK_M packed rows of one query tile, of the query heads that share a list."""
     PADDED: tl.constexpr = HEAD_SIZE != D
@@ -148,6 +155,7 @@ def sparse_attention_kernel(
         is_listed = tl.load(p_blocks + i_list_row * max_blocks) >= 0
         p_before = tl.where(is_listed, p_listed + i_list_row * max_blocks, p_table)
         p_singles += i_list_row * max_singles
+        p_counts += i_list_row * max_singles
 
         if WITH_REMAINDER:
             # [1] where all rows are of one head: what is read for every row takes registers.
@@ -179,8 +187,8 @@ def sparse_attention_kernel(
                 if PAGE != BLOCK_N:
                     o_page += i_step * BLOCK_N % PAGE * stride_slot
                 b_out, b_sum, b_max = _attend_keys(
-                    b_query, p_key + o_page + o_in_page, p_value + o_page + o_in_page, m_dim, m_dim,
-                    b_out, b_sum, b_max, scale_log2, softcap_log2, False, PADDED, WITH_SOFTCAP, PRECISION,
+                    b_query, p_key + o_page + o_in_page, p_value + o_page + o_in_page, m_dim, m_dim, m_dim,
+                    b_out, b_sum, b_max, scale_log2, softcap_log2, False, PADDED, False, WITH_SOFTCAP, PRECISION,
                 )  # fmt: skip
                 page = tl.load(p_before + (i_step + 1) * BLOCK_N // PAGE)
         else:
@@ -194,8 +202,8 @@ def sparse_attention_kernel(
                     o_place += o_key % PAGE * stride_slot
                 o_before = o_place[:, None] + o_dim[None, :]
                 b_out, b_sum, b_max = _attend_keys(
-                    b_query, p_key + o_before, p_value + o_before, m_dim, m_dim,
-                    b_out, b_sum, b_max, scale_log2, softcap_log2, False, PADDED, WITH_SOFTCAP, PRECISION,
+                    b_query, p_key + o_before, p_value + o_before, m_dim, m_dim, m_dim,
+                    b_out, b_sum, b_max, scale_log2, softcap_log2, False, PADDED, False, WITH_SOFTCAP, PRECISION,
                 )  # fmt: skip
                 b_page = tl.load(p_before + (o_key + BLOCK_N) // PAGE)
 
@@ -203,15 +211,17 @@ def sparse_attention_kernel(
         b_single = tl.load(p_singles + o_slot)
         for first in tl.range(0, num_full, BLOCK_N, num_stages=STAGES):
             o_columns = (b_single.to(tl.int64) * UNIT)[:, None] + o_dim[None, :]
+            b_count = tl.load(p_counts + first + o_slot) if COUNTED else o_slot
             b_out, b_sum, b_max = _attend_keys(
-                b_query, p_key + o_columns, p_value + o_columns, m_dim, m_dim,
-                b_out, b_sum, b_max, scale_log2, softcap_log2, False, PADDED, WITH_SOFTCAP, PRECISION,
+                b_query, p_key + o_columns, p_value + o_columns, m_dim, m_dim, b_count,
+                b_out, b_sum, b_max, scale_log2, softcap_log2, False, PADDED, COUNTED, WITH_SOFTCAP, PRECISION,
             )  # fmt: skip
             b_single = tl.load(p_singles + first + BLOCK_N + o_slot)
 
         # Those that are left lie before the tile: the position 0 stands for theirs. As the first key of the first step
         # lies before every row, all rows have a maximum.
         p_singles += num_full
+        p_counts += num_full
         num_left = num_singles - num_full
         if CAUSAL:
             own = tile_start // PAGE * PAGE
@@ -228,9 +238,11 @@ def sparse_attention_kernel(
         for first in tl.range(0, num_left + last + 1 - own, BLOCK_OWN, num_stages=STAGES):
             o_position = tl.where(first + o_own < num_left, 0, own + first + o_own - num_left)
             o_rest = (b_place.to(tl.int64) * UNIT)[:, None] + o_dim[None, :]
+            # All own keys count once: those that are skipped need not be.
+            b_own_count = tl.load(p_counts + first + o_own) if COUNTED else o_own
             b_out, b_sum, b_max = _attend_keys(
-                b_query, p_key + o_rest, p_value + o_rest, o_position[None, :] <= o_row[:, None], m_dim,
-                b_out, b_sum, b_max, scale_log2, softcap_log2, True, PADDED, WITH_SOFTCAP, PRECISION,
+                b_query, p_key + o_rest, p_value + o_rest, o_position[None, :] <= o_row[:, None], m_dim, b_own_count,
+                b_out, b_sum, b_max, scale_log2, softcap_log2, True, PADDED, COUNTED, WITH_SOFTCAP, PRECISION,
             )  # fmt: skip
             o_next = past_skipped(first + BLOCK_OWN, o_own, num_left, skipped, CONTINUES)
             b_place = tl.load(p_singles + first + BLOCK_OWN + o_next)
@@ -296,12 +308,13 @@ def run(
     compute, precision = compute_type(query.dtype)
     launch = launch_shape(major, cache.head_size, compute.primitive_bitwidth // 8, cache.key.element_size())
     lists = physical_lists(inputs, index, launch.block_n)
+    counts = lists.singles if lists.counts is None else lists.counts
     parts = triton.cdiv(min(index.tiling.tile, chunk) * index.heads_per_list, launch.block_m)
     launcher(sparse_attention_kernel, (index.num_lists * index.num_tiles * parts,))(
         query, cache.key, cache.value, out, query if lse is None else lse, query if sinks is None else sinks,
         *((query, query, query) if remainder is None else remainder),
         index.tiling.starts, lists.order, index.blocks, index.num_blocks, index.num_columns,
-        lists.table, lists.listed, lists.singles,
+        lists.table, lists.listed, lists.singles, counts,
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), cache.key.stride(1), cache.key.stride(2),
         index.num_tiles, parts, chunk, index.blocks.shape[2], lists.max_singles, own_from or 0,
         *scales_log2(inputs),
@@ -324,5 +337,6 @@ def run(
         WITH_LSE=lse is not None,
         CAUSAL=index.causal,
         CONTINUES=own_from is not None,
+        COUNTED=lists.counts is not None,
         num_warps=launch.num_warps,
     )  # fmt: skip

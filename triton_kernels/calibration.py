@@ -1,8 +1,7 @@
-"""The attention of ``low_rank``'s calibration rows at or above some bins, straight from paged keys and values of any
-strides.
+"""The attention of ``low_rank``'s calibration rows below some bins, straight from paged keys and values of any strides.
 
 Nothing of the size rows x context is stored, and scores are computed once. Sums for each of 256 bins would be atomic
-additions, one for every row and key; sums from a few levels up stay in registers, and what lies between two levels is
+additions, one for every row and key; sums below a few levels stay in registers, and what lies between two levels is
 interpolated (``thresholds.py``).
 """
 
@@ -26,12 +25,15 @@ from minference_vllm.triton_kernels.launch import launcher
 ROWS = tl.constexpr(128)
 """Of one program."""
 LEVELS = tl.constexpr((110, 136, 154, 168, 180, 192, 206, 232))
-"""Bins, rising: from each of them up the attention is summed. They lie from 4 to 24 bits below a row's denominator,
-closest from 8 to 16, where most thresholds do. Each costs two instructions for every row and key."""
+"""Bins, rising: below each of them shares are summed. They lie from 4 to 24 bits below a row's denominator, closest
+from 8 to 16, where most thresholds do. Each costs two instructions for every row and key."""
 NUM_LEVELS = tl.constexpr(len(LEVELS.value))
-BIN_CODE = tl.constexpr(0x4B000000)
-"""float32 of these bits and a bin in the last eight is ``CODE_OF_0`` plus the bin."""
-CODE_OF_0 = tl.constexpr(float(1 << 23))
+FIRST_KNOT, RAMP = tl.constexpr(124), tl.constexpr(12)
+"""Where squares are summed, each level has a ramp instead of a step: a bin counts wholly below it, by half in its
+middle, and not above it. The first begins at ``FIRST_KNOT``, and each of the others where the one before ends. Sums
+times weights that fall from knot to knot are sums by a weight that falls on straight lines."""
+BIN_CODE, CODE_OF_0 = tl.constexpr(0x43800000), tl.constexpr(256.0)
+"""float32 of these bits and a bin, shifted up by 15, is ``CODE_OF_0`` plus the bin."""
 LEAST_NORM, LARGEST_NORM = tl.constexpr(measured_rows.LEAST_NORM), tl.constexpr(measured_rows.LARGEST_NORM)
 
 
@@ -101,10 +103,10 @@ def _log_shares(
 
 
 @triton.jit
-def _added(sums, b_max, b_share, b_bin):
-    """The rows' sums of all shares and of those from each level up, and their maximum, ``[ROWS, 4]`` each, one for each
+def _added(sums, b_max, b_share, b_bin, SQUARED: tl.constexpr):
+    """The rows' sums of all shares and of those below each level, and their maximum, ``[ROWS, 4]`` each, one for each
     thread that holds some of a row's, with more shares added: ``_log_shares`` and bins, ``[ROWS, BLOCK_N]``."""
-    b_code = (b_bin.to(tl.int32) | BIN_CODE).to(tl.float32, bitcast=True)
+    b_code = ((b_bin.to(tl.int32) << 15) + BIN_CODE).to(tl.float32, bitcast=True)
     shares, codes = columns_of_threads(b_share), columns_of_threads(b_code)
     b_new_max = b_max
     for i in tl.static_range(len(shares)):
@@ -113,16 +115,24 @@ def _added(sums, b_max, b_share, b_bin):
     b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
     b_scale = tl.exp2(b_max - b_shift)
     found = (sums[0] * b_scale,)
+    if SQUARED:
+        b_scale *= b_scale
     for i_level in tl.static_range(NUM_LEVELS):
         found += (sums[i_level + 1] * b_scale,)  # type: ignore[assignment]
     for i in tl.static_range(len(shares)):
         b_one = tl.exp2(shares[i] - b_shift)
         more = (found[0] + b_one,)
+        if SQUARED:
+            b_one *= b_one
         for i_level in tl.static_range(NUM_LEVELS):
-            # Codes are whole numbers: 1 from the level on, else 0. A saturating addition takes one instruction and a
-            # comparison two; the sum takes another.
-            b_reached = tl.minimum(tl.maximum(codes[i] - (CODE_OF_0 + LEVELS[i_level] - 1.0), 0.0), 1.0)
-            more += (found[i_level + 1] + b_reached * b_one,)  # type: ignore[assignment]
+            # Codes are whole numbers: 1 below the level, else 0; or the ramp. A saturating addition takes one
+            # instruction and a comparison two; the sum takes another.
+            if SQUARED:
+                b_below = (FIRST_KNOT + CODE_OF_0) / RAMP + (i_level + 1.0) - codes[i] * (1.0 / RAMP)
+            else:
+                b_below = (CODE_OF_0 + LEVELS[i_level]) - codes[i]
+            b_below = tl.minimum(tl.maximum(b_below, 0.0), 1.0)
+            more += (found[i_level + 1] + b_below * b_one,)  # type: ignore[assignment]
         found = more
     return found, b_new_max
 
@@ -135,12 +145,14 @@ def share_levels_kernel(
     scale_log2, softcap_log2, num_tiles, stride_bins,
     GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     WITH_SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
+    SQUARED: tl.constexpr,
 ):  # fmt: skip
-    """One program: sums of the shares of ROWS rows over one part of the keys, one head: of all, and from each level up.
+    """One program: sums of the shares of ROWS rows over one part of the keys, one head: of all, and below each level,
+    there of their squares where SQUARED.
 
     ``p_rows`` is int64 ``[h, num_rows]``, ``p_bins`` uint8 ``[h, T, S]``, ``p_levels`` float32
-    ``[h, parts, 2 + NUM_LEVELS, num_rows]``: a maximum in powers of two, and sums relative to it. Parts are multiples
-    of BLOCK_N.
+    ``[h, parts, 2 + NUM_LEVELS, num_rows]``: a maximum in powers of two, and sums relative to it, or to its square.
+    Parts are multiples of BLOCK_N.
     """
     i_slot, i_part = tl.program_id(0), tl.program_id(1)
     i_head = tl.load(p_heads + i_slot).to(tl.int64)
@@ -171,7 +183,7 @@ def share_levels_kernel(
         )  # fmt: skip
         b_bin = tl.load(p_tile[:, None] + b_position[None, :])
         b_share = _log_shares(b_query, b_key, b_norm, scale_log2, softcap_log2, WITH_SOFTCAP, PRECISION)
-        sums, b_max = _added(sums, b_max, b_share, b_bin)
+        sums, b_max = _added(sums, b_max, b_share, b_bin, SQUARED)
     for i_key in range(border, end, BLOCK_N):
         i_key = tl.multiple_of(i_key, BLOCK_N)
         b_position = i_key + tl.arange(0, BLOCK_N)
@@ -183,15 +195,19 @@ def share_levels_kernel(
         m_key = m_key & (b_position[None, :] > o_seen[:, None] - window)
         b_bin = tl.load(p_tile[:, None] + b_position[None, :], mask=m_key, other=0)
         b_share = _log_shares(b_query, b_key, b_norm, scale_log2, softcap_log2, WITH_SOFTCAP, PRECISION)
-        sums, b_max = _added(sums, b_max, tl.where(m_key, b_share, -float("inf")), b_bin)
+        b_share = tl.where(m_key, b_share, -float("inf"))
+        sums, b_max = _added(sums, b_max, b_share, b_bin, SQUARED)
     o_slot = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     m_slot = o_slot < num_rows
     p_levels += (i_slot * tl.num_programs(1) + i_part) * (NUM_LEVELS + 2) * num_rows + o_slot
     b_most = tl.max(b_max, 1)
     b_scale = tl.exp2(b_max - tl.where(b_most == -float("inf"), 0.0, b_most)[:, None])
     tl.store(p_levels, b_most, mask=m_slot)
-    for i_level in tl.static_range(NUM_LEVELS + 1):
-        tl.store(p_levels + (i_level + 1) * num_rows, tl.sum(sums[i_level] * b_scale, 1), mask=m_slot)
+    tl.store(p_levels + num_rows, tl.sum(sums[0] * b_scale, 1), mask=m_slot)
+    if SQUARED:
+        b_scale *= b_scale
+    for i_level in tl.static_range(NUM_LEVELS):
+        tl.store(p_levels + (i_level + 2) * num_rows, tl.sum(sums[i_level + 1] * b_scale, 1), mask=m_slot)
 
 
 KEYS_PER_PART, BLOCK_N, NUM_WARPS = 4096, 64, 8
@@ -238,6 +254,7 @@ def share_levels(
     tiling: Tiling,
     bins: torch.Tensor,
     norms: torch.Tensor,
+    squared: bool = False,
 ) -> torch.Tensor:
     """How some rows' shares (``measured_rows.by_value``) spread over the bins of their tiles. Equal inputs give equal
     results, and nothing waits for the GPU.
@@ -249,10 +266,11 @@ def share_levels(
         rows: int64 ``[h, R]``, rows of the chunk.
         bins: uint8 ``[h, T, S]``, a tile's one behind the other.
         norms: see ``value_norms``.
+        squared: sum the squares of shares, by ramps; else shares, of the keys whose bin is below each of ``LEVELS``.
 
     Returns:
         float32 ``[h, parts, 2 + NUM_LEVELS, R]``: of each part of the keys a maximum in powers of two, and relative to
-        it the sum of all shares and those of the keys whose bin is at least each of ``LEVELS``.
+        it, or to its square, the sum of all shares and those for each level.
     """
     cache, chunk = inputs.cache, inputs.chunk
     parts = triton.cdiv(chunk.seq_len, KEYS_PER_PART)
@@ -262,6 +280,6 @@ def share_levels(
         query, cache.key, norms, inputs.pages, on_device(heads, query), rows.contiguous(), bins, levels,
         query.stride(0), query.stride(1), *cache.key.stride()[:3], chunk.context_len, chunk.seq_len,
         inputs.window or chunk.seq_len, num_rows, KEYS_PER_PART, *scales_log2(inputs), tiling.num_tiles, bins.stride(1),
-        TILE=tiling.tile, **shape,
+        TILE=tiling.tile, SQUARED=squared, **shape,
     )  # fmt: skip
     return levels

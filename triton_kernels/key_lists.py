@@ -16,77 +16,114 @@ from minference_vllm.selection.compaction import Lists
 from minference_vllm.triton_kernels.column_diagonal import on_device
 from minference_vllm.triton_kernels.launch import launcher
 
+MAX_CODE = tl.constexpr(score_bins.MAX_CODE)
+
 
 @triton.jit
-def _reaching(p_bins, threshold, o_page, seq_len, PAGE: tl.constexpr, SLOTS: tl.constexpr):
-    """Which keys of some pages reach the threshold by one tile's bins, ``[PAGES, SLOTS]``, and their positions."""
+def _bins(p_bins, o_page, seq_len, PAGE: tl.constexpr, SLOTS: tl.constexpr):
+    """One tile's bins of the keys of some pages, their positions, and which are there: ``[PAGES, SLOTS]``."""
     o_slot = tl.arange(0, SLOTS)
     o_position = o_page[:, None] * PAGE + o_slot[None, :]
     m_key = (o_slot < PAGE)[None, :] & (o_position < seq_len)
-    b_bin = tl.load(p_bins + o_position, mask=m_key, other=0).to(tl.int32)
-    return m_key & (b_bin >= threshold), o_position
+    return tl.load(p_bins + o_position, mask=m_key, other=0).to(tl.int32), o_position, m_key
+
+
+@triton.jit
+def _chances(p_chances, b_bin, threshold, m_key):
+    """Codes of keys (``score_bins.sampled_keys``) and how likely each is drawn, in 65536ths; 0 outside of the mask."""
+    b_code = tl.minimum(tl.maximum(threshold - b_bin, 0), MAX_CODE)
+    return b_code, tl.load(p_chances + b_code, mask=m_key, other=0)
 
 
 @triton.jit
 def _reach(i_tile, context_len, seq_len, window, TILE: tl.constexpr, PAGE: tl.constexpr):
-    """A tile's pages: the first that a row of it sees, the first of its own, and one past the last."""
+    """The first key that a row of a tile sees; its pages: the first of its own, and one past the last."""
     aligned = (context_len // TILE + i_tile) * TILE
     start, end = tl.maximum(aligned, context_len), tl.minimum(aligned + TILE, seq_len)
     oldest = tl.where(window > 0, tl.maximum(start - window + 1, 0), 0)
-    return oldest // PAGE, aligned // PAGE, (end - 1) // PAGE + 1
+    return oldest, aligned // PAGE, (end - 1) // PAGE + 1
 
 
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
 @triton.jit(do_not_specialize=["num_tiles", "num_pages", "context_len", "seq_len", "window"])
 def page_counts_kernel(
-    p_bins, stride_bins, p_threshold, p_counts, p_cost, num_tiles, num_pages, context_len, seq_len, window,
-    TILE: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr, PAGES: tl.constexpr,
+    p_bins, stride_bins, p_threshold, p_chances, p_counts, p_sums, p_cost, num_tiles, num_pages, context_len, seq_len,
+    window, TILE: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr, PAGES: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
     """One program: how many keys of PAGES pages reach the threshold, for one tile; and what they cost the head.
 
     ``p_counts`` is int32 ``[h, T, N]``: ``PAGE`` where the whole page is attended, see ``score_bins.whole_pages``.
-    ``p_cost`` is int32 ``[h]``: their sum is added.
+    ``p_cost`` is int32 ``[h]``: their sum is added. Where SAMPLED ``p_sums``, int32 ``[h, T, N]``, are the pages' sums
+    of ``p_chances``, ``score_bins.increments``, over the keys before the tile.
     """
     i_strip, i_row = tl.program_id(0), tl.program_id(1)
     i_slot = i_row // num_tiles
     o_page = i_strip * PAGES + tl.arange(0, PAGES)
     p_bins += i_row.to(tl.int64) * stride_bins
-    m_reaching, _ = _reaching(p_bins, tl.load(p_threshold + i_slot), o_page, seq_len, PAGE, SLOTS)
-    _, own, end = _reach(i_row % num_tiles, context_len, seq_len, window, TILE, PAGE)
-    b_count = tl.sum(m_reaching.to(tl.int32), 1)
-    b_count = tl.where((2 * b_count >= PAGE) | (o_page >= own) & (o_page < end), PAGE, b_count)
+    threshold = tl.load(p_threshold + i_slot)
+    b_bin, o_position, m_key = _bins(p_bins, o_page, seq_len, PAGE, SLOTS)
+    oldest, own, end = _reach(i_row % num_tiles, context_len, seq_len, window, TILE, PAGE)
     m_page = o_page < num_pages
+    if SAMPLED:
+        m_before = m_key & (o_position >= oldest) & (o_page < own)[:, None]
+        _, b_chance = _chances(p_chances, b_bin, threshold, m_before)
+        tl.store(p_sums + i_row.to(tl.int64) * num_pages + o_page, tl.sum(b_chance, 1), mask=m_page)
+    b_count = tl.sum((m_key & (b_bin >= threshold)).to(tl.int32), 1)
+    b_count = tl.where((2 * b_count >= PAGE) | (o_page >= own) & (o_page < end), PAGE, b_count)
     tl.store(p_counts + i_row.to(tl.int64) * num_pages + o_page, b_count, mask=m_page)
     # Whole numbers: their order does not matter.
     tl.atomic_add(p_cost + i_slot, tl.sum(tl.where(m_page, b_count, 0), 0), sem="relaxed")
+
+
+@triton.jit
+def _first_fraction(i_tile):
+    """Where a tile's sum of chances begins, in 65536ths."""
+    return i_tile * 40503 & 65535
+
+
+@triton.jit
+def _drawn(p_sums, o_page, m_page, fraction):
+    """How often the sum of chances passes a whole number in each of some pages, its fraction before each, and after
+    the last; ``fraction``: before the first."""
+    b_sum = tl.load(p_sums + o_page, mask=m_page, other=0)
+    # Sums over many pages overflow, but for the last bits.
+    b_fraction = (tl.cumsum(b_sum, 0) - b_sum + fraction) & 65535
+    return (b_fraction + b_sum) >> 16, b_fraction, (tl.sum(b_sum, 0) + fraction) & 65535
 
 
 @triton.jit(do_not_specialize=[
     "num_tiles", "num_pages", "context_len", "seq_len", "window", "max_blocks", "max_columns", "most",
 ])  # fmt: skip
 def block_lists_kernel(
-    p_counts, p_threshold, p_cost, p_lists, p_blocks, p_num_blocks, p_num_columns, p_overflowed, num_tiles, num_pages,
-    context_len, seq_len, window, max_blocks, max_columns, most, TILE: tl.constexpr, PAGE: tl.constexpr,
-    STEP: tl.constexpr,
+    p_counts, p_sums, p_threshold, p_cost, p_lists, p_blocks, p_num_blocks, p_num_columns, p_overflowed, num_tiles,
+    num_pages, context_len, seq_len, window, max_blocks, max_columns, most, TILE: tl.constexpr, PAGE: tl.constexpr,
+    STEP: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
     """One program: the whole pages of one tile, and where the single keys of each of the others begin in their list.
 
     Lists are the index's own, ``p_blocks`` int32 ``[L, T, max_blocks]`` filled with -1; ``p_lists`` int32 ``[h]`` says
     which of them each head has. ``p_counts`` becomes that beginning, -1 where a page lists no single key. A head whose
     cost is above ``most``, or whose threshold is 0, has every page, and a tile without room, too, without a list.
+    Where SAMPLED a page's single keys are those at which the sum of chances passes a whole number, and ``p_sums``
+    becomes the sum's fraction before each page.
     """
     i_tile, i_slot = tl.program_id(0), tl.program_id(1)
     i_list = (tl.load(p_lists + i_slot) * num_tiles + i_tile).to(tl.int64)
     p_counts += (i_slot * num_tiles + i_tile).to(tl.int64) * num_pages
-    first, _, end = _reach(i_tile, context_len, seq_len, window, TILE, PAGE)
+    p_sums += (i_slot * num_tiles + i_tile).to(tl.int64) * num_pages
+    oldest, _, end = _reach(i_tile, context_len, seq_len, window, TILE, PAGE)
+    first = oldest // PAGE
     # Pages from ``full`` on are attended whatever they hold.
     full = tl.where((tl.load(p_threshold + i_slot) == 0) | (tl.load(p_cost + i_slot) > most), first, end)
-    blocks, columns = 0, 0
+    blocks, columns, fraction = 0, 0, _first_fraction(i_tile)
     for i_page in range(0, num_pages, STEP):
         o_page = i_page + tl.arange(0, STEP)
+        m_page = o_page < num_pages
         m_seen = (o_page >= first) & (o_page < end)
         b_count = tl.load(p_counts + o_page, mask=m_seen, other=0)
         m_whole = m_seen & ((o_page >= full) | (b_count == PAGE))
+        if SAMPLED:
+            b_count, b_fraction, fraction = _drawn(p_sums, o_page, m_page, fraction)
         blocks += tl.sum(m_whole.to(tl.int32), 0)
         columns += tl.sum(tl.where(m_whole, 0, b_count), 0)
     over = (blocks > max_blocks) | (columns > max_columns)
@@ -94,43 +131,63 @@ def block_lists_kernel(
     tl.store(p_num_columns + i_list, tl.where(over, 0, columns))
     tl.store(p_overflowed + i_list, (over & (blocks < end)).to(tl.uint8))
     room = tl.where(over, 0, max_blocks)
-    blocks, columns = 0, 0
+    blocks, columns, fraction = 0, 0, _first_fraction(i_tile)
     for i_page in range(0, num_pages, STEP):
         o_page = i_page + tl.arange(0, STEP)
         m_page = o_page < num_pages
         m_seen = (o_page >= first) & (o_page < end)
         b_count = tl.load(p_counts + o_page, mask=m_seen, other=0)
         m_whole = m_seen & ((o_page >= full) | (b_count == PAGE))
+        if SAMPLED:
+            b_count, b_fraction, fraction = _drawn(p_sums, o_page, m_page, fraction)
         o_block = blocks + tl.cumsum(m_whole.to(tl.int32), 0) - 1
         tl.store(p_blocks + i_list * max_blocks + o_block, o_page, mask=m_whole & (o_block < room))
         b_single = tl.where(over | m_whole, 0, b_count)
         b_begin = columns + tl.cumsum(b_single, 0) - b_single
         tl.debug_barrier()
         tl.store(p_counts + o_page, tl.where(b_single > 0, b_begin, -1), mask=m_page)
+        if SAMPLED:
+            tl.store(p_sums + o_page, b_fraction, mask=m_page)
         blocks += tl.sum(m_whole.to(tl.int32), 0)
         columns += tl.sum(b_single, 0)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_pages", "seq_len", "max_columns"])
+@triton.jit(do_not_specialize=["num_tiles", "num_pages", "context_len", "seq_len", "window", "max_columns"])
 def key_lists_kernel(
-    p_bins, stride_bins, p_threshold, p_begin, p_lists, p_columns, num_tiles, num_pages, seq_len, max_columns,
-    PAGE: tl.constexpr, SLOTS: tl.constexpr, PAGES: tl.constexpr,
+    p_bins, stride_bins, p_threshold, p_chances, p_begin, p_fraction, p_lists, p_columns, p_codes, num_tiles, num_pages,
+    context_len, seq_len, window, max_columns, TILE: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr,
+    PAGES: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
     """One program: the single keys of PAGES pages of one tile.
 
-    ``p_begin``: int32 ``[h, T, N]``, where each page's keys begin, -1 where none is listed. ``p_columns``: int32
-    ``[L, T, max_columns]``, filled with -1; ``p_lists``: see ``block_lists_kernel``.
+    ``p_begin``: int32 ``[h, T, N]``, where each page's keys begin, -1 where none is listed; ``p_fraction``: likewise,
+    the fraction of the sum of chances, where SAMPLED. ``p_columns``: int32 ``[L, T, max_columns]``, filled with -1;
+    ``p_codes``: uint8, likewise, where SAMPLED. ``p_lists``: see ``block_lists_kernel``.
     """
     i_strip, i_row = tl.program_id(0), tl.program_id(1)
-    i_slot = i_row // num_tiles
+    i_slot, i_tile = i_row // num_tiles, i_row % num_tiles
     o_page = i_strip * PAGES + tl.arange(0, PAGES)
-    b_begin = tl.load(p_begin + i_row.to(tl.int64) * num_pages + o_page, mask=o_page < num_pages, other=-1)
+    o_count = i_row.to(tl.int64) * num_pages + o_page
+    b_begin = tl.load(p_begin + o_count, mask=o_page < num_pages, other=-1)
     if tl.max(b_begin, 0) >= 0:
-        i_list = (tl.load(p_lists + i_slot) * num_tiles + i_row % num_tiles).to(tl.int64)
-        p_bins += i_row.to(tl.int64) * stride_bins
-        m_reaching, o_position = _reaching(p_bins, tl.load(p_threshold + i_slot), o_page, seq_len, PAGE, SLOTS)
-        o_key = b_begin[:, None] + tl.cumsum(m_reaching.to(tl.int32), 1) - 1
-        tl.store(p_columns + i_list * max_columns + o_key, o_position, mask=m_reaching & (b_begin >= 0)[:, None])
+        i_list = (tl.load(p_lists + i_slot) * num_tiles + i_tile).to(tl.int64)
+        threshold = tl.load(p_threshold + i_slot)
+        b_bin, o_position, m_key = _bins(p_bins + i_row.to(tl.int64) * stride_bins, o_page, seq_len, PAGE, SLOTS)
+        m_key = m_key & (b_begin >= 0)[:, None]
+        if SAMPLED:
+            oldest, own, _ = _reach(i_tile, context_len, seq_len, window, TILE, PAGE)
+            m_before = m_key & (o_position >= oldest) & (o_page < own)[:, None]
+            b_code, b_chance = _chances(p_chances, b_bin, threshold, m_before)
+            # A key from the threshold up has a whole chance: it is drawn, and leaves the fraction as it is.
+            b_fraction = tl.load(p_fraction + o_count, mask=o_page < num_pages, other=0)
+            b_sum = tl.cumsum(b_chance, 1) + b_fraction[:, None]
+            b_order, m_key = b_sum >> 16, m_before & (b_sum >> 16 > (b_sum - b_chance) >> 16)
+            o_key = b_begin[:, None] + b_order - 1
+            tl.store(p_codes + i_list * max_columns + o_key, b_code.to(tl.uint8), mask=m_key)
+        else:
+            m_key = m_key & (b_bin >= threshold)
+            o_key = b_begin[:, None] + tl.cumsum(m_key.to(tl.int32), 1) - 1
+        tl.store(p_columns + i_list * max_columns + o_key, o_position, mask=m_key)
 
 
 KEYS, STEP, NUM_WARPS = 2048, 1024, 4
@@ -154,7 +211,7 @@ def _most(context_len: int, seq_len: int, window: int, tile: int, block_size: in
 
 @dataclass(frozen=True)
 class BinLists:
-    """The keys from one bin up, of some heads, to be written into the lists of an index."""
+    """The keys from one bin up, of some heads, and a sample of the others, to be written into the lists of an index."""
 
     tiling: Tiling
     """With a ``column_multiple`` of 1."""
@@ -162,39 +219,38 @@ class BinLists:
     """uint8 ``[h, T, S]``, see ``score_bins.tile_bins``; a tile's one behind the other."""
     threshold: torch.Tensor
     """int32 ``[h]``."""
+    sampled: bool = False
+    """See ``ScoreBins``."""
 
     def write(self, lists: Lists, heads: Sequence[int]) -> None:
-        """The lists that ``score_bins.keys_above`` and ``build_index`` make of them.
+        """The lists that ``score_bins.keys_above``, or ``sampled_keys``, and ``build_index`` make of them.
 
         Args:
             lists: of all heads, every one with its own; filled with -1 and zeros.
             heads: whose lists these are.
         """
-        tiling, shape = self.tiling, constants(self.tiling.block_size)
-        lengths, bins = (tiling.context_len, tiling.seq_len, tiling.window), (self.bins, self.bins.stride(1))
+        tiling, bins, threshold = self.tiling, self.bins, self.threshold
+        shape = constants(tiling.block_size) | {"TILE": tiling.tile, "SAMPLED": self.sampled}
+        lengths = tiling.context_len, tiling.seq_len, tiling.window
         count, tiles, pages = len(heads), tiling.num_tiles, tiling.num_key_blocks
-        counts = torch.empty(count, tiles, pages, dtype=torch.int32, device=self.bins.device)
-        grid, numbers = (triton.cdiv(pages, shape["PAGES"]), count * tiles), on_device(heads, self.bins)
-        cost = torch.zeros(count, dtype=torch.int32, device=self.bins.device)
+        counts = torch.empty(count, tiles, pages, dtype=torch.int32, device=bins.device)
+        chances, sums, codes = threshold, counts, lists.columns  # which nothing reads, if none is drawn
+        if self.sampled:
+            assert lists.codes is not None
+            chances, sums, codes = score_bins.increments(bins.device), torch.empty_like(counts), lists.codes
+        grid, numbers = (triton.cdiv(pages, shape["PAGES"]), count * tiles), on_device(heads, bins)
+        cost = torch.zeros(count, dtype=torch.int32, device=bins.device)
         launcher(page_counts_kernel, grid)(
-            self.bins,
-            self.bins.stride(1),
-            self.threshold,
-            counts,
-            cost,
-            tiles,
-            pages,
-            *lengths,
-            TILE=tiling.tile,
-            **shape,
+            bins, bins.stride(1), threshold, chances, counts, sums, cost, tiles, pages, *lengths, **shape
         )
         most = _most(*lengths, tiling.tile, tiling.block_size)
         launcher(block_lists_kernel, (tiles, count))(
-            counts, self.threshold, cost, numbers, lists.blocks, lists.num_blocks, lists.num_columns,
+            counts, sums, threshold, cost, numbers, lists.blocks, lists.num_blocks, lists.num_columns,
             lists.overflowed.view(torch.uint8), tiles, pages, *lengths, lists.blocks.shape[2],
-            lists.columns.shape[2], most, TILE=tiling.tile, PAGE=tiling.block_size, STEP=STEP, num_warps=NUM_WARPS,
+            lists.columns.shape[2], most, TILE=tiling.tile, PAGE=tiling.block_size, STEP=STEP, SAMPLED=self.sampled,
+            num_warps=NUM_WARPS,
         )  # fmt: skip
         launcher(key_lists_kernel, grid)(
-            *bins, self.threshold, counts, numbers, lists.columns, tiles, pages, tiling.seq_len,
-            lists.columns.shape[2], **shape,
+            bins, bins.stride(1), threshold, chances, counts, sums, numbers, lists.columns, codes, tiles, pages,
+            *lengths, lists.columns.shape[2], **shape,
         )  # fmt: skip

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from minference_vllm.core.inputs import Inputs
-from minference_vllm.core.sparse_index import SparseIndex
+from minference_vllm.core.sparse_index import CODES_PER_BIT, SparseIndex
 from minference_vllm.triton_kernels.launch import launcher
 
+BITS_PER_CODE = tl.constexpr(1 / CODES_PER_BIT)
 BLOCK = 256
 """List entries that are written at once."""
 WORK = 1024
@@ -53,9 +54,11 @@ def physical_lists_kernel(
     p_num_blocks,
     p_columns,
     p_num_columns,
+    p_codes,
     p_table,
     p_listed,
     p_singles,
+    p_counts,
     p_work,
     num_tiles,
     num_items,
@@ -71,6 +74,7 @@ def physical_lists_kernel(
     BLOCK: tl.constexpr,
     WORK: tl.constexpr,
     CAUSAL: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """One program: the lists of one tile, or BLOCK entries of the whole table."""
     i_item = tl.program_id(0)
@@ -86,6 +90,8 @@ def physical_lists_kernel(
         p_listed += i_row.to(tl.int64) * max_blocks
         p_columns += i_row.to(tl.int64) * max_columns
         p_singles += i_row.to(tl.int64) * max_singles
+        p_codes += i_row.to(tl.int64) * max_columns
+        p_counts += i_row.to(tl.int64) * max_singles
         num_blocks = tl.load(p_num_blocks + i_row)
         num_columns = tl.load(p_num_columns + i_row)
         tile_start = tl.load(p_tile_starts + i_tile).to(tl.int32)
@@ -105,6 +111,9 @@ def physical_lists_kernel(
             b_page = tl.load(p_pages + b_position // PAGE, mask=m_column, other=0).to(tl.int64)
             b_place = b_page * page_units + b_position % PAGE * slot_units
             tl.store(p_singles + first + o_entry, b_place.to(tl.int32), mask=m_column)
+            if COUNTED:
+                b_code = tl.load(p_codes + first + o_entry, mask=m_column, other=0)
+                tl.store(p_counts + first + o_entry, tl.exp2(b_code.to(tl.float32) * BITS_PER_CODE), mask=m_column)
         if PAGE % BLOCK_N != 0:
             o_left = tl.arange(0, BLOCK_N)
             o_key = num_before * PAGE - num_left + o_left
@@ -114,15 +123,21 @@ def physical_lists_kernel(
             b_left_page = tl.load(p_pages + b_left, mask=m_left, other=0).to(tl.int64)
             b_left_place = b_left_page * page_units + o_key % PAGE * slot_units
             tl.store(p_singles + num_columns + o_left, b_left_place.to(tl.int32), mask=m_left)
+            if COUNTED:
+                tl.store(p_counts + num_columns + o_left, tl.full([BLOCK_N], 1.0, tl.float32), mask=m_left)
         # The tile's last key stands for what follows it. Where no row attends own keys, they fill up the last step.
         own = tile_start // PAGE * PAGE
         p_singles += num_columns + num_left
+        p_counts += num_columns + num_left
         for first in range(0, tile_end - own + BLOCK_N, BLOCK):
             o_own = first + o_entry
             o_position = tl.minimum(own + o_own, tile_end - 1)
             b_own_page = tl.load(p_pages + o_position // PAGE).to(tl.int64)
             b_own_place = b_own_page * page_units + o_position % PAGE * slot_units
-            tl.store(p_singles + o_own, b_own_place.to(tl.int32), mask=o_own < tile_end - own + BLOCK_N)
+            m_own = o_own < tile_end - own + BLOCK_N
+            tl.store(p_singles + o_own, b_own_place.to(tl.int32), mask=m_own)
+            if COUNTED:
+                tl.store(p_counts + o_own, tl.full([BLOCK], 1.0, tl.float32), mask=m_own)
 
 
 @dataclass(frozen=True)
@@ -137,6 +152,8 @@ class PhysicalLists:
     singles: torch.Tensor
     """int32 ``[L * T * max_singles + ...]``: of a tile's columns, then of those keys of its pages that remain, then of
     its own pages' keys, filled up."""
+    counts: torch.Tensor | None
+    """float32, likewise: how often each counts; None: once."""
     max_singles: int
     order: torch.Tensor
     """int64 ``[L * T]``: items (see ``place_of``), those with most keys first."""
@@ -171,10 +188,13 @@ def physical_lists(inputs: Inputs, index: SparseIndex, block_n: int) -> Physical
         torch.empty(entries + block_n, dtype=torch.int32, device=device)
         for entries in (num_pages, rows * max_blocks, rows * max_singles)
     )
+    codes, counts = index.column_codes, None
+    if codes is not None:
+        counts = torch.empty(rows * max_singles + block_n, dtype=torch.float32, device=device)
     work = torch.empty(rows, dtype=torch.int32, device=device)
     launcher(physical_lists_kernel, (rows + triton.cdiv(num_pages, BLOCK),))(
         inputs.pages, index.tiling.starts, index.blocks, index.num_blocks, columns, index.num_columns,
-        table, listed, singles, work,
+        columns if codes is None else codes, table, listed, singles, singles if counts is None else counts, work,
         index.num_tiles, rows, num_pages, max_blocks, columns.shape[2], max_singles,
         page_stride // unit, slot_stride // unit,
         LISTS=inputs.group // index.heads_per_list,
@@ -183,6 +203,9 @@ def physical_lists(inputs: Inputs, index: SparseIndex, block_n: int) -> Physical
         BLOCK=BLOCK,
         WORK=WORK,
         CAUSAL=index.causal,
+        COUNTED=codes is not None,
         num_warps=4,
     )  # fmt: skip
-    return PhysicalLists(unit, table, listed, singles, max_singles, torch.argsort(work, descending=True, stable=True))
+    return PhysicalLists(
+        unit, table, listed, singles, counts, max_singles, torch.argsort(work, descending=True, stable=True)
+    )

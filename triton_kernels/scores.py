@@ -81,8 +81,10 @@ class TritonScores(TorchScores):
         else:
             scored = query_codes(query, heads, projection, factor, codes)
         bins = low_rank.tile_bins(scored, tiling)
-        levels = calibration.share_levels(inputs, query, heads, rows, tiling, bins, self._value_norms)
-        return ScoreBins(bins, thresholds(levels, drawn, pattern.gamma))
+        levels = calibration.share_levels(
+            inputs, query, heads, rows, tiling, bins, self._value_norms, squared=pattern.samples
+        )
+        return ScoreBins(bins, thresholds(levels, drawn, pattern), pattern.samples)
 
     @functools.cached_property
     def _value_norms(self) -> torch.Tensor:
@@ -91,7 +93,7 @@ class TritonScores(TorchScores):
     def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection | WritesLists:
         if capacity.exact or tiling.column_multiple > 1:
             return super().select_bins(tiling, found, capacity)
-        return BinLists(tiling, found.bins, found.threshold)
+        return BinLists(tiling, found.bins, found.threshold, found.sampled)
 
     def audited_pieces(self, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         missing = self.inputs.chunk.seq_len

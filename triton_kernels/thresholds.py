@@ -1,9 +1,14 @@
-"""How far down each head's bins are needed (``measured_rows.CalibrationRows.threshold``), in one launch.
+"""How far down each head's bins are needed, in one launch: ``threshold`` and ``sampling_threshold`` of
+``measured_rows.CalibrationRows``.
 
 What is missed is known at a few levels (``calibration.LEVELS``), and its square root taken to lie on a line from one to
 the next. What is missed rises ever faster, between a line and an exponential: a line would list 3 % more keys than are
 needed, this 1 %. Thresholds are rather too low than too high, and never reach the next level, at which too much is
 missed. A head that misses too much at the lowest level is computed densely.
+
+Of heads that sample their keys "missed" is the variance of a row's output. A key below the threshold adds the square of
+its share times a weight that doubles with every bit (``score_bins.noise_by_threshold``), taken to lie on straight lines
+between the knots of ``calibration.FIRST_KNOT``.
 """
 
 from __future__ import annotations
@@ -12,13 +17,21 @@ import torch
 import triton
 import triton.language as tl
 
+from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.selection.measured_rows import MOST_MISSED, STANDARD_ERRORS, DrawnRows
-from minference_vllm.triton_kernels.calibration import LEVELS, NUM_LEVELS
+from minference_vllm.selection.projection import BINS_PER_BIT
+from minference_vllm.selection.score_bins import MAX_CODE
+from minference_vllm.triton_kernels.calibration import FIRST_KNOT, LEVELS, NUM_LEVELS, RAMP
 from minference_vllm.triton_kernels.launch import launcher
 
 ROWS, NUM_WARPS = 64, 4
 """Of one step."""
 WIDTH = tl.constexpr(triton.next_power_of_2(NUM_LEVELS.value))
+WEIGHTS = tl.constexpr((2.33, 10.65, 50.02))
+"""By how much a square's weight rises over each ramp below the threshold. Lines from 0 to these sums have the means of
+``2 ** bits - 1`` over the first two ramps, and end at what keys count that are least likely to be drawn."""
+NUM_RAMPS = tl.constexpr(len(WEIGHTS.value))
+assert NUM_RAMPS.value * RAMP.value == MAX_CODE and sum(WEIGHTS.value) == 2 ** (MAX_CODE / BINS_PER_BIT) - 1
 
 
 @triton.jit
@@ -41,19 +54,21 @@ def _highest(b_missed, b_level, missable):
 @triton.jit(do_not_specialize=["num_sampled", "num_last", "num_rows", "num_parts"])
 def threshold_kernel(
     p_levels, p_threshold, num_sampled, num_last, num_rows, num_parts, missable, row_missable, errors,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, SQUARED: tl.constexpr,
 ):  # fmt: skip
     """One program: the threshold of one head.
 
     ``p_levels`` is float32 ``[h, num_parts, 2 + NUM_LEVELS, num_rows]`` (``calibration.share_levels``): of rows that
-    are a sample, of the chunk's last ones, and of unlike ones. ``p_threshold`` is int32 ``[h]``.
+    are a sample, of the chunk's last ones, and of unlike ones. ``p_threshold`` is int32 ``[h]``. Where SQUARED what
+    may be missed is a variance.
     """
     i_slot = tl.program_id(0)
     p_levels += i_slot.to(tl.int64) * num_parts * (NUM_LEVELS + 2) * num_rows
     o_level = tl.arange(0, WIDTH)
     b_level = tl.zeros([WIDTH], dtype=tl.float32)
     for i_level in tl.static_range(NUM_LEVELS):
-        b_level = tl.where(o_level == i_level, LEVELS[i_level] + 0.0, b_level)
+        level = FIRST_KNOT + RAMP * (i_level + 1.0) if SQUARED else LEVELS[i_level] + 0.0
+        b_level = tl.where(o_level == i_level, level, b_level)
     b_sampled, b_squares = tl.zeros([WIDTH], dtype=tl.float32), tl.zeros([WIDTH], dtype=tl.float32)
     b_last, b_unlike = tl.zeros([WIDTH], dtype=tl.float32), tl.zeros([WIDTH], dtype=tl.float32)
     b_most = tl.zeros([WIDTH], dtype=tl.float32)
@@ -61,9 +76,8 @@ def threshold_kernel(
         o_row = i_row + tl.arange(0, ROWS)
         m_row = o_row < num_rows
         m_sum = m_row[:, None] & (o_level < NUM_LEVELS)[None, :]
-        o_sum = (o_level + 2)[None, :] * num_rows + o_row[:, None]
         b_max = tl.full([ROWS], -float("inf"), dtype=tl.float32)
-        b_total, b_covered = tl.zeros([ROWS], dtype=tl.float32), tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+        b_total, b_missed = tl.zeros([ROWS], dtype=tl.float32), tl.zeros([ROWS, WIDTH], dtype=tl.float32)
         for i_part in range(num_parts):
             p_part = p_levels + i_part * (NUM_LEVELS + 2) * num_rows
             b_their_max = tl.load(p_part + o_row, mask=m_row, other=0.0)
@@ -71,11 +85,19 @@ def threshold_kernel(
             b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
             b_ours, b_theirs = tl.exp2(b_max - b_shift), tl.exp2(b_their_max - b_shift)
             b_total = b_total * b_ours + tl.load(p_part + num_rows + o_row, mask=m_row, other=1.0) * b_theirs
-            b_more = tl.load(p_part + o_sum, mask=m_sum, other=0.0)
-            b_covered = b_covered * b_ours[:, None] + b_more * b_theirs[:, None]
+            if SQUARED:
+                b_more = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
+                for i_ramp in tl.static_range(NUM_RAMPS):
+                    # Below the first knot keys count as if they were least likely to be drawn.
+                    o_sum = (tl.maximum(o_level - i_ramp, 0) + 2)[None, :] * num_rows + o_row[:, None]
+                    b_more += WEIGHTS[i_ramp] * tl.load(p_part + o_sum, mask=m_sum, other=0.0)
+                b_ours, b_theirs = b_ours * b_ours, b_theirs * b_theirs
+            else:
+                b_more = tl.load(p_part + (o_level + 2)[None, :] * num_rows + o_row[:, None], mask=m_sum, other=0.0)
+            b_missed = b_missed * b_ours[:, None] + b_more * b_theirs[:, None]
             b_max = b_new_max
         # A row without any attention, of keys that are not numbers, makes the head dense.
-        b_missed = (b_total[:, None] - b_covered) / b_total[:, None]
+        b_missed = b_missed / (b_total * b_total if SQUARED else b_total)[:, None]
         m_sampled, m_unlike = o_row < num_sampled, (o_row >= num_sampled + num_last) & m_row
         m_last = (o_row >= num_sampled) & (o_row < num_sampled + num_last)
         b_sample = tl.where(m_sampled[:, None], b_missed, 0.0)
@@ -94,18 +116,21 @@ def threshold_kernel(
     tl.store(p_threshold + i_slot, found)
 
 
-def thresholds(levels: torch.Tensor, drawn: DrawnRows, gamma: float) -> torch.Tensor:
-    """int32 ``[h]``: the bin down to which every group of the measured rows has its share.
+def thresholds(levels: torch.Tensor, drawn: DrawnRows, pattern: LowRank) -> torch.Tensor:
+    """int32 ``[h]``: the bin down to which every group of the measured rows has its share, or below which keys may be
+    sampled.
 
     Args:
         levels: float32 ``[h, parts, 2 + NUM_LEVELS, R]``, see ``calibration.share_levels``, of
-            ``chunk_queries.measured_rows``.
+            ``chunk_queries.measured_rows``; of squares where the pattern samples.
     """
     heads, parts, _, num_rows = levels.shape
     found = torch.empty(heads, dtype=torch.int32, device=levels.device)
-    missable = 1 - gamma
+    missable, most = 1 - pattern.gamma, min(1.0, MOST_MISSED * (1 - pattern.gamma))
+    if pattern.samples:
+        missable, most = pattern.noise**2, (MOST_MISSED * pattern.noise) ** 2
     launcher(threshold_kernel, (heads,))(
-        levels, found, drawn.sampled, drawn.last, num_rows, parts, missable, min(1.0, MOST_MISSED * missable),
-        STANDARD_ERRORS, ROWS=ROWS, num_warps=NUM_WARPS,
+        levels, found, drawn.sampled, drawn.last, num_rows, parts, missable, most, STANDARD_ERRORS, ROWS=ROWS,
+        SQUARED=pattern.samples, num_warps=NUM_WARPS,
     )  # fmt: skip
     return found

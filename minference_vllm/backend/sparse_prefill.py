@@ -124,7 +124,8 @@ class SparsePrefillImpl(AttentionImpl):
             cache: one like the layer's.
         """
         assert self.sparse_layer is not None
-        self.sparse_layer = replace(self.sparse_layer, kernel=kernel)
+        patterns = tuple(kernel.served(self.sparse_layer.patterns))
+        self.sparse_layer = replace(self.sparse_layer, kernel=kernel, patterns=patterns)
         self.attends = description(kernel, self.runtime.settings.kernel, dtype, cache)
 
     def prepare(self, layer: Any, spec: Any, dtype: torch.dtype, device: torch.device) -> None:

@@ -153,7 +153,7 @@ def _take_memory(
             return
         rows = audited_rows(inputs.query, settings.audit_rows, seed=0) if settings.audit_rows else None
         check = None if rows is None else RecallCheck(rows)
-        attend_chunk(inputs, patterns, kernel, out, settings.tile, check)
+        attend_chunk(inputs, kernel.served(patterns), kernel, out, settings.tile, check)
 
     run_named(variant, inputs, dtype, run)
 

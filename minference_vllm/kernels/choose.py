@@ -81,9 +81,7 @@ def choose_for(
     with_lse = any(pattern.has_remainder for pattern in patterns)
     try:
         kernel = choose(name, dtype, cache, with_lse, own)
-        if kernel.samples:
-            return kernel, tuple(patterns), None
-        return kernel, tuple(pattern.without_sampling() for pattern in patterns), None
+        return kernel, tuple(kernel.served(patterns)), None
     except ValueError as error:
         if not with_lse:
             raise
@@ -203,6 +201,7 @@ def _triton() -> Kernel:
         planned=True,
         run_with_remainder=attention.run,
         remainder=remainder.of_heads,
+        samples=True,
         softcap=True,
         sinks=True,
         fp8=True,
@@ -233,4 +232,5 @@ def _fa4() -> Kernel:
         lists_everything=True,
         run_with_remainder=attention.run,
         remainder=remainder.of_heads,
+        samples=True,
     )

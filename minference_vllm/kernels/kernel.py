@@ -11,6 +11,7 @@ import torch
 from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.remainder import Remainder
 from minference_vllm.core.sparse_index import SparseIndex
+from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.selection.torch_scores import TorchScores
 
 
@@ -61,3 +62,7 @@ class Kernel:
     """Whether it knows sliding windows."""
     fp8: bool = False
     """Whether it knows FP8 caches with one scale per tensor."""
+
+    def served(self, patterns: Sequence[HeadPattern]) -> Sequence[HeadPattern]:
+        """The patterns as it can serve them: without sampling where it does not know that."""
+        return patterns if self.samples else [pattern.without_sampling() for pattern in patterns]

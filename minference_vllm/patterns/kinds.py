@@ -64,6 +64,11 @@ class _Pattern(BaseModel):
         """Whether what a tile leaves out stands in its softmax as one key (``prefill/remainder.py``)."""
         return bool(getattr(self, "remainder", False))
 
+    @property
+    def samples(self) -> bool:
+        """Whether columns may count for others that are left out (``SparseIndex.column_codes``)."""
+        return False
+
     def without_sampling(self) -> HeadPattern:
         """For what cannot count a key more than once."""
         return self  # type: ignore[return-value]
@@ -164,6 +169,10 @@ class LowRank(_Pattern):
     remainder: bool = False
     queries: Annotated[int, Field(ge=0, le=16, multiple_of=16)] = 0
     noise: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
+
+    @property
+    def samples(self) -> bool:
+        return self.noise > 0
 
     def without_sampling(self) -> LowRank:
         return self.model_copy(update={"noise": 0.0}) if self.noise else self

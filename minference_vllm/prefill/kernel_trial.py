@@ -68,12 +68,13 @@ def run_trial(
         trial: of the kernels' names.
         kernels: that take planned sizes.
         inputs: of random content.
-        patterns: one per query head.
+        patterns: one per query head. None samples: all kernels are timed on the same work.
         tile: see ``Settings``.
 
     Raises:
         torch.OutOfMemoryError: see ``Trial.attempt``.
     """
+    patterns = [pattern.without_sampling() for pattern in patterns]
     out = torch.empty_like(inputs.query)
     for density in DENSITIES:
         _run_case(trial, kernels, inputs, patterns, density, tile, out)

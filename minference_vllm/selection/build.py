@@ -46,13 +46,17 @@ def build_index(
     found = _selections(tiling, patterns, scores, capacity)
     if capacity.exact:
         return _exact(tiling, shape, found, heads_per_list)
-    lists = Lists.empty(shape, capacity.blocks, capacity.columns, device)
+    lists = Lists.empty(shape, capacity.blocks, capacity.columns, device, sum(one.samples for one in patterns))
+    sampled: list[int] = []
     for heads, selection in found:
         if isinstance(selection, Selection):
-            _copy(lists, heads, _planned(tiling, len(heads), selection, capacity))
+            assert not patterns[heads[0]].samples, "sampled keys need something that writes lists, or exact sizes"
+            _copy(lists[:5], heads, _planned(tiling, len(heads), selection, capacity)[:5])
         else:
             selection.write(lists, heads)
-    return SparseIndex(tiling, *lists, heads_per_list)
+            sampled += heads if selection.sampled else []
+    own = tuple(sorted(sampled))
+    return SparseIndex(tiling, *lists[:5], heads_per_list, column_codes=lists.codes, sampled=own)
 
 
 def _selections(
@@ -119,7 +123,6 @@ def _listed(
 
 def _planned(tiling: Tiling, heads: int, selection: Selection, capacity: Capacity) -> Lists:
     """The same where there is room for so much; a tile that wants more has everything, without a list."""
-    assert selection.keys is None or selection.keys.codes is None, "planned lists count every key once"
     blocks, num_blocks, columns, num_columns = _listed(tiling, heads, selection, capacity)
     reach = ((tiling.starts[1:] - 1) // tiling.block_size + 1).to(torch.int32)
     over = (num_blocks > capacity.blocks) | (num_columns > capacity.columns)

@@ -61,7 +61,8 @@ def plan_capacity(
         family_of(pattern).selection_bytes(pattern, tiles, seq_len, key_blocks, columns + column_multiple)
         for pattern in set(patterns)
     )
-    lists = 4 * len(patterns) * tiles * (blocks + columns)
+    codes = columns if any(pattern.samples for pattern in patterns) else 0
+    lists = len(patterns) * tiles * (4 * (blocks + columns) + codes)
     in_place = column_multiple == 1 and all(family_of(pattern).writes_lists for pattern in set(patterns))
     if column_multiple > 1 and any(family_of(pattern).writes_lists for pattern in set(patterns)):
         # By torch: marks of every key, and their places.

@@ -56,10 +56,16 @@ class Lists(NamedTuple):
     columns: torch.Tensor
     num_columns: torch.Tensor
     overflowed: torch.Tensor
+    codes: torch.Tensor | None = None
+    """The index's ``column_codes``."""
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], blocks: int, columns: int, device: torch.device) -> Lists:
-        """``shape``: lists and tiles."""
+    def empty(cls, shape: tuple[int, int], blocks: int, columns: int, device: torch.device, sampled: int = 0) -> Lists:
+        """
+        Args:
+            shape: lists and tiles.
+            sampled: lists whose columns have codes that are written; those of the others are zeros.
+        """
         of_blocks, of_columns = (
             torch.full((*shape, width), -1, dtype=torch.int32, device=device) for width in (blocks, columns)
         )
@@ -67,11 +73,19 @@ class Lists(NamedTuple):
         num_blocks, num_columns, overflowed = (
             torch.zeros(shape, dtype=dtype, device=device) for dtype in (torch.int32, torch.int32, torch.bool)
         )
-        return cls(of_blocks, num_blocks, of_columns, num_columns, overflowed)
+        codes = None
+        if sampled:
+            make = torch.empty if sampled == shape[0] else torch.zeros
+            codes = make(of_columns.shape, dtype=torch.uint8, device=device)
+        return cls(of_blocks, num_blocks, of_columns, num_columns, overflowed, codes)
 
 
 class WritesLists(Protocol):
     """What a pattern selects, by something that writes it into the index itself."""
+
+    @property
+    def sampled(self) -> bool:
+        """See ``ScoreBins``."""
 
     def write(self, lists: Lists, heads: Sequence[int]) -> None:
         """``heads``: whose lists these are."""

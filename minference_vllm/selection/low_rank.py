@@ -169,7 +169,7 @@ def columns_and_diagonals(
     cost *= float(tiling.reachable().sum()) * tiling.block_size
     if not bool((wanted > 0).all()):
         return None
-    if bool((keys > cost).any()) and not pattern.noise:
+    if bool((keys > cost).any()) and not pattern.samples:
         # Scores would leave the keys that single rows need; but a sample of those will do.
         keys = keys - tiling.num_tiles * needed_keys(measured.weights[:, ::8], pattern.gamma, scores)
     return ScoreBins(bins, wanted, scored=False) if bool((keys <= cost).all()) else None
@@ -216,7 +216,7 @@ def score_keys(
     sample, weights = measured.sample, measured.weights
     if pattern.queries:
         low = representatives(low, projection.key_size, tiling, pattern.queries)
-    quantized, sampled = QuantizedQK.of(low, keys, pattern.queries), pattern.noise > 0
+    quantized, sampled = QuantizedQK.of(low, keys, pattern.queries), pattern.samples
 
     def threshold(mass: torch.Tensor) -> torch.Tensor:
         if sampled:
@@ -252,14 +252,14 @@ class LowRankFamily(Family[LowRank]):
         # what is measured of rows, and of moments, whatever the length.
         queries = tiles * (pattern.queries or DEFAULT_TILE)
         scores = (tiles + pattern.rank) * seq_len + queries * (pattern.rank + 4 + seq_len // 2048)
-        return scores + 4 * tiles * key_blocks + (4 << 20)
+        return scores + (8 if pattern.samples else 4) * tiles * key_blocks + (4 << 20)
 
     def scoring_cost(self, pattern: LowRank, head_size: int, chunk: int, device: torch.device) -> float:
         cost = scoring_cost(pattern.rank, head_size, chunk, device)
         return cost * pattern.queries / DEFAULT_TILE if pattern.queries else cost
 
     def kernel_sizes(self, pattern: LowRank) -> tuple[int, ...]:
-        return pattern.rank, pattern.queries
+        return pattern.rank, pattern.queries, pattern.samples
 
 
 FAMILY = LowRankFamily()

@@ -63,7 +63,7 @@ def spread_index(
         position = (among // size * 2 + 1) * size + among % size
         lists.columns[row] = torch.where(place < columns, position, -1)
         lists.num_columns[row] = columns[:, 0]
-    return SparseIndex(tiling, *lists, heads_per_list)
+    return SparseIndex(tiling, *lists[:5], heads_per_list)
 
 
 def _spread(place: torch.Tensor, begin: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:

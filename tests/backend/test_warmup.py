@@ -281,6 +281,7 @@ def interpret() -> None:
     layers = [
         make_layer(VerticalSlash(vertical=40, slash=64), BlockSparse(top_k=2), Coverage(gamma=0.5), Antidiagonal()),
         make_layer(AShape(sink=40, local=40), LowRank(gamma=0.5), LowRank(gamma=0.5, queries=16)),
+        make_layer(LowRank(noise=0.2), LowRank(noise=0.2, queries=16), AShape(sink=40, local=40)),
         make_layer(AShape(sink=40, local=40)),
         make_layer(PeakThreshold(sink=0, window=0, remainder=True)),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -73,21 +74,56 @@ def threshold_of_levels(sample: CalibrationRows, mass: torch.Tensor, gamma: floa
     lines from one to the next."""
     from minference_vllm.triton_kernels.calibration import LEVELS
 
-    missed, levels = missed_below(mass), LEVELS.value
+    missed = missed_below(mass)[..., list(LEVELS.value)]
+    return _between_levels(sample, missed, LEVELS.value, 1 - gamma, min(1.0, MOST_MISSED * (1 - gamma)))
+
+
+def noise_threshold_of_levels(sample: CalibrationRows, squares: torch.Tensor, noise: float) -> torch.Tensor:
+    """``CalibrationRows.sampling_threshold`` likewise, of squares by the kernel's ramps."""
+    from minference_vllm.triton_kernels.calibration import NUM_LEVELS
+    from minference_vllm.triton_kernels.thresholds import WEIGHTS
+
+    below, variance = squares.double() @ ramps().T, 0.0
+    levels = torch.arange(NUM_LEVELS.value)
+    for ramp, weight in enumerate(WEIGHTS.value):
+        variance = variance + weight * below[..., (levels - ramp).clamp(min=0)]
+    assert isinstance(variance, torch.Tensor)
+    return _between_levels(sample, variance, knots().tolist(), noise**2, (MOST_MISSED * noise) ** 2)
+
+
+def knots() -> torch.Tensor:
+    """int64 ``[NUM_LEVELS]``: where the ramps of squares end."""
+    from minference_vllm.triton_kernels.calibration import FIRST_KNOT, NUM_LEVELS, RAMP
+
+    return FIRST_KNOT.value + RAMP.value * torch.arange(1, NUM_LEVELS.value + 1)
+
+
+def ramps() -> torch.Tensor:
+    """float64 ``[NUM_LEVELS, 256]``: how much of each bin's squares each level sums."""
+    from minference_vllm.triton_kernels.calibration import RAMP
+
+    return ((knots()[:, None] - torch.arange(256)).double() / RAMP.value).clamp(0, 1)
+
+
+def _between_levels(
+    sample: CalibrationRows, missed: torch.Tensor, levels: Sequence[int], missable: float, most_missable: float
+) -> torch.Tensor:
+    """int32 ``[h]``: the highest bin at which no group of rows misses more, and none alone; ``missed``: float64
+    ``[h, R, L]``."""
     spread, *others = (
-        missed.gather(1, places[..., None].expand(-1, -1, 256)) for places in (sample.spread, *sample.others)
+        missed.gather(1, places[..., None].expand(-1, -1, len(levels))) for places in (sample.spread, *sample.others)
     )
     errors = STANDARD_ERRORS / spread.shape[1] ** 0.5 * spread.std(1, correction=0)
     criteria = [spread.mean(1) + errors, *(group.mean(1) for group in others)]
     if others:
-        criteria.append(torch.cat(others, 1).amax(1) / min(MOST_MISSED, 1 / (1 - gamma)))
+        criteria.append(torch.cat(others, 1).amax(1) * missable / most_missable)
     found = []
-    for of_head in torch.stack(criteria, 1)[..., list(levels)].tolist():
+    for of_head in torch.stack(criteria, 1).tolist():
         bins = []
         for at in of_head:
-            holding = next((place for place, one in enumerate(at) if one > 1 - gamma), len(levels))
+            holding = next((place for place, one in enumerate(at) if one > missable), len(levels))
             if 0 < holding < len(levels):
-                least, most, wanted = (max(0.0, one) ** 0.5 for one in (at[holding - 1], at[holding], 1 - gamma))
+                least, most, wanted = (max(0.0, one) ** 0.5 for one in (at[holding - 1], at[holding], missable))
                 part = (wanted - least) / (most - least)
                 step = levels[holding] - levels[holding - 1]
                 bins.append(min(int(levels[holding - 1] + part * step), levels[holding] - 1))

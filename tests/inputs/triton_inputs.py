@@ -69,6 +69,13 @@ def shuffled(
     return Inputs(query, cache, pages, chunk, scale, softcap, sinks)
 
 
+def row_counts(index: SparseIndex) -> torch.Tensor:
+    """float32 ``[H, chunk, S]``: how often keys count in each row; up to the tile's last, of which it sees some."""
+    tiling = index.tiling
+    rows = torch.arange(tiling.context_len, tiling.seq_len)
+    return index.tile_counts(torch.searchsorted(tiling.starts, rows, right=True) - 1, last=tiling.seq_len)
+
+
 def prefill(
     context_len: int,
     seq_len: int,
@@ -99,5 +106,6 @@ def prefill(
         return_index=True,
     )
     rows = keys.transpose(0, 1), values.transpose(0, 1)
-    expected = reference.masked_attention(query, *rows, index.to_mask(), inputs.scale)
+    counts = row_counts(index) if index.sampled else None
+    expected = reference.masked_attention(query, *rows, index.to_mask(), inputs.scale, counts=counts)
     return Inputs.of_rows(query, *rows, inputs.scale, block_size), out, index, expected

@@ -100,6 +100,23 @@ CASES: dict[str, dict[str, Any]] = {
         "planned": True,
     },
     "one row": {"seq_len": 290, "context_len": 289, "block_size": 32},
+    "columns that count more than once": {"seq_len": 387, "context_len": 200, "block_size": 16, "counted": True},
+    "many columns that count more than once, soft cap and sinks": {
+        "seq_len": 701,
+        "context_len": 500,
+        "block_size": 32,
+        "vertical": 300,
+        "softcap": 2.0,
+        "sinks": True,
+        "counted": True,
+    },
+    "columns that count more than once, pages that no step divides, dense tiles without a list": {
+        "seq_len": 500,
+        "context_len": 250,
+        "block_size": 48,
+        "planned": True,
+        "counted": True,
+    },
     "keys and values side by side, heads outside of tokens": {
         "seq_len": 300,
         "context_len": 140,
@@ -163,11 +180,12 @@ def run_case(
     vertical: int = 40,
     layout: str = "heads inside of tokens",
     major: int = 9,
+    counted: bool = False,
 ) -> dict[str, float]:
     from dataclasses import replace
 
     import torch
-    from triton_inputs import LAYOUTS, shuffled
+    from triton_inputs import LAYOUTS, row_counts, shuffled
 
     from minference_vllm import AShape, BlockSparse, Dense, VerticalSlash
     from minference_vllm.core.inputs import Inputs
@@ -197,6 +215,9 @@ def run_case(
     capacity = planned_capacity if planned else EXACT_WIDTH
     index = build_index(tiling, patterns[: heads // heads_per_list], scores, capacity)
     index = replace(index, heads_per_list=heads_per_list)
+    if counted:
+        # Past a list's end codes are anything.
+        index = replace(index, column_codes=torch.randint(0, 37, index.columns.shape, dtype=torch.uint8))
     sink = torch.randn(heads) if sinks else None
     out = torch.full(query.shape, torch.nan, dtype=kind)
     lse = torch.full((heads, len(query)), torch.nan)
@@ -204,7 +225,7 @@ def run_case(
     inputs = replace(inputs, cache=LAYOUTS[layout](inputs.cache))
     with launched_as_on(major), unwritten_entries_lead_to_nan(inputs):
         attention.run(inputs, index, out, lse)
-    mask = index.to_mask()
+    mask, counts = index.to_mask(), row_counts(index).double() if counted else torch.ones(())
 
     def exact_or_eager(precision: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = wide, repeat_heads(keys, heads), repeat_heads(values, heads)
@@ -212,7 +233,7 @@ def run_case(
         logits = one.transpose(0, 1) @ all_keys.transpose(1, 2) * scale
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
-        logits = logits.masked_fill(~mask, -torch.inf)
+        logits = (logits + counts.log().to(precision)).masked_fill(~mask, -torch.inf)
         total = logits.logsumexp(-1)
         if sink is not None:
             total = torch.logaddexp(total, sink.to(precision)[:, None])

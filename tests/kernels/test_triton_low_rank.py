@@ -44,6 +44,8 @@ MASS_CASES: dict[str, dict[str, Any]] = {
     "window": {"seq_len": 420, "context_len": 250, "page": 48, "window": 180},
     "values of zero": {"seq_len": 200, "context_len": 64, "page": 32, "values": 0.0},
     "fewer rows than a power of two": {"seq_len": 400, "context_len": 100, "page": 128, "rows": 23},
+    "squares": {"seq_len": 389, "context_len": 100, "page": 16, "squared": True},
+    "squares, window": {"seq_len": 420, "context_len": 250, "page": 48, "window": 180, "squared": True},
 }
 FIT_CASES: dict[str, dict[str, Any]] = {
     "pages of 16": {"seq_len": 301, "page": 16, "context_len": 131},
@@ -97,6 +99,8 @@ def test_the_index_is_the_torch_paths(interpreted: dict[str, Any], case: tuple[i
     assert found["repeated"] == 0, "the same index twice"
     # Flat heads are dense by representatives.
     assert max(found["density"][:3]) < 0.7 and found["columns"] > 0
+    # One key more or less before others moves the sample by one.
+    assert found["sampled"] == [4, 5] and found["counts"] < 0.01 and (found["drawn"] > 0.01 or not case[0])
     assert found["error"] < 3e-5, "float32, of scores in the tens"
 
 
@@ -183,12 +187,14 @@ def run_mass_case(
     softcap: float = 0.0,
     window: int = 0,
     values: float = 1.0,
+    squared: bool = False,
 ) -> tuple[float, float]:
-    """The largest error of a share that is missed from a level up, and of the sums of a second run."""
+    """The largest error of a share that is missed below a level, or of squares by ramps, and of the sums of a second
+    run."""
     import dataclasses
 
     import torch
-    from low_rank_inputs import missed_below
+    from low_rank_inputs import missed_below, ramps
     from triton_inputs import shuffled
 
     from minference_vllm.core.tiling import Tiling
@@ -207,7 +213,9 @@ def run_mass_case(
     bins = torch.randint(0, 256, (3, tiling.num_tiles, seq_len), dtype=torch.uint8)
     chosen = torch.stack([torch.randperm(chunk)[:rows].sort().values for _ in heads])
     norms = calibration.value_norms(inputs)
-    found, again = (calibration.share_levels(inputs, query, heads, chosen, tiling, bins, norms) for _ in range(2))
+    found, again = (
+        calibration.share_levels(inputs, query, heads, chosen, tiling, bins, norms, squared) for _ in range(2)
+    )
     of_heads = torch.stack([query[of_head, head] for of_head, head in zip(chosen, heads, strict=True)])
     kv_heads = torch.tensor(heads) // 2
     weights = row_weights(
@@ -216,8 +224,12 @@ def run_mass_case(
     weights = by_value(weights, stored.norm(dim=2)[:, kv_heads].T)
     tile = torch.searchsorted(tiling.starts, chosen + context_len, right=True) - 1
     right = missed_below(mass_by_bin(bins, tile, weights))[..., list(calibration.LEVELS.value)]
-    sums = (found[:, :, 1:].double() * found[:, :, :1].double().exp2()).sum(1)
-    difference = (1 - sums[:, 1:] / sums[:, :1]).transpose(1, 2) - right
+    if squared:
+        right = mass_by_bin(bins, tile, weights, squared=True).double() @ ramps().T
+    most = found[:, :, :1].double().exp2()
+    total = (found[:, :, 1:2].double() * most).sum(1)
+    below = (found[:, :, 2:].double() * (most**2 if squared else most)).sum(1)
+    difference = (below / (total**2 if squared else total)).transpose(1, 2) - right
     return float(difference.abs().max()), float((again - found).nan_to_num().abs().max())
 
 
@@ -308,7 +320,7 @@ def in_any_order(rows: Any) -> Any:
 def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
     """``sparse_prefill`` through the kernels, and the index that torch alone builds for it."""
     import torch
-    from low_rank_inputs import threshold_of_levels
+    from low_rank_inputs import noise_threshold_of_levels, threshold_of_levels
     from triton_inputs import prefill
 
     from minference_vllm import LowRank
@@ -323,6 +335,7 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
     low_rank.SCORE_ERROR = 1e-9
     # Of levels, as the kernel's.
     CalibrationRows.threshold = threshold_of_levels  # type: ignore[method-assign]
+    CalibrationRows.sampling_threshold = noise_threshold_of_levels  # type: ignore[method-assign]
 
     class ScoringAlways(TorchScores):
         """As the kernels' path: whatever columns and diagonals hold, in all dimensions, and of all keys."""
@@ -344,6 +357,8 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
         LowRank(gamma=0.5),
         LowRank(rank=32, gamma=0.5),
         LowRank(gamma=0.5, queries=16),
+        LowRank(noise=0.5, queries=16),
+        LowRank(rank=32, noise=0.5, remainder=True),
     ]
     inputs, out, index, expected = prefill(context_len, seq_len, page, patterns, sharpness=10)
     _, _, again, _ = prefill(context_len, seq_len, page, patterns, sharpness=10)
@@ -353,8 +368,17 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
         "repeated": int((index.to_mask() != again.to_mask()).sum()),
         "density": index.density().tolist(),
         "columns": int(index.num_columns.max()),
+        "sampled": list(index.sampled),
+        "counts": float((counts_of(index) != counts_of(by_torch)).float().mean()),
+        "drawn": float((counts_of(index)[4:] > 1).float().mean()),
         "error": float((out.double() - expected).abs().max()),
     }
+
+
+def counts_of(index: Any) -> Any:
+    import torch
+
+    return index.tile_counts(torch.arange(index.num_tiles), last=index.tiling.seq_len)
 
 
 if __name__ == "__main__":
