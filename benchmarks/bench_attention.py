@@ -218,7 +218,7 @@ def measure(
     inputs = Inputs(query, cache, pages, Chunk(0, 0, context - chunk_len, context), scale, page_means=kept)
     positions = torch.arange(context - chunk_len, context, device=pages.device)
     slots = pages[positions // args.block_size] * args.block_size + positions % args.block_size
-    patterns = [PATTERNS[pattern_name]] * args.heads
+    patterns = kernel.served([PATTERNS[pattern_name]] * args.heads)
     out = torch.full_like(query, torch.nan)
     dense_kernel, dense = dense_attention(query, keys, values, cache, pages, scale)
     on_gpu = args.device == "cuda"

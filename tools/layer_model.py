@@ -8,7 +8,7 @@ ahead of the GPU, so a layer takes the larger of the two. Dense attention is Fla
 Left out: what caches and waits cost or save, atomic additions, and how well blocks fill the multiprocessors. Expect the
 parts of the index to take up to twice as long.
 
-    python tools/layer_model.py [--density 0.28 0.1 0.05 0.02]
+    python tools/layer_model.py [--density 0.19 0.1 0.05 0.02]
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from kernel_variants import Variant, compile_kernel
 from machine_code import disassembled, innermost
 
 from minference_vllm.selection import score_bins
-from minference_vllm.triton_kernels import calibration, low_rank, representative_bins
+from minference_vllm.triton_kernels import calibration, key_lists, low_rank, representative_bins
 
-HEADS, KV_HEADS, DIM, PAGE, CHUNK, TILE, RANK, REPRESENTATIVES, ROWS = 32, 8, 128, 128, 8192, 128, 32, 16, 128
+HEADS, KV_HEADS, DIM, PAGE, CHUNK, TILE, RANK, REPRESENTATIVES, ROWS = 32, 8, 128, 128, 8192, 128, 32, 32, 128
 LENGTHS = {"32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}
-HOST_CALLS = {"32K": 18 + 17, "128K": 21 + 29, "1M": 63 + 197}
+HOST_CALLS = {"32K": 18 + 15, "128K": 21 + 27, "1M": 63 + 195}
 """Operations and launches of a layer."""
 HOST_CALL = 5e-6
 FIT = 100e-6
@@ -52,14 +52,15 @@ class Work:
 
 
 def per_element(function: Any, kinds: dict[str, str], shape: dict[str, Any], elements: int) -> float:
-    """Instructions of a lane for one element of a product, in the kernel's main loop."""
+    """Instructions of a lane for one element of a product, in the kernel's main loop; without a product for each of the
+    elements that a program reads, of all its code, as if every branch was taken."""
     variant, warps = Variant(), shape["num_warps"]
     constants = {name: value for name, value in (variant.constants | shape).items() if name in function.arg_names}
     types = variant.types(function) | {name: kind for name, kind in kinds.items() if name in function.arg_names}
     code = disassembled(compile_kernel(function, types, constants, 90, num_warps=warps, num_stages=3))
     instructions, loops = innermost(code)
     bodies = [instructions[loop] for loop in loops]
-    main = next(body for body in bodies if any("MMA" in one for one in body))
+    main = next((body for body in bodies if any("MMA" in one for one in body)), instructions)
     return len(main) * warps * 32 / elements
 
 
@@ -71,7 +72,7 @@ def parts(length: int) -> dict[str, Work]:
     sampled = scores / score_bins.SAMPLED_GROUPS + float(tiles) * representative_bins.BLOCK_M * TILE * HEADS
     of_rows, of_bins = low_rank.launch_shape(RANK, TILE, REPRESENTATIVES)
     codes = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16"}
-    of_measured = {"BLOCK_N": calibration.BLOCK_N, "WITH_SOFTCAP": False, "TILE": TILE}
+    of_measured = {"BLOCK_N": calibration.BLOCK_N, "WITH_SOFTCAP": False, "TILE": TILE, "SQUARED": True}
     of_measured["num_warps"] = calibration.NUM_WARPS
     own = {"p_rows": "*i64", "p_levels": "*fp32", "p_norm": "*fp32"}
     size = calibration.ROWS.value * calibration.BLOCK_N
@@ -84,6 +85,11 @@ def parts(length: int) -> dict[str, Work]:
     ) -> Work:
         return Work(per_element(function, kinds, shape, step) * count, **more)
 
+    lists = key_lists.constants(PAGE, sampled=True) | {"TILE": TILE}
+    of_lists = sum(
+        per_element(function, kernel_account.LISTS, lists, lists["PAGES"] * PAGE)
+        for function in (key_lists.page_counts_kernel, key_lists.key_lists_kernel)
+    )
     of_bytes = {"size": bins, "flops": scores * RANK}
     exact = {"size": keys_read, "flops": measured * 2 * DIM}
     return {
@@ -91,15 +97,15 @@ def parts(length: int) -> dict[str, Work]:
         "denominators": work(representative_bins.representative_lse_kernel, codes, of_rows, sampled, elements[0]),
         "bins": work(representative_bins.representative_bins_kernel, codes, of_bins, scores, elements[1], **of_bytes),
         "measured rows": work(calibration.share_levels_kernel, own, of_measured, measured, size, **exact),
-        "lists": Work(size=2 * bins),
+        "lists": Work(of_lists * bins, size=2 * bins),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--density", type=float, nargs="+", default=[0.28, 0.1, 0.05, 0.02], help="of attention")
+    parser.add_argument("--density", type=float, nargs="+", default=[0.19, 0.1, 0.05, 0.02], help="of attention")
     args = parser.parse_args()
-    attention = kernel_account.attention_account(Variant(page=PAGE, remainder=True), True, 90)
+    attention = kernel_account.attention_account(Variant(page=PAGE, counted=True), True, 90)
     pace = min(loop.tflops for loop in attention.loops[:2] if loop.tflops is not None) * 1e12
     print(f"milliseconds of a layer; chunk of {CHUNK} tokens, {HEADS} heads of {DIM} over {KV_HEADS}")
     for name, length in LENGTHS.items():

@@ -52,6 +52,8 @@ class MachineCode:
     registers: int
     spill_loads: int
     spill_stores: int
+    loop_spills: int
+    """Of either kind, in innermost loops: once for each step, where others are once for each program."""
     tensor_core: int
     async_copies: int
     loops: tuple[Loop, ...]
@@ -72,10 +74,11 @@ def machine_code(compiled: Any, arch: int, few_rows: bool = False, with_loops: b
     if not registers or not instructions:
         raise RuntimeError(f"{TOOLS} says nothing of this kernel: {usage}")
 
-    def count(pattern: str) -> int:
-        return sum(bool(re.search(rf"\b({pattern})\b", one)) for one in instructions)
+    def count(pattern: str, among: list[str] = instructions) -> int:
+        return sum(bool(re.search(rf"\b({pattern})\b", one)) for one in among)
 
     bodies = [instructions[loop] for loop in loops]
+    loop_spills = sum(count("LDL|STL", body) for body in bodies)
     bodies = [body for body in bodies if any(re.search(rf"\b({multiply})\b", one) for one in body)]
     bodies = bodies if with_loops else []
     buffers = buffers_of(compiled.asm["ttgir"], len(bodies)) if with_loops else []
@@ -83,6 +86,7 @@ def machine_code(compiled: Any, arch: int, few_rows: bool = False, with_loops: b
         int(registers.group(1)),
         count("LDL"),
         count("STL"),
+        loop_spills,
         count(multiply),
         count("LDGSTS"),
         tuple(Loop(len(body), depth, ahead(body)) for body, depth in zip(bodies, buffers, strict=True)),

@@ -28,7 +28,7 @@ LEVELS = tl.constexpr((110, 136, 154, 168, 180, 192, 206, 232))
 """Bins, rising: below each of them shares are summed. They lie from 4 to 24 bits below a row's denominator, closest
 from 8 to 16, where most thresholds do. Each costs two instructions for every row and key."""
 NUM_LEVELS = tl.constexpr(len(LEVELS.value))
-FIRST_KNOT, RAMP = tl.constexpr(124), tl.constexpr(12)
+FIRST_KNOT, RAMP = tl.constexpr(136), tl.constexpr(12)
 """Where squares are summed, each level has a ramp instead of a step: a bin counts wholly below it, by half in its
 middle, and not above it. The first begins at ``FIRST_KNOT``, and each of the others where the one before ends. Sums
 times weights that fall from knot to knot are sums by a weight that falls on straight lines."""

@@ -21,18 +21,32 @@ MAX_CODE = tl.constexpr(score_bins.MAX_CODE)
 
 @triton.jit
 def _bins(p_bins, o_page, seq_len, PAGE: tl.constexpr, SLOTS: tl.constexpr):
-    """One tile's bins of the keys of some pages, their positions, and which are there: ``[PAGES, SLOTS]``."""
+    """One tile's bins of the keys of some pages, 0 where there is none, and their positions: ``[PAGES, SLOTS]``."""
     o_slot = tl.arange(0, SLOTS)
     o_position = o_page[:, None] * PAGE + o_slot[None, :]
-    m_key = (o_slot < PAGE)[None, :] & (o_position < seq_len)
-    return tl.load(p_bins + o_position, mask=m_key, other=0).to(tl.int32), o_position, m_key
+    num_whole = seq_len // PAGE
+    if PAGE == SLOTS and tl.max(o_page, 0) < num_whole:
+        # Without a mask many bytes are read at once.
+        b_bin = tl.load(p_bins + o_position)
+    else:
+        b_bin = tl.load(p_bins + o_position, mask=(o_slot < PAGE)[None, :] & (o_position < seq_len), other=0)
+    return b_bin.to(tl.int32), o_position
 
 
 @triton.jit
-def _chances(p_chances, b_bin, threshold, m_key):
-    """Codes of keys (``score_bins.sampled_keys``) and how likely each is drawn, in 65536ths; 0 outside of the mask."""
+def _chances(
+    p_chances, b_bin, threshold, o_page, o_position, oldest, own, PAGE: tl.constexpr, WINDOWED: tl.constexpr
+):  # fmt: skip
+    """Codes of keys (``score_bins.sampled_keys``) and how likely each is drawn, in 65536ths; 0 of those that are no
+    page's, not before the tile, or before its window."""
+    SLOTS: tl.constexpr = b_bin.shape[1]
     b_code = tl.minimum(tl.maximum(threshold - b_bin, 0), MAX_CODE)
-    return b_code, tl.load(p_chances + b_code, mask=m_key, other=0)
+    b_chance = tl.where((o_page < own)[:, None], tl.load(p_chances + b_code), 0)
+    if PAGE != SLOTS:
+        b_chance = tl.where((tl.arange(0, SLOTS) < PAGE)[None, :], b_chance, 0)
+    if WINDOWED:
+        b_chance = tl.where(o_position >= oldest, b_chance, 0)
+    return b_code, b_chance
 
 
 @triton.jit
@@ -49,6 +63,7 @@ def _reach(i_tile, context_len, seq_len, window, TILE: tl.constexpr, PAGE: tl.co
 def page_counts_kernel(
     p_bins, stride_bins, p_threshold, p_chances, p_counts, p_sums, p_cost, num_tiles, num_pages, context_len, seq_len,
     window, TILE: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr, PAGES: tl.constexpr, SAMPLED: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """One program: how many keys of PAGES pages reach the threshold, for one tile; and what they cost the head.
 
@@ -61,14 +76,14 @@ def page_counts_kernel(
     o_page = i_strip * PAGES + tl.arange(0, PAGES)
     p_bins += i_row.to(tl.int64) * stride_bins
     threshold = tl.load(p_threshold + i_slot)
-    b_bin, o_position, m_key = _bins(p_bins, o_page, seq_len, PAGE, SLOTS)
+    b_bin, o_position = _bins(p_bins, o_page, seq_len, PAGE, SLOTS)
     oldest, own, end = _reach(i_row % num_tiles, context_len, seq_len, window, TILE, PAGE)
     m_page = o_page < num_pages
     if SAMPLED:
-        m_before = m_key & (o_position >= oldest) & (o_page < own)[:, None]
-        _, b_chance = _chances(p_chances, b_bin, threshold, m_before)
+        _, b_chance = _chances(p_chances, b_bin, threshold, o_page, o_position, oldest, own, PAGE, WINDOWED)
         tl.store(p_sums + i_row.to(tl.int64) * num_pages + o_page, tl.sum(b_chance, 1), mask=m_page)
-    b_count = tl.sum((m_key & (b_bin >= threshold)).to(tl.int32), 1)
+    # Where the threshold is 0 all pages are attended, whatever is counted.
+    b_count = tl.sum((b_bin >= threshold).to(tl.int32), 1)
     b_count = tl.where((2 * b_count >= PAGE) | (o_page >= own) & (o_page < end), PAGE, b_count)
     tl.store(p_counts + i_row.to(tl.int64) * num_pages + o_page, b_count, mask=m_page)
     # Whole numbers: their order does not matter.
@@ -156,7 +171,7 @@ def block_lists_kernel(
 def key_lists_kernel(
     p_bins, stride_bins, p_threshold, p_chances, p_begin, p_fraction, p_lists, p_columns, p_codes, num_tiles, num_pages,
     context_len, seq_len, window, max_columns, TILE: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr,
-    PAGES: tl.constexpr, SAMPLED: tl.constexpr,
+    PAGES: tl.constexpr, SAMPLED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """One program: the single keys of PAGES pages of one tile.
 
@@ -172,31 +187,37 @@ def key_lists_kernel(
     if tl.max(b_begin, 0) >= 0:
         i_list = (tl.load(p_lists + i_slot) * num_tiles + i_tile).to(tl.int64)
         threshold = tl.load(p_threshold + i_slot)
-        b_bin, o_position, m_key = _bins(p_bins + i_row.to(tl.int64) * stride_bins, o_page, seq_len, PAGE, SLOTS)
-        m_key = m_key & (b_begin >= 0)[:, None]
+        b_bin, o_position = _bins(p_bins + i_row.to(tl.int64) * stride_bins, o_page, seq_len, PAGE, SLOTS)
         if SAMPLED:
             oldest, own, _ = _reach(i_tile, context_len, seq_len, window, TILE, PAGE)
-            m_before = m_key & (o_position >= oldest) & (o_page < own)[:, None]
-            b_code, b_chance = _chances(p_chances, b_bin, threshold, m_before)
+            b_code, b_chance = _chances(
+                p_chances, b_bin, threshold, o_page, o_position, oldest, own, PAGE, WINDOWED
+            )  # fmt: skip
             # A key from the threshold up has a whole chance: it is drawn, and leaves the fraction as it is.
             b_fraction = tl.load(p_fraction + o_count, mask=o_page < num_pages, other=0)
             b_sum = tl.cumsum(b_chance, 1) + b_fraction[:, None]
-            b_order, m_key = b_sum >> 16, m_before & (b_sum >> 16 > (b_sum - b_chance) >> 16)
-            o_key = b_begin[:, None] + b_order - 1
-            tl.store(p_codes + i_list * max_columns + o_key, b_code.to(tl.uint8), mask=m_key)
+            # What was left is less than the chance where the sum has passed a whole number.
+            m_key = (b_sum & 65535) < b_chance
+            o_key = (b_sum >> 16) - 1
         else:
-            m_key = m_key & (b_bin >= threshold)
-            o_key = b_begin[:, None] + tl.cumsum(m_key.to(tl.int32), 1) - 1
+            m_key = b_bin >= threshold
+            o_key = tl.cumsum(m_key.to(tl.int32), 1) - 1
+        m_key = m_key & (b_begin >= 0)[:, None]
+        o_key += b_begin[:, None]
+        if SAMPLED:
+            tl.store(p_codes + i_list * max_columns + o_key, b_code.to(tl.uint8), mask=m_key)
         tl.store(p_columns + i_list * max_columns + o_key, o_position, mask=m_key)
 
 
-KEYS, STEP, NUM_WARPS = 2048, 1024, 4
+KEYS, STEP, NUM_WARPS = 2048, 512, 4
 """Keys of one program, about; pages of one step."""
 
 
-def constants(block_size: int) -> dict[str, int]:
+def constants(block_size: int, sampled: bool = False, windowed: bool = False) -> dict[str, int]:
+    """Of the kernels that read bins, but for their tile."""
     slots = triton.next_power_of_2(block_size)
-    return {"PAGE": block_size, "SLOTS": slots, "PAGES": max(1, KEYS // slots), "num_warps": NUM_WARPS}
+    shape = {"PAGE": block_size, "SLOTS": slots, "PAGES": max(1, KEYS // slots), "num_warps": NUM_WARPS}
+    return shape | {"SAMPLED": sampled, "WINDOWED": sampled and windowed}
 
 
 @functools.lru_cache(maxsize=256)
@@ -230,7 +251,7 @@ class BinLists:
             heads: whose lists these are.
         """
         tiling, bins, threshold = self.tiling, self.bins, self.threshold
-        shape = constants(tiling.block_size) | {"TILE": tiling.tile, "SAMPLED": self.sampled}
+        shape = constants(tiling.block_size, self.sampled, tiling.window > 0) | {"TILE": tiling.tile}
         lengths = tiling.context_len, tiling.seq_len, tiling.window
         count, tiles, pages = len(heads), tiling.num_tiles, tiling.num_key_blocks
         counts = torch.empty(count, tiles, pages, dtype=torch.int32, device=bins.device)

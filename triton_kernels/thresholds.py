@@ -27,11 +27,11 @@ from minference_vllm.triton_kernels.launch import launcher
 ROWS, NUM_WARPS = 64, 4
 """Of one step."""
 WIDTH = tl.constexpr(triton.next_power_of_2(NUM_LEVELS.value))
-WEIGHTS = tl.constexpr((2.33, 10.65, 50.02))
+WEIGHTS = tl.constexpr((2.33, 10.65, 41.28, 166.54, 802.2))
 """By how much a square's weight rises over each ramp below the threshold. Lines from 0 to these sums have the means of
-``2 ** bits - 1`` over the first two ramps, and end at what keys count that are least likely to be drawn."""
+``2 ** bits - 1`` over all ramps but the last, and end at what keys count that are least likely to be drawn."""
 NUM_RAMPS = tl.constexpr(len(WEIGHTS.value))
-assert NUM_RAMPS.value * RAMP.value == MAX_CODE and sum(WEIGHTS.value) == 2 ** (MAX_CODE / BINS_PER_BIT) - 1
+assert NUM_RAMPS.value * RAMP.value == MAX_CODE and round(sum(WEIGHTS.value)) == 2 ** (MAX_CODE // BINS_PER_BIT) - 1
 
 
 @triton.jit

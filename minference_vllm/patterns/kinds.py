@@ -167,7 +167,7 @@ class LowRank(_Pattern):
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
     gamma: Share = 0.95
     remainder: bool = False
-    queries: Annotated[int, Field(ge=0, le=16, multiple_of=16)] = 0
+    queries: Annotated[int, Field(ge=0, le=32, multiple_of=16)] = 0
     noise: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
 
     @property

@@ -23,7 +23,7 @@ from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import Capacity, Selection, WritesLists
 from minference_vllm.selection.coverage import mass_per_token
-from minference_vllm.selection.family import Family
+from minference_vllm.selection.family import Family, Room
 from minference_vllm.selection.measured_rows import CalibrationRows, calibration_rows
 from minference_vllm.selection.probe_queries import unlikeness
 from minference_vllm.selection.projection import (
@@ -45,6 +45,9 @@ FIT_ROWS = 2048
 """Queries, and keys, from which dimensions are fitted, at most about."""
 SCORE_ERROR = 1.0
 """Error of a score, in nats, below which more dimensions would not tell keys apart much better."""
+MOST_COLUMNS = 6144
+"""The most single keys of a tile that there is planned room for; lists are written where they stay, and take less
+memory than those of other patterns."""
 ROWS_FOR_KEYS = 200
 """Rows whose attention takes as long as the fit, the keys in few dimensions and what lies in their bins (measured on
 AVX2)."""
@@ -246,6 +249,9 @@ class LowRankFamily(Family[LowRank]):
         self, pattern: LowRank, heads: Sequence[int], tiling: Tiling, scores: Scores, capacity: Capacity
     ) -> Selection | WritesLists:
         return scores.select_bins(tiling, scores.low_rank(heads, tiling, pattern), capacity)
+
+    def room(self, pattern: LowRank, block_size: int, adaptive: int) -> Room:
+        return Room(adaptive, min(adaptive, MOST_COLUMNS))
 
     def selection_bytes(self, pattern: LowRank, tiles: int, seq_len: int, key_blocks: int, columns: int) -> int:
         # A bin for every tile and key, keys and queries in few dimensions, partial sums of rows, counts of pages; and

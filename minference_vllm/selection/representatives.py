@@ -1,9 +1,9 @@
-"""Representative queries: a few that stand for the rows of a tile where asking every row would cost too much.
+"""Representative queries: a few rows of a tile that stand for all of them where asking every row would cost too much.
 
-A tile is represented by its mean query, by that plus and minus ``SPREAD`` standard deviations along each of the
-directions in which its rows differ most, as keys tell them apart, and by its row most unlike the mean. On SmolLM2 a
-selection by 16 of them needs about 1.6 times the keys of one by all 128 rows for the same error of the output
-(``docs/estimator.md``).
+Rows are taken farthest first (Gonzalez 1985, doi:10.1016/0304-3975(85)90224-5), apart as keys tell them apart: no other
+way to take so many leaves a row less than half as far from the nearest of them. Rows that look where no other does are
+among the first. On SmolLM2 their mean and its deviations along a few directions needed 1.6 times the keys for the same
+noise (``docs/estimator.md``).
 
 Sizes: ``h`` query heads, ``T`` query tiles, ``S`` tokens in the sequence, ``r`` rank.
 """
@@ -13,14 +13,16 @@ from __future__ import annotations
 import torch
 
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.selection.projection import start_vectors
 
-SPREAD = 3.0
-"""Standard deviations from the mean query: what few of the rows exceed."""
-ITERATIONS = 4
-"""For the directions."""
+CANDIDATES = 128
+"""Rows of a tile that are looked at, at most; of a tile that is wider one in so many."""
 LEAST_SIZE = 1e-3
 """Of keys in a dimension, in units of their int8 elements: one that tells no keys apart."""
+
+
+def candidate_step(tile: int) -> int:
+    """One of so many rows of a tile is looked at."""
+    return -(-tile // CANDIDATES)
 
 
 def representatives(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling, count: int) -> torch.Tensor:
@@ -29,36 +31,24 @@ def representatives(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling, c
     Args:
         low: float32 ``[h, chunk, r]``, queries in few dimensions, see ``projection.project_queries``.
         key_size: float32 ``[h, 1, r]``, see ``projection.Projection``.
-        count: of each tile, even, at most ``2 * r + 2``.
+        count: of each tile.
 
     Returns:
-        float32 ``[h, T * count, r]``.
+        float32 ``[h, T * count, r]``: of each tile the row most unlike their mean, then ever the one farthest from all
+        before it; where there are no more, one of them again.
     """
-    before, after = tiling.context_len % tiling.tile, -tiling.seq_len % tiling.tile
-    rows = torch.nn.functional.pad(low, (0, 0, before, after)).unflatten(1, (-1, tiling.tile))
-    places = torch.arange(rows.shape[1] * tiling.tile, device=low.device)
-    there = ((places >= before) & (places < before + low.shape[1])).view(-1, tiling.tile, 1)
-    size = tiling.starts.diff()[:, None, None]
-    mean = rows.sum(2, keepdim=True) / size  # [h, T, 1, r]
-    of_dim = key_size[:, None].clamp(min=LEAST_SIZE)
-    apart = (rows - mean).mul_(there).mul_(of_dim)
-    found = deviations(torch.matmul(apart.transpose(2, 3), apart) / size, (count - 2) // 2) / of_dim
-    distance = apart.square_().sum(3).masked_fill_(~there[..., 0], -1.0)
-    unlike = distance.argmax(2)[..., None, None].expand(-1, -1, 1, low.shape[2])
-    return torch.cat([mean, mean + found, mean - found, rows.gather(2, unlike)], 2).flatten(1, 2)
-
-
-def deviations(moment: torch.Tensor, count: int) -> torch.Tensor:
-    """The directions of most variance, each ``SPREAD`` standard deviations long, by orthogonal iteration.
-
-    Args:
-        moment: float32 ``[..., r, r]``: the second moment of rows about their mean.
-
-    Returns:
-        float32 ``[..., count, r]``.
-    """
-    vectors = start_vectors(moment.shape[-1], count, moment.device).float()
-    for _ in range(ITERATIONS):
-        vectors = torch.linalg.qr(moment @ vectors).Q
-    variance = (vectors * (moment @ vectors)).sum(-2, keepdim=True).clamp_(min=0)
-    return (vectors * variance.sqrt_() * SPREAD).transpose(-1, -2)
+    step = candidate_step(tiling.tile)
+    starts = tiling.starts - tiling.context_len
+    places = starts[:-1, None] + torch.arange(0, tiling.tile, step, device=low.device)  # [T, candidates]
+    there = places < starts[1:, None]
+    rows = low[:, places.clamp(max=low.shape[1] - 1)]  # [h, T, candidates, r]
+    apart = rows * key_size[:, None].clamp(min=LEAST_SIZE) * there[..., None]
+    mean = apart.sum(2, keepdim=True) / there.sum(1)[:, None, None]
+    from_mean = (apart - mean).square_().sum(3).masked_fill_(~there, -1.0)
+    taken, distance = [from_mean.argmax(2)], torch.full_like(from_mean, torch.inf).masked_fill_(~there, -1.0)
+    for _ in range(count - 1):
+        row = taken[-1][..., None, None].expand(-1, -1, 1, low.shape[2])
+        distance = torch.minimum(distance, (apart - apart.gather(2, row)).square_().sum(3))
+        taken.append(distance.argmax(2))
+    found = torch.stack(taken, 2)[..., None].expand(-1, -1, -1, low.shape[2])
+    return rows.gather(2, found).flatten(1, 2)

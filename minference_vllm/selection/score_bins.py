@@ -20,7 +20,7 @@ PEAK_KEYS = 32
 """Keys of which the largest score alone counts in ``approx_lse``."""
 SAMPLED_GROUPS = 16
 """Of representatives' scores one in so many groups of ``PEAK_KEYS`` is asked for the denominator."""
-MAX_CODE = 36
+MAX_CODE = 60
 """Keys below a threshold are drawn less and less often, at least one in ``2 ** (MAX_CODE / BINS_PER_BIT)``."""
 TOP_BIN = 254
 LOCAL_BIN = 255

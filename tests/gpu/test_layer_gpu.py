@@ -77,7 +77,8 @@ def attend(
     sinks: torch.Tensor | None = None,
 ) -> SparseIndex:
     inputs = Inputs.of(query, cache, pages, chunk, SCALE, softcap, sinks)
-    return attend_chunk(inputs, patterns, choose(name, out.dtype, cache), out, check=check)
+    kernel = choose(name, out.dtype, cache)
+    return attend_chunk(inputs, kernel.served(patterns), kernel, out, check=check)
 
 
 def layer(

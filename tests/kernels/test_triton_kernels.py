@@ -217,7 +217,7 @@ def run_case(
     index = replace(index, heads_per_list=heads_per_list)
     if counted:
         # Past a list's end codes are anything.
-        index = replace(index, column_codes=torch.randint(0, 37, index.columns.shape, dtype=torch.uint8))
+        index = replace(index, column_codes=torch.randint(0, 61, index.columns.shape, dtype=torch.uint8))
     sink = torch.randn(heads) if sinks else None
     out = torch.full(query.shape, torch.nan, dtype=kind)
     lse = torch.full((heads, len(query)), torch.nan)

@@ -57,7 +57,7 @@ def test_thresholds_keep_the_noise(interpreted: dict[str, Any], case: tuple[int,
     found = interpreted[f"noise {list(case)}"]
     # By straight lines between levels: on the whole rather too low.
     assert max(found["above"]) <= 1 and min(found["above"]) >= -3
-    assert 136 < found["lowest"] <= found["highest"] < 220, "where the kernel has levels"
+    assert 148 < found["lowest"] <= found["highest"] < 232, "where the kernel has levels"
     assert found["not numbers"] == found["much"] == 0 and found["little"] == found["highest level"]
 
 
@@ -70,7 +70,7 @@ def test_lists_are_the_torch_paths(interpreted: dict[str, Any], name: str) -> No
     assert found["blocks"] > 0 and found["dense"] > 0
     assert found["overflowed"] > 0 if "room" in name else found["keys"] > 0 == found["overflowed"]
     if "sample" in name and "room" not in name:
-        assert found["codes"] == 36
+        assert 36 < found["codes"] <= 60
 
 
 def run_threshold_case(chunk: int, gamma: float, sharpness: float) -> dict[str, Any]:

@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 LOW_RANK = ("unlike_rows", "query_codes", "moments", "fit", "representatives", "threshold", "block_lists", "key_codes",
             "share_levels", "value_norms", "page_counts", "key_lists", "lse",
-            "bins", "lse representatives", "bins representatives")  # fmt: skip
+            "bins", "lse representatives", "bins representatives", "share_levels sampled", "threshold sampled",
+            "page_counts sampled", "block_lists sampled", "key_lists sampled")  # fmt: skip
 TOOL = Path(__file__).parents[2] / "tools" / "kernel_account.py"
 
 
@@ -27,11 +28,11 @@ def test_default_variants_keep_their_registers_tensor_cores_and_pace() -> None:
     kernels = ("sparse_attention", "physical_lists", "row_lse", "column_diagonal", "block_mean", "square_lse")
     for kernel in (*kernels, "square_mass", "left_out", "remainder", *LOW_RANK):
         assert any(line.startswith(kernel) for line in lines)
-    assert any("packed 7" in line for line in lines)
+    assert any("packed 7" in line for line in lines) and sum("counted" in line for line in lines) == 5
     loops = [line for line in done.stdout.splitlines() if line.startswith(" ")]
     assert any("keys before" in line and "380 TFLOP/s, 1.00 of dense" in line for line in loops)
     ours = [line for line in loops if "whole pages" in line]
-    assert len(ours) == 12
+    assert len(ours) == 16
     assert all("buffers" in line and "model" in line for line in ours)
 
 
