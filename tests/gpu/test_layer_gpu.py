@@ -44,6 +44,7 @@ MIXED: list[HeadPattern] = [
     TriShape(sink=1024, local=3072, last=128),
 ] * 2
 LOOKING_UP: list[HeadPattern] = [LowRank(), Dense(), LowRank(), LowRank(), *[LowRank(gamma=0.5)] * 4]
+SAMPLED: list[HeadPattern] = [*[LowRank(noise=0.1, queries=32)] * 4, *[LowRank(noise=0.1)] * 3, Dense()]
 
 
 @pytest.fixture(params=["triton", "block_table", "fa4"])
@@ -120,15 +121,16 @@ def sampled_error(
         position = index.tiling.context_len + row
         tile = int(torch.searchsorted(index.tiling.starts, torch.tensor(position), right=True)) - 1
         for head in range(query.shape[1]):
-            mask = index.tile_mask(torch.tensor([tile]), slice(head, head + 1))[0, 0]
-            kept = mask[: position + 1].nonzero().view(-1)
+            counts = index.tile_counts(torch.tensor([tile]), slice(head, head + 1))[0, 0]
+            kept = counts[: position + 1].nonzero().view(-1)
             logits = keys[head // group, kept].double() * cache.key_scale @ query[row, head].double() * SCALE
-            exact = logits.softmax(0) @ (values[head // group, kept].double() * cache.value_scale)
+            weights = (logits + counts[kept].double().log()).softmax(0)
+            exact = weights @ values[head // group, kept].double() * cache.value_scale
             worst = max(worst, float((out[row, head].double() - exact).abs().max()))
     return worst
 
 
-@pytest.mark.parametrize("patterns", [MIXED, LOOKING_UP], ids=["fixed", "low_rank"])
+@pytest.mark.parametrize("patterns", [MIXED, LOOKING_UP, SAMPLED], ids=["fixed", "low_rank", "sampled"])
 def test_nothing_waits_for_the_gpu(kernel: str, patterns: list[HeadPattern]) -> None:
     """Every call after the first, which compiles and copies the few constants."""
     query, cache, pages, chunk = layer(32768, 2048)
@@ -218,6 +220,15 @@ def test_heads_that_share_lists(kernel: str, page: int, group: int) -> None:
     index = attend(query, cache, pages, chunk, patterns, out, kernel)
     assert (index.num_lists, index.heads_per_list) == (2, group)
     assert sampled_error(query, cache, pages, index, out, [0, 1, 1500, 2899, 3000]) < 0.02
+
+
+def test_sampled_keys_count_for_the_others(kernel: str) -> None:
+    query, cache, pages, chunk = layer(20000, 2048)
+    out = torch.full_like(query, torch.nan)
+    index = attend(query, cache, pages, chunk, SAMPLED, out, kernel)
+    assert index.sampled == (() if kernel == "block_table" else tuple(range(7)))
+    assert float(index.density()[:7].max()) < 1 or kernel == "block_table"
+    assert sampled_error(query, cache, pages, index, out, [0, 1, 1500, 2047]) < 0.02
 
 
 @pytest.mark.parametrize("page", [16, 64, 128])
