@@ -55,12 +55,12 @@ def test_native_samples_are_the_torch_ones(name: str, window: int) -> None:
 
 
 def test_every_key_is_stood_for() -> None:
-    tiling = Tiling.of(6000, 6200, 64, 128)
+    tiling = Tiling.of(60000, 60200, 64, 128)
     bins, threshold = random_bins(tiling, 2), torch.tensor([200, 254], dtype=torch.int32)
     blocks, single, codes = score_bins.sampled_keys(tiling, bins, threshold)
     assert not (single & (bins == LOCAL_BIN)).any()
     counts = torch.exp2(codes.double() / CODES_PER_BIT)
-    outside = (torch.arange(6200) < tiling.first_own()[:, None]) & ~blocks.repeat_interleave(64, 2)[..., :6200]
+    outside = (torch.arange(60200) < tiling.first_own()[:, None]) & ~blocks.repeat_interleave(64, 2)[..., :60200]
     # At the lower threshold that of its own is at least 1 in 64, and keys from it up are all there.
     assert torch.equal(single & (codes == 0), outside & (bins >= threshold[:, None, None]))
     for code in range(1, MAX_CODE + 1):
