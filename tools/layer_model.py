@@ -51,17 +51,24 @@ class Work:
         return max(self.instructions / LANES_PER_SECOND, self.size / BYTES_PER_SECOND, self.flops / TENSOR_FLOPS)
 
 
-def per_element(function: Any, kinds: dict[str, str], shape: dict[str, Any], elements: int) -> float:
-    """Instructions of a lane for one element of a product, in the kernel's main loop; without a product for each of the
-    elements that a program reads, of all its code, as if every branch was taken."""
+def per_element(
+    function: Any, kinds: dict[str, str], shape: dict[str, Any], elements: int, multiplies: bool = True
+) -> float:
+    """Instructions of a lane for one element of a product, in the kernel's main loop.
+
+    Args:
+        multiplies: False: the kernel has no product; then for one of the elements that a program reads, of all its
+            code, as if every branch was taken.
+    """
     variant, warps = Variant(), shape["num_warps"]
     constants = {name: value for name, value in (variant.constants | shape).items() if name in function.arg_names}
     types = variant.types(function) | {name: kind for name, kind in kinds.items() if name in function.arg_names}
     code = disassembled(compile_kernel(function, types, constants, 90, num_warps=warps, num_stages=3))
     instructions, loops = innermost(code)
-    bodies = [instructions[loop] for loop in loops]
-    main = next((body for body in bodies if any("MMA" in one for one in body)), instructions)
-    return len(main) * warps * 32 / elements
+    if multiplies:
+        bodies = [instructions[loop] for loop in loops]
+        instructions = next(body for body in bodies if any("MMA" in one for one in body))
+    return len(instructions) * warps * 32 / elements
 
 
 def parts(length: int) -> dict[str, Work]:
@@ -87,7 +94,7 @@ def parts(length: int) -> dict[str, Work]:
 
     lists = key_lists.constants(PAGE, sampled=True) | {"TILE": TILE}
     of_lists = sum(
-        per_element(function, kernel_account.LISTS, lists, lists["PAGES"] * PAGE)
+        per_element(function, kernel_account.LISTS, lists, lists["PAGES"] * PAGE, multiplies=False)
         for function in (key_lists.page_counts_kernel, key_lists.key_lists_kernel)
     )
     of_bytes = {"size": bins, "flops": scores * RANK}

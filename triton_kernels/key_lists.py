@@ -16,7 +16,7 @@ from minference_vllm.selection.compaction import Lists
 from minference_vllm.triton_kernels.column_diagonal import on_device
 from minference_vllm.triton_kernels.launch import launcher
 
-MAX_CODE = tl.constexpr(score_bins.MAX_CODE)
+MAX_CODE, TILE_FRACTION = tl.constexpr(score_bins.MAX_CODE), tl.constexpr(score_bins.TILE_FRACTION)
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def page_counts_kernel(
 @triton.jit
 def _first_fraction(i_tile):
     """Where a tile's sum of chances begins, in 65536ths."""
-    return i_tile * 40503 & 65535
+    return i_tile * TILE_FRACTION & 65535
 
 
 @triton.jit

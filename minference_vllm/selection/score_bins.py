@@ -22,6 +22,8 @@ SAMPLED_GROUPS = 16
 """Of representatives' scores one in so many groups of ``PEAK_KEYS`` is asked for the denominator."""
 MAX_CODE = 60
 """Keys below a threshold are drawn less and less often, at least one in ``2 ** (MAX_CODE / BINS_PER_BIT)``."""
+TILE_FRACTION = 40503
+"""Where the sums of chances of neighbouring tiles begin, they lie so many 65536ths apart: two samples differ."""
 TOP_BIN = 254
 LOCAL_BIN = 255
 """Bin of the keys in a tile's own pages, which it always attends."""
@@ -325,7 +327,7 @@ def sampled_keys(
     codes = (threshold[:, None, None] - bins.int()).clamp_(0, MAX_CODE)
     chances = increments(bins.device)[codes].long().masked_fill_(~before | (codes == 0), 0)
     tiles = torch.arange(tiling.num_tiles, device=bins.device)[:, None]
-    sums = chances.cumsum(2) + tiles * 40503 % 65536
+    sums = chances.cumsum(2) + tiles * TILE_FRACTION % 65536
     drawn = (sums >> 16) > ((sums - chances) >> 16)
     listed = ~(blocks | dense[:, None, None]).repeat_interleave(size, 2)[..., : tiling.seq_len]
     return blocks, before & listed & ((codes == 0) | drawn), codes.to(torch.uint8)
