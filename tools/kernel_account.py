@@ -31,6 +31,7 @@ from machine_code import Loop, machine_code
 
 from minference_vllm.triton_kernels import (
     antidiagonal,
+    approx_lse,
     attention,
     calibration,
     chunk_queries,
@@ -42,7 +43,6 @@ from minference_vllm.triton_kernels import (
     page_means,
     physical_lists,
     remainder,
-    representative_bins,
     representatives,
     thresholds,
 )
@@ -289,9 +289,9 @@ def estimate_accounts(variant: Variant, arch: int) -> list[Account]:
 def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
     """Of the kernels for ``low_rank``: of all rows, and of representatives."""
     variant = Variant()
-    quantized = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16"}
+    quantized = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16", "p_position": "*i32"}
     own = dict.fromkeys(("p_rows", "p_drawn", "p_alone"), "*i64") | {"p_levels": "*fp32", "p_codes": "*i8"}
-    own |= {"p_taken": "*i1", "p_scale": "*i16", "p_threshold": "*i32"}
+    own |= {"p_taken": "*i1", "p_scale": "*i16", "p_threshold": "*i32", "p_position": "*i32"}
     floats = ("p_to_query", "p_to_key", "p_sum", "p_moment", "p_start", "p_vectors", "p_key_size", "p_norm")
     own |= dict.fromkeys(floats, "*fp32")
     own |= dict.fromkeys(("factor", "alone_share", "missable", "row_missable", "errors"), "fp32")
@@ -306,7 +306,7 @@ def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
     of_tile = representatives.launch_shape(variant.head_size, rank, TILE, REPRESENTATIVES)
     kernels: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
         "unlike_rows": (chunk_queries.unlike_rows_kernel, own, of_queries),
-        "query_codes": (chunk_queries.query_codes_kernel, own, of_queries),
+        "query_codes": (chunk_queries.query_codes_kernel, own, of_queries | lists),
         "moments": (fit.moments_kernel, own, of_fit),
         "fit": (fit.fit_kernel, own, of_fit),
         "representatives": (representatives.representatives_kernel, own, of_tile),
@@ -320,14 +320,10 @@ def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
         kernels[f"page_counts{name}"] = key_lists.page_counts_kernel, LISTS, drawn
         kernels[f"block_lists{name}"] = key_lists.block_lists_kernel, LISTS, drawn | {"STEP": key_lists.STEP}
         kernels[f"key_lists{name}"] = key_lists.key_lists_kernel, LISTS, drawn
-    for per_tile, name in ((0, ""), (REPRESENTATIVES, " representatives")):
-        of_rows, of_tiles = low_rank.launch_shape(rank, TILE, per_tile, arch // 10)
-        of_lse, of_bins = low_rank.peak_lse_kernel, low_rank.tile_bins_kernel
-        if per_tile:
-            of_lse = representative_bins.representative_lse_kernel
-            of_bins = representative_bins.representative_bins_kernel
-        kernels[f"lse{name}"] = of_lse, quantized, of_rows
-        kernels[f"bins{name}"] = of_bins, quantized, of_tiles
+    for per_tile, name in ((TILE, ""), (REPRESENTATIVES, " representatives")):
+        of_lse, bins_kernel, of_bins = low_rank.launch_shape(rank, TILE, per_tile, arch // 10)
+        kernels[f"approx_lse{name}"] = approx_lse.approx_lse_kernel, quantized, of_lse
+        kernels[f"bins{name}"] = bins_kernel, quantized, of_bins
     found = []
     for name, (function, kinds, shape) in kernels.items():
         constants = {key: value for key, value in shape.items() if key in function.arg_names}

@@ -22,7 +22,7 @@ from kernel_variants import Variant, compile_kernel
 from machine_code import disassembled, innermost
 
 from minference_vllm.selection import score_bins
-from minference_vllm.triton_kernels import calibration, key_lists, low_rank, representative_bins
+from minference_vllm.triton_kernels import approx_lse, calibration, in_thread, key_lists, low_rank, representative_bins
 
 HEADS, KV_HEADS, DIM, PAGE, CHUNK, TILE, RANK, REPRESENTATIVES, ROWS = 32, 8, 128, 128, 8192, 128, 32, 32, 128
 LENGTHS = {"32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}
@@ -75,15 +75,16 @@ def parts(length: int) -> dict[str, Work]:
     """The index of one layer."""
     tiles, pairs = CHUNK // TILE, float(CHUNK) * (length - CHUNK / 2)
     scores, measured = pairs / TILE * REPRESENTATIVES * HEADS, pairs / CHUNK * ROWS * HEADS
-    # One in so many groups of keys, and the own keys of the tiles that a program has.
-    sampled = scores / score_bins.SAMPLED_GROUPS + float(tiles) * representative_bins.BLOCK_M * TILE * HEADS
-    of_rows, of_bins = low_rank.launch_shape(RANK, TILE, REPRESENTATIVES)
-    codes = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16"}
+    # Of some groups of keys, and of the tiles' own keys.
+    asked = approx_lse.most_groups(length) * score_bins.PEAK_KEYS + TILE
+    sampled = float(tiles) * asked * approx_lse.BLOCK_M * HEADS
+    of_rows, _, of_bins = low_rank.launch_shape(RANK, TILE, REPRESENTATIVES)
+    codes = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16", "p_position": "*i32"}
     of_measured = {"BLOCK_N": calibration.BLOCK_N, "WITH_SOFTCAP": False, "TILE": TILE, "SQUARED": True}
     of_measured["num_warps"] = calibration.NUM_WARPS
     own = {"p_rows": "*i64", "p_levels": "*fp32", "p_norm": "*fp32"}
     size = calibration.ROWS.value * calibration.BLOCK_N
-    keys = representative_bins.THREADS.value * representative_bins.PEAK_KEYS.value
+    keys = in_thread.THREADS.value * score_bins.PEAK_KEYS
     elements = of_rows["BLOCK_M"] * keys, representative_bins.QUERIES * of_bins["BLOCK_N"]
     keys_read, bins = float(length) * KV_HEADS * DIM * 2, float(HEADS) * tiles * length
 
@@ -101,7 +102,7 @@ def parts(length: int) -> dict[str, Work]:
     exact = {"size": keys_read, "flops": measured * 2 * DIM}
     return {
         "codes of keys": Work(size=keys_read + HEADS * length * RANK, flops=4.0 * HEADS * length * DIM * RANK),
-        "denominators": work(representative_bins.representative_lse_kernel, codes, of_rows, sampled, elements[0]),
+        "denominators": work(approx_lse.approx_lse_kernel, codes, of_rows, sampled, elements[0]),
         "bins": work(representative_bins.representative_bins_kernel, codes, of_bins, scores, elements[1], **of_bytes),
         "measured rows": work(calibration.share_levels_kernel, own, of_measured, measured, size, **exact),
         "lists": Work(of_lists * bins, size=2 * bins),

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection import projection
 from minference_vllm.selection.measured_rows import DrawnRows
 from minference_vllm.selection.projection import Projection, QuantizedQK
@@ -82,27 +83,39 @@ def quantized(b_low, b_unit):
     return b_code.to(tl.int8), tl.minimum(b_scale, 32767.0).to(tl.int16)
 
 
-@triton.jit(do_not_specialize=["chunk"])
+@triton.jit(do_not_specialize=["context_len", "chunk", "num_tiles"])
 def query_codes_kernel(
-    p_query, p_heads, p_to_query, p_codes, p_scale, stride_row, stride_head, chunk, factor, HEAD_SIZE: tl.constexpr,
-    D: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr,
+    p_query, p_heads, p_to_query, p_codes, p_position, p_scale, stride_row, stride_head, context_len, chunk, num_tiles,
+    factor, HEAD_SIZE: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M queries of one head in RANK dimensions.
+    """One program: the queries of one tile of one head in RANK dimensions; one of them again where there are fewer.
 
-    ``p_to_query`` is float32 ``[h, HEAD_SIZE, RANK]``, ``p_codes`` int8 ``[h, chunk, RANK]``, ``p_scale`` int16
-    ``[h, chunk]``.
+    ``p_to_query`` is float32 ``[h, HEAD_SIZE, RANK]``, ``p_codes`` int8 ``[h, T * TILE, RANK]``, ``p_position`` int32
+    ``[h, T * TILE]``, ``p_scale`` int16 ``[h, T]``.
     """
-    i_block, i_slot = tl.program_id(0), tl.program_id(1)
-    i_head = tl.load(p_heads + i_slot).to(tl.int64)
-    o_row, o_rank = i_block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, R)
-    m_row, m_rank = o_row < chunk, o_rank < RANK
-    b_query = load_rows(p_query + i_head * stride_head, stride_row, o_row, m_row, HEAD_SIZE, D)
+    i_tile, i_slot = tl.program_id(0), tl.program_id(1)
+    o_place, o_rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
+    p_query += tl.load(p_heads + i_slot).to(tl.int64) * stride_head
+    first = (context_len // TILE + i_tile) * TILE - context_len
+    o_first = (i_slot * num_tiles + i_tile).to(tl.int64) * TILE
     b_to_query = load_projection(p_to_query, i_slot, HEAD_SIZE, D, RANK, R)
-    b_low = precise_dot(b_query, b_to_query) * factor
-    b_code, b_scale = quantized(b_low, units(b_low))
-    o_out = i_slot.to(tl.int64) * chunk + o_row
-    tl.store(p_codes + o_out[:, None] * RANK + o_rank[None, :], b_code, mask=m_row[:, None] & m_rank[None, :])
-    tl.store(p_scale + o_out, b_scale, mask=m_row)
+    unit = 0.0
+    for i_down in range(0, TILE, BLOCK_M):
+        o_row = tl.minimum(tl.maximum(first + tl.minimum(i_down + o_place, TILE - 1), 0), chunk - 1)
+        b_low = precise_dot(load_rows(p_query, stride_row, o_row, o_row >= 0, HEAD_SIZE, D), b_to_query) * factor
+        unit = tl.maximum(unit, tl.max(units(b_low), 0))
+    b_unit = tl.zeros([BLOCK_M], dtype=tl.float32) + unit
+    for i_down in range(0, TILE, BLOCK_M):
+        o_row = tl.minimum(tl.maximum(first + tl.minimum(i_down + o_place, TILE - 1), 0), chunk - 1)
+        b_low = precise_dot(load_rows(p_query, stride_row, o_row, o_row >= 0, HEAD_SIZE, D), b_to_query) * factor
+        o_out, m_out = o_first + i_down + o_place, i_down + o_place < TILE
+        b_code, b_scale = quantized(b_low, b_unit)
+        tl.store(
+            p_codes + o_out[:, None] * RANK + o_rank[None, :], b_code, mask=m_out[:, None] & (o_rank < RANK)[None, :]
+        )
+        tl.store(p_position + o_out, (context_len + o_row).to(tl.int32), mask=m_out)
+        tl.store(p_scale + i_slot * num_tiles + i_tile, tl.max(b_scale.to(tl.int32), 0).to(tl.int16))
 
 
 @triton.jit
@@ -139,10 +152,15 @@ def measured_rows(query: torch.Tensor, heads: Sequence[int], drawn: DrawnRows) -
 
 
 def query_codes(
-    query: torch.Tensor, heads: Sequence[int], projection: Projection, factor: float, keys: torch.Tensor
+    query: torch.Tensor,
+    heads: Sequence[int],
+    projection: Projection,
+    factor: float,
+    keys: torch.Tensor,
+    tiling: Tiling,
 ) -> QuantizedQK:
-    """All queries of a chunk in few dimensions times ``factor``, quantized: ``projection.project_queries`` and
-    ``quantize_queries``.
+    """All queries of every tile in few dimensions times ``factor``, quantized: ``projection.project_queries``,
+    ``representatives.all_rows`` and ``projection.quantize_queries``.
 
     Args:
         query: ``[chunk, H, D]``, elements of a head side by side.
@@ -150,11 +168,13 @@ def query_codes(
         keys: int8 ``[h, S, r]``, to go with them.
     """
     chunk, _, head_size = query.shape
-    rank = projection.to_query.shape[2]
-    codes = torch.empty(len(heads), chunk, rank, dtype=torch.int8, device=query.device)
-    scale = torch.empty(len(heads), chunk, dtype=torch.int16, device=query.device)
-    launcher(query_codes_kernel, (triton.cdiv(chunk, BLOCK_M), len(heads)))(
-        query, on_device(heads, query), projection.to_query.contiguous(), codes, scale, query.stride(0),
-        query.stride(1), chunk, factor, **constants(head_size, rank),
+    rank, tiles = projection.to_query.shape[2], tiling.num_tiles
+    codes = torch.empty(len(heads), tiles * tiling.tile, rank, dtype=torch.int8, device=query.device)
+    position = torch.empty(codes.shape[:2], dtype=torch.int32, device=query.device)
+    scale = torch.empty(len(heads), tiles, dtype=torch.int16, device=query.device)
+    launcher(query_codes_kernel, (tiles, len(heads)))(
+        query, on_device(heads, query), projection.to_query.contiguous(), codes, position, scale,
+        query.stride(0), query.stride(1), tiling.context_len, chunk, tiles, factor, TILE=tiling.tile,
+        **constants(head_size, rank),
     )  # fmt: skip
-    return QuantizedQK(codes, keys, scale)
+    return QuantizedQK(codes, position, keys, scale)

@@ -22,14 +22,14 @@ LEAST_SIZE = tl.constexpr(representatives.LEAST_SIZE)
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
 @triton.jit(do_not_specialize=["context_len", "seq_len", "num_tiles"])
 def representatives_kernel(
-    p_query, p_heads, p_to_query, p_key_size, p_codes, p_scale, stride_row, stride_head, context_len, seq_len,
-    num_tiles, factor, HEAD_SIZE: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
+    p_query, p_heads, p_to_query, p_key_size, p_codes, p_position, p_scale, stride_row, stride_head, context_len,
+    seq_len, num_tiles, factor, HEAD_SIZE: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
     TILE: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program: the COUNT representatives of one tile of one head, among one in STEP of its rows, BLOCK_M at most.
 
     ``p_to_query`` is float32 ``[h, HEAD_SIZE, RANK]``, ``p_key_size`` float32 ``[h, RANK]``; ``p_codes`` int8
-    ``[h, T * COUNT, RANK]``, ``p_scale`` int16 ``[h, T * COUNT]``.
+    ``[h, T * COUNT, RANK]``, ``p_position`` int32 ``[h, T * COUNT]``, ``p_scale`` int16 ``[h, T]``.
     """
     i_tile, i_slot = tl.program_id(0), tl.program_id(1)
     i_head = tl.load(p_heads + i_slot).to(tl.int64)
@@ -69,7 +69,11 @@ def representatives_kernel(
     b_first = tl.sum(tl.where((b_order == 0)[:, None], b_code.to(tl.int32), 0), 0).to(tl.int8)
     b_first = tl.broadcast_to(b_first[None, :], [COUNT, R])
     tl.store(p_codes + o_again[:, None] * RANK + o_rank[None, :], b_first, mask=m_again)
-    tl.store(p_scale + o_again, tl.zeros([COUNT], tl.int16) + tl.max(b_scale.to(tl.int32), 0).to(tl.int16))
+    b_position = (context_len + o_row).to(tl.int32)
+    first = tl.sum(tl.where(b_order == 0, b_position, 0), 0)
+    tl.store(p_position + o_code, b_position, mask=b_order < COUNT)
+    tl.store(p_position + o_again, tl.zeros([COUNT], dtype=tl.int32) + first, mask=b_again > 0)
+    tl.store(p_scale + i_slot * num_tiles + i_tile, tl.max(b_scale.to(tl.int32), 0).to(tl.int16))
 
 
 def launch_shape(head_size: int, rank: int, tile: int, count: int) -> dict[str, int]:
@@ -98,10 +102,11 @@ def representative_codes(
     """
     head_size, rank, rows = query.shape[2], projection.to_query.shape[2], tiling.num_tiles * count
     codes = torch.empty(len(heads), rows, rank, dtype=torch.int8, device=query.device)
-    scale = torch.empty(len(heads), rows, dtype=torch.int16, device=query.device)
+    position = torch.empty(len(heads), rows, dtype=torch.int32, device=query.device)
+    scale = torch.empty(len(heads), tiling.num_tiles, dtype=torch.int16, device=query.device)
     launcher(representatives_kernel, (tiling.num_tiles, len(heads)))(
         query, on_device(heads, query), projection.to_query.contiguous(), projection.key_size.contiguous(), codes,
-        scale, query.stride(0), query.stride(1), tiling.context_len, tiling.seq_len, tiling.num_tiles, factor,
+        position, scale, query.stride(0), query.stride(1), tiling.context_len, tiling.seq_len, tiling.num_tiles, factor,
         **launch_shape(head_size, rank, tiling.tile, count),
     )  # fmt: skip
-    return QuantizedQK(codes, keys, scale, count)
+    return QuantizedQK(codes, position, keys, scale)

@@ -69,7 +69,7 @@ class TritonScores(TorchScores):
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
         """As the definition, but for what would wait for the GPU or take memory for every row and key: keys are scored
-        whatever columns and diagonals hold, in all dimensions, and none is left out by what the rows themselves need.
+        whatever columns and diagonals hold, in all dimensions.
         """
         inputs, query = self.inputs, self.query
         drawn = drawn_rows(len(query), tiling.seq_len, query.device)
@@ -79,7 +79,7 @@ class TritonScores(TorchScores):
         if pattern.queries:
             scored = representative_codes(query, heads, projection, factor, codes, tiling, pattern.queries)
         else:
-            scored = query_codes(query, heads, projection, factor, codes)
+            scored = query_codes(query, heads, projection, factor, codes, tiling)
         bins = low_rank.tile_bins(scored, tiling)
         levels = calibration.share_levels(
             inputs, query, heads, rows, tiling, bins, self._value_norms, squared=pattern.samples

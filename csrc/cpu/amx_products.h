@@ -103,36 +103,9 @@ inline int byte_step(int bytes) {
   return bytes / parts;
 }
 
-// out[32][64] = a[32][bytes] x b[bytes / 4][64][4], of int8, by a ProductUnit(byte_step(bytes)); strides in bytes. The
-// products of one tile are stored while the next ones are multiplied.
-inline void byte_products(const int8_t* a, int64_t a_stride, const int8_t* b, int64_t b_stride, int bytes,
-                          int32_t* out) {
-  asm volatile("" ::: "memory");
-  const int step = byte_step(bytes);
-  // gcc's intrinsics want the numbers of tiles as literals.
-#define MULTIPLY(c, right, column)                                    \
-  _tile_zero(c);                                                      \
-  for (int k = 0; k < bytes; k += step) {                             \
-    if (step < bytes) _tile_loadd(4, a + k, a_stride);                \
-    _tile_loadd(right, b + k / 4 * b_stride + 64 * column, b_stride); \
-    _tile_dpbssd(c, 4, right);                                        \
-  }
-  for (int n = 0; n < 2; ++n, a += 16 * a_stride, out += 16 * 64) {
-    if (step == bytes) _tile_loadd(4, a, a_stride);
-    MULTIPLY(0, 6, 0)
-    MULTIPLY(1, 7, 1)
-    MULTIPLY(2, 6, 2)
-    _tile_stored(0, out, 256);
-    MULTIPLY(3, 7, 3)
-    _tile_stored(1, out + 16, 256);
-    _tile_stored(2, out + 32, 256);
-    _tile_stored(3, out + 48, 256);
-  }
-#undef MULTIPLY
-}
-
-// out[32][32] = a[32][bytes] x b[bytes / 4][32][4], of int8 and uint8, likewise.
-inline void byte_products_of_32(const int8_t* a, int64_t a_stride, const int8_t* b, int bytes, int32_t* out) {
+// out[32][32] = a[32][bytes] x b[bytes / 4][32][4], of int8 and uint8, by a ProductUnit(byte_step(bytes)); strides in
+// bytes.
+inline void byte_products(const int8_t* a, int64_t a_stride, const int8_t* b, int bytes, int32_t* out) {
   asm volatile("" ::: "memory");
   constexpr int64_t kRight = 32 * 4, kOut = 32 * sizeof(int32_t);
   const int step = byte_step(bytes);

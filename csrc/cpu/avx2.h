@@ -20,7 +20,6 @@ using Packed = float;  // one factor: float32 has no instruction for pairs
 constexpr int kLanes = 8;
 constexpr int kPack = 1;  // factors in one Packed
 constexpr int kRows = 6;  // query rows per register tile: 6 x 2 accumulators + 3 operands fit 16 registers
-constexpr int kKeys = 6;  // keys multiplied as bytes: likewise
 
 inline Floats load(const float* in) { return _mm256_loadu_ps(in); }
 inline void store(float* out, Floats x) { _mm256_storeu_ps(out, x); }
@@ -218,48 +217,26 @@ inline void with_element(Element element, const Body& body) {
   }
 }
 
-// Vectors of int16.
-using Shorts = __m256i;
-
-constexpr int kShorts = 16;
-
-inline Shorts load(const int16_t* in) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)); }
-inline void store(int16_t* out, Shorts x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), x); }
-inline Shorts repeat(int16_t x) { return _mm256_set1_epi16(x); }
 inline Floats to_floats(const int16_t* in) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in))));
 }
-inline Shorts max(Shorts a, Shorts b) { return _mm256_max_epi16(a, b); }
 
-inline int reduce_max(Shorts x) {
-  const __m128i y = _mm_max_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-  const __m128i turned = _mm_minpos_epu16(_mm_xor_si128(y, _mm_set1_epi16(0x7fff)));
-  return static_cast<int16_t>(_mm_extract_epi16(turned, 0) ^ 0x7fff);
-}
-
-// Sums of products of int8 with uint8, kBytes of them at a time, for as many rows as Shorts has.
+// Sums of products of int8 with uint8, kBytes of them at a time, modulo 2^16.
 using Sum = int16_t;
-using Sums = Shorts;
+using Sums = __m256i;
 
 constexpr int kBytes = 2;
-constexpr int kSums = kShorts;
+constexpr int kSums = 16;
 
+inline void store(Sum* out, Sums x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), x); }
 inline Sums load_bytes(const int8_t* in) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)); }
-inline Sums max_sums(Sums a, Sums b) { return max(a, b); }
-inline Sums least_sums() { return repeat(std::numeric_limits<Sum>::min()); }
-inline Shorts to_shorts(const Sums* in) { return in[0]; }
-inline Shorts pack_sums(const Sums* in) { return in[0]; }
-constexpr int place_of_sum(int i) { return i; }
-
-// 16 int8 -> 8 pairs of uint8, each with 128 added and each pair in both halves of its int32.
-inline void copy_bytes(const int8_t* in, int32_t* out) {
-  const __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
-  const __m256i once = _mm256_cvtepu16_epi32(bytes);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_or_si256(once, _mm256_slli_epi32(once, 16)));
+inline Sums max_sums(Sums a, Sums b) { return _mm256_max_epi16(a, b); }
+inline Sum reduce_max_sums(Sums x) {
+  const __m128i y = _mm_max_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  const __m128i turned = _mm_minpos_epu16(_mm_xor_si128(y, _mm_set1_epi16(0x7fff)));
+  return static_cast<Sum>(_mm_extract_epi16(turned, 0) ^ 0x7fff);
 }
-
-inline Sums repeat_sum(Sum x) { return repeat(x); }
-inline Sums repeat_bytes(int32_t bytes) { return _mm256_set1_epi32(bytes); }
+inline Sums repeat_sum(Sum x) { return _mm256_set1_epi16(x); }
 inline Sums repeat_bytes(const int8_t* in) {
   int16_t bytes;
   std::memcpy(&bytes, in, sizeof bytes);
@@ -272,22 +249,8 @@ inline Sums multiply_add_bytes(Sums left, Sums right, Sums sum) {
   return _mm256_add_epi16(sum, _mm256_maddubs_epi16(left, right));
 }
 
-// A bit for every lane: x >= limit.
-inline uint32_t at_least(Shorts x, int16_t limit) {
-  const __m256i smaller = _mm256_cmpgt_epi16(_mm256_set1_epi16(limit), x);
-  const auto bits = static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_packs_epi16(smaller, _mm256_setzero_si256())));
-  return ~(bits | bits >> 8) & 0xffff;
-}
-
-// (a - b) * factor / 2^15, rounded; the difference saturates.
-inline Shorts scaled_difference(Shorts a, Shorts b, Shorts factor) {
-  return _mm256_mulhrs_epi16(_mm256_subs_epi16(a, b), factor);
-}
-
-// x where place >= limit, INT16_MIN elsewhere.
-inline Shorts hide_before(Shorts x, const int16_t* place, int16_t limit) {
-  const __m256i hidden = _mm256_cmpgt_epi16(_mm256_set1_epi16(limit), load(place));
-  return _mm256_blendv_epi8(x, _mm256_set1_epi16(std::numeric_limits<int16_t>::min()), hidden);
-}
+// A sum that is to begin with `offset` and to be lessened by `less` in the end, where it saturates.
+inline Sum begin_of_sum(Sum offset, Sum /*less*/) { return offset; }
+inline Sums end_of_sum(Sums sum, Sum less) { return _mm256_subs_epi16(sum, repeat_sum(less)); }
 
 }  // namespace minference

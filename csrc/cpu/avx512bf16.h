@@ -21,7 +21,6 @@ using Packed = pair;  // neighbouring factors along the reduced dimension
 constexpr int kLanes = 16;
 constexpr int kPack = 2;   // factors in one Packed
 constexpr int kRows = 12;  // query rows per register tile: 12 x 2 accumulators + 2 operands fit 32 registers
-constexpr int kKeys = 6;   // keys multiplied as bytes: 6 x 4 accumulators + 5 operands
 
 inline Floats load(const float* in) { return _mm512_loadu_ps(in); }
 inline void store(float* out, Floats x) { _mm512_storeu_ps(out, x); }
@@ -177,27 +176,11 @@ inline void with_element(Element, const Body& body) {
   body.template operator()<bf16>();
 }
 
-// Vectors of int16.
-using Shorts = __m512i;
-
-constexpr int kShorts = 32;
-
-inline Shorts load(const int16_t* in) { return _mm512_loadu_si512(in); }
-inline void store(int16_t* out, Shorts x) { _mm512_storeu_si512(out, x); }
-inline Shorts repeat(int16_t x) { return _mm512_set1_epi16(x); }
 inline Floats to_floats(const int16_t* in) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in))));
 }
-inline Shorts max(Shorts a, Shorts b) { return _mm512_max_epi16(a, b); }
 
-inline int reduce_max(Shorts x) {
-  const __m256i y = _mm256_max_epi16(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-  const __m128i z = _mm_max_epi16(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
-  const __m128i turned = _mm_minpos_epu16(_mm_xor_si128(z, _mm_set1_epi16(0x7fff)));
-  return static_cast<int16_t>(_mm_extract_epi16(turned, 0) ^ 0x7fff);
-}
-
-// Sums of products of int8 with uint8, kBytes of them at a time, for half as many rows as Shorts has.
+// Sums of products of int8 with uint8, kBytes of them at a time.
 using Sum = int32_t;
 using Sums = __m512i;
 
@@ -205,27 +188,12 @@ constexpr int kBytes = 4;
 constexpr int kSums = 16;
 
 inline Sums load(const Sum* in) { return _mm512_loadu_si512(in); }
+inline void store(Sum* out, Sums x) { _mm512_storeu_si512(out, x); }
 inline Sums load_bytes(const int8_t* in) { return _mm512_loadu_si512(in); }
 inline Sums add_sums(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 inline Sums max_sums(Sums a, Sums b) { return _mm512_max_epi32(a, b); }
-inline Sums least_sums() { return _mm512_set1_epi32(std::numeric_limits<Sum>::min()); }
-
-inline Shorts to_shorts(const Sums* in) {
-  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(in[0])), _mm512_cvtepi32_epi16(in[1]), 1);
-}
-
-// The same in one instruction, where sum i is that of place_of_sum(i).
-inline Shorts pack_sums(const Sums* in) { return _mm512_packs_epi32(in[0], in[1]); }
-constexpr int place_of_sum(int i) { return (i / 4 % 2) * kSums + i / 8 * 4 + i % 4; }
-
-// 16 int8 -> the same as uint8, each with 128 added, as multiply_add_bytes takes them.
-inline void copy_bytes(const int8_t* in, int32_t* out) {
-  const __m128i bytes = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)), _mm_set1_epi8(-128));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
-}
-
+inline Sum reduce_max_sums(Sums x) { return _mm512_reduce_max_epi32(x); }
 inline Sums repeat_sum(Sum x) { return _mm512_set1_epi32(x); }
-inline Sums repeat_bytes(int32_t bytes) { return _mm512_set1_epi32(bytes); }
 inline Sums repeat_bytes(const int8_t* in) {
   int32_t bytes;
   std::memcpy(&bytes, in, sizeof bytes);
@@ -235,18 +203,8 @@ inline Sums repeat_bytes(const int8_t* in) {
 // sum + the products of kBytes uint8 with as many int8, in every lane.
 inline Sums multiply_add_bytes(Sums left, Sums right, Sums sum) { return _mm512_dpbusd_epi32(sum, left, right); }
 
-// A bit for every lane: x >= limit.
-inline uint32_t at_least(Shorts x, int16_t limit) { return _mm512_cmpge_epi16_mask(x, _mm512_set1_epi16(limit)); }
-
-// (a - b) * factor / 2^15, rounded; the difference saturates.
-inline Shorts scaled_difference(Shorts a, Shorts b, Shorts factor) {
-  return _mm512_mulhrs_epi16(_mm512_subs_epi16(a, b), factor);
-}
-
-// x where place >= limit, INT16_MIN elsewhere.
-inline Shorts hide_before(Shorts x, const int16_t* place, int16_t limit) {
-  const __mmask32 visible = _mm512_cmpge_epi16_mask(load(place), _mm512_set1_epi16(limit));
-  return _mm512_mask_blend_epi16(visible, _mm512_set1_epi16(std::numeric_limits<int16_t>::min()), x);
-}
+// A sum that is to begin with `offset` and to be lessened by `less` in the end: 32 bits hold both from the beginning.
+inline Sum begin_of_sum(Sum offset, Sum less) { return offset - less; }
+inline Sums end_of_sum(Sums sum, Sum /*less*/) { return sum; }
 
 }  // namespace minference

@@ -145,14 +145,15 @@ struct KeyCodeArguments {
 
 // Queries and keys of few dimensions as int8 (QuantizedQK in Python). A key's score bin is
 //   254 + (product - approx_lse) * dequant_scale / 2^15
-// rounded and clamped to [0, 254], where approx_lse is the log-sum-exp of the row's products, see low_rank.cpp. Keys in
-// the pages of the row's own tile have bin 255.
+// rounded and clamped to [0, 254], see low_rank.cpp. Keys in the pages of a tile have bin 255.
 struct QuantizedQK {
-  const int8_t* query;           // [heads][chunk][rank], -63 to 63
+  const int8_t* query;           // [heads][tiles][per_tile][rank], -63 to 63
+  const int32_t* position;       // [heads][tiles][per_tile], of the queries in the sequence
   const int8_t* keys;            // [heads][seq_len][rank]
-  const int16_t* dequant_scale;  // [heads][chunk], bins per unit of a product, times 2^15
-  int64_t chunk, seq_len;
-  int32_t heads;
+  const int16_t* dequant_scale;  // [heads][tiles], bins per unit of a product, times 2^15
+  int64_t seq_len;
+  int32_t heads, tiles;
+  int32_t per_tile;    // queries of a tile
   int32_t rank;        // a multiple of 16, at most 256
   float bins_per_bit;  // bins between a weight and twice that weight
   int32_t threads;
@@ -160,21 +161,9 @@ struct QuantizedQK {
 
 struct TileScoreBinArguments {
   QuantizedQK qk;
-  const int32_t* min_bin;      // [heads], smaller bins are written as 0
-  uint8_t* bins;               // [heads][tiles][seq_len], written: the largest bin over the tile's rows
+  uint8_t* bins;               // [heads][tiles][seq_len], written: the largest bin over the tile's queries
   const int64_t* tile_starts;  // [tiles + 1], positions
-  int32_t tiles;
   int32_t tile;  // rows per tile; tiles start at multiples of it, except for the chunk's first
-};
-
-struct RowMassArguments {
-  QuantizedQK qk;
-  const int64_t* rows;   // [num_rows], rows of the chunk, ascending
-  const bf16* weights;   // [heads][num_rows][seq_len], softmax weights
-  float* mass;           // [heads][num_rows][256], written: sum of the weights per bin
-  int32_t num_rows;
-  int32_t tile;     // rows per tile
-  int32_t squared;  // not 0: of their squares
 };
 
 // Bins from what keys count as columns, and pages by their distance from a tile: the larger of both; bin 255 in a
@@ -262,7 +251,6 @@ void minference_key_codes(const minference::KeyCodeArguments* arguments);
 
 // Score bins per tile, and how much of some rows' attention lies in each bin that the row itself gives the keys.
 void minference_tile_score_bins(const minference::TileScoreBinArguments* arguments);
-void minference_row_mass(const minference::RowMassArguments* arguments);
 
 // Bins by columns and diagonals. And from the bins of tiles: attention per bin, how far down it is needed, keys at or
 // above that threshold per page, and the list of those keys.

@@ -1,125 +1,243 @@
-// Score bins of all keys per query tile, and the attention of some rows per bin, from queries and keys of few
-// dimensions in int8.
+// Score bins of all keys per query tile, from queries and keys of few dimensions in int8 (tile_bins in Python).
 //
-// tile_score_bins has one task per head and tile, with two passes over the keys: the first finds the largest products
-// and approx_lse, the second multiplies again only the rows and blocks whose largest product reaches `min_bin`. The
-// first has rows in the lanes, the second keys, so that no maximum needs shuffles.
-#include "byte_rows.h"
+// Keys are in the lanes of vectors, queries are taken one after the other: a key's largest product less approx_lse is a
+// running maximum in its lane. Before that, approx_lse is found from some groups of keys, with one exponential each.
+// Products fit int16, and so does everything from them to the bins.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "score_bins.h"
 
 namespace minference {
 namespace {
 
-// The bin of a key that is `bins` above approx_lse.
-int to_bin(int bins) { return std::clamp(kTopBin + bins, 0, kTopBin); }
+constexpr int kPeakKeys = 2 * kSums;  // PEAK_KEYS in Python, 32
+constexpr int64_t kLeastGroups = 64, kMaxGroupStep = 16;
+constexpr float kMostUnits = 32767.0f;  // of approx_lse
+
+struct alignas(64) ByteWorkspace {
+  alignas(64) Sum products[kPeakKeys * kPeakKeys];  // [queries][keys], where tiles are multiplied
+  std::vector<Sum> offset;                          // [queries], what their sums begin with
+  std::vector<Sum> approx_lse;                      // [queries], in units of a product
+  std::vector<int16_t> peaks;  // [groups][queries padded to kLanes], the largest product of each group
+};
+
+// Keys of all heads in groups of kPeakKeys, [heads][groups][rank / kBytes][kPeakKeys][kBytes] as uint8 with 128 added:
+// the keys of a group are in the lanes of two vectors.
+class KeysInLanes {
+ public:
+  explicit KeysInLanes(const QuantizedQK& qk)
+      : qk_(qk),
+        groups_((qk.seq_len + kPeakKeys - 1) / kPeakKeys),
+        bytes_(new int8_t[static_cast<size_t>(qk.heads * groups_ * kPeakKeys) * qk.rank]) {}
+
+  int64_t tasks() const { return qk_.heads * groups_; }
+
+  void fill(int64_t task) {
+    const int64_t head = task / groups_, first = task % groups_ * kPeakKeys;
+    int8_t* group = bytes_.get() + task * kPeakKeys * qk_.rank;
+    for (int n = 0; n < kPeakKeys; ++n) {
+      // Past the last key this one once more: nobody asks for what becomes of it.
+      const int8_t* key = qk_.keys + (head * qk_.seq_len + std::min(first + n, qk_.seq_len - 1)) * qk_.rank;
+      int8_t* place = group + n * kBytes;
+      for (int k = 0; k < qk_.rank; k += kBytes, place += kPeakKeys * kBytes) {
+        Sum bytes;
+        std::memcpy(&bytes, key + k, kBytes);
+        bytes ^= static_cast<Sum>(0x80808080);
+        std::memcpy(place, &bytes, kBytes);
+      }
+    }
+  }
+
+  const int8_t* group(int head, int64_t group) const {
+    return bytes_.get() + (head * groups_ + group) * kPeakKeys * qk_.rank;
+  }
+
+ private:
+  const QuantizedQK& qk_;
+  int64_t groups_;
+  std::unique_ptr<int8_t[]> bytes_;
+};
 
 class TileTask {
  public:
   TileTask(const TileScoreBinArguments& arguments, const KeysInLanes& keys, ByteWorkspace& space, int head, int tile)
-      : qk_(arguments.qk), keys_(keys), w_(space), rows_(arguments.qk, space, head), head_(head) {
-    const int64_t chunk_start = arguments.tile_starts[0], seq_len = qk_.seq_len;
-    const int64_t start = arguments.tile_starts[tile], end = arguments.tile_starts[tile + 1];
-    const int64_t local = start / arguments.tile * arguments.tile;  // the first key in the tile's own pages
-    uint8_t* bins = arguments.bins + (static_cast<int64_t>(head) * arguments.tiles + tile) * seq_len;
-    rows_.load_rows(static_cast<int>(end - start), [&](int r) { return start - chunk_start + r; });
-    rows_.find_approx_lse();
-    const int min_bin = arguments.min_bin[head];
-    for (int64_t first = 0; first < local; first += kPeakKeys) {
-      alignas(64) int16_t found[kPeakKeys];
-      find_bins(first / kPeakKeys, min_bin, found);
-      for (int64_t n = 0; n < std::min<int64_t>(kPeakKeys, local - first); ++n) {
-        const int bin = to_bin(found[n]);
-        bins[first + n] = static_cast<uint8_t>(bin < min_bin ? 0 : bin);
-      }
+      : qk_(arguments.qk), keys_(keys), w_(space), rows_(qk_.per_tile), head_(head) {
+    const int64_t place = static_cast<int64_t>(head) * qk_.tiles + tile;
+    query_ = qk_.query + place * rows_ * qk_.rank;
+    position_ = qk_.position + place * rows_;
+    dequant_scale_ = qk_.dequant_scale[place];
+    end_ = arguments.tile_starts[tile + 1];
+    own_ = arguments.tile_starts[tile] / arguments.tile * arguments.tile;  // the first key in the tile's own pages
+    padded_ = (rows_ + kLanes - 1) / kLanes * kLanes;
+    load_offsets();
+    find_approx_lse();
+    uint8_t* bins = arguments.bins + place * qk_.seq_len;
+    for (int64_t first = 0; first < own_; first += kPeakKeys) {
+      uint8_t found[kPeakKeys];
+      find_bins(first / kPeakKeys, found);
+      std::memcpy(bins + first, found, std::min<int64_t>(kPeakKeys, own_ - first));
     }
-    std::memset(bins + local, kLocalBin, end - local);
-    std::memset(bins + end, 0, seq_len - end);
+    std::memset(bins + own_, kLocalBin, end_ - own_);
+    std::memset(bins + end_, 0, qk_.seq_len - end_);
   }
 
  private:
-  // The largest bins of a block's keys, less kTopBin, over the rows that give one of them min_bin or more. Every row
-  // sees all keys before the tile's own pages.
-  void find_bins(int64_t block, int min_bin, int16_t* found) {
-    Shorts best[kKeyVectors];
-    std::fill(best, best + kKeyVectors, repeat(kMin));
-    const int16_t* peaks = w_.peaks.data() + block * rows_.padded;
-    const int8_t* keys = keys_.block(head_, block);
-    for (int64_t r = 0; r < rows_.padded; r += kShorts) {
-      const Shorts lse = load(w_.approx_lse.data() + r), scale = load(w_.dequant_scale.data() + r);
-      const Shorts most = scaled_difference(load(peaks + r), lse, scale);
-      rows_.raise_bins(r, at_least(most, static_cast<int16_t>(min_bin - kTopBin)), keys, best);
+  // Keys are loaded with 128 added, which a query's offset cancels. Sums of 16 bits may wrap around on the way: the
+  // product fits.
+  void load_offsets() {
+    w_.offset.resize(rows_);
+    w_.approx_lse.assign(padded_, 0);
+    for (int r = 0; r < rows_; ++r) {
+      const int8_t* row = query_ + static_cast<int64_t>(r) * qk_.rank;
+      w_.offset[r] = static_cast<Sum>(-128 * std::accumulate(row, row + qk_.rank, 0));
     }
-    for (int v = 0; v < kKeyVectors; ++v) store(found + v * kShorts, best[v]);
+  }
+
+  // Calls use(r, low, high) for every query, with its products with the keys of a group, less approx_lse.
+  template <typename Use>
+  [[gnu::always_inline]] void multiply(const int8_t* keys, const Use& use) {
+    int r = 0;
+#ifdef __AMX_INT8__
+    static_assert(kPeakKeys == 32);
+    for (; r + 32 <= rows_; r += 32) {
+      byte_products(row(r), qk_.rank, keys, qk_.rank, w_.products);
+      for (int i = 0; i < 32; ++i) {
+        const Sum* products = w_.products + i * kPeakKeys;
+        use(r + i, add_sums(load(products), begin(r + i)), add_sums(load(products + kSums), begin(r + i)));
+      }
+    }
+#endif
+    for (; r < rows_; r += 4) multiply_four(r, keys, use);
+  }
+
+  // Of four queries from `first` on; past the last one this one again. Sums have names: gcc 12 would keep an array in
+  // memory.
+  template <typename Use>
+  [[gnu::always_inline]] void multiply_four(int first, const int8_t* keys, const Use& use) {
+    const int last = rows_ - 1, b = std::min(first + 1, last), c = std::min(first + 2, last),
+              d = std::min(first + 3, last);
+    const int rank = qk_.rank;
+    const int8_t *row_a = row(first), *row_b = row(b), *row_c = row(c), *row_d = row(d);
+    Sums low_a = begin(first), low_b = begin(b), low_c = begin(c), low_d = begin(d);
+    Sums high_a = low_a, high_b = low_b, high_c = low_c, high_d = low_d;
+    for (int k = 0; k < rank; k += kBytes, keys += kPeakKeys * kBytes) {
+      const Sums low = load_bytes(keys), high = load_bytes(keys + kSums * kBytes);
+      Sums query = repeat_bytes(row_a + k);
+      low_a = multiply_add_bytes(low, query, low_a), high_a = multiply_add_bytes(high, query, high_a);
+      query = repeat_bytes(row_b + k);
+      low_b = multiply_add_bytes(low, query, low_b), high_b = multiply_add_bytes(high, query, high_b);
+      query = repeat_bytes(row_c + k);
+      low_c = multiply_add_bytes(low, query, low_c), high_c = multiply_add_bytes(high, query, high_c);
+      query = repeat_bytes(row_d + k);
+      low_d = multiply_add_bytes(low, query, low_d), high_d = multiply_add_bytes(high, query, high_d);
+    }
+    const Sum* lse = w_.approx_lse.data();
+    use(first, end_of_sum(low_a, lse[first]), end_of_sum(high_a, lse[first]));
+    use(b, end_of_sum(low_b, lse[b]), end_of_sum(high_b, lse[b]));
+    use(c, end_of_sum(low_c, lse[c]), end_of_sum(high_c, lse[c]));
+    use(d, end_of_sum(low_d, lse[d]), end_of_sum(high_d, lse[d]));
+  }
+
+  const int8_t* row(int r) const { return query_ + static_cast<int64_t>(r) * qk_.rank; }
+  Sums begin(int r) const { return repeat_sum(begin_of_sum(w_.offset[r], w_.approx_lse[r])); }
+
+  void find_bins(int64_t group, uint8_t* bins) {
+    Sums best_low = repeat_sum(std::numeric_limits<Sum>::min()), best_high = best_low;
+    multiply(keys_.group(head_, group), [&](int, Sums low, Sums high) {
+      best_low = max_sums(best_low, low), best_high = max_sums(best_high, high);
+    });
+    alignas(64) Sum units[kPeakKeys];
+    store(units, best_low);
+    store(units + kSums, best_high);
+    for (int n = 0; n < kPeakKeys; ++n) {
+      const int most = std::max<int>(units[n], std::numeric_limits<int16_t>::min());
+      const int bin = kTopBin + ((most * dequant_scale_ + (1 << 14)) >> 15);
+      bins[n] = static_cast<uint8_t>(std::clamp(bin, 0, kTopBin));
+    }
+  }
+
+  // The log-sum-exp of a query's largest product in each sampled group, as Python's approx_lse says.
+  void find_approx_lse() {
+    const int64_t step = std::clamp<int64_t>(own_ / (kPeakKeys * kLeastGroups), 1, kMaxGroupStep);
+    const int64_t far = (own_ + kPeakKeys * step - 1) / (kPeakKeys * step);
+    const int64_t first = own_ / kPeakKeys, groups = far + (end_ + kPeakKeys - 1) / kPeakKeys - first;
+    w_.peaks.assign(groups * padded_, 0);
+    for (int64_t i = 0; i < groups; ++i) {
+      const bool before = i < far;
+      const int64_t group = before ? i * step : first + i - far, start = group * kPeakKeys;
+      const int64_t begin = before ? 0 : std::max<int64_t>(own_ - start, 0);
+      int16_t* peaks = w_.peaks.data() + i * padded_;
+      multiply(keys_.group(head_, group), [&](int r, Sums low, Sums high) {
+        const int64_t end = std::min<int64_t>((before ? own_ : position_[r] + 1) - start, kPeakKeys);
+        if (end <= begin) {
+          peaks[r] = std::numeric_limits<int16_t>::min();
+          return;
+        }
+        if (begin == 0 && end == kPeakKeys) {
+          peaks[r] = static_cast<int16_t>(reduce_max_sums(max_sums(low, high)));
+          return;
+        }
+        alignas(64) Sum products[kPeakKeys];
+        store(products, low);
+        store(products + kSums, high);
+        peaks[r] = static_cast<int16_t>(*std::max_element(products + begin, products + end));
+      });
+    }
+    sum_peaks(groups, far, std::log2(static_cast<float>(step)));
+  }
+
+  // `more`: what the far groups but the first stand for, in bits.
+  void sum_peaks(int64_t groups, int64_t far, float more) {
+    const float bits_per_unit = static_cast<float>(dequant_scale_) / (32768.0f * qk_.bins_per_bit);
+    const Floats bits = repeat(bits_per_unit);
+    const auto peak = [&](int64_t group, int64_t r) {
+      return to_floats(w_.peaks.data() + group * padded_ + r) * bits + repeat(group > 0 && group < far ? more : 0.0f);
+    };
+    for (int64_t r = 0; r < rows_; r += kLanes) {
+      Floats top = repeat(-kInfinity), sum = repeat(0.0f);
+      for (int64_t group = 0; group < groups; ++group) top = max(top, peak(group, r));
+      for (int64_t group = 0; group < groups; ++group) sum += exp2(peak(group, r) - top);
+      float tops[kLanes], sums[kLanes];
+      store(tops, top);
+      store(sums, sum);
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, rows_ - r); ++i) {
+        const float units = std::nearbyint((tops[i] + std::log2(sums[i])) / bits_per_unit);
+        w_.approx_lse[r + i] = static_cast<Sum>(std::clamp(units, -kMostUnits, kMostUnits));
+      }
+    }
   }
 
   const QuantizedQK& qk_;
   const KeysInLanes& keys_;
   ByteWorkspace& w_;
-  ByteRows rows_;
-  int head_;
+  int rows_, head_, dequant_scale_;
+  const int8_t* query_;
+  const int32_t* position_;
+  int64_t own_, end_, padded_;
 };
-
-// The attention of some rows of one head per bin, where each row gives the keys their bins by itself.
-void find_row_mass(const RowMassArguments& a, const KeysInLanes& keys, ByteWorkspace& w, int head, int first_row,
-                   int rows) {
-  const QuantizedQK& qk = a.qk;
-  ByteRows part(qk, w, head);
-  part.load_rows(rows, [&](int r) { return a.rows[first_row + r]; });
-  part.find_approx_lse();
-  for (int r = 0; r < rows; ++r) {
-    const int64_t local = w.position[r] / a.tile * a.tile;
-    const int64_t place = static_cast<int64_t>(head) * a.num_rows + first_row + r;
-    const bf16* weights = a.weights + place * qk.seq_len;
-    Mass mass(qk.seq_len, a.squared != 0);
-    for (int64_t first = 0; first < qk.seq_len; first += kPeakKeys) {
-      const int64_t count = std::min<int64_t>(kPeakKeys, qk.seq_len - first);
-      if (count == kPeakKeys && mass.add_negligible(weights + first, count)) continue;
-      Shorts shorts[kKeyVectors];
-      part.bins_of_row(r, keys.block(head, first / kPeakKeys), shorts);
-      alignas(64) int16_t found[kPeakKeys];
-      for (int v = 0; v < kKeyVectors; ++v) store(found + v * kShorts, shorts[v]);
-      uint8_t bins[kPeakKeys];
-      for (int n = 0; n < kPeakKeys; ++n) bins[n] = static_cast<uint8_t>(to_bin(found[n]));
-      for (int64_t key = std::max(first, local); key < first + count; ++key) bins[key - first] = kLocalBin;
-      mass.add(weights + first, bins, count);
-    }
-    mass.write(a.mass + place * kBins);
-  }
-}
 
 }  // namespace
 }  // namespace minference
 
 extern "C" void minference_tile_score_bins(const minference::TileScoreBinArguments* arguments) {
-  const int heads = arguments->qk.heads, tasks = heads * arguments->tiles;
-  minference::KeysInLanes keys(arguments->qk);
-#pragma omp parallel num_threads(arguments->qk.threads)
+  const minference::QuantizedQK& qk = arguments->qk;
+  const int tasks = qk.heads * qk.tiles;
+  minference::KeysInLanes keys(qk);
+#pragma omp parallel num_threads(qk.threads)
   {
     auto& space = minference::thread_workspace<minference::ByteWorkspace>();
-    const minference::ProductUnit unit(minference::byte_step(arguments->qk.rank));
+    const minference::ProductUnit unit(minference::byte_step(qk.rank));
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < keys.tasks(); ++task) keys.fill(task);
 #pragma omp for schedule(dynamic, 1)
     for (int task = 0; task < tasks; ++task) {
-      minference::TileTask(*arguments, keys, space, task % heads, task / heads);
-    }
-  }
-}
-
-extern "C" void minference_row_mass(const minference::RowMassArguments* arguments) {
-  using namespace minference;
-  const RowMassArguments& a = *arguments;
-  const int parts = (a.num_rows + kRowBlock - 1) / kRowBlock;
-  KeysInLanes keys(a.qk);
-#pragma omp parallel num_threads(a.qk.threads)
-  {
-    auto& space = thread_workspace<ByteWorkspace>();
-    const ProductUnit unit(byte_step(a.qk.rank));
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < keys.tasks(); ++task) keys.fill(task);
-#pragma omp for schedule(dynamic, 1)
-    for (int task = 0; task < a.qk.heads * parts; ++task) {
-      const int first_row = task % parts * kRowBlock;
-      find_row_mass(a, keys, space, task / parts, first_row, std::min(kRowBlock, a.num_rows - first_row));
+      minference::TileTask(*arguments, keys, space, task % qk.heads, task / qk.heads);
     }
   }
 }

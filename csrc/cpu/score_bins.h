@@ -38,18 +38,6 @@ class Mass {
     for (int i = 0; key < count; ++key, ++i) sum_[0][bins[key]] += weight[i];
   }
 
-  // Adds `count` keys, a multiple of kLanes, if all of them are negligible: nobody need know their bins.
-  bool add_negligible(const bf16* weights, int64_t count) {
-    Floats largest = repeat(0.0f), sum = largest;
-    for (int64_t key = 0; key < count; key += kLanes) {
-      const Floats here = widen(weights + key);
-      largest = max(largest, here), sum += counted(here);
-    }
-    if (!(reduce_max(largest) < negligible_)) return false;
-    rest_ += sum;
-    return true;
-  }
-
   void write(float* mass) const {
     for (int bin = 0; bin < kBins; ++bin) {
       mass[bin] = 0.0f;

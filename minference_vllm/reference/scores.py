@@ -129,23 +129,40 @@ def antidiagonal_scores(
 
 
 def low_rank_bins(
-    query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, peak_keys: int, per_bit: int
+    query: torch.Tensor,
+    position: torch.Tensor,
+    keys: torch.Tensor,
+    tiling: Tiling,
+    peak_keys: int,
+    group_steps: Sequence[int],
+    per_bit: int,
 ) -> torch.Tensor:
-    """``254 + per_bit * (score - approx_lse)`` of every key, by the tile's row that gives it the most; float64
-    ``[H, T, S]``, not rounded.
+    """``254 + per_bit * (score - approx_lse)`` of every key, by the tile's query that gives it the most; float64
+    ``[H, T, S]``, not rounded. Keys in a tile's own pages and after them are -inf.
 
-    ``approx_lse`` is the log-sum-exp, in bits, of the largest of each ``peak_keys`` scores of a row. Keys that no row
-    of a tile sees are -inf; those of its own pages are not told apart.
+    ``approx_lse`` is the log-sum-exp, in bits, of the largest score of each group of ``peak_keys`` keys: of the tile's
+    own keys that the query sees of every group, and of those before it of one group in ``group_steps``, which counts as
+    often, but for the first, which counts once.
 
     Args:
-        query: ``[H, chunk, r]``. keys: ``[H, S, r]``. Their products are scores in bits.
+        query: ``[H, T, n, r]``, of every tile. keys: ``[H, S, r]``. Their products are scores in bits.
+        position: ``[H, T, n]``, of the queries.
+        group_steps: of every tile.
     """
-    scores = query.double() @ keys.double().transpose(1, 2)
-    scores.masked_fill_(~causal_mask(tiling.context_len, tiling.seq_len), -torch.inf)
-    peaks = torch.stack([part.amax(-1) for part in scores.split(peak_keys, dim=-1)], -1)
-    bins = 254 + per_bit * (scores - torch.exp2(peaks).sum(-1, keepdim=True).log2())
-    borders = (tiling.starts - tiling.context_len).tolist()
-    return torch.stack([bins[:, begin:end].amax(1) for begin, end in itertools.pairwise(borders)], 1)
+    scores = query.double() @ keys.double().transpose(1, 2)[:, None]
+    scores.masked_fill_(torch.arange(tiling.seq_len) > position[..., None], -torch.inf)
+    bins = torch.full((len(query), tiling.num_tiles, tiling.seq_len), -torch.inf, dtype=torch.float64)
+    for tile, (begin, end) in enumerate(itertools.pairwise(tiling.starts.tolist())):
+        own, mass = begin // tiling.tile * tiling.tile, torch.zeros(())
+        for first in range(0, end, peak_keys):
+            group, last = first // peak_keys, min(first + peak_keys, end)
+            if first < own and group % group_steps[tile] == 0:
+                peak = scores[:, tile, :, first : min(last, own)].amax(-1, keepdim=True)
+                mass = mass + torch.exp2(peak) * (group_steps[tile] if group else 1)
+            if last > own:
+                mass = mass + torch.exp2(scores[:, tile, :, max(first, own) : last].amax(-1, keepdim=True))
+        bins[:, tile, :own] = 254 + per_bit * (scores[:, tile, :, :own] - mass.log2()).amax(1)
+    return bins
 
 
 def beyond_diagonals(

@@ -34,7 +34,7 @@ from minference_vllm.selection.projection import (
     for_int8,
     project_queries,
 )
-from minference_vllm.selection.representatives import representatives
+from minference_vllm.selection.representatives import all_rows, representatives
 from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.scores import Scores
 
@@ -82,13 +82,8 @@ class LowRankOps(Protocol):
     def threshold(self, sample: CalibrationRows, mass: torch.Tensor, gamma: float) -> torch.Tensor:
         """``CalibrationRows.threshold``."""
 
-    def tile_bins(self, quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
+    def tile_bins(self, quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
         """See ``score_bins.tile_bins``."""
-
-    def row_mass(
-        self, quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor, squared: bool = False
-    ) -> torch.Tensor:
-        """See ``score_bins.row_mass``."""
 
     def line_bins(self, of_key: torch.Tensor, of_distance: torch.Tensor, tiling: Tiling) -> torch.Tensor:
         """See ``score_bins.line_bins``."""
@@ -106,7 +101,7 @@ class Measured(NamedTuple):
     """Exact attention of a chunk's calibration rows, for some heads."""
 
     queries: torch.Tensor
-    """``[h, chunk, D]``, all of the chunk."""
+    """float32 ``[h, chunk, D]``, all of the chunk."""
     sample: CalibrationRows
     weights: torch.Tensor
     """float32 or bf16 ``[h, R, S]``, see ``measured_rows.by_value``."""
@@ -115,7 +110,7 @@ class Measured(NamedTuple):
 
     @classmethod
     def of(cls, scores: LowRankOps, heads: Sequence[int], tiling: Tiling) -> Measured:
-        queries = scores.queries_of(heads)
+        queries = scores.queries_of(heads).float()
         sample = calibration_rows(unlikeness(queries), tiling.seq_len)
         tile = torch.searchsorted(tiling.starts, sample.rows + tiling.context_len, right=True) - 1
         return cls(queries, sample, scores.row_shares(sample.rows, heads), tile)
@@ -203,39 +198,25 @@ def fit_step(length: int, rows: int = FIT_ROWS) -> int:
 def score_keys(
     scores: LowRankOps, measured: Measured, heads: Sequence[int], tiling: Tiling, pattern: LowRank
 ) -> ScoreBins:
-    """Bins of every key by scores in at most ``pattern.rank`` dimensions, and how far down to go.
-
-    Where all rows are scored the measured rows' attention is looked up twice: in the bins that the row itself gives the
-    keys, which says below which bin keys need not be told apart, and then in those of its tile, which are no lower.
-    """
+    """Bins of every key by scores in at most ``pattern.rank`` dimensions, and how far down to go, by the measured rows'
+    attention in each bin."""
     some_keys = scores.some_keys(heads, fit_step(tiling.seq_len))
-    queries, alone = measured.queries, measured.sample.alone()
+    queries, sample, weights = measured.queries, measured.sample, measured.weights
     some_queries = queries[:, :: fit_step(queries.shape[1])]
     error = 0.0 if pattern.queries else SCORE_ERROR / scores.scale
-    alone = queries.gather(1, alone[..., None].expand(-1, -1, queries.shape[2]))
+    alone = queries.gather(1, sample.alone()[..., None].expand(-1, -1, queries.shape[2]))
     projection = fitted(some_queries, alone, some_keys, pattern.rank, error)
-    keys = scores.key_codes(heads, projection)
-    low = project_queries(queries, projection, scores.scale)
-    sample, weights = measured.sample, measured.weights
+    keys, low = scores.key_codes(heads, projection), project_queries(queries, projection, scores.scale)
     if pattern.queries:
-        low = representatives(low, projection.key_size, tiling, pattern.queries)
-    quantized, sampled = QuantizedQK.of(low, keys, pattern.queries), pattern.samples
-
-    def threshold(mass: torch.Tensor) -> torch.Tensor:
-        if sampled:
-            return sample.sampling_threshold(mass, pattern.noise)
-        return scores.threshold(sample, mass, pattern.gamma)
-
-    if pattern.queries:
-        suffices = torch.zeros(len(keys), dtype=torch.int32, device=keys.device)
+        chosen = representatives(low, projection.key_size, tiling, pattern.queries)
     else:
-        # One less: kernels may round otherwise.
-        suffices = threshold(scores.row_mass(quantized, sample.rows, tiling, weights, sampled)).sub_(1).clamp_(min=0)
-    lowest = (suffices - score_bins.MAX_CODE).clamp_(min=0) if sampled else suffices
-    bins = score_bins.hide_before_window(scores.tile_bins(quantized, tiling, lowest), tiling)
-    wanted = threshold(scores.mass_by_bin(bins, measured.tile, weights, sampled))
-    # Standard errors need not fall where every row has more: but what suffices the rows themselves does.
-    return ScoreBins(bins, torch.maximum(wanted, suffices), sampled)
+        chosen = all_rows(low, tiling)
+    bins = scores.tile_bins(QuantizedQK.of(*chosen, keys, tiling.num_tiles), tiling)
+    bins = score_bins.hide_before_window(bins, tiling)
+    mass = scores.mass_by_bin(bins, measured.tile, weights, pattern.samples)
+    if pattern.samples:
+        return ScoreBins(bins, sample.sampling_threshold(mass, pattern.noise), sampled=True)
+    return ScoreBins(bins, scores.threshold(sample, mass, pattern.gamma))
 
 
 class LowRankFamily(Family[LowRank]):

@@ -46,7 +46,7 @@ def unlikeness(query: torch.Tensor) -> torch.Tensor:
         query: ``[h, chunk, D]``.
     """
     rows = query.float()
-    distance = (rows - rows.mean(1, keepdim=True)).square_().sum(-1)
+    distance = torch.linalg.vector_norm(rows - rows.mean(1, keepdim=True), dim=2).square_()
     return (distance / distance.mean(1, keepdim=True).clamp_min(1e-20)).nan_to_num_(0.0)
 
 

@@ -46,34 +46,34 @@ class Projection(NamedTuple):
 class QuantizedQK(NamedTuple):
     """Queries and keys in ``r`` dimensions, as int8, so that products take a third of the time.
 
-    The products have errors of a few thousandths of the largest that a row could have, at the most.
+    The products have errors of a few thousandths of the largest that a tile's queries could have, at the most.
     """
 
     query: torch.Tensor
-    """int8 ``[h, chunk, r]``, at most ``MAX_QUERY`` in size; the last row is the sequence's last token. Or
-    ``[h, T * per_tile, r]``: representatives."""
+    """int8 ``[h, T * n, r]``, at most ``MAX_QUERY`` in size: ``n`` of every query tile, all its rows or some."""
+    position: torch.Tensor
+    """int32 ``[h, T * n]``: theirs in the sequence."""
     keys: torch.Tensor
     """int8 ``[h, S, r]``."""
     dequant_scale: torch.Tensor
-    """int16 ``[h, chunk]``: bins per unit of a row's products, times ``2 ** 15``; one for all of a tile's
-    representatives, whose products can be compared as they are."""
-    per_tile: int = 0
-    """Queries are so many representatives of each tile, which see all keys up to its end; 0: the chunk's rows."""
+    """int16 ``[h, T]``: bins per unit of the products of a tile's queries, times ``2 ** 15``. It is the same for all of
+    them, so that their products are compared as they are."""
 
     @classmethod
-    def of(cls, low: torch.Tensor, keys: torch.Tensor, per_tile: int = 0) -> QuantizedQK:
-        """Of queries in few dimensions (see ``project_queries``; overwritten) and quantized keys."""
-        query, dequant_scale = quantize_queries(low, per_tile or 1)
-        return cls(query, keys, dequant_scale, per_tile)
+    def of(cls, low: torch.Tensor, position: torch.Tensor, keys: torch.Tensor, tiles: int) -> QuantizedQK:
+        """Of queries in few dimensions, float32 ``[h, T * n, r]`` (see ``project_queries``; overwritten), their
+        positions, and quantized keys."""
+        query, dequant_scale = quantize_queries(low, tiles)
+        return cls(query, position, keys, dequant_scale)
 
-    def rows(self, rows: torch.Tensor) -> QuantizedQK:
-        """Those of some rows of the chunk, int64 ``[h, R]``."""
-        query = self.query.gather(1, rows[..., None].expand(-1, -1, self.query.shape[2]))
-        return QuantizedQK(query, self.keys, self.dequant_scale.gather(1, rows))
+    @property
+    def per_tile(self) -> int:
+        """``n``, queries of a tile."""
+        return self.query.shape[1] // self.dequant_scale.shape[1]
 
     def bits(self) -> torch.Tensor:
-        """float32 ``[h, chunk, 1]``: bits per unit of a row's products."""
-        return self.dequant_scale.float().div_(BINS_PER_BIT << 15)[..., None]
+        """float32 ``[h, T]``: bits per unit of the products of a tile's queries."""
+        return self.dequant_scale.float().div_(BINS_PER_BIT << 15)
 
 
 def fit(query: torch.Tensor, keys: torch.Tensor, rank: int) -> Projection:
@@ -191,12 +191,11 @@ def project_queries(query: torch.Tensor, projection: Projection, scale: float) -
     return torch.matmul(query.float(), projection.to_query).mul_(scale / math.log(2))
 
 
-def quantize_queries(low: torch.Tensor, together: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """``QuantizedQK.query`` and ``dequant_scale`` of queries in few dimensions, ``[h, n, r]``, overwritten; so many
-    neighbours have one scale."""
+def quantize_queries(low: torch.Tensor, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``QuantizedQK.query`` and ``dequant_scale`` of queries in few dimensions, float32 ``[h, T * n, r]``,
+    overwritten."""
     most = (low.norm(dim=2) * MAX_KEY_NORM).clamp_(min=MIN_RANGE) / MAX_PRODUCT
-    unit = torch.maximum(most, low.abs().amax(2) / MAX_QUERY)
-    unit = unit.unflatten(1, (-1, together)).amax(2).repeat_interleave(together, 1, output_size=low.shape[1])
+    unit = torch.maximum(most, low.abs().amax(2) / MAX_QUERY).unflatten(1, (tiles, -1)).amax(2)
     dequant_scale = (unit * (BINS_PER_BIT << 15)).ceil_()
-    low *= (BINS_PER_BIT << 15) / dequant_scale[..., None]
+    low.unflatten(1, (tiles, -1)).mul_((BINS_PER_BIT << 15) / dequant_scale[..., None, None])
     return low.round_().to(torch.int8), dequant_scale.clamp_(max=(1 << 15) - 1).to(torch.int16)

@@ -1,14 +1,16 @@
-"""Representative queries: a few rows of a tile that stand for all of them where asking every row would cost too much.
+"""The queries of a tile that are scored: all its rows, or a few representatives where every row would cost too much.
 
-Rows are taken farthest first (Gonzalez 1985, doi:10.1016/0304-3975(85)90224-5), apart as keys tell them apart: no other
-way to take so many leaves a row less than half as far from the nearest of them. Rows that look where no other does are
-among the first. On SmolLM2 their mean and its deviations along a few directions needed 1.6 times the keys for the same
-noise (``docs/estimator.md``).
+Representatives are taken farthest first (Gonzalez 1985, doi:10.1016/0304-3975(85)90224-5), apart as keys tell them
+apart: no other way to take so many leaves a row less than half as far from the nearest of them. Rows that look where no
+other does are among the first. On SmolLM2 their mean and its deviations along a few directions needed 1.6 times the
+keys for the same noise (``docs/estimator.md``).
 
 Sizes: ``h`` query heads, ``T`` query tiles, ``S`` tokens in the sequence, ``r`` rank.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -25,7 +27,25 @@ def candidate_step(tile: int) -> int:
     return -(-tile // CANDIDATES)
 
 
-def representatives(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling, count: int) -> torch.Tensor:
+class TileQueries(NamedTuple):
+    """So many queries of every tile, ``n``."""
+
+    low: torch.Tensor
+    """float32 ``[h, T * n, r]``."""
+    position: torch.Tensor
+    """int32 ``[h, T * n]``: theirs in the sequence."""
+
+
+def all_rows(low: torch.Tensor, tiling: Tiling) -> TileQueries:
+    """Of queries in few dimensions, float32 ``[h, chunk, r]``: of every tile as many as it is wide; where it has fewer
+    rows, one of them again."""
+    places = torch.arange(tiling.num_tiles * tiling.tile, device=low.device)
+    places += tiling.context_len // tiling.tile * tiling.tile - tiling.context_len
+    places.clamp_(0, low.shape[1] - 1)
+    return TileQueries(low[:, places], (places + tiling.context_len).int().repeat(len(low), 1))
+
+
+def representatives(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling, count: int) -> TileQueries:
     """Representative queries of every tile. Equal inputs give equal ones; nothing waits for a GPU.
 
     Args:
@@ -34,7 +54,7 @@ def representatives(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling, c
         count: of each tile.
 
     Returns:
-        float32 ``[h, T * count, r]``: of each tile the row most unlike their mean, then ever the one farthest from all
+        Of each tile the row most unlike their mean, then ever the one farthest from all
         before it; where there are no more, one of them again.
     """
     step = candidate_step(tiling.tile)
@@ -50,5 +70,7 @@ def representatives(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling, c
         row = taken[-1][..., None, None].expand(-1, -1, 1, low.shape[2])
         distance = torch.minimum(distance, (apart - apart.gather(2, row)).square_().sum(3))
         taken.append(distance.argmax(2))
-    found = torch.stack(taken, 2)[..., None].expand(-1, -1, -1, low.shape[2])
-    return rows.gather(2, found).flatten(1, 2)
+    found = torch.stack(taken, 2)  # [h, T, count]
+    position = (places + tiling.context_len).expand(len(low), -1, -1).gather(2, found).int()
+    low = rows.gather(2, found[..., None].expand(-1, -1, -1, low.shape[2]))
+    return TileQueries(low.flatten(1, 2), position.flatten(1))

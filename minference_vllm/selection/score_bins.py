@@ -18,8 +18,8 @@ from minference_vllm.selection.projection import BINS_PER_BIT, QuantizedQK
 
 PEAK_KEYS = 32
 """Keys of which the largest score alone counts in ``approx_lse``."""
-SAMPLED_GROUPS = 16
-"""Of representatives' scores one in so many groups of ``PEAK_KEYS`` is asked for the denominator."""
+LEAST_GROUPS, MAX_GROUP_STEP = 64, 16
+"""Groups of ``PEAK_KEYS`` before a tile that are asked for its ``approx_lse``: so many at least, and one in so many."""
 MAX_CODE = 60
 """Keys below a threshold are drawn less and less often, at least one in ``2 ** (MAX_CODE / BINS_PER_BIT)``."""
 TILE_FRACTION = 40503
@@ -45,42 +45,31 @@ class ScoreBins(NamedTuple):
     """Whether keys were scored, as ``Family.scoring_cost`` counts; else columns and diagonals sufficed."""
 
 
-def approx_lse(scores: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exp of the largest of each ``PEAK_KEYS`` scores of a row: close to the softmax's denominator, for one
-    exponential in so many keys.
+def group_step(own: int) -> int:
+    """One in so many groups of ``PEAK_KEYS`` before a tile whose first key is ``own`` is asked for ``approx_lse``."""
+    return min(max(own // (PEAK_KEYS * LEAST_GROUPS), 1), MAX_GROUP_STEP)
+
+
+def approx_lse(scores: torch.Tensor, own: int) -> torch.Tensor:
+    """What the scores of a tile's queries are set against: close to the softmax's denominator, for one exponential in
+    up to 512 keys. It is the log-sum-exp of the largest score of each of some groups of ``PEAK_KEYS`` keys: before the
+    tile of the first, which holds attention sinks, and one in ``group_step``, which stands for as many; and of all in
+    the tile.
+
+    From all keys it selects no better (``docs/estimator.md``).
 
     Args:
-        scores: float32 ``[..., S]``, in bits; -inf where a row does not look.
-
-    Returns:
-        float32 ``[..., 1]``.
-    """
-    whole = scores.shape[-1] // PEAK_KEYS * PEAK_KEYS
-    peaks = scores[..., :whole].unflatten(-1, (-1, PEAK_KEYS)).amax(-1)
-    if whole < scores.shape[-1]:
-        peaks = torch.cat([peaks, scores[..., whole:].amax(-1, keepdim=True)], -1)
-    return peaks.mul_(math.log(2)).logsumexp(-1, keepdim=True).div_(math.log(2))
-
-
-def sampled_lse(scores: torch.Tensor, own: int) -> torch.Tensor:
-    """``approx_lse`` of a tile's representatives from some of the keys.
-
-    Of those before the tile it reads the first ``PEAK_KEYS``, which hold attention sinks, and one in ``SAMPLED_GROUPS``
-    groups, which stands for as many; and of the tile's own keys all.
-
-    What comes out selects as well as ``approx_lse`` of all keys (``docs/estimator.md``).
-
-    Args:
-        scores: float32 ``[n, S]``, in bits, up to the tile's last key.
+        scores: float32 ``[n, S]``, in bits, up to the tile's last key; -inf where a query does not look.
         own: the tile's first own key.
 
     Returns:
         float32 ``[n, 1]``.
     """
     groups = torch.arange(scores.shape[-1], device=scores.device) // PEAK_KEYS
-    far = torch.arange(own, device=scores.device)[groups[:own] % SAMPLED_GROUPS == 0]
-    peaks = [_group_peaks(scores[:, far], groups[far] // SAMPLED_GROUPS)]
-    peaks[0][:, 1:] += math.log2(SAMPLED_GROUPS)
+    step = group_step(own)
+    far = torch.arange(own, device=scores.device)[groups[:own] % step == 0]
+    peaks = [_group_peaks(scores[:, far], groups[far] // step)]
+    peaks[0][:, 1:] += math.log2(step)
     peaks.append(_group_peaks(scores[:, own:], groups[own:] - own // PEAK_KEYS))
     return torch.cat(peaks, 1).mul_(math.log(2)).logsumexp(-1, keepdim=True).div_(math.log(2))
 
@@ -93,42 +82,30 @@ def _group_peaks(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
 
 
 def as_bins(scores: torch.Tensor) -> torch.Tensor:
-    """uint8: bins of scores less their row's ``approx_lse`` (float32, in bits, overwritten)."""
+    """uint8: bins of scores less their ``approx_lse`` (float32, in bits, overwritten)."""
     return scores.mul_(BINS_PER_BIT).add_(TOP_BIN).clamp_(0, TOP_BIN).round_().to(torch.uint8)
 
 
-def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
-    """The bin of every key for every tile: of its rows the one that gives the key the highest bin decides.
-
-    Args:
-        lowest: int32 ``[h]``: bins below are not wanted.
+def tile_bins(quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
+    """The bin of every key for every tile: of its queries the one that gives the key the highest bin decides.
 
     Returns:
-        uint8 ``[h, T, S]``: ``TOP_BIN + BINS_PER_BIT * (score - approx_lse)``, rounded, 0 if below ``lowest``; of
-        the tile's own pages ``LOCAL_BIN``, of later ones 0.
+        uint8 ``[h, T, S]``: ``TOP_BIN + BINS_PER_BIT * (score - approx_lse)``, rounded; of the tile's own pages
+        ``LOCAL_BIN``, of later ones 0.
     """
     heads, length, _ = quantized.keys.shape
-    device, bits = quantized.keys.device, quantized.bits()
-    bins = torch.zeros(heads, tiling.num_tiles, length, dtype=torch.uint8, device=device)
+    bins = torch.zeros(heads, tiling.num_tiles, length, dtype=torch.uint8, device=quantized.keys.device)
+    queries, positions = (part.unflatten(1, (tiling.num_tiles, -1)) for part in quantized[:2])
+    bits, places = quantized.bits(), torch.arange(length, device=bins.device)
     for tile, (begin, end) in enumerate(itertools.pairwise(tiling.starts.tolist())):
         own = begin // tiling.tile * tiling.tile
-        rows = slice(begin - tiling.context_len, end - tiling.context_len)
-        if quantized.per_tile:
-            rows = slice(tile * quantized.per_tile, (tile + 1) * quantized.per_tile)
-        future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=device).triu_(1)
         for head in range(heads):
-            unit = bits[head, rows]
-            products = quantized.query[head, rows].float() @ quantized.keys[head, :end].float().T
-            if quantized.per_tile:
-                # One unit for all of them: whole numbers are compared.
-                lse = sampled_lse(products * unit, own).div_(unit).round_()
-                best = (products[:, :own] - lse).amax(0) * unit[0]
-            else:
-                scores = products.mul_(unit)
-                scores[:, begin:].masked_fill_(future, -torch.inf)
-                best = (scores[:, :own] - approx_lse(scores)).amax(0)
-            found = as_bins(best)
-            bins[head, tile, :own] = found.masked_fill_(found < lowest[head], 0)
+            unit = bits[head, tile]
+            products = queries[head, tile].float() @ quantized.keys[head, :end].float().T
+            # Whole numbers are compared.
+            scores = (products * unit).masked_fill_(places[:end] > positions[head, tile, :, None], -torch.inf)
+            lse = approx_lse(scores, own).div_(unit).round_()
+            bins[head, tile, :own] = as_bins((products[:, :own] - lse).amax(0).mul_(unit))
         bins[:, tile, own:end] = LOCAL_BIN
     return bins
 
@@ -159,23 +136,6 @@ def hide_before_window(bins: torch.Tensor, tiling: Tiling) -> torch.Tensor:
     return bins.masked_fill_(places < tiling.first_seen()[:, None], 0)
 
 
-def row_bins(quantized: QuantizedQK, positions: torch.Tensor, tiling: Tiling) -> torch.Tensor:
-    """Bins that single rows give the keys: no higher than those of their tiles.
-
-    Args:
-        quantized: ``QuantizedQK.rows`` of ``R`` rows.
-        positions: int64 ``[h, R]``, theirs.
-
-    Returns:
-        uint8 ``[h, R, S]``.
-    """
-    places = torch.arange(quantized.keys.shape[1], device=quantized.keys.device)
-    scores = torch.matmul(quantized.query.float(), quantized.keys.float().transpose(1, 2)).mul_(quantized.bits())
-    scores.masked_fill_(places > positions[..., None], -torch.inf)
-    own = places >= (positions // tiling.tile * tiling.tile)[..., None]
-    return as_bins(scores.sub_(approx_lse(scores))).masked_fill_(own, LOCAL_BIN)
-
-
 def mass_by_bin(
     bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor, squared: bool = False
 ) -> torch.Tensor:
@@ -190,19 +150,6 @@ def mass_by_bin(
     mass = torch.zeros(*weights.shape[:2], 256, device=weights.device)
     weights = weights.square() if squared else weights
     return mass.scatter_add_(2, bins.gather(1, bin_row[..., None].expand(weights.shape)).long(), weights)
-
-
-def row_mass(
-    quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor, squared: bool = False
-) -> torch.Tensor:
-    """``mass_by_bin`` of some rows at the bins that they themselves give the keys.
-
-    Args:
-        rows: int64 ``[h, R]``, rows of the chunk, ascending.
-        weights: float32 ``[h, R, S]``.
-    """
-    own = row_bins(quantized.rows(rows), rows + tiling.context_len, tiling)
-    return mass_by_bin(own, torch.arange(rows.shape[1], device=rows.device).expand(rows.shape), weights, squared)
 
 
 def covered(mass: torch.Tensor) -> torch.Tensor:

@@ -172,7 +172,6 @@ class TorchScores:
         return sample.threshold(mass, gamma)
 
     tile_bins = staticmethod(score_bins.tile_bins)
-    row_mass = staticmethod(score_bins.row_mass)
     line_bins = staticmethod(score_bins.line_bins)
     mass_by_bin = staticmethod(score_bins.mass_by_bin)
     page_counts = staticmethod(score_bins.page_counts)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection.measured_rows import MOST_MISSED, STANDARD_ERRORS, CalibrationRows
 from minference_vllm.selection.projection import Projection, QuantizedQK, for_int8, project_queries, quantize_keys
+from minference_vllm.selection.representatives import TileQueries, all_rows
 
 CONTEXT, CHUNK, DIM, PAGE = 3072, 1024, 64, 32
 LENGTH = CONTEXT + CHUNK
@@ -24,21 +26,32 @@ TILINGS = {
     "first_tile": (0, 90, 128, 128),
     "large_tile": (700, 1500, 64, 512),
     "pages_of_16": (100, 250, 16, 48),
+    "long": (6250, 6500, 16, 48),
 }
 
 
-def random_quantized(heads: int, chunk: int, length: int, rank: int, sharpness: float) -> QuantizedQK:
+def random_quantized(heads: int, tiling: Tiling, rank: int, sharpness: float, queries: int = 0) -> QuantizedQK:
+    """So many random queries of every tile, or its rows, and keys."""
+    length, chunk = tiling.seq_len, tiling.seq_len - tiling.context_len
     generator = torch.Generator().manual_seed(length + rank)
-    query = torch.randn(heads, chunk, rank, generator=generator) * sharpness
-    return as_quantized(query, torch.randn(heads, length, rank, generator=generator))
+    query = torch.randn(heads, queries * tiling.num_tiles or chunk, rank, generator=generator) * sharpness
+    return as_quantized(query, torch.randn(heads, length, rank, generator=generator), tiling, queries)
 
 
-def as_quantized(query: torch.Tensor, keys: torch.Tensor, per_tile: int = 0) -> QuantizedQK:
-    """Of queries ``[h, chunk, r]``, or representatives, and keys ``[h, S, r]`` whose products are in bits."""
+def as_quantized(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, queries: int = 0) -> QuantizedQK:
+    """Of so many queries of every tile, which see all of it, or of its rows, and keys ``[h, S, r]`` whose products are
+    in bits.
+
+    Args:
+        query: ``[h, T * queries, r]``, or ``[h, chunk, r]``.
+    """
+    rows = TileQueries(query, (tiling.starts[1:].int() - 1).repeat_interleave(queries).repeat(len(query), 1))
+    rows = rows if queries else all_rows(query, tiling)
     same = torch.eye(query.shape[2]).expand(len(query), -1, -1)
     none = torch.zeros(len(query), 1, query.shape[2])
     projection = for_int8(Projection(same, same, none, none + 1), keys)
-    return QuantizedQK.of(project_queries(query, projection, math.log(2)), quantize_keys(keys, projection), per_tile)
+    low = project_queries(rows.low, projection, math.log(2))
+    return QuantizedQK.of(low, rows.position, quantize_keys(keys, projection), tiling.num_tiles)
 
 
 def lookups(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,7 +32,8 @@ CASES: dict[str, dict[str, Any]] = {
         "rank": 32,
         "per_tile": 16,
     },
-    "representatives, long": {"seq_len": 2900, "context_len": 2701, "page": 16, "tile": 48, "per_tile": 16},
+    "representatives, long": {"seq_len": 6300, "context_len": 6201, "page": 16, "tile": 48, "per_tile": 16},
+    "long before a chunk, all rows": {"seq_len": 4400, "context_len": 4370, "page": 16, "tile": 48},
     "a window": {"seq_len": 700, "context_len": 401, "page": 32, "tile": 64, "window": 200},
     "beyond the bins' reach": {"seq_len": 400, "context_len": 200, "page": 32, "tile": 64, "spread": 30.0},
 }
@@ -88,8 +89,9 @@ def test_rows_dimensions_and_codes_are_the_torch_paths(interpreted: dict[str, An
     # Elements near the middle of two numbers may be rounded either way.
     assert found["largest_difference"] <= 1 and found["different"] < 0.005 and found["spread"] > 10
     assert 100 < found["longest_key"] < 160
-    assert found["queries"] <= 1 and found["scales"] < 1e-3
+    assert found["positions"] == 0 and found["queries"] <= 1 and found["scales"] < 1e-3
     # Elements are those of int8.
+    assert found["their positions"] < 0.02
     assert max(found["representatives"]) < 0.02
 
 
@@ -114,11 +116,12 @@ def test_tensors_that_do_not_fit_are_refused(name: str) -> None:
     from minference_vllm.triton_kernels import low_rank as kernels
 
     query, keys = torch.zeros(1, 64, 16, dtype=torch.int8), torch.zeros(1, 128, 16, dtype=torch.int8)
-    scale = torch.ones(1, 63 if name == "scales" else 64, dtype=torch.int16)
+    scale = torch.ones(1, 3 if name == "scales" else 2, dtype=torch.int16)
     query = query[:, 1:] if name == "rows" else query
     keys = {"length": keys[:, 1:], "type": keys.float()}.get(name, keys)
+    position = torch.zeros(1, 64, dtype=torch.int32)
     with pytest.raises(ValueError, match="must be int8" if name == "type" else "do not fit"):
-        kernels.tile_bins(QuantizedQK(query, keys, scale), Tiling.of(64, 128, 32, 32))
+        kernels.tile_bins(QuantizedQK(query, position, keys, scale), Tiling.of(64, 128, 32, 32))
 
 
 def run_case(
@@ -137,12 +140,12 @@ def run_case(
 
     from minference_vllm.core.tiling import Tiling
     from minference_vllm.selection.score_bins import hide_before_window, tile_bins
+    from minference_vllm.triton_kernels import approx_lse, representative_bins
     from minference_vllm.triton_kernels import low_rank as kernels
-    from minference_vllm.triton_kernels import representative_bins
 
     # So that short sequences have several, too.
-    kernels.KEYS_PER_PART = kernels.STRIP = representative_bins.STRIP = 256
-    representative_bins.GROUPS_PER_PART = 4
+    kernels.STRIP = representative_bins.STRIP = 256
+    approx_lse.GROUPS_PER_PART, approx_lse.BLOCK_M = 4, 32
     torch.manual_seed(0)
     tiling = Tiling.of(context_len, seq_len, page, tile, window=window)
     chunk = seq_len - context_len
@@ -153,7 +156,7 @@ def run_case(
         query = 40 * keys[:, wanted]
     if per_tile:
         query = torch.randn(2, tiling.num_tiles * per_tile, rank) * spread
-    quantized = as_quantized(query, keys, per_tile)
+    quantized = as_quantized(query, keys, tiling, per_tile)
     empty = torch.empty
 
     def poisoned(*shape: int, **options: Any) -> torch.Tensor:
@@ -165,7 +168,7 @@ def run_case(
         found = kernels.tile_bins(quantized, tiling)
     finally:
         torch.empty = empty
-    right = hide_before_window(tile_bins(quantized, tiling, torch.zeros(2, dtype=torch.int32)), tiling)
+    right = hide_before_window(tile_bins(quantized, tiling), tiling)
     assert found.shape == right.shape and found.dtype == right.dtype
     difference = (found.int() - right.int()).abs()
     before = (torch.arange(seq_len) < (tiling.starts[:-1] // tile * tile)[:, None]).expand_as(difference)
@@ -253,7 +256,7 @@ def run_fit_case(
     from minference_vllm.selection.measured_rows import calibration_rows, drawn_rows
     from minference_vllm.selection.probe_queries import unlikeness
     from minference_vllm.selection.projection import QuantizedQK, project_queries, quantize_keys
-    from minference_vllm.selection.representatives import representatives
+    from minference_vllm.selection.representatives import all_rows, representatives
     from minference_vllm.triton_kernels import chunk_queries, fit, key_codes
     from minference_vllm.triton_kernels import representatives as representatives_kernel
 
@@ -287,14 +290,16 @@ def run_fit_case(
     codes, right_codes = key_codes.key_codes(inputs, heads, right).int(), quantize_keys(of_heads, right).int()
     low = project_queries(queries, right, 1.0)
     factor = 1 / torch.tensor(2.0).log().item()
-    right_chosen = representatives(low, right.key_size, tiling, 16)
-    ours = chunk_queries.query_codes(query, heads, right, factor, right_codes)
+    right_chosen, _ = representatives(low, right.key_size, tiling, 16)
+    ours = chunk_queries.query_codes(query, heads, right, factor, right_codes, tiling)
     chosen = representatives_kernel.representative_codes(query, heads, right, factor, right_codes, tiling, 16)
     # A tile's in any order, and of too few rows any of them again.
-    of_tiles = [rows.unflatten(1, (-1, 16)) for rows in (chosen.query * chosen.bits(), right_chosen)]
+    rows_of = (chosen.position - context_len).long()[..., None].expand(-1, -1, rank)
+    in_bits = chosen.query.unflatten(1, (-1, 16)) * chosen.bits()[..., None, None]
+    of_tiles = [in_bits, right_chosen.unflatten(1, (-1, 16))]
     apart = torch.cdist(*of_tiles, p=torch.inf) / right_chosen.abs().max()
     apart = torch.maximum(apart.amin(2).amax(2), apart.amin(3).amax(2))
-    theirs = QuantizedQK.of(low, right_codes)
+    theirs = QuantizedQK.of(*all_rows(low, tiling), right_codes, tiling.num_tiles)
     return {
         "finite": all(bool(torch.isfinite(part).all()) for part in found),
         "rows": bool(torch.equal(rows.sort(1).values, right_rows.rows)),
@@ -304,15 +309,16 @@ def run_fit_case(
         "largest_difference": int((codes - right_codes).abs().max()),
         "different": float((codes != right_codes).float().mean()),
         "spread": float(right_codes.float().std()),
+        "positions": int((ours.position - theirs.position).abs().max()),
         "queries": int((ours.query.int() - theirs.query.int()).abs().max()),
         "scales": float((ours.dequant_scale.float() / theirs.dequant_scale.float() - 1).abs().max()),
         "representatives": apart.flatten().tolist(),
+        "their positions": float((in_bits.flatten(1, 2) - low.gather(1, rows_of)).abs().max() / low.abs().max()),
     }
 
 
 def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
     """``sparse_prefill`` through the kernels, and the index that torch alone builds for it."""
-    import torch
     from low_rank_inputs import noise_threshold_of_levels, threshold_of_levels
     from triton_inputs import prefill
 
@@ -321,7 +327,6 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
     from minference_vllm.selection import low_rank
     from minference_vllm.selection.build import build_index
     from minference_vllm.selection.measured_rows import CalibrationRows
-    from minference_vllm.selection.projection import QuantizedQK
     from minference_vllm.selection.score_bins import ScoreBins
     from minference_vllm.selection.torch_scores import TorchScores
 
@@ -335,14 +340,6 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
 
         def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
             return low_rank.score_keys(self, low_rank.Measured.of(self, heads, tiling), heads, tiling, pattern)
-
-        @staticmethod
-        def row_mass(
-            quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor, squared: bool = False
-        ) -> torch.Tensor:
-            mass = torch.zeros(*rows.shape, 256)
-            mass[..., 0] = 1
-            return mass
 
     # Heads that are scored together are not all neighbours.
     patterns = [

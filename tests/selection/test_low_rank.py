@@ -186,25 +186,6 @@ def test_more_dimensions_need_fewer_keys() -> None:
     assert found == sorted(found, reverse=True)
 
 
-def test_what_suffices_the_rows_themselves_suffices() -> None:
-    """Also where rows of a tile, which have no less, differ more."""
-
-    class Uneven(AlwaysScored):
-        @staticmethod
-        def mass_by_bin(
-            bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor, squared: bool = False
-        ) -> torch.Tensor:
-            mass = torch.zeros(*weights.shape[:2], 256)
-            mass[..., 0] = 1.0
-            return mass
-
-    found, other = (
-        scores_of(*lookups(), kind=kind).low_rank([0], TILING, LowRank(rank=16, gamma=0.9))
-        for kind in (AlwaysScored, Uneven)
-    )
-    assert 0 < int(other.threshold) <= int(found.threshold)
-
-
 @pytest.mark.parametrize("dim", [8, 24, 40])
 def test_head_sizes_that_are_no_multiple_of_16(dim: int) -> None:
     """By the native kernels, too: the quantized queries and keys are filled up with zeros."""

@@ -137,8 +137,9 @@ LOW_RANK_KERNELS = {
     "fit": ("moments", "fit"),
     "key_codes": ("key_codes",),
     "key_lists": ("page_counts", "block_lists", "key_lists"),
-    "low_rank": ("peak_lse", "tile_bins"),
-    "representative_bins": ("representative_lse", "representative_bins"),
+    "approx_lse": ("approx_lse",),
+    "low_rank": ("tile_bins",),
+    "representative_bins": ("representative_bins",),
     "thresholds": ("threshold",),
 }
 

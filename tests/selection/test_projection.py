@@ -6,6 +6,7 @@ import pytest
 import torch
 from low_rank_inputs import as_quantized
 
+from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection.projection import (
     MAX_KEY_NORM,
     MAX_PRODUCT,
@@ -57,7 +58,8 @@ def test_quantized_queries_and_keys_keep_the_products(case: str, rank: int) -> N
         query, keys = query * 0, keys * 0
     elif case == "outlier":
         keys[:, 7] *= 4
-    quantized = as_quantized(query, keys)
+    # Tiles of ten rows, whose products have one unit.
+    quantized = as_quantized(query, keys, Tiling.of(350, 400, 10, 10))
     assert quantized.query.abs().max() <= MAX_QUERY and quantized.dequant_scale.min() > 0
     products = quantized.query.double() @ quantized.keys.double().transpose(1, 2)
     assert products.abs().max() <= MAX_PRODUCT * 1.1 < 1 << 15
@@ -65,7 +67,9 @@ def test_quantized_queries_and_keys_keep_the_products(case: str, rank: int) -> N
         return  # scores of a million bits are taken for smaller ones
     exact = query.double() @ keys.double().transpose(1, 2)
     most = query.double().norm(dim=2) * keys.double().norm(dim=2).amax(1)[:, None]
-    error = (products * quantized.bits() - exact) / most.clamp(min=MIN_RANGE)[..., None]
+    most = most.unflatten(1, (5, 10)).amax(2)
+    error = products.unflatten(1, (5, 10)) * quantized.bits()[..., None, None] - exact.unflatten(1, (5, 10))
+    error /= most.clamp(min=MIN_RANGE)[..., None, None]
     # Where all elements are rounded alike, their errors add up.
     assert error.abs().max() < 0.04 and (error.square().mean().sqrt() < 0.004 or case == "all the same")
 

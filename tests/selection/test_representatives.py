@@ -17,7 +17,10 @@ COUNT = 16
 
 def of(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling) -> torch.Tensor:
     """``[h, T, COUNT, r]``."""
-    return representatives(low, key_size, tiling, COUNT).unflatten(1, (-1, COUNT))
+    found, position = representatives(low, key_size, tiling, COUNT)
+    rows = (position - tiling.context_len).long()[..., None].expand(found.shape)
+    assert position.dtype == torch.int32 and torch.equal(low.gather(1, rows), found)
+    return found.unflatten(1, (-1, COUNT))
 
 
 @pytest.mark.parametrize("name", list(TILINGS))

@@ -15,18 +15,16 @@ from minference_vllm.kernels.native import library
 from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.selection.compaction import EXACT_WIDTH, compact_keys
 from minference_vllm.selection.measured_rows import calibration_rows
-from minference_vllm.selection.probe_queries import unlikeness
 from minference_vllm.selection.projection import BINS_PER_BIT, QuantizedQK
 from minference_vllm.selection.score_bins import (
     LOCAL_BIN,
     PEAK_KEYS,
     ScoreBins,
     covered,
+    group_step,
     keys_above,
     lowest_bin,
     mean_share,
-    row_bins,
-    tile_bins,
 )
 from minference_vllm.selection.torch_scores import TorchScores
 
@@ -45,48 +43,40 @@ def scores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
 
 
 @functools.cache
-def quantized_and_exact(name: str, sharpness: float, rank: int) -> tuple[QuantizedQK, torch.Tensor]:
+def quantized_and_exact(name: str, sharpness: float, rank: int, queries: int) -> tuple[QuantizedQK, torch.Tensor]:
     """Random queries and keys, and the reference's bins of them, not rounded."""
     context, length, page, tile = TILINGS[name]
-    quantized = random_quantized(2, length - context, length, rank, sharpness)
-    query, tiling = quantized.query.double() * quantized.bits().double(), Tiling.of(context, length, page, tile)
-    return quantized, reference.low_rank_bins(query, quantized.keys, tiling, PEAK_KEYS, BINS_PER_BIT).clamp(0, 254)
+    tiling = Tiling.of(context, length, page, tile)
+    quantized = random_quantized(2, tiling, rank, sharpness, queries)
+    query, position = (part.unflatten(1, (tiling.num_tiles, -1)) for part in quantized[:2])
+    query = query.double() * quantized.bits().double()[..., None, None]
+    steps = [group_step(own) for own in tiling.first_own().tolist()]
+    exact = reference.low_rank_bins(query, position, quantized.keys, tiling, PEAK_KEYS, steps, BINS_PER_BIT)
+    return quantized, exact.clamp(0, 254)
 
 
+@pytest.mark.parametrize("queries", [0, 5, 32])
 @pytest.mark.parametrize("rank", [16, 32, 80])
 @pytest.mark.parametrize("sharpness", [0.01, 1.0, 8.0])
 @pytest.mark.parametrize("name", TILINGS)
-def test_tile_bins(name: str, sharpness: float, rank: int, scores: TorchScores) -> None:
+def test_tile_bins(name: str, sharpness: float, rank: int, queries: int, scores: TorchScores) -> None:
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
-    quantized, exact = quantized_and_exact(name, sharpness, rank)
-    lowest = torch.tensor([0, 200], dtype=torch.int32)
-    found = scores.tile_bins(quantized, tiling, lowest)
+    quantized, exact = quantized_and_exact(name, sharpness, rank, queries)
+    found = scores.tile_bins(quantized, tiling)
     assert found.dtype == torch.uint8 and found.shape == exact.shape
     places = torch.arange(length)
     own = places >= (tiling.starts[:-1] // tile * tile)[:, None]
     seen = places < tiling.starts[1:, None]
     assert (found[:, own & seen] == LOCAL_BIN).all() and (found[:, ~seen] == 0).all()
-    before, wanted = (found[:, ~own].double(), exact[:, ~own])
     # To the nearest, and approx_lse to half a unit of the products.
     slack = 0.5 + 1e-3 * BINS_PER_BIT + 0.5 * BINS_PER_BIT * quantized.bits().max().item()
-    right = (before - wanted).abs() <= slack
-    unwanted = (before == 0) & (wanted < lowest[:, None] + slack)
-    assert right[0].all()
-    assert (right | unwanted)[1].all() and ((before[1] == 0) | (before[1] >= 200)).all()
+    assert ((found[:, ~own].double() - exact[:, ~own]).abs() <= slack).all()
 
 
-def test_a_row_gives_no_key_a_higher_bin_than_its_tile() -> None:
-    tiling = Tiling.of(333, 700, 32, 128)
-    quantized = random_quantized(2, 367, 700, 16, 3.0)
-    rows = calibration_rows(unlikeness(quantized.query), 700).rows
-    positions = rows + 333
-    own = row_bins(quantized.rows(rows), positions, tiling)
-    tiles = torch.searchsorted(tiling.starts, positions, right=True) - 1
-    found = tile_bins(quantized, tiling, torch.zeros(2, dtype=torch.int32))
-    of_tiles = torch.stack([found[head, tiles[head]] for head in range(2)])
-    future = torch.arange(700) > positions[..., None]
-    assert ((own <= of_tiles) | future).all()
+def test_group_step() -> None:
+    """At least 64 groups of 32 keys, and one in 16 from 32,768 keys on."""
+    assert [group_step(own) for own in (0, 2047, 4095, 4096, 8192, 32768, 1 << 20)] == [1, 1, 1, 2, 4, 16, 16]
 
 
 def test_mass_by_bin(scores: TorchScores) -> None:
@@ -111,30 +101,6 @@ def test_mass_by_bin(scores: TorchScores) -> None:
             exact[head, row].index_add_(0, bins[head, which].long(), weights[head, row].double().square())
     found = scores.mass_by_bin(bins, bin_row, weights, squared=True)
     torch.testing.assert_close(found.double(), exact, atol=1e-6, rtol=1e-3)
-
-
-@pytest.mark.parametrize("rank", [16, 80])
-@pytest.mark.parametrize("name", TILINGS)
-def test_mass_of_rows(name: str, rank: int, scores: TorchScores) -> None:
-    context, length, page, tile = TILINGS[name]
-    tiling = Tiling.of(context, length, page, tile)
-    quantized = random_quantized(2, length - context, length, rank, 2.0)
-    rows = calibration_rows(unlikeness(quantized.query), length).rows
-    positions = rows + context
-    weights = torch.rand(*rows.shape, length, generator=torch.Generator().manual_seed(0)).pow(20)
-    weights.masked_fill_(torch.arange(length) > positions[..., None], 0)
-    # What our kernels hold exactly.
-    weights = (weights / weights.sum(-1, keepdim=True)).bfloat16().float()
-    found = scores.row_mass(quantized, rows, tiling, weights).double()
-    bins = row_bins(quantized.rows(rows), positions, tiling)
-    exact = torch.zeros(*rows.shape, 256, dtype=torch.float64).scatter_add_(2, bins.long(), weights.double())
-    # Where a key's bin is rounded otherwise, its mass moves to the next one.
-    ours, right = found.cumsum(2), exact.cumsum(2)
-    assert (ours[..., :-1] <= right[..., 1:] + 1e-3).all() and (ours[..., 1:] >= right[..., :-1] - 1e-3).all()
-    torch.testing.assert_close(found.sum(2), weights.double().sum(2), atol=1e-4, rtol=0)
-    torch.testing.assert_close(found[..., LOCAL_BIN], exact[..., LOCAL_BIN], atol=1e-3, rtol=0)
-    squares = scores.row_mass(quantized, rows, tiling, weights, squared=True).double().sum(2)
-    torch.testing.assert_close(squares, weights.double().square().sum(2), atol=1e-6, rtol=1e-3)
 
 
 def threshold(mass: torch.Tensor, gamma: float, errors: float = 0.0) -> torch.Tensor:

@@ -159,11 +159,13 @@ class KeyCodeArguments(ctypes.Structure):
 class QuantizedQK(ctypes.Structure):
     _fields_ = (
         ("query", _Int8Ptr),
+        ("position", _Int32Ptr),
         ("keys", _Int8Ptr),
         ("dequant_scale", _Int16Ptr),
-        ("chunk", ctypes.c_int64),
         ("seq_len", ctypes.c_int64),
         ("heads", ctypes.c_int32),
+        ("tiles", ctypes.c_int32),
+        ("per_tile", ctypes.c_int32),
         ("rank", ctypes.c_int32),
         ("bins_per_bit", ctypes.c_float),
         ("threads", ctypes.c_int32),
@@ -173,23 +175,9 @@ class QuantizedQK(ctypes.Structure):
 class TileScoreBinArguments(ctypes.Structure):
     _fields_ = (
         ("qk", QuantizedQK),
-        ("min_bin", _Int32Ptr),
         ("bins", _Uint8Ptr),
         ("tile_starts", _Int64Ptr),
-        ("tiles", ctypes.c_int32),
         ("tile", ctypes.c_int32),
-    )
-
-
-class RowMassArguments(ctypes.Structure):
-    _fields_ = (
-        ("qk", QuantizedQK),
-        ("rows", _Int64Ptr),
-        ("weights", _Uint16Ptr),
-        ("mass", _Float32Ptr),
-        ("num_rows", ctypes.c_int32),
-        ("tile", ctypes.c_int32),
-        ("squared", ctypes.c_int32),
     )
 
 
@@ -284,7 +272,6 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "column_diagonal_scores": ColumnDiagonalArguments,
     "key_codes": KeyCodeArguments,
     "tile_score_bins": TileScoreBinArguments,
-    "row_mass": RowMassArguments,
     "line_bins": LineBinArguments,
     "mass_by_bin": BinMassArguments,
     "threshold": ThresholdArguments,

@@ -25,57 +25,24 @@ MAX_ROWS = 64
 """Rows that one call takes."""
 
 
-def _describe(quantized: QuantizedQK) -> interface.QuantizedQK:
-    """The tensors must live as long as this is used."""
+def tile_bins(quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
+    """``score_bins.tile_bins``."""
     heads, length, rank = quantized.keys.shape
-    parts = quantized.query, quantized.keys, quantized.dequant_scale
-    assert rank % 16 == 0 and all(part.is_contiguous() for part in parts)
-    return interface.QuantizedQK(
-        *(part.data_ptr() for part in parts),
-        quantized.query.shape[1],
+    assert rank % 16 == 0 and all(part.is_contiguous() for part in quantized)
+    bins = torch.empty(heads, tiling.num_tiles, length, dtype=torch.uint8)
+    described = interface.QuantizedQK(
+        *(part.data_ptr() for part in quantized),
         length,
         heads,
+        tiling.num_tiles,
+        quantized.per_tile,
         rank,
         BINS_PER_BIT,
         torch.get_num_threads(),
     )
-
-
-def tile_bins(quantized: QuantizedQK, tiling: Tiling, lowest: torch.Tensor) -> torch.Tensor:
-    """``score_bins.tile_bins``."""
-    if quantized.per_tile:
-        return score_bins.tile_bins(quantized, tiling, lowest)
-    heads, length, _ = quantized.keys.shape
-    bins = torch.empty(heads, tiling.num_tiles, length, dtype=torch.uint8)
-    call = interface.TileScoreBinArguments(
-        _describe(quantized),
-        lowest.data_ptr(),
-        bins.data_ptr(),
-        tiling.starts.data_ptr(),
-        tiling.num_tiles,
-        tiling.tile,
-    )
+    call = interface.TileScoreBinArguments(described, bins.data_ptr(), tiling.starts.data_ptr(), tiling.tile)
     library().minference_tile_score_bins(ctypes.byref(call))
     return bins
-
-
-def row_mass(
-    quantized: QuantizedQK, rows: torch.Tensor, tiling: Tiling, weights: torch.Tensor, squared: bool = False
-) -> torch.Tensor:
-    """``score_bins.row_mass``."""
-    mass, weights = torch.empty(*weights.shape[:2], 256), weights.bfloat16()
-    for head, (own, weight, found) in enumerate(zip(rows.contiguous(), weights, mass, strict=True)):
-        call = interface.RowMassArguments(
-            _describe(QuantizedQK(*(part[head : head + 1] for part in quantized[:3]))),
-            own.data_ptr(),
-            weight.data_ptr(),
-            found.data_ptr(),
-            len(own),
-            tiling.tile,
-            squared,
-        )
-        library().minference_row_mass(ctypes.byref(call))
-    return mass
 
 
 def line_bins(of_key: torch.Tensor, of_distance: torch.Tensor, tiling: Tiling) -> torch.Tensor:
@@ -221,7 +188,6 @@ class NativeScores(TorchScores):
     """
 
     tile_bins = staticmethod(tile_bins)
-    row_mass = staticmethod(row_mass)
     line_bins = staticmethod(line_bins)
     mass_by_bin = staticmethod(mass_by_bin)
     threshold = staticmethod(threshold)

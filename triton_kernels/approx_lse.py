@@ -1,0 +1,101 @@
+"""What the scores of a tile's queries are set against in ``low_rank``: ``score_bins.approx_lse``.
+
+Exponential units would be the bottleneck: there is one exponential for each group of keys that is asked.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from minference_vllm.selection import projection, score_bins
+from minference_vllm.triton_kernels.in_thread import THREADS, max_in_thread, place_of, thread_of
+
+PEAK_KEYS = tl.constexpr(score_bins.PEAK_KEYS)
+LEAST_GROUPS, MAX_GROUP_STEP = tl.constexpr(score_bins.LEAST_GROUPS), tl.constexpr(score_bins.MAX_GROUP_STEP)
+BITS_PER_SCALE = tl.constexpr(1.0 / (projection.BINS_PER_BIT << 15))
+NEVER = tl.constexpr(1 << 30)
+"""More than any product."""
+
+
+@triton.jit
+def codes(p_rows, o_row, m_row, RANK: tl.constexpr, R: tl.constexpr):
+    """Rows of RANK bytes that lie one behind the other, zeros where there are none: int8 ``[len(o_row), R]``."""
+    o_dim = tl.arange(0, R)
+    m_code = m_row[:, None] if RANK == R else (m_row[:, None] & (o_dim < RANK)[None, :])
+    return tl.load(p_rows + o_row[:, None] * RANK + o_dim[None, :], mask=m_code, other=0)
+
+
+@triton.jit
+def _add_peaks(b_sum, b_max, b_product, bits, b_more):
+    """A running sum of weights and their maximum, ``[M, 4]`` each, with the largest of each thread's products, ``[M,
+    N]``, added: times ``bits``, and ``b_more`` on top."""
+    b_peak = max_in_thread(b_product, 1).to(tl.float32) * bits + b_more
+    b_new_max = tl.maximum(b_max, b_peak)
+    return b_sum * tl.exp2(b_max - b_new_max) + tl.exp2(b_peak - b_new_max), b_new_max
+
+
+# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+@triton.jit(do_not_specialize=["context_len", "seq_len", "num_tiles"])
+def approx_lse_kernel(
+    p_query, p_position, p_key, p_scale, p_lse, context_len, seq_len, num_tiles, groups_per_part, RANK: tl.constexpr,
+    R: tl.constexpr, TILE: tl.constexpr, PER_TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one tile of one head, over one part of the groups before the tile; the last part
+    has the tile's own keys, too.
+
+    Each thread has a group of its own, four at a time. ``p_position`` is int32 ``[h, T * PER_TILE]``, ``p_scale`` int16
+    ``[h, T]``, ``p_lse`` float32 ``[h, parts, T * PER_TILE]``, in bits. Parts are multiples of four groups.
+    """
+    BLOCKS: tl.constexpr = (PER_TILE + BLOCK_M - 1) // BLOCK_M
+    i_tile, i_head, i_part = tl.program_id(0) // BLOCKS, tl.program_id(1), tl.program_id(2)
+    o_down = tl.program_id(0) % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_column = tl.arange(0, THREADS * PEAK_KEYS)
+    o_group, o_place, o_thread = thread_of(o_column), place_of(o_column), tl.arange(0, THREADS)
+    m_row, o_row = o_down < PER_TILE, i_tile * PER_TILE + o_down
+    num_queries = num_tiles * PER_TILE
+    p_key += i_head.to(tl.int64) * seq_len * RANK
+    b_query = codes(p_query + i_head.to(tl.int64) * num_queries * RANK, o_row, m_row, RANK, R)
+    bits = tl.load(p_scale + i_head * num_tiles + i_tile).to(tl.float32) * BITS_PER_SCALE
+    own = (context_len // TILE + i_tile) * TILE
+    step = tl.minimum(tl.maximum(own // (PEAK_KEYS * LEAST_GROUPS), 1), MAX_GROUP_STEP)
+    apart, counts_for = PEAK_KEYS * step, tl.log2(step.to(tl.float32))
+    b_sum = tl.zeros([BLOCK_M, THREADS], dtype=tl.float32)
+    b_max = tl.full([BLOCK_M, THREADS], -3e38, dtype=tl.float32)
+    first = i_part * groups_per_part
+    last = tl.minimum(first + groups_per_part, tl.cdiv(own, apart))
+    whole = tl.minimum(last, own // apart // THREADS * THREADS)
+    for i_group in range(first, whole, THREADS):
+        o_key = (i_group + o_group) * apart + o_place
+        b_product = tl.dot(b_query, tl.trans(codes(p_key, o_key, o_key >= 0, RANK, R)), out_dtype=tl.int32)
+        b_more = tl.where(i_group + o_thread > 0, counts_for, 0.0)[None, :]
+        b_sum, b_max = _add_peaks(b_sum, b_max, b_product, bits, b_more)
+    for i_group in range(tl.maximum(first, whole), last, THREADS):
+        o_key = (i_group + o_group) * apart + o_place
+        b_product = tl.dot(b_query, tl.trans(codes(p_key, o_key, o_key < own, RANK, R)), out_dtype=tl.int32)
+        b_more = tl.where(i_group + o_thread > 0, counts_for, 0.0)[None, :]
+        b_sum, b_max = _add_peaks(b_sum, b_max, tl.where((o_key < own)[None, :], b_product, -NEVER), bits, b_more)
+    if i_part == tl.num_programs(2) - 1:
+        b_position = tl.load(p_position + i_head * num_queries + o_row, mask=m_row, other=-1)[:, None]
+        for i_key in range(own // PEAK_KEYS * PEAK_KEYS, tl.minimum(own + TILE, seq_len), THREADS * PEAK_KEYS):
+            o_key = i_key + o_group * PEAK_KEYS + o_place
+            b_product = tl.dot(b_query, tl.trans(codes(p_key, o_key, o_key < seq_len, RANK, R)), out_dtype=tl.int32)
+            m_seen = (o_key[None, :] >= own) & (o_key[None, :] <= b_position)
+            b_sum, b_max = _add_peaks(b_sum, b_max, tl.where(m_seen, b_product, -NEVER), bits, 0.0)
+    b_most = tl.max(b_max, 1)
+    b_sum = tl.sum(b_sum * tl.exp2(b_max - b_most[:, None]), 1)
+    p_lse += (i_head * tl.num_programs(2) + i_part).to(tl.int64) * num_queries
+    # What has met no key is far below what has.
+    tl.store(p_lse + o_row, b_most + tl.log2(tl.maximum(b_sum, 1e-30)), mask=m_row)
+
+
+BLOCK_M, NUM_WARPS = 64, 4
+"""Queries of one program: fewer would not go through Hopper's tensor cores."""
+GROUPS_PER_PART = 128
+"""As many as there are before 64K tokens."""
+
+
+def most_groups(length: int) -> int:
+    """Groups that a tile's queries are asked for, at most."""
+    groups = triton.cdiv(length, PEAK_KEYS.value)
+    return min(groups, max(2 * LEAST_GROUPS.value, triton.cdiv(groups, MAX_GROUP_STEP.value)))
