@@ -160,7 +160,7 @@ def query_codes(
     tiling: Tiling,
 ) -> QuantizedQK:
     """All queries of every tile in few dimensions times ``factor``, quantized: ``projection.project_queries``,
-    ``representatives.all_rows`` and ``projection.quantize_queries``.
+    ``tile_queries.all_rows`` and ``projection.quantize_queries``.
 
     Args:
         query: ``[chunk, H, D]``, elements of a head side by side.

@@ -1,4 +1,4 @@
-"""Representative queries of tiles (``selection.representatives``), quantized, straight from the chunk's queries."""
+"""Representative queries of tiles (``selection.tile_queries``), quantized, straight from the chunk's queries."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import triton
 import triton.language as tl
 
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.selection import representatives
+from minference_vllm.selection import tile_queries
 from minference_vllm.selection.projection import Projection, QuantizedQK
 from minference_vllm.triton_kernels.chunk_queries import constants, load_projection, load_rows, quantized, units
 from minference_vllm.triton_kernels.column_diagonal import on_device
 from minference_vllm.triton_kernels.key_codes import precise_dot
 from minference_vllm.triton_kernels.launch import launcher
 
-LEAST_SIZE = tl.constexpr(representatives.LEAST_SIZE)
+LEAST_SIZE = tl.constexpr(tile_queries.LEAST_SIZE)
 
 
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
@@ -78,7 +78,7 @@ def representatives_kernel(
 
 def launch_shape(head_size: int, rank: int, tile: int, count: int) -> dict[str, int]:
     """Constants of the kernel."""
-    step = representatives.candidate_step(tile)
+    step = tile_queries.candidate_step(tile)
     block_m = max(16, triton.next_power_of_2(triton.cdiv(tile, step)))
     return constants(head_size, rank) | {"TILE": tile, "STEP": step, "COUNT": count, "BLOCK_M": block_m}
 

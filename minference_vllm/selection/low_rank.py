@@ -34,9 +34,9 @@ from minference_vllm.selection.projection import (
     for_int8,
     project_queries,
 )
-from minference_vllm.selection.representatives import all_rows, representatives
 from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.scores import Scores
+from minference_vllm.selection.tile_queries import all_rows, representatives
 
 FIT_SHARE = 1.0
 """How much the last and the unlike rows together count in the fit, beside all rows: dimensions in which few rows look

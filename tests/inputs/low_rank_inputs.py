@@ -10,7 +10,7 @@ import torch
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection.measured_rows import MOST_MISSED, STANDARD_ERRORS, CalibrationRows
 from minference_vllm.selection.projection import Projection, QuantizedQK, for_int8, project_queries, quantize_keys
-from minference_vllm.selection.representatives import TileQueries, all_rows
+from minference_vllm.selection.tile_queries import TileQueries, all_rows
 
 CONTEXT, CHUNK, DIM, PAGE = 3072, 1024, 64, 32
 LENGTH = CONTEXT + CHUNK

@@ -256,7 +256,7 @@ def run_fit_case(
     from minference_vllm.selection.measured_rows import calibration_rows, drawn_rows
     from minference_vllm.selection.probe_queries import unlikeness
     from minference_vllm.selection.projection import QuantizedQK, project_queries, quantize_keys
-    from minference_vllm.selection.representatives import all_rows, representatives
+    from minference_vllm.selection.tile_queries import all_rows, representatives
     from minference_vllm.triton_kernels import chunk_queries, fit, key_codes
     from minference_vllm.triton_kernels import representatives as representatives_kernel
 

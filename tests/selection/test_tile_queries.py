@@ -10,7 +10,7 @@ from score_inputs import scores_of
 from minference_vllm import LowRank, reference
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.representatives import LEAST_SIZE, candidate_step, representatives
+from minference_vllm.selection.tile_queries import LEAST_SIZE, candidate_step, representatives
 
 COUNT = 16
 
