@@ -51,7 +51,7 @@ from minference_vllm.triton_kernels.launch import LaunchShape, launch_shape
 # Per multiprocessor: shared memory in bytes. All have 65,536 registers, 2,048 threads and 32 blocks.
 SHARED_MEMORY = {80: 167936, 90: 233472, 100: 233472}
 WITHOUT_TENSOR_CORES = (
-    "block_lists", "block_mean", "key_lists", "left_out", "page_counts", "physical_lists", "threshold", "unlike_rows",
+    "block_mean", "key_lists", "left_out", "physical_lists", "threshold", "unlike_rows",
     "value_norms",
 )  # fmt: skip
 DENSE_TFLOPS = 380
@@ -61,8 +61,7 @@ MODELLED = (64, 128)
 """Head sizes that the dense kernel has a shape for."""
 NARROW = LaunchShape(block_m=128, block_n=64, block_own=64, stages=5)
 """On Hopper, beside the shape that is launched: half as many keys per step, and more steps ahead."""
-LISTS = dict.fromkeys(("p_threshold", "p_counts", "p_cost", "p_lists", "p_begin", "p_num_blocks"), "*i32")
-LISTS |= dict.fromkeys(("p_chances", "p_sums", "p_fraction"), "*i32") | {"p_overflowed": "*u8"}
+LISTS = dict.fromkeys(("p_threshold", "p_lists", "p_num_blocks"), "*i32") | {"p_overflowed": "*u8"}
 REPRESENTATIVES = 32
 LOOPS = ("whole pages", "single keys", "own pages")
 """Of the attention kernel, in order. A tile passes through the last one a few times, whatever the context."""
@@ -317,8 +316,6 @@ def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
         squared, drawn = {"SQUARED": sampled}, lists | key_lists.constants(variant.page, sampled)
         kernels[f"share_levels{name}"] = calibration.share_levels_kernel, own, shared | squared
         kernels[f"threshold{name}"] = thresholds.threshold_kernel, own, of_thresholds | squared
-        kernels[f"page_counts{name}"] = key_lists.page_counts_kernel, LISTS, drawn
-        kernels[f"block_lists{name}"] = key_lists.block_lists_kernel, LISTS, drawn | {"STEP": key_lists.STEP}
         kernels[f"key_lists{name}"] = key_lists.key_lists_kernel, LISTS, drawn
     for per_tile, name in ((TILE, ""), (REPRESENTATIVES, " representatives")):
         of_lse, bins_kernel, of_bins = low_rank.launch_shape(rank, TILE, per_tile, arch // 10)

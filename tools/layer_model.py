@@ -26,7 +26,7 @@ from minference_vllm.triton_kernels import approx_lse, calibration, in_thread, k
 
 HEADS, KV_HEADS, DIM, PAGE, CHUNK, TILE, RANK, REPRESENTATIVES, ROWS = 32, 8, 128, 128, 8192, 128, 32, 32, 128
 LENGTHS = {"32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}
-HOST_CALLS = {"32K": 18 + 15, "128K": 21 + 27, "1M": 63 + 195}
+HOST_CALLS = {"32K": 17 + 13, "128K": 19 + 23, "1M": 47 + 163}
 """Operations and launches of a layer."""
 HOST_CALL = 5e-6
 FIT = 100e-6
@@ -57,18 +57,20 @@ def per_element(
     """Instructions of a lane for one element of a product, in the kernel's main loop.
 
     Args:
-        multiplies: False: the kernel has no product; then for one of the elements that a program reads, of all its
-            code, as if every branch was taken.
+        multiplies: False: the kernel has no product; then for one of the elements that its longest loop reads, as if
+            every branch was taken.
     """
     variant, warps = Variant(), shape["num_warps"]
     constants = {name: value for name, value in (variant.constants | shape).items() if name in function.arg_names}
     types = variant.types(function) | {name: kind for name, kind in kinds.items() if name in function.arg_names}
     code = disassembled(compile_kernel(function, types, constants, 90, num_warps=warps, num_stages=3))
     instructions, loops = innermost(code)
+    bodies = [instructions[loop] for loop in loops]
     if multiplies:
-        bodies = [instructions[loop] for loop in loops]
-        instructions = next(body for body in bodies if any("MMA" in one for one in body))
-    return len(instructions) * warps * 32 / elements
+        main = next(body for body in bodies if any("MMA" in one for one in body))
+    else:
+        main = max(bodies, key=len)
+    return len(main) * warps * 32 / elements
 
 
 def parts(length: int) -> dict[str, Work]:
@@ -94,10 +96,8 @@ def parts(length: int) -> dict[str, Work]:
         return Work(per_element(function, kinds, shape, step) * count, **more)
 
     lists = key_lists.constants(PAGE, sampled=True) | {"TILE": TILE}
-    of_lists = sum(
-        per_element(function, kernel_account.LISTS, lists, lists["PAGES"] * PAGE, multiplies=False)
-        for function in (key_lists.page_counts_kernel, key_lists.key_lists_kernel)
-    )
+    keys_at_once = lists["PAGES"] * PAGE
+    of_lists = per_element(key_lists.key_lists_kernel, kernel_account.LISTS, lists, keys_at_once, multiplies=False)
     of_bytes = {"size": bins, "flops": scores * RANK}
     exact = {"size": keys_read, "flops": measured * 2 * DIM}
     return {
@@ -105,7 +105,7 @@ def parts(length: int) -> dict[str, Work]:
         "denominators": work(approx_lse.approx_lse_kernel, codes, of_rows, sampled, elements[0]),
         "bins": work(representative_bins.representative_bins_kernel, codes, of_bins, scores, elements[1], **of_bytes),
         "measured rows": work(calibration.share_levels_kernel, own, of_measured, measured, size, **exact),
-        "lists": Work(of_lists * bins, size=2 * bins),
+        "lists": Work(of_lists * bins, size=bins),
     }
 
 

@@ -1,8 +1,7 @@
-"""From the score bins of tiles to the lists of an index, without a mark for every key, or a wait for the GPU."""
+"""From the score bins of tiles to the lists of an index, in one pass over the bins, without a wait for the GPU."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,12 +10,13 @@ import triton
 import triton.language as tl
 
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.selection import score_bins
+from minference_vllm.selection import projection, score_bins
 from minference_vllm.selection.compaction import Lists
 from minference_vllm.triton_kernels.column_diagonal import on_device
 from minference_vllm.triton_kernels.launch import launcher
 
 MAX_CODE, TILE_FRACTION = tl.constexpr(score_bins.MAX_CODE), tl.constexpr(score_bins.TILE_FRACTION)
+DENSE_FROM, BITS_PER_BIN = tl.constexpr(score_bins.DENSE_FROM), tl.constexpr(1 / projection.BINS_PER_BIT)
 
 
 @triton.jit
@@ -35,13 +35,15 @@ def _bins(p_bins, o_page, seq_len, PAGE: tl.constexpr, SLOTS: tl.constexpr):
 
 @triton.jit
 def _chances(
-    p_chances, b_bin, threshold, o_page, o_position, oldest, own, PAGE: tl.constexpr, WINDOWED: tl.constexpr
+    b_bin, threshold, o_page, o_position, oldest, own, PAGE: tl.constexpr, WINDOWED: tl.constexpr
 ):  # fmt: skip
     """Codes of keys (``score_bins.sampled_keys``) and how likely each is drawn, in 65536ths; 0 of those that are no
     page's, not before the tile, or before its window."""
     SLOTS: tl.constexpr = b_bin.shape[1]
     b_code = tl.minimum(tl.maximum(threshold - b_bin, 0), MAX_CODE)
-    b_chance = tl.where((o_page < own)[:, None], tl.load(p_chances + b_code), 0)
+    # To the nearest: no chance is so near the middle of two numbers that an approximation would matter.
+    b_chance = (tl.exp2(16.0 - b_code.to(tl.float32) * BITS_PER_BIN) + 0.5).to(tl.int32)
+    b_chance = tl.where((o_page < own)[:, None], b_chance, 0)
     if PAGE != SLOTS:
         b_chance = tl.where((tl.arange(0, SLOTS) < PAGE)[None, :], b_chance, 0)
     if WINDOWED:
@@ -58,176 +60,102 @@ def _reach(i_tile, context_len, seq_len, window, TILE: tl.constexpr, PAGE: tl.co
     return oldest, aligned // PAGE, (end - 1) // PAGE + 1
 
 
+@triton.jit
+def _fill(p_list, first, end, number, rise, STEP: tl.constexpr):
+    """Writes to places ``first`` to ``end`` a number that rises by ``rise`` from one to the next."""
+    for i in range(first, end, STEP):
+        o_place = i + tl.arange(0, STEP)
+        b_number = number + (o_place - first) * rise
+        tl.store(p_list + o_place, b_number.to(p_list.dtype.element_ty), mask=o_place < end)
+
+
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
-@triton.jit(do_not_specialize=["num_tiles", "num_pages", "context_len", "seq_len", "window"])
-def page_counts_kernel(
-    p_bins, stride_bins, p_threshold, p_chances, p_counts, p_sums, p_cost, num_tiles, num_pages, context_len, seq_len,
-    window, TILE: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr, PAGES: tl.constexpr, SAMPLED: tl.constexpr,
+@triton.jit(do_not_specialize=[
+    "num_tiles", "context_len", "seq_len", "window", "max_blocks", "max_columns",
+])  # fmt: skip
+def key_lists_kernel(
+    p_bins, stride_bins, p_threshold, p_lists, p_blocks, p_num_blocks, p_columns, p_codes, p_num_columns,
+    p_overflowed, num_tiles, context_len, seq_len, window, max_blocks, max_columns, TILE: tl.constexpr,
+    PAGE: tl.constexpr, SLOTS: tl.constexpr, PAGES: tl.constexpr, STEP: tl.constexpr, SAMPLED: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """One program: how many keys of PAGES pages reach the threshold, for one tile; and what they cost the head.
+    """One program: the whole pages and the single keys of one tile, PAGES pages at a time.
 
-    ``p_counts`` is int32 ``[h, T, N]``: ``PAGE`` where the whole page is attended, see ``score_bins.whole_pages``.
-    ``p_cost`` is int32 ``[h]``: their sum is added. Where SAMPLED ``p_sums``, int32 ``[h, T, N]``, are the pages' sums
-    of ``p_chances``, ``score_bins.increments``, over the keys before the tile.
+    Lists are the index's own, ``p_blocks`` int32 ``[L, T, max_blocks]``, ``p_columns`` int32 ``[L, T, max_columns]``
+    and ``p_codes`` uint8, likewise, where SAMPLED; filled with -1 and zeros. ``p_lists`` int32 ``[h]`` says which of
+    them each head has. A tile that needs more than DENSE_FROM of its keys has every page, and one without room, too,
+    without a list.
     """
-    i_strip, i_row = tl.program_id(0), tl.program_id(1)
-    i_slot = i_row // num_tiles
-    o_page = i_strip * PAGES + tl.arange(0, PAGES)
-    p_bins += i_row.to(tl.int64) * stride_bins
-    threshold = tl.load(p_threshold + i_slot)
-    b_bin, o_position = _bins(p_bins, o_page, seq_len, PAGE, SLOTS)
-    oldest, own, end = _reach(i_row % num_tiles, context_len, seq_len, window, TILE, PAGE)
-    m_page = o_page < num_pages
-    if SAMPLED:
-        _, b_chance = _chances(p_chances, b_bin, threshold, o_page, o_position, oldest, own, PAGE, WINDOWED)
-        tl.store(p_sums + i_row.to(tl.int64) * num_pages + o_page, tl.sum(b_chance, 1), mask=m_page)
-    # Where the threshold is 0 all pages are attended, whatever is counted.
-    b_count = tl.sum((b_bin >= threshold).to(tl.int32), 1)
-    b_count = tl.where((2 * b_count >= PAGE) | (o_page >= own) & (o_page < end), PAGE, b_count)
-    tl.store(p_counts + i_row.to(tl.int64) * num_pages + o_page, b_count, mask=m_page)
-    # Whole numbers: their order does not matter.
-    tl.atomic_add(p_cost + i_slot, tl.sum(tl.where(m_page, b_count, 0), 0), sem="relaxed")
-
-
-@triton.jit
-def _first_fraction(i_tile):
-    """Where a tile's sum of chances begins, in 65536ths."""
-    return i_tile * TILE_FRACTION & 65535
-
-
-@triton.jit
-def _drawn(p_sums, o_page, m_page, fraction):
-    """How often the sum of chances passes a whole number in each of some pages, its fraction before each, and after
-    the last; ``fraction``: before the first."""
-    b_sum = tl.load(p_sums + o_page, mask=m_page, other=0)
-    # Sums over many pages overflow, but for the last bits.
-    b_fraction = (tl.cumsum(b_sum, 0) - b_sum + fraction) & 65535
-    return (b_fraction + b_sum) >> 16, b_fraction, (tl.sum(b_sum, 0) + fraction) & 65535
-
-
-@triton.jit(do_not_specialize=[
-    "num_tiles", "num_pages", "context_len", "seq_len", "window", "max_blocks", "max_columns", "most",
-])  # fmt: skip
-def block_lists_kernel(
-    p_counts, p_sums, p_threshold, p_cost, p_lists, p_blocks, p_num_blocks, p_num_columns, p_overflowed, num_tiles,
-    num_pages, context_len, seq_len, window, max_blocks, max_columns, most, TILE: tl.constexpr, PAGE: tl.constexpr,
-    STEP: tl.constexpr, SAMPLED: tl.constexpr,
-):  # fmt: skip
-    """One program: the whole pages of one tile, and where the single keys of each of the others begin in their list.
-
-    Lists are the index's own, ``p_blocks`` int32 ``[L, T, max_blocks]`` filled with -1; ``p_lists`` int32 ``[h]`` says
-    which of them each head has. ``p_counts`` becomes that beginning, -1 where a page lists no single key. A head whose
-    cost is above ``most``, or whose threshold is 0, has every page, and a tile without room, too, without a list.
-    Where SAMPLED a page's single keys are those at which the sum of chances passes a whole number, and ``p_sums``
-    becomes the sum's fraction before each page.
-    """
-    i_tile, i_slot = tl.program_id(0), tl.program_id(1)
+    # The last tiles have most keys: they begin first.
+    i_tile, i_slot = num_tiles - 1 - tl.program_id(0), tl.program_id(1)
     i_list = (tl.load(p_lists + i_slot) * num_tiles + i_tile).to(tl.int64)
-    p_counts += (i_slot * num_tiles + i_tile).to(tl.int64) * num_pages
-    p_sums += (i_slot * num_tiles + i_tile).to(tl.int64) * num_pages
-    oldest, _, end = _reach(i_tile, context_len, seq_len, window, TILE, PAGE)
+    p_bins += (i_slot * num_tiles + i_tile).to(tl.int64) * stride_bins
+    p_blocks, p_columns = p_blocks + i_list * max_blocks, p_columns + i_list * max_columns
+    p_codes += i_list * max_columns
+    threshold = tl.load(p_threshold + i_slot)
+    oldest, own, end = _reach(i_tile, context_len, seq_len, window, TILE, PAGE)
     first = oldest // PAGE
-    # Pages from ``full`` on are attended whatever they hold.
-    full = tl.where((tl.load(p_threshold + i_slot) == 0) | (tl.load(p_cost + i_slot) > most), first, end)
-    blocks, columns, fraction = 0, 0, _first_fraction(i_tile)
-    for i_page in range(0, num_pages, STEP):
-        o_page = i_page + tl.arange(0, STEP)
-        m_page = o_page < num_pages
-        m_seen = (o_page >= first) & (o_page < end)
-        b_count = tl.load(p_counts + o_page, mask=m_seen, other=0)
-        m_whole = m_seen & ((o_page >= full) | (b_count == PAGE))
+    # The sum of chances is known modulo 65536: it begins elsewhere for every tile.
+    blocks, columns, cost, fraction = 0, 0, 0, i_tile * TILE_FRACTION & 65535
+    for i_page in range(first, end, PAGES):
+        o_page = i_page + tl.arange(0, PAGES)
+        b_bin, o_position = _bins(p_bins, o_page, seq_len, PAGE, SLOTS)
+        b_count = tl.sum((b_bin >= threshold).to(tl.int32), 1)
+        m_page = o_page < end
+        m_whole = m_page & ((2 * b_count >= PAGE) | (o_page >= own))
+        cost += tl.sum(tl.where(m_page, tl.where(m_whole, PAGE, b_count), 0), 0)
         if SAMPLED:
-            b_count, b_fraction, fraction = _drawn(p_sums, o_page, m_page, fraction)
-        blocks += tl.sum(m_whole.to(tl.int32), 0)
-        columns += tl.sum(tl.where(m_whole, 0, b_count), 0)
-    over = (blocks > max_blocks) | (columns > max_columns)
-    tl.store(p_num_blocks + i_list, tl.where(over, end, blocks))
-    tl.store(p_num_columns + i_list, tl.where(over, 0, columns))
-    tl.store(p_overflowed + i_list, (over & (blocks < end)).to(tl.uint8))
-    room = tl.where(over, 0, max_blocks)
-    blocks, columns, fraction = 0, 0, _first_fraction(i_tile)
-    for i_page in range(0, num_pages, STEP):
-        o_page = i_page + tl.arange(0, STEP)
-        m_page = o_page < num_pages
-        m_seen = (o_page >= first) & (o_page < end)
-        b_count = tl.load(p_counts + o_page, mask=m_seen, other=0)
-        m_whole = m_seen & ((o_page >= full) | (b_count == PAGE))
-        if SAMPLED:
-            b_count, b_fraction, fraction = _drawn(p_sums, o_page, m_page, fraction)
-        o_block = blocks + tl.cumsum(m_whole.to(tl.int32), 0) - 1
-        tl.store(p_blocks + i_list * max_blocks + o_block, o_page, mask=m_whole & (o_block < room))
-        b_single = tl.where(over | m_whole, 0, b_count)
-        b_begin = columns + tl.cumsum(b_single, 0) - b_single
-        tl.debug_barrier()
-        tl.store(p_counts + o_page, tl.where(b_single > 0, b_begin, -1), mask=m_page)
-        if SAMPLED:
-            tl.store(p_sums + o_page, b_fraction, mask=m_page)
-        blocks += tl.sum(m_whole.to(tl.int32), 0)
-        columns += tl.sum(b_single, 0)
-
-
-@triton.jit(do_not_specialize=["num_tiles", "num_pages", "context_len", "seq_len", "window", "max_columns"])
-def key_lists_kernel(
-    p_bins, stride_bins, p_threshold, p_chances, p_begin, p_fraction, p_lists, p_columns, p_codes, num_tiles, num_pages,
-    context_len, seq_len, window, max_columns, TILE: tl.constexpr, PAGE: tl.constexpr, SLOTS: tl.constexpr,
-    PAGES: tl.constexpr, SAMPLED: tl.constexpr, WINDOWED: tl.constexpr,
-):  # fmt: skip
-    """One program: the single keys of PAGES pages of one tile.
-
-    ``p_begin``: int32 ``[h, T, N]``, where each page's keys begin, -1 where none is listed; ``p_fraction``: likewise,
-    the fraction of the sum of chances, where SAMPLED. ``p_columns``: int32 ``[L, T, max_columns]``, filled with -1;
-    ``p_codes``: uint8, likewise, where SAMPLED. ``p_lists``: see ``block_lists_kernel``.
-    """
-    i_strip, i_row = tl.program_id(0), tl.program_id(1)
-    i_slot, i_tile = i_row // num_tiles, i_row % num_tiles
-    o_page = i_strip * PAGES + tl.arange(0, PAGES)
-    o_count = i_row.to(tl.int64) * num_pages + o_page
-    b_begin = tl.load(p_begin + o_count, mask=o_page < num_pages, other=-1)
-    if tl.max(b_begin, 0) >= 0:
-        i_list = (tl.load(p_lists + i_slot) * num_tiles + i_tile).to(tl.int64)
-        threshold = tl.load(p_threshold + i_slot)
-        b_bin, o_position = _bins(p_bins + i_row.to(tl.int64) * stride_bins, o_page, seq_len, PAGE, SLOTS)
-        if SAMPLED:
-            oldest, own, _ = _reach(i_tile, context_len, seq_len, window, TILE, PAGE)
             b_code, b_chance = _chances(
-                p_chances, b_bin, threshold, o_page, o_position, oldest, own, PAGE, WINDOWED
+                b_bin, threshold, o_page, o_position, oldest, own, PAGE, WINDOWED
             )  # fmt: skip
-            # A key from the threshold up has a whole chance: it is drawn, and leaves the fraction as it is.
-            b_fraction = tl.load(p_fraction + o_count, mask=o_page < num_pages, other=0)
-            b_sum = tl.cumsum(b_chance, 1) + b_fraction[:, None]
-            # What was left is less than the chance where the sum has passed a whole number.
-            m_key = (b_sum & 65535) < b_chance
-            o_key = (b_sum >> 16) - 1
+            b_sum = tl.sum(b_chance, 1)
+            b_fraction = (fraction + tl.cumsum(b_sum, 0) - b_sum) & 65535
+            fraction = (fraction + tl.sum(b_sum, 0)) & 65535
+            # A key from the threshold up has a whole chance: it is drawn, and leaves the fraction as it is. What was
+            # left is less than the chance where the sum has passed a whole number.
+            b_through = tl.cumsum(b_chance, 1) + b_fraction[:, None]
+            m_key, o_key = (b_through & 65535) < b_chance, (b_through >> 16) - 1
+            b_count = (b_fraction + b_sum) >> 16
         else:
             m_key = b_bin >= threshold
             o_key = tl.cumsum(m_key.to(tl.int32), 1) - 1
-        m_key = m_key & (b_begin >= 0)[:, None]
-        o_key += b_begin[:, None]
+        m_single = m_page & (m_whole == 0)
+        b_single = tl.where(m_single, b_count, 0)
+        o_key += (columns + tl.cumsum(b_single, 0) - b_single)[:, None]
+        m_key = m_key & m_single[:, None] & (o_key < max_columns)
+        tl.store(p_columns + o_key, o_position, mask=m_key)
         if SAMPLED:
-            tl.store(p_codes + i_list * max_columns + o_key, b_code.to(tl.uint8), mask=m_key)
-        tl.store(p_columns + i_list * max_columns + o_key, o_position, mask=m_key)
+            tl.store(p_codes + o_key, b_code.to(tl.uint8), mask=m_key)
+        o_block = blocks + tl.cumsum(m_whole.to(tl.int32), 0) - 1
+        tl.store(p_blocks + o_block, o_page, mask=m_whole & (o_block < max_blocks))
+        blocks += tl.sum(m_whole.to(tl.int32), 0)
+        columns += tl.sum(b_single, 0)
+    pages = end - first
+    dense = (threshold == 0) | (cost > DENSE_FROM * PAGE * pages)
+    over = tl.where(dense, pages > max_blocks, (blocks > max_blocks) | (columns > max_columns))
+    if dense | over:
+        # What was written is taken back.
+        tl.debug_barrier()
+        listed = tl.where(over, 0, pages)
+        _fill(p_blocks, 0, listed, first, 1, STEP)
+        _fill(p_blocks, listed, tl.minimum(blocks, max_blocks), -1, 0, STEP)
+        _fill(p_columns, 0, tl.minimum(columns, max_columns), -1, 0, STEP)
+        if SAMPLED:
+            _fill(p_codes, 0, tl.minimum(columns, max_columns), 0, 0, STEP)
+    tl.store(p_overflowed + i_list, (over & (tl.where(dense, pages, blocks) < end)).to(tl.uint8))
+    tl.store(p_num_blocks + i_list, tl.where(over, end, tl.where(dense, pages, blocks)))
+    tl.store(p_num_columns + i_list, tl.where(dense | over, 0, columns))
 
 
-KEYS, STEP, NUM_WARPS = 2048, 512, 4
-"""Keys of one program, about; pages of one step."""
+KEYS, STEP, NUM_WARPS = 2048, 128, 4
+"""Keys of one step, about, and entries of a list that are taken back at once."""
 
 
 def constants(block_size: int, sampled: bool = False, windowed: bool = False) -> dict[str, int]:
-    """Of the kernels that read bins, but for their tile."""
+    """Of the kernel, but for its tile."""
     slots = triton.next_power_of_2(block_size)
-    shape = {"PAGE": block_size, "SLOTS": slots, "PAGES": max(1, KEYS // slots), "num_warps": NUM_WARPS}
+    shape = {"PAGE": block_size, "SLOTS": slots, "PAGES": max(1, KEYS // slots), "STEP": STEP, "num_warps": NUM_WARPS}
     return shape | {"SAMPLED": sampled, "WINDOWED": sampled and windowed}
-
-
-@functools.lru_cache(maxsize=256)
-def _most(context_len: int, seq_len: int, window: int, tile: int, block_size: int) -> int:
-    """Keys, all tiles together, up to which a head is not dense: ``score_bins.DENSE_FROM`` of its reachable pages."""
-    pages = 0
-    for aligned in range(context_len // tile * tile, seq_len, tile):
-        oldest = max(0, max(aligned, context_len) - window + 1) if window else 0
-        pages += (min(aligned + tile, seq_len) - 1) // block_size + 1 - oldest // block_size
-    return int(score_bins.DENSE_FROM * block_size * pages)
 
 
 @dataclass(frozen=True)
@@ -251,27 +179,10 @@ class BinLists:
             heads: whose lists these are.
         """
         tiling, bins, threshold = self.tiling, self.bins, self.threshold
-        shape = constants(tiling.block_size, self.sampled, tiling.window > 0) | {"TILE": tiling.tile}
-        lengths = tiling.context_len, tiling.seq_len, tiling.window
-        count, tiles, pages = len(heads), tiling.num_tiles, tiling.num_key_blocks
-        counts = torch.empty(count, tiles, pages, dtype=torch.int32, device=bins.device)
-        chances, sums, codes = threshold, counts, lists.columns  # which nothing reads, if none is drawn
-        if self.sampled:
-            assert lists.codes is not None
-            chances, sums, codes = score_bins.increments(bins.device), torch.empty_like(counts), lists.codes
-        grid, numbers = (triton.cdiv(pages, shape["PAGES"]), count * tiles), on_device(heads, bins)
-        cost = torch.zeros(count, dtype=torch.int32, device=bins.device)
-        launcher(page_counts_kernel, grid)(
-            bins, bins.stride(1), threshold, chances, counts, sums, cost, tiles, pages, *lengths, **shape
-        )
-        most = _most(*lengths, tiling.tile, tiling.block_size)
-        launcher(block_lists_kernel, (tiles, count))(
-            counts, sums, threshold, cost, numbers, lists.blocks, lists.num_blocks, lists.num_columns,
-            lists.overflowed.view(torch.uint8), tiles, pages, *lengths, lists.blocks.shape[2],
-            lists.columns.shape[2], most, TILE=tiling.tile, PAGE=tiling.block_size, STEP=STEP, SAMPLED=self.sampled,
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
-        launcher(key_lists_kernel, grid)(
-            bins, bins.stride(1), threshold, chances, counts, sums, numbers, lists.columns, codes, tiles, pages,
-            *lengths, lists.columns.shape[2], **shape,
+        codes = lists.codes if self.sampled else lists.columns  # which nothing writes, if none is drawn
+        launcher(key_lists_kernel, (tiling.num_tiles, len(heads)))(
+            bins, bins.stride(1), threshold, on_device(heads, bins), lists.blocks, lists.num_blocks,
+            lists.columns, codes, lists.num_columns, lists.overflowed.view(torch.uint8), tiling.num_tiles,
+            tiling.context_len, tiling.seq_len, tiling.window, lists.blocks.shape[2], lists.columns.shape[2],
+            TILE=tiling.tile, **constants(tiling.block_size, self.sampled, tiling.window > 0),
         )  # fmt: skip

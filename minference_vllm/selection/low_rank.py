@@ -235,11 +235,11 @@ class LowRankFamily(Family[LowRank]):
         return Room(adaptive, min(adaptive, MOST_COLUMNS))
 
     def selection_bytes(self, pattern: LowRank, tiles: int, seq_len: int, key_blocks: int, columns: int) -> int:
-        # A bin for every tile and key, keys and queries in few dimensions, partial sums of rows, counts of pages; and
-        # what is measured of rows, and of moments, whatever the length.
+        # A bin for every tile and key, keys and queries in few dimensions, these with positions and partial sums, counts
+        # of pages; and what is measured of rows, and of moments, whatever the length.
         queries = tiles * (pattern.queries or DEFAULT_TILE)
-        scores = (tiles + pattern.rank) * seq_len + queries * (pattern.rank + 4 + seq_len // 2048)
-        return scores + (8 if pattern.samples else 4) * tiles * key_blocks + (4 << 20)
+        scores = (tiles + pattern.rank) * seq_len + queries * (pattern.rank + 8 + 4 * seq_len // (1 << 16))
+        return scores + 4 * tiles * key_blocks + (4 << 20)
 
     def scoring_cost(self, pattern: LowRank, head_size: int, chunk: int, device: torch.device) -> float:
         cost = scoring_cost(pattern.rank, head_size, chunk, device)

@@ -28,7 +28,7 @@ TOP_BIN = 254
 LOCAL_BIN = 255
 """Bin of the keys in a tile's own pages, which it always attends."""
 DENSE_FROM = 0.5
-"""A head whose budget the data decide and that needs this share of all keys is computed densely: listing them would
+"""A tile whose budget the data decide and that needs this share of all keys is computed densely: listing them would
 cost more than it saves."""
 
 
@@ -208,14 +208,14 @@ def whole_pages(tiling: Tiling, counts: torch.Tensor, threshold: torch.Tensor) -
         threshold: int32 ``[h]``; 0 means that the bins do not tell the keys apart.
 
     Returns:
-        bool ``[h, T, N]``; and bool ``[h]``: heads that need more than half of all keys, or whose threshold is 0. They
-        have every reachable page.
+        bool ``[h, T, N]``; and bool ``[h, T]``: tiles that need more than ``DENSE_FROM`` of their keys, or of a head
+        whose threshold is 0. They have every reachable page.
     """
-    size = tiling.block_size
+    size, reachable = tiling.block_size, tiling.reachable()
     pages = (2 * counts >= size) | tiling.own()
-    cost = torch.where(pages, size, counts).sum((1, 2))
-    dense = (threshold == 0) | (cost > DENSE_FROM * size * tiling.reachable().sum())
-    return torch.where(dense[:, None, None], tiling.reachable(), pages), dense
+    cost = torch.where(pages, size, counts).sum(2)
+    dense = (threshold == 0)[:, None] | (cost > DENSE_FROM * size * reachable.sum(1))
+    return torch.where(dense[..., None], reachable, pages), dense
 
 
 def keys_above(tiling: Tiling, bins: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,7 +231,7 @@ def keys_above(tiling: Tiling, bins: torch.Tensor, threshold: torch.Tensor) -> t
     # The largest tensor by far: marks are made and taken back in place.
     marks = _marks(bins, threshold, tiling.block_size)
     blocks, dense = whole_pages(tiling, marks.sum(3, dtype=torch.int32), threshold)
-    marks &= ~(blocks | dense[:, None, None])[..., None]
+    marks &= ~(blocks | dense[..., None])[..., None]
     return blocks, marks.flatten(2)[..., : bins.shape[2]]
 
 
@@ -276,5 +276,5 @@ def sampled_keys(
     tiles = torch.arange(tiling.num_tiles, device=bins.device)[:, None]
     sums = chances.cumsum(2) + tiles * TILE_FRACTION % 65536
     drawn = (sums >> 16) > ((sums - chances) >> 16)
-    listed = ~(blocks | dense[:, None, None]).repeat_interleave(size, 2)[..., : tiling.seq_len]
+    listed = ~(blocks | dense[..., None]).repeat_interleave(size, 2)[..., : tiling.seq_len]
     return blocks, before & listed & ((codes == 0) | drawn), codes.to(torch.uint8)

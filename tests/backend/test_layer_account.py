@@ -69,8 +69,8 @@ LIMITS: dict[str, tuple[tuple[int, int], ...]] = {
     "antidiagonal": ((135, 6), (135, 6), (675, 24)),
     "peak_threshold": ((543, 4), (543, 4), (3431, 13)),
     "remainder": ((67, 4), (67, 4), (118, 4)),
-    "default_cpu": ((18, 15), (21, 27), (63, 195)),
-    "default_cuda": ((18, 15), (21, 27), (63, 195)),
+    "default_cpu": ((17, 13), (19, 23), (47, 163)),
+    "default_cuda": ((17, 13), (19, 23), (47, 163)),
     "mixed": ((533, 5), (533, 5), (851, 8)),
 }
 """Operations and launches of a layer, at each of ``LENGTHS``."""

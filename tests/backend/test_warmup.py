@@ -262,8 +262,6 @@ def test_serving_meets_no_variant_that_was_not_compiled(interpreted: dict[str, A
         "value_norms_kernel",
         "share_levels_kernel",
         "threshold_kernel",
-        "page_counts_kernel",
-        "block_lists_kernel",
         "key_lists_kernel",
     }
     assert interpreted["served"]

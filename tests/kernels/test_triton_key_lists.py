@@ -193,7 +193,7 @@ def run_list_case(
     from minference_vllm.triton_kernels import key_lists
 
     torch.manual_seed(0)
-    key_lists.KEYS, key_lists.STEP = 256, 8
+    key_lists.KEYS = 256
     tiling = Tiling.of(context_len, seq_len, page, tile, window=window)
     pages = tiling.own().repeat_interleave(page, 1)[:, :seq_len]
     reach = tiling.reachable().repeat_interleave(page, 1)[:, :seq_len]

@@ -136,7 +136,7 @@ LOW_RANK_KERNELS = {
     "chunk_queries": ("unlike_rows", "query_codes"),
     "fit": ("moments", "fit"),
     "key_codes": ("key_codes",),
-    "key_lists": ("page_counts", "block_lists", "key_lists"),
+    "key_lists": ("key_lists",),
     "approx_lse": ("approx_lse",),
     "low_rank": ("tile_bins",),
     "representative_bins": ("representative_bins",),

@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-LOW_RANK = ("unlike_rows", "query_codes", "moments", "fit", "representatives", "threshold", "block_lists", "key_codes",
-            "share_levels", "value_norms", "page_counts", "key_lists", "approx_lse",
+LOW_RANK = ("unlike_rows", "query_codes", "moments", "fit", "representatives", "threshold", "key_codes",
+            "share_levels", "value_norms", "key_lists", "approx_lse",
             "bins", "approx_lse representatives", "bins representatives", "share_levels sampled", "threshold sampled",
-            "page_counts sampled", "block_lists sampled", "key_lists sampled")  # fmt: skip
+            "key_lists sampled")  # fmt: skip
 TOOL = Path(__file__).parents[2] / "tools" / "kernel_account.py"
 
 

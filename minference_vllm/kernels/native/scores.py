@@ -127,7 +127,7 @@ def sampled_keys(tiling: Tiling, bins: torch.Tensor, threshold: torch.Tensor) ->
     count = torch.empty(bins.shape[:2], dtype=torch.int32)
 
     def listed(columns: torch.Tensor | None, codes: torch.Tensor | None) -> None:
-        pages = ~(blocks | dense[:, None, None])
+        pages = ~(blocks | dense[..., None])
         call = interface.SampleArguments(
             bins.data_ptr(),
             threshold.data_ptr(),
@@ -297,7 +297,7 @@ class NativeScores(TorchScores):
         bins, threshold = found.bins, found.threshold
         counts = page_counts(bins, threshold, tiling.block_size)
         blocks, dense = whole_pages(tiling, counts, threshold)
-        listed_pages = ~(blocks | dense[:, None, None])
+        listed_pages = ~(blocks | dense[..., None])
         count = (counts * listed_pages).sum(2, dtype=torch.int32)
         columns = torch.empty(*count.shape, max(1, int(count.max())), dtype=torch.int32)
         call = _key_arguments(bins, threshold, tiling.block_size, counts, listed_pages, columns)
