@@ -66,11 +66,8 @@ def per_element(
     code = disassembled(compile_kernel(function, types, constants, 90, num_warps=warps, num_stages=3))
     instructions, loops = innermost(code)
     bodies = [instructions[loop] for loop in loops]
-    if multiplies:
-        main = next(body for body in bodies if any("MMA" in one for one in body))
-    else:
-        main = max(bodies, key=len)
-    return len(main) * warps * 32 / elements
+    products = [body for body in bodies if any("MMA" in one for one in body)]
+    return len(products[0] if multiplies else max(bodies, key=len)) * warps * 32 / elements
 
 
 def parts(length: int) -> dict[str, Work]:

@@ -235,8 +235,8 @@ class LowRankFamily(Family[LowRank]):
         return Room(adaptive, min(adaptive, MOST_COLUMNS))
 
     def selection_bytes(self, pattern: LowRank, tiles: int, seq_len: int, key_blocks: int, columns: int) -> int:
-        # A bin for every tile and key, keys and queries in few dimensions, these with positions and partial sums, counts
-        # of pages; and what is measured of rows, and of moments, whatever the length.
+        # A bin for every tile and key, keys and queries in few dimensions, the queries' positions and partial sums,
+        # counts of pages; and what is measured of rows, and of moments, whatever the length.
         queries = tiles * (pattern.queries or DEFAULT_TILE)
         scores = (tiles + pattern.rank) * seq_len + queries * (pattern.rank + 8 + 4 * seq_len // (1 << 16))
         return scores + 4 * tiles * key_blocks + (4 << 20)
