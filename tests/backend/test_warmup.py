@@ -282,7 +282,7 @@ def interpret() -> None:
         make_layer(AShape(sink=40, local=40)),
         make_layer(PeakThreshold(sink=0, window=0, remainder=True)),
     ]
-    settings = Settings(kernel="triton", tile=32)
+    settings = Settings(kernel="triton", tile=64)
 
     with Variants(run_attention=False) as compiled:
         warmup.warm_up(layers, spec(), torch.bfloat16, settings, torch.device("cpu"))
@@ -298,7 +298,7 @@ def interpret() -> None:
                 out = torch.empty(query.shape, dtype=query.dtype)
                 chunk = Chunk(0, 0, context, length)
                 inputs = Inputs.of(query, cache, torch.randperm(9), chunk, 0.1)
-                attend_chunk(inputs, layer.impl.sparse_layer.patterns, layer.impl.sparse_layer.kernel, out, 32)
+                attend_chunk(inputs, layer.impl.sparse_layer.patterns, layer.impl.sparse_layer.kernel, out, 64)
     print(json.dumps({"compiled": compiled.found, "served": served.found}))
 
 

@@ -157,12 +157,12 @@ def test_keys_from_one_bin_up(name: str, scores: TorchScores) -> None:
     for head, lowest in enumerate(wanted.tolist()):
         by_page = marks[head].unflatten(1, (-1, page))
         whole = (2 * by_page.sum(2) >= page) | tiling.own()
-        cost = torch.where(whole, page, by_page.sum(2)).sum()
-        if lowest == 0 or cost > page * tiling.reachable().sum() / 2:
-            assert torch.equal(blocks[head], tiling.reachable()) and not num_columns[head].any()
-            continue
-        assert torch.equal(blocks[head], whole)
-        for number in range(tiling.num_tiles):
+        cost = torch.where(whole, page, by_page.sum(2)).sum(1)
+        for number, reachable in enumerate(tiling.reachable()):
+            if lowest == 0 or cost[number] > page * reachable.sum() / 2:
+                assert torch.equal(blocks[head, number], reachable) and not num_columns[head, number]
+                continue
+            assert torch.equal(blocks[head, number], whole[number])
             single = (by_page[number] & (before & ~whole)[number][:, None]).flatten().nonzero()[:, 0]
             assert columns[head, number, : num_columns[head, number]].tolist() == single.tolist()
 
