@@ -237,10 +237,13 @@ inline Sum reduce_max_sums(Sums x) {
   return static_cast<Sum>(_mm_extract_epi16(turned, 0) ^ 0x7fff);
 }
 inline Sums repeat_sum(Sum x) { return _mm256_set1_epi16(x); }
-inline Sums repeat_bytes(const int8_t* in) {
-  int16_t bytes;
+inline Sums repeat_bytes(int32_t bytes) { return _mm256_set1_epi32(bytes); }
+
+// kBytes int8 in the form of which repeat_bytes makes a vector by a load alone: the pair twice.
+inline int32_t to_repeat(const int8_t* in) {
+  uint16_t bytes;
   std::memcpy(&bytes, in, sizeof bytes);
-  return _mm256_set1_epi16(bytes);
+  return static_cast<int32_t>(bytes | static_cast<uint32_t>(bytes) << 16);
 }
 
 // sum + the products of kBytes uint8 with as many int8 in every lane, modulo 2^16. The latter are from -64 to 63, so

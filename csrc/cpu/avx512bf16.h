@@ -194,10 +194,13 @@ inline Sums add_sums(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 inline Sums max_sums(Sums a, Sums b) { return _mm512_max_epi32(a, b); }
 inline Sum reduce_max_sums(Sums x) { return _mm512_reduce_max_epi32(x); }
 inline Sums repeat_sum(Sum x) { return _mm512_set1_epi32(x); }
-inline Sums repeat_bytes(const int8_t* in) {
+inline Sums repeat_bytes(int32_t bytes) { return _mm512_set1_epi32(bytes); }
+
+// kBytes int8 in the form of which repeat_bytes makes a vector.
+inline int32_t to_repeat(const int8_t* in) {
   int32_t bytes;
   std::memcpy(&bytes, in, sizeof bytes);
-  return _mm512_set1_epi32(bytes);
+  return bytes;
 }
 
 // sum + the products of kBytes uint8 with as many int8, in every lane.

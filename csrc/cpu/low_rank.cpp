@@ -22,6 +22,7 @@ constexpr float kMostUnits = 32767.0f;  // of approx_lse
 
 struct alignas(64) ByteWorkspace {
   alignas(64) Sum products[kPeakKeys * kPeakKeys];  // [queries][keys], where tiles are multiplied
+  std::vector<int32_t> query;                       // [queries][rank / kBytes], see to_repeat
   std::vector<Sum> offset;                          // [queries], what their sums begin with
   std::vector<Sum> approx_lse;                      // [queries], in units of a product
   std::vector<int16_t> peaks;  // [groups][queries padded to kLanes], the largest product of each group
@@ -75,7 +76,7 @@ class TileTask {
     end_ = arguments.tile_starts[tile + 1];
     own_ = arguments.tile_starts[tile] / arguments.tile * arguments.tile;  // the first key in the tile's own pages
     padded_ = (rows_ + kLanes - 1) / kLanes * kLanes;
-    load_offsets();
+    load_queries();
     find_approx_lse();
     uint8_t* bins = arguments.bins + place * qk_.seq_len;
     for (int64_t first = 0; first < own_; first += kPeakKeys) {
@@ -90,12 +91,14 @@ class TileTask {
  private:
   // Keys are loaded with 128 added, which a query's offset cancels. Sums of 16 bits may wrap around on the way: the
   // product fits.
-  void load_offsets() {
+  void load_queries() {
+    const int steps = qk_.rank / kBytes;
+    w_.query.resize(static_cast<size_t>(rows_) * steps);
     w_.offset.resize(rows_);
     w_.approx_lse.assign(padded_, 0);
     for (int r = 0; r < rows_; ++r) {
-      const int8_t* row = query_ + static_cast<int64_t>(r) * qk_.rank;
-      w_.offset[r] = static_cast<Sum>(-128 * std::accumulate(row, row + qk_.rank, 0));
+      for (int k = 0; k < steps; ++k) w_.query[r * steps + k] = to_repeat(row(r) + k * kBytes);
+      w_.offset[r] = static_cast<Sum>(-128 * std::accumulate(row(r), row(r) + qk_.rank, 0));
     }
   }
 
@@ -122,20 +125,22 @@ class TileTask {
   [[gnu::always_inline]] void multiply_four(int first, const int8_t* keys, const Use& use) {
     const int last = rows_ - 1, b = std::min(first + 1, last), c = std::min(first + 2, last),
               d = std::min(first + 3, last);
-    const int rank = qk_.rank;
-    const int8_t *row_a = row(first), *row_b = row(b), *row_c = row(c), *row_d = row(d);
+    const int steps = qk_.rank / kBytes;
+    const int32_t* query = w_.query.data();
+    const int32_t *row_a = query + first * steps, *row_b = query + b * steps, *row_c = query + c * steps,
+                  *row_d = query + d * steps;
     Sums low_a = begin(first), low_b = begin(b), low_c = begin(c), low_d = begin(d);
     Sums high_a = low_a, high_b = low_b, high_c = low_c, high_d = low_d;
-    for (int k = 0; k < rank; k += kBytes, keys += kPeakKeys * kBytes) {
+    for (int k = 0; k < steps; ++k, keys += kPeakKeys * kBytes) {
       const Sums low = load_bytes(keys), high = load_bytes(keys + kSums * kBytes);
-      Sums query = repeat_bytes(row_a + k);
-      low_a = multiply_add_bytes(low, query, low_a), high_a = multiply_add_bytes(high, query, high_a);
-      query = repeat_bytes(row_b + k);
-      low_b = multiply_add_bytes(low, query, low_b), high_b = multiply_add_bytes(high, query, high_b);
-      query = repeat_bytes(row_c + k);
-      low_c = multiply_add_bytes(low, query, low_c), high_c = multiply_add_bytes(high, query, high_c);
-      query = repeat_bytes(row_d + k);
-      low_d = multiply_add_bytes(low, query, low_d), high_d = multiply_add_bytes(high, query, high_d);
+      Sums here = repeat_bytes(row_a[k]);
+      low_a = multiply_add_bytes(low, here, low_a), high_a = multiply_add_bytes(high, here, high_a);
+      here = repeat_bytes(row_b[k]);
+      low_b = multiply_add_bytes(low, here, low_b), high_b = multiply_add_bytes(high, here, high_b);
+      here = repeat_bytes(row_c[k]);
+      low_c = multiply_add_bytes(low, here, low_c), high_c = multiply_add_bytes(high, here, high_c);
+      here = repeat_bytes(row_d[k]);
+      low_d = multiply_add_bytes(low, here, low_d), high_d = multiply_add_bytes(high, here, high_d);
     }
     const Sum* lse = w_.approx_lse.data();
     use(first, end_of_sum(low_a, lse[first]), end_of_sum(high_a, lse[first]));
