@@ -94,7 +94,7 @@ TABLE(KeyCodeArguments, FIELD(cache), FIELD(pages), FIELD(heads), FIELD(to_key),
       FIELD(threads));
 TABLE(QuantizedQK, FIELD(query), FIELD(position), FIELD(keys), FIELD(dequant_scale), FIELD(seq_len), FIELD(heads), FIELD(tiles),
       FIELD(per_tile), FIELD(rank), FIELD(bins_per_bit), FIELD(threads));
-TABLE(TileScoreBinArguments, FIELD(qk), FIELD(bins), FIELD(tile_starts), FIELD(tile));
+TABLE(TileScoreBinArguments, FIELD(qk), FIELD(all_groups), FIELD(bins), FIELD(tile_starts), FIELD(tile));
 TABLE(LineBinArguments, FIELD(of_key), FIELD(of_distance), FIELD(bins), FIELD(tile_starts), FIELD(seq_len),
       FIELD(heads), FIELD(tiles), FIELD(tile), FIELD(block_size), FIELD(threads));
 TABLE(BinMassArguments, FIELD(bins), FIELD(tile_of_row), FIELD(weights), FIELD(mass), FIELD(seq_len), FIELD(heads),

@@ -161,6 +161,7 @@ struct QuantizedQK {
 
 struct TileScoreBinArguments {
   QuantizedQK qk;
+  const bool* all_groups;      // [heads], approx_lse from all groups of keys
   uint8_t* bins;               // [heads][tiles][seq_len], written: the largest bin over the tile's queries
   const int64_t* tile_starts;  // [tiles + 1], positions
   int32_t tile;  // rows per tile; tiles start at multiples of it, except for the chunk's first

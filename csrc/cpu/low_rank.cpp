@@ -77,7 +77,8 @@ class TileTask {
     own_ = arguments.tile_starts[tile] / arguments.tile * arguments.tile;  // the first key in the tile's own pages
     padded_ = (rows_ + kLanes - 1) / kLanes * kLanes;
     load_queries();
-    find_approx_lse();
+    const auto step = std::clamp<int64_t>(own_ / (kPeakKeys * kLeastGroups), 1, kMaxGroupStep);
+    find_approx_lse(arguments.all_groups[head] ? 1 : step);
     uint8_t* bins = arguments.bins + place * qk_.seq_len;
     for (int64_t first = 0; first < own_; first += kPeakKeys) {
       uint8_t found[kPeakKeys];
@@ -168,8 +169,7 @@ class TileTask {
   }
 
   // The log-sum-exp of a query's largest product in each sampled group, as Python's approx_lse says.
-  void find_approx_lse() {
-    const int64_t step = std::clamp<int64_t>(own_ / (kPeakKeys * kLeastGroups), 1, kMaxGroupStep);
+  void find_approx_lse(int64_t step) {
     const int64_t far = (own_ + kPeakKeys * step - 1) / (kPeakKeys * step);
     const int64_t first = own_ / kPeakKeys, groups = far + (end_ + kPeakKeys - 1) / kPeakKeys - first;
     w_.peaks.assign(groups * padded_, 0);

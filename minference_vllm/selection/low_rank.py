@@ -45,6 +45,8 @@ FIT_ROWS = 2048
 """Queries, and keys, from which dimensions are fitted, at most about."""
 SCORE_ERROR = 1.0
 """Error of a score, in nats, below which more dimensions would not tell keys apart much better."""
+SINGLE_LOOKS, LOOK_STEP = 0.25, 4
+"""Scores of heads with more than that of ``single_looks``, of one measured row in so many, are set against all keys."""
 MOST_COLUMNS = 6144
 """The most single keys of a tile that there is planned room for; lists are written where they stay, and take less
 memory than those of other patterns."""
@@ -82,7 +84,7 @@ class LowRankOps(Protocol):
     def threshold(self, sample: CalibrationRows, mass: torch.Tensor, gamma: float) -> torch.Tensor:
         """``CalibrationRows.threshold``."""
 
-    def tile_bins(self, quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
+    def tile_bins(self, quantized: QuantizedQK, tiling: Tiling, all_groups: torch.Tensor) -> torch.Tensor:
         """See ``score_bins.tile_bins``."""
 
     def line_bins(self, of_key: torch.Tensor, of_distance: torch.Tensor, tiling: Tiling) -> torch.Tensor:
@@ -195,6 +197,15 @@ def fit_step(length: int, rows: int = FIT_ROWS) -> int:
     return math.ceil(length / rows)
 
 
+def single_looks(measured: Measured, tiling: Tiling) -> torch.Tensor:
+    """float32 ``[h]``: the largest share of a row's attention that one key before its tile has, the first ``PEAK_KEYS``
+    apart; the mean over some measured rows. A sample of the keys may miss it."""
+    weights, own = measured.weights[:, ::LOOK_STEP], tiling.first_own()[measured.tile[:, ::LOOK_STEP]]
+    places = torch.arange(weights.shape[2], device=weights.device)
+    near = (places < score_bins.PEAK_KEYS) | (places >= own[..., None])
+    return weights.masked_fill(near, 0.0).amax(2).float().mean(1)
+
+
 def score_keys(
     scores: LowRankOps, measured: Measured, heads: Sequence[int], tiling: Tiling, pattern: LowRank
 ) -> ScoreBins:
@@ -209,9 +220,10 @@ def score_keys(
     keys, low = scores.key_codes(heads, projection), project_queries(queries, projection, scores.scale)
     if pattern.queries:
         chosen = representatives(low, projection.key_size, tiling, pattern.queries)
+        all_groups = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
     else:
-        chosen = all_rows(low, tiling)
-    bins = scores.tile_bins(QuantizedQK.of(*chosen, keys, tiling.num_tiles), tiling)
+        chosen, all_groups = all_rows(low, tiling), single_looks(measured, tiling) > SINGLE_LOOKS
+    bins = scores.tile_bins(QuantizedQK.of(*chosen, keys, tiling.num_tiles), tiling, all_groups)
     bins = score_bins.hide_before_window(bins, tiling)
     mass = scores.mass_by_bin(bins, measured.tile, weights, pattern.samples)
     if pattern.samples:

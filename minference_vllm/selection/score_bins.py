@@ -50,23 +50,21 @@ def group_step(own: int) -> int:
     return min(max(own // (PEAK_KEYS * LEAST_GROUPS), 1), MAX_GROUP_STEP)
 
 
-def approx_lse(scores: torch.Tensor, own: int) -> torch.Tensor:
+def approx_lse(scores: torch.Tensor, own: int, step: int) -> torch.Tensor:
     """What the scores of a tile's queries are set against: close to the softmax's denominator, for one exponential in
     up to 512 keys. It is the log-sum-exp of the largest score of each of some groups of ``PEAK_KEYS`` keys: before the
-    tile of the first, which holds attention sinks, and one in ``group_step``, which stands for as many; and of all in
-    the tile.
-
-    From all keys it selects no better (``docs/estimator.md``).
+    tile of the first, which holds attention sinks, and one in ``step``, which stands for as many; and of all in the
+    tile.
 
     Args:
         scores: float32 ``[n, S]``, in bits, up to the tile's last key; -inf where a query does not look.
         own: the tile's first own key.
+        step: ``group_step``, or 1: all groups.
 
     Returns:
         float32 ``[n, 1]``.
     """
     groups = torch.arange(scores.shape[-1], device=scores.device) // PEAK_KEYS
-    step = group_step(own)
     far = torch.arange(own, device=scores.device)[groups[:own] % step == 0]
     peaks = [_group_peaks(scores[:, far], groups[far] // step)]
     peaks[0][:, 1:] += math.log2(step)
@@ -86,8 +84,11 @@ def as_bins(scores: torch.Tensor) -> torch.Tensor:
     return scores.mul_(BINS_PER_BIT).add_(TOP_BIN).clamp_(0, TOP_BIN).round_().to(torch.uint8)
 
 
-def tile_bins(quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
+def tile_bins(quantized: QuantizedQK, tiling: Tiling, all_groups: torch.Tensor) -> torch.Tensor:
     """The bin of every key for every tile: of its queries the one that gives the key the highest bin decides.
+
+    Args:
+        all_groups: bool ``[h]``: heads whose ``approx_lse`` comes from all groups.
 
     Returns:
         uint8 ``[h, T, S]``: ``TOP_BIN + BINS_PER_BIT * (score - approx_lse)``, rounded; of the tile's own pages
@@ -104,7 +105,7 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
             products = queries[head, tile].float() @ quantized.keys[head, :end].float().T
             # Whole numbers are compared.
             scores = (products * unit).masked_fill_(places[:end] > positions[head, tile, :, None], -torch.inf)
-            lse = approx_lse(scores, own).div_(unit).round_()
+            lse = approx_lse(scores, own, 1 if all_groups[head] else group_step(own)).div_(unit).round_()
             bins[head, tile, :own] = as_bins((products[:, :own] - lse).amax(0).mul_(unit))
         bins[:, tile, own:end] = LOCAL_BIN
     return bins

@@ -178,7 +178,7 @@ def test_bins_are_the_torch_paths(tile: int, rank: int) -> None:
     tiling = Tiling.of(17010, 20011, 64, tile, device="cuda")
     query, keys = torch.randn(3, 3001, rank) * 4 * rank**-0.5, torch.randn(3, 20011, rank)
     chosen = as_quantized(query, keys, tiling), tiling
-    found, right = kernels.tile_bins(*chosen), score_bins.tile_bins(*chosen)
+    found, right = kernels.tile_bins(*chosen), score_bins.tile_bins(*chosen, torch.zeros(3, dtype=torch.bool))
     difference = (found.int() - right.int()).abs()
     assert int(difference.max()) <= 1 and float((difference > 0).float().mean()) < 0.01
 

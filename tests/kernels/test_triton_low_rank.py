@@ -168,7 +168,7 @@ def run_case(
         found = kernels.tile_bins(quantized, tiling)
     finally:
         torch.empty = empty
-    right = hide_before_window(tile_bins(quantized, tiling), tiling)
+    right = hide_before_window(tile_bins(quantized, tiling, torch.zeros(2, dtype=torch.bool)), tiling)
     assert found.shape == right.shape and found.dtype == right.dtype
     difference = (found.int() - right.int()).abs()
     before = (torch.arange(seq_len) < (tiling.starts[:-1] // tile * tile)[:, None]).expand_as(difference)
@@ -330,7 +330,7 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
     from minference_vllm.selection.score_bins import ScoreBins
     from minference_vllm.selection.torch_scores import TorchScores
 
-    low_rank.SCORE_ERROR = 1e-9
+    low_rank.SCORE_ERROR, low_rank.SINGLE_LOOKS = 1e-9, 1.0
     # Of levels, as the kernel's.
     CalibrationRows.threshold = threshold_of_levels  # type: ignore[method-assign]
     CalibrationRows.sampling_threshold = noise_threshold_of_levels  # type: ignore[method-assign]

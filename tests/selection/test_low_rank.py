@@ -186,6 +186,15 @@ def test_more_dimensions_need_fewer_keys() -> None:
     assert found == sorted(found, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "looks"), [(lookups(), True), (neighbours(sink=True), False)], ids=["apart", "near"]
+)
+def test_rows_that_look_at_single_keys_are_noticed(inputs: tuple[torch.Tensor, torch.Tensor], looks: bool) -> None:
+    """No such key is in a sample of groups, so that their scores would be set against too little."""
+    measured = low_rank.Measured.of(scores_of(*inputs), [0], TILING)
+    assert bool(low_rank.single_looks(measured, TILING) > low_rank.SINGLE_LOOKS) == looks
+
+
 @pytest.mark.parametrize("dim", [8, 24, 40])
 def test_head_sizes_that_are_no_multiple_of_16(dim: int) -> None:
     """By the native kernels, too: the quantized queries and keys are filled up with zeros."""

@@ -43,14 +43,16 @@ def scores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
 
 
 @functools.cache
-def quantized_and_exact(name: str, sharpness: float, rank: int, queries: int) -> tuple[QuantizedQK, torch.Tensor]:
+def quantized_and_exact(
+    name: str, sharpness: float, rank: int, queries: int, all_groups: bool
+) -> tuple[QuantizedQK, torch.Tensor]:
     """Random queries and keys, and the reference's bins of them, not rounded."""
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
     quantized = random_quantized(2, tiling, rank, sharpness, queries)
     query, position = (part.unflatten(1, (tiling.num_tiles, -1)) for part in quantized[:2])
     query = query.double() * quantized.bits().double()[..., None, None]
-    steps = [group_step(own) for own in tiling.first_own().tolist()]
+    steps = [1 if all_groups else group_step(own) for own in tiling.first_own().tolist()]
     exact = reference.low_rank_bins(query, position, quantized.keys, tiling, PEAK_KEYS, steps, BINS_PER_BIT)
     return quantized, exact.clamp(0, 254)
 
@@ -62,8 +64,11 @@ def quantized_and_exact(name: str, sharpness: float, rank: int, queries: int) ->
 def test_tile_bins(name: str, sharpness: float, rank: int, queries: int, scores: TorchScores) -> None:
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
-    quantized, exact = quantized_and_exact(name, sharpness, rank, queries)
-    found = scores.tile_bins(quantized, tiling)
+    # One head's scores are set against all keys.
+    quantized, sampled = quantized_and_exact(name, sharpness, rank, queries, all_groups=False)
+    _, whole = quantized_and_exact(name, sharpness, rank, queries, all_groups=True)
+    exact = torch.stack([sampled[0], whole[1]])
+    found = scores.tile_bins(quantized, tiling, torch.tensor([False, True]))
     assert found.dtype == torch.uint8 and found.shape == exact.shape
     places = torch.arange(length)
     own = places >= (tiling.starts[:-1] // tile * tile)[:, None]

@@ -175,6 +175,7 @@ class QuantizedQK(ctypes.Structure):
 class TileScoreBinArguments(ctypes.Structure):
     _fields_ = (
         ("qk", QuantizedQK),
+        ("all_groups", _BoolPtr),
         ("bins", _Uint8Ptr),
         ("tile_starts", _Int64Ptr),
         ("tile", ctypes.c_int32),

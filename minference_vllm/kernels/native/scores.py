@@ -25,7 +25,7 @@ MAX_ROWS = 64
 """Rows that one call takes."""
 
 
-def tile_bins(quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
+def tile_bins(quantized: QuantizedQK, tiling: Tiling, all_groups: torch.Tensor) -> torch.Tensor:
     """``score_bins.tile_bins``."""
     heads, length, rank = quantized.keys.shape
     assert rank % 16 == 0 and all(part.is_contiguous() for part in quantized)
@@ -40,7 +40,9 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling) -> torch.Tensor:
         BINS_PER_BIT,
         torch.get_num_threads(),
     )
-    call = interface.TileScoreBinArguments(described, bins.data_ptr(), tiling.starts.data_ptr(), tiling.tile)
+    call = interface.TileScoreBinArguments(
+        described, all_groups.data_ptr(), bins.data_ptr(), tiling.starts.data_ptr(), tiling.tile
+    )
     library().minference_tile_score_bins(ctypes.byref(call))
     return bins
 
