@@ -27,10 +27,16 @@ def codes(p_rows, o_row, m_row, RANK: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def _add_peaks(b_sum, b_max, b_product, bits, b_more):
+def bits(p_scale, o_tile, m_tile):
+    """What a unit of the products of tiles counts for, in bits."""
+    return tl.load(p_scale + o_tile, mask=m_tile, other=1).to(tl.float32) * BITS_PER_SCALE
+
+
+@triton.jit
+def _add_peaks(b_sum, b_max, b_product, unit, b_more):
     """A running sum of weights and their maximum, ``[M, 4]`` each, with the largest of each thread's products, ``[M,
-    N]``, added: times ``bits``, and ``b_more`` on top."""
-    b_peak = max_in_thread(b_product, 1).to(tl.float32) * bits + b_more
+    N]``, added: times ``unit``, and ``b_more`` on top."""
+    b_peak = max_in_thread(b_product, 1).to(tl.float32) * unit + b_more
     b_new_max = tl.maximum(b_max, b_peak)
     return b_sum * tl.exp2(b_max - b_new_max) + tl.exp2(b_peak - b_new_max), b_new_max
 
@@ -56,7 +62,7 @@ def approx_lse_kernel(
     num_queries = num_tiles * PER_TILE
     p_key += i_head.to(tl.int64) * seq_len * RANK
     b_query = codes(p_query + i_head.to(tl.int64) * num_queries * RANK, o_row, m_row, RANK, R)
-    bits = tl.load(p_scale + i_head * num_tiles + i_tile).to(tl.float32) * BITS_PER_SCALE
+    unit = bits(p_scale, i_head * num_tiles + i_tile, True)
     own = (context_len // TILE + i_tile) * TILE
     step = tl.minimum(tl.maximum(own // (PEAK_KEYS * LEAST_GROUPS), 1), MAX_GROUP_STEP)
     apart, counts_for = PEAK_KEYS * step, tl.log2(step.to(tl.float32))
@@ -69,19 +75,19 @@ def approx_lse_kernel(
         o_key = (i_group + o_group) * apart + o_place
         b_product = tl.dot(b_query, tl.trans(codes(p_key, o_key, o_key >= 0, RANK, R)), out_dtype=tl.int32)
         b_more = tl.where(i_group + o_thread > 0, counts_for, 0.0)[None, :]
-        b_sum, b_max = _add_peaks(b_sum, b_max, b_product, bits, b_more)
+        b_sum, b_max = _add_peaks(b_sum, b_max, b_product, unit, b_more)
     for i_group in range(tl.maximum(first, whole), last, THREADS):
         o_key = (i_group + o_group) * apart + o_place
         b_product = tl.dot(b_query, tl.trans(codes(p_key, o_key, o_key < own, RANK, R)), out_dtype=tl.int32)
         b_more = tl.where(i_group + o_thread > 0, counts_for, 0.0)[None, :]
-        b_sum, b_max = _add_peaks(b_sum, b_max, tl.where((o_key < own)[None, :], b_product, -NEVER), bits, b_more)
+        b_sum, b_max = _add_peaks(b_sum, b_max, tl.where((o_key < own)[None, :], b_product, -NEVER), unit, b_more)
     if i_part == tl.num_programs(2) - 1:
         b_position = tl.load(p_position + i_head * num_queries + o_row, mask=m_row, other=-1)[:, None]
         for i_key in range(own // PEAK_KEYS * PEAK_KEYS, tl.minimum(own + TILE, seq_len), THREADS * PEAK_KEYS):
             o_key = i_key + o_group * PEAK_KEYS + o_place
             b_product = tl.dot(b_query, tl.trans(codes(p_key, o_key, o_key < seq_len, RANK, R)), out_dtype=tl.int32)
             m_seen = (o_key[None, :] >= own) & (o_key[None, :] <= b_position)
-            b_sum, b_max = _add_peaks(b_sum, b_max, tl.where(m_seen, b_product, -NEVER), bits, 0.0)
+            b_sum, b_max = _add_peaks(b_sum, b_max, tl.where(m_seen, b_product, -NEVER), unit, 0.0)
     b_most = tl.max(b_max, 1)
     b_sum = tl.sum(b_sum * tl.exp2(b_max - b_most[:, None]), 1)
     p_lse += (i_head * tl.num_programs(2) + i_part).to(tl.int64) * num_queries

@@ -75,14 +75,25 @@ def units(b_low):
 
 
 @triton.jit
-def quantized(b_low, b_unit):
-    """``projection.quantize_queries`` of ``[M, R]``: codes, and how many bins a unit of their products is, times
-    ``2 ** 15``."""
-    b_scale = tl.ceil(b_unit * UNITS_PER_BIT)
-    b_code = tl.floor(b_low / (b_scale / UNITS_PER_BIT)[:, None] + 0.5)
-    return b_code.to(tl.int8), tl.minimum(b_scale, 32767.0).to(tl.int16)
+def quantized(b_low, unit):
+    """``projection.quantize_queries`` of a tile's ``[M, R]``: codes, and how many bins a unit of their products is,
+    times ``2 ** 15``."""
+    scale = tl.ceil(unit * UNITS_PER_BIT)
+    b_code = tl.floor(b_low / (scale / UNITS_PER_BIT) + 0.5)
+    return b_code.to(tl.int8), tl.minimum(scale, 32767.0).to(tl.int16)
 
 
+@triton.jit
+def _rows_of_tile(
+    p_query, stride_row, b_to_query, first, o_down, chunk, factor, HEAD_SIZE: tl.constexpr, D: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Places in the chunk of a tile's rows, one of them again where there is none, and these in few dimensions."""
+    o_row = tl.minimum(tl.maximum(first + tl.minimum(o_down, TILE - 1), 0), chunk - 1)
+    return o_row, precise_dot(load_rows(p_query, stride_row, o_row, o_row >= 0, HEAD_SIZE, D), b_to_query) * factor
+
+
+# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
 @triton.jit(do_not_specialize=["context_len", "chunk", "num_tiles"])
 def query_codes_kernel(
     p_query, p_heads, p_to_query, p_codes, p_position, p_scale, stride_row, stride_head, context_len, chunk, num_tiles,
@@ -102,20 +113,20 @@ def query_codes_kernel(
     b_to_query = load_projection(p_to_query, i_slot, HEAD_SIZE, D, RANK, R)
     unit = 0.0
     for i_down in range(0, TILE, BLOCK_M):
-        o_row = tl.minimum(tl.maximum(first + tl.minimum(i_down + o_place, TILE - 1), 0), chunk - 1)
-        b_low = precise_dot(load_rows(p_query, stride_row, o_row, o_row >= 0, HEAD_SIZE, D), b_to_query) * factor
+        _, b_low = _rows_of_tile(
+            p_query, stride_row, b_to_query, first, i_down + o_place, chunk, factor, HEAD_SIZE, D, TILE
+        )  # fmt: skip
         unit = tl.maximum(unit, tl.max(units(b_low), 0))
-    b_unit = tl.zeros([BLOCK_M], dtype=tl.float32) + unit
     for i_down in range(0, TILE, BLOCK_M):
-        o_row = tl.minimum(tl.maximum(first + tl.minimum(i_down + o_place, TILE - 1), 0), chunk - 1)
-        b_low = precise_dot(load_rows(p_query, stride_row, o_row, o_row >= 0, HEAD_SIZE, D), b_to_query) * factor
+        o_row, b_low = _rows_of_tile(
+            p_query, stride_row, b_to_query, first, i_down + o_place, chunk, factor, HEAD_SIZE, D, TILE
+        )  # fmt: skip
         o_out, m_out = o_first + i_down + o_place, i_down + o_place < TILE
-        b_code, b_scale = quantized(b_low, b_unit)
-        tl.store(
-            p_codes + o_out[:, None] * RANK + o_rank[None, :], b_code, mask=m_out[:, None] & (o_rank < RANK)[None, :]
-        )
+        b_code, scale = quantized(b_low, unit)
+        m_code = m_out[:, None] & (o_rank < RANK)[None, :]
+        tl.store(p_codes + o_out[:, None] * RANK + o_rank[None, :], b_code, mask=m_code)
         tl.store(p_position + o_out, (context_len + o_row).to(tl.int32), mask=m_out)
-        tl.store(p_scale + i_slot * num_tiles + i_tile, tl.max(b_scale.to(tl.int32), 0).to(tl.int16))
+        tl.store(p_scale + i_slot * num_tiles + i_tile, scale)
 
 
 @triton.jit
@@ -151,6 +162,14 @@ def measured_rows(query: torch.Tensor, heads: Sequence[int], drawn: DrawnRows) -
     return rows
 
 
+def unwritten(heads: int, tiling: Tiling, per_tile: int, keys: torch.Tensor) -> QuantizedQK:
+    """``QuantizedQK`` of so many queries of every tile, to be written, and int8 keys ``[h, S, r]``."""
+    rows = tiling.num_tiles * per_tile
+    codes = torch.empty(heads, rows, keys.shape[2], dtype=torch.int8, device=keys.device)
+    position = torch.empty(heads, rows, dtype=torch.int32, device=keys.device)
+    return QuantizedQK(codes, position, keys, position.new_empty(heads, tiling.num_tiles, dtype=torch.int16))
+
+
 def query_codes(
     query: torch.Tensor,
     heads: Sequence[int],
@@ -168,13 +187,10 @@ def query_codes(
         keys: int8 ``[h, S, r]``, to go with them.
     """
     chunk, _, head_size = query.shape
-    rank, tiles = projection.to_query.shape[2], tiling.num_tiles
-    codes = torch.empty(len(heads), tiles * tiling.tile, rank, dtype=torch.int8, device=query.device)
-    position = torch.empty(codes.shape[:2], dtype=torch.int32, device=query.device)
-    scale = torch.empty(len(heads), tiles, dtype=torch.int16, device=query.device)
+    tiles, found = tiling.num_tiles, unwritten(len(heads), tiling, tiling.tile, keys)
     launcher(query_codes_kernel, (tiles, len(heads)))(
-        query, on_device(heads, query), projection.to_query.contiguous(), codes, position, scale,
-        query.stride(0), query.stride(1), tiling.context_len, chunk, tiles, factor, TILE=tiling.tile,
-        **constants(head_size, rank),
+        query, on_device(heads, query), projection.to_query.contiguous(), found.query, found.position,
+        found.dequant_scale, query.stride(0), query.stride(1), tiling.context_len, chunk, tiles, factor,
+        TILE=tiling.tile, **constants(head_size, keys.shape[2]),
     )  # fmt: skip
-    return QuantizedQK(codes, position, keys, scale)
+    return found

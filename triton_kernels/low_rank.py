@@ -14,7 +14,7 @@ import triton.language as tl
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection.projection import QuantizedQK
 from minference_vllm.triton_kernels import approx_lse, representative_bins
-from minference_vllm.triton_kernels.approx_lse import BITS_PER_SCALE, codes
+from minference_vllm.triton_kernels.approx_lse import NEVER, bits, codes
 from minference_vllm.triton_kernels.in_thread import THREADS
 from minference_vllm.triton_kernels.launch import launcher, major_capability
 from minference_vllm.triton_kernels.representative_bins import LOCAL_BIN, as_bins, below
@@ -22,14 +22,14 @@ from minference_vllm.triton_kernels.representative_bins import LOCAL_BIN, as_bin
 
 @triton.jit
 def _nearest(
-    b_key, p_query, p_lse, bits, first, i_down, num_queries, num_parts, RANK: tl.constexpr, R: tl.constexpr,
+    b_key, p_query, p_lse, unit, first, i_down, num_queries, num_parts, RANK: tl.constexpr, R: tl.constexpr,
     PER_TILE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """How near each key comes to the one of BLOCK_M queries that rates it highest, in units: int32 ``[BLOCK_N]``."""
     o_down = i_down + tl.arange(0, BLOCK_M)
     o_query, m_query = first + o_down, o_down < PER_TILE
     b_query = codes(p_query, o_query, m_query, RANK, R)
-    b_below = below(p_lse, o_query, m_query, bits, num_queries, num_parts)
+    b_below = below(p_lse, o_query, m_query, unit, num_queries, num_parts)
     return tl.max(tl.dot(b_key, tl.trans(b_query), out_dtype=tl.int32) - b_below[None, :], 1)
 
 
@@ -55,20 +55,18 @@ def tile_bins_kernel(
         p_query += i_head.to(tl.int64) * num_queries * RANK
         p_key += i_head.to(tl.int64) * seq_len * RANK
         p_lse += i_head.to(tl.int64) * num_parts * num_queries
-        bits = tl.load(p_scale + i_head * num_tiles + i_tile).to(tl.float32) * BITS_PER_SCALE
+        unit = bits(p_scale, i_head * num_tiles + i_tile, True)
         before, first = tl.minimum(stop, own), i_tile * PER_TILE
         for i_key in range(begin, before, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)
             b_key = codes(p_key, o_key, o_key < before, RANK, R)
-            b_best = _nearest(
-                b_key, p_query, p_lse, bits, first, 0, num_queries, num_parts, RANK, R, PER_TILE, BLOCK_M
-            )  # fmt: skip
-            for i_down in range(BLOCK_M, PER_TILE, BLOCK_M):
-                b_more = _nearest(
-                    b_key, p_query, p_lse, bits, first, i_down, num_queries, num_parts, RANK, R, PER_TILE, BLOCK_M
+            b_best = tl.full([BLOCK_N], -NEVER, dtype=tl.int32)
+            for i_down in tl.static_range(0, PER_TILE, BLOCK_M):
+                b_nearest = _nearest(
+                    b_key, p_query, p_lse, unit, first, i_down, num_queries, num_parts, RANK, R, PER_TILE, BLOCK_M
                 )  # fmt: skip
-                b_best = tl.maximum(b_best, b_more)
-            b_bin = tl.where(o_key >= first_seen, as_bins(b_best.to(tl.float32) * bits), 0.0)
+                b_best = tl.maximum(b_best, b_nearest)
+            b_bin = tl.where(o_key >= first_seen, as_bins(b_best.to(tl.float32) * unit), 0.0)
             tl.store(p_bins + o_key, b_bin.to(tl.uint8), mask=o_key < before)
         for i_key in range(tl.maximum(begin, own), stop, BLOCK_N):
             o_key = i_key + tl.arange(0, BLOCK_N)
@@ -96,7 +94,7 @@ def launch_shape(rank: int, tile: int, per_tile: int, major: int = 9) -> tuple[d
     shape = {"RANK": rank, "R": max(32, triton.next_power_of_2(rank)), "TILE": tile, "PER_TILE": per_tile}
     of_lse = {"BLOCK_M": approx_lse.BLOCK_M, "num_warps": approx_lse.NUM_WARPS}
     tiles = representative_bins.QUERIES // per_tile
-    if 1 < per_tile == 1 << per_tile.bit_length() - 1 and tiles >= THREADS.value:
+    if triton.next_power_of_2(per_tile) == per_tile > 1 and tiles >= THREADS.value:
         # Blackwell's registers would spill.
         keys = representative_bins.BLOCK_N // (2 if major == 10 else 1)
         of_bins = {"TILES": tiles, "STRIP": representative_bins.STRIP, "BLOCK_N": keys, "num_warps": NUM_WARPS}

@@ -11,18 +11,12 @@ import triton
 import triton.language as tl
 
 from minference_vllm.selection import projection, score_bins
-from minference_vllm.triton_kernels.approx_lse import BITS_PER_SCALE, NEVER, codes
+from minference_vllm.triton_kernels.approx_lse import NEVER, bits, codes
 from minference_vllm.triton_kernels.column_diagonal import combined
 from minference_vllm.triton_kernels.in_thread import THREADS, max_in_thread, place_of, thread_of
 
 BINS_PER_BIT = tl.constexpr(projection.BINS_PER_BIT)
 TOP_BIN, LOCAL_BIN = tl.constexpr(score_bins.TOP_BIN), tl.constexpr(score_bins.LOCAL_BIN)
-
-
-@triton.jit
-def bits(p_scale, o_tile, m_tile):
-    """What a unit of the products of tiles counts for, in bits."""
-    return tl.load(p_scale + o_tile, mask=m_tile, other=1).to(tl.float32) * BITS_PER_SCALE
 
 
 @triton.jit

@@ -11,7 +11,14 @@ import triton.language as tl
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection import tile_queries
 from minference_vllm.selection.projection import Projection, QuantizedQK
-from minference_vllm.triton_kernels.chunk_queries import constants, load_projection, load_rows, quantized, units
+from minference_vllm.triton_kernels.chunk_queries import (
+    constants,
+    load_projection,
+    load_rows,
+    quantized,
+    units,
+    unwritten,
+)
 from minference_vllm.triton_kernels.column_diagonal import on_device
 from minference_vllm.triton_kernels.key_codes import precise_dot
 from minference_vllm.triton_kernels.launch import launcher
@@ -61,7 +68,7 @@ def representatives_kernel(
         b_farthest = b_distance
     # One unit for all of them: products are compared as whole numbers.
     unit = tl.max(tl.where(b_order < COUNT, b_unit, 0.0), 0)
-    b_code, b_scale = quantized(b_low, tl.zeros([BLOCK_M], dtype=tl.float32) + unit)
+    b_code, scale = quantized(b_low, unit)
     o_first = (i_slot * num_tiles + i_tile).to(tl.int64) * COUNT
     o_code, o_again = o_first + b_order, o_first + o_count
     m_code, m_again = (b_order < COUNT)[:, None] & m_rank[None, :], (b_again > 0)[:, None] & m_rank[None, :]
@@ -73,7 +80,7 @@ def representatives_kernel(
     first = tl.sum(tl.where(b_order == 0, b_position, 0), 0)
     tl.store(p_position + o_code, b_position, mask=b_order < COUNT)
     tl.store(p_position + o_again, tl.zeros([COUNT], dtype=tl.int32) + first, mask=b_again > 0)
-    tl.store(p_scale + i_slot * num_tiles + i_tile, tl.max(b_scale.to(tl.int32), 0).to(tl.int16))
+    tl.store(p_scale + i_slot * num_tiles + i_tile, scale)
 
 
 def launch_shape(head_size: int, rank: int, tile: int, count: int) -> dict[str, int]:
@@ -100,13 +107,10 @@ def representative_codes(
         keys: int8 ``[h, S, r]``, to go with them.
         count: a power of two.
     """
-    head_size, rank, rows = query.shape[2], projection.to_query.shape[2], tiling.num_tiles * count
-    codes = torch.empty(len(heads), rows, rank, dtype=torch.int8, device=query.device)
-    position = torch.empty(len(heads), rows, dtype=torch.int32, device=query.device)
-    scale = torch.empty(len(heads), tiling.num_tiles, dtype=torch.int16, device=query.device)
+    found = unwritten(len(heads), tiling, count, keys)
     launcher(representatives_kernel, (tiling.num_tiles, len(heads)))(
-        query, on_device(heads, query), projection.to_query.contiguous(), projection.key_size.contiguous(), codes,
-        position, scale, query.stride(0), query.stride(1), tiling.context_len, tiling.seq_len, tiling.num_tiles, factor,
-        **launch_shape(head_size, rank, tiling.tile, count),
+        query, on_device(heads, query), projection.to_query.contiguous(), projection.key_size.contiguous(), found.query,
+        found.position, found.dequant_scale, query.stride(0), query.stride(1), tiling.context_len, tiling.seq_len,
+        tiling.num_tiles, factor, **launch_shape(query.shape[2], keys.shape[2], tiling.tile, count),
     )  # fmt: skip
-    return QuantizedQK(codes, position, keys, scale)
+    return found

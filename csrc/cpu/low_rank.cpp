@@ -172,7 +172,7 @@ class TileTask {
   void find_approx_lse(int64_t step) {
     const int64_t far = (own_ + kPeakKeys * step - 1) / (kPeakKeys * step);
     const int64_t first = own_ / kPeakKeys, groups = far + (end_ + kPeakKeys - 1) / kPeakKeys - first;
-    w_.peaks.assign(groups * padded_, 0);
+    w_.peaks.resize(groups * padded_);
     for (int64_t i = 0; i < groups; ++i) {
       const bool before = i < far;
       const int64_t group = before ? i * step : first + i - far, start = group * kPeakKeys;

@@ -54,8 +54,8 @@ def representatives(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling, c
         count: of each tile.
 
     Returns:
-        Of each tile the row most unlike their mean, then ever the one farthest from all
-        before it; where there are no more, one of them again.
+        Of each tile the row most unlike their mean, then ever the one farthest from all before it; where there are no
+        more, one of them again.
     """
     step = candidate_step(tiling.tile)
     starts = tiling.starts - tiling.context_len
