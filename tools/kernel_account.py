@@ -317,15 +317,15 @@ def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
         kernels[f"share_levels{name}"] = calibration.share_levels_kernel, own, shared | squared
         kernels[f"threshold{name}"] = thresholds.threshold_kernel, own, of_thresholds | squared
         kernels[f"key_lists{name}"] = key_lists.key_lists_kernel, LISTS, drawn
-    for per_tile, name in ((TILE, ""), (REPRESENTATIVES, " representatives")):
-        of_lse, bins_kernel, of_bins = low_rank.launch_shape(rank, TILE, per_tile, arch // 10)
-        kernels[f"approx_lse{name}"] = approx_lse.approx_lse_kernel, quantized, of_lse
+    for count, name in ((0, ""), (REPRESENTATIVES, " representatives")):
+        of_lse, bins_kernel, of_bins = low_rank.launch_shape(rank, TILE, TILE, count, arch // 10)
+        kernels["approx_lse"] = approx_lse.approx_lse_kernel, quantized, of_lse
         kernels[f"bins{name}"] = bins_kernel, quantized, of_bins
     found = []
     for name, (function, kinds, shape) in kernels.items():
         constants = {key: value for key, value in shape.items() if key in function.arg_names}
         types = variant.types(function) | {key: kind for key, kind in kinds.items() if key in function.arg_names}
-        warps = shape.get("num_warps", low_rank.NUM_WARPS)
+        warps = shape["num_warps"]
         stages = shape.get("num_stages", 3)
         compiled = compile_kernel(function, types, constants, arch, num_warps=warps, num_stages=stages)
         found.append(account(name, f"rank={rank}", default, compiled, arch))

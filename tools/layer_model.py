@@ -77,7 +77,7 @@ def parts(length: int) -> dict[str, Work]:
     # Of some groups of keys, and of the tiles' own keys.
     asked = approx_lse.most_groups(length) * score_bins.PEAK_KEYS + TILE
     sampled = float(tiles) * asked * approx_lse.BLOCK_M * HEADS
-    of_rows, _, of_bins = low_rank.launch_shape(RANK, TILE, REPRESENTATIVES)
+    of_rows, _, of_bins = low_rank.launch_shape(RANK, TILE, TILE, REPRESENTATIVES)
     codes = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16", "p_position": "*i32"}
     of_measured = {"BLOCK_N": calibration.BLOCK_N, "WITH_SOFTCAP": False, "TILE": TILE, "SQUARED": True}
     of_measured["num_warps"] = calibration.NUM_WARPS

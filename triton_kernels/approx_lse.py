@@ -44,21 +44,23 @@ def _add_peaks(b_sum, b_max, b_product, unit, b_more):
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
 @triton.jit(do_not_specialize=["context_len", "seq_len", "num_tiles"])
 def approx_lse_kernel(
-    p_query, p_position, p_key, p_scale, p_lse, context_len, seq_len, num_tiles, groups_per_part, RANK: tl.constexpr,
-    R: tl.constexpr, TILE: tl.constexpr, PER_TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+    p_query, p_position, p_count, p_key, p_scale, p_lse, context_len, seq_len, num_tiles, groups_per_part,
+    RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, PER_TILE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one tile of one head, over one part of the groups before the tile; the last part
     has the tile's own keys, too.
 
-    Each thread has a group of its own, four at a time. ``p_position`` is int32 ``[h, T * PER_TILE]``, ``p_scale`` int16
-    ``[h, T]``, ``p_lse`` float32 ``[h, parts, T * PER_TILE]``, in bits. Parts are multiples of four groups.
+    Each thread has a group of its own, four at a time. ``p_position`` is int32 ``[h, T * PER_TILE]``, ``p_count`` int32
+    and ``p_scale`` int16 ``[h, T]``, ``p_lse`` float32 ``[h, parts, T * PER_TILE]``, in bits, written as far as there
+    are queries. Parts are multiples of four groups.
     """
     BLOCKS: tl.constexpr = (PER_TILE + BLOCK_M - 1) // BLOCK_M
     i_tile, i_head, i_part = tl.program_id(0) // BLOCKS, tl.program_id(1), tl.program_id(2)
     o_down = tl.program_id(0) % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     o_column = tl.arange(0, THREADS * PEAK_KEYS)
     o_group, o_place, o_thread = thread_of(o_column), place_of(o_column), tl.arange(0, THREADS)
-    m_row, o_row = o_down < PER_TILE, i_tile * PER_TILE + o_down
+    count = tl.load(p_count + i_head * num_tiles + i_tile)
+    m_row, o_row = o_down < count, i_tile * PER_TILE + o_down
     num_queries = num_tiles * PER_TILE
     p_key += i_head.to(tl.int64) * seq_len * RANK
     b_query = codes(p_query + i_head.to(tl.int64) * num_queries * RANK, o_row, m_row, RANK, R)
@@ -68,8 +70,10 @@ def approx_lse_kernel(
     apart, counts_for = PEAK_KEYS * step, tl.log2(step.to(tl.float32))
     b_sum = tl.zeros([BLOCK_M, THREADS], dtype=tl.float32)
     b_max = tl.full([BLOCK_M, THREADS], -3e38, dtype=tl.float32)
+    # A tile's last programs often have no query.
+    there = tl.program_id(0) % BLOCKS * BLOCK_M < count
     first = i_part * groups_per_part
-    last = tl.minimum(first + groups_per_part, tl.cdiv(own, apart))
+    last = tl.where(there, tl.minimum(first + groups_per_part, tl.cdiv(own, apart)), 0)
     whole = tl.minimum(last, own // apart // THREADS * THREADS)
     for i_group in range(first, whole, THREADS):
         o_key = (i_group + o_group) * apart + o_place
@@ -81,7 +85,7 @@ def approx_lse_kernel(
         b_product = tl.dot(b_query, tl.trans(codes(p_key, o_key, o_key < own, RANK, R)), out_dtype=tl.int32)
         b_more = tl.where(i_group + o_thread > 0, counts_for, 0.0)[None, :]
         b_sum, b_max = _add_peaks(b_sum, b_max, tl.where((o_key < own)[None, :], b_product, -NEVER), unit, b_more)
-    if i_part == tl.num_programs(2) - 1:
+    if there & (i_part == tl.num_programs(2) - 1):
         b_position = tl.load(p_position + i_head * num_queries + o_row, mask=m_row, other=-1)[:, None]
         for i_key in range(own // PEAK_KEYS * PEAK_KEYS, tl.minimum(own + TILE, seq_len), THREADS * PEAK_KEYS):
             o_key = i_key + o_group * PEAK_KEYS + o_place

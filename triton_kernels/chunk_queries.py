@@ -84,44 +84,40 @@ def quantized(b_low, unit):
 
 
 @triton.jit
-def _rows_of_tile(
-    p_query, stride_row, b_to_query, first, o_down, chunk, factor, HEAD_SIZE: tl.constexpr, D: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Places in the chunk of a tile's rows, one of them again where there is none, and these in few dimensions."""
-    o_row = tl.minimum(tl.maximum(first + tl.minimum(o_down, TILE - 1), 0), chunk - 1)
-    return o_row, precise_dot(load_rows(p_query, stride_row, o_row, o_row >= 0, HEAD_SIZE, D), b_to_query) * factor
+def _rows_of_tile(p_query, stride_row, b_to_query, o_row, end, factor, HEAD_SIZE: tl.constexpr, D: tl.constexpr):
+    """A tile's rows, which lie before ``end``, in few dimensions; zeros where there is none."""
+    return precise_dot(load_rows(p_query, stride_row, o_row, o_row < end, HEAD_SIZE, D), b_to_query) * factor
 
 
 # Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
 @triton.jit(do_not_specialize=["context_len", "chunk", "num_tiles"])
 def query_codes_kernel(
-    p_query, p_heads, p_to_query, p_codes, p_position, p_scale, stride_row, stride_head, context_len, chunk, num_tiles,
-    factor, HEAD_SIZE: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    p_query, p_heads, p_to_query, p_codes, p_position, p_count, p_scale, stride_row, stride_head, context_len, chunk,
+    num_tiles, factor, HEAD_SIZE: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: the queries of one tile of one head in RANK dimensions; one of them again where there are fewer.
+    """One program: the queries of one tile of one head in RANK dimensions.
 
     ``p_to_query`` is float32 ``[h, HEAD_SIZE, RANK]``, ``p_codes`` int8 ``[h, T * TILE, RANK]``, ``p_position`` int32
-    ``[h, T * TILE]``, ``p_scale`` int16 ``[h, T]``.
+    ``[h, T * TILE]``, ``p_count`` int32 and ``p_scale`` int16 ``[h, T]``.
     """
     i_tile, i_slot = tl.program_id(0), tl.program_id(1)
     o_place, o_rank = tl.arange(0, BLOCK_M), tl.arange(0, R)
     p_query += tl.load(p_heads + i_slot).to(tl.int64) * stride_head
-    first = (context_len // TILE + i_tile) * TILE - context_len
+    aligned = (context_len // TILE + i_tile) * TILE - context_len
+    first, end = tl.maximum(aligned, 0), tl.minimum(aligned + TILE, chunk)
     o_first = (i_slot * num_tiles + i_tile).to(tl.int64) * TILE
+    tl.store(p_count + i_slot * num_tiles + i_tile, (end - first).to(tl.int32))
     b_to_query = load_projection(p_to_query, i_slot, HEAD_SIZE, D, RANK, R)
     unit = 0.0
     for i_down in range(0, TILE, BLOCK_M):
-        _, b_low = _rows_of_tile(
-            p_query, stride_row, b_to_query, first, i_down + o_place, chunk, factor, HEAD_SIZE, D, TILE
-        )  # fmt: skip
+        o_row = first + i_down + o_place
+        b_low = _rows_of_tile(p_query, stride_row, b_to_query, o_row, end, factor, HEAD_SIZE, D)
         unit = tl.maximum(unit, tl.max(units(b_low), 0))
     for i_down in range(0, TILE, BLOCK_M):
-        o_row, b_low = _rows_of_tile(
-            p_query, stride_row, b_to_query, first, i_down + o_place, chunk, factor, HEAD_SIZE, D, TILE
-        )  # fmt: skip
-        o_out, m_out = o_first + i_down + o_place, i_down + o_place < TILE
+        o_row = first + i_down + o_place
+        b_low = _rows_of_tile(p_query, stride_row, b_to_query, o_row, end, factor, HEAD_SIZE, D)
+        o_out, m_out = o_first + i_down + o_place, o_row < end
         b_code, scale = quantized(b_low, unit)
         m_code = m_out[:, None] & (o_rank < RANK)[None, :]
         tl.store(p_codes + o_out[:, None] * RANK + o_rank[None, :], b_code, mask=m_code)
@@ -163,11 +159,12 @@ def measured_rows(query: torch.Tensor, heads: Sequence[int], drawn: DrawnRows) -
 
 
 def unwritten(heads: int, tiling: Tiling, per_tile: int, keys: torch.Tensor) -> QuantizedQK:
-    """``QuantizedQK`` of so many queries of every tile, to be written, and int8 keys ``[h, S, r]``."""
+    """``QuantizedQK`` with room for so many queries of every tile, to be written, and int8 keys ``[h, S, r]``."""
     rows = tiling.num_tiles * per_tile
     codes = torch.empty(heads, rows, keys.shape[2], dtype=torch.int8, device=keys.device)
     position = torch.empty(heads, rows, dtype=torch.int32, device=keys.device)
-    return QuantizedQK(codes, position, keys, position.new_empty(heads, tiling.num_tiles, dtype=torch.int16))
+    count, scale = (position.new_empty(heads, tiling.num_tiles, dtype=dtype) for dtype in (torch.int32, torch.int16))
+    return QuantizedQK(codes, position, count, keys, scale)
 
 
 def query_codes(
@@ -190,7 +187,7 @@ def query_codes(
     tiles, found = tiling.num_tiles, unwritten(len(heads), tiling, tiling.tile, keys)
     launcher(query_codes_kernel, (tiles, len(heads)))(
         query, on_device(heads, query), projection.to_query.contiguous(), found.query, found.position,
-        found.dequant_scale, query.stride(0), query.stride(1), tiling.context_len, chunk, tiles, factor,
+        found.count, found.dequant_scale, query.stride(0), query.stride(1), tiling.context_len, chunk, tiles, factor,
         TILE=tiling.tile, **constants(head_size, keys.shape[2]),
     )  # fmt: skip
     return found

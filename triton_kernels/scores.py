@@ -80,7 +80,7 @@ class TritonScores(TorchScores):
             scored = representative_codes(query, heads, projection, factor, codes, tiling, pattern.queries)
         else:
             scored = query_codes(query, heads, projection, factor, codes, tiling)
-        bins = low_rank.tile_bins(scored, tiling)
+        bins = low_rank.tile_bins(scored, tiling, pattern.queries)
         levels = calibration.share_levels(
             inputs, query, heads, rows, tiling, bins, self._value_norms, squared=pattern.samples
         )

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from minference_vllm.patterns.kinds import LowRank
-from minference_vllm.selection.measured_rows import MOST_MISSED, STANDARD_ERRORS, DrawnRows
+from minference_vllm.selection.measured_rows import MOST_MISSED, MOST_NOISE, STANDARD_ERRORS, DrawnRows
 from minference_vllm.selection.projection import BINS_PER_BIT
 from minference_vllm.selection.score_bins import MAX_CODE
 from minference_vllm.triton_kernels.calibration import FIRST_KNOT, LEVELS, NUM_LEVELS, RAMP
@@ -128,7 +128,7 @@ def thresholds(levels: torch.Tensor, drawn: DrawnRows, pattern: LowRank) -> torc
     found = torch.empty(heads, dtype=torch.int32, device=levels.device)
     missable, most = 1 - pattern.gamma, min(1.0, MOST_MISSED * (1 - pattern.gamma))
     if pattern.samples:
-        missable, most = pattern.noise**2, (MOST_MISSED * pattern.noise) ** 2
+        missable, most = pattern.noise**2, (MOST_NOISE * pattern.noise) ** 2
     launcher(threshold_kernel, (heads,))(
         levels, found, drawn.sampled, drawn.last, num_rows, parts, missable, most, STANDARD_ERRORS, ROWS=ROWS,
         SQUARED=pattern.samples, num_warps=NUM_WARPS,

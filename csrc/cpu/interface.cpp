@@ -92,8 +92,8 @@ TABLE(ColumnDiagonalArguments, FIELD(row_arguments), FIELD(group_starts), FIELD(
 TABLE(KeyCodeArguments, FIELD(cache), FIELD(pages), FIELD(heads), FIELD(to_key), FIELD(center), FIELD(codes),
       FIELD(seq_len), FIELD(num_heads), FIELD(num_wanted), FIELD(rank), FIELD(max_code), FIELD(max_norm),
       FIELD(threads));
-TABLE(QuantizedQK, FIELD(query), FIELD(position), FIELD(keys), FIELD(dequant_scale), FIELD(seq_len), FIELD(heads), FIELD(tiles),
-      FIELD(per_tile), FIELD(rank), FIELD(bins_per_bit), FIELD(threads));
+TABLE(QuantizedQK, FIELD(query), FIELD(position), FIELD(count), FIELD(keys), FIELD(dequant_scale), FIELD(seq_len),
+      FIELD(heads), FIELD(tiles), FIELD(per_tile), FIELD(rank), FIELD(bins_per_bit), FIELD(threads));
 TABLE(TileScoreBinArguments, FIELD(qk), FIELD(all_groups), FIELD(bins), FIELD(tile_starts), FIELD(tile));
 TABLE(LineBinArguments, FIELD(of_key), FIELD(of_distance), FIELD(bins), FIELD(tile_starts), FIELD(seq_len),
       FIELD(heads), FIELD(tiles), FIELD(tile), FIELD(block_size), FIELD(threads));

@@ -149,11 +149,12 @@ struct KeyCodeArguments {
 struct QuantizedQK {
   const int8_t* query;           // [heads][tiles][per_tile][rank], -63 to 63
   const int32_t* position;       // [heads][tiles][per_tile], of the queries in the sequence
+  const int32_t* count;          // [heads][tiles], queries of a tile, from 1 to per_tile
   const int8_t* keys;            // [heads][seq_len][rank]
   const int16_t* dequant_scale;  // [heads][tiles], bins per unit of a product, times 2^15
   int64_t seq_len;
   int32_t heads, tiles;
-  int32_t per_tile;    // queries of a tile
+  int32_t per_tile;    // room for queries of a tile
   int32_t rank;        // a multiple of 16, at most 256
   float bins_per_bit;  // bins between a weight and twice that weight
   int32_t threads;

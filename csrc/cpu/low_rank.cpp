@@ -68,10 +68,11 @@ class KeysInLanes {
 class TileTask {
  public:
   TileTask(const TileScoreBinArguments& arguments, const KeysInLanes& keys, ByteWorkspace& space, int head, int tile)
-      : qk_(arguments.qk), keys_(keys), w_(space), rows_(qk_.per_tile), head_(head) {
+      : qk_(arguments.qk), keys_(keys), w_(space), head_(head) {
     const int64_t place = static_cast<int64_t>(head) * qk_.tiles + tile;
-    query_ = qk_.query + place * rows_ * qk_.rank;
-    position_ = qk_.position + place * rows_;
+    rows_ = qk_.count[place];
+    query_ = qk_.query + place * qk_.per_tile * qk_.rank;
+    position_ = qk_.position + place * qk_.per_tile;
     dequant_scale_ = qk_.dequant_scale[place];
     end_ = arguments.tile_starts[tile + 1];
     own_ = arguments.tile_starts[tile] / arguments.tile * arguments.tile;  // the first key in the tile's own pages

@@ -223,7 +223,7 @@ def score_keys(
         all_groups = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
     else:
         chosen, all_groups = all_rows(low, tiling), single_looks(measured, tiling) > SINGLE_LOOKS
-    bins = scores.tile_bins(QuantizedQK.of(*chosen, keys, tiling.num_tiles), tiling, all_groups)
+    bins = scores.tile_bins(QuantizedQK.of(*chosen, keys), tiling, all_groups)
     bins = score_bins.hide_before_window(bins, tiling)
     mass = scores.mass_by_bin(bins, measured.tile, weights, pattern.samples)
     if pattern.samples:
@@ -249,7 +249,7 @@ class LowRankFamily(Family[LowRank]):
     def selection_bytes(self, pattern: LowRank, tiles: int, seq_len: int, key_blocks: int, columns: int) -> int:
         # A bin for every tile and key, keys and queries in few dimensions, the queries' positions and partial sums,
         # counts of pages; and what is measured of rows, and of moments, whatever the length.
-        queries = tiles * (pattern.queries or DEFAULT_TILE)
+        queries = tiles * DEFAULT_TILE
         scores = (tiles + pattern.rank) * seq_len + queries * (pattern.rank + 8 + 4 * seq_len // (1 << 16))
         return scores + 4 * tiles * key_blocks + (4 << 20)
 

@@ -29,6 +29,9 @@ UNLIKE_ROWS = 64
 other row looks are in no sample."""
 MOST_MISSED = 1.5
 """A single one of the last and the unlike rows may miss so many times what their mean may."""
+MOST_NOISE = 3.0
+"""Where keys are sampled, such a row may err so many times as much as their mean: that the draw of one small key
+decides of it is no reason to draw more of all, and a key with a fifth of it is taken nine times of ten."""
 STANDARD_ERRORS = 2.5
 """How far the mean of the other rows, which are a sample, must lie above what is wanted."""
 LEAST_NORM, LARGEST_NORM = 1e-20, 1e20
@@ -73,7 +76,7 @@ class CalibrationRows(NamedTuple):
     def sampling_threshold(self, squares: torch.Tensor, noise: float) -> torch.Tensor:
         """int32 ``[h]``: the highest bin below which keys may be sampled (``score_bins.sampled_keys``), so that the
         output of every group errs no more than that, as a share of itself and root of the mean square over its rows,
-        and no row of the last and the unlike ones ``MOST_MISSED`` times as much; 0 where there is none.
+        and no row of the last and the unlike ones ``MOST_NOISE`` times as much; 0 where there is none.
 
         Args:
             squares: float32 ``[h, R, 256]``, of shares, see ``score_bins.mass_by_bin``.
@@ -84,7 +87,7 @@ class CalibrationRows(NamedTuple):
         for group in self.others:
             suffices &= _of_rows(variance, group).mean(1) <= limit
         if self.others:
-            suffices &= _of_rows(variance, torch.cat(self.others, 1)).amax(1) <= MOST_MISSED**2 * limit
+            suffices &= _of_rows(variance, torch.cat(self.others, 1)).amax(1) <= MOST_NOISE**2 * limit
         return suffices[:, 1 : score_bins.TOP_BIN + 1].cumprod(1).sum(1, dtype=torch.int32)
 
     def alone(self) -> torch.Tensor:

@@ -50,9 +50,12 @@ class QuantizedQK(NamedTuple):
     """
 
     query: torch.Tensor
-    """int8 ``[h, T * n, r]``, at most ``MAX_QUERY`` in size: ``n`` of every query tile, all its rows or some."""
+    """int8 ``[h, T * n, r]``, at most ``MAX_QUERY`` in size: of every query tile all rows or some, with room for
+    ``n``."""
     position: torch.Tensor
     """int32 ``[h, T * n]``: theirs in the sequence."""
+    count: torch.Tensor
+    """int32 ``[h, T]``: how many of a tile there are; what comes after them counts for nothing."""
     keys: torch.Tensor
     """int8 ``[h, S, r]``."""
     dequant_scale: torch.Tensor
@@ -60,15 +63,14 @@ class QuantizedQK(NamedTuple):
     them, so that their products are compared as they are."""
 
     @classmethod
-    def of(cls, low: torch.Tensor, position: torch.Tensor, keys: torch.Tensor, tiles: int) -> QuantizedQK:
-        """Of queries in few dimensions, float32 ``[h, T * n, r]`` (see ``project_queries``; overwritten), their
-        positions, and quantized keys."""
-        query, dequant_scale = quantize_queries(low, tiles)
-        return cls(query, position, keys, dequant_scale)
+    def of(cls, low: torch.Tensor, position: torch.Tensor, count: torch.Tensor, keys: torch.Tensor) -> QuantizedQK:
+        """Of ``TileQueries`` (``low`` is overwritten) and quantized keys."""
+        query, dequant_scale = quantize_queries(low, count.shape[1])
+        return cls(query, position, count, keys, dequant_scale)
 
     @property
     def per_tile(self) -> int:
-        """``n``, queries of a tile."""
+        """``n``, the most queries of a tile."""
         return self.query.shape[1] // self.dequant_scale.shape[1]
 
     def bits(self) -> torch.Tensor:

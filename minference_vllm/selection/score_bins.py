@@ -102,9 +102,11 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, all_groups: torch.Tensor) 
         own = begin // tiling.tile * tiling.tile
         for head in range(heads):
             unit = bits[head, tile]
-            products = queries[head, tile].float() @ quantized.keys[head, :end].float().T
+            asked = queries[head, tile, : quantized.count[head, tile]].float()
+            products = asked @ quantized.keys[head, :end].float().T
             # Whole numbers are compared.
-            scores = (products * unit).masked_fill_(places[:end] > positions[head, tile, :, None], -torch.inf)
+            position = positions[head, tile, : quantized.count[head, tile], None]
+            scores = (products * unit).masked_fill_(places[:end] > position, -torch.inf)
             lse = approx_lse(scores, own, 1 if all_groups[head] else group_step(own)).div_(unit).round_()
             bins[head, tile, :own] = as_bins((products[:, :own] - lse).amax(0).mul_(unit))
         bins[:, tile, own:end] = LOCAL_BIN

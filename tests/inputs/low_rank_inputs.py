@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from minference_vllm.core.tiling import Tiling
-from minference_vllm.selection.measured_rows import MOST_MISSED, STANDARD_ERRORS, CalibrationRows
+from minference_vllm.selection.measured_rows import MOST_MISSED, MOST_NOISE, STANDARD_ERRORS, CalibrationRows
 from minference_vllm.selection.projection import Projection, QuantizedQK, for_int8, project_queries, quantize_keys
 from minference_vllm.selection.tile_queries import TileQueries, all_rows
 
@@ -31,27 +31,36 @@ TILINGS = {
 
 
 def random_quantized(heads: int, tiling: Tiling, rank: int, sharpness: float, queries: int = 0) -> QuantizedQK:
-    """So many random queries of every tile, or its rows, and keys."""
+    """Up to so many random queries of every tile, or its rows, and keys."""
     length, chunk = tiling.seq_len, tiling.seq_len - tiling.context_len
     generator = torch.Generator().manual_seed(length + rank)
     query = torch.randn(heads, queries * tiling.num_tiles or chunk, rank, generator=generator) * sharpness
-    return as_quantized(query, torch.randn(heads, length, rank, generator=generator), tiling, queries)
+    keys = torch.randn(heads, length, rank, generator=generator)
+    return as_quantized(query, keys, tiling, queries, few=queries // 2)
 
 
-def as_quantized(query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, queries: int = 0) -> QuantizedQK:
-    """Of so many queries of every tile, which see all of it, or of its rows, and keys ``[h, S, r]`` whose products are
-    in bits.
+def as_quantized(
+    query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, queries: int = 0, few: int = 0
+) -> QuantizedQK:
+    """Of up to so many queries of every tile, which see all of it, or of its rows, and keys ``[h, S, r]`` whose
+    products are in bits.
 
     Args:
         query: ``[h, T * queries, r]``, or ``[h, chunk, r]``.
+        few: every third tile has all of its queries, and others so many, or half; 0: all have all.
     """
-    rows = TileQueries(query, (tiling.starts[1:].int() - 1).repeat_interleave(queries).repeat(len(query), 1))
-    rows = rows if queries else all_rows(query, tiling)
+    if not queries:
+        rows = all_rows(query, tiling)
+    else:
+        seen = (tiling.starts[1:].int() - 1).repeat_interleave(queries).repeat(len(query), 1)
+        kinds = torch.tensor([queries, few or queries, few // 2 or queries], dtype=torch.int32)
+        count = kinds[torch.arange(len(query) * tiling.num_tiles) % 3].view(len(query), -1)
+        rows = TileQueries(query, seen, count)
     same = torch.eye(query.shape[2]).expand(len(query), -1, -1)
     none = torch.zeros(len(query), 1, query.shape[2])
     projection = for_int8(Projection(same, same, none, none + 1), keys)
     low = project_queries(rows.low, projection, math.log(2))
-    return QuantizedQK.of(low, rows.position, quantize_keys(keys, projection), tiling.num_tiles)
+    return QuantizedQK.of(low, rows.position, rows.count, quantize_keys(keys, projection))
 
 
 def lookups(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +110,7 @@ def noise_threshold_of_levels(sample: CalibrationRows, squares: torch.Tensor, no
     for ramp, weight in enumerate(WEIGHTS.value):
         variance = variance + weight * below[..., (levels - ramp).clamp(min=0)]
     assert isinstance(variance, torch.Tensor)
-    return _between_levels(sample, variance, knots().tolist(), noise**2, (MOST_MISSED * noise) ** 2)
+    return _between_levels(sample, variance, knots().tolist(), noise**2, (MOST_NOISE * noise) ** 2)
 
 
 def knots() -> torch.Tensor:

@@ -33,6 +33,24 @@ CASES: dict[str, dict[str, Any]] = {
         "per_tile": 16,
     },
     "representatives, long": {"seq_len": 6300, "context_len": 6201, "page": 16, "tile": 48, "per_tile": 16},
+    "all rows of some tiles": {
+        "seq_len": 907,
+        "context_len": 250,
+        "page": 32,
+        "tile": 64,
+        "per_tile": 64,
+        "few": 16,
+        "window": 500,
+    },
+    "all rows of some tiles, rank 32": {
+        "seq_len": 800,
+        "context_len": 0,
+        "page": 48,
+        "tile": 144,
+        "rank": 32,
+        "per_tile": 72,
+        "few": 32,
+    },
     "long before a chunk, all rows": {"seq_len": 4400, "context_len": 4370, "page": 16, "tile": 48},
     "a window": {"seq_len": 700, "context_len": 401, "page": 32, "tile": 64, "window": 200},
     "beyond the bins' reach": {"seq_len": 400, "context_len": 200, "page": 32, "tile": 64, "spread": 30.0},
@@ -53,6 +71,7 @@ FIT_CASES: dict[str, dict[str, Any]] = {
     "head size 80, rank 48": {"seq_len": 200, "page": 32, "head_size": 80, "rank": 48},
     "FP8 keys with a scale": {"seq_len": 350, "page": 48, "fp8": True, "tile": 144, "context_len": 100},
     "a chunk within one tile": {"seq_len": 190, "page": 32, "tile": 128, "context_len": 130, "rank": 16},
+    "rows that are much alike": {"seq_len": 301, "page": 16, "context_len": 131, "rank": 16, "spread": 0.1},
     "a few rows": {"seq_len": 67, "page": 32, "context_len": 60},
     "keys alike": {"seq_len": 200, "page": 32, "degenerate": "keys alike"},
     "queries of zero": {"seq_len": 200, "page": 32, "degenerate": "queries of zero"},
@@ -93,6 +112,8 @@ def test_rows_dimensions_and_codes_are_the_torch_paths(interpreted: dict[str, An
     # Elements are those of int8.
     assert found["their positions"] < 0.02
     assert max(found["representatives"]) < 0.02
+    assert found["counts"][0] == found["counts"][1]
+    assert (max(found["counts"][0]) > 16) == (name not in ("a few rows", "rows that are much alike"))
 
 
 @pytest.mark.parametrize("case", INDEX_CASES, ids=str)
@@ -119,9 +140,9 @@ def test_tensors_that_do_not_fit_are_refused(name: str) -> None:
     scale = torch.ones(1, 3 if name == "scales" else 2, dtype=torch.int16)
     query = query[:, 1:] if name == "rows" else query
     keys = {"length": keys[:, 1:], "type": keys.float()}.get(name, keys)
-    position = torch.zeros(1, 64, dtype=torch.int32)
+    position, count = torch.zeros(1, 64, dtype=torch.int32), torch.ones(1, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match="must be int8" if name == "type" else "do not fit"):
-        kernels.tile_bins(QuantizedQK(query, position, keys, scale), Tiling.of(64, 128, 32, 32))
+        kernels.tile_bins(QuantizedQK(query, position, count, keys, scale), Tiling.of(64, 128, 32, 32))
 
 
 def run_case(
@@ -133,6 +154,7 @@ def run_case(
     spread: float = 1.5,
     far: bool = False,
     per_tile: int = 0,
+    few: int = 0,
     window: int = 0,
 ) -> dict[str, float]:
     import torch
@@ -142,9 +164,10 @@ def run_case(
     from minference_vllm.selection.score_bins import hide_before_window, tile_bins
     from minference_vllm.triton_kernels import approx_lse, representative_bins
     from minference_vllm.triton_kernels import low_rank as kernels
+    from minference_vllm.triton_kernels import tile_bins as bins_by_tile
 
     # So that short sequences have several, too.
-    kernels.STRIP = representative_bins.STRIP = 256
+    bins_by_tile.STRIP = representative_bins.STRIP = 256
     approx_lse.GROUPS_PER_PART, approx_lse.BLOCK_M = 4, 32
     torch.manual_seed(0)
     tiling = Tiling.of(context_len, seq_len, page, tile, window=window)
@@ -156,7 +179,7 @@ def run_case(
         query = 40 * keys[:, wanted]
     if per_tile:
         query = torch.randn(2, tiling.num_tiles * per_tile, rank) * spread
-    quantized = as_quantized(query, keys, tiling, per_tile)
+    quantized = as_quantized(query, keys, tiling, per_tile, few)
     empty = torch.empty
 
     def poisoned(*shape: int, **options: Any) -> torch.Tensor:
@@ -165,7 +188,7 @@ def run_case(
 
     torch.empty = poisoned  # type: ignore[assignment]
     try:
-        found = kernels.tile_bins(quantized, tiling)
+        found = kernels.tile_bins(quantized, tiling, few or per_tile)
     finally:
         torch.empty = empty
     right = hide_before_window(tile_bins(quantized, tiling, torch.zeros(2, dtype=torch.bool)), tiling)
@@ -246,6 +269,7 @@ def run_fit_case(
     context_len: int = 0,
     tile: int = 64,
     degenerate: str = "",
+    spread: float = 1.0,
 ) -> dict[str, Any]:
     """From a chunk's queries and the pages to codes, as the kernels and as torch make them."""
     import torch
@@ -263,7 +287,7 @@ def run_fit_case(
     torch.manual_seed(0)
     chunk, dtype = seq_len - context_len, torch.float8_e4m3fn if fp8 else torch.bfloat16
     mixed = torch.linalg.qr(torch.randn(head_size, head_size)).Q * torch.logspace(0.5, -1.5, head_size)[:, None]
-    query = (torch.randn(chunk, 4, head_size) @ mixed + 3).bfloat16()
+    query = (torch.randn(chunk, 4, head_size) @ mixed * spread + 3).bfloat16()
     keys = (torch.randn(seq_len, 2, head_size) @ mixed.flip(0) + 1).to(dtype)
     if degenerate == "keys alike":
         keys = torch.ones_like(keys.float()).to(dtype)
@@ -290,16 +314,26 @@ def run_fit_case(
     codes, right_codes = key_codes.key_codes(inputs, heads, right).int(), quantize_keys(of_heads, right).int()
     low = project_queries(queries, right, 1.0)
     factor = 1 / torch.tensor(2.0).log().item()
-    right_chosen, _ = representatives(low, right.key_size, tiling, 16)
+    expected = representatives(low, right.key_size, tiling, 16)
+    right_chosen = expected.low
     ours = chunk_queries.query_codes(query, heads, right, factor, right_codes, tiling)
     chosen = representatives_kernel.representative_codes(query, heads, right, factor, right_codes, tiling, 16)
-    # A tile's in any order, and of too few rows any of them again.
-    rows_of = (chosen.position - context_len).long()[..., None].expand(-1, -1, rank)
-    in_bits = chosen.query.unflatten(1, (-1, 16)) * chosen.bits()[..., None, None]
-    of_tiles = [in_bits, right_chosen.unflatten(1, (-1, 16))]
-    apart = torch.cdist(*of_tiles, p=torch.inf) / right_chosen.abs().max()
+    theirs = QuantizedQK.of(*all_rows(low, tiling), right_codes)
+
+    def by_tile(rows: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """``[h, T, n, ...]``, past a tile's count the first one again."""
+        rows = rows.unflatten(1, (tiling.num_tiles, -1))
+        place = torch.arange(rows.shape[2])
+        place = torch.where(place < count[..., None], place, 0).view(*rows.shape[:3], *[1] * (rows.dim() - 3))
+        return rows.gather(2, place.expand(rows.shape))
+
+    # A tile's in any order.
+    in_bits = by_tile(chosen.query, chosen.count) * chosen.bits()[..., None, None]
+    rows_of = (by_tile(chosen.position, chosen.count) - context_len).long().flatten(1)[..., None].expand(-1, -1, rank)
+    apart = torch.cdist(in_bits, by_tile(right_chosen, expected.count), p=torch.inf) / right_chosen.abs().max()
     apart = torch.maximum(apart.amin(2).amax(2), apart.amin(3).amax(2))
-    theirs = QuantizedQK.of(*all_rows(low, tiling), right_codes, tiling.num_tiles)
+    query_error = by_tile(ours.query.int(), theirs.count) - by_tile(theirs.query.int(), theirs.count)
+    place_error = by_tile(ours.position, theirs.count) - by_tile(theirs.position, theirs.count)
     return {
         "finite": all(bool(torch.isfinite(part).all()) for part in found),
         "rows": bool(torch.equal(rows.sort(1).values, right_rows.rows)),
@@ -309,10 +343,11 @@ def run_fit_case(
         "largest_difference": int((codes - right_codes).abs().max()),
         "different": float((codes != right_codes).float().mean()),
         "spread": float(right_codes.float().std()),
-        "positions": int((ours.position - theirs.position).abs().max()),
-        "queries": int((ours.query.int() - theirs.query.int()).abs().max()),
+        "positions": int(place_error.abs().max()) + int((ours.count - theirs.count).abs().max()),
+        "queries": int(query_error.abs().max()),
         "scales": float((ours.dequant_scale.float() / theirs.dequant_scale.float() - 1).abs().max()),
         "representatives": apart.flatten().tolist(),
+        "counts": [chosen.count.flatten().tolist(), expected.count.flatten().tolist()],
         "their positions": float((in_bits.flatten(1, 2) - low.gather(1, rows_of)).abs().max() / low.abs().max()),
     }
 

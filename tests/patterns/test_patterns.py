@@ -107,7 +107,7 @@ SHIPPED: dict[str, HeadPattern] = {
     "block_sparse": BlockSparse(top_k=100),
     "coverage": Coverage(gamma=0.95, min_budget=3072),
     "default_cpu": LowRank(rank=32, gamma=0.92, remainder=True, noise=0.025),
-    "default_cuda": LowRank(rank=32, gamma=0.94, remainder=True, queries=32, noise=0.025),
+    "default_cuda": LowRank(rank=32, gamma=0.94, remainder=True, queries=32, noise=0.022),
     "dense": Dense(),
     "tri_shape": TriShape(sink=1024, local=4096, last=128),
     "vertical_slash_1000_6096": VerticalSlash(vertical=1000, slash=6096),

@@ -138,7 +138,7 @@ LOW_RANK_KERNELS = {
     "key_codes": ("key_codes",),
     "key_lists": ("key_lists",),
     "approx_lse": ("approx_lse",),
-    "low_rank": ("tile_bins",),
+    "tile_bins": ("tile_bins",),
     "representative_bins": ("representative_bins",),
     "thresholds": ("threshold",),
 }

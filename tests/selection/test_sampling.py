@@ -20,7 +20,7 @@ from minference_vllm.prefill.recall import chunk_recall
 from minference_vllm.selection import score_bins
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.compaction import EXACT_WIDTH
-from minference_vllm.selection.measured_rows import MOST_MISSED, CalibrationRows
+from minference_vllm.selection.measured_rows import MOST_NOISE, CalibrationRows
 from minference_vllm.selection.score_bins import LOCAL_BIN, MAX_CODE, ScoreBins
 from minference_vllm.selection.torch_scores import TorchScores
 
@@ -79,17 +79,18 @@ def places(first: int, end: int) -> torch.Tensor:
 
 def test_threshold() -> None:
     """The highest at which the variance of what is drawn stays within the noise, for every group."""
-    rows = CalibrationRows(places(0, 16), places(0, 8), (places(8, 16),))
-    squares = torch.zeros(1, 16, 256)
+    rows = CalibrationRows(places(0, 24), places(0, 8), (places(8, 24),))
+    squares = torch.zeros(1, 24, 256)
     squares[..., 180] = 1e-5
     # Within the square of the noise: 2 ** (code / 6) - 1 times the squares.
     noise = math.sqrt(1e-5 * (2 ** (12 / 6) - 1)) * 1.0001
     assert rows.sampling_threshold(squares, noise).tolist() == [192]
     assert rows.sampling_threshold(squares, noise / 1.01).tolist() == [191]
-    # One row that speaks for itself may err one and a half times as much; more, and keys like its one are not drawn.
+    # One row that speaks for itself may err three times as much; more, and keys like its one are not drawn.
     squares[0, 12, 240] = 0.06
     assert rows.sampling_threshold(squares, noise).tolist() == [192]
-    squares[0, 12, 180] = 1e-5 * MOST_MISSED**2 * 1.01
+    squares[0, 8:, 180] = 0.0
+    squares[0, 12, 180] = 1e-5 * MOST_NOISE**2 * 1.01
     assert rows.sampling_threshold(squares, noise).tolist() == [191]
     squares[0, 12, 150] = 0.06
     assert rows.sampling_threshold(squares, noise).tolist() == [150]

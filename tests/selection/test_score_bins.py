@@ -51,6 +51,10 @@ def quantized_and_exact(
     tiling = Tiling.of(context, length, page, tile)
     quantized = random_quantized(2, tiling, rank, sharpness, queries)
     query, position = (part.unflatten(1, (tiling.num_tiles, -1)) for part in quantized[:2])
+    # What comes after those that there are counts for nothing: here it is one of them again.
+    place = torch.arange(query.shape[2])
+    place = torch.where(place < quantized.count[..., None], place, 0)
+    query, position = query.gather(2, place[..., None].expand(query.shape)), position.gather(2, place)
     query = query.double() * quantized.bits().double()[..., None, None]
     steps = [1 if all_groups else group_step(own) for own in tiling.first_own().tolist()]
     exact = reference.low_rank_bins(query, position, quantized.keys, tiling, PEAK_KEYS, steps, BINS_PER_BIT)

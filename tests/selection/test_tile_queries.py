@@ -9,22 +9,28 @@ from score_inputs import scores_of
 
 from minference_vllm import LowRank, reference
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.selection import tile_queries
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.tile_queries import LEAST_SIZE, candidate_step, representatives
+from minference_vllm.selection.tile_queries import ALIKE, LEAST_SIZE, candidate_step, num_candidates, representatives
 
 COUNT = 16
 
 
-def of(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling) -> torch.Tensor:
-    """``[h, T, COUNT, r]``."""
-    found, position = representatives(low, key_size, tiling, COUNT)
+def of(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling) -> list[list[torch.Tensor]]:
+    """Of every head and tile ``[count, r]``."""
+    found, position, count = representatives(low, key_size, tiling, COUNT)
     rows = (position - tiling.context_len).long()[..., None].expand(found.shape)
-    assert position.dtype == torch.int32 and torch.equal(low.gather(1, rows), found)
-    return found.unflatten(1, (-1, COUNT))
+    assert position.dtype == count.dtype == torch.int32 and torch.equal(low.gather(1, rows), found)
+    by_tile = found.unflatten(1, (tiling.num_tiles, -1))
+    assert by_tile.shape[2] == num_candidates(tiling.tile)
+    return [
+        [rows[:there] for rows, there in zip(*of_head, strict=True)] for of_head in zip(by_tile, count, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name", list(TILINGS))
-def test_rows_are_taken_farthest_first(name: str) -> None:
+def test_rows_are_taken_farthest_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_queries, "ALIKE", 1e9)
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
     generator = torch.Generator().manual_seed(0)
@@ -32,6 +38,8 @@ def test_rows_are_taken_farthest_first(name: str) -> None:
     key_size = torch.rand(2, 1, 32, generator=generator) * 40 + 10
     key_size[..., 5] = 0  # a dimension that tells no keys apart
     found, step = of(low, key_size, tiling), candidate_step(tile)
+    monkeypatch.setattr(tile_queries, "ALIKE", 0.0)
+    everything = of(low, key_size, tiling)
     assert step == (4 if tile == 512 else 2 if tile == 144 else 1)
     for i_tile, (begin, end) in enumerate(zip(tiling.starts[:-1], tiling.starts[1:], strict=True)):
         for head in range(2):
@@ -41,23 +49,36 @@ def test_rows_are_taken_farthest_first(name: str) -> None:
             left = list(range(len(rows)))
             farthest = int((apart - apart.mean(0)).norm(dim=1).argmax())
             for taken in range(min(COUNT, len(rows))):
-                assert torch.equal(found[head, i_tile, taken], rows[farthest])
+                assert torch.equal(found[head][i_tile][taken], rows[farthest])
                 left.remove(farthest)
                 chosen = apart[[row for row in range(len(rows)) if row not in left]]
                 if left:
                     farthest = left[int(torch.cdist(apart[left], chosen).amin(1).argmax())]
-            # Where there are no more, one of them again.
-            assert all(any(torch.equal(row, one) for one in rows) for row in found[head, i_tile, len(rows) :])
+            assert len(found[head][i_tile]) == min(COUNT, len(rows))
+            # Where those do not suffice all are taken.
+            assert torch.equal(everything[head][i_tile] if len(rows) > COUNT else rows, rows)
 
 
 def test_rows_that_are_alike_are_represented_by_themselves() -> None:
     tiling = Tiling.of(100, 300, 16, 64)
     found = of(torch.full((1, 200, 16), 2.0), torch.ones(1, 1, 16), tiling)
-    assert (found == 2.0).all()
+    assert all(torch.equal(rows, torch.full((1, 16), 2.0)) for rows in found[0])
 
 
-def test_selections_follow_rows_that_are_alike_and_are_dense_where_all_differ() -> None:
-    """Every row of ``lookups`` looks at a key of its own, which no representative knows: the measured rows say so."""
+def test_all_rows_of_a_tile_whose_representatives_do_not_suffice() -> None:
+    """As soon as one is not alike, by the difference of scores in bits."""
+    tiling = Tiling.of(128, 256, 64, 64)
+    low = torch.zeros(1, 128, 16)
+    # Of one tile more rows differ than there are representatives.
+    low[0, 64 : 64 + COUNT + 1, 0] = torch.arange(COUNT + 1) + 1.0
+    for size, count in ((ALIKE * 1.01, 64), (ALIKE * 0.99, COUNT)):
+        key_size = torch.full((1, 1, 16), size)
+        assert representatives(low, key_size, tiling, COUNT).count.tolist() == [[1, count]]
+
+
+def test_selections_follow_rows_that_are_alike_and_those_that_all_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of ``lookups`` looks at a key of its own, which no representative knows: all are asked. Were they not,
+    the measured rows would say so, and the head would be dense."""
     pattern = LowRank(gamma=0.9, queries=COUNT)
     densities = []
     for query, keys in (neighbours(sink=False), lookups()):
@@ -66,4 +87,6 @@ def test_selections_follow_rows_that_are_alike_and_are_dense_where_all_differ() 
         densities.append(float(index.density()))
         recall = reference.attention_recall(query, keys, index.to_mask(), tiling.context_len, 1.0)
         assert recall.mean() > 0.9
-    assert densities[0] < 0.25 and densities[1] > 0.9
+    assert densities[0] < 0.25 and densities[1] < 0.1
+    monkeypatch.setattr(tile_queries, "ALIKE", 1e9)
+    assert float(build_index(tiling, [pattern], scores_of(query, keys)).density()) > 0.9

@@ -160,6 +160,7 @@ class QuantizedQK(ctypes.Structure):
     _fields_ = (
         ("query", _Int8Ptr),
         ("position", _Int32Ptr),
+        ("count", _Int32Ptr),
         ("keys", _Int8Ptr),
         ("dequant_scale", _Int16Ptr),
         ("seq_len", ctypes.c_int64),
