@@ -23,7 +23,7 @@ LEAST_SIZE = 1e-3
 """Of keys in a dimension, in units of their int8 elements: one that tells no keys apart."""
 LEAST_APART = 1e-30
 """Of the first row from the mean: where all are alike it is taken, too."""
-ALIKE = 5.0
+ALIKE = 3.0
 """All candidates of a tile are asked where one of them is farther than that from the nearest representative: root of
 the mean square, over all keys, of the difference of their scores, in bits."""
 
