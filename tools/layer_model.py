@@ -22,9 +22,19 @@ from kernel_variants import Variant, compile_kernel
 from machine_code import disassembled, innermost
 
 from minference_vllm.selection import score_bins
-from minference_vllm.triton_kernels import approx_lse, calibration, in_thread, key_lists, low_rank, representative_bins
+from minference_vllm.triton_kernels import (
+    approx_lse,
+    calibration,
+    in_thread,
+    key_lists,
+    low_rank,
+    representative_bins,
+    tile_bins,
+)
 
 HEADS, KV_HEADS, DIM, PAGE, CHUNK, TILE, RANK, REPRESENTATIVES, ROWS = 32, 8, 128, 128, 8192, 128, 32, 32, 128
+ALL_ASKED = 1 / 3
+"""Of tiles those that representatives do not speak for, on SmolLM2 at 16K tokens."""
 LENGTHS = {"32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}
 HOST_CALLS = {"32K": 17 + 13, "128K": 19 + 23, "1M": 47 + 163}
 """Operations and launches of a layer."""
@@ -76,8 +86,10 @@ def parts(length: int) -> dict[str, Work]:
     scores, measured = pairs / TILE * REPRESENTATIVES * HEADS, pairs / CHUNK * ROWS * HEADS
     # Of some groups of keys, and of the tiles' own keys.
     asked = approx_lse.most_groups(length) * score_bins.PEAK_KEYS + TILE
-    sampled = float(tiles) * asked * approx_lse.BLOCK_M * HEADS
+    sampled = float(tiles) * asked * approx_lse.BLOCK_M * HEADS * (1 + ALL_ASKED)
+    of_every_row = pairs * HEADS * ALL_ASKED
     of_rows, _, of_bins = low_rank.launch_shape(RANK, TILE, TILE, REPRESENTATIVES)
+    _, _, of_all = low_rank.launch_shape(RANK, TILE, TILE)
     codes = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16", "p_position": "*i32"}
     of_measured = {"BLOCK_N": calibration.BLOCK_N, "WITH_SOFTCAP": False, "TILE": TILE, "SQUARED": True}
     of_measured["num_warps"] = calibration.NUM_WARPS
@@ -101,6 +113,14 @@ def parts(length: int) -> dict[str, Work]:
         "codes of keys": Work(size=keys_read + HEADS * length * RANK, flops=4.0 * HEADS * length * DIM * RANK),
         "denominators": work(approx_lse.approx_lse_kernel, codes, of_rows, sampled, elements[0]),
         "bins": work(representative_bins.representative_bins_kernel, codes, of_bins, scores, elements[1], **of_bytes),
+        "bins of all rows": work(
+            tile_bins.tile_bins_kernel,
+            codes,
+            of_all,
+            of_every_row,
+            of_all["BLOCK_M"] * of_all["BLOCK_N"],
+            flops=of_every_row * RANK,
+        ),
         "measured rows": work(calibration.share_levels_kernel, own, of_measured, measured, size, **exact),
         "lists": Work(of_lists * bins, size=bins),
     }

@@ -33,16 +33,15 @@ def as_bins(b_best):
 
 
 @triton.jit
-def _nearest(
-    b_key, p_query, p_lse, unit, first, i_down, count, num_queries, num_parts, RANK: tl.constexpr, R: tl.constexpr,
+def _some_queries(
+    p_query, p_lse, unit, first, i_down, count, num_queries, num_parts, RANK: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """How near each key comes to the one of BLOCK_M queries that rates it highest, in units: int32 ``[BLOCK_N]``."""
+    """BLOCK_M of a tile's queries, int8 ``[R, BLOCK_M]``, and what is ``below`` them, int32 ``[1, BLOCK_M]``."""
     o_down = i_down + tl.arange(0, BLOCK_M)
     o_query, m_query = first + o_down, o_down < count
-    b_query = codes(p_query, o_query, m_query, RANK, R)
     b_below = below(p_lse, o_query, m_query, unit, num_queries, num_parts)
-    return tl.max(tl.dot(b_key, tl.trans(b_query), out_dtype=tl.int32) - b_below[None, :], 1)
+    return tl.trans(codes(p_query, o_query, m_query, RANK, R)), b_below[None, :]
 
 
 @triton.jit
@@ -58,17 +57,22 @@ def bins_of_tile(
     own = (context_len // TILE + i_tile) * TILE
     first_seen = tl.where(window > 0, tl.maximum(tl.maximum(own, context_len) - window + 1, 0), 0)
     stop, end = tl.minimum(end, tl.minimum(own + TILE, seq_len)), tl.minimum(end, seq_len)
-    before = tl.minimum(stop, own)
+    before, first, num_queries = tl.minimum(stop, own), i_tile * PER_TILE, num_tiles * PER_TILE
+    if PER_TILE <= BLOCK_M:
+        b_query, b_below = _some_queries(
+            p_query, p_lse, unit, first, 0, count, num_queries, num_parts, RANK, R, BLOCK_M
+        )  # fmt: skip
     for i_key in range(begin, before, BLOCK_N):
         o_key = i_key + tl.arange(0, BLOCK_N)
         b_key = codes(p_key, o_key, o_key < before, RANK, R)
+        # How near each key comes to the query that rates it highest, in units.
         b_best = tl.full([BLOCK_N], -NEVER, dtype=tl.int32)
         for i_down in tl.static_range(0, PER_TILE, BLOCK_M):
-            b_nearest = _nearest(
-                b_key, p_query, p_lse, unit, i_tile * PER_TILE, i_down, count, num_tiles * PER_TILE, num_parts, RANK, R,
-                BLOCK_M,
-            )  # fmt: skip
-            b_best = tl.maximum(b_best, b_nearest)
+            if PER_TILE > BLOCK_M:
+                b_query, b_below = _some_queries(
+                    p_query, p_lse, unit, first, i_down, count, num_queries, num_parts, RANK, R, BLOCK_M
+                )  # fmt: skip
+            b_best = tl.maximum(b_best, tl.max(tl.dot(b_key, b_query, out_dtype=tl.int32) - b_below, 1))
         b_bin = tl.where(o_key >= first_seen, as_bins(b_best.to(tl.float32) * unit), 0.0)
         tl.store(p_bins + o_key, b_bin.to(tl.uint8), mask=o_key < before)
     for i_key in range(tl.maximum(begin, own), stop, BLOCK_N):
