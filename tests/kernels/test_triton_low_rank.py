@@ -71,7 +71,7 @@ FIT_CASES: dict[str, dict[str, Any]] = {
     "head size 80, rank 48": {"seq_len": 200, "page": 32, "head_size": 80, "rank": 48},
     "FP8 keys with a scale": {"seq_len": 350, "page": 48, "fp8": True, "tile": 144, "context_len": 100},
     "a chunk within one tile": {"seq_len": 190, "page": 32, "tile": 128, "context_len": 130, "rank": 16},
-    "rows that are much alike": {"seq_len": 301, "page": 16, "context_len": 131, "rank": 16, "spread": 0.1},
+    "rows that are much alike": {"seq_len": 301, "page": 16, "context_len": 131, "rank": 16, "spread": 0.05},
     "a few rows": {"seq_len": 67, "page": 32, "context_len": 60},
     "keys alike": {"seq_len": 200, "page": 32, "degenerate": "keys alike"},
     "queries of zero": {"seq_len": 200, "page": 32, "degenerate": "queries of zero"},
