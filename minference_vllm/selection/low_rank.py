@@ -50,6 +50,8 @@ SINGLE_LOOKS, LOOK_STEP = 0.25, 4
 MOST_COLUMNS = 6144
 """The most single keys of a tile that there is planned room for; lists are written where they stay, and take less
 memory than those of other patterns."""
+USUAL_RANK = 32
+"""Dimensions that most heads take where ``SCORE_ERROR`` decides."""
 ROWS_FOR_KEYS = 200
 """Rows whose attention takes as long as the fit, the keys in few dimensions and what lies in their bins (measured on
 AVX2)."""
@@ -57,10 +59,12 @@ AVX2)."""
 
 def scoring_cost(rank: int, head_size: int, chunk: int, device: torch.device) -> float:
     """What scoring a chunk costs, as a share of what dense attention takes for it: ``rank`` of ``2 * head_size``
-    products. On CPUs int8 products take half of the time, and what is done once for every key as long as the attention
-    of ``ROWS_FOR_KEYS`` rows."""
-    share = rank / (2 * head_size)
-    return share / 2 + min(1.0, ROWS_FOR_KEYS / chunk) if device.type == "cpu" else share
+    products. On CPUs most heads take no more than ``USUAL_RANK`` dimensions, int8 products half of the time, and what
+    is done once for every key as long as the attention of ``ROWS_FOR_KEYS`` rows."""
+    rank = min(rank, head_size)
+    if device.type != "cpu":
+        return rank / (2 * head_size)
+    return min(rank, USUAL_RANK) / (4 * head_size) + min(1.0, ROWS_FOR_KEYS / chunk)
 
 
 class LowRankOps(Protocol):

@@ -115,7 +115,7 @@ class TorchScores:
         measured = low_rank.Measured.of(self, heads, tiling)
         if not pattern.queries:
             chunk, _, head_size = self.query.shape
-            cost = low_rank.scoring_cost(min(pattern.rank, head_size), head_size, chunk, self.query.device)
+            cost = low_rank.scoring_cost(pattern.rank, head_size, chunk, self.query.device)
             lines = self.column_diagonal(heads)
             found = low_rank.columns_and_diagonals(self, measured, tiling, pattern, lines, cost)
             if found is not None:
