@@ -31,7 +31,8 @@ MOST_MISSED = 1.5
 """A single one of the last and the unlike rows may miss so many times what their mean may."""
 MOST_NOISE = 3.0
 """Where keys are sampled, such a row may err so many times as much as their mean: that the draw of one small key
-decides of it is no reason to draw more of all, and a key with a fifth of it is taken nine times of ten."""
+decides of it is no reason to draw more of all. At a noise of 0.025 a key with a quarter of it is taken nine times of
+ten."""
 STANDARD_ERRORS = 2.5
 """How far the mean of the other rows, which are a sample, must lie above what is wanted."""
 LEAST_NORM, LARGEST_NORM = 1e-20, 1e20

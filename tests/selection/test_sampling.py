@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from low_rank_inputs import TILINGS, lookups
+from low_rank_inputs import CHUNK, DIM, LENGTH, TILINGS, lookups
 from score_inputs import scores_of
 
 from minference_vllm import LowRank, reference, sparse_prefill
@@ -170,3 +170,17 @@ def test_recall_counts_what_drawn_keys_stand_for() -> None:
     # Piece by piece as all at once.
     pieces = [index.tile_counts(tiles, first=first, last=first + 1000) for first in range(0, 8000, 1000)]
     assert torch.equal(torch.cat(pieces, 2), index.tile_counts(tiles, last=8000))
+
+
+def test_a_head_takes_as_many_dimensions_as_tell_its_keys_apart() -> None:
+    """Where keys are drawn by their scores, a misjudged key costs all others."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.nn.functional.normalize(torch.randn(LENGTH, DIM, generator=generator), dim=1)
+    target = (torch.rand(CHUNK, generator=generator) * torch.arange(LENGTH - CHUNK, LENGTH)).long()
+    query, keys = 12 * keys[target][:, None].bfloat16(), keys[None].bfloat16()
+    tiling = Tiling.of(LENGTH - CHUNK, LENGTH, 128, 128)
+    densities = [
+        float(build_index(tiling, [LowRank(rank=rank, noise=0.025)], scores_of(query, keys)).density())
+        for rank in (32, 64)
+    ]
+    assert densities[1] < 0.08 and densities[1] < densities[0] / 2, densities
