@@ -84,16 +84,7 @@ class Variant:
         floats = ["p_lse", "p_sinks", "p_mean", "p_scores", "p_weights", "p_mass"]
         floats += ["p_left_key", "p_left_value", "p_bias"]
         pointers |= {name: "*fp32" for name in floats}
-        integers = [
-            "p_blocks",
-            "p_count",
-            "p_num_blocks",
-            "p_columns",
-            "p_num_columns",
-            "p_heads",
-            "p_rows",
-            "p_lowest",
-        ]
+        integers = ["p_blocks", "p_num_blocks", "p_columns", "p_num_columns", "p_heads", "p_rows", "p_lowest"]
         integers += ["p_table", "p_listed", "p_singles", "p_work", "p_slots", "p_wanted", "p_count"]
         pointers |= {name: "*i32" for name in integers}
         if function is column_diagonal.column_diagonal_kernel:

@@ -259,7 +259,8 @@ class LowRankFamily(Family[LowRank]):
 
     def scoring_cost(self, pattern: LowRank, head_size: int, chunk: int, device: torch.device) -> float:
         cost = scoring_cost(pattern.rank, head_size, chunk, device)
-        return cost * pattern.queries / DEFAULT_TILE if pattern.queries else cost
+        # Twice as many as of a tile for which they speak, since the others are asked in full.
+        return cost * min(1.0, 2 * pattern.queries / DEFAULT_TILE) if pattern.queries else cost
 
     def kernel_sizes(self, pattern: LowRank) -> tuple[int, ...]:
         return pattern.rank, pattern.queries, pattern.samples

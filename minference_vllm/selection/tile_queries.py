@@ -51,9 +51,9 @@ class TileQueries(NamedTuple):
 
 def all_rows(low: torch.Tensor, tiling: Tiling) -> TileQueries:
     """All rows of every tile, of queries in few dimensions, float32 ``[h, chunk, r]``."""
-    places = _places(tiling, 1)
-    count = tiling.starts.diff().int().repeat(len(low), 1)
-    return TileQueries(low[:, places.flatten()], _positions(places, tiling).repeat(len(low), 1), count)
+    places = _places(tiling, 1).flatten()
+    position, count = (places + tiling.context_len).int(), tiling.starts.diff().int()
+    return TileQueries(low[:, places], position.repeat(len(low), 1), count.repeat(len(low), 1))
 
 
 def representatives(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling, count: int) -> TileQueries:
@@ -88,7 +88,7 @@ def representatives(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling, c
         farthest = distance
     unlike = distance.amax(2) > ALIKE**2
     order = torch.where(unlike[..., None], number, order)
-    position = (_positions(places, tiling).unflatten(0, places.shape)).expand(len(low), -1, -1).gather(2, order)
+    position = (places + tiling.context_len).int().expand(len(low), -1, -1).gather(2, order)
     low = rows.gather(2, order[..., None].expand(-1, -1, -1, low.shape[2]))
     return TileQueries(low.flatten(1, 2), position.flatten(1), torch.where(unlike, there.sum(1), found).int())
 
@@ -98,8 +98,3 @@ def _places(tiling: Tiling, step: int) -> torch.Tensor:
     starts = tiling.starts - tiling.context_len
     places = starts[:-1, None] + torch.arange(0, tiling.tile, step, device=starts.device)
     return torch.minimum(places, starts[1:, None] - 1)
-
-
-def _positions(places: torch.Tensor, tiling: Tiling) -> torch.Tensor:
-    """int32 ``[T * n]``: of places in the chunk, int64 ``[T, n]``, those in the sequence."""
-    return (places.flatten() + tiling.context_len).int()
