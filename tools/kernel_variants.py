@@ -137,7 +137,7 @@ OTHERS = (
     Variant(continues=True, packed=True),
 )
 ESTIMATES = (Variant(page=16), Variant(page=128))
-RANKS = {LowRank().rank: True, 16: False, 64: False}
+RANKS = {LowRank().rank: True, 16: False}
 """Ranks, and whether they are the default."""
 TILE, STRIDE = 128, 16
 """Rows of a query tile, and tokens of an antidiagonal's square: the defaults."""

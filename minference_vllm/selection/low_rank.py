@@ -51,7 +51,8 @@ MOST_COLUMNS = 6144
 """The most single keys of a tile that there is planned room for; lists are written where they stay, and take less
 memory than those of other patterns."""
 USUAL_RANK = 32
-"""Dimensions that most heads take where ``SCORE_ERROR`` decides."""
+"""Dimensions that most heads take where ``SCORE_ERROR`` decides. On GPUs, where the host would have to wait for it, no
+head takes more."""
 ROWS_FOR_KEYS = 200
 """Rows whose attention takes as long as the fit, the keys in few dimensions and what lies in their bins (measured on
 AVX2)."""
@@ -59,12 +60,10 @@ AVX2)."""
 
 def scoring_cost(rank: int, head_size: int, chunk: int, device: torch.device) -> float:
     """What scoring a chunk costs, as a share of what dense attention takes for it: ``rank`` of ``2 * head_size``
-    products. On CPUs most heads take no more than ``USUAL_RANK`` dimensions, int8 products half of the time, and what
-    is done once for every key as long as the attention of ``ROWS_FOR_KEYS`` rows."""
-    rank = min(rank, head_size)
-    if device.type != "cpu":
-        return rank / (2 * head_size)
-    return min(rank, USUAL_RANK) / (4 * head_size) + min(1.0, ROWS_FOR_KEYS / chunk)
+    products, of no more than ``USUAL_RANK`` for most heads. On CPUs int8 products take half of the time, and what is
+    done once for every key as long as the attention of ``ROWS_FOR_KEYS`` rows."""
+    share = min(rank, head_size, USUAL_RANK) / (2 * head_size)
+    return share / 2 + min(1.0, ROWS_FOR_KEYS / chunk) if device.type == "cpu" else share
 
 
 class LowRankOps(Protocol):
@@ -253,8 +252,8 @@ class LowRankFamily(Family[LowRank]):
     def selection_bytes(self, pattern: LowRank, tiles: int, seq_len: int, key_blocks: int, columns: int) -> int:
         # A bin for every tile and key, keys and queries in few dimensions, the queries' positions and partial sums,
         # counts of pages; and what is measured of rows, and of moments, whatever the length.
-        queries = tiles * DEFAULT_TILE
-        scores = (tiles + pattern.rank) * seq_len + queries * (pattern.rank + 8 + 4 * seq_len // (1 << 16))
+        queries, rank = tiles * DEFAULT_TILE, min(pattern.rank, USUAL_RANK)
+        scores = (tiles + rank) * seq_len + queries * (rank + 8 + 4 * seq_len // (1 << 16))
         return scores + 4 * tiles * key_blocks + (4 << 20)
 
     def scoring_cost(self, pattern: LowRank, head_size: int, chunk: int, device: torch.device) -> float:
@@ -263,7 +262,7 @@ class LowRankFamily(Family[LowRank]):
         return cost * min(1.0, 2 * pattern.queries / DEFAULT_TILE) if pattern.queries else cost
 
     def kernel_sizes(self, pattern: LowRank) -> tuple[int, ...]:
-        return pattern.rank, pattern.queries, pattern.samples
+        return min(pattern.rank, USUAL_RANK), pattern.queries, pattern.samples
 
 
 FAMILY = LowRankFamily()
