@@ -15,7 +15,7 @@ from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.selection.block_sparse import pooled_scores
 from minference_vllm.selection.compaction import Capacity, Selection, WritesLists
-from minference_vllm.selection.low_rank import USUAL_RANK
+from minference_vllm.selection.low_rank import gpu_rank
 from minference_vllm.selection.measured_rows import drawn_rows
 from minference_vllm.selection.peak_threshold import peak_scores
 from minference_vllm.selection.score_bins import ScoreBins
@@ -70,13 +70,12 @@ class TritonScores(TorchScores):
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
         """As the definition, but for what would wait for the GPU or take memory for every row and key: keys are scored
-        whatever columns and diagonals hold, in ``rank`` dimensions, or ``USUAL_RANK``.
+        whatever columns and diagonals hold, in as many dimensions for every head.
         """
         inputs, query = self.inputs, self.query
         drawn = drawn_rows(len(query), tiling.seq_len, query.device)
         rows = measured_rows(query, heads, drawn)
-        rank = min(pattern.rank, USUAL_RANK)
-        projection = fitted(inputs, query, heads, rows[:, drawn.sampled :], rank)
+        projection = fitted(inputs, query, heads, rows[:, drawn.sampled :], gpu_rank(pattern))
         codes, factor = key_codes(inputs, heads, projection), self.scale / math.log(2)
         if pattern.queries:
             scored = representative_codes(query, heads, projection, factor, codes, tiling, pattern.queries)

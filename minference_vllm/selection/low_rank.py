@@ -51,8 +51,7 @@ MOST_COLUMNS = 6144
 """The most single keys of a tile that there is planned room for; lists are written where they stay, and take less
 memory than those of other patterns."""
 USUAL_RANK = 32
-"""Dimensions that most heads take where ``SCORE_ERROR`` decides. On GPUs, where the host would have to wait for it, no
-head takes more."""
+"""Dimensions that most heads take where ``SCORE_ERROR`` decides."""
 ROWS_FOR_KEYS = 200
 """Rows whose attention takes as long as the fit, the keys in few dimensions and what lies in their bins (measured on
 AVX2)."""
@@ -64,6 +63,11 @@ def scoring_cost(rank: int, head_size: int, chunk: int, device: torch.device) ->
     done once for every key as long as the attention of ``ROWS_FOR_KEYS`` rows."""
     share = min(rank, head_size, USUAL_RANK) / (2 * head_size)
     return share / 2 + min(1.0, ROWS_FOR_KEYS / chunk) if device.type == "cpu" else share
+
+
+def gpu_rank(pattern: LowRank) -> int:
+    """Dimensions of every head on a GPU: the host would have to wait to learn which heads need more."""
+    return min(pattern.rank, USUAL_RANK)
 
 
 class LowRankOps(Protocol):
@@ -252,7 +256,7 @@ class LowRankFamily(Family[LowRank]):
     def selection_bytes(self, pattern: LowRank, tiles: int, seq_len: int, key_blocks: int, columns: int) -> int:
         # A bin for every tile and key, keys and queries in few dimensions, the queries' positions and partial sums,
         # counts of pages; and what is measured of rows, and of moments, whatever the length.
-        queries, rank = tiles * DEFAULT_TILE, min(pattern.rank, USUAL_RANK)
+        queries, rank = tiles * DEFAULT_TILE, gpu_rank(pattern)
         scores = (tiles + rank) * seq_len + queries * (rank + 8 + 4 * seq_len // (1 << 16))
         return scores + 4 * tiles * key_blocks + (4 << 20)
 
@@ -262,7 +266,7 @@ class LowRankFamily(Family[LowRank]):
         return cost * min(1.0, 2 * pattern.queries / DEFAULT_TILE) if pattern.queries else cost
 
     def kernel_sizes(self, pattern: LowRank) -> tuple[int, ...]:
-        return min(pattern.rank, USUAL_RANK), pattern.queries, pattern.samples
+        return gpu_rank(pattern), pattern.queries, pattern.samples
 
 
 FAMILY = LowRankFamily()
