@@ -12,7 +12,16 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ("interface", "sparse_attention", "remainder", "estimate", "key_codes", "low_rank", "score_bins")
+SOURCES = (
+    "interface",
+    "sparse_attention",
+    "remainder",
+    "estimate",
+    "key_codes",
+    "low_rank",
+    "representatives",
+    "score_bins",
+)
 # Top-level folders that install below our own package, so that they shadow nobody's module.
 OUTSIDE = {
     "minference_vllm.pattern_configs": "pattern_configs",

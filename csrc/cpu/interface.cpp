@@ -92,11 +92,12 @@ TABLE(ColumnDiagonalArguments, FIELD(row_arguments), FIELD(group_starts), FIELD(
 TABLE(KeyCodeArguments, FIELD(cache), FIELD(pages), FIELD(heads), FIELD(to_key), FIELD(center), FIELD(codes),
       FIELD(seq_len), FIELD(num_heads), FIELD(num_wanted), FIELD(rank), FIELD(max_code), FIELD(max_norm),
       FIELD(threads));
+TABLE(RepresentativeArguments, FIELD(low), FIELD(key_size), FIELD(tile_starts), FIELD(out), FIELD(position),
+      FIELD(count), FIELD(context_len), FIELD(chunk), FIELD(heads), FIELD(tiles), FIELD(rank), FIELD(step),
+      FIELD(per_tile), FIELD(wanted), FIELD(least_size), FIELD(least_apart), FIELD(alike), FIELD(threads));
 TABLE(QuantizedQK, FIELD(query), FIELD(position), FIELD(count), FIELD(keys), FIELD(dequant_scale), FIELD(seq_len),
       FIELD(heads), FIELD(tiles), FIELD(per_tile), FIELD(rank), FIELD(bins_per_bit), FIELD(threads));
 TABLE(TileScoreBinArguments, FIELD(qk), FIELD(all_groups), FIELD(bins), FIELD(tile_starts), FIELD(tile));
-TABLE(LineBinArguments, FIELD(of_key), FIELD(of_distance), FIELD(bins), FIELD(tile_starts), FIELD(seq_len),
-      FIELD(heads), FIELD(tiles), FIELD(tile), FIELD(block_size), FIELD(threads));
 TABLE(BinMassArguments, FIELD(bins), FIELD(tile_of_row), FIELD(weights), FIELD(mass), FIELD(seq_len), FIELD(heads),
       FIELD(rows), FIELD(tiles), FIELD(squared), FIELD(threads));
 TABLE(ThresholdArguments, FIELD(mass), FIELD(places), FIELD(threshold), FIELD(heads), FIELD(rows),
@@ -133,11 +134,11 @@ extern "C" const char* minference_describe_interface() {
   static const std::string text =
       describe<Cache>() + describe<AttendArguments>() + describe<RemainderArguments>() + describe<RowArguments>() +
       describe<RowShareArguments>() + describe<ColumnDiagonalArguments>() + describe<KeyCodeArguments>() +
-      describe<QuantizedQK>() + describe<TileScoreBinArguments>() +
-      describe<LineBinArguments>() + describe<BinMassArguments>() + describe<ThresholdArguments>() +
+      describe<RepresentativeArguments>() + describe<QuantizedQK>() + describe<TileScoreBinArguments>() + describe<BinMassArguments>() + describe<ThresholdArguments>() +
       describe<KeyArguments>() + describe<SampleArguments>() + FUNCTION(attend) + FUNCTION(remainder) +
-      FUNCTION(row_shares) + FUNCTION(column_diagonal_scores) + FUNCTION(key_codes) + FUNCTION(tile_score_bins) +
-      FUNCTION(line_bins) + FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) +
+      FUNCTION(row_shares) + FUNCTION(column_diagonal_scores) + FUNCTION(key_codes) + FUNCTION(representatives) +
+      FUNCTION(tile_score_bins) +
+      FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) +
       FUNCTION(keys_above) + FUNCTION(sampled_keys);
   return text.c_str();
 }

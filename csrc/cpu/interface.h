@@ -143,6 +143,25 @@ struct KeyCodeArguments {
   int32_t threads;
 };
 
+// Of every tile the rows farthest from each other, or all of its candidates (representatives in Python).
+struct RepresentativeArguments {
+  const float* low;            // [heads][chunk][rank], queries in few dimensions
+  const float* key_size;       // [heads][rank]
+  const int64_t* tile_starts;  // [tiles + 1], positions
+  float* out;                  // [heads][tiles][per_tile][rank], written: those rows; past `count` any of the tile's
+  int32_t* position;           // [heads][tiles][per_tile], written
+  int32_t* count;              // [heads][tiles], written
+  int64_t context_len, chunk;
+  int32_t heads, tiles, rank;
+  int32_t step;      // one of so many rows of a tile is a candidate
+  int32_t per_tile;  // candidates, at most 128
+  int32_t wanted;    // of a tile where they suffice
+  float least_size;  // of keys in a dimension
+  float least_apart;
+  float alike;  // all candidates are taken where one is farther than that from the nearest representative
+  int32_t threads;
+};
+
 // Queries and keys of few dimensions as int8 (QuantizedQK in Python). A key's score bin is
 //   254 + (product - approx_lse) * dequant_scale / 2^15
 // rounded and clamped to [0, 254], see low_rank.cpp. Keys in the pages of a tile have bin 255.
@@ -166,18 +185,6 @@ struct TileScoreBinArguments {
   uint8_t* bins;               // [heads][tiles][seq_len], written: the largest bin over the tile's queries
   const int64_t* tile_starts;  // [tiles + 1], positions
   int32_t tile;  // rows per tile; tiles start at multiples of it, except for the chunk's first
-};
-
-// Bins from what keys count as columns, and pages by their distance from a tile: the larger of both; bin 255 in a
-// tile's own pages, 0 after them.
-struct LineBinArguments {
-  const uint8_t* of_key;       // [heads][seq_len]
-  const uint8_t* of_distance;  // [heads][pages], of the page before a tile, the one before that, and so on
-  uint8_t* bins;               // [heads][tiles][seq_len], written
-  const int64_t* tile_starts;  // [tiles + 1], positions
-  int64_t seq_len;
-  int32_t heads, tiles, tile, block_size;
-  int32_t threads;
 };
 
 struct BinMassArguments {
@@ -252,11 +259,11 @@ void minference_column_diagonal_scores(const minference::ColumnDiagonalArguments
 void minference_key_codes(const minference::KeyCodeArguments* arguments);
 
 // Score bins per tile, and how much of some rows' attention lies in each bin that the row itself gives the keys.
+void minference_representatives(const minference::RepresentativeArguments* arguments);
 void minference_tile_score_bins(const minference::TileScoreBinArguments* arguments);
 
 // Bins by columns and diagonals. And from the bins of tiles: attention per bin, how far down it is needed, keys at or
 // above that threshold per page, and the list of those keys.
-void minference_line_bins(const minference::LineBinArguments* arguments);
 void minference_mass_by_bin(const minference::BinMassArguments* arguments);
 void minference_threshold(const minference::ThresholdArguments* arguments);
 void minference_page_counts(const minference::KeyArguments* arguments);

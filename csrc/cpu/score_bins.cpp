@@ -63,25 +63,6 @@ class Coverage {
 }  // namespace
 }  // namespace minference
 
-extern "C" void minference_line_bins(const minference::LineBinArguments* arguments) {
-  using namespace minference;
-  const LineBinArguments& a = *arguments;
-  const int64_t pages = (a.seq_len + a.block_size - 1) / a.block_size;
-#pragma omp parallel for num_threads(a.threads) schedule(dynamic, 4)
-  for (int64_t task = 0; task < static_cast<int64_t>(a.heads) * a.tiles; ++task) {
-    const int64_t head = task / a.tiles, tile = task % a.tiles;
-    const int64_t local = a.tile_starts[tile] / a.tile * a.tile, end = a.tile_starts[tile + 1];
-    const uint8_t* of_key = a.of_key + head * a.seq_len;
-    uint8_t* bins = a.bins + task * a.seq_len;
-    for (int64_t first = 0; first < local; first += a.block_size) {
-      const uint8_t of_page = a.of_distance[head * pages + (local - first) / a.block_size - 1];
-      for (int64_t key = first; key < first + a.block_size; ++key) bins[key] = std::max(of_key[key], of_page);
-    }
-    std::memset(bins + local, kLocalBin, end - local);
-    std::memset(bins + end, 0, a.seq_len - end);
-  }
-}
-
 extern "C" void minference_mass_by_bin(const minference::BinMassArguments* arguments) {
   using namespace minference;
   const BinMassArguments& a = *arguments;

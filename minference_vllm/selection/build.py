@@ -68,7 +68,7 @@ def _selections(
         groups.setdefault(pattern, []).append(head)
     for pattern, group in groups.items():
         family = family_of(pattern)
-        at_once = 1 if capacity.exact and family.one_by_one else capacity.heads_at_once
+        at_once = family.heads_at_once(pattern, tiling) if capacity.exact else capacity.heads_at_once
         for first in range(0, len(group), at_once):
             heads = group[first : first + at_once]
             yield heads, family.select(pattern, heads, tiling, scores, capacity)

@@ -43,8 +43,6 @@ class Family(ABC, Generic[P]):
     """Whether its scores read what ``PageMeans`` keeps of the pages from chunk to chunk."""
     writes_lists = False
     """Whether its lists are written where they stay; else those of some heads are made and copied."""
-    one_by_one = False
-    """Whether heads are selected one at a time where sizes are exact: each may need less than the others."""
 
     @property
     def kind(self) -> str:
@@ -55,6 +53,10 @@ class Family(ABC, Generic[P]):
         self, pattern: P, heads: Sequence[int], tiling: Tiling, scores: Scores, capacity: Capacity
     ) -> Selection | WritesLists:
         """What all tiles of the named heads attend. Every tile has at least its own blocks."""
+
+    def heads_at_once(self, pattern: P, tiling: Tiling) -> int:
+        """Heads that are selected together where sizes are exact."""
+        return 1 << 30
 
     def room(self, pattern: P, block_size: int, adaptive: int) -> Room:
         """Planned sizes, from budgets alone.

@@ -13,7 +13,7 @@ sequence, ``r`` rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,9 +22,8 @@ from minference_vllm.core.tiling import DEFAULT_TILE, Tiling
 from minference_vllm.patterns.kinds import LowRank
 from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import Capacity, Selection, WritesLists
-from minference_vllm.selection.coverage import mass_per_token
 from minference_vllm.selection.family import Family, Room
-from minference_vllm.selection.measured_rows import CalibrationRows, calibration_rows
+from minference_vllm.selection.measured_rows import CALIBRATION_ROWS, CalibrationRows, calibration_rows
 from minference_vllm.selection.probe_queries import unlikeness
 from minference_vllm.selection.projection import (
     Projection,
@@ -36,7 +35,7 @@ from minference_vllm.selection.projection import (
 )
 from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.scores import Scores
-from minference_vllm.selection.tile_queries import all_rows, representatives
+from minference_vllm.selection.tile_queries import TileQueries, all_rows
 
 FIT_SHARE = 1.0
 """How much the last and the unlike rows together count in the fit, beside all rows: dimensions in which few rows look
@@ -47,11 +46,15 @@ SCORE_ERROR = 1.0
 """Error of a score, in nats, below which more dimensions would not tell keys apart much better."""
 SINGLE_LOOKS, LOOK_STEP = 0.25, 4
 """Scores of heads with more than that of ``single_looks``, of one measured row in so many, are set against all keys."""
+BATCH_BYTES = 128 << 20
+"""Bins and measured attention of the heads that are selected together on CPUs: what is done by torch takes as long for
+one head as for some."""
 MOST_COLUMNS = 6144
 """The most single keys of a tile that there is planned room for; lists are written where they stay, and take less
 memory than those of other patterns."""
 USUAL_RANK = 32
-"""Dimensions that most heads take where ``SCORE_ERROR`` decides."""
+"""Dimensions of every head, on GPUs at most. Of patterns with more each head takes as many as ``SCORE_ERROR`` asks
+for."""
 ROWS_FOR_KEYS = 200
 """Rows whose attention takes as long as the fit, the keys in few dimensions and what lies in their bins (measured on
 AVX2)."""
@@ -91,11 +94,11 @@ class LowRankOps(Protocol):
     def threshold(self, sample: CalibrationRows, mass: torch.Tensor, gamma: float) -> torch.Tensor:
         """``CalibrationRows.threshold``."""
 
+    def representatives(self, low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling, count: int) -> TileQueries:
+        """See ``tile_queries.representatives``."""
+
     def tile_bins(self, quantized: QuantizedQK, tiling: Tiling, all_groups: torch.Tensor) -> torch.Tensor:
         """See ``score_bins.tile_bins``."""
-
-    def line_bins(self, of_key: torch.Tensor, of_distance: torch.Tensor, tiling: Tiling) -> torch.Tensor:
-        """See ``score_bins.line_bins``."""
 
     def mass_by_bin(
         self, bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor, squared: bool = False
@@ -125,78 +128,29 @@ class Measured(NamedTuple):
         return cls(queries, sample, scores.row_shares(sample.rows, heads), tile)
 
 
-def column_diagonal_bins(
-    scores: LowRankOps, tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor
-) -> torch.Tensor:
-    """Bins of keys, as ``score_bins.tile_bins`` gives them, by columns and diagonals alone.
-
-    A key counts by what ``coverage`` takes it for: its share of the attention as a token of a page at this distance
-    from the tile, or as a column.
-
-    Args:
-        by_column, by_offset: float32 ``[h, S]``, see ``Scores.column_diagonal``.
-
-    Returns:
-        uint8 ``[h, T, S]``.
-    """
-    mass = mass_per_token(tiling, by_column, by_offset)
-    of_key, of_distance = (score_bins.as_bins(part.log2()) for part in (mass.as_column, mass.of_distance))
-    return score_bins.hide_before_window(scores.line_bins(of_key, of_distance, tiling), tiling)
-
-
-def needed_keys(weights: torch.Tensor, gamma: float, scores: LowRankOps) -> torch.Tensor:
-    """float32 ``[h]``: how many keys hold a share ``gamma`` of a row's attention, if every row has its own; the mean.
-
-    Args:
-        weights: float32 or bf16 ``[h, R, S]``.
-    """
-    rows = torch.arange(weights.shape[1], device=weights.device).expand(len(weights), -1)
-    found = score_bins.as_bins(weights.float().clamp(min=1e-20).log2_())
-    wanted = scores.threshold(CalibrationRows(rows, rows, (), 0.0), scores.mass_by_bin(found, rows, weights), gamma)
-    return scores.page_counts(found, wanted, weights.shape[2]).sum(2).float().mean(1)
-
-
-def columns_and_diagonals(
-    scores: LowRankOps,
-    measured: Measured,
-    tiling: Tiling,
-    pattern: LowRank,
-    column_diagonal: tuple[torch.Tensor, torch.Tensor],
-    cost: float,
-) -> ScoreBins | None:
-    """Bins by columns and diagonals, where so few keys hold the wanted share of the measured rows' attention that
-    scoring would cost more than it could save, on all heads; else None. Reads what it found: a GPU would be waited for.
-
-    Args:
-        cost: of scoring, as a share of dense attention.
-    """
-    bins = column_diagonal_bins(scores, tiling, *column_diagonal)
-    wanted = scores.threshold(measured.sample, scores.mass_by_bin(bins, measured.tile, measured.weights), pattern.gamma)
-    keys = scores.page_counts(bins, wanted, tiling.block_size).sum((1, 2))
-    cost *= float(tiling.reachable().sum()) * tiling.block_size
-    if not bool((wanted > 0).all()):
-        return None
-    if bool((keys > cost).any()) and not pattern.samples:
-        # Scores would leave the keys that single rows need; but a sample of those will do.
-        keys = keys - tiling.num_tiles * needed_keys(measured.weights[:, ::8], pattern.gamma, scores)
-    return ScoreBins(bins, wanted, scored=False) if bool((keys <= cost).all()) else None
-
-
-def fitted(queries: torch.Tensor, alone: torch.Tensor, keys: torch.Tensor, rank: int, error: float = 0.0) -> Projection:
+def fitted(
+    queries: torch.Tensor, alone: torch.Tensor, keys: torch.Tensor, rank: int, error: float = 0.0
+) -> Iterator[tuple[list[int], Projection]]:
     """The dimensions in which a chunk is scored.
 
     Args:
         queries: ``[h, n, D]``, some of the chunk's.
         alone: ``[h, m, D]``, those of rows that speak for themselves, which together count ``FIT_SHARE`` times as much.
         keys: ``[h, k, D]``, some of the sequence's.
-        error: see ``projection.fit_within``; 0: all ``rank`` dimensions, and a GPU is not waited for.
+        error: see ``projection.fit_within``; 0: all heads have ``rank`` dimensions, and a GPU is not waited for.
+
+    Yields:
+        Places of heads, and their projection.
     """
     rank = min(rank, queries.shape[2])
     if alone.shape[1]:
         weight = math.sqrt(FIT_SHARE * queries.shape[1] / alone.shape[1])
         queries = torch.cat([queries.float(), alone.float().mul_(weight)], 1)
-    projection = fit_within(queries, keys, rank, error) if error else fit(queries, keys, rank)
-    return for_int8(projection, keys)
+    if not error:
+        yield list(range(len(keys))), for_int8(fit(queries, keys, rank), keys)
+        return
+    for places, projection in fit_within(queries, keys, rank, error):
+        yield places, for_int8(projection, keys[places])
 
 
 def fit_step(length: int, rows: int = FIT_ROWS) -> int:
@@ -221,16 +175,31 @@ def score_keys(
     some_keys = scores.some_keys(heads, fit_step(tiling.seq_len))
     queries, sample, weights = measured.queries, measured.sample, measured.weights
     some_queries = queries[:, :: fit_step(queries.shape[1])]
-    error = 0.0 if pattern.queries else SCORE_ERROR / scores.scale
+    rank = gpu_rank(pattern) if queries.is_cuda else pattern.rank
+    # Which has to be read, and a GPU would be waited for.
+    heads_differ = rank > USUAL_RANK
+    error = SCORE_ERROR / scores.scale if heads_differ else 0.0
     alone = queries.gather(1, sample.alone()[..., None].expand(-1, -1, queries.shape[2]))
-    projection = fitted(some_queries, alone, some_keys, pattern.rank, error)
-    keys, low = scores.key_codes(heads, projection), project_queries(queries, projection, scores.scale)
-    if pattern.queries:
-        chosen = representatives(low, projection.key_size, tiling, pattern.queries)
-        all_groups = torch.zeros(len(keys), dtype=torch.bool, device=keys.device)
+    if heads_differ:
+        all_groups = single_looks(measured, tiling) > SINGLE_LOOKS
     else:
-        chosen, all_groups = all_rows(low, tiling), single_looks(measured, tiling) > SINGLE_LOOKS
-    bins = scores.tile_bins(QuantizedQK.of(*chosen, keys), tiling, all_groups)
+        all_groups = torch.zeros(len(heads), dtype=torch.bool, device=queries.device)
+    bins = None
+    for places, projection in fitted(some_queries, alone, some_keys, rank, error):
+        every = len(places) == len(heads)
+        low = project_queries(queries if every else queries[places], projection, scores.scale)
+        keys = scores.key_codes([heads[place] for place in places], projection)
+        if pattern.queries:
+            chosen = scores.representatives(low, projection.key_size, tiling, pattern.queries)
+        else:
+            chosen = all_rows(low, tiling)
+        found = scores.tile_bins(QuantizedQK.of(*chosen, keys), tiling, all_groups if every else all_groups[places])
+        if every:
+            bins = found
+        else:
+            bins = found.new_empty(len(heads), *found.shape[1:]) if bins is None else bins
+            bins[places] = found
+    assert bins is not None
     bins = score_bins.hide_before_window(bins, tiling)
     mass = scores.mass_by_bin(bins, measured.tile, weights, pattern.samples)
     if pattern.samples:
@@ -243,12 +212,15 @@ class LowRankFamily(Family[LowRank]):
     colour = "#000000"
     reads_page_means = True
     writes_lists = True
-    one_by_one = True
 
     def select(
         self, pattern: LowRank, heads: Sequence[int], tiling: Tiling, scores: Scores, capacity: Capacity
     ) -> Selection | WritesLists:
         return scores.select_bins(tiling, scores.low_rank(heads, tiling, pattern), capacity)
+
+    def heads_at_once(self, pattern: LowRank, tiling: Tiling) -> int:
+        # Attention of measured rows in 16 bits, and again as torch works on it.
+        return max(1, BATCH_BYTES // (tiling.seq_len * (tiling.num_tiles + 6 * CALIBRATION_ROWS)))
 
     def room(self, pattern: LowRank, block_size: int, adaptive: int) -> Room:
         return Room(adaptive, min(adaptive, MOST_COLUMNS))

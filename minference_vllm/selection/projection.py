@@ -9,6 +9,7 @@ Sizes: ``h`` query heads, ``S`` tokens in the sequence, ``D`` head size, ``r`` r
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -92,16 +93,24 @@ def fit(query: torch.Tensor, keys: torch.Tensor, rank: int) -> Projection:
     return _Eigenspace.of(query, keys, rank).projection(rank)
 
 
-def fit_within(query: torch.Tensor, keys: torch.Tensor, rank: int, error: float) -> Projection:
-    """``fit`` with fewer dimensions, in steps of 16, where they suffice; reads the errors, so that a GPU is waited for.
+def fit_within(
+    query: torch.Tensor, keys: torch.Tensor, rank: int, error: float
+) -> Iterator[tuple[list[int], Projection]]:
+    """``fit`` with fewer dimensions, in steps of 16, for heads for which they suffice; waits for a GPU.
 
     Args:
         error: root of the mean square of what products may lose.
+
+    Yields:
+        Places of heads with as many dimensions each, ascending, and their projection.
     """
     space = _Eigenspace.of(query, keys, rank)
-    lost = space.lost()[:, 15:-1:16].amax(0).tolist()
-    enough = (16 * step for step, rest in enumerate(lost, 1) if rest <= error**2)
-    return space.projection(next(enough, rank))
+    of_ranks: dict[int, list[int]] = {}
+    for place, lost in enumerate(space.lost()[:, 15:-1:16].tolist()):
+        enough = (16 * step for step, rest in enumerate(lost, 1) if rest <= error**2)
+        of_ranks.setdefault(next(enough, rank), []).append(place)
+    for own, places in of_ranks.items():
+        yield places, space.of_heads(places).projection(own)
 
 
 def start_vectors(dim: int, rank: int, device: torch.device) -> torch.Tensor:
@@ -142,6 +151,9 @@ class _Eigenspace(NamedTuple):
     def lost(self) -> torch.Tensor:
         """``[h, r]``: mean square of what products lose with so many dimensions, and one more each."""
         return self.total - self.values.cumsum(1)
+
+    def of_heads(self, places: list[int]) -> _Eigenspace:
+        return _Eigenspace(*(part[places] for part in self))
 
     def projection(self, rank: int) -> Projection:
         """In the first ``rank`` dimensions."""

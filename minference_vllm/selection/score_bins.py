@@ -41,8 +41,6 @@ class ScoreBins(NamedTuple):
     """int32 ``[h]``: the bin from which on keys are selected; 0 means that bins do not tell them apart."""
     sampled: bool = False
     """Whether keys below the threshold are sampled (``sampled_keys``); else they are left out."""
-    scored: bool = True
-    """Whether keys were scored, as ``Family.scoring_cost`` counts; else columns and diagonals sufficed."""
 
 
 def group_step(own: int) -> int:
@@ -111,24 +109,6 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, all_groups: torch.Tensor) 
             bins[head, tile, :own] = as_bins((products[:, :own] - lse).amax(0).mul_(unit))
         bins[:, tile, own:end] = LOCAL_BIN
     return bins
-
-
-def line_bins(of_key: torch.Tensor, of_distance: torch.Tensor, tiling: Tiling) -> torch.Tensor:
-    """uint8 ``[h, T, S]``: the bin of every key for every tile, as a column or by its page's distance from the tile,
-    whichever is larger; ``LOCAL_BIN`` in the tile's own pages, 0 after them.
-
-    Args:
-        of_key: uint8 ``[h, S]``.
-        of_distance: uint8 ``[h, N]``, of the page before a tile, the one before that, and so on.
-    """
-    distance, size = tiling.distance(), tiling.block_size
-    before = (distance > 0).to(torch.uint8)
-    pages = of_distance[:, distance.clamp(min=1) - 1] * before
-    pages[:, tiling.own()] = LOCAL_BIN
-    missing = tiling.num_key_blocks * size - tiling.seq_len
-    columns = torch.nn.functional.pad(of_key, (0, missing)).view(len(of_key), 1, -1, size)
-    found = torch.maximum(pages[..., None], columns * before[..., None])
-    return found.flatten(2)[..., : tiling.seq_len].contiguous()
 
 
 def hide_before_window(bins: torch.Tensor, tiling: Tiling) -> torch.Tensor:

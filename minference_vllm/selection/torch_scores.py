@@ -12,7 +12,7 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.page_means import PageMeans
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.patterns.kinds import LowRank
-from minference_vllm.selection import low_rank, measured_rows, score_bins
+from minference_vllm.selection import low_rank, measured_rows, score_bins, tile_queries
 from minference_vllm.selection.antidiagonal import antidiagonal_scores
 from minference_vllm.selection.block_sparse import pooled_scores
 from minference_vllm.selection.compaction import (
@@ -112,15 +112,7 @@ class TorchScores:
         return antidiagonal_scores(self.query, self.keys, heads, tiling, stride, self.scale, self.softcap)
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
-        measured = low_rank.Measured.of(self, heads, tiling)
-        if not pattern.queries:
-            chunk, _, head_size = self.query.shape
-            cost = low_rank.scoring_cost(pattern.rank, head_size, chunk, self.query.device)
-            lines = self.column_diagonal(heads)
-            found = low_rank.columns_and_diagonals(self, measured, tiling, pattern, lines, cost)
-            if found is not None:
-                return found
-        return low_rank.score_keys(self, measured, heads, tiling, pattern)
+        return low_rank.score_keys(self, low_rank.Measured.of(self, heads, tiling), heads, tiling, pattern)
 
     def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection | WritesLists:
         if found.sampled:
@@ -171,7 +163,7 @@ class TorchScores:
     def threshold(sample: measured_rows.CalibrationRows, mass: torch.Tensor, gamma: float) -> torch.Tensor:
         return sample.threshold(mass, gamma)
 
+    representatives = staticmethod(tile_queries.representatives)
     tile_bins = staticmethod(score_bins.tile_bins)
-    line_bins = staticmethod(score_bins.line_bins)
     mass_by_bin = staticmethod(score_bins.mass_by_bin)
     page_counts = staticmethod(score_bins.page_counts)

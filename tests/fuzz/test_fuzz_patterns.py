@@ -36,7 +36,7 @@ OURS = {
     "schema_version": 1,
     "model": "some/model",
     "provenance": "a test",
-    "default": {"kind": "low_rank", "rank": 64, "gamma": 0.92, "remainder": True, "noise": 0.025},
+    "default": {"kind": "low_rank", "rank": 64, "gamma": 0.94, "remainder": True, "queries": 32, "noise": 0.022},
     "layers": {
         "0": {"0": {"kind": "a_shape", "sink": 64, "local": 512}, "1": {"kind": "dense"}},
         "1": {"0": {"kind": "peak_threshold", "alpha": 0.1, "remainder": True}},

@@ -301,7 +301,7 @@ def run_fit_case(
     rows = chunk_queries.measured_rows(query, heads, drawn)
     right_rows = calibration_rows(unlikeness(queries), seq_len)
     alone = rows[:, drawn.sampled :, None].expand(-1, -1, head_size)
-    right = fitted(queries, queries.gather(1, alone), of_heads, rank)
+    ((_, right),) = fitted(queries, queries.gather(1, alone), of_heads, rank)
     found = fit.fitted(inputs, query, heads, rows[:, drawn.sampled :], rank)
 
     def scores(projection: Any) -> torch.Tensor:

@@ -108,7 +108,7 @@ def test_a_draft_model_runs_the_users_patterns_where_they_are_its_own(tmp_path: 
     )
     assert written.patterns.for_layer(0, 1) == (Dense(),)
     others = runtime_for(configuration({"patterns": path}, runner_type="draft", get_total_num_hidden_layers=lambda: 1))
-    assert others.patterns.for_layer(0, 1) == (LowRank(rank=64, gamma=0.92, remainder=True, noise=0.025),)
+    assert others.patterns.for_layer(0, 1) == (LowRank(rank=64, gamma=0.94, remainder=True, queries=32, noise=0.022),)
     assert others.source.endswith(f"since {path} describes another model than the draft")
     assert others.counters.line().startswith("minference (draft model): 0 prefill chunks")
     others.use(own.patterns, "a test")
@@ -177,7 +177,7 @@ def test_a_checkpoints_file_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_then_the_shipped_default() -> None:
     runtime = runtime_for(configuration())
-    assert runtime.patterns.for_layer(0, 1) == (LowRank(rank=64, gamma=0.92, remainder=True, noise=0.025),)
+    assert runtime.patterns.for_layer(0, 1) == (LowRank(rank=64, gamma=0.94, remainder=True, queries=32, noise=0.022),)
     assert "the default (no file was set" in runtime.source
 
 

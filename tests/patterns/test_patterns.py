@@ -106,7 +106,7 @@ SHIPPED: dict[str, HeadPattern] = {
     "a_shape": AShape(sink=1024, local=4096),
     "block_sparse": BlockSparse(top_k=100),
     "coverage": Coverage(gamma=0.95, min_budget=3072),
-    "default_cpu": LowRank(rank=64, gamma=0.92, remainder=True, noise=0.025),
+    "default_cpu": LowRank(rank=64, gamma=0.94, remainder=True, queries=32, noise=0.022),
     "default_cuda": LowRank(rank=32, gamma=0.94, remainder=True, queries=32, noise=0.022),
     "dense": Dense(),
     "tri_shape": TriShape(sink=1024, local=4096, last=128),

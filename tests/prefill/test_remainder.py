@@ -242,7 +242,7 @@ def test_without_patterns_every_head_runs_the_default(
     paged_batch: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = paged_batch(query_lens=[200], context_lens=[300])
-    assert default_pattern() == LowRank(rank=64, gamma=0.92, remainder=True, noise=0.025)
+    assert default_pattern() == LowRank(rank=64, gamma=0.94, remainder=True, queries=32, noise=0.022)
     assert default_pattern("cuda") == LowRank(gamma=0.94, remainder=True, queries=32, noise=0.022)
     with pytest.raises(ValueError, match="platform must be one of 'cpu', 'cuda', not 'gpu'"):
         default_pattern("gpu")

@@ -1,4 +1,4 @@
-"""``low_rank``: its calibration rows, its columns and diagonals, and what a head that looks things up gets from it."""
+"""``low_rank``: its calibration rows, and what a head that looks things up gets from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
-from low_rank_inputs import CHUNK, CONTEXT, DIM, LENGTH, PAGE, TILINGS, lookups, neighbours
+from low_rank_inputs import CHUNK, CONTEXT, DIM, LENGTH, PAGE, lookups, neighbours
 from score_inputs import scores_of
 
 from minference_vllm import reference
@@ -22,46 +22,9 @@ from minference_vllm.kernels.native.scores import NativeScores
 from minference_vllm.patterns.kinds import Coverage, LowRank
 from minference_vllm.selection import low_rank, measured_rows
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.low_rank import column_diagonal_bins
 from minference_vllm.selection.probe_queries import unlikeness
-from minference_vllm.selection.projection import BINS_PER_BIT
-from minference_vllm.selection.score_bins import LOCAL_BIN, ScoreBins
+from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.torch_scores import TorchScores
-
-
-@pytest.mark.parametrize("kind", [TorchScores, NativeScores])
-@pytest.mark.parametrize("name", ["regular", "odd_length", "starts_inside_a_tile", "large_tile"])
-def test_bins_by_columns_and_diagonals(name: str, kind: type[TorchScores]) -> None:
-    """Seen from the last tile they are ``coverage``'s mass per token; other tiles see pages shifted."""
-    if kind is NativeScores and library.unavailable_reason():
-        pytest.skip(str(library.unavailable_reason()))
-    context, length, page, tile = TILINGS[name]
-    tiling, scores = Tiling.of(context, length, page, tile), scores_of(*lookups(), kind=kind)
-    generator = torch.Generator().manual_seed(0)
-    by_column, by_offset = torch.rand(2, 2, length, generator=generator).pow(8)
-    bins = column_diagonal_bins(scores, tiling, by_column, by_offset)
-    _, of_key, *_ = reference.mass_per_token(by_column, by_offset, tiling, 0, 0)
-    exact = (254 + BINS_PER_BIT * of_key.log2()).clamp(0, 254).floor()
-    exact[of_key.isinf()] = LOCAL_BIN
-    assert (bins[:, -1] - exact).abs().max() <= 1
-    own = tiling.own().repeat_interleave(page, 1)[:, :length]
-    later = ~tiling.reachable().repeat_interleave(page, 1)[:, :length]
-    assert (bins[:, own] == LOCAL_BIN).all() and (bins[:, later] == 0).all()
-    # Without columns, what is at the same distance counts the same.
-    flat = column_diagonal_bins(scores, tiling, torch.full_like(by_column, 1e-9), by_offset)
-    for number in range(tiling.num_tiles - 1):
-        shift = (int(tiling.starts[-2]) // tile - int(tiling.starts[number]) // tile) * tile
-        before = int(tiling.starts[number]) // tile * tile
-        if before:
-            assert torch.equal(flat[:, number, :before], flat[:, -1, shift : shift + before])
-
-
-def test_keys_that_single_rows_need() -> None:
-    weights = torch.zeros(3, 4, 1000)
-    weights[0, :, :50] = 1 / 50
-    weights[1, :2, 7], weights[1, 2:, 500:600] = 1.0, 0.01
-    weights[2] = 1e-3
-    assert low_rank.needed_keys(weights, 0.9, scores_of(*lookups())).tolist() == [50, 50.5, 1000]
 
 
 @pytest.mark.parametrize(
@@ -131,11 +94,6 @@ def test_every_group_of_rows_gets_its_share() -> None:
 TILING = Tiling.of(CONTEXT, LENGTH, PAGE, 128)
 
 
-class AlwaysScored(TorchScores):
-    def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
-        return low_rank.score_keys(self, low_rank.Measured.of(self, heads, tiling), heads, tiling, pattern)
-
-
 def recall(index: SparseIndex, query: torch.Tensor, keys: torch.Tensor) -> float:
     return float(reference.attention_recall(query, keys, index.to_mask(), CONTEXT, 1.0).mean())
 
@@ -144,23 +102,7 @@ def build(pattern: LowRank | Coverage, query: torch.Tensor, keys: torch.Tensor) 
     return build_index(TILING, [pattern], scores_of(query, keys))
 
 
-@pytest.mark.parametrize("sink", [False, True])
-def test_a_head_that_columns_and_diagonals_serve_is_not_scored(sink: bool) -> None:
-    query, keys = neighbours(sink)
-
-    class Unscored(TorchScores):
-        @staticmethod
-        def tile_bins(*_: object) -> torch.Tensor:
-            raise AssertionError("scored")
-
-    index = build_index(TILING, [LowRank(gamma=0.9)], scores_of(query, keys, kind=Unscored))
-    assert recall(index, query, keys) >= 0.9 - 0.01
-    assert float(index.density()) < 0.2
-    with pytest.raises(AssertionError, match="scored"):
-        build_index(TILING, [LowRank(gamma=0.9)], scores_of(*lookups(), kind=Unscored))
-
-
-def test_a_question_at_the_end_is_heard_where_a_head_is_not_scored() -> None:
+def test_a_question_at_the_end_is_heard() -> None:
     """Its rows look at one key that nobody else looks at; no sampled row need be among them."""
     query, keys = neighbours(sink=True)
     keys[0, 777, :-1], keys[0, 777, -1] = 0, -90
@@ -235,11 +177,11 @@ def test_selection_is_the_same_for_keys_in_pieces_and_for_heads_apart() -> None:
     )
 
     def bins(heads: Sequence[int], at_once: int) -> ScoreBins:
-        class InPieces(AlwaysScored):
+        class InPieces(TorchScores):
             def key_pieces(self, rows: int) -> Iterator[torch.Tensor]:
                 yield from self.keys.split(at_once, 1)
 
-        return scores_of(query, keys, kind=InPieces).low_rank(heads, TILING, LowRank(rank=16, gamma=0.9))
+        return scores_of(query, keys, kind=InPieces).low_rank(heads, TILING, LowRank(rank=DIM, gamma=0.9))
 
     both = bins([0, 1], LENGTH)
     for head in (0, 1):

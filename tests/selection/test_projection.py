@@ -132,10 +132,32 @@ def test_no_more_dimensions_than_are_needed() -> None:
     def error(rank: int) -> float:
         return float((products(fit(query, keys, rank), query, keys) - exact).square().mean((1, 2)).max() ** 0.5)
 
-    for enough, rank in ((1e9, 16), (error(16) * 1.01, 16), (error(32) * 1.01, 32), (error(48) * 0.99, 64), (0.0, 64)):
-        assert fit_within(query, keys, 64, enough).to_key.shape == (2, 64, rank)
-    assert fit_within(query, keys, 40, 0.0).to_key.shape == (2, 64, 40)
-    assert fit_within(query, keys, 16, 0.0).to_key.shape == (2, 64, 16)
+    def ranks(most: int, enough: float, heads: slice = slice(None)) -> list[int]:
+        of_heads = [0] * len(query[heads])
+        for places, projection in fit_within(query[heads], keys[heads], most, enough):
+            for place, to_key in zip(places, projection.to_key, strict=True):
+                of_heads[place] = to_key.shape[1]
+        return of_heads
+
+    for enough, most in ((1e9, 16), (error(16) * 1.01, 16), (error(32) * 1.01, 32), (error(48) * 0.99, 64), (0.0, 64)):
+        found = ranks(64, enough)
+        assert max(found) == most
+        # No head has more for those beside it.
+        assert found == [rank for head in (0, 1) for rank in ranks(64, enough, slice(head, head + 1))]
+    assert ranks(40, 0.0) == [40, 40] and ranks(16, 0.0) == [16, 16]
+
+
+def test_heads_keep_their_order_whatever_dimensions_they_have() -> None:
+    query, keys = spread_inputs()
+    query = torch.cat([query * 100, query, query * 100])
+    keys = torch.cat([keys] * 3)
+    found = dict.fromkeys(range(6), 0)
+    for places, projection in fit_within(query, keys, 64, 50.0):
+        assert places == sorted(places) and len(projection.mean) == len(projection.to_query) == len(places)
+        own = fit(query[places], keys[places], projection.to_key.shape[2])
+        torch.testing.assert_close(own.to_query, projection.to_query)
+        found |= dict.fromkeys(places, projection.to_key.shape[2])
+    assert found[0] == found[4] and found[1] == found[5] and len(set(found.values())) > 1
 
 
 @pytest.mark.parametrize("case", ["zeros", "constant keys", "one query", "few keys", "one dimension", "huge"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from low_rank_inputs import TILINGS, lookups, neighbours
@@ -9,14 +11,21 @@ from score_inputs import scores_of
 
 from minference_vllm import LowRank, reference
 from minference_vllm.core.tiling import Tiling
+from minference_vllm.kernels.native import library
+from minference_vllm.kernels.native import scores as native_scores
 from minference_vllm.selection import tile_queries
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.tile_queries import ALIKE, LEAST_SIZE, candidate_step, num_candidates, representatives
+from minference_vllm.selection.tile_queries import ALIKE, LEAST_SIZE, TileQueries, candidate_step, num_candidates
 
 COUNT = 16
 
 
-def of(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling) -> list[list[torch.Tensor]]:
+Representatives = Callable[[torch.Tensor, torch.Tensor, Tiling, int], TileQueries]
+
+
+def of(
+    representatives: Representatives, low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling
+) -> list[list[torch.Tensor]]:
     """Of every head and tile ``[count, r]``."""
     found, position, count = representatives(low, key_size, tiling, COUNT)
     rows = (position - tiling.context_len).long()[..., None].expand(found.shape)
@@ -28,8 +37,20 @@ def of(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling) -> list[list[t
     ]
 
 
+def native(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling, count: int) -> TileQueries:
+    if library.unavailable_reason():
+        pytest.skip(str(library.unavailable_reason()))
+    return native_scores.representatives(low, key_size, tiling, count)
+
+
+BOTH = pytest.mark.parametrize("representatives", [tile_queries.representatives, native], ids=["torch", "native"])
+
+
+@BOTH
 @pytest.mark.parametrize("name", list(TILINGS))
-def test_rows_are_taken_farthest_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_taken_farthest_first(
+    name: str, representatives: Representatives, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tile_queries, "ALIKE", 1e9)
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
@@ -37,9 +58,9 @@ def test_rows_are_taken_farthest_first(name: str, monkeypatch: pytest.MonkeyPatc
     low = torch.randn(2, length - context, 32, generator=generator) * torch.linspace(5, 0.5, 32) + 3
     key_size = torch.rand(2, 1, 32, generator=generator) * 40 + 10
     key_size[..., 5] = 0  # a dimension that tells no keys apart
-    found, step = of(low, key_size, tiling), candidate_step(tile)
+    found, step = of(representatives, low, key_size, tiling), candidate_step(tile)
     monkeypatch.setattr(tile_queries, "ALIKE", 0.0)
-    everything = of(low, key_size, tiling)
+    everything = of(representatives, low, key_size, tiling)
     assert step == (4 if tile == 512 else 2 if tile == 144 else 1)
     for i_tile, (begin, end) in enumerate(zip(tiling.starts[:-1], tiling.starts[1:], strict=True)):
         for head in range(2):
@@ -59,13 +80,15 @@ def test_rows_are_taken_farthest_first(name: str, monkeypatch: pytest.MonkeyPatc
             assert torch.equal(everything[head][i_tile] if len(rows) > COUNT else rows, rows)
 
 
-def test_rows_that_are_alike_are_represented_by_themselves() -> None:
+@BOTH
+def test_rows_that_are_alike_are_represented_by_themselves(representatives: Representatives) -> None:
     tiling = Tiling.of(100, 300, 16, 64)
-    found = of(torch.full((1, 200, 16), 2.0), torch.ones(1, 1, 16), tiling)
+    found = of(representatives, torch.full((1, 200, 16), 2.0), torch.ones(1, 1, 16), tiling)
     assert all(torch.equal(rows, torch.full((1, 16), 2.0)) for rows in found[0])
 
 
-def test_all_rows_of_a_tile_whose_representatives_do_not_suffice() -> None:
+@BOTH
+def test_all_rows_of_a_tile_whose_representatives_do_not_suffice(representatives: Representatives) -> None:
     """As soon as one is not alike, by the difference of scores in bits."""
     tiling = Tiling.of(128, 256, 64, 64)
     low = torch.zeros(1, 128, 16)
@@ -74,6 +97,20 @@ def test_all_rows_of_a_tile_whose_representatives_do_not_suffice() -> None:
     for size, count in ((ALIKE * 1.01, 64), (ALIKE * 0.99, COUNT)):
         key_size = torch.full((1, 1, 16), size)
         assert representatives(low, key_size, tiling, COUNT).count.tolist() == [[1, count]]
+
+
+@BOTH
+def test_queries_that_are_not_numbers(representatives: Representatives) -> None:
+    """The first of them is taken, and then the tile's first rows, as nothing is known of how far they are."""
+    tiling = Tiling.of(128, 320, 64, 64)
+    low = torch.randn(2, 192, 16, generator=torch.Generator().manual_seed(0))
+    low[1, 70], low[1, 80, 3] = torch.nan, torch.inf
+    ours, right = (
+        kind(low, torch.ones(2, 1, 16), tiling, COUNT) for kind in (representatives, tile_queries.representatives)
+    )
+    assert torch.equal(ours.count, right.count)
+    of_ours, of_right = (found.position.view(2, 3, -1)[..., :COUNT] for found in (ours, right))
+    assert torch.equal(of_ours, of_right)
 
 
 def test_selections_follow_rows_that_are_alike_and_those_that_all_differ(monkeypatch: pytest.MonkeyPatch) -> None:

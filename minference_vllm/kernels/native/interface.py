@@ -156,6 +156,29 @@ class KeyCodeArguments(ctypes.Structure):
     )
 
 
+class RepresentativeArguments(ctypes.Structure):
+    _fields_ = (
+        ("low", _Float32Ptr),
+        ("key_size", _Float32Ptr),
+        ("tile_starts", _Int64Ptr),
+        ("out", _Float32Ptr),
+        ("position", _Int32Ptr),
+        ("count", _Int32Ptr),
+        ("context_len", ctypes.c_int64),
+        ("chunk", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("tiles", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("step", ctypes.c_int32),
+        ("per_tile", ctypes.c_int32),
+        ("wanted", ctypes.c_int32),
+        ("least_size", ctypes.c_float),
+        ("least_apart", ctypes.c_float),
+        ("alike", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+    )
+
+
 class QuantizedQK(ctypes.Structure):
     _fields_ = (
         ("query", _Int8Ptr),
@@ -180,21 +203,6 @@ class TileScoreBinArguments(ctypes.Structure):
         ("bins", _Uint8Ptr),
         ("tile_starts", _Int64Ptr),
         ("tile", ctypes.c_int32),
-    )
-
-
-class LineBinArguments(ctypes.Structure):
-    _fields_ = (
-        ("of_key", _Uint8Ptr),
-        ("of_distance", _Uint8Ptr),
-        ("bins", _Uint8Ptr),
-        ("tile_starts", _Int64Ptr),
-        ("seq_len", ctypes.c_int64),
-        ("heads", ctypes.c_int32),
-        ("tiles", ctypes.c_int32),
-        ("tile", ctypes.c_int32),
-        ("block_size", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
     )
 
 
@@ -273,8 +281,8 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "row_shares": RowShareArguments,
     "column_diagonal_scores": ColumnDiagonalArguments,
     "key_codes": KeyCodeArguments,
+    "representatives": RepresentativeArguments,
     "tile_score_bins": TileScoreBinArguments,
-    "line_bins": LineBinArguments,
     "mass_by_bin": BinMassArguments,
     "threshold": ThresholdArguments,
     "page_counts": KeyArguments,

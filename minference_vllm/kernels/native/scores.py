@@ -13,12 +13,13 @@ from minference_vllm.core.inputs import Inputs
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.native import interface
 from minference_vllm.kernels.native.library import describe_cache, library
-from minference_vllm.selection import score_bins
+from minference_vllm.selection import score_bins, tile_queries
 from minference_vllm.selection.compaction import Capacity, KeyLists, Selection, WritesLists
 from minference_vllm.selection.measured_rows import CalibrationRows, bounded, least_of_a_row
 from minference_vllm.selection.probe_queries import probe_groups
 from minference_vllm.selection.projection import BINS_PER_BIT, MAX_KEY, MAX_KEY_NORM, Projection, QuantizedQK
 from minference_vllm.selection.score_bins import ScoreBins, whole_pages
+from minference_vllm.selection.tile_queries import TileQueries
 from minference_vllm.selection.torch_scores import TorchScores
 
 MAX_ROWS = 64
@@ -47,24 +48,36 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, all_groups: torch.Tensor) 
     return bins
 
 
-def line_bins(of_key: torch.Tensor, of_distance: torch.Tensor, tiling: Tiling) -> torch.Tensor:
-    """``score_bins.line_bins``."""
-    of_key, of_distance = of_key.contiguous(), of_distance.contiguous()
-    bins = torch.empty(len(of_key), tiling.num_tiles, tiling.seq_len, dtype=torch.uint8)
-    call = interface.LineBinArguments(
-        of_key.data_ptr(),
-        of_distance.data_ptr(),
-        bins.data_ptr(),
+def representatives(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling, count: int) -> TileQueries:
+    """``tile_queries.representatives``, but for sums of squares in another order."""
+    heads, chunk, rank = low.shape
+    low, key_size = low.contiguous(), key_size.contiguous()
+    shape = heads, tiling.num_tiles * tile_queries.num_candidates(tiling.tile)
+    found = TileQueries(
+        torch.empty(*shape, rank),
+        torch.empty(shape, dtype=torch.int32),
+        torch.empty(heads, tiling.num_tiles, dtype=torch.int32),
+    )
+    call = interface.RepresentativeArguments(
+        low.data_ptr(),
+        key_size.data_ptr(),
         tiling.starts.data_ptr(),
-        tiling.seq_len,
-        len(of_key),
+        *(part.data_ptr() for part in found),
+        tiling.context_len,
+        chunk,
+        heads,
         tiling.num_tiles,
-        tiling.tile,
-        tiling.block_size,
+        rank,
+        tile_queries.candidate_step(tiling.tile),
+        shape[1] // tiling.num_tiles,
+        count,
+        tile_queries.LEAST_SIZE,
+        tile_queries.LEAST_APART,
+        tile_queries.ALIKE,
         torch.get_num_threads(),
     )
-    library().minference_line_bins(ctypes.byref(call))
-    return bins
+    library().minference_representatives(ctypes.byref(call))
+    return found
 
 
 def mass_by_bin(
@@ -189,8 +202,8 @@ class NativeScores(TorchScores):
             keys they compute for any.
     """
 
+    representatives = staticmethod(representatives)
     tile_bins = staticmethod(tile_bins)
-    line_bins = staticmethod(line_bins)
     mass_by_bin = staticmethod(mass_by_bin)
     threshold = staticmethod(threshold)
     page_counts = staticmethod(page_counts)

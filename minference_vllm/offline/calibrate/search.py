@@ -144,11 +144,9 @@ def _side_by_side(parts: Sequence[Measured]) -> Iterator[tuple[torch.Tensor, ...
 class _Remembered:
     """``Scores`` that many candidates ask for, each computed once for all heads."""
 
-    def __init__(self, scores: Scores, heads: int) -> None:
+    def __init__(self, scores: Scores) -> None:
         self._scores = scores
         self.select_bins = scores.select_bins
-        self.scored = torch.zeros(heads, dtype=torch.bool)
-        """Whether the last ``low_rank`` of each head has scored its keys."""
         self._known: dict[tuple[object, ...], Any] = {}
 
     def _remember(self, name: str, heads: Sequence[int], *arguments: Any) -> Any:
@@ -171,9 +169,7 @@ class _Remembered:
         return self._remember("antidiagonal", heads, tiling, stride)
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
-        found = self._scores.low_rank(heads, tiling, pattern)
-        self.scored[list(heads)] = found.scored
-        return found
+        return self._scores.low_rank(heads, tiling, pattern)
 
 
 def measure(
@@ -192,7 +188,7 @@ def measure(
     chosen, candidates, _ = choose_for(candidates, kernel, inputs.query.dtype, cache, own)
     tiling = tiling_for(inputs, chosen, tile)
     exact = chosen.scores(inputs)
-    scores = _Remembered(exact, heads)
+    scores = _Remembered(exact)
     samples = max(1, min(MAX_SAMPLES, MAX_WEIGHTS // (heads * chunk.seq_len)))
     rows = sample_rows(chunk.query_len, samples, seed).to(device)
     positions = rows + chunk.context_len
@@ -223,7 +219,7 @@ def measure(
         pairs = index.dense_pairs()
         scoring = family_of(pattern).scoring_cost(pattern, cache.head_size, chunk.query_len, device)
         result.computed[number] = index.computed_pairs().cpu()
-        result.cost[number] = result.computed[number] + pairs * scoring * scores.scored
+        result.cost[number] = result.computed[number] + pairs * scoring
         result.pairs[number] = pairs
         result.recall[number] = recall.clamp(max=1.0).double().mean((1, 2)).cpu()
         by_value = _share(times(kept, norms), by_norm, of_nothing=1.0).clamp(max=1.0)
