@@ -69,9 +69,7 @@ class TritonScores(TorchScores):
         )
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
-        """As the definition, but for what would wait for the GPU or take memory for every row and key: keys are scored
-        whatever columns and diagonals hold, in as many dimensions for every head.
-        """
+        """As the definition, but for what would take memory for every row and key."""
         inputs, query = self.inputs, self.query
         drawn = drawn_rows(len(query), tiling.seq_len, query.device)
         rows = measured_rows(query, heads, drawn)

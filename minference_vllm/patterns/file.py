@@ -64,7 +64,7 @@ class Measurement(BaseModel):
     density: float = Field(ge=0, allow_inf_nan=False)
     """Computed query-key pairs as a share of the dense ones, as a server logs it."""
     cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """The same with what ``low_rank`` spends where it scores keys; what patterns are chosen by."""
+    """The same with what ``low_rank`` spends on scores; what patterns are chosen by."""
     output_error: float = Field(ge=0, allow_inf_nan=False)
     """Of the attention output, relative to the dense output."""
 

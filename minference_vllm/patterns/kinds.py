@@ -161,8 +161,8 @@ class LowRank(_Pattern):
     rows is made of (exact weights times the norms of values), and of sampled rows less 2.5 standard errors. A head
     that is not sparse comes out dense. With ``remainder`` what a tile leaves out stands in its softmax as one key. With
     ``queries`` so many representatives of each tile are scored instead of all of its rows, where they suffice. With
-    ``noise`` a scored head samples its keys by their weights, whatever ``gamma`` says, so that outputs err by that
-    share (0: none is)."""
+    ``noise`` a head samples its keys by their weights, whatever ``gamma`` says, so that outputs err by that share (0:
+    none is)."""
 
     kind: Literal["low_rank"] = "low_rank"
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32

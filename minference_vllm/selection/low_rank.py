@@ -53,7 +53,7 @@ MOST_COLUMNS = 6144
 """The most single keys of a tile that there is planned room for; lists are written where they stay, and take less
 memory than those of other patterns."""
 USUAL_RANK = 32
-"""Dimensions of every head, on GPUs at most. Of patterns with more each head takes as many as ``SCORE_ERROR`` asks
+"""Dimensions of every head, on GPUs at the most. Of patterns with more each head takes as many as ``SCORE_ERROR`` asks
 for."""
 ROWS_FOR_KEYS = 200
 """Rows whose attention takes as long as the fit, the keys in few dimensions and what lies in their bins (measured on

@@ -6,7 +6,6 @@ As in ``test_triton_kernels.py`` this file is both the test and, run as a script
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -359,22 +358,13 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
 
     from minference_vllm import LowRank
     from minference_vllm.core.tiling import Tiling
-    from minference_vllm.selection import low_rank
     from minference_vllm.selection.build import build_index
     from minference_vllm.selection.measured_rows import CalibrationRows
-    from minference_vllm.selection.score_bins import ScoreBins
     from minference_vllm.selection.torch_scores import TorchScores
 
-    low_rank.SCORE_ERROR, low_rank.SINGLE_LOOKS = 1e-9, 1.0
     # Of levels, as the kernel's.
     CalibrationRows.threshold = threshold_of_levels  # type: ignore[method-assign]
     CalibrationRows.sampling_threshold = noise_threshold_of_levels  # type: ignore[method-assign]
-
-    class ScoringAlways(TorchScores):
-        """As the kernels' path: whatever columns and diagonals hold, in all dimensions, and of all keys."""
-
-        def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
-            return low_rank.score_keys(self, low_rank.Measured.of(self, heads, tiling), heads, tiling, pattern)
 
     # Heads that are scored together are not all neighbours.
     patterns = [
@@ -387,7 +377,7 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
     ]
     inputs, out, index, expected = prefill(context_len, seq_len, page, patterns, sharpness=10)
     _, _, again, _ = prefill(context_len, seq_len, page, patterns, sharpness=10)
-    by_torch = build_index(Tiling.of(context_len, seq_len, page, 128), patterns, ScoringAlways(inputs))
+    by_torch = build_index(Tiling.of(context_len, seq_len, page, 128), patterns, TorchScores(inputs))
     return {
         "different": float((index.to_mask() != by_torch.to_mask()).float().mean()),
         "repeated": int((index.to_mask() != again.to_mask()).sum()),
