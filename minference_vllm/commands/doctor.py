@@ -135,6 +135,8 @@ def device() -> Iterator[Finding]:
         yield Finding("--", "bfloat16", "products take many times as long as float32's here: try --dtype float32")
     if units["AMX"]:
         yield Finding("--", "min_context", "with AMX dense attention is fast, and sparse pays later: try 16384")
+    else:
+        yield Finding("--", "min_context", "without AMX dense attention is slow, and sparse pays sooner: try 4096")
 
 
 def bfloat16_is_slow() -> bool:

@@ -23,6 +23,7 @@ from minference_vllm.patterns.kinds import Coverage, LowRank
 from minference_vllm.selection import low_rank, measured_rows
 from minference_vllm.selection.build import build_index
 from minference_vllm.selection.probe_queries import unlikeness
+from minference_vllm.selection.projection import Projection, for_int8
 from minference_vllm.selection.score_bins import ScoreBins
 from minference_vllm.selection.torch_scores import TorchScores
 
@@ -190,6 +191,30 @@ def test_selection_is_the_same_for_keys_in_pieces_and_for_heads_apart() -> None:
     # Other keys are sampled for the fit, so the bins are others, as good as these.
     pieces = bins([0, 1], 1000)
     assert ((pieces.bins > 0) == (both.bins > 0)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", [TorchScores, NativeScores])
+def test_heads_do_not_depend_on_those_beside_them(kind: type[TorchScores], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever dimensions each of them takes."""
+    if kind is NativeScores and library.unavailable_reason():
+        pytest.skip(str(library.unavailable_reason()))
+    heads = [lookups(1), neighbours(sink=True), lookups(2)]
+    query, keys = (torch.cat([head[place].float() for head in heads], 1 - place) for place in (0, 1))
+    monkeypatch.setattr(low_rank, "SCORE_ERROR", 2.0)
+    pattern, ranks = LowRank(rank=64, noise=0.03, queries=32), []
+
+    def noted(projection: Projection, sample: torch.Tensor) -> Projection:
+        ranks.append((len(sample), projection.to_key.shape[2]))
+        return for_int8(projection, sample)
+
+    monkeypatch.setattr(low_rank, "for_int8", noted)
+    together = build_index(TILING, [pattern] * 3, scores_of(query, keys, kind=kind))
+    assert len(ranks) > 1 and sum(number for number, _ in ranks) == 3
+    monkeypatch.setattr(low_rank, "BATCH_BYTES", 0)
+    ranks.clear()
+    apart = build_index(TILING, [pattern] * 3, scores_of(query, keys, kind=kind))
+    assert [number for number, _ in ranks] == [1, 1, 1]
+    assert torch.equal(together.to_mask(), apart.to_mask()) and together.sampled == apart.sampled
 
 
 @pytest.mark.parametrize("tile", [32, 128])
