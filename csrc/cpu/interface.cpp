@@ -134,11 +134,11 @@ extern "C" const char* minference_describe_interface() {
   static const std::string text =
       describe<Cache>() + describe<AttendArguments>() + describe<RemainderArguments>() + describe<RowArguments>() +
       describe<RowShareArguments>() + describe<ColumnDiagonalArguments>() + describe<KeyCodeArguments>() +
-      describe<RepresentativeArguments>() + describe<QuantizedQK>() + describe<TileScoreBinArguments>() + describe<BinMassArguments>() + describe<ThresholdArguments>() +
+      describe<RepresentativeArguments>() + describe<QuantizedQK>() + describe<TileScoreBinArguments>() +
+      describe<BinMassArguments>() + describe<ThresholdArguments>() +
       describe<KeyArguments>() + describe<SampleArguments>() + FUNCTION(attend) + FUNCTION(remainder) +
       FUNCTION(row_shares) + FUNCTION(column_diagonal_scores) + FUNCTION(key_codes) + FUNCTION(representatives) +
-      FUNCTION(tile_score_bins) +
-      FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) +
+      FUNCTION(tile_score_bins) + FUNCTION(mass_by_bin) + FUNCTION(threshold) + FUNCTION(page_counts) +
       FUNCTION(keys_above) + FUNCTION(sampled_keys);
   return text.c_str();
 }
