@@ -40,7 +40,7 @@ class MassPerToken(NamedTuple):
     """float32 ``[h, S]``: the share on each column; with ``distances`` and the tile's own pages all sum to 1."""
 
 
-def mass_per_token(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor, always: int = 0) -> MassPerToken:
+def mass_per_token(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor, always: int) -> MassPerToken:
     """What columns and page distances hold, per token of their cost.
 
     Args:

@@ -60,14 +60,6 @@ ROWS_FOR_KEYS = 200
 AVX2)."""
 
 
-def scoring_cost(rank: int, head_size: int, chunk: int, device: torch.device) -> float:
-    """What scoring a chunk costs, as a share of what dense attention takes for it: ``rank`` of ``2 * head_size``
-    products, of no more than ``USUAL_RANK`` for most heads. On CPUs int8 products take half of the time, and what is
-    done once for every key as long as the attention of ``ROWS_FOR_KEYS`` rows."""
-    share = min(rank, head_size, USUAL_RANK) / (2 * head_size)
-    return share / 2 + min(1.0, ROWS_FOR_KEYS / chunk) if device.type == "cpu" else share
-
-
 def gpu_rank(pattern: LowRank) -> int:
     """Dimensions of every head on a GPU: the host would have to wait to learn which heads need more."""
     return min(pattern.rank, USUAL_RANK)
@@ -104,9 +96,6 @@ class LowRankOps(Protocol):
         self, bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor, squared: bool = False
     ) -> torch.Tensor:
         """See ``score_bins.mass_by_bin``."""
-
-    def page_counts(self, bins: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:
-        """See ``score_bins.page_counts``."""
 
 
 class Measured(NamedTuple):
@@ -233,7 +222,9 @@ class LowRankFamily(Family[LowRank]):
         return scores + 4 * tiles * key_blocks + (4 << 20)
 
     def scoring_cost(self, pattern: LowRank, head_size: int, chunk: int, device: torch.device) -> float:
-        cost = scoring_cost(pattern.rank, head_size, chunk, device)
+        # Of 2 * head_size products, for most heads. On CPUs int8 products take half of the time.
+        share = min(pattern.rank, head_size, USUAL_RANK) / (2 * head_size)
+        cost = share / 2 + min(1.0, ROWS_FOR_KEYS / chunk) if device.type == "cpu" else share
         # Twice as many as of a tile for which they speak, since the others are asked in full.
         return cost * min(1.0, 2 * pattern.queries / DEFAULT_TILE) if pattern.queries else cost
 

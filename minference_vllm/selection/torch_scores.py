@@ -166,4 +166,3 @@ class TorchScores:
     representatives = staticmethod(tile_queries.representatives)
     tile_bins = staticmethod(score_bins.tile_bins)
     mass_by_bin = staticmethod(score_bins.mass_by_bin)
-    page_counts = staticmethod(score_bins.page_counts)

@@ -24,8 +24,8 @@ from minference_vllm.offline.calibrate.search import CANDIDATES, DEFAULT, Measur
 from minference_vllm.patterns.file import parse_patterns
 from minference_vllm.patterns.kinds import AShape, Coverage, Dense, LowRank
 from minference_vllm.prefill.recall import sample_rows
+from minference_vllm.selection import low_rank
 from minference_vllm.selection.build import build_index
-from minference_vllm.selection.low_rank import scoring_cost
 from minference_vllm.selection.torch_scores import TorchScores
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
@@ -82,7 +82,8 @@ def test_low_rank_costs_its_scoring() -> None:
     found = measure(inputs, [pattern], kernel="block_table", tile=128)
     tiling = Tiling.of(inputs.chunk.context_len, inputs.chunk.seq_len, SIZE, 128, SIZE)
     index = build_index(tiling, [pattern] * 2, TorchScores(inputs))
-    scoring = scoring_cost(pattern.rank, keys.shape[2], len(query), keys.device) * index.dense_pairs()
+    cost = low_rank.FAMILY.scoring_cost(pattern, keys.shape[2], len(query), keys.device)
+    scoring = cost * index.dense_pairs()
     assert torch.equal(found.computed[0], index.computed_pairs())
     assert (found.cost[0] - found.computed[0]).tolist() == [pytest.approx(scoring)] * 2
     of_first = found.of(torch.tensor([0, 0]))

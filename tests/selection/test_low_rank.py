@@ -182,7 +182,7 @@ def test_selection_is_the_same_for_keys_in_pieces_and_for_heads_apart() -> None:
             def key_pieces(self, rows: int) -> Iterator[torch.Tensor]:
                 yield from self.keys.split(at_once, 1)
 
-        return scores_of(query, keys, kind=InPieces).low_rank(heads, TILING, LowRank(rank=DIM, gamma=0.9))
+        return scores_of(query, keys, kind=InPieces).low_rank(heads, TILING, LowRank(rank=16, gamma=0.9))
 
     both = bins([0, 1], LENGTH)
     for head in (0, 1):

@@ -12,7 +12,9 @@ from score_inputs import scores_of
 from minference_vllm import reference
 from minference_vllm.core.tiling import Tiling
 from minference_vllm.kernels.native import library
+from minference_vllm.kernels.native import scores as native_scores
 from minference_vllm.kernels.native.scores import NativeScores
+from minference_vllm.selection import score_bins
 from minference_vllm.selection.compaction import EXACT_WIDTH, compact_keys
 from minference_vllm.selection.measured_rows import calibration_rows
 from minference_vllm.selection.projection import BINS_PER_BIT, QuantizedQK
@@ -154,7 +156,8 @@ def test_keys_from_one_bin_up(name: str, scores: TorchScores) -> None:
     wanted = torch.tensor([195, 199, 0, 255, 2], dtype=torch.int32)
     marks = torch.zeros(5, tiling.num_tiles, tiling.num_key_blocks * page, dtype=torch.bool)
     marks[..., :length] = bins >= wanted[:, None, None].to(torch.uint8)
-    counts = scores.page_counts(bins, wanted, page)
+    count = native_scores.page_counts if isinstance(scores, NativeScores) else score_bins.page_counts
+    counts = count(bins, wanted, page)
     assert counts.dtype == torch.int32 and torch.equal(counts.long(), marks.unflatten(2, (-1, page)).sum(3))
     found = scores.select_bins(tiling, ScoreBins(bins, wanted), EXACT_WIDTH)
     blocks, keys, crowded = compact_keys(tiling, *keys_above(tiling, bins, wanted), EXACT_WIDTH)

@@ -206,7 +206,6 @@ class NativeScores(TorchScores):
     tile_bins = staticmethod(tile_bins)
     mass_by_bin = staticmethod(mass_by_bin)
     threshold = staticmethod(threshold)
-    page_counts = staticmethod(page_counts)
 
     def __init__(self, inputs: Inputs, from_pages: bool = True) -> None:
         super().__init__(inputs)
