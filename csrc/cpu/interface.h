@@ -262,7 +262,7 @@ void minference_key_codes(const minference::KeyCodeArguments* arguments);
 void minference_representatives(const minference::RepresentativeArguments* arguments);
 void minference_tile_score_bins(const minference::TileScoreBinArguments* arguments);
 
-// Bins by columns and diagonals. And from the bins of tiles: attention per bin, how far down it is needed, keys at or
+// From the bins of tiles: attention per bin, how far down it is needed, keys at or
 // above that threshold per page, and the list of those keys.
 void minference_mass_by_bin(const minference::BinMassArguments* arguments);
 void minference_threshold(const minference::ThresholdArguments* arguments);

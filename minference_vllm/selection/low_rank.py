@@ -46,9 +46,9 @@ SCORE_ERROR = 1.0
 """Error of a score, in nats, below which more dimensions would not tell keys apart much better."""
 SINGLE_LOOKS, LOOK_STEP = 0.25, 4
 """Scores of heads with more than that of ``single_looks``, of one measured row in so many, are set against all keys."""
-BATCH_BYTES = 128 << 20
+BATCH_BYTES = 96 << 20
 """Bins and measured attention of the heads that are selected together on CPUs: what is done by torch takes as long for
-one head as for some."""
+one head as for some. No tensor of them is larger than the 32 MiB that glibc's allocator keeps when they are freed."""
 MOST_COLUMNS = 6144
 """The most single keys of a tile that there is planned room for; lists are written where they stay, and take less
 memory than those of other patterns."""
@@ -102,7 +102,7 @@ class Measured(NamedTuple):
     """Exact attention of a chunk's calibration rows, for some heads."""
 
     queries: torch.Tensor
-    """float32 ``[h, chunk, D]``, all of the chunk."""
+    """``[h, chunk, D]``, all of the chunk."""
     sample: CalibrationRows
     weights: torch.Tensor
     """float32 or bf16 ``[h, R, S]``, see ``measured_rows.by_value``."""
@@ -111,8 +111,10 @@ class Measured(NamedTuple):
 
     @classmethod
     def of(cls, scores: LowRankOps, heads: Sequence[int], tiling: Tiling) -> Measured:
-        queries = scores.queries_of(heads).float()
-        sample = calibration_rows(unlikeness(queries), tiling.seq_len)
+        queries = scores.queries_of(heads)
+        # Head by head: float32 copies of all are larger than what the allocator keeps.
+        unlike = torch.cat([unlikeness(head) for head in queries.split(1)])
+        sample = calibration_rows(unlike, tiling.seq_len)
         tile = torch.searchsorted(tiling.starts, sample.rows + tiling.context_len, right=True) - 1
         return cls(queries, sample, scores.row_shares(sample.rows, heads), tile)
 
@@ -150,10 +152,14 @@ def fit_step(length: int, rows: int = FIT_ROWS) -> int:
 def single_looks(measured: Measured, tiling: Tiling) -> torch.Tensor:
     """float32 ``[h]``: the largest share of a row's attention that one key before its tile has, the first ``PEAK_KEYS``
     apart; the mean over some measured rows. A sample of the keys may miss it."""
-    weights, own = measured.weights[:, ::LOOK_STEP], tiling.first_own()[measured.tile[:, ::LOOK_STEP]]
-    places = torch.arange(weights.shape[2], device=weights.device)
-    near = (places < score_bins.PEAK_KEYS) | (places >= own[..., None])
-    return weights.masked_fill(near, 0.0).amax(2).float().mean(1)
+    own = tiling.first_own()[measured.tile[:, ::LOOK_STEP]].tolist()
+    looks = torch.zeros(len(own), len(own[0]))
+    # Row by row, since of all together what is masked would be a copy.
+    for head, rows in enumerate(own):
+        for row, end in enumerate(rows):
+            if end > score_bins.PEAK_KEYS:
+                looks[head, row] = measured.weights[head, row * LOOK_STEP, score_bins.PEAK_KEYS : end].amax()
+    return looks.mean(1)
 
 
 def score_keys(

@@ -28,7 +28,7 @@ MIN_RANGE = 40
 """Bits that ``MAX_PRODUCT`` stands for at least, also where no score comes near that."""
 ITERATIONS = 5
 NEARLY = 1e-10
-"""Squared sine between a column and those before it, about, from which on it counts as new."""
+"""Squared sine between a row and those before it, about, from which on it counts as new."""
 
 
 class Projection(NamedTuple):
@@ -141,12 +141,14 @@ class _Eigenspace(NamedTuple):
         # So that none is singular: of moments in float32, what is smaller is rounding errors.
         for moments in (queries, spread):
             moments.diagonal(dim1=1, dim2=2).add_(_share_of_mean(moments.diagonal(dim1=1, dim2=2), 1e-6))
-        to_key = start_vectors(query.shape[2], rank, query.device).expand(len(query), -1, -1)
+        # As rows, of which triangular solvers make use several times as fast.
+        to_key = start_vectors(query.shape[2], rank, query.device).T.expand(len(query), -1, -1)
         for _ in range(ITERATIONS):
-            to_query = spread @ to_key
-            to_query, to_key = orthonormal(to_query, queries @ to_query)
-        values = (to_key * (spread @ to_key)).sum(1)
-        return cls(mean, to_query, to_key, values, (spread * queries).sum((1, 2))[:, None])
+            to_query = to_key @ spread
+            to_query, to_key = orthonormal(to_query, to_query @ queries)
+        values = (to_key * (to_key @ spread)).sum(2)
+        total = (spread * queries).sum((1, 2))[:, None]
+        return cls(mean, to_query.transpose(1, 2), to_key.transpose(1, 2), values, total)
 
     def lost(self) -> torch.Tensor:
         """``[h, r]``: mean square of what products lose with so many dimensions, and one more each."""
@@ -165,16 +167,16 @@ class _Eigenspace(NamedTuple):
 
 
 def orthonormal(vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of columns, float64 ``[h, D, r]``, what the Gram-Schmidt process makes of them in the inner product that their
-    images are for; and the images of those. Columns that are nearly combinations of those before them become short.
+    """Of rows, float64 ``[h, r, D]``, what the Gram-Schmidt process makes of them in the inner product that their
+    images are for; and the images of those. Rows that are nearly combinations of those before them become short.
     """
-    size = (vectors * images).sum(1, keepdim=True).clamp_(min=0).sqrt_().clamp_(min=1e-150)
+    size = (vectors * images).sum(2, keepdim=True).clamp_(min=0).sqrt_().clamp_(min=1e-150)
     vectors, images = vectors / size, images / size
-    products = vectors.transpose(1, 2) @ images
+    products = vectors @ images.transpose(1, 2)
     products.diagonal(dim1=1, dim2=2).add_(NEARLY)
-    root = torch.linalg.cholesky_ex(products).L.transpose(1, 2)
-    vectors = torch.linalg.solve_triangular(root, vectors, upper=True, left=False)
-    return vectors, torch.linalg.solve_triangular(root, images, upper=True, left=False)
+    root = torch.linalg.cholesky_ex(products).L
+    both = torch.linalg.solve_triangular(root, torch.cat([vectors, images], 2), upper=False)
+    return both.split(vectors.shape[2], 2)
 
 
 def _share_of_mean(values: torch.Tensor, share: float) -> torch.Tensor:
@@ -202,7 +204,11 @@ def quantize_keys(keys: torch.Tensor, projection: Projection) -> torch.Tensor:
 
 def project_queries(query: torch.Tensor, projection: Projection, scale: float) -> torch.Tensor:
     """float32 ``[h, chunk, r]`` of queries ``[h, chunk, D]``; products with quantized keys are scores in bits."""
-    return torch.matmul(query.float(), projection.to_query).mul_(scale / math.log(2))
+    to_query = projection.to_query * (scale / math.log(2))
+    low = to_query.new_empty(*query.shape[:2], to_query.shape[2])
+    for own, to_own, out in zip(query, to_query, low, strict=True):
+        torch.matmul(own.float(), to_own, out=out)
+    return low
 
 
 def quantize_queries(low: torch.Tensor, tiles: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,15 +25,15 @@ from minference_vllm.selection.projection import (
 
 
 @pytest.mark.parametrize("case", ["random", "few directions", "zeros"])
-def test_columns_become_orthonormal_or_short(case: str) -> None:
+def test_rows_become_orthonormal_or_short(case: str) -> None:
     generator = torch.Generator().manual_seed(0)
     size = torch.logspace(0, -3, 64) if case == "random" else torch.arange(64).lt(5).float()
     query = torch.randn(2, 700, 64, generator=generator).mul(size * (case != "zeros")).double()
     moment = query.transpose(1, 2) @ query / 700
-    vectors = start_vectors(64, 16, query.device).expand(2, -1, -1)
-    found, images = orthonormal(vectors, moment @ vectors)
-    torch.testing.assert_close(images, moment @ found)
-    products, rank = found.transpose(1, 2) @ images, {"random": 16, "few directions": 5, "zeros": 0}[case]
+    vectors = start_vectors(64, 16, query.device).T.expand(2, -1, -1)
+    found, images = orthonormal(vectors, vectors @ moment)
+    torch.testing.assert_close(images, found @ moment)
+    products, rank = found @ images.transpose(1, 2), {"random": 16, "few directions": 5, "zeros": 0}[case]
     torch.testing.assert_close(products[:, :rank, :rank], torch.eye(rank).double().expand(2, -1, -1), atol=1e-4, rtol=0)
     assert (products[:, rank:, rank:].abs() < 1e-4).all()
 
