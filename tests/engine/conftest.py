@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from fork_server import ForkServer
 from tiny_models import VOCABULARY, save
 
 HERE = Path(__file__).parent
@@ -176,7 +177,14 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Answer]:
+def fork_server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def run_engine(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Callable[..., Answer]:
     def run(
         model: Path,
         batches: list[dict[str, Any]],
@@ -192,19 +200,23 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Answer
             "max_tokens": max_tokens,
         }
         (folder / "request.json").write_text(json.dumps(request))
-        command = [python, str(HERE / "engine_process.py"), "request.json", "answer.json"]
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=environment(**changes),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, f"the engine failed ({llm}):\n{done.stdout[-6000:]}"
-        return Answer(**json.loads((folder / "answer.json").read_text()), log=done.stdout)
+        script, files, log = HERE / "engine_process.py", ["request.json", "answer.json"], folder / "log"
+        # The interpreter is set up when Triton is imported.
+        if python == sys.executable and "TRITON_INTERPRET" not in changes:
+            status = fork_server.run(script, files, environment(**changes), log, log, folder)
+        else:
+            with log.open("wb") as output:
+                status = subprocess.run(
+                    [python, str(script), *files],
+                    cwd=folder,
+                    env=environment(**changes),
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=600,
+                    check=False,
+                ).returncode
+        assert status == 0, f"the engine failed ({llm}):\n{log.read_text()[-6000:]}"
+        return Answer(**json.loads((folder / "answer.json").read_text()), log=log.read_text())
 
     return run
 

@@ -6,6 +6,7 @@ its plugins and this package are imported by the script itself, as in a process 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -27,7 +28,7 @@ SLOW_IMPORTS = (
     "opentelemetry.sdk.trace",
     "xgrammar",
 )
-LIMIT = 300
+LIMIT = 600
 """Seconds that a script may take."""
 
 
@@ -35,23 +36,38 @@ class ForkServer:
     """The process, as a test holds it."""
 
     def __init__(self) -> None:
-        # As vLLM has it, so that torch starts no processes of its own.
-        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        # As vLLM has it, so that torch starts no processes of its own; and no threads, which a fork would lack.
+        environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, script: Path, arguments: list[str], environment: dict[str, str], first_path: str) -> str:
-        """What a script prints, given arguments, all of its environment, and the folder where it looks for modules
-        first."""
+    def run(
+        self,
+        script: Path,
+        arguments: list[str],
+        environment: dict[str, str],
+        out: Path,
+        err: Path,
+        folder: Path | None = None,
+        first_path: str | None = None,
+    ) -> int:
+        """The exit status of a script.
+
+        Args:
+            environment: all of it.
+            out, err: files for what it prints; they may be one.
+            folder: where it runs; None: where this process does.
+            first_path: where it looks for modules first; None: in its own folder.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
-        request = [str(script), arguments, environment, first_path]
+        places = map(str, (folder or Path.cwd(), out.resolve(), err.resolve()))
+        first_path = str(script.parent) if first_path is None else first_path
+        request = [str(script), arguments, environment, *places, first_path]
         print(json.dumps(request), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         assert answer, "the fork server has ended"
-        written, errors = (script.with_suffix(end).read_text() for end in (".out", ".err"))
-        assert int(answer) == 0, errors[-4000:]
-        return written
+        return int(answer)
 
     def close(self) -> None:
         self._process.communicate()
@@ -72,15 +88,19 @@ def serve() -> None:
     os._exit(0)  # taking down what was imported takes a second
 
 
-def run_in_this_process(script: str, arguments: list[str], environment: dict[str, str], first_path: str) -> Any:
+def run_in_this_process(
+    script: str, arguments: list[str], environment: dict[str, str], folder: str, out: str, err: str, first_path: str
+) -> Any:
     """What ``python script arguments`` does, to the end."""
     signal.alarm(LIMIT)
-    place = Path(script)
-    for number, end in enumerate((".out", ".err"), 1):
-        os.dup2(os.open(place.with_suffix(end), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    for number, path in enumerate((out, err), 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # Or processes that it forks would print what it has not yet.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ.clear()
     os.environ.update(environment)
+    os.chdir(folder)
     sys.argv = [script, *arguments]
     sys.path[:1] = [first_path, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     status = 1
@@ -90,6 +110,8 @@ def run_in_this_process(script: str, arguments: list[str], environment: dict[str
     except BaseException:
         traceback.print_exc()
     finally:
+        # By which vLLM ends the processes that it has started.
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -100,12 +122,11 @@ def run_fresh_vllm(
 ) -> Any:
     """The JSON value that a script prints last, which imports vLLM and may have arguments and changes to the
     environment."""
-    path = folder / "script.py"
+    path, out, err = (folder / name for name in ("script.py", "script.out", "script.err"))
     path.write_text(script)
-    printed = server.run(
-        path, [*arguments], {**os.environ, **changes}, str(folder) if first_path is None else first_path
-    )
-    return json.loads(printed.splitlines()[-1])
+    status = server.run(path, [*arguments], {**os.environ, **changes}, out, err, first_path=first_path)
+    assert status == 0, err.read_text()[-4000:]
+    return json.loads(out.read_text().splitlines()[-1])
 
 
 if __name__ == "__main__":
