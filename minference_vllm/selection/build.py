@@ -1,4 +1,4 @@
-"""The index of one chunk for all heads of a layer: each pattern's selection, put into the lists of one ``SparseIndex``.
+"""Build the ``SparseIndex`` of one chunk for all heads of a layer from the selections of their patterns.
 
 Sizes: ``h`` query heads of one pattern, ``T`` query tiles, ``N`` key blocks of ``B`` tokens in the sequence.
 """
@@ -37,7 +37,7 @@ def build_index(
 
     Args:
         patterns: one per query head.
-        capacity: planned sizes, so that nothing waits for a GPU; or ``EXACT_WIDTH``.
+        capacity: planned widths, without a host synchronisation; or ``EXACT_WIDTH``.
         group: query heads of each KV head, for a kernel that knows lists they share; 1: every head has its own.
     """
     heads_per_list = group if share_lists(patterns, group) else 1
@@ -62,7 +62,7 @@ def build_index(
 def _selections(
     tiling: Tiling, patterns: Sequence[HeadPattern], scores: Scores, capacity: Capacity
 ) -> Iterator[tuple[list[int], Selection | WritesLists]]:
-    """As many heads at once as the capacity says: what they need beside their lists is gone before the next."""
+    """Selections of groups of heads with equal patterns. Temporaries of a group are freed before the next one."""
     groups: dict[HeadPattern, list[int]] = {}
     for head, pattern in enumerate(patterns):
         groups.setdefault(pattern, []).append(head)
@@ -80,7 +80,7 @@ def _exact(
     found: Iterable[tuple[list[int], Selection | WritesLists]],
     heads_per_list: int,
 ) -> SparseIndex:
-    """The index with lists as wide as the widest of the selections."""
+    """The index with lists as wide as the widest selection."""
     parts, sampled = [], []
     for heads, selection in found:
         assert isinstance(selection, Selection), "what writes lists needs planned sizes"
@@ -99,7 +99,7 @@ def _exact(
 
 
 def _copy(lists: Sequence[torch.Tensor], heads: Sequence[int], part: Sequence[torch.Tensor]) -> None:
-    """Into the lists of all heads those of some, which may be narrower."""
+    """Copy the lists of some heads, which may be narrower, into the lists of all heads."""
     for source, target in runs(heads):
         for into, of_some in zip(lists, part, strict=True):
             if into.dim() == 3:
@@ -111,7 +111,7 @@ def _copy(lists: Sequence[torch.Tensor], heads: Sequence[int], part: Sequence[to
 def _listed(
     tiling: Tiling, heads: int, selection: Selection, capacity: Capacity
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a pattern selects: the first four of ``Lists``."""
+    """The first four fields of ``Lists`` for a selection."""
     shape, device = (heads, tiling.num_tiles), tiling.starts.device
     blocks, num_blocks = compact_blocks(selection.blocks, capacity)
     columns, num_columns, _ = selection.keys or KeyLists(
@@ -122,11 +122,11 @@ def _listed(
 
 
 def _planned(tiling: Tiling, heads: int, selection: Selection, capacity: Capacity) -> Lists:
-    """The same where there is room for so much; a tile that wants more has everything, without a list."""
+    """``_listed`` with planned widths. A tile that needs more overflows: it attends everything, without a list."""
     blocks, num_blocks, columns, num_columns = _listed(tiling, heads, selection, capacity)
     reach = ((tiling.starts[1:] - 1) // tiling.block_size + 1).to(torch.int32)
     over = (num_blocks > capacity.blocks) | (num_columns > capacity.columns)
-    # A tile that wanted everything has it, and needs no room for it.
+    # A tile that selects everything is already dense and does not overflow.
     overflowed = over & (num_blocks < reach)
     if selection.crowded is not None:
         overflowed |= selection.crowded[:, None]
@@ -140,8 +140,8 @@ def _planned(tiling: Tiling, heads: int, selection: Selection, capacity: Capacit
 
 
 def runs(heads: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Places and numbers of neighbouring heads. Slices, since a list as an index would be copied to a GPU, and waited
-    for."""
+    """Slices of the list, and of the heads, for each run of neighbouring heads. Indexing with a list instead would need
+    a copy to the GPU and a synchronisation."""
     for _, run in itertools.groupby(enumerate(heads), key=lambda item: item[1] - item[0]):
         items = list(run)
         (place, head), count = items[0], len(items)

@@ -1,7 +1,7 @@
-"""How much room an index gets on a GPU, planned from patterns and lengths alone, so that nothing waits for the GPU.
+"""Plan the list widths of an index on a GPU from patterns and lengths alone, without a host synchronisation.
 
-Patterns with a fixed budget never need more than their room. What may be dense (dense heads, the last tiles of
-tri-shape heads, heads whose budget the data decide) is not listed beyond it: such a tile attends everything.
+Patterns with a fixed budget never need more than planned. Tiles that may be dense (of dense heads, the last tiles of
+tri-shape heads, and of heads with an adaptive budget) overflow instead: they attend everything, without a list.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from minference_vllm.selection.families import family_of
 from minference_vllm.selection.vertical_slash import FORCED_COLUMNS
 
 MEMORY_LIMIT = 512 << 20
-"""Bytes that one layer's index may take while it is built, scores included, on contexts up to a million tokens."""
+"""Memory for building one layer's index, scores included, for contexts up to a million tokens."""
 ADAPTIVE_BYTES = 64 << 20
-"""Where the data decide the budget of heads, the lists of blocks may take this, and those of columns likewise; a tile
-that wants more is dense."""
+"""Memory for the block lists of heads with an adaptive budget, and the same again for their columns. A tile that needs
+more is dense."""
 
 
 def adaptive_room(num_heads: int, tiles: int) -> int:
-    """Blocks, and likewise columns, of a head and tile whose budget the data decide, see ``Family.room``."""
+    """Planned blocks, and planned columns, of a head and tile with an adaptive budget, see ``Family.room``."""
     return max(FORCED_COLUMNS, ADAPTIVE_BYTES // (4 * num_heads * tiles))
 
 
@@ -34,7 +34,7 @@ def plan_capacity(
     column_multiple: int = 1,
     list_everything: bool = False,
 ) -> Capacity:
-    """The room for one chunk's index.
+    """The capacity for one chunk's index.
 
     Args:
         patterns: one per query head.
@@ -65,7 +65,7 @@ def plan_capacity(
     lists = len(patterns) * tiles * (4 * (blocks + columns) + codes)
     in_place = column_multiple == 1 and all(family_of(pattern).writes_lists for pattern in set(patterns))
     if column_multiple > 1 and any(family_of(pattern).writes_lists for pattern in set(patterns)):
-        # By torch: marks of every key, and their places.
+        # The torch path holds a mask over all keys and its positions.
         per_head += tiles * (seq_len + 24 * key_blocks + 8 * columns)
     at_once = max(1, (MEMORY_LIMIT * 3 // 4 - (lists if in_place else 2 * lists)) // per_head)
     return Capacity(blocks, columns, min(at_once, len(patterns)))

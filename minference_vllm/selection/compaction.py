@@ -1,4 +1,4 @@
-"""From marks of what query tiles want, key blocks and single keys, to the padded lists that a ``SparseIndex`` holds.
+"""From masks of selected key blocks and single keys to the padded lists of a ``SparseIndex``.
 
 Sizes: ``h`` query heads, ``T`` query tiles, ``N`` key blocks of ``B`` tokens in the sequence, ``S`` its tokens.
 """
@@ -14,27 +14,27 @@ import torch
 from minference_vllm.core.tiling import Tiling
 
 MAX_PIECE = 1 << 22
-"""Heads times tiles times columns that are sorted out at once on CPUs: what a processor's caches hold."""
+"""Maximum heads * tiles * columns processed at once on CPUs, so that they fit into the caches."""
 PLANNED_PIECE = 1 << 23
-"""Heads times tiles times keys whose marks are counted at once, where sizes are planned."""
+"""Maximum heads * tiles * keys whose masks are counted at once, where sizes are planned."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """How wide the lists of an index are, see ``capacity.plan_capacity``."""
+    """Widths of the lists of an index, see ``capacity.plan_capacity``."""
 
     blocks: int
     """Key blocks listed per head and tile."""
     columns: int
     """Single columns per head and tile."""
     heads_at_once: int
-    """Heads that are scored and selected together; the others wait, so that their scores fit into memory."""
+    """Heads that are scored and selected together, limited by the memory for their scores."""
     exact: bool = False
-    """Lists are as wide as the selection turns out, which has to be read; ``blocks`` and ``columns`` do not count."""
+    """Make lists as wide as the longest selection and ignore ``blocks`` and ``columns``. Synchronises with a GPU."""
 
 
 EXACT_WIDTH = Capacity(0, 0, 1 << 30, exact=True)
-"""For CPUs, where reading a size waits for nothing."""
+"""For CPUs, where reading a size costs nothing."""
 
 
 class KeyLists(NamedTuple):
@@ -43,13 +43,13 @@ class KeyLists(NamedTuple):
     positions: torch.Tensor
     """int32 ``[h, T, C]``: absolute positions, -1 past ``count``."""
     count: torch.Tensor
-    """int32 ``[h, T]``; larger than ``C`` where planned room did not suffice."""
+    """int32 ``[h, T]``; larger than ``C`` if the planned width was too small."""
     codes: torch.Tensor | None = None
-    """uint8 ``[h, T, C]`` of heads whose other keys are sampled, see ``SparseIndex.column_codes``."""
+    """uint8 ``[h, T, C]`` for heads that sample keys, see ``SparseIndex.column_codes``."""
 
 
 class Lists(NamedTuple):
-    """Those of a ``SparseIndex`` of sizes that are planned, see there; filled with -1 and zeros, and then written."""
+    """The lists of a ``SparseIndex`` with planned widths, see there. They are filled with -1 and 0 first."""
 
     blocks: torch.Tensor
     num_blocks: torch.Tensor
@@ -63,13 +63,13 @@ class Lists(NamedTuple):
     def empty(cls, shape: tuple[int, int], blocks: int, columns: int, device: torch.device, sampled: int = 0) -> Lists:
         """
         Args:
-            shape: lists and tiles.
-            sampled: lists whose columns have codes that are written; those of the others are zeros.
+            shape: number of lists and of tiles.
+            sampled: number of lists that have column codes; the codes of the others stay 0.
         """
         of_blocks, of_columns = (
             torch.full((*shape, width), -1, dtype=torch.int32, device=device) for width in (blocks, columns)
         )
-        # Each is an allocation of its own: kernels are compiled for how memory is aligned.
+        # Separate allocations, since kernels are specialised on alignment.
         num_blocks, num_columns, overflowed = (
             torch.zeros(shape, dtype=dtype, device=device) for dtype in (torch.int32, torch.int32, torch.bool)
         )
@@ -81,44 +81,44 @@ class Lists(NamedTuple):
 
 
 class WritesLists(Protocol):
-    """What a pattern selects, by something that writes it into the index itself."""
+    """A selection that writes its lists into the index itself."""
 
     @property
     def sampled(self) -> bool:
         """See ``ScoreBins``."""
 
     def write(self, lists: Lists, heads: Sequence[int]) -> None:
-        """``heads``: whose lists these are."""
+        """Write the lists of these heads."""
 
 
 class Selection(NamedTuple):
-    """What a pattern selects for all tiles of some heads."""
+    """The selection of a pattern for all tiles of some heads."""
 
     blocks: torch.Tensor
-    """bool ``[h, T, N]``, or ``[T, N]`` where it is the same for all heads."""
+    """bool ``[h, T, N]``, or ``[T, N]`` if it is the same for all heads."""
     keys: KeyLists | None = None
-    """Single keys, none of them in one of the tile's blocks; None: blocks alone."""
+    """Single keys outside of the tile's blocks; None: blocks only."""
     crowded: torch.Tensor | None = None
-    """bool ``[h]``: heads that wanted more columns than there is planned room for, and have every block instead."""
+    """bool ``[h]``: heads that need more columns than planned and therefore have every block."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Single keys that every tile of a head attends, as far as they lie before it."""
+    """Single keys that every later tile of a head attends."""
 
     ranked: torch.Tensor
-    """int64 ``[h, V]``: positions, the most wanted first."""
+    """int64 ``[h, V]``: positions, the most important first."""
     wanted: torch.Tensor
-    """bool ``[h, V]``: False fills up heads that want fewer."""
+    """bool ``[h, V]``: False marks padding."""
     crowded: torch.Tensor | None = None
     """See ``Selection``."""
 
 
 def compact(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of True along the last dimension, ascending and padded with -1, and how many there are.
+    """Positions of True along the last dimension, ascending and padded with -1, and their number.
 
     Args:
-        width: room for positions; the ones after it are dropped, but counted. Nothing waits for a GPU.
+        width: of the result. Positions beyond it are dropped, but counted. No host synchronisation.
 
     Returns:
         int32 ``[..., width]`` and int32 ``[...]``.
@@ -132,7 +132,7 @@ def compact(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def compact_exact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``compact`` with the width that the longest list has, at least 1; waits for a GPU."""
+    """``compact`` with the width of the longest list, at least 1. Synchronises with a GPU."""
     count = mask.sum(-1, dtype=torch.int32)
     width = max(1, int(count.max())) if count.numel() else 1
     positions = torch.full((*mask.shape[:-1], width), -1, dtype=torch.int32, device=mask.device)
@@ -144,12 +144,12 @@ def compact_exact(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def compact_blocks(mask: torch.Tensor, capacity: Capacity) -> tuple[torch.Tensor, torch.Tensor]:
-    """``compact`` or ``compact_exact``, as the capacity says."""
+    """``compact`` or ``compact_exact``, depending on the capacity."""
     return compact_exact(mask) if capacity.exact else compact(mask, capacity.blocks)
 
 
 def compact_columns(tiling: Tiling, blocks: torch.Tensor, columns: Columns, capacity: Capacity) -> Selection:
-    """Blocks, and those columns of every tile that its blocks do not hold already.
+    """Blocks, and the columns of every tile that are not in its blocks.
 
     Args:
         blocks: bool ``[h, T, N]``.
@@ -159,7 +159,7 @@ def compact_columns(tiling: Tiling, blocks: torch.Tensor, columns: Columns, capa
     if not capacity.exact or at_once >= heads:
         blocks, keys = columns_outside_blocks(tiling, blocks, columns, exact=capacity.exact)
         return Selection(blocks, keys, columns.crowded)
-    # Some heads at a time, and no wider than those need.
+    # Some heads at a time, each piece as narrow as possible.
     pieces = []
     for first in range(0, heads, at_once):
         piece = slice(first, first + at_once)
@@ -178,11 +178,11 @@ def compact_columns(tiling: Tiling, blocks: torch.Tensor, columns: Columns, capa
 def columns_outside_blocks(
     tiling: Tiling, blocks: torch.Tensor, columns: Columns, exact: bool = True
 ) -> tuple[torch.Tensor, KeyLists]:
-    """The columns of each tile that its blocks do not hold already, in multiples of ``tiling.column_multiple``.
+    """The columns of each tile that are not in its blocks, in multiples of ``tiling.column_multiple``.
 
-    A kernel without a mask for single keys needs columns that fill pages exactly. The last page is then filled up with
-    other keys, from a block that the tile does not have; where that is not enough, the blocks of the columns that did
-    not fill a page are taken whole. Either way the tile attends at least what was asked for.
+    A kernel without a mask for single keys needs columns that fill pages exactly. The last page is padded with other
+    keys from a block that the tile does not have. If there are too few, the blocks of the columns that do not fill a
+    page are taken whole. Either way the tile attends at least the requested columns.
 
     Args:
         blocks: bool ``[h, T, N]``.
@@ -223,10 +223,9 @@ def columns_outside_blocks(
 
 
 def compact_keys(tiling: Tiling, blocks: torch.Tensor, wanted: torch.Tensor, capacity: Capacity) -> Selection:
-    """Blocks, and the single keys that each tile wants for itself, in multiples of ``tiling.column_multiple``.
+    """Blocks, and the single keys of each tile, in multiples of ``tiling.column_multiple``.
 
-    The last page is filled up with the first other keys that the tile does not have; a tile with too few of them takes
-    everything.
+    The last page is padded with the first keys that the tile does not have. A tile with too few of them is dense.
 
     Args:
         blocks: bool ``[h, T, N]``.
@@ -249,7 +248,7 @@ def compact_keys(tiling: Tiling, blocks: torch.Tensor, wanted: torch.Tensor, cap
 
 
 def _fillers(tiling: Tiling, free: torch.Tensor, columns: Columns) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys of each tile's free block with the fewest wanted ones (int64 ``[h, T, B]``), and which may be used."""
+    """Keys of each tile's free block with the fewest selected keys (int64 ``[h, T, B]``), and which may be used."""
     ranked = columns.ranked
     heads = ranked.shape[0]
     taken = torch.zeros(

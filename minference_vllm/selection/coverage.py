@@ -20,20 +20,18 @@ from minference_vllm.selection.scores import Scores
 from minference_vllm.selection.vertical_slash import FORCED_COLUMNS, blocks_at, distance_scores, forced_distances
 
 ALWAYS = (1 << 15) - 1 - (0x7F800000 >> 16)
-"""Bin of infinite mass per token in ``coverage``'s histogram, highest first; what would stand before it is no
-number."""
+"""Bin of infinity in ``coverage``'s histogram of mass per token, highest first. Bins before it would be NaNs."""
 
 
 class MassPerToken(NamedTuple):
-    """Shares of the probe queries' attention, per token that is computed for them; infinity for tokens that are taken
-    whatever they hold."""
+    """Share of the probe queries' attention per computed token; infinity for tokens that are always selected."""
 
     of_distance: torch.Tensor
-    """float32 ``[h, N]``: of a token in a page at distance 1 to N before a tile."""
+    """float32 ``[h, N]``: for a token in the page at distance 1 to N before a tile."""
     of_key: torch.Tensor
-    """float32 ``[h, S]``: the same of every key, seen from the last tile, infinity for its own pages."""
+    """float32 ``[h, S]``: the same for every key, seen from the last tile; infinity in the tile's own pages."""
     as_column: torch.Tensor
-    """float32 ``[h, S]``: of a key that is taken as a column."""
+    """float32 ``[h, S]``: for a key that is selected as a column."""
     distances: torch.Tensor
     """float32 ``[h, N]``: the share on the diagonals at each distance."""
     columns: torch.Tensor
@@ -41,11 +39,11 @@ class MassPerToken(NamedTuple):
 
 
 def mass_per_token(tiling: Tiling, by_column: torch.Tensor, by_offset: torch.Tensor, always: int) -> MassPerToken:
-    """What columns and page distances hold, per token of their cost.
+    """Attention of columns and page distances, per token of their cost.
 
     Args:
         by_column, by_offset: float32 ``[h, S]``, see ``Scores.column_diagonal``.
-        always: the nearest distances that are taken.
+        always: number of nearest distances that are always selected.
     """
     total = by_column.sum(1, keepdim=True) + by_offset.sum(1, keepdim=True)
     distances = distance_scores(tiling, by_offset).float().div_(total).clamp_(min=0)
@@ -97,7 +95,7 @@ def coverage(
     needed = held.int().argmax(1)
     lowest = (held & (taken >= budget)).int().argmax(1)
     most = DENSE_FROM * length
-    # Where the budget asks for keys that are all worth the same, those nearest to the tile are as good as any.
+    # If the budget would be filled with keys of equal mass, the nearest pages are used instead.
     alike = taken.gather(1, lowest[:, None]) > most
     alike &= taken.gather(1, needed[:, None]) + budget + tiling.block_size <= most
     lowest = torch.where(alike[:, 0], needed, lowest)
@@ -120,8 +118,8 @@ def coverage(
 
 
 def fill_up(tiling: Tiling, blocks: torch.Tensor, columns: torch.Tensor, budget: int) -> torch.Tensor:
-    """Blocks with the nearest others of every tile that has fewer keys than the budget: what the last tile has lies in
-    part behind an earlier one, or before the prompt.
+    """Add the nearest other blocks to tiles that have fewer keys than the budget. The thresholds fit the last tile; for
+    an earlier tile, part of those keys lies after it or before the prompt.
 
     Args:
         blocks: bool ``[h, T, N]``.

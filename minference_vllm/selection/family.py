@@ -1,4 +1,4 @@
-"""``Family``: everything that one kind of pattern says of itself. Each kind's object stands in the kind's own file."""
+"""``Family``: the interface of a kind of pattern. Each kind implements it in a file of its own."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from minference_vllm.selection.scores import Scores
 P = TypeVar("P", bound=HeadPattern)
 
 ADAPTIVE_TOKENS = 3072
-"""Keys per row that a head whose budget the data decide is taken to compute, where work is planned."""
+"""Keys per row that planning assumes for heads with an adaptive budget."""
 ADAPTIVE_COLUMNS = 4096
-"""The most single columns that such a head has planned room for."""
+"""Planned maximum of single columns of such a head."""
 
 
 class Room(NamedTuple):
-    """Planned sizes of one head and tile, beside the tile's own blocks."""
+    """Planned list widths of one head and tile, not counting the tile's own blocks."""
 
     blocks: int
     columns: int
@@ -32,17 +32,17 @@ class Family(ABC, Generic[P]):
     """One kind of pattern."""
 
     pattern: type[P]
-    """Its model, with budgets and their ranges."""
+    """The pydantic model with the budgets and their ranges."""
     colour: str
-    """Of its cells in the pattern map, ``#RRGGBB``."""
+    """Colour in the pattern map, ``#RRGGBB``."""
     reads_scores = True
-    """False: heads with equal patterns select the same, so that those of a KV head can share their lists."""
+    """Whether the selection depends on queries and keys. If not, heads with equal patterns can share their lists."""
     may_be_dense = True
-    """Whether a tile may attend everything; False: a budget bounds it."""
+    """Whether a tile may attend everything, or is bounded by a budget."""
     reads_page_means = False
-    """Whether its scores read what ``PageMeans`` keeps of the pages from chunk to chunk."""
+    """Whether its scores use the ``PageMeans`` that are kept from chunk to chunk."""
     writes_lists = False
-    """Whether its lists are written where they stay; else those of some heads are made and copied."""
+    """Whether its kernels write the lists in place. Otherwise lists are made for some heads at a time and copied."""
 
     @property
     def kind(self) -> str:
@@ -52,7 +52,7 @@ class Family(ABC, Generic[P]):
     def select(
         self, pattern: P, heads: Sequence[int], tiling: Tiling, scores: Scores, capacity: Capacity
     ) -> Selection | WritesLists:
-        """What all tiles of the named heads attend. Every tile has at least its own blocks."""
+        """The selection for all tiles of these heads. Every tile has at least its own blocks."""
 
     def heads_at_once(self, pattern: P, tiling: Tiling) -> int:
         """Heads that are selected together where sizes are exact."""

@@ -1,10 +1,15 @@
-"""``low_rank``: single keys for every query tile, ranked by scores in a few dimensions.
+"""``low_rank``: single keys for every query tile, ranked by approximate scores in a few dimensions.
 
-A head that looks things up sends every row to a few keys of its own. No column, diagonal or whole block holds them, and
-all query-key products, which find them, are half of what dense attention computes. To rank keys a few dimensions are
-enough (Loki, arXiv 2406.02542; Double Sparsity, arXiv 2408.07092). How much of the output lies in each score bin is
-measured exactly, on sampled rows, so that poor scores cost keys and not accuracy. A key counts by its weight times the
-norm of its value (``by_value``).
+In a retrieval head every row attends a few keys of its own. No column, diagonal or block covers them, and computing
+all query-key products to find them would be half the cost of dense attention. Ranking keys needs only a few dimensions
+(Loki, arXiv 2406.02542; Double Sparsity, arXiv 2408.07092). The steps, for every head and chunk:
+
+1. ``Measured.of``: exact attention of up to 128 rows. A key counts by its weight times its value's norm (``by_value``).
+2. ``fitted``: the ``rank`` dimensions in which this chunk's queries and this sequence's keys are compared.
+3. ``representatives``: the rows of each tile that are scored.
+4. ``tile_bins``: a score bin for every tile and key.
+5. ``mass_by_bin`` and a threshold: how low the selection must go so that the measured rows are served well enough.
+   Inaccurate scores therefore cost keys, not accuracy.
 
 Sizes: ``h`` query heads, ``H`` query heads over ``HK`` KV heads of size ``D``, ``T`` query tiles, ``S`` tokens in the
 sequence, ``r`` rank.
@@ -38,35 +43,37 @@ from minference_vllm.selection.scores import Scores
 from minference_vllm.selection.tile_queries import TileQueries, all_rows
 
 FIT_SHARE = 1.0
-"""How much the last and the unlike rows together count in the fit, beside all rows: dimensions in which few rows look
-carry next to nothing of the mean square."""
+"""Weight in the fit of the last and the outlier rows together, relative to all other rows. Without it, dimensions that
+only a few rows use would be lost: they add almost nothing to the mean square."""
 FIT_ROWS = 2048
-"""Queries, and keys, from which dimensions are fitted, at most about."""
+"""Number of queries, and of keys, that the fit samples (approximately)."""
 SCORE_ERROR = 1.0
-"""Error of a score, in nats, below which more dimensions would not tell keys apart much better."""
+"""Target error of a score, in nats. A head takes more dimensions until its scores are this accurate."""
 SINGLE_LOOKS, LOOK_STEP = 0.25, 4
-"""Scores of heads with more than that of ``single_looks``, of one measured row in so many, are set against all keys."""
+"""Heads whose ``single_looks`` exceeds the first compute ``approx_lse`` from all groups of keys. One measured row in
+``LOOK_STEP`` is checked."""
 BATCH_BYTES = 96 << 20
-"""Bins and measured attention of the heads that are selected together on CPUs: what is done by torch takes as long for
-one head as for some. No tensor of them is larger than the 32 MiB that glibc's allocator keeps when they are freed."""
+"""Memory for the bins and the measured attention of the heads that are selected together on CPUs. Batching saves
+torch's overhead per call. With this limit no tensor exceeds 32 MiB, above which glibc returns memory to the kernel on
+every free."""
 MOST_COLUMNS = 6144
-"""The most single keys of a tile that there is planned room for; lists are written where they stay, and take less
-memory than those of other patterns."""
+"""Planned capacity for single keys of a tile. The kernels write the lists in place, so this pattern needs less memory
+per key than others."""
 USUAL_RANK = 32
-"""Dimensions of every head, on GPUs at the most. Of patterns with more each head takes as many as ``SCORE_ERROR`` asks
-for."""
+"""Dimensions of every head of patterns up to this rank, and the maximum on GPUs. With a larger rank each head takes as
+many as ``SCORE_ERROR`` requires."""
 ROWS_FOR_KEYS = 200
-"""Rows whose attention takes as long as the fit, the keys in few dimensions and what lies in their bins (measured on
-AVX2)."""
+"""The fit, the key codes and the sums per bin cost as much as dense attention of this many rows (measured on AVX2)."""
 
 
 def gpu_rank(pattern: LowRank) -> int:
-    """Dimensions of every head on a GPU: the host would have to wait to learn which heads need more."""
+    """Dimensions of every head on a GPU. A rank per head would need a host synchronisation."""
     return min(pattern.rank, USUAL_RANK)
 
 
 class LowRankOps(Protocol):
-    """What ``low_rank`` needs of the class of scores, which may have kernels for it."""
+    """The operations that ``low_rank`` needs. ``TorchScores`` defines them; native and Triton scores override them with
+    kernels."""
 
     scale: float
 
@@ -74,14 +81,14 @@ class LowRankOps(Protocol):
         """``[h, chunk, D]``."""
 
     def some_keys(self, heads: Sequence[int], step: int) -> torch.Tensor:
-        """``[h, n, D]``: one key in ``step``."""
+        """``[h, n, D]``: every ``step``-th key."""
 
     def key_codes(self, heads: Sequence[int], projection: Projection) -> torch.Tensor:
         """int8 ``[h, S, r]``: ``projection.quantize_keys`` of all keys."""
 
     def row_shares(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-        """float32 or bf16 ``[h, R, S]``: ``measured_rows.by_value`` of the exact attention of rows of the chunk (int64
-        ``[h, R]``, ascending)."""
+        """float32 or bf16 ``[h, R, S]``: exact attention of rows of the chunk (int64 ``[h, R]``, ascending), weighted
+        by ``measured_rows.by_value``."""
 
     def threshold(self, sample: CalibrationRows, mass: torch.Tensor, gamma: float) -> torch.Tensor:
         """``CalibrationRows.threshold``."""
@@ -102,7 +109,7 @@ class Measured(NamedTuple):
     """Exact attention of a chunk's calibration rows, for some heads."""
 
     queries: torch.Tensor
-    """``[h, chunk, D]``, all of the chunk."""
+    """``[h, chunk, D]``: all queries of the chunk."""
     sample: CalibrationRows
     weights: torch.Tensor
     """float32 or bf16 ``[h, R, S]``, see ``measured_rows.by_value``."""
@@ -112,7 +119,7 @@ class Measured(NamedTuple):
     @classmethod
     def of(cls, scores: LowRankOps, heads: Sequence[int], tiling: Tiling) -> Measured:
         queries = scores.queries_of(heads)
-        # Head by head: float32 copies of all are larger than what the allocator keeps.
+        # One head at a time: a float32 copy of all heads is too large for the allocator to reuse.
         unlike = torch.cat([unlikeness(head) for head in queries.split(1)])
         sample = calibration_rows(unlike, tiling.seq_len)
         tile = torch.searchsorted(tiling.starts, sample.rows + tiling.context_len, right=True) - 1
@@ -122,16 +129,18 @@ class Measured(NamedTuple):
 def fitted(
     queries: torch.Tensor, alone: torch.Tensor, keys: torch.Tensor, rank: int, error: float = 0.0
 ) -> Iterator[tuple[list[int], Projection]]:
-    """The dimensions in which a chunk is scored.
+    """Fit the dimensions in which a chunk is scored.
 
     Args:
-        queries: ``[h, n, D]``, some of the chunk's.
-        alone: ``[h, m, D]``, those of rows that speak for themselves, which together count ``FIT_SHARE`` times as much.
-        keys: ``[h, k, D]``, some of the sequence's.
-        error: see ``projection.fit_within``; 0: all heads have ``rank`` dimensions, and a GPU is not waited for.
+        queries: ``[h, n, D]``, a sample of the chunk's queries.
+        alone: ``[h, m, D]``, queries of the last and the outlier rows; together they weigh ``FIT_SHARE`` times as much
+            as ``queries``.
+        keys: ``[h, k, D]``, a sample of the sequence's keys.
+        error: allowed error of scores, see ``projection.fit_within``. 0: every head has ``rank`` dimensions, without a
+            host synchronisation.
 
     Yields:
-        Places of heads, and their projection.
+        Groups of heads with the same number of dimensions: their indices in ``0 .. h - 1``, and their projection.
     """
     rank = min(rank, queries.shape[2])
     if alone.shape[1]:
@@ -145,16 +154,16 @@ def fitted(
 
 
 def fit_step(length: int, rows: int = FIT_ROWS) -> int:
-    """One of so many queries, or keys, is fitted to."""
+    """Stride of the sample of queries, or keys, that the fit uses."""
     return math.ceil(length / rows)
 
 
 def single_looks(measured: Measured, tiling: Tiling) -> torch.Tensor:
-    """float32 ``[h]``: the largest share of a row's attention that one key before its tile has, the first ``PEAK_KEYS``
-    apart; the mean over some measured rows. A sample of the keys may miss it."""
+    """float32 ``[h]``: the largest attention share of a single key, averaged over some measured rows. Keys of the row's
+    own tile and the first ``PEAK_KEYS`` do not count. A sampled ``approx_lse`` can miss such a key."""
     own = tiling.first_own()[measured.tile[:, ::LOOK_STEP]].tolist()
     looks = torch.zeros(len(own), len(own[0]))
-    # Row by row, since of all together what is masked would be a copy.
+    # One row at a time: masking all rows at once would copy the weights.
     for head, rows in enumerate(own):
         for row, end in enumerate(rows):
             if end > score_bins.PEAK_KEYS:
@@ -165,13 +174,13 @@ def single_looks(measured: Measured, tiling: Tiling) -> torch.Tensor:
 def score_keys(
     scores: LowRankOps, measured: Measured, heads: Sequence[int], tiling: Tiling, pattern: LowRank
 ) -> ScoreBins:
-    """Bins of every key by scores in at most ``pattern.rank`` dimensions, and how far down to go, by the measured rows'
-    attention in each bin."""
+    """Score bins of every key in at most ``pattern.rank`` dimensions, and the threshold per head that the measured rows
+    need."""
     some_keys = scores.some_keys(heads, fit_step(tiling.seq_len))
     queries, sample, weights = measured.queries, measured.sample, measured.weights
     some_queries = queries[:, :: fit_step(queries.shape[1])]
     rank = gpu_rank(pattern) if queries.is_cuda else pattern.rank
-    # Which has to be read, and a GPU would be waited for.
+    # Different ranks per head need a host synchronisation; ``gpu_rank`` excludes them on GPUs.
     heads_differ = rank > USUAL_RANK
     error = SCORE_ERROR / scores.scale if heads_differ else 0.0
     alone = queries.gather(1, sample.alone()[..., None].expand(-1, -1, queries.shape[2]))
@@ -214,24 +223,24 @@ class LowRankFamily(Family[LowRank]):
         return scores.select_bins(tiling, scores.low_rank(heads, tiling, pattern), capacity)
 
     def heads_at_once(self, pattern: LowRank, tiling: Tiling) -> int:
-        # Attention of measured rows in 16 bits, and again as torch works on it.
+        # Attention of the measured rows in 16 bits, and torch's temporaries of it.
         return max(1, BATCH_BYTES // (tiling.seq_len * (tiling.num_tiles + 6 * CALIBRATION_ROWS)))
 
     def room(self, pattern: LowRank, block_size: int, adaptive: int) -> Room:
         return Room(adaptive, min(adaptive, MOST_COLUMNS))
 
     def selection_bytes(self, pattern: LowRank, tiles: int, seq_len: int, key_blocks: int, columns: int) -> int:
-        # A bin for every tile and key, keys and queries in few dimensions, the queries' positions and partial sums,
-        # counts of pages; and what is measured of rows, and of moments, whatever the length.
+        # Bins [tiles, seq_len], codes of keys and queries, the queries' positions and partial sums, counts per page,
+        # and 4 MiB for measured rows and moments, which do not depend on the length.
         queries, rank = tiles * DEFAULT_TILE, gpu_rank(pattern)
         scores = (tiles + rank) * seq_len + queries * (rank + 8 + 4 * seq_len // (1 << 16))
         return scores + 4 * tiles * key_blocks + (4 << 20)
 
     def scoring_cost(self, pattern: LowRank, head_size: int, chunk: int, device: torch.device) -> float:
-        # Of 2 * head_size products, for most heads. On CPUs int8 products take half of the time.
+        # Relative to the 2 * head_size products of dense attention. On CPUs int8 products take half the time.
         share = min(pattern.rank, head_size, USUAL_RANK) / (2 * head_size)
         cost = share / 2 + min(1.0, ROWS_FOR_KEYS / chunk) if device.type == "cpu" else share
-        # Twice as many as of a tile for which they speak, since the others are asked in full.
+        # Twice the representatives, since some tiles are scored by all their rows.
         return cost * min(1.0, 2 * pattern.queries / DEFAULT_TILE) if pattern.queries else cost
 
     def kernel_sizes(self, pattern: LowRank) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""The rows of a chunk whose exact attention ``low_rank`` measures, and how far down the bins they need keys.
+"""The calibration rows of ``low_rank``: rows of a chunk whose attention is computed exactly, and the threshold of score
+bins that they need.
 
 Sizes: ``h`` query heads of size ``D``, ``R`` measured rows, ``S`` tokens in the sequence.
 """
@@ -15,52 +16,51 @@ from minference_vllm.selection import score_bins
 from minference_vllm.selection.probe_queries import cap_, most_unlike, unseen
 
 CALIBRATION_ROWS = 128
-"""Rows of a chunk whose exact attention in each bin is measured, at most."""
+"""Maximum number of calibration rows of a chunk."""
 FEW_ROWS, FEWER_ROWS = 16, 64
-"""Short chunks measure one row in ``FEW_ROWS``, those of more than half of ``CALIBRATION_ROWS`` one in
+"""Short chunks measure one row in ``FEW_ROWS``, up to half of ``CALIBRATION_ROWS``; long chunks one in
 ``FEWER_ROWS``."""
 MIN_ROWS = 16
-"""At least so many are measured, also where their attention takes more than ``WEIGHTS_BYTES``."""
+"""Minimum number of calibration rows, even if their attention needs more than ``WEIGHTS_BYTES``."""
 LAST_ROWS = 16
-"""So many of the measured rows, but no more than a quarter, are among the chunk's last, where a prompt's question
-stands."""
+"""Number of calibration rows taken from the end of the chunk, where a prompt's question stands; a quarter at most."""
 UNLIKE_ROWS = 64
-"""So many, but no more than half, are rows whose queries are unlike the others': a few rows that look where no
-other row looks are in no sample."""
+"""Number of outlier rows, whose queries differ most from the others; half at most. A sample misses the few rows that
+look where no other row looks."""
 MOST_MISSED = 1.5
-"""A single one of the last and the unlike rows may miss so many times what their mean may."""
+"""A single last or outlier row may miss this many times the share that the mean may miss."""
 MOST_NOISE = 3.0
-"""Where keys are sampled, such a row may err so many times as much as their mean: that the draw of one small key
-decides of it is no reason to draw more of all. At a noise of 0.025 a key with a quarter of it is taken nine times of
-ten."""
+"""Where keys are sampled, the error of a single last or outlier row may be this many times the mean's limit. A stricter
+limit would let the draw of one small key raise the number of keys of all tiles. At a noise of 0.025 a key with a
+quarter of a row's attention is taken nine times out of ten."""
 STANDARD_ERRORS = 2.5
-"""How far the mean of the other rows, which are a sample, must lie above what is wanted."""
+"""Safety margin for the sampled rows: their mean must exceed the target by this many standard errors."""
 LEAST_NORM, LARGEST_NORM = 1e-20, 1e20
 """See ``bounded``."""
 WEIGHTS_BYTES = 512 << 20
-"""Attention of a head's measured rows, as float32: 128 rows of a million keys."""
+"""Memory for the attention of a head's calibration rows in float32: 128 rows of a million keys."""
 
 
 def least_of_a_row(gamma: float) -> float:
-    """The share that every single one of the last and the unlike rows must have."""
+    """The attention share that each last or outlier row must keep."""
     return max(0.0, 1 - MOST_MISSED * (1 - gamma))
 
 
 class CalibrationRows(NamedTuple):
-    """Rows of a chunk whose attention is measured, of each head its own."""
+    """The calibration rows of a chunk, chosen per head."""
 
     rows: torch.Tensor
     """int64 ``[h, R]``, ascending."""
     spread: torch.Tensor
-    """int64 ``[h, n]``: places in ``rows`` of a sample of all rows."""
+    """int64 ``[h, n]``: indices into ``rows`` of the rows that sample the whole chunk."""
     others: tuple[torch.Tensor, ...]
-    """Likewise, of groups that speak for themselves: some of the last rows, and those most unlike the others."""
+    """Likewise for the last rows and the outlier rows. They are not a sample, so each group counts as it is."""
     errors: float = STANDARD_ERRORS
-    """So many standard errors the mean of the sample must lie above what is wanted."""
+    """Safety margin of ``spread``, see ``STANDARD_ERRORS``."""
 
     def threshold(self, mass: torch.Tensor, gamma: float) -> torch.Tensor:
-        """int32 ``[h]``: the bin down to which every group has a share ``gamma`` of its attention, and no row of the
-        last and the unlike ones misses ``MOST_MISSED`` times as much.
+        """int32 ``[h]``: the lowest bin that must be selected so that every group keeps a share ``gamma`` of its
+        attention on average, and no last or outlier row misses more than ``MOST_MISSED * (1 - gamma)``.
 
         Args:
             mass: float32 ``[h, R, 256]``, see ``score_bins.mass_by_bin``.
@@ -75,9 +75,10 @@ class CalibrationRows(NamedTuple):
         return torch.minimum(found, of_rows)
 
     def sampling_threshold(self, squares: torch.Tensor, noise: float) -> torch.Tensor:
-        """int32 ``[h]``: the highest bin below which keys may be sampled (``score_bins.sampled_keys``), so that the
-        output of every group errs no more than that, as a share of itself and root of the mean square over its rows,
-        and no row of the last and the unlike ones ``MOST_NOISE`` times as much; 0 where there is none.
+        """int32 ``[h]``: the highest bin below which keys may be sampled (``score_bins.sampled_keys``); 0: none.
+
+        The relative error of the output (root mean square over a group's rows) stays within ``noise`` for every group,
+        and within ``MOST_NOISE * noise`` for each last or outlier row.
 
         Args:
             squares: float32 ``[h, R, 256]``, of shares, see ``score_bins.mass_by_bin``.
@@ -92,32 +93,33 @@ class CalibrationRows(NamedTuple):
         return suffices[:, 1 : score_bins.TOP_BIN + 1].cumprod(1).sum(1, dtype=torch.int32)
 
     def alone(self) -> torch.Tensor:
-        """int64 ``[h, n]``: rows of the groups that speak for themselves."""
+        """int64 ``[h, n]``: the last and the outlier rows."""
         places = torch.cat(self.others, 1) if self.others else self.spread[:, :0]
         return self.rows.gather(1, places)
 
 
 def _of_rows(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """``[h, n, 256]``: of ``[h, R, 256]`` the rows at some places, int64 ``[h, n]``."""
+    """``[h, n, 256]``: the rows of ``[h, R, 256]`` at indices int64 ``[h, n]``."""
     return values.gather(1, places[..., None].expand(-1, -1, values.shape[2]))
 
 
 class DrawnRows(NamedTuple):
-    """The measured rows that are the same for all heads, and how many there are of each kind."""
+    """The calibration rows that all heads share, and the number of each kind."""
 
     rows: torch.Tensor
     """int64 ``[sampled + last]``: a sample of all rows, and some of the last ones."""
     taken: torch.Tensor
-    """bool ``[chunk]``: those."""
+    """bool ``[chunk]``: the same rows as a mask."""
     sampled: int
     last: int
     unlike: int
-    """Rows most unlike the others, which every head has for itself."""
+    """Number of outlier rows, which are chosen per head."""
 
 
 @functools.lru_cache(maxsize=256)
 def drawn_rows(chunk: int, length: int, device: torch.device) -> DrawnRows:
-    """One row of each of some equal parts of a chunk, at ever other places in them; and every second of its last.
+    """A stratified sample of a chunk's rows, one of each equal part at varying offsets, and every second of its last
+    rows.
 
     Args:
         length: tokens in the sequence.
@@ -136,10 +138,10 @@ def drawn_rows(chunk: int, length: int, device: torch.device) -> DrawnRows:
 
 
 def calibration_rows(unlike: torch.Tensor, length: int) -> CalibrationRows:
-    """The drawn rows of a chunk, and the ones most unlike the others.
+    """The drawn rows of a chunk together with its outlier rows.
 
     Args:
-        unlike: float32 ``[h, chunk]``: how unlike the others each row is, see ``probe_queries.unlikeness``.
+        unlike: float32 ``[h, chunk]``: how much each row differs from the others, see ``probe_queries.unlikeness``.
         length: tokens in the sequence.
     """
     drawn = drawn_rows(unlike.shape[1], length, unlike.device)
@@ -161,7 +163,7 @@ def row_weights(
 
     Args:
         query: ``[h, R, D]``.
-        keys: ``[h, n, D]`` each, pieces that together are the sequence.
+        keys: ``[h, n, D]`` each: the sequence in pieces.
         positions: int64 ``[h, R]``.
         softcap, window: see ``Inputs``.
     """
@@ -172,10 +174,10 @@ def row_weights(
 
 
 def by_value(weights: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """Each key's share of what a row's output is made of: its weight times the norm of its value, summing to 1.
+    """Each key's share of a row's output: its softmax weight times the norm of its value, normalised to sum to 1.
 
-    Many heads put most of their weight on one key (an attention sink) whose value is close to zero. By weight alone
-    that key would use up the budget, and the keys that make the output would be left out.
+    Many heads put most of their weight on an attention sink, a key whose value is close to zero. By weight alone that
+    key would use up the budget, and the keys that make up the output would be left out.
 
     Args:
         weights: float32 ``[h, R, S]``, softmax weights; overwritten.
@@ -186,11 +188,10 @@ def by_value(weights: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 def bounded(norms: torch.Tensor) -> torch.Tensor:
-    """Norms of values as shares count them. Where all values are zero the weights alone count; norms that float32 does
-    not hold count as its largest."""
+    """Norms of values, clamped so that shares stay finite. If all values are zero, the weights alone count."""
     return norms.clamp(LEAST_NORM, LARGEST_NORM)
 
 
 def joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
-    """``torch.cat``, but one part is not copied."""
+    """``torch.cat`` that does not copy a single part."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

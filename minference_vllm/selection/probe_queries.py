@@ -38,9 +38,9 @@ def probe_groups(chunk: int) -> tuple[tuple[int, int], ...]:
 
 
 def unlikeness(query: torch.Tensor) -> torch.Tensor:
-    """float32 ``[h, chunk]``: squared distance of each query from the head's mean query, its mean 1.
+    """float32 ``[h, chunk]``: squared distance of each query from the head's mean query, scaled to mean 1.
 
-    A row whose query is unlike the others' may look where no other row looks, and a sample of rows misses it.
+    Outlier rows may look where no other row looks, and a random sample of rows misses them.
 
     Args:
         query: ``[h, chunk, D]``.
@@ -51,7 +51,7 @@ def unlikeness(query: torch.Tensor) -> torch.Tensor:
 
 
 def most_unlike(unlikeness: torch.Tensor, count: int, taken: torch.Tensor) -> torch.Tensor:
-    """int64 ``[h, count]``, ascending: of each of so many equal parts of a chunk the row most unlike the others.
+    """int64 ``[h, count]``, ascending: the largest outlier of each of ``count`` equal parts of a chunk.
 
     Args:
         unlikeness: float32 ``[h, chunk]``, at least 0.
@@ -66,7 +66,7 @@ def most_unlike(unlikeness: torch.Tensor, count: int, taken: torch.Tensor) -> to
 
 
 def unseen(positions: torch.Tensor, length: int, window: int = 0) -> torch.Tensor:
-    """bool ``[..., length]``: keys that rows at these positions do not see, later ones and those before their window.
+    """bool ``[..., length]``: keys that rows at these positions do not see: later keys, and keys before the window.
 
     Args:
         window: see ``Inputs``.
@@ -77,7 +77,7 @@ def unseen(positions: torch.Tensor, length: int, window: int = 0) -> torch.Tenso
 
 
 def cap_(scores: torch.Tensor, softcap: float) -> torch.Tensor:
-    """Scores ``s`` as ``softcap * tanh(s / softcap)``, in place; 0: as they are."""
+    """Soft-cap scores ``s`` to ``softcap * tanh(s / softcap)``, in place; 0: no cap."""
     return scores.div_(softcap).tanh_().mul_(softcap) if softcap else scores
 
 

@@ -1,7 +1,7 @@
-"""Queries and keys in few dimensions, quantized to int8: products that tell keys apart at a fraction of the cost.
+"""Queries and keys projected to few dimensions and quantized to int8, for approximate scores at a fraction of the cost.
 
-The dimensions are those that keep the products of this chunk's queries with this sequence's keys best, fitted anew for
-every head and chunk, so that nothing is trained or stored.
+The projection is the one that preserves the products of this chunk's queries with this sequence's keys best. It is
+fitted for every head and chunk; nothing is trained or stored.
 
 Sizes: ``h`` query heads, ``S`` tokens in the sequence, ``D`` head size, ``r`` rank.
 """
@@ -17,18 +17,20 @@ import torch
 from minference_vllm.core.sparse_index import CODES_PER_BIT
 
 BINS_PER_BIT = CODES_PER_BIT
-"""Score bins between a score and twice its exponential: 254 of them span 42 bits, or 29 nats."""
+"""Score bins per factor of two of the softmax weight: 254 bins span 42 bits, or 29 nats."""
 MAX_QUERY, MAX_KEY = 63, 127
 """Largest elements of quantized queries and keys: 2 * 63 * 255 fits 16 bits."""
 MAX_PRODUCT = 24576
-"""Largest product of theirs; the rest of 16 bits is for approx_lse above it."""
+"""Largest product of a query and a key. The rest of the int16 range is for an ``approx_lse`` above it."""
 MAX_KEY_NORM = 156
-"""Norm of the longest quantized keys: near the square root of ``MAX_PRODUCT``, which makes rounding errors least."""
+"""Norm of the longest quantized key. Close to the square root of ``MAX_PRODUCT``, which minimises rounding errors."""
 MIN_RANGE = 40
-"""Bits that ``MAX_PRODUCT`` stands for at least, also where no score comes near that."""
+"""Minimum score, in bits, that ``MAX_PRODUCT`` stands for, even if all scores are smaller."""
 ITERATIONS = 5
+"""Of the orthogonal iteration."""
 NEARLY = 1e-10
-"""Squared sine between a row and those before it, about, from which on it counts as new."""
+"""Regularisation of ``orthonormal``: about the squared sine of the angle between a row and the span of those before it
+below which the row is treated as dependent."""
 
 
 class Projection(NamedTuple):
@@ -39,29 +41,28 @@ class Projection(NamedTuple):
     to_key: torch.Tensor
     """float32 ``[h, D, r]``."""
     mean: torch.Tensor
-    """float32 ``[h, 1, D]``. What all keys have in common changes no softmax."""
+    """float32 ``[h, 1, D]``: mean key. Subtracting it changes no softmax."""
     key_size: torch.Tensor
     """float32 ``[h, 1, r]``: root mean square of the keys in each dimension."""
 
 
 class QuantizedQK(NamedTuple):
-    """Queries and keys in ``r`` dimensions, as int8, so that products take a third of the time.
+    """Queries and keys in ``r`` dimensions as int8, whose products take a third of the time.
 
-    The products have errors of a few thousandths of the largest that a tile's queries could have, at the most.
+    The error of a product is at most a few thousandths of the largest product that the tile's queries could have.
     """
 
     query: torch.Tensor
-    """int8 ``[h, T * n, r]``, at most ``MAX_QUERY`` in size: of every query tile all rows or some, with room for
-    ``n``."""
+    """int8 ``[h, T * n, r]``, at most ``MAX_QUERY`` in magnitude: all or some rows of every tile, padded to ``n``."""
     position: torch.Tensor
-    """int32 ``[h, T * n]``: theirs in the sequence."""
+    """int32 ``[h, T * n]``: positions of the queries in the sequence."""
     count: torch.Tensor
-    """int32 ``[h, T]``: how many of a tile there are; what comes after them counts for nothing."""
+    """int32 ``[h, T]``: number of valid queries of each tile; the rest is padding."""
     keys: torch.Tensor
     """int8 ``[h, S, r]``."""
     dequant_scale: torch.Tensor
-    """int16 ``[h, T]``: bins per unit of the products of a tile's queries, times ``2 ** 15``. It is the same for all of
-    them, so that their products are compared as they are."""
+    """int16 ``[h, T]``: bins per unit of a product, times ``2 ** 15``. All queries of a tile share it, so that their
+    products can be compared as integers."""
 
     @classmethod
     def of(cls, low: torch.Tensor, position: torch.Tensor, count: torch.Tensor, keys: torch.Tensor) -> QuantizedQK:
@@ -71,7 +72,7 @@ class QuantizedQK(NamedTuple):
 
     @property
     def per_tile(self) -> int:
-        """``n``, the most queries of a tile."""
+        """``n``, the padded number of queries per tile."""
         return self.query.shape[1] // self.dequant_scale.shape[1]
 
     def bits(self) -> torch.Tensor:
@@ -80,11 +81,11 @@ class QuantizedQK(NamedTuple):
 
 
 def fit(query: torch.Tensor, keys: torch.Tensor, rank: int) -> Projection:
-    """The ``rank`` dimensions that keep the products of queries and keys best in the mean square.
+    """Fit the ``rank`` dimensions that preserve the products of queries and keys best in the mean square.
 
-    With ``A`` the second moment of the queries and ``K`` that of the centred keys, they are the leading eigenvectors
-    ``Y`` of ``K A``, orthonormal in the inner product of ``A``: a query becomes ``Y' q``, a key ``Y' A k``. They come
-    from orthogonal iteration, which needs products and triangular factors alone. ``triton_kernels.fit`` does the same.
+    With ``A`` the second moment of the queries and ``K`` that of the centred keys, these are the leading eigenvectors
+    ``Y`` of ``K A``, orthonormal in the inner product of ``A``: a query becomes ``Y' q``, a key ``Y' A k``. Orthogonal
+    iteration finds them with matrix products and triangular solves. ``triton_kernels.fit`` does the same on GPUs.
 
     Args:
         query: ``[h, n, D]``. keys: ``[h, m, D]``.
@@ -96,13 +97,13 @@ def fit(query: torch.Tensor, keys: torch.Tensor, rank: int) -> Projection:
 def fit_within(
     query: torch.Tensor, keys: torch.Tensor, rank: int, error: float
 ) -> Iterator[tuple[list[int], Projection]]:
-    """``fit`` with fewer dimensions, in steps of 16, for heads for which they suffice; waits for a GPU.
+    """``fit`` with as few dimensions per head as the error allows, in steps of 16. Synchronises with a GPU.
 
     Args:
-        error: root of the mean square of what products may lose.
+        error: allowed root mean square error of the products.
 
     Yields:
-        Places of heads with as many dimensions each, ascending, and their projection.
+        Groups of heads with the same number of dimensions: their indices, ascending, and their projection.
     """
     space = _Eigenspace.of(query, keys, rank)
     of_ranks: dict[int, list[int]] = {}
@@ -114,13 +115,13 @@ def fit_within(
 
 
 def start_vectors(dim: int, rank: int, device: torch.device) -> torch.Tensor:
-    """float64 ``[D, r]``: what the iteration begins with, orthogonal to nothing in particular."""
+    """float64 ``[D, r]``: fixed start of the iteration, not orthogonal to any likely eigenvector."""
     places = torch.arange(1, dim + 1, dtype=torch.float64, device=device)
     return (places[:, None] * places[:rank] + places[:rank]).cos()
 
 
 class _Eigenspace(NamedTuple):
-    """Of ``fit``, float64 but for the mean."""
+    """Result of the iteration in ``fit``; float64 except for the mean."""
 
     mean: torch.Tensor
     """float32 ``[h, 1, D]``, of the keys."""
@@ -138,10 +139,10 @@ class _Eigenspace(NamedTuple):
         query, keys = query.float(), keys.float()
         mean = keys.mean(1, keepdim=True)
         queries, spread = (((x.transpose(1, 2) @ x) / x.shape[1]).double() for x in (query, keys - mean))
-        # So that none is singular: of moments in float32, what is smaller is rounding errors.
+        # Keeps both moments positive definite; anything smaller is rounding error of the float32 sums.
         for moments in (queries, spread):
             moments.diagonal(dim1=1, dim2=2).add_(_share_of_mean(moments.diagonal(dim1=1, dim2=2), 1e-6))
-        # As rows, of which triangular solvers make use several times as fast.
+        # Vectors are rows: triangular solves from the left are several times as fast.
         to_key = start_vectors(query.shape[2], rank, query.device).T.expand(len(query), -1, -1)
         for _ in range(ITERATIONS):
             to_query = to_key @ spread
@@ -151,7 +152,7 @@ class _Eigenspace(NamedTuple):
         return cls(mean, to_query.transpose(1, 2), to_key.transpose(1, 2), values, total)
 
     def lost(self) -> torch.Tensor:
-        """``[h, r]``: mean square of what products lose with so many dimensions, and one more each."""
+        """``[h, r]``: mean square error of the products with the first 1, 2, ... ``r`` dimensions."""
         return self.total - self.values.cumsum(1)
 
     def of_heads(self, places: list[int]) -> _Eigenspace:
@@ -160,15 +161,21 @@ class _Eigenspace(NamedTuple):
     def projection(self, rank: int) -> Projection:
         """In the first ``rank`` dimensions."""
         values = self.values[:, :rank].clamp(min=0)
-        # Queries and keys are as large in every dimension, which rounding wants.
+        # Balance queries and keys in every dimension, which minimises rounding errors.
         size = (values + _share_of_mean(values, 1e-9)).pow(0.25)[:, None]
         to_query, to_key = self.to_query[:, :, :rank] * size, self.to_key[:, :, :rank] / size
         return Projection(to_query.float(), to_key.float(), self.mean, size.float())
 
 
 def orthonormal(vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of rows, float64 ``[h, r, D]``, what the Gram-Schmidt process makes of them in the inner product that their
-    images are for; and the images of those. Rows that are nearly combinations of those before them become short.
+    """Orthonormalise rows by Cholesky QR, in the inner product of a positive definite matrix ``A``.
+
+    Args:
+        vectors: float64 ``[h, r, D]``.
+        images: float64 ``[h, r, D]``: ``vectors @ A``.
+
+    Returns:
+        The orthonormal rows and their images. Rows that depend (nearly) on those before them come out short.
     """
     size = (vectors * images).sum(2, keepdim=True).clamp_(min=0).sqrt_().clamp_(min=1e-150)
     vectors, images = vectors / size, images / size
@@ -180,13 +187,13 @@ def orthonormal(vectors: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tens
 
 
 def _share_of_mean(values: torch.Tensor, share: float) -> torch.Tensor:
-    """float64 ``[h, 1]``: a share of the mean of ``[h, n]``, above zero."""
+    """float64 ``[h, 1]``: a share of the mean of ``[h, n]``, always above zero."""
     return values.mean(1, keepdim=True) * share + 1e-30
 
 
 def for_int8(projection: Projection, sample: torch.Tensor) -> Projection:
-    """The same products from keys of the size that ``quantize_keys`` expects, in a multiple of 16 dimensions, as
-    kernels expect; ``sample`` is ``[h, n, D]``, some of the keys."""
+    """Rescale a projection so that keys have the size that ``quantize_keys`` expects, and pad it to a multiple of 16
+    dimensions. ``sample``: ``[h, n, D]``, some of the keys."""
     keys = torch.matmul(sample.float() - projection.mean, projection.to_key)
     longest = keys.norm(dim=2).amax(1) / MAX_KEY_NORM
     unit = torch.maximum(longest, keys.abs().amax((1, 2)) / MAX_KEY).clamp_(min=1e-20)[:, None, None]

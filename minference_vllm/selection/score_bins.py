@@ -1,5 +1,5 @@
-"""Score bins of keys: a key's score relative to the softmax denominator of a row, or of the rows of a query tile, in
-256 steps; how much attention lies in each bin, and which keys lie from one bin up.
+"""Score bins: keys ranked in 256 steps by their approximate softmax weight, the attention in each bin, and the keys at
+or above a bin.
 
 Sizes: ``h`` query heads, ``T`` query tiles, ``N`` key blocks (pages), ``S`` tokens in the sequence, ``r`` rank.
 """
@@ -17,47 +17,49 @@ from minference_vllm.core.tiling import Tiling
 from minference_vllm.selection.projection import BINS_PER_BIT, QuantizedQK
 
 PEAK_KEYS = 32
-"""Keys of which the largest score alone counts in ``approx_lse``."""
+"""Size of the groups of keys in ``approx_lse``, each represented by its largest score."""
 LEAST_GROUPS, MAX_GROUP_STEP = 64, 16
-"""Groups of ``PEAK_KEYS`` before a tile that are asked for its ``approx_lse``: so many at least, and one in so many."""
+"""``approx_lse`` samples the groups before a tile: ``LEAST_GROUPS``, or one in ``MAX_GROUP_STEP`` if that is more."""
 MAX_CODE = 60
-"""Keys below a threshold are drawn less and less often, at least one in ``2 ** (MAX_CODE / BINS_PER_BIT)``."""
+"""Bins below the threshold at which the sampling probability stops falling: ``2 ** (-MAX_CODE / BINS_PER_BIT)``."""
 TILE_FRACTION = 40503
-"""Where the sums of chances of neighbouring tiles begin, they lie so many 65536ths apart: two samples differ."""
+"""Difference, in 65536ths, between the starting values of neighbouring tiles' systematic samples, so that they draw
+different keys."""
 TOP_BIN = 254
 LOCAL_BIN = 255
-"""Bin of the keys in a tile's own pages, which it always attends."""
+"""Bin of the keys in a tile's own pages, which are always attended."""
 DENSE_FROM = 0.5
-"""A tile whose budget the data decide and that needs this share of all keys is computed densely: listing them would
-cost more than it saves."""
+"""A tile that would select more than this share of its keys is computed densely; lists would cost more than they
+save."""
 
 
 class ScoreBins(NamedTuple):
-    """What scores say of some heads' keys."""
+    """The bins of some heads' keys, and the threshold of each head."""
 
     bins: torch.Tensor
     """uint8 ``[h, T, S]``, see ``tile_bins``."""
     threshold: torch.Tensor
-    """int32 ``[h]``: the bin from which on keys are selected; 0 means that bins do not tell them apart."""
+    """int32 ``[h]``: keys in this bin or a higher one are selected; 0 (the scores do not tell keys apart): all."""
     sampled: bool = False
-    """Whether keys below the threshold are sampled (``sampled_keys``); else they are left out."""
+    """Whether keys below the threshold are sampled (``sampled_keys``) or left out."""
 
 
 def group_step(own: int) -> int:
-    """One in so many groups of ``PEAK_KEYS`` before a tile whose first key is ``own`` is asked for ``approx_lse``."""
+    """Stride of the sampled groups in ``approx_lse``, for a tile whose own keys begin at ``own``."""
     return min(max(own // (PEAK_KEYS * LEAST_GROUPS), 1), MAX_GROUP_STEP)
 
 
 def approx_lse(scores: torch.Tensor, own: int, step: int) -> torch.Tensor:
-    """What the scores of a tile's queries are set against: close to the softmax's denominator, for one exponential in
-    up to 512 keys. It is the log-sum-exp of the largest score of each of some groups of ``PEAK_KEYS`` keys: before the
-    tile of the first, which holds attention sinks, and one in ``step``, which stands for as many; and of all in the
-    tile.
+    """Approximate log-sum-exp of the scores of a tile's queries, the logarithm of their softmax denominators.
+
+    It takes one exponential for up to 512 keys. Keys are in groups of ``PEAK_KEYS``, and each group counts by its
+    largest score. All groups of the tile itself are used. Before the tile, it is the first group, which holds attention
+    sinks, and every ``step``-th, which counts ``step`` times.
 
     Args:
-        scores: float32 ``[n, S]``, in bits, up to the tile's last key; -inf where a query does not look.
-        own: the tile's first own key.
-        step: ``group_step``, or 1: all groups.
+        scores: float32 ``[n, S]``, in bits, up to the tile's last key; -inf where a query does not see the key.
+        own: position of the tile's first own key.
+        step: ``group_step``, or 1 for all groups.
 
     Returns:
         float32 ``[n, 1]``.
@@ -71,26 +73,26 @@ def approx_lse(scores: torch.Tensor, own: int, step: int) -> torch.Tensor:
 
 
 def _group_peaks(scores: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """float32 ``[n, G]``: the largest score of each group; groups, int64 ``[S]``, count from 0 and ascend."""
+    """float32 ``[n, G]``: the largest score of each group. ``groups``: int64 ``[S]``, ascending from 0."""
     count = int(groups[-1]) + 1 if len(groups) else 0
     found = scores.new_full((len(scores), count), -torch.inf)
     return found.scatter_reduce_(1, groups.expand(scores.shape), scores, "amax")
 
 
 def as_bins(scores: torch.Tensor) -> torch.Tensor:
-    """uint8: bins of scores less their ``approx_lse`` (float32, in bits, overwritten)."""
+    """uint8: bins of scores minus ``approx_lse`` (float32, in bits, overwritten)."""
     return scores.mul_(BINS_PER_BIT).add_(TOP_BIN).clamp_(0, TOP_BIN).round_().to(torch.uint8)
 
 
 def tile_bins(quantized: QuantizedQK, tiling: Tiling, all_groups: torch.Tensor) -> torch.Tensor:
-    """The bin of every key for every tile: of its queries the one that gives the key the highest bin decides.
+    """The bin of every key for every tile: the highest that any of the tile's queries gives it.
 
     Args:
-        all_groups: bool ``[h]``: heads whose ``approx_lse`` comes from all groups.
+        all_groups: bool ``[h]``: heads whose ``approx_lse`` uses all groups.
 
     Returns:
-        uint8 ``[h, T, S]``: ``TOP_BIN + BINS_PER_BIT * (score - approx_lse)``, rounded; of the tile's own pages
-        ``LOCAL_BIN``, of later ones 0.
+        uint8 ``[h, T, S]``: ``TOP_BIN + BINS_PER_BIT * (score - approx_lse)``, rounded. ``LOCAL_BIN`` in the tile's own
+        pages, 0 after them.
     """
     heads, length, _ = quantized.keys.shape
     bins = torch.zeros(heads, tiling.num_tiles, length, dtype=torch.uint8, device=quantized.keys.device)
@@ -102,7 +104,7 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, all_groups: torch.Tensor) 
             unit = bits[head, tile]
             asked = queries[head, tile, : quantized.count[head, tile]].float()
             products = asked @ quantized.keys[head, :end].float().T
-            # Whole numbers are compared.
+            # Products stay integers until the largest is known, as in the kernels.
             position = positions[head, tile, : quantized.count[head, tile], None]
             scores = (products * unit).masked_fill_(places[:end] > position, -torch.inf)
             lse = approx_lse(scores, own, 1 if all_groups[head] else group_step(own)).div_(unit).round_()
@@ -112,7 +114,7 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, all_groups: torch.Tensor) 
 
 
 def hide_before_window(bins: torch.Tensor, tiling: Tiling) -> torch.Tensor:
-    """The bins, uint8 ``[h, T, S]``, 0 for keys that no row of a tile has in its window; overwritten."""
+    """Set the bins, uint8 ``[h, T, S]``, of keys before the sliding window of all of a tile's rows to 0, in place."""
     if not tiling.window:
         return bins
     places = torch.arange(tiling.seq_len, device=bins.device)
@@ -122,13 +124,13 @@ def hide_before_window(bins: torch.Tensor, tiling: Tiling) -> torch.Tensor:
 def mass_by_bin(
     bins: torch.Tensor, bin_row: torch.Tensor, weights: torch.Tensor, squared: bool = False
 ) -> torch.Tensor:
-    """float32 ``[h, R, 256]``: the share of each row's attention that lies on the keys of each bin.
+    """float32 ``[h, R, 256]``: the share of each row's attention in each bin.
 
     Args:
         bins: uint8 ``[h, L, S]``.
-        bin_row: int64 ``[h, R]``: which of the ``L`` holds each row's bins.
+        bin_row: int64 ``[h, R]``: index of each row's bins in ``L``.
         weights: float32 ``[h, R, S]``.
-        squared: sum the squares of shares instead.
+        squared: sum the squares of the shares instead.
     """
     mass = torch.zeros(*weights.shape[:2], 256, device=weights.device)
     weights = weights.square() if squared else weights
@@ -136,7 +138,7 @@ def mass_by_bin(
 
 
 def covered(mass: torch.Tensor) -> torch.Tensor:
-    """float32 ``[..., 256]``: the share of a row's attention at or above each bin, the highest bin first.
+    """float32 ``[..., 256]``: the share of a row's attention at or above each bin, highest bin first.
 
     Args:
         mass: float32 ``[..., 256]``, see ``mass_by_bin``.
@@ -146,7 +148,7 @@ def covered(mass: torch.Tensor) -> torch.Tensor:
 
 
 def lowest_bin(share: torch.Tensor, gamma: float) -> torch.Tensor:
-    """int32 ``[...]``: the bin down to which a share ``gamma`` lies; 0 where no other bin has it.
+    """int32 ``[...]``: the highest bin at or above which a share ``gamma`` lies; 0 if there is none.
 
     Args:
         share: float32 ``[..., 256]``, rising, see ``covered``.
@@ -157,7 +159,7 @@ def lowest_bin(share: torch.Tensor, gamma: float) -> torch.Tensor:
 
 
 def mean_share(share: torch.Tensor, errors: float = 0.0) -> torch.Tensor:
-    """float32 ``[h, 256]``: the mean over rows, less so many of its standard errors, where the rows are a sample.
+    """float32 ``[h, 256]``: the mean over rows minus ``errors`` standard errors (for rows that are a sample).
 
     Args:
         share: float32 ``[h, R, 256]``, see ``covered``.
@@ -176,7 +178,7 @@ def page_counts(bins: torch.Tensor, threshold: torch.Tensor, block_size: int) ->
 
 
 def _marks(bins: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torch.Tensor:
-    """bool ``[h, T, N, B]``: keys that reach the threshold."""
+    """bool ``[h, T, N, B]``: keys whose bin reaches the threshold."""
     heads, tiles, length = bins.shape
     marks = torch.zeros(heads, tiles, -(-length // block_size), block_size, dtype=torch.bool, device=bins.device)
     torch.ge(bins, threshold[:, None, None].to(torch.uint8), out=marks.flatten(2)[..., :length])
@@ -184,15 +186,15 @@ def _marks(bins: torch.Tensor, threshold: torch.Tensor, block_size: int) -> torc
 
 
 def whole_pages(tiling: Tiling, counts: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pages of which half or more is wanted: attended in place they cost less than gathered keys.
+    """Pages of which at least half is selected. Attending the whole page costs less than gathering its keys.
 
     Args:
         counts: int32 ``[h, T, N]``, see ``page_counts``.
-        threshold: int32 ``[h]``; 0 means that the bins do not tell the keys apart.
+        threshold: int32 ``[h]``, see ``ScoreBins``.
 
     Returns:
-        bool ``[h, T, N]``; and bool ``[h, T]``: tiles that need more than ``DENSE_FROM`` of their keys, or of a head
-        whose threshold is 0. They have every reachable page.
+        bool ``[h, T, N]``: whole pages. bool ``[h, T]``: dense tiles, which have every reachable page. A tile is dense
+        if it needs more than ``DENSE_FROM`` of its keys, or if its head's threshold is 0.
     """
     size, reachable = tiling.block_size, tiling.reachable()
     pages = (2 * counts >= size) | tiling.own()
@@ -202,16 +204,16 @@ def whole_pages(tiling: Tiling, counts: torch.Tensor, threshold: torch.Tensor) -
 
 
 def keys_above(tiling: Tiling, bins: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each tile's keys from one bin up.
+    """Each tile's keys at or above the threshold.
 
     Args:
         bins: uint8 ``[h, T, S]``, see ``tile_bins``.
         threshold: int32 ``[h]``.
 
     Returns:
-        blocks (bool ``[h, T, N]``, see ``whole_pages``) and single keys (bool ``[h, T, S]``), none in a block.
+        Blocks (bool ``[h, T, N]``, see ``whole_pages``) and single keys outside of them (bool ``[h, T, S]``).
     """
-    # The largest tensor by far: marks are made and taken back in place.
+    # By far the largest tensor, so it is updated in place.
     marks = _marks(bins, threshold, tiling.block_size)
     blocks, dense = whole_pages(tiling, marks.sum(3, dtype=torch.int32), threshold)
     marks &= ~(blocks | dense[..., None])[..., None]
@@ -220,15 +222,15 @@ def keys_above(tiling: Tiling, bins: torch.Tensor, threshold: torch.Tensor) -> t
 
 @functools.lru_cache(maxsize=8)
 def increments(device: torch.device) -> torch.Tensor:
-    """int32 ``[MAX_CODE + 1]``: how likely a key so many bins below the threshold is drawn, in 65536ths."""
+    """int32 ``[MAX_CODE + 1]``: sampling probability, in 65536ths, by the number of bins below the threshold."""
     codes = torch.arange(MAX_CODE + 1, device=device)
     return torch.exp2(16 - codes.double() / BINS_PER_BIT).round_().int()
 
 
 @functools.lru_cache(maxsize=8)
 def noise_by_threshold(device: torch.device) -> torch.Tensor:
-    """float32 ``[256, 256]``: what the square of a share adds to the variance of a row's output, by the key's bin and
-    the threshold: ``1 / p - 1`` of a key that is drawn with a chance ``p`` and then counts ``1 / p`` times."""
+    """float32 ``[256, 256]``: variance of a row's output per squared share of a key, by the key's bin and the
+    threshold. It is ``1 / p - 1`` for a key that is drawn with probability ``p`` and then weighted by ``1 / p``."""
     bins = torch.arange(256, device=device)
     return torch.exp2((bins - bins[:, None]).clamp(0, MAX_CODE).float() / BINS_PER_BIT) - 1
 
@@ -236,20 +238,20 @@ def noise_by_threshold(device: torch.device) -> torch.Tensor:
 def sampled_keys(
     tiling: Tiling, bins: torch.Tensor, threshold: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each tile's keys from one bin up, and a sample of the keys below, which stand for those that are not drawn.
+    """Each tile's keys at or above the threshold, and a sample of the keys below it.
 
-    A key ``c`` bins below the threshold is drawn with a chance of ``2 ** (-c / BINS_PER_BIT)``, as its attention falls,
-    and counts for as many keys as its chance says: what a row gives all keys, and what comes of it, is right in the
-    mean (Horvitz and Thompson 1952), whatever the scores are worth. The sample is systematic: chances are added up
-    along the keys, and the one that carries the sum past a whole number is drawn. Equal bins give an equal sample.
+    A key ``c`` bins below the threshold is drawn with probability ``p = 2 ** (-c / BINS_PER_BIT)``, proportional to its
+    approximate weight, and then weighted by ``1 / p`` (Horvitz and Thompson 1952). The softmax's numerator and
+    denominator are therefore unbiased, however inaccurate the scores are. The sample is systematic: probabilities are
+    summed along the keys, and a key is drawn where the sum passes an integer. Equal bins give equal samples.
 
     Args:
-        bins: uint8 ``[h, T, S]``, see ``tile_bins``; 0 counts as far below.
-        threshold: int32 ``[h]``; 0: the bins do not tell the keys apart.
+        bins: uint8 ``[h, T, S]``, see ``tile_bins``.
+        threshold: int32 ``[h]``, see ``ScoreBins``.
 
     Returns:
-        blocks (bool ``[h, T, N]``, see ``whole_pages``), single keys (bool ``[h, T, S]``), none in a block, and their
-        codes (uint8 ``[h, T, S]``, see ``SparseIndex.column_codes``).
+        Blocks (bool ``[h, T, N]``, see ``whole_pages``), single keys outside of them (bool ``[h, T, S]``), and the
+        codes of all keys (uint8 ``[h, T, S]``, see ``SparseIndex.column_codes``).
     """
     size, places = tiling.block_size, torch.arange(tiling.seq_len, device=bins.device)
     blocks, dense = whole_pages(tiling, page_counts(bins, threshold, size), threshold)

@@ -1,4 +1,4 @@
-"""``Scores``: what patterns are selected by. Three classes give them: ``TorchScores`` here, which is the definition,
+"""``Scores``: the estimates that patterns select by. Three classes compute them: ``TorchScores``, the definition,
 ``kernels.native.scores.NativeScores`` on CPUs and ``triton_kernels.scores.TritonScores`` on GPUs.
 """
 
@@ -22,7 +22,7 @@ class Scores(Protocol):
     """
 
     def column_diagonal(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the probe queries attend on columns, beyond what diagonals explain, and on diagonals: float32
+        """Attention mass of the probe queries on columns, minus what diagonals explain, and on diagonals: float32
         ``[h, S]`` each."""
 
     def pooled(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
@@ -35,8 +35,7 @@ class Scores(Protocol):
         """Block scores along antidiagonals, float32 ``[h, T, N]``."""
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
-        """Bins of single keys, from products in ``pattern.rank`` dimensions, and the bin down to which a share
-        ``pattern.gamma`` of the attention lies."""
+        """Score bins of single keys from products in ``pattern.rank`` dimensions, and a threshold per head."""
 
     def select_bins(self, tiling: Tiling, found: ScoreBins, capacity: Capacity) -> Selection | WritesLists:
-        """The keys of each tile from the threshold up, and pages full of them."""
+        """The keys of each tile at or above the threshold, as single keys and as whole pages."""

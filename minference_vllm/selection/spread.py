@@ -1,7 +1,7 @@
-"""An index of a wanted size without any scores: what the kernels are timed on (``prefill/kernel_trial.py``).
+"""A synthetic index of a given density, on which kernels are timed (``prefill/kernel_trial.py``).
 
-Keys are spread evenly over what lies before a tile, and begin at another place in every list and tile. Which keys a
-list names does not decide how long attention under it takes; how many, and how many of them are single ones, does.
+Keys are spread evenly over the keys before a tile, with a different start in every list and tile. The time of
+attention depends on the number of pages and single keys, not on which keys they are.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from minference_vllm.selection.families import family_of, share_lists
 def spread_index(
     tiling: Tiling, patterns: Sequence[HeadPattern], density: float, capacity: Capacity, group: int = 1
 ) -> SparseIndex:
-    """An index whose tiles name a share of the keys before them, in lists as these patterns have them.
+    """An index whose tiles select a given share of the keys before them, in the form that these patterns use.
 
-    A pattern with a budget names no more than that. One with single keys takes half of its keys as such, as far as
-    there is room for them, and the others in pages. A dense head names everything.
+    A pattern with a budget selects at most that. A pattern with single keys takes half of its keys as single keys, up
+    to the planned capacity, and the rest as pages. A dense head selects everything.
 
     Args:
         patterns: one per query head.
@@ -39,7 +39,7 @@ def spread_index(
     first_own = tiling.starts[:-1, None] // tiling.tile * (tiling.tile // size)  # [T, 1], as all below
     reach = (tiling.starts[1:, None] - 1) // size + 1
     keys = (first_own * size * density).long()
-    # Pages are named among those with even numbers, single keys in the others: none is named twice.
+    # Pages have even numbers, single keys lie in odd pages, so no key is selected twice.
     half = first_own // 2
     generator = torch.Generator(device).manual_seed(0)
     for row, pattern in enumerate(of_lists):
@@ -67,7 +67,7 @@ def spread_index(
 
 
 def _spread(place: torch.Tensor, begin: torch.Tensor, count: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-    """int64 ``[T, W]``: where the first ``count`` (``[T, 1]``) of some places lie, one after the other, among so many.
+    """int64 ``[T, W]``: ``count`` (``[T, 1]``) numbers spread evenly over ``among``.
 
     Args:
         place: int64 ``[W]``.

@@ -49,7 +49,7 @@ def distance_scores(tiling: Tiling, by_offset: torch.Tensor) -> torch.Tensor:
 
 
 def forced_distances(tiling: Tiling) -> int:
-    """Block distances before a tile that hold its nearest ``FORCED_DIAGONALS`` diagonals; its own blocks are apart."""
+    """Number of block distances that the nearest ``FORCED_DIAGONALS`` diagonals cross, not counting own blocks."""
     return -(-(FORCED_DIAGONALS - 1) // tiling.block_size)
 
 
