@@ -1,1 +1,1 @@
-"""vLLM's classes: backend, metadata builder and implementation, and what an engine process knows."""
+"""The vLLM side: backend, metadata builder and implementation classes, and the state of an engine process."""

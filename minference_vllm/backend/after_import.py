@@ -1,5 +1,5 @@
-"""What is to be done to a module of vLLM's once somebody imports it: many processes never do, and that import takes
-seconds."""
+"""Run a function after a vLLM module is imported, without importing it here: many processes never do, and the import
+takes seconds."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _asked: set[tuple[str, Callable[[], None]]] = set()
 
 
 def after_import(name: str, function: Callable[[], None]) -> None:
-    """Call ``function`` when the module of this name has run, at once if it has. Idempotent: a function is called once
-    per process."""
+    """Call ``function`` once the module of this name has been executed; immediately if it already has. Idempotent: a
+    function is called once per process."""
     if (name, function) in _asked:
         return
     _asked.add((name, function))
@@ -26,7 +26,7 @@ def after_import(name: str, function: Callable[[], None]) -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Has the module found by the others, and the function called when it has run."""
+    """Finds the module with the other finders, and calls the function after it has been executed."""
 
     def __init__(self, name: str, function: Callable[[], None]) -> None:
         self.name, self.function = name, function

@@ -1,4 +1,4 @@
-"""Every fact about vLLM's versions and private parts, in one place."""
+"""Everything that depends on vLLM's versions and private parts, in one place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 NAME = "MINFERENCE"
 OLDEST, NEWEST = (0, 26), (0, 33)
 FIRST_RELEASE = (0, 2)
-"""Lower numbers are those that builds have where no tag of vLLM's repository was there to count from."""
+"""Builds from a checkout without vLLM's tags have lower numbers."""
 CLASS_PATHS = {
     "cpu": "minference_vllm.backend.cpu.MInferenceCPUBackend",
     "cuda": "minference_vllm.backend.gpu_parent.MInferenceGPUBackend",
@@ -26,15 +26,15 @@ CLASS_PATHS = {
 class StartError(RuntimeError):
     """vLLM cannot start with minference; the message says why and what to do.
 
-    No ValueError: pydantic, in which vLLM checks its configuration, would put that into an error of its own, before an
-    excerpt of the configuration and a link. So this message is the last line of the traceback.
+    Not a ValueError: pydantic, with which vLLM validates its configuration, would wrap that in its own error, followed
+    by an excerpt of the configuration and a link. This way the message is the last line of the traceback.
     """
 
 
 def check_vllm() -> str:
-    """What to say of the installed vLLM.
+    """Check the installed vLLM and describe its version.
 
-    A release is judged by its number. A build from source often has none that tells anything (``0.1.dev1+g3f2a9c1``,
+    A release is judged by its number. A build from source often has no meaningful number (``0.1.dev1+g3f2a9c1``,
     ``dev``): it is judged by whether it has the parts that we use.
 
     Raises:
@@ -59,7 +59,7 @@ def check_vllm() -> str:
 
 
 def vllm_version() -> str:
-    """vLLM's version; the package's own word where no distribution named ``vllm`` is installed, as in a source tree."""
+    """vLLM's version; ``vllm.__version__`` if no distribution named ``vllm`` is installed, as in a source tree."""
     try:
         return importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -76,8 +76,8 @@ def register_name() -> None:
     which every process knows.
 
     Raises:
-        RuntimeError: another plugin has taken the slot. One that takes it later takes the name out of use again, with
-            a warning: the alias would stand for that plugin's backend, and whoever selects it is told so.
+        RuntimeError: another plugin has taken the slot. If one takes it later, the name is removed with a warning,
+            since the alias would stand for that plugin's backend; selecting it then raises an error that says so.
     """
     from vllm.v1.attention.backends import registry
 
@@ -91,15 +91,15 @@ def register_name() -> None:
 
 
 def refuse_name(reason: str) -> None:
-    """Let the selection of our name raise StartError with this reason, in place of vLLM's "Unknown attention backend".
-    Nothing else changes: the name is no member, and the platform is left alone. Idempotent."""
+    """Make selecting our name raise StartError with this reason, instead of vLLM's "Unknown attention backend".
+    Nothing else changes: the name is not a member, and the platform is not patched. Idempotent."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     AttentionBackendEnum._member_map_ = _RefusingMembers(AttentionBackendEnum._member_map_, reason)
 
 
 class _RefusingMembers(dict[str, Any]):
-    """The members of vLLM's enum of backends, with a reason why ours is not among them."""
+    """The members of vLLM's backend enum, with the reason why ours is missing."""
 
     def __init__(self, members: dict[str, Any], reason: str) -> None:
         super().__init__(members)
@@ -121,7 +121,7 @@ def _slot_is_taken_by(path: str) -> str:
 
 
 class _WatchedOverrides(dict[Any, str]):
-    """vLLM's table of overridden backends, which gives our name up when another plugin takes the slot."""
+    """vLLM's table of overridden backends, which removes our name if another plugin takes the slot."""
 
     def __setitem__(self, backend: Any, path: str) -> None:
         super().__setitem__(backend, path)
@@ -134,7 +134,7 @@ class _WatchedOverrides(dict[Any, str]):
 
 
 def vllm_platform() -> Any:
-    """vLLM's platform: one object per process, which all of vLLM imports; found on first use."""
+    """vLLM's platform: one object per process, shared by all of vLLM and resolved on first use."""
     from vllm.platforms import current_platform
 
     return current_platform
@@ -148,13 +148,14 @@ def platform_name(platform: Any) -> str:
 def serves_what_is_selected(platform: Any) -> bool:
     """Whether this is a platform of vLLM's that serves the selected attention backend or says why it cannot.
 
-    Only the one for CUDA does: those for CPUs log a line and serve another backend, and so may any that is not vLLM's.
+    Only the CUDA platform does. CPU platforms log a line and serve another backend, and platforms of other plugins may
+    do the same.
     """
     return type(platform).__module__ == "vllm.platforms.cuda"
 
 
 def resolved_class() -> str | None:
-    """The class that our name stands for once vLLM has loaded its plugins; None when they have left it unknown."""
+    """The class that our name stands for after vLLM has loaded its plugins; None if the name is still unknown."""
     from vllm.plugins import load_general_plugins
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -181,16 +182,16 @@ def is_minference(backend: Any) -> bool:
 
 
 def add_worker_method(name: str, method: Callable[[Any], Any]) -> None:
-    """Let ``collective_rpc(name)`` call ``method(worker)`` in this process, if it is a worker's. Idempotent."""
+    """Let ``collective_rpc(name)`` call ``method(worker)`` if this is a worker process. Idempotent."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     setattr(WorkerBase, name, method)
 
 
 async def ask_every_engine(engine_client: Any, method: str) -> list[list[Any]]:
-    """What the workers answer to ``collective_rpc(method)``, by data-parallel engine of a server's client.
+    """The workers' results of ``collective_rpc(method)``, by data-parallel engine of a server's client.
 
-    vLLM's own asks them all and hands on what the first one answers.
+    vLLM's own call asks all engines but returns only the first one's results.
     """
     client = getattr(engine_client, "engine_core", None)
     engines = getattr(client, "core_engines", ())
@@ -221,22 +222,22 @@ def slice_requests(common: CommonAttentionMetadata, first: int, last: int) -> Co
         value = getattr(common, per_request, None)
         if value is not None:
             fields[per_request] = value[first:last]
-    # What vLLM has worked out from the whole batch's lengths.
+    # Values that vLLM has cached for the whole batch.
     fields |= {field.name: None for field in dataclasses.fields(common) if field.name.endswith("_cache")}
     return dataclasses.replace(common, **fields)
 
 
 def host_seq_lens(common: CommonAttentionMetadata, is_draft: bool = False) -> list[int] | None:
-    """The sequence length of each request, without waiting for the GPU; None when the host does not know them.
+    """The sequence length of each request, without a host synchronisation; None if the host does not know them.
 
     Exact for prefills; on a GPU a decode that verifies drafted tokens may be shorter.
 
     Args:
-        is_draft: a draft model's batch. vLLM makes those longer by a token, and tells the device alone.
+        is_draft: whether it is a draft model's batch. vLLM adds a token to these lengths, but only on the device.
     """
     if common.seq_lens.device.type == "cpu":
         return [int(length) for length in common.seq_lens[: common.num_reqs].tolist()]
-    # The upper bound is the newer field; before 0.30 the lengths themselves were there, perhaps unfilled.
+    # The upper bound is the newer field; before 0.30 there were the lengths themselves, perhaps unset.
     for name in () if is_draft else ("seq_lens_cpu_upper_bound", "_seq_lens_cpu"):
         lengths = getattr(common, name, None)
         if lengths is not None:
@@ -245,7 +246,7 @@ def host_seq_lens(common: CommonAttentionMetadata, is_draft: bool = False) -> li
 
 
 def dense_batch_reason(common: CommonAttentionMetadata) -> str | None:
-    """Why a whole batch is left to vLLM's path, or None: masks that are not plainly causal."""
+    """Why a whole batch is left to vLLM's path (its mask is not plain causal), or None."""
     if common.causal is not True:
         return "not causal"
     if getattr(common, "mm_req_doc_ranges", None):
@@ -256,8 +257,8 @@ def dense_batch_reason(common: CommonAttentionMetadata) -> str | None:
 
 
 def page_reasons(spec: Any) -> list[str]:
-    """Why pages of this KV-cache spec of vLLM's are not keys and values of the layer's heads and nothing else; empty
-    when they are. Padding behind a page does not matter, padding inside of it (scales of single tokens, say) does."""
+    """Why pages of this vLLM KV-cache spec do not consist of the keys and values of the layer's heads alone; empty if
+    they do. Padding after a page does not matter, extra data inside it (e.g. per-token scales) does."""
     plain = spec.block_size * spec.num_kv_heads * 2 * spec.head_size * spec.dtype.itemsize
     stored = spec.real_page_size_bytes
     return [] if stored == plain else [f"pages of {stored} bytes, where keys and values take {plain}"]
@@ -268,17 +269,17 @@ def gpu_pages(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, tor
     ``[num_blocks, num_kv_heads, block_size, D]``.
 
     Args:
-        kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * D]``, keys and values side by side; or, with dimensions
-            for the two of them, ``[2, num_blocks, block_size, num_kv_heads, D]`` or ``[num_blocks, 2, block_size,
-            num_kv_heads, D]``. The strides say how the bytes lie (NHD or HND), so they may be any.
+        kv_cache: ``[num_blocks, num_kv_heads, block_size, 2 * D]``, keys and values side by side; or, with a separate
+            dimension for keys and values, ``[2, num_blocks, block_size, num_kv_heads, D]`` or ``[num_blocks, 2,
+            block_size, num_kv_heads, D]``. Strides are arbitrary, so the memory layout may be NHD or HND.
 
     Raises:
-        ValueError: none of these.
+        ValueError: the cache has none of these shapes.
     """
     shape = tuple(kv_cache.shape)
     if len(shape) == 4 and shape[3] == 2 * head_size:
         return kv_cache[..., :head_size], kv_cache[..., head_size:]
-    # With two blocks nobody could say which of the dimensions is which.
+    # With two blocks the dimensions would be ambiguous.
     if len(shape) == 5 and shape[4] == head_size and shape[:2].count(2) == 1:
         key, value = kv_cache.unbind(shape.index(2))
         return key.transpose(1, 2), value.transpose(1, 2)

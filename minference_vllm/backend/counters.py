@@ -1,4 +1,4 @@
-"""Counters of what was served sparsely, at which density and recall, and why the rest was not."""
+"""Counters of sparse work, with its density and recall, and of the reasons for dense chunks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from minference_vllm.core.plan import Plan
 
 MAX_NAMES = 32
-"""Patterns that requests asked for which are counted each by themselves."""
+"""Maximum number of requested patterns with counters of their own; the rest are counted as ``OTHERS``."""
 OTHERS = "others"
 
 
@@ -23,14 +23,14 @@ class HeadRecall:
     recall: float
     """Mean over the audited chunks."""
     least_recall: float
-    """Of a chunk."""
+    """Minimum over the audited chunks."""
     value_recall: float
     least_value_recall: float
 
 
 @dataclass
 class AskedWork:
-    """Sparse chunks of requests that asked for some patterns, see ``Counters``."""
+    """Sparse chunks of requests that asked for the same patterns, see ``Counters``."""
 
     chunks: int = 0
     tokens: int = 0
@@ -54,28 +54,28 @@ class Counters:
     """Totals of one engine process since its start."""
 
     name: str = "minference"
-    """What lines begin with."""
+    """Prefix of the log lines."""
     sparse_chunks: int = 0
     sparse_tokens: int = 0
     dense_chunks: Counter[str] = field(default_factory=Counter)
     """Prefill chunks left dense, by reason."""
     dense_pairs: float = 0.0
-    """Pairs that dense attention would have computed there."""
+    """Query-key pairs that dense attention would have computed for the sparse chunks."""
     sparse_seconds: float = 0.0
-    """Spent on sparse attention, estimates and index included, audits not."""
+    """Time of sparse attention, including estimates and index, without audits."""
     audit_seconds: float = 0.0
     raised: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """Chunks that ran with more keys because of the floor, by layer and head."""
+    """Chunks that ran with more keys because of ``recall_floor``, by layer and head."""
     raised_to_dense: Counter[tuple[int, int]] = field(default_factory=Counter)
     asked: dict[str, AskedWork] = field(default_factory=dict)
-    """By name: patterns that requests asked for in place of the server's. Part of the totals."""
+    """Work for requests that asked for other patterns than the server's, by name of these. Included in the totals."""
     _computed_pairs: Any = 0.0
-    """A number that may live on the GPU, so that counting waits for nothing."""
+    """May be a tensor on the GPU, so that counting needs no host synchronisation."""
     _overflowed: Any = 0
     """Likewise."""
     _recall: dict[tuple[int, int, int], tuple[int, Any, Any]] = field(default_factory=dict)
-    """By layer, first head and number of heads (layers of a draft model may have the same number): audited chunks, and
-    the sum and the least of their recall and value recall, ``[2, heads]`` each; likewise."""
+    """By layer, first head and number of heads (layers of a draft model may have the same number): number of audited
+    chunks, and sum and minimum of their recall and value recall, ``[2, heads]`` each. May live on the GPU."""
     _last_line: float = 0.0
     _logged_pairs: float = 0.0
     """``dense_pairs`` at the last line."""
@@ -94,7 +94,7 @@ class Counters:
 
         Args:
             computed, overflowed: numbers or tensors of one element.
-            name: of the patterns that the chunk's request asked for.
+            name: name of the patterns that the chunk's request asked for.
         """
         self._computed_pairs = self._computed_pairs + computed
         self._overflowed = self._overflowed + overflowed
@@ -104,7 +104,7 @@ class Counters:
             work.computed_pairs, work.dense_pairs = work.computed_pairs + computed, work.dense_pairs + dense
 
     def _asked(self, name: str) -> AskedWork:
-        # Names are the clients': without a bound somebody could fill the memory, and Prometheus.
+        # Clients choose the names: without a limit they could fill memory, and Prometheus.
         known = name in self.asked or len(self.asked) < MAX_NAMES
         return self.asked.setdefault(name if known else OTHERS, AskedWork())
 
@@ -113,7 +113,7 @@ class Counters:
         self.audit_seconds += audit
 
     def count_recall(self, layer: int, first_head: int, recall: Any) -> None:
-        """Mean recall and value recall of one audited chunk, a tensor ``[2, heads]`` from ``first_head`` on."""
+        """Add the mean recall and value recall of one audited chunk, a tensor ``[2, heads]`` from ``first_head`` on."""
         place = layer, first_head, recall.shape[1]
         count, total, least = self._recall.get(place, (0, 0.0, recall))
         self._recall[place] = count + 1, total + recall, least.minimum(recall)
@@ -128,17 +128,18 @@ class Counters:
 
     @property
     def computed_pairs(self) -> float:
-        """Query-key pairs computed on the sparse path, over layers and heads. Reading it waits for the GPU."""
+        """Query-key pairs computed on the sparse path, over layers and heads. Needs a host synchronisation."""
         return float(self._computed_pairs)
 
     @property
     def overflowed(self) -> int:
-        """Query tiles of one head that ran densely because their selection had no room. Reading it waits likewise."""
+        """Query tiles, per head, that ran densely because their selection exceeded the planned capacity. Needs a host
+        synchronisation."""
         return int(self._overflowed)
 
     @property
     def recall(self) -> dict[tuple[int, int], HeadRecall]:
-        """By layer and head, of the chunks that were audited. Reading it waits likewise."""
+        """Recall of the audited chunks, by layer and head. Needs a host synchronisation."""
         sums: dict[tuple[int, int], list[tuple[int, Any, Any]]] = {}
         for (layer, first_head, heads), (count, totals, leasts) in self._recall.items():
             for head in range(heads):
@@ -148,11 +149,11 @@ class Counters:
 
     @property
     def density(self) -> float:
-        """Computed pairs as a share of the dense ones; 1 before any sparse chunk."""
+        """Computed pairs as a share of the dense pairs; 1 before any sparse chunk."""
         return _density(self.computed_pairs, self.dense_pairs)
 
     def report(self) -> dict[str, Any]:
-        """Everything that was counted, ready for JSON; ``merged`` puts the reports of several processes together."""
+        """All counters, ready for JSON; ``merged`` combines the reports of several processes."""
         recall = self.recall
         heads = []
         for layer, head in sorted({*recall, *self.raised, *self.raised_to_dense}):
@@ -183,8 +184,8 @@ class Counters:
         }
 
     def line_when_due(self, interval: float, now: float | None = None) -> str | None:
-        """One line of statistics, if there was sparse work since the last line and that is ``interval`` seconds old.
-        Cheap where no line is due; reading the counters waits for a GPU."""
+        """One line of statistics if there was sparse work since the last line, which is at least ``interval`` seconds
+        old. Only a line that is due needs a host synchronisation."""
         if not interval or not self.has_more_to_log:
             return None
         now = time.monotonic() if now is None else now
@@ -226,7 +227,7 @@ class Counters:
 
 
 def _head_recall(parts: Sequence[tuple[int, Any, Any]]) -> HeadRecall:
-    """Of chunks, sums and least ones of recall and value recall."""
+    """Combine parts: number of chunks, sums and minima of recall and value recall."""
     chunks = sum(count for count, _, _ in parts)
     means = [sum(totals[place] for _, totals, _ in parts) / chunks for place in range(2)]
     least = [min(leasts[place] for _, _, leasts in parts) for place in range(2)]
@@ -238,10 +239,10 @@ def _density(computed: float, dense: float) -> float:
 
 
 def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One report of the processes that serve a model together: each has seen every chunk, with its own heads or layers.
+    """Merge the reports of processes that serve a model together: each saw every chunk, with its own heads or layers.
 
     Args:
-        reports: of ``Counters.report``, at least one.
+        reports: results of ``Counters.report``, at least one.
     """
     first = max(reports, key=lambda report: int(report["sparse_chunks"]))
     totals = _summed(reports, "computed_pairs", "dense_pairs", "overflowed_tiles")
@@ -256,10 +257,10 @@ def merged(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def added(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One report of data-parallel engines: each has seen chunks of its own, with all heads and layers.
+    """Add the reports of data-parallel engines: each saw its own chunks, with all heads and layers.
 
     Args:
-        reports: of ``merged``, at least one.
+        reports: results of ``merged``, at least one.
     """
     totals = _summed(reports, "sparse_chunks", "sparse_tokens", "computed_pairs", "dense_pairs", "overflowed_tiles")
     dense = sum((Counter(report["dense_chunks"]) for report in reports), Counter[str]())

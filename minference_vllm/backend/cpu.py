@@ -1,4 +1,4 @@
-"""The backend on vLLM's CPU engine: vLLM's own classes, with the sparse chunks of a batch taken out."""
+"""The backend on top of vLLM's CPU backend, which gets all but the sparse chunks of a batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class MInferenceCPUBackend(CPUAttentionBackend):
 
 @dataclass
 class MInferenceCPUMetadata(SparsePrefillMetadata, CPUAttentionMetadata):
-    """Of a batch with at least one sparse chunk; other batches carry the parent's class."""
+    """For batches with a chunk that our path serves; other batches use the parent's class."""
 
 
 class MInferenceCPUMetadataBuilder(SparsePrefillBuilder, CPUAttentionMetadataBuilder):
@@ -49,8 +49,8 @@ class MInferenceCPUMetadataBuilder(SparsePrefillBuilder, CPUAttentionMetadataBui
 class MInferenceCPUImpl(SparsePrefillImpl, CPUAttentionBackendImpl):
     def dense_reasons(self, vllm_config: Any) -> list[str]:
         dtype, kernel = vllm_config.model_config.dtype, self.runtime.settings.kernel
-        # Our own kernel knows soft caps, sinks and windows, but not in parts of dual chunks. vLLM's, for what ours
-        # cannot run, is not told of them.
+        # Our own kernel supports soft caps, sinks and windows, but not in parts of dual chunks. vLLM's kernel, the
+        # fallback for what ours cannot run, is not given them.
         own = own_kernel_reason(kernel, dtype, self.head_size) is None and self.dual_chunk is None
         reasons = unsupported_layer_reasons(
             sliding_window=self.sliding_window,
@@ -60,7 +60,7 @@ class MInferenceCPUImpl(SparsePrefillImpl, CPUAttentionBackendImpl):
             is_decoder=self.attn_type == AttentionType.DECODER,
             kv_cache_dtype=self.kv_cache_dtype,
             dtype=dtype,
-            # A row of a shorter one attends fewer keys than where sparse prefill begins.
+            # With a shorter window a row attends fewer keys than the context at which sparse prefill begins.
             min_window=self.runtime.settings.min_context if own else None,
         )
         if not reasons:  # a layer that is dense in any case needs none of our kernels

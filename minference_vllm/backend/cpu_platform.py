@@ -1,8 +1,8 @@
-"""Two methods set on vLLM's platform object, which chooses the attention backend, so that it serves ours.
+"""Patch two methods of vLLM's platform object, which chooses the attention backend, so that it serves ours.
 
-CPU platforms, vLLM's own and those of other plugins, ignore the selected backend, and a platform plugin of ours could
-not help: vLLM takes only one, and none at all with ``VLLM_TARGET_DEVICE=cpu``. So the methods are set on the object in
-use, whatever its class, in every process where our name is known.
+CPU platforms, vLLM's own and those of other plugins, ignore the selected backend. A platform plugin of ours would not
+help: vLLM accepts only one, and none with ``VLLM_TARGET_DEVICE=cpu``. So the methods are set on the object in use,
+whatever its class, in every process where our name is known.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from minference_vllm.backend.compat import (
 
 
 def serve_our_name() -> None:
-    """Where minference is selected, vLLM's platform serves it or refuses to start; else it decides as before.
-    Idempotent."""
+    """Make vLLM's platform serve minference if it is selected, or refuse to start. Otherwise the platform decides as
+    before. Idempotent."""
     platform = vllm_platform()
     if serves_what_is_selected(platform):
         return
@@ -37,8 +37,8 @@ def serve_our_name() -> None:
 
 
 def _before(platform: Any, name: str, earlier: Any) -> Any:
-    """The method that would answer without us: one set on the object, or that of its class, which other plugins may
-    still replace after we came."""
+    """The method without our patch: one set on the object, or that of its class, which other plugins may still replace
+    later."""
     return earlier or inspect.getattr_static(type(platform), name).__get__(platform, type(platform))
 
 
@@ -46,7 +46,7 @@ def get_attn_backend_cls(platform: Any, earlier: Any, selected_backend: Any, *ar
     """The platform's method of this name.
 
     Raises:
-        ValueError: minference is selected, and does not run on this platform or is not what it serves.
+        ValueError: minference is selected, but does not run on this platform or is replaced by it.
     """
     before = _before(platform, "get_attn_backend_cls", earlier)
     if not is_minference(selected_backend):
@@ -64,7 +64,7 @@ def get_attn_backend_cls(platform: Any, earlier: Any, selected_backend: Any, *ar
 
 
 def check_and_update_config(platform: Any, earlier: Any, vllm_config: Any) -> None:
-    """The platform's method of this name; with minference, settings, pattern file and model are validated here, in the
+    """The platform's method of this name. With minference, it also validates settings, pattern file and model: in the
     first process, before weights are loaded.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The backend over vLLM's FlashAttention backend, with the sparse chunks of a batch taken out."""
+"""The backend on top of vLLM's FlashAttention backend, which gets all but the sparse chunks of a batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MInferenceCUDABackend(GPUBackend, FlashAttentionBackend):
 
 @dataclass
 class MInferenceCUDAMetadata(SparsePrefillMetadata, FlashAttentionMetadata):
-    """Of a batch with at least one sparse chunk; other batches carry the parent's class."""
+    """For batches with a chunk that our path serves; other batches use the parent's class."""
 
 
 class MInferenceCUDAMetadataBuilder(GPUBuilder, FlashAttentionMetadataBuilder):
@@ -35,4 +35,4 @@ class MInferenceCUDAMetadataBuilder(GPUBuilder, FlashAttentionMetadataBuilder):
 
 
 class MInferenceCUDAImpl(GPUImpl, FlashAttentionImpl):
-    """All of it is ours on any GPU, or the parent's."""
+    """Everything is defined by ``GPUImpl`` or the parent."""

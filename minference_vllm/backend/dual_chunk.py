@@ -1,4 +1,4 @@
-"""One layer with dual chunk attention: the chunks of a batch that are not plain attention, served and counted."""
+"""One layer with dual chunk attention: serve and count the chunks of a batch that are not plain attention."""
 
 from __future__ import annotations
 
@@ -22,54 +22,55 @@ from minference_vllm.settings import Settings
 
 
 class DualChunkLayer:
-    """Part of an implementation."""
+    """The part of an attention implementation that handles dual chunk attention."""
 
     def __init__(self, runtime: Runtime, geometry: DualChunk) -> None:
         self.runtime, self.geometry = runtime, geometry
         self.layers: dict[str | None, SparseLayer] = {}
-        """By the name of the patterns (``Chunk.patterns``): these as parts run them, and their kernel."""
+        """By name of the patterns (``Chunk.patterns``): the patterns as parts run them, and their kernel."""
 
     def prepare(
         self, name: str | None, number: int, first_head: int, patterns: Sequence[HeadPattern], cache: PagedCache
     ) -> None:
-        """Choose the kernel of some patterns, for a cache like the layer's.
+        """Choose the kernel for some patterns.
 
         Args:
-            name: of the patterns, where a request asked for them.
+            name: name of the patterns if requests asked for them; None: the server's patterns.
+            cache: a cache with the layer's types and sizes.
 
         Raises:
-            ValueError: pages of this size, or any kernel that serves parts, cannot run on such a cache.
+            ValueError: the page size does not divide the chunks, or the kernel for parts cannot run on this cache.
         """
         check_pages(self.geometry, cache.block_size)
-        # The two that give the log-sum-exp of rows and attend an index without the rows' own keys.
+        # Only these two kernels return the log-sum-exp of rows and accept an index without the rows' own keys.
         serves_parts = "triton" if cache.key.is_cuda else "native"
         try:
             kernel = choose(serves_parts, cache.key.dtype, cache, with_lse=True)
         except ValueError as error:
             raise ValueError(f"minference: dual chunk attention: {error}") from None
-        # The remainder is that of one set of keys, and parts are selected and merged one by one.
+        # A remainder covers one set of keys, but each part is selected and merged separately.
         alone = tuple(pattern.without_remainder() for pattern in patterns)
         self.layers[name] = SparseLayer(number, first_head, alone, kernel)
 
     def forget_asked(self) -> None:
-        """All patterns but the server's."""
+        """Drop all patterns but the server's."""
         self.layers = {name: layer for name, layer in self.layers.items() if name is None}
 
     def rotations(self, query: torch.Tensor, num_heads: int, head_size: int) -> torch.Tensor:
-        """``[tokens, ROTATIONS, H, D]`` of what vLLM's attention layer hands over as ``[tokens * ROTATIONS, H, D]``."""
+        """``[tokens, ROTATIONS, H, D]``: view of the queries, which vLLM passes as ``[tokens * ROTATIONS, H, D]``."""
         return query.view(-1, ROTATIONS, num_heads, head_size)
 
     def is_far(self, chunk: Chunk) -> bool:
-        """Whether it is not plain attention with the first rotation."""
+        """Whether the chunk needs more than plain attention with the first rotation."""
         return chunk.seq_len > self.plain_len
 
     @property
     def plain_len(self) -> int:
-        """See ``DualChunk``."""
+        """See ``DualChunk.plain_len``."""
         return self.geometry.plain_len
 
     def warm_up(self, inputs: Inputs, out: torch.Tensor, tile: int | None) -> None:
-        """Run what serving will run, for a chunk of two tiles behind one: sparse, dense and decoding, in all parts."""
+        """Run all paths of serving (sparse, dense, decode; all parts) on a chunk of two tiles after one of context."""
         layer = self.layers[inputs.chunk.patterns]
         rotated = inputs.query[:, None].expand(-1, ROTATIONS, -1, -1)
         geometry = DualChunk(inputs.chunk.context_len, 0)
@@ -81,7 +82,7 @@ class DualChunkLayer:
         decode_dual_chunk(rotated[-1:], last, geometry, layer.kernel, out[-1:])
 
     def take_memory(self, inputs: Inputs, out: torch.Tensor, settings: Settings) -> None:
-        """Take the memory that a sparse chunk takes with its audit."""
+        """Allocate the peak memory of a sparse chunk and its audit."""
         layer = self.layers[inputs.chunk.patterns]
         rotated = inputs.query[:, None].expand(-1, ROTATIONS, -1, -1)
         patterns, kernel = layer.patterns, layer.kernel
@@ -90,13 +91,13 @@ class DualChunkLayer:
             audited_recall(parts, kernel, settings.audit_rows, seed=0)
 
     def serve(self, rotated: torch.Tensor, inputs: Inputs, out: torch.Tensor, sparse: bool) -> None:
-        """As ``attend_dual_chunk``; audits recall when that is due, and counts what was done sparsely.
+        """As ``attend_dual_chunk``; also audits recall when that is due, and counts sparse work.
 
         Args:
-            sparse: False: every key is attended, whatever the patterns are.
+            sparse: False: attend every key, whatever the patterns are.
 
         Raises:
-            ValueError: a model is calibrated, which measures plain attention alone.
+            ValueError: the model is being calibrated, which measures plain attention only.
         """
         runtime, layer = self.runtime, self.layers[inputs.chunk.patterns]
         if runtime.recorder is not None:

@@ -1,4 +1,4 @@
-"""Checkpoints with dual chunk attention (Qwen2.5-1M): which they are, and what is refused with them."""
+"""Checkpoints with dual chunk attention (Qwen2.5-1M): how to detect them, and what they do not support."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def dual_chunk_of(model: Any) -> DualChunk | None:
         model: vLLM's model configuration.
 
     Raises:
-        ValueError: sizes that make no chunks.
+        ValueError: the configured sizes give no chunks.
     """
     config = getattr(model.hf_text_config, "dual_chunk_attention_config", None)
     return DualChunk.of(config) if config else None
 
 
 def check_configuration(vllm_config: Any, settings: Settings, patterns: PatternFile) -> None:
-    """Raise ValueError when something is asked for that cannot be served with dual chunk attention."""
+    """Raise ValueError if the configuration has something that cannot be served with dual chunk attention."""
     cache_dtype = vllm_config.cache_config.cache_dtype
     if cache_dtype not in ("auto", *(str(dtype).removeprefix("torch.") for dtype in DTYPES)):
         raise refusal(f"a KV cache of {cache_dtype}", "set kv_cache_dtype to 'auto'")
@@ -37,7 +37,7 @@ def check_configuration(vllm_config: Any, settings: Settings, patterns: PatternF
 
 
 def check_pages(geometry: DualChunk, block_size: int) -> None:
-    """Raise ValueError when chunks are not made of whole pages."""
+    """Raise ValueError if chunks do not consist of whole pages."""
     if geometry.chunk_len % block_size:
         raise refusal(
             f"pages of {block_size} tokens, since its chunks of {geometry.chunk_len} tokens (chunk_size - local_size) "
@@ -47,5 +47,5 @@ def check_pages(geometry: DualChunk, block_size: int) -> None:
 
 
 def refusal(what: str, remedy: str) -> ValueError:
-    """What is raised when an engine would have to serve dual chunk attention with something else."""
+    """The error for a feature that cannot be combined with dual chunk attention."""
     return ValueError(f"minference cannot serve dual chunk attention with {what}: {remedy}")

@@ -1,4 +1,4 @@
-"""vLLM's rotation of queries and keys for dual chunk attention, on any device."""
+"""vLLM's rotary embedding for dual chunk attention, on any device."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ MODULE = "vllm.model_executor.layers.rotary_embedding.dual_chunk_rope"
 
 
 def register_rotary_embedding() -> None:
-    """Let vLLM build its ``DualChunkRotaryEmbedding`` on any device, and rotate single tokens, from the moment that it
-    imports it. Idempotent."""
+    """Let vLLM's ``DualChunkRotaryEmbedding`` run on any device and rotate single tokens, as soon as vLLM imports it.
+    Idempotent."""
     after_import(MODULE, _register)
 
 
 def _register() -> None:
-    """vLLM's own puts its tables on a CUDA device, whatever the platform, and drops the first dimension of a batch of
-    one token, which the attention layer then takes for the number of tokens. No backend of vLLM serves such
-    checkpoints, so nobody else builds one.
+    """vLLM's class puts its tables on a CUDA device on every platform. For a batch of one token it drops the first
+    dimension, which the attention layer reads as the number of tokens. No backend of vLLM serves such checkpoints, so
+    replacing the class affects nobody else.
     """
     import torch
     from vllm.model_executor.custom_op import CustomOp
@@ -27,7 +27,7 @@ def _register() -> None:
 
     class OnAnyDevice(DualChunkRotaryEmbedding):  # type: ignore[misc]  # vLLM's decorator hides its type
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # For the number of a CUDA device that is replaced below; without an accelerator torch raises.
+            # The parent asks for a CUDA device index, which is replaced below; without an accelerator torch raises.
             asked = torch.accelerator.current_device_index
             torch.accelerator.current_device_index = lambda: 0
             try:

@@ -1,6 +1,6 @@
-"""What was served sparsely, over HTTP: ``GET /minference/stats`` (JSON) and ``/minference/metrics`` (Prometheus).
+"""Statistics over HTTP: ``GET /minference/stats`` (JSON) and ``/minference/metrics`` (Prometheus).
 
-vLLM adds such routes to its server only where ``VLLM_PLUGINS`` names them, and versions without endpoint plugins never.
+vLLM adds such routes to its server only if ``VLLM_PLUGINS`` names them; versions without endpoint plugins never do.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class StatsEndpoint:
 
 
 async def stats(request: Request) -> dict[str, Any]:
-    """Totals since the server's start, see ``Counters.report``, and of how many data-parallel engines they are: of all
-    that this server hands requests to."""
+    """Totals since the server's start (see ``Counters.report``), over all data-parallel engines that this server sends
+    requests to, and the number of these engines."""
     engine = request.app.state.minference_engine
     if engine is None or not selects_minference(engine.vllm_config):
         raise HTTPException(404, "this server does not run the attention backend minference")
@@ -43,7 +43,7 @@ async def stats(request: Request) -> dict[str, Any]:
 
 
 async def metrics(request: Request) -> Response:
-    """The same as Prometheus text."""
+    """The same totals as Prometheus text."""
     registry = CollectorRegistry()
     registry.register(_Collector(await stats(request)))
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,6 +1,6 @@
-"""What our backends on NVIDIA GPUs share.
+"""Code shared by our backends on NVIDIA GPUs.
 
-Each class stands in front of vLLM's own in the order of base classes, as in the files that they build on.
+Each class precedes vLLM's own in the order of base classes, as in ``sparse_prefill`` and ``metadata_builder``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from minference_vllm.core.plan import Chunk
 from minference_vllm.kernels.choose import VLLMS
 
 PREFERRED_BLOCK_SIZE = 128
-"""Tokens per page when the user named none: FlashAttention-3 then copies whole pages at once, and budgets, which are
-rounded up to whole pages, cost what they cost on the CPU."""
+"""Tokens per page unless the user sets them: FlashAttention-3 can then copy whole pages at once, and budgets, which are
+rounded up to whole pages, cost the same as on the CPU."""
 FP8 = ("fp8", "fp8_e4m3")
 
 
@@ -40,19 +40,19 @@ class GPUBackend(AttentionBackend):
 
     @classmethod
     def supports_batch_invariance(cls) -> bool:
-        """No: a chunk's selection depends on where the scheduler cut the prompt."""
+        """No: a chunk's selection depends on where the scheduler splits the prompt."""
         return False
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        """No: a batch is cut into runs by the lengths that the host knows (asked since vLLM 0.30)."""
+        """No: a batch is split into runs by the lengths that the host knows (queried since vLLM 0.30)."""
         return False
 
 
 class GPUBuilder(SparsePrefillBuilder):
     def prepare_layers(self) -> None:
         super().prepare_layers()
-        # Builders are made once the weights are there and before CUDA graphs are captured.
+        # Builders are made after the weights are loaded and before CUDA graphs are captured.
         if self.device.type == "cuda":
             choose_kernels(self.sparse_layers, self.kv_cache_spec, self.vllm_config, self.device)
             dtype = self.vllm_config.model_config.dtype
@@ -60,7 +60,7 @@ class GPUBuilder(SparsePrefillBuilder):
 
     def prepare_asked(self, asked: Asked) -> bool:
         found = super().prepare_asked(asked)
-        # Their kernels compile now, and not when the server starts: which patterns requests will ask for nobody knows.
+        # Compiled now, since the patterns that requests ask for are not known when the server starts.
         if self.device.type == "cuda":
             layers = [layer for layer in self.layers if layer.impl.layer_for(asked.name) is not None]
             dtype = self.vllm_config.model_config.dtype
@@ -69,8 +69,8 @@ class GPUBuilder(SparsePrefillBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Whole CUDA graphs for uniform decode batches alone: in mixed ones Python decides what is sparse. With dual
-        chunk attention it decides in decodes, too, which part a row is in."""
+        """Full CUDA graphs for uniform decode batches only, since Python decides what is sparse in mixed batches. None
+        with dual chunk attention, where Python also decides which part a decode's row is in."""
         if dual_chunk_of(vllm_config.model_config) is not None:
             return AttentionCGSupport.NEVER
         parent = super().get_cudagraph_support(vllm_config, kv_cache_spec)
@@ -82,7 +82,7 @@ class GPUImpl(SparsePrefillImpl):
         dtype, kernel = vllm_config.model_config.dtype, self.runtime.settings.kernel
         if kernel == "native":
             raise ValueError("minference: kernel 'native' runs on CPUs; set kernel to 'auto' or 'triton'")
-        # Our own kernel knows soft caps, sinks and FP8 caches; vLLM's do not, nor do the parts of dual chunks.
+        # Our own kernel supports soft caps, sinks and FP8 caches; vLLM's and the parts of dual chunks do not.
         fused = kernel not in VLLMS and self.dual_chunk is None
         window = self.sliding_window[0] if self.sliding_window is not None else None
         reasons = unsupported_layer_reasons(
@@ -105,18 +105,18 @@ class GPUImpl(SparsePrefillImpl):
         return bool(self.logits_soft_cap) or self.sinks is not None or self.dual_chunk is not None
 
     def kernel_for(self, name: str | None) -> str:
-        # What requests ask for later runs by the kernel that was found for the layer: nothing is timed while serving.
+        # Patterns of requests run on the kernel that was chosen for the layer: nothing is timed while serving.
         if name is not None and self.sparse_layer is not None:
             return self.sparse_layer.kernel.name
         return super().kernel_for(name)
 
     def measure(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
-        # Later, too, vLLM calls layers without a batch, as when it captures CUDA graphs; the cache is there by then.
+        # vLLM also calls layers without a batch later, e.g. to capture CUDA graphs; by then the cache exists.
         if query.is_cuda and not kv_cache.numel() and not self.dense_only:
             take_memory(layer, self.vllm_config, len(query), query.device)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
-        """No: our kernels write what they compute."""
+        """No: our kernels write unquantised output."""
         return False
 
     def cache_reasons(self, layer: Any, block_size: int, dtype: torch.dtype) -> list[str]:
@@ -134,7 +134,7 @@ class GPUImpl(SparsePrefillImpl):
     def inputs(
         self, layer: Any, query: torch.Tensor, cache: PagedCache, block_table: torch.Tensor, chunk: Chunk
     ) -> Inputs:
-        # With an FP8 cache vLLM's attention layer may hand the queries over in FP8, too.
+        # With an FP8 cache vLLM's attention layer may also pass the queries in FP8.
         quantised = query.dtype == torch.float8_e4m3fn
         scale = self.scale * layer._q_scale_float if quantised else self.scale
         softcap = float(self.logits_soft_cap or 0.0)

@@ -1,4 +1,4 @@
-"""Which of vLLM's backends ours stands on with a GPU. Importing this module imports none of vLLM's backends."""
+"""Choose the vLLM backend that ours extends on a GPU. Importing this module imports none of vLLM's backends."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 def __getattr__(name: str) -> type:
-    """The class that is registered, chosen when vLLM asks for it and not when it loads its plugins: those it loads in
-    every process, whether minference was selected or not, and choosing asks the GPU."""
+    """The registered class. It is chosen when vLLM asks for it, not when it loads plugins: vLLM loads plugins in every
+    process, whether minference is selected or not, and the choice queries the GPU."""
     if name != "MInferenceGPUBackend":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     parent, reason = choose_gpu_parent(*this_gpu())
@@ -43,19 +43,19 @@ def this_gpu() -> tuple[bool, tuple[int, int] | None, str | None]:
 def choose_gpu_parent(
     is_cuda: bool, capability: tuple[int, int] | None, flash_attention_problem: str | None
 ) -> tuple[str, str]:
-    """Which of vLLM's backends ours stands on with a GPU, and why.
+    """The vLLM backend that ours extends on a GPU, and why.
 
-    The model has no say: FlashAttention takes all heads of up to 256 in steps of 8, and larger ones are not ours.
+    The model does not matter: FlashAttention supports head sizes up to 256 in steps of 8, and we serve no larger ones.
 
     Args:
-        capability: the GPU's compute capability, as far as it is known.
+        capability: the GPU's compute capability; None: unknown.
         flash_attention_problem: why vLLM cannot run FlashAttention, or None.
 
     Returns:
         ``FLASH_ATTN`` or ``TRITON_ATTN``, and the reason.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the device is not an NVIDIA GPU.
     """
     if not is_cuda:
         raise ValueError("minference runs on CPUs and NVIDIA GPUs: its kernels have been made for no other device")

@@ -1,9 +1,9 @@
-"""The kernel of each layer on a GPU where the setting is ``auto``: the fastest there, found when the engine starts.
+"""With the setting ``kernel = auto`` on a GPU: find the fastest kernel of each layer when the engine starts.
 
-Builders call ``choose_kernels`` once the weights are loaded and before CUDA graphs are captured. What was found is kept
-on disk (``kernels/choice_cache.py``), so that later starts, and ranks that start later, time nothing. Ranks of a tensor
-parallel model choose for themselves: kernels give the same result, up to rounding, so that ranks need not agree. Equal
-ranks have equal keys, and after the first start one file.
+Builders call ``choose_kernels`` after the weights are loaded and before CUDA graphs are captured. Results are kept on
+disk (``kernels/choice_cache.py``), so that later starts, and ranks that start later, time nothing. Ranks of a tensor
+parallel model choose independently: all kernels give the same result up to rounding, so ranks need not agree. Equal
+ranks have equal cache keys and, after the first start, share one file.
 """
 
 from __future__ import annotations
@@ -33,40 +33,40 @@ from minference_vllm.prefill.kernel_trial import DENSITIES, result_in_words, run
 logger = init_logger(f"vllm.{__name__}")
 
 _chosen: dict[Variant, str] = {}
-"""In this process, by name."""
+"""Names of the chosen kernels in this process."""
 _left_out: set[tuple[Variant, str]] = set()
 """Kernels that have failed in this process."""
 _budget = Budget()
-"""Of all trials of this process."""
+"""Time left for all trials of this process."""
 
 
 def choose_kernels(layers: Sequence[Any], spec: Any, vllm_config: Any, device: torch.device) -> None:
-    """Give each layer the fastest of the kernels that can run it; time them where that is not known, each variant once.
-    A kernel that the user named stays.
+    """Set each layer's kernel to the fastest that can run it. Kernels are timed if the fastest is not known, once per
+    variant. A kernel that the user chose is kept.
 
     Args:
         layers: vLLM's attention layers that have our implementation, are prepared and run sparsely.
-        spec: vLLM's, of their KV cache.
+        spec: vLLM's spec of their KV cache.
 
     Raises:
-        RuntimeError: no kernel is left; names the variant, and says why of each.
+        RuntimeError: every kernel failed; the message names the variant and each kernel's error.
     """
     before = len(_chosen)
     for layer in layers:
         LayerChoice(layer, spec, vllm_config, device).choose()
     if len(_chosen) > before:
-        # For the CUDA graphs, whose memory is apart.
+        # Free memory for the CUDA graphs, which have a pool of their own.
         torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """The kernels that one layer, which is prepared and runs sparsely, may run."""
+    """Kernel candidates of one layer that is prepared and runs sparsely."""
 
     layer: Any
-    """vLLM's, with our implementation."""
+    """vLLM's attention layer with our implementation."""
     spec: Any
-    """vLLM's, of its KV cache."""
+    """vLLM's spec of its KV cache."""
     vllm_config: Any
     device: torch.device
 
@@ -85,7 +85,8 @@ class LayerChoice:
         return trial_chunk(self.vllm_config.model_config.max_model_len, tokens)
 
     def candidates(self) -> list[Kernel]:
-        """Several where the setting is ``auto`` and the fastest is not known; without those that have failed."""
+        """Kernels that the layer may run: several only if the setting is ``auto`` and the fastest is not known. Failed
+        kernels are left out, unless all have failed."""
         impl = self.layer.impl
         if impl.runtime.settings.kernel != "auto" or self.device.type != "cuda":
             return [impl.sparse_layer.kernel]
@@ -101,13 +102,13 @@ class LayerChoice:
         return [kernel for kernel in left if kernel.name == name] or left
 
     def leave_out(self, kernel: Kernel, reason: object) -> None:
-        """Run layers like this one by another kernel from now on."""
+        """Do not use this kernel for layers of this variant from now on."""
         _left_out.add((self._variant, kernel.name))
         _chosen.pop(self._variant, None)
         logger.warning("minference: kernel %r is left out for layers of %s: %s", kernel.name, self._variant, reason)
 
     def choose(self) -> None:
-        """Have the layer run the fastest kernel.
+        """Set the layer's kernel to the fastest.
 
         Raises:
             RuntimeError: see ``choose_kernels``.
@@ -122,7 +123,7 @@ class LayerChoice:
 
     @torch.inference_mode()
     def _timed(self, kernels: Sequence[Kernel]) -> str:
-        """The name of the fastest of these kernels."""
+        """Time these kernels and return the name of the fastest."""
         begin, page = time.perf_counter(), self.spec.block_size
         trial = Trial([kernel.name for kernel in kernels], gpu_clock(self.device), _budget)
         dtype, impl = self.vllm_config.model_config.dtype, self.layer.impl
@@ -142,7 +143,7 @@ class LayerChoice:
         _chosen[self._variant] = name
         choice, how = Choice(name, trial.totals()), f"timed in {time.perf_counter() - begin:.1f} s"
         self._log(choice, f"{how}, until the time for it was used up" if trial.is_over else how)
-        # What failed, or was not timed to the end, may do better at the next start.
+        # Not stored if a kernel failed or was not timed to the end: the next start may do better.
         if len(trial.medians) == len(DENSITIES) and len(choice.seconds) == len(kernels) and not trial.is_over:
             choice_cache.store(choice_cache.default_folder(), self._key(), choice)
         return name
@@ -152,7 +153,7 @@ class LayerChoice:
         logger.info("minference: kernel %s; layers of %s; %s", found, self._variant, how)
 
     def _key(self) -> dict[str, str | int]:
-        """All that the times depend on."""
+        """Cache key: everything that the timings depend on."""
         try:
             triton = importlib.metadata.version("triton")
         except importlib.metadata.PackageNotFoundError:

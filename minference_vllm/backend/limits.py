@@ -1,4 +1,4 @@
-"""What cannot be served, and why: models, layers, kernels, pages."""
+"""Models, layers, kernels and page sizes that cannot be served, and the reasons."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from minference_vllm.patterns.file import PatternFile
 from minference_vllm.selection.families import family_of
 
 MAX_GPU_HEAD_SIZE = 256
-"""Of every kernel on GPUs, FlashAttention as vLLM runs it among them."""
+"""Limit of all GPU kernels, including vLLM's FlashAttention."""
 
 
 def check_model(model: Any) -> None:
-    """Raise ValueError, with all reasons, where a model as a whole cannot be served."""
+    """Raise ValueError with all reasons if a model as a whole cannot be served."""
     reasons = unsupported_model_reasons(model)
     if reasons:
         raise ValueError(f"minference cannot serve {model.model}: " + "; ".join(reasons))
 
 
 def unsupported_model_reasons(model: Any) -> list[str]:
-    """Why a model as a whole cannot be served; empty when it can."""
+    """Why a model as a whole cannot be served; empty if it can."""
     reasons = []
     if getattr(model, "use_mla", False):
         reasons.append("multi-head latent attention (MLA) keeps no keys per head; choose another attention backend")
@@ -41,10 +41,10 @@ def unsupported_model_reasons(model: Any) -> list[str]:
 
 
 def check_cpu_kernel(kernel: str, dtype: torch.dtype, head_size: int, dual_chunk: bool = False) -> None:
-    """Raise ValueError when the kernel that the user named, or that the layer needs, cannot run on this CPU.
+    """Raise ValueError if the kernel that the user chose, or that the layer needs, cannot run on this CPU.
 
     Args:
-        kernel: the setting of that name.
+        kernel: the setting ``kernel``.
         dual_chunk: whether the layer has dual chunk attention.
     """
     reason = None
@@ -59,7 +59,7 @@ def check_cpu_kernel(kernel: str, dtype: torch.dtype, head_size: int, dual_chunk
 
 
 def check_page_size(patterns: PatternFile, source: str, block_size: int) -> None:
-    """Raise ValueError when a pattern cannot run on pages of this size."""
+    """Raise ValueError if a pattern cannot run on pages of this size."""
     for pattern in patterns.used:
         problem = family_of(pattern).page_size_problem(pattern, block_size)
         if problem:
@@ -67,16 +67,16 @@ def check_page_size(patterns: PatternFile, source: str, block_size: int) -> None
 
 
 def gpu_head_size_reasons(head_size: int) -> list[str]:
-    """Why a layer with heads of this size runs densely on GPUs; empty when it can run sparsely."""
+    """Why a layer with this head size runs densely on GPUs; empty if it can run sparsely."""
     return [f"head size {head_size} is above {MAX_GPU_HEAD_SIZE}"] if head_size > MAX_GPU_HEAD_SIZE else []
 
 
 def attention_chunk_reasons(size: int | None, min_context: int) -> list[str]:
-    """Why a layer that attends within chunks of the sequence runs densely; empty when it can run sparsely.
+    """Why a layer with chunked local attention runs densely; empty if it can run sparsely.
 
     Args:
-        size: tokens of such a chunk; None: the layer attends everything before a row.
-        min_context: the setting.
+        size: tokens per attention chunk; None: full causal attention.
+        min_context: the setting ``min_context``.
     """
     short = size is not None and size < min_context
     return [f"attention within chunks of {size} tokens, below min_context"] if short else []
@@ -93,10 +93,10 @@ def unsupported_layer_reasons(
     dtype: torch.dtype,
     min_window: int | None = None,
 ) -> list[str]:
-    """Why a single layer runs densely; empty when it can run sparsely.
+    """Why a single layer runs densely; empty if it can run sparsely.
 
     Args:
-        min_window: the shortest sliding window, in tokens, that runs sparsely; None: none does.
+        min_window: minimum sliding window, in tokens, that runs sparsely; None: no window does.
     """
     reasons = []
     if not is_decoder:

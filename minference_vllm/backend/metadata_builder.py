@@ -1,6 +1,6 @@
-"""Metadata of a batch: what our builders share. Each batch is planned, and its sparse chunks are taken out.
+"""Code shared by our metadata builders: plan each batch and separate its sparse chunks from the rest.
 
-The builder stands in front of vLLM's own in the order of base classes: ``super()`` is the parent's.
+The builder precedes vLLM's own in the order of base classes: ``super()`` is the parent's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from minference_vllm.backend.vllm_requests import follow_requests
 from minference_vllm.core.plan import PREFILL_FROM, Chunk, plan_batch
 from minference_vllm.selection.families import family_of
 
-# A child of vLLM's own logger, so that our lines appear where vLLM's do.
+# A child of vLLM's logger, so that our lines appear where vLLM's do.
 logger = init_logger(f"vllm.{__name__}")
 
 
@@ -35,42 +35,42 @@ DenseRun = tuple[tuple[int, int], slice, Any]
 
 @dataclass
 class SparsePrefillMetadata:
-    """What the metadata of a batch with a chunk for us has beside the parent's fields."""
+    """Fields that the metadata of a batch with a chunk for our path has in addition to the parent's."""
 
     sparse: tuple[tuple[Chunk, torch.Tensor], ...] = ()
     """The sparse chunks, and the physical pages (int64) of each."""
     dense_runs: tuple[DenseRun, ...] = ()
-    """Runs of other requests."""
+    """Runs of the other requests."""
     far: tuple[tuple[Chunk, torch.Tensor], ...] = ()
-    """As ``sparse``: chunks that are ours though they are dense, see ``Plan``."""
+    """As ``sparse``: dense chunks that only our path can serve, see ``Plan``."""
     alone: dict[int, DenseRun] = field(default_factory=dict)
-    """By request: each plain sparse chunk as a run of its own, for layers in which it is dense by its patterns and
-    others of the batch are not."""
+    """By request: each plain sparse chunk as a run of its own, for layers in which its patterns are dense and those of
+    other chunks in the batch are not."""
 
 
 class SparsePrefillBuilder(AttentionMetadataBuilder):
-    """Plans each batch; one with a sparse chunk carries ``metadata_cls``, every other the parent's metadata."""
+    """Plans each batch. Batches with a chunk for our path get ``metadata_cls``, others the parent's metadata."""
 
     metadata_cls: Any
-    """A dataclass below ``SparsePrefillMetadata`` and the parent's."""
+    """A dataclass derived from ``SparsePrefillMetadata`` and the parent's."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names).values()
         self.layers = [layer for layer in layers if isinstance(layer.impl, SparsePrefillImpl)]
-        # The configuration is the served model's, also where the layers are a draft model's.
+        # ``vllm_config`` is the served model's even if the layers are a draft model's.
         self.runtime = self.layers[0].impl.runtime if self.layers else runtime_for(vllm_config)
-        # Builders are made once the weights are there and pages have their size; the layers were made before.
+        # Builders are created after the weights are loaded and the page size is known; layers were created earlier.
         self.prepare_layers()
         self.runtime.add_group(self)
         follow_requests()
-        # A group of windowed layers, say: its batches are the parent's alone, and are not counted.
+        # E.g. a group of sliding-window layers: the parent serves all of its batches, and they are not counted.
         self.dense_only = bool(layers) and all(layer.impl.dense_only for layer in self.layers)
         self.group = next(iter(layer_names), "")
         if not self.dense_only:
             self.runtime.sparse_groups[self.group] = any(map(attention_chunk, self.layers))
         speculative = getattr(vllm_config, "speculative_config", None)
-        # Decodes may replay a CUDA graph of the parent's path: whatever the setting says, they are never ours.
+        # Decodes may replay a CUDA graph of the parent's path: they are never ours, whatever the setting is.
         decode_len = 1 + (getattr(speculative, "num_speculative_tokens", None) or 0)
         self.min_chunk = max(self.runtime.settings.min_chunk, decode_len + 1)
         dual_chunk = self.runtime.dual_chunk
@@ -78,12 +78,12 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         logger.info_once("minference: %s", self.runtime.summary(self._kernels()))
 
     def prepare_layers(self) -> None:
-        """Find the patterns of the group's layers, and what they need; again when the runtime has others."""
+        """Prepare the group's layers for the runtime's patterns; called again when the patterns change."""
         config = self.vllm_config
         for layer in self.layers:
             layer.impl.prepare(layer, self.kv_cache_spec, config.model_config.dtype, self.device)
         self.sparse_layers = [layer for layer in self.layers if layer.impl.sparse_layer is not None]
-        # Pages may also be written from outside (a KV connector); then nothing is kept.
+        # A KV connector writes pages without telling us, so nothing is kept then.
         connected = getattr(config, "kv_transfer_config", None) is not None
         wanting = () if connected else filter(_wants_page_means, self.sparse_layers)
         self.page_means = [layer.impl.keep_page_means() for layer in wanting]
@@ -92,26 +92,26 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         """The same for requests that asked for other patterns; returns whether any layer runs them sparsely.
 
         Raises:
-            ValueError: they cannot run on a layer's cache.
+            ValueError: the patterns cannot run on a layer's cache.
         """
         for layer in self.layers:
             layer.impl.prepare_asked(asked, layer, self.kv_cache_spec, self.vllm_config.model_config.dtype, self.device)
         return any(layer.impl.layer_for(asked.name) is not None for layer in self.layers)
 
     def forget_asked(self) -> None:
-        """What ``prepare_asked`` has prepared."""
+        """Drop everything that ``prepare_asked`` has prepared."""
         for layer in self.layers:
             layer.impl.forget_asked()
 
     def _dense_heads(self, name: str | None) -> int:
-        """Heads of layers that are dense by the patterns of this name, beside sparse ones: the density is that of the
-        patterns."""
+        """Number of heads in layers that the patterns of this name leave dense, 0 if they leave all layers dense. These
+        heads count in the density, which is that of the patterns."""
         impls = [layer.impl for layer in self.layers if not layer.impl.dense_only]
         dense = [impl.num_heads for impl in impls if impl.layer_for(name) is None]
         return sum(dense) if len(dense) < len(impls) else 0
 
     def _kernels(self) -> str:
-        """What attends the sparse chunks of these layers, for the log."""
+        """Description of the kernels for the sparse chunks of these layers, for the log."""
         found = {layer.impl.attends for layer in self.sparse_layers}
         return f"attention by {', '.join(sorted(found))}" if found else "no layer of this KV-cache group runs sparsely"
 
@@ -123,8 +123,8 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Any:
-        # Of the steps before: this one's layers have not run. Decode steps ask, too, or a prompt's last chunks would
-        # wait for the next prompt.
+        # Covers earlier steps: the layers of this step have not run yet. Decode steps log, too; otherwise a prompt's
+        # last chunks would not be logged before the next prompt.
         self._log(self.runtime.counters.line_when_due(self.runtime.settings.log_interval))
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         for means in self.page_means:
@@ -164,7 +164,7 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         )
 
     def _asked(self, starts: Sequence[int], lengths: Sequence[int]) -> tuple[dict[int, str], dict[int, str]]:
-        """Requests that asked to be served otherwise, as ``plan_batch`` has them: why densely, or by which patterns."""
+        """Requests that asked for other patterns, as arguments of ``plan_batch``: ``dense`` and ``patterns``."""
         dense, patterns = {}, {}
         for row, asked in self.runtime.requests.of_rows([end - start for start, end in pairwise(starts)]).items():
             new = starts[row + 1] - starts[row]
@@ -181,13 +181,13 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
         self, common: CommonAttentionMetadata, starts: Sequence[int], ranges: Iterable[tuple[int, int]]
     ) -> Iterator[DenseRun]:
         for first, last in ranges:
-            # A fast build: FlashAttention keeps its ahead-of-time schedule in one buffer per builder, which every run
-            # would write anew.
+            # A fast build: FlashAttention keeps its ahead-of-time schedule in one buffer per builder, which each run
+            # would overwrite.
             metadata = super().build(0, slice_requests(common, first, last), True)
             yield (first, last), slice(starts[first], starts[last]), metadata
 
     def update_block_table(self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor) -> Any:
-        """The same batch for another group of layers, whose pages are others."""
+        """Metadata of the same batch for another group of layers, which has other pages."""
         updated = super().update_block_table(metadata, blk_table, slot_mapping)
         if isinstance(metadata, self.metadata_cls):
             for name in ("sparse", "far"):
@@ -207,7 +207,7 @@ class SparsePrefillBuilder(AttentionMetadataBuilder):
 
 
 def _wants_page_means(layer: Any) -> bool:
-    """Whether a head of a sparse layer is scored by mean keys, with code that can use kept ones (not on a GPU)."""
+    """Whether any head of a sparse layer is scored by mean keys, with code that can use kept ones (not on a GPU)."""
     found = layer.impl.sparse_layer
     return not found.kernel.planned and any(family_of(pattern).reads_page_means for pattern in found.patterns)
 

@@ -1,4 +1,4 @@
-"""How vLLM comes to know our name."""
+"""Register the backend name ``minference`` with vLLM."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from minference_vllm.backend.vllm_requests import check_new_requests
 
 
 def make_name_known() -> None:
-    """Let ``minference`` stand for our backend in this process. Idempotent.
+    """Register ``minference`` as our backend in this process. Idempotent.
 
     Raises:
-        RuntimeError: vLLM is outside the supported range, lacks what we use, or has its slot for custom backends taken.
+        RuntimeError: vLLM is outside the supported range, lacks parts that we use, or its custom backend slot is taken.
     """
     check_vllm()
-    # First, so that no name is known that the platform does not serve.
+    # First: the name must not be known before the platform serves it.
     serve_our_name()
     register_rotary_embedding()
     check_new_requests()

@@ -1,5 +1,5 @@
-"""Patterns that single requests ask for in place of the server's: what they may name, and in which rows of a batch they
-stand."""
+"""Patterns that single requests ask for instead of the server's: allowed names, and the rows of these requests in a
+batch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from minference_vllm.patterns.kinds import PatternError
 logger = init_logger(f"vllm.{__name__}")
 
 KEY = "minference"
-"""Of ``SamplingParams.extra_args``, which clients of the server fill by ``vllm_xargs``."""
+"""Key in ``SamplingParams.extra_args``, which clients of the server set through ``vllm_xargs``."""
 SERVERS_OWN = "default"
 MAX_LENGTH = 200
-"""Characters of a value: what was found for it is kept."""
+"""Maximum number of characters of a value, since parsed values are cached."""
 
 ASKED_DENSE = "the request asked for it"
 UNKNOWN = "the request asked for patterns that there are not"
@@ -31,25 +31,25 @@ UNTOLD = "which requests of the batch asked for other patterns could not be told
 
 @dataclass(frozen=True)
 class Asked:
-    """What one request asked for, where that is not what the server runs."""
+    """What one request asked for, if it differs from what the server runs."""
 
     name: str
-    """Of the patterns, in full: ``a_shape(sink=1024, local=4096)``."""
+    """Name of the patterns, in full: ``a_shape(sink=1024, local=4096)``."""
     patterns: PatternFile | None
     """None: they cannot be used."""
     dense: str | None = None
-    """Why the request is served densely; None: by its patterns."""
+    """Why the request is served densely; None: it is served by its patterns."""
 
 
 def asked_by(params: Any, own: PatternFile) -> Asked | None:
-    """What a request asked for, or None where it runs the server's patterns.
+    """What a request asked for, or None if it runs the server's patterns.
 
     Args:
         params: vLLM's ``SamplingParams``, or those of a request that samples nothing.
-        own: the server's.
+        own: the server's patterns.
 
     Raises:
-        PatternError: no patterns of that name, or a value that is no name; the message says what is allowed.
+        PatternError: there are no patterns of that name, or the value is not a name; the message says what is allowed.
     """
     value = (getattr(params, "extra_args", None) or {}).get(KEY)
     if value is None or value == SERVERS_OWN:
@@ -77,14 +77,14 @@ def _named(value: str) -> PatternFile | None:
 
 
 class RequestRows:
-    """What the requests of an engine asked for, and which rows of the batch of the running step they are.
+    """What the requests of an engine asked for, and their rows in the batch of the running step.
 
-    Its model runner tells: what is scheduled, then in which order the requests stand in the batch.
+    The model runner reports what is scheduled, then the order of the requests in the batch.
     """
 
     def __init__(self) -> None:
         self._asked: dict[str, Asked] = {}
-        """By request, from its first step until it is finished."""
+        """By request id, from the request's first step until it is finished."""
         self._lengths: Mapping[str, int] = {}
         """New tokens of every request in the running step; empty between steps."""
         self._order: Sequence[str] = ()
@@ -103,7 +103,7 @@ class RequestRows:
             try:
                 asked = asked_by(new.sampling_params, own)
             except PatternError as error:
-                # The front end refuses such requests; this one came in by another way.
+                # The front end rejects such requests; this one bypassed it.
                 logger.warning_once("%s; it is served densely (counted from now on, not logged again)", error)
                 asked = Asked("", None, UNKNOWN)
             if asked is not None:
@@ -111,7 +111,7 @@ class RequestRows:
         self._lengths, self._order = step.num_scheduled_tokens, ()
 
     def stand(self, order: Sequence[str]) -> None:
-        """The requests of the step's batch, row by row."""
+        """Set the order of the requests in the step's batch."""
         self._order = tuple(order)
 
     def end(self) -> None:
@@ -119,13 +119,13 @@ class RequestRows:
         self._lengths = {}
 
     def of_rows(self, query_lens: Sequence[int]) -> dict[int, Asked]:
-        """What the requests in the rows of a batch asked for; without an entry: nothing.
+        """What the requests of a batch asked for, by row; rows without an entry run the server's patterns.
 
-        Where the rows are not those of the step, as in a micro-batch, and a request asked for something, every row is
-        to be served densely: nobody gets fewer keys than it asked for.
+        If the rows do not match the step's (as in a micro-batch) and a request asked for something, every row is served
+        densely, so that no request gets fewer keys than it asked for.
 
         Args:
-            query_lens: new tokens of each row; rows behind the last request have none.
+            query_lens: new tokens of each row; 0 in rows after the last request.
         """
         if not any(request in self._asked for request in self._lengths):
             return {}
@@ -138,5 +138,5 @@ class RequestRows:
 
 
 def _alike(found: int, told: int) -> bool:
-    """Whether a row may be the request; of drafted tokens vLLM may verify fewer than were scheduled."""
+    """Whether a row may be the request: vLLM may verify fewer drafted tokens than it scheduled."""
     return found == told or max(found, told) < PREFILL_FROM

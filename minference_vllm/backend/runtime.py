@@ -1,4 +1,4 @@
-"""What one engine process knows once its configuration is there: settings, patterns, counters."""
+"""State of one engine process, made from its configuration: settings, patterns, counters."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from minference_vllm.settings import Settings, load_settings
 logger = logging.getLogger("vllm.minference_vllm")
 
 STATS_METHOD = "minference_stats"
-"""What workers are asked for their ``Counters.report`` by: ``LLM.collective_rpc("minference_stats")``."""
+"""Worker method that returns ``Counters.report``: ``LLM.collective_rpc("minference_stats")``."""
 MAX_ASKED = 64
-"""Patterns that requests asked for which layers stay prepared for; beyond, they are prepared anew."""
+"""Maximum number of requested patterns that layers stay prepared for. Above it all are dropped, and prepared again on
+use."""
 
 
 class Recorder(Protocol):
@@ -40,7 +41,7 @@ class Recorder(Protocol):
 
 
 class LayerGroup(Protocol):
-    """The layers of one of our metadata builders, as the runtime has them prepared."""
+    """A metadata builder of ours, through which the runtime prepares the builder's layers."""
 
     def prepare_layers(self) -> None: ...
 
@@ -60,29 +61,29 @@ class Runtime:
     """Whether the model drafts tokens for another."""
     raised: RaisedSteps = field(default_factory=RaisedSteps)
     recorder: Recorder | None = None
-    """While a model is calibrated; every sparse chunk then runs densely."""
+    """Set while a model is calibrated; every sparse chunk then runs densely."""
     layer_groups: list[weakref.ref[LayerGroup]] = field(default_factory=list)
-    """In the order in which they were made."""
+    """In order of creation."""
     dual_chunk: DualChunk | None = None
-    """Of a model with dual chunk attention."""
+    """Geometry of a model with dual chunk attention, else None."""
     sparse_groups: dict[str, bool] = field(default_factory=dict)
     """Groups of layers that can run sparsely, by the name of their first layer: whether they see prefill chunks in
-    pieces, as layers do that attend within chunks of the sequence (Llama 4)."""
+    pieces, as groups with chunked local attention (Llama 4) do."""
     requests: RequestRows = field(default_factory=RequestRows)
     _asked: dict[str, str | None] = field(default_factory=dict)
-    """By name of patterns that requests asked for: why such requests are served densely, or None."""
+    """By name of requested patterns: why such requests are served densely, or None if they are not."""
 
     def __post_init__(self) -> None:
         self.discovered = self.patterns, self.source
-        """What the model is served with where nobody asks for other patterns."""
+        """What the model is served with unless other patterns are asked for."""
 
     def counts_batches_of(self, group: str) -> bool:
-        """Whether batches are counted by this group. Each group sees every batch, and one of them counts; one that sees
-        whole chunks goes before one that sees pieces."""
+        """Whether this group counts batches. Every group sees every batch, so only one counts, preferably one that sees
+        whole chunks."""
         return group == min(self.sparse_groups, key=self.sparse_groups.__getitem__)
 
     def use(self, patterns: PatternFile, source: str) -> None:
-        """Run other patterns from the next batch on, and count from zero; between batches only.
+        """Run other patterns from the next batch on, and reset the counters. Call it only between batches.
 
         Args:
             source: where they came from, for the log.
@@ -96,7 +97,7 @@ class Runtime:
             group.prepare_layers()
 
     def add_group(self, group: LayerGroup) -> None:
-        """A builder has been made, and has prepared its layers."""
+        """Register a new builder, which has prepared its layers."""
         self.layer_groups.append(weakref.ref(group))
         self._forget_asked()
 
@@ -110,7 +111,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def step(self, scheduled: Any) -> Iterator[None]:
-        """While the model runner executes a step.
+        """Context in which the model runner executes a step.
 
         Args:
             scheduled: vLLM's ``SchedulerOutput``.
@@ -124,7 +125,7 @@ class Runtime:
             self.requests.end()
 
     def dense_reason(self, asked: Asked) -> str | None:
-        """Why a request that asked for this is served densely, or None where all layers are prepared to serve it."""
+        """Why a request that asked for this is served densely. None: all layers are prepared to serve it."""
         if asked.dense is not None:
             return asked.dense
         if asked.name not in self._asked:
@@ -133,7 +134,7 @@ class Runtime:
 
     def _prepare(self, asked: Asked) -> str | None:
         try:
-            # All groups: which patterns a request runs must not depend on the layer.
+            # All groups: a request must run the same patterns in every layer.
             found = [group.prepare_asked(asked) for group in self._groups()]
         except (ValueError, RuntimeError) as error:
             logger.warning("minference: requests that ask for %s are served densely: %s", asked.name, error)
@@ -141,7 +142,7 @@ class Runtime:
         return None if any(found) else CANNOT_RUN
 
     def check_request(self, params: Any, vllm_config: Any) -> Asked | None:
-        """What a new request asks for, see ``asked_by``.
+        """What a new request asks for (``asked_by``), validated.
 
         Args:
             params: vLLM's ``SamplingParams``.
@@ -159,7 +160,7 @@ class Runtime:
         return asked
 
     def summary(self, kernels: str) -> str:
-        """One line for the log: where the patterns come from, and the settings that are not at their default.
+        """One line for the log: source of the patterns, non-default settings and kernels.
 
         Args:
             kernels: what attends sparse chunks, see ``kernels.choose.description``.
@@ -173,20 +174,20 @@ _runtimes: dict[tuple[int, str, str], tuple[Any, Runtime]] = {}
 
 
 def runtime_for(vllm_config: Any) -> Runtime:
-    """The runtime of a model in an engine; made, and everything in it validated, on first use.
+    """The runtime of a model in an engine, created and validated on first use.
 
-    vLLM builds the language model of a multimodal one under a copy of the configuration, which names the same
-    checkpoint and shares ``compilation_config``. The copy has the same runtime; a draft model has one of its own.
+    vLLM builds the language model of a multimodal model with a copy of the configuration, which names the same
+    checkpoint and shares ``compilation_config``. The copy has the same runtime; a draft model has its own.
 
     Raises:
         ValueError: settings, pattern file or model cannot be used; the message says which and what is allowed.
     """
     engine, model = vllm_config.compilation_config, vllm_config.model_config
-    # A model may draft for itself.
+    # The runner type, since a model may be its own draft model.
     key = id(engine), model.model, model.runner_type
     known = _runtimes.get(key)
     if known is None:
-        # The engine's part is kept beside the runtime so that its id stays its own.
+        # Keeps ``compilation_config`` alive, so that its id is not reused.
         known = _runtimes[key] = (engine, _make_runtime(vllm_config))
         add_worker_method(STATS_METHOD, lambda worker: runtime_for(worker.vllm_config).counters.report())
     return known[1]
@@ -203,13 +204,13 @@ def _make_runtime(vllm_config: Any) -> Runtime:
         dual_chunk_limits.check_configuration(vllm_config, settings, patterns)
     counters = Counters("minference (draft model)" if is_draft else "minference")
     runtime = Runtime(settings, patterns, source, counters, is_draft, dual_chunk=dual_chunk)
-    # Also runs in processes that multiprocessing starts, which end without ``atexit``.
+    # Also runs in processes started by multiprocessing, which skip ``atexit``.
     Finalize(None, _log_the_rest, (runtime,), exitpriority=1)
     return runtime
 
 
 def model_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
-    """As ``discover_patterns``; the file must be of this model."""
+    """As ``discover_patterns``; also checks that the file fits this model."""
     platform = "cuda" if vllm_platform().is_cuda() else "cpu"
     patterns, source = discover_patterns(settings, model, platform)
     patterns.check_model(model.get_total_num_hidden_layers(), total_query_heads(model), source)
@@ -217,7 +218,7 @@ def model_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
 
 
 def draft_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
-    """Those of a draft model: the setting ``patterns`` where it describes the draft as well, else what is found for the
+    """Patterns of a draft model: the setting ``patterns`` if it fits the draft as well, else what is discovered for the
     draft itself."""
     try:
         return model_patterns(settings, model)
@@ -229,6 +230,6 @@ def draft_patterns(settings: Settings, model: Any) -> tuple[PatternFile, str]:
 
 
 def _log_the_rest(runtime: Runtime) -> None:
-    """The statistics of the last chunks, when the process ends."""
+    """Log the statistics of the last chunks when the process ends."""
     if runtime.settings.log_interval and runtime.counters.has_more_to_log:
         logger.info(runtime.counters.line())

@@ -1,4 +1,4 @@
-"""One sparse chunk in one layer, served and accounted for: recall audit, floor, counters."""
+"""Serve one sparse chunk in one layer, with recall audit, recall floor and counters."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ logger = init_logger(f"vllm.{__name__}")
 
 @dataclass(frozen=True)
 class SparseLayer:
-    """How the sparse chunks of one layer run; made once."""
+    """How the sparse chunks of one layer run. Created once."""
 
     number: int
-    """The layer's, or -1 when its name has none."""
+    """The layer's number, or -1 if its name has none."""
     first_head: int
     """Global number of the first of this rank's heads."""
     patterns: tuple[HeadPattern, ...]
@@ -35,7 +35,7 @@ class SparseLayer:
 
 
 def serve_chunk(runtime: Runtime, layer: SparseLayer, inputs: Inputs, out: torch.Tensor) -> None:
-    """As ``attend_chunk``; audits recall when that is due, and counts what was done."""
+    """As ``attend_chunk``; also audits recall when that is due, and updates the counters."""
     settings, counters, chunk = runtime.settings, runtime.counters, inputs.chunk
     if runtime.recorder is not None:
         runtime.recorder.record(layer.number, layer.first_head, inputs)
@@ -69,15 +69,15 @@ def serve_chunk(runtime: Runtime, layer: SparseLayer, inputs: Inputs, out: torch
 
 
 def audit_seed(layer: SparseLayer, chunk: Chunk) -> int:
-    """For other rows in every layer and chunk, the same ones whenever the same prompt comes in the same chunks."""
+    """Seed of the audited rows: differs by layer and chunk, repeats for the same prompt in the same chunks."""
     return zlib.crc32(f"{layer.number} {chunk.context_len} {chunk.seq_len}".encode())
 
 
 def audit_is_due(runtime: Runtime, layer: SparseLayer, inputs: Inputs) -> bool:
-    """Every chunk and layer under a floor; else as often as audits stay below their share of the time, of chunks that
-    run the server's patterns.
+    """Whether to audit this chunk in this layer.
 
-    The host's clock does not know a GPU's time; there the share is one of planned work.
+    With a recall floor, always. Otherwise only chunks that run the server's patterns, as often as audits stay below
+    ``audit_share`` of the time. On GPUs, whose time the host's clock does not measure, it is a share of planned work.
     """
     settings, counters, chunk = runtime.settings, runtime.counters, inputs.chunk
     if not settings.audit_rows:
@@ -91,5 +91,5 @@ def audit_is_due(runtime: Runtime, layer: SparseLayer, inputs: Inputs) -> bool:
     frequency = audit_frequency(
         layer.patterns, chunk.context_len, chunk.seq_len, settings.audit_rows, settings.audit_share
     )
-    # By lot: at even distances audits could fall into step with the layers and never reach some.
+    # At random: with a fixed stride audits could align with the layers and never reach some.
     return random.Random(f"{layer.number} {counters.sparse_chunks} {chunk.request}").random() < frequency

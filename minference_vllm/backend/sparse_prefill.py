@@ -1,6 +1,6 @@
-"""What our implementations share: sparse chunks are served by us, everything else of a batch by the parent.
+"""Code shared by our implementations: we serve the sparse chunks of a batch, the parent serves the rest.
 
-The class stands in front of vLLM's own in the order of base classes: ``super()`` is the parent backend.
+The class precedes vLLM's own in the order of base classes: ``super()`` is the parent backend.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from minference_vllm.kernels.choose import choose_for, description
 from minference_vllm.kernels.kernel import Kernel
 from minference_vllm.patterns.file import PatternFile
 
-# A child of vLLM's own logger, so that our lines appear where vLLM's do.
+# A child of vLLM's logger, so that our lines appear where vLLM's do.
 logger = init_logger(f"vllm.{__name__}")
 
 DENSE_LAYERS = "minference: some layers run densely: %s"
 
 
 class SparsePrefillImpl(AttentionImpl):
-    """Serves the sparse chunks under an index and leaves the rest to the parent."""
+    """Serves sparse chunks with an index and leaves the rest to the parent."""
 
     def __init__(self, *args: Any, layer_idx: int = -1, dual_chunk_attention_config: Any = None, **kwargs: Any) -> None:
-        """Arguments of the parent's.
+        """Arguments as the parent's.
 
         Args:
-            layer_idx, dual_chunk_attention_config: of layers with dual chunk attention. Neither says more than the
-                layer's name and the model's configuration do.
+            layer_idx, dual_chunk_attention_config: passed to layers with dual chunk attention. Both are redundant with
+                the layer's name and the model's configuration.
         """
         super().__init__(*args, **kwargs)
         self.vllm_config = vllm_config = get_current_vllm_config()
@@ -56,14 +56,14 @@ class SparsePrefillImpl(AttentionImpl):
         self.dual_chunk = DualChunkLayer(self.runtime, geometry) if geometry else None
         self.first_head = get_tensor_model_parallel_rank() * self.num_heads
         self.sparse_layer: SparseLayer | None = None
-        """How sparse chunks run; None before ``prepare``, and where every chunk runs densely."""
+        """How sparse chunks run; None before ``prepare``, and if every chunk runs densely."""
         self.asked_layers: dict[str, SparseLayer | None] = {}
-        """The same of chunks whose requests asked for other patterns, by the names of these."""
+        """The same for chunks whose requests asked for other patterns, by the names of these."""
         self.attends = ""
-        """What attends sparse chunks, for the log."""
+        """Description of the kernel for sparse chunks, for the log."""
         self.page_means: PageMeans | None = None
         self.dense_only = False
-        """Whether something about the layer, not its patterns, keeps it dense."""
+        """Whether the layer itself, not its patterns, requires dense attention."""
         self._run_densely(self.dense_reasons(vllm_config))
 
     def _run_densely(self, reasons: list[str]) -> None:
@@ -74,23 +74,23 @@ class SparsePrefillImpl(AttentionImpl):
             logger.info_once(DENSE_LAYERS, ", ".join(reasons))
 
     def dense_reasons(self, vllm_config: Any) -> list[str]:
-        """Why this layer runs densely, as far as that is known when it is made; empty when it can run sparsely.
+        """Why this layer runs densely, as far as known when it is created; empty if it can run sparsely.
 
         Raises:
-            ValueError: the kernel that the user named cannot run.
+            ValueError: the kernel that the user chose cannot run.
         """
         raise NotImplementedError
 
     def cache_reasons(self, layer: Any, block_size: int, dtype: torch.dtype) -> list[str]:
-        """The same, once the weights are loaded and pages have their size."""
+        """As ``dense_reasons``, once the weights are loaded and the page size is known."""
         return []
 
     def measure(self, layer: Any, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
-        """Take the memory that sparse chunks will take, while vLLM measures what it may give to its cache. Not on CPUs,
-        where the user says how large the cache is."""
+        """Allocate the peak memory of sparse chunks while vLLM measures how much memory is left for its cache. Does
+        nothing on CPUs, where the user sets the size of the cache."""
 
     def paged_cache(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedCache:
-        """vLLM's cache of this layer as ours."""
+        """vLLM's cache of this layer as a ``PagedCache``."""
         raise NotImplementedError
 
     def inputs(
@@ -105,23 +105,23 @@ class SparsePrefillImpl(AttentionImpl):
 
     @property
     def window(self) -> int:
-        """Keys that a row of a sparse layer sees at most, itself included; 0: all before it."""
+        """Sliding window of a sparse layer: maximum number of keys that a row sees, itself included; 0: no limit."""
         return 0
 
     @property
     def needs_own_kernel(self) -> bool:
-        """Whether only a kernel of ours can serve the layer (``choose``)."""
+        """Whether only one of our own kernels can serve the layer (``choose``)."""
         return False
 
     def kernel_for(self, name: str | None) -> str:
-        """The setting ``kernel`` as it holds for patterns of this name (``Chunk.patterns``)."""
+        """The setting ``kernel`` for patterns of this name (``Chunk.patterns``)."""
         return self.runtime.settings.kernel
 
     def run_by(self, kernel: Kernel, dtype: torch.dtype, cache: PagedCache) -> None:
-        """Serve the sparse chunks of the layer, which is prepared, by another kernel.
+        """Switch the sparse chunks of the prepared layer to another kernel.
 
         Args:
-            cache: one like the layer's.
+            cache: a cache with the layer's types and sizes.
         """
         assert self.sparse_layer is not None
         patterns = tuple(kernel.served(self.sparse_layer.patterns))
@@ -129,15 +129,15 @@ class SparsePrefillImpl(AttentionImpl):
         self.attends = description(kernel, self.runtime.settings.kernel, dtype, cache)
 
     def prepare(self, layer: Any, spec: Any, dtype: torch.dtype, device: torch.device) -> None:
-        """Find the layer's patterns and choose its kernel, once the weights are loaded and pages have their size.
+        """Find the layer's patterns and choose its kernel, once the weights are loaded and the page size is known.
 
         Args:
-            layer: vLLM's, of this implementation.
-            spec: vLLM's, of its KV cache.
-            dtype: the model's.
+            layer: vLLM's attention layer with this implementation.
+            spec: vLLM's spec of its KV cache.
+            dtype: the model's dtype.
 
         Raises:
-            ValueError: the kernel that the user named, or a pattern, cannot run on such a cache.
+            ValueError: the kernel that the user chose, or a pattern, cannot run on this cache.
         """
         self.sparse_layer = self.page_means = None
         if self.dense_only:
@@ -158,7 +158,7 @@ class SparsePrefillImpl(AttentionImpl):
             self.attends = description(found.kernel, runtime.settings.kernel, dtype, cache)
 
     def prepare_asked(self, asked: Asked, layer: Any, spec: Any, dtype: torch.dtype, device: torch.device) -> None:
-        """The same for requests that asked for other patterns; arguments and errors as ``prepare`` has them."""
+        """The same for requests that asked for other patterns; arguments and errors as for ``prepare``."""
         found = None
         if not self.dense_only and asked.patterns is not None:
             check_page_size(asked.patterns, asked.name, spec.block_size)
@@ -167,24 +167,24 @@ class SparsePrefillImpl(AttentionImpl):
         self.asked_layers[asked.name] = found
 
     def forget_asked(self) -> None:
-        """What ``prepare_asked`` has prepared."""
+        """Drop everything that ``prepare_asked`` has prepared."""
         self.asked_layers.clear()
         if self.dual_chunk is not None:
             self.dual_chunk.forget_asked()
 
     def layer_for(self, name: str | None) -> SparseLayer | None:
-        """How sparse chunks run by the patterns of this name (``Chunk.patterns``); None: densely."""
+        """How sparse chunks with patterns of this name (``Chunk.patterns``) run; None: densely."""
         return self.sparse_layer if name is None else self.asked_layers[name]
 
     def _one_page(self, layer: Any, spec: Any, dtype: torch.dtype, device: torch.device) -> PagedCache:
-        """A cache like the layer's."""
+        """A cache of one page, with the layer's types and sizes."""
         memory = torch.zeros(1, self.num_kv_heads, spec.block_size, 2 * self.head_size, dtype=spec.dtype, device=device)
         return self.paged_cache(layer, memory, dtype)
 
     def _layer_with(
         self, file: PatternFile, source: str, name: str | None, layer: Any, dtype: torch.dtype, cache: PagedCache
     ) -> SparseLayer | None:
-        """The layer with the patterns of this file; None: all of its heads run densely."""
+        """The layer with the patterns of this file; None if all of its heads run densely."""
         number = _layer_number(layer.layer_name)
         patterns = file.for_layer(number, self.num_heads, self.first_head)
         if self.dual_chunk is not None:
@@ -212,11 +212,11 @@ class SparsePrefillImpl(AttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As the parent's; chunks that the plan names are computed under a sparse index.
+        """As the parent's; chunks in the plan are computed with a sparse index.
 
         Args:
-            query: with dual chunk attention all rotations of each token, see ``DualChunkLayer.rotations``.
-            key, value: of the new tokens; None in a layer that shares another one's cache.
+            query: with dual chunk attention, all rotations of each token, see ``DualChunkLayer.rotations``.
+            key, value: keys and values of the new tokens; None in a layer that shares another layer's cache.
         """
         rotated = query
         sparse, far = getattr(attn_metadata, "sparse", ()), getattr(attn_metadata, "far", ())
@@ -230,7 +230,7 @@ class SparsePrefillImpl(AttentionImpl):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        # By their patterns dense in this layer, beside chunks that are not.
+        # Chunks whose patterns are dense in this layer, while others of the batch are not.
         dense = [chunk for (chunk, _), found in zip(sparse, layers, strict=True) if not (found or self._is_far(chunk))]
         alone = [attn_metadata.alone[chunk.request] for chunk in dense]
         for _, rows, metadata in (*attn_metadata.dense_runs, *alone):
@@ -256,18 +256,18 @@ class SparsePrefillImpl(AttentionImpl):
         return self.dual_chunk is not None and self.dual_chunk.is_far(chunk)
 
     def keep_page_means(self) -> PageMeans:
-        """From now on; the caller tells what is written to the cache."""
+        """Keep page means from now on. The caller must report cache writes with ``PageMeans.forget``."""
         self.page_means = PageMeans()
         return self.page_means
 
 
 def attention_chunk(layer: Any) -> int | None:
-    """Tokens of the chunks of the sequence within which one of vLLM's layers attends; None: it attends everything."""
+    """Tokens per chunk of a vLLM layer with chunked local attention; None: the layer attends everything."""
     return getattr(layer, "attention_chunk_size", None)
 
 
 def _layer_number(layer_name: str) -> int:
-    """The layer's number in its name, or -1, which no pattern file has, for a name without a clear one."""
+    """The layer's number from its name, or -1, which no pattern file has, if the name has no clear number."""
     try:
         return int(extract_layer_index(layer_name))
     except (AssertionError, ValueError):

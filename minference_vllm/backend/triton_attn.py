@@ -1,4 +1,4 @@
-"""The backend over vLLM's Triton backend, for GPUs on which vLLM has no FlashAttention."""
+"""The backend on top of vLLM's Triton backend, for GPUs without FlashAttention in vLLM."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MInferenceTritonBackend(GPUBackend, TritonAttentionBackend):
 
 @dataclass
 class MInferenceTritonMetadata(SparsePrefillMetadata, TritonAttentionMetadata):
-    """Of a batch with at least one sparse chunk; other batches carry the parent's class."""
+    """For batches with a chunk that our path serves; other batches use the parent's class."""
 
 
 class MInferenceTritonMetadataBuilder(GPUBuilder, TritonAttentionMetadataBuilder):
@@ -39,7 +39,7 @@ class MInferenceTritonMetadataBuilder(GPUBuilder, TritonAttentionMetadataBuilder
 class MInferenceTritonImpl(GPUImpl, TritonAttentionImpl):
     @property
     def needs_own_kernel(self) -> bool:
-        """Yes: there is no FlashAttention for ``block_table`` and ``fa4``."""
+        """Yes: ``block_table`` and ``fa4`` need FlashAttention."""
         return True
 
     def dense_reasons(self, vllm_config: Any) -> list[str]:

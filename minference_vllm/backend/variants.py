@@ -1,4 +1,4 @@
-"""``Variant``: what decides which kernels the sparse chunks of a layer run, and chunks like theirs to run them on."""
+"""``Variant``: what determines the kernels for a layer's sparse chunks, and synthetic chunks to run them on."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from minference_vllm.selection.families import family_of, share_lists
 
 @dataclass(frozen=True)
 class Variant:
-    """What decides which kernels the sparse chunks of a layer run."""
+    """What determines which kernels the sparse chunks of a layer run."""
 
     kinds: frozenset[tuple[str, tuple[int, ...]]]
-    """Of its patterns, with ``Family.kernel_sizes``: budgets change no kernel."""
+    """Kinds of its patterns, with ``Family.kernel_sizes``: budgets change no kernel."""
     remainder: bool
     heads_per_list: int
     heads: int
@@ -36,8 +36,8 @@ class Variant:
     def of(cls, layer: Any, inputs: Inputs, patterns: Sequence[HeadPattern]) -> Variant:
         """
         Args:
-            layer: vLLM's, with our implementation.
-            inputs: a chunk of it.
+            layer: vLLM's attention layer with our implementation.
+            inputs: a chunk of the layer.
             patterns: one per query head.
         """
         cache = inputs.cache
@@ -64,16 +64,16 @@ class Variant:
 
 
 def empty_inputs(layer: Any, spec: Any, dtype: torch.dtype, chunk: Chunk, device: torch.device) -> Inputs:
-    """A chunk of zeros, all pages of whose sequence are one page of zeros.
+    """A chunk of zeros. All pages of its sequence are the same page of zeros.
 
     Args:
-        layer: vLLM's, with our implementation.
-        spec: vLLM's, of its KV cache.
-        dtype: the model's.
+        layer: vLLM's attention layer with our implementation.
+        spec: vLLM's spec of its KV cache.
+        dtype: the model's dtype.
     """
     memory = torch.zeros(_page_shape(layer, spec, 1), dtype=spec.dtype, device=device)
     pages = torch.zeros(-(-chunk.seq_len // spec.block_size), dtype=torch.int64, device=device)
-    # Quantised queries come with quantised caches, where the parent asked for them.
+    # With a quantised cache vLLM also quantises the queries, if the parent asks for it.
     query_dtype = torch.float8_e4m3fn if getattr(layer, "query_quant", None) is not None else dtype
     query = torch.zeros(chunk.query_len, layer.impl.num_heads, layer.impl.head_size, dtype=query_dtype, device=device)
     return _inputs(layer, query, memory, pages, dtype, chunk)
@@ -82,12 +82,12 @@ def empty_inputs(layer: Any, spec: Any, dtype: torch.dtype, chunk: Chunk, device
 def random_inputs(
     layer: Any, spec: Any, dtype: torch.dtype, chunk: Chunk, num_blocks: int, pages: torch.Tensor
 ) -> Inputs:
-    """A chunk of random queries, keys and values; not quantised. vLLM's own random numbers stay as they are.
+    """A chunk of random queries, keys and values, not quantised. Uses a generator of its own, not the global one.
 
     Args:
-        layer, spec, dtype: as ``empty_inputs`` has them.
-        num_blocks: pages of the cache.
-        pages: int64 ``[N]``, of each block of the sequence, on the device of the layer.
+        layer, spec, dtype: as for ``empty_inputs``.
+        num_blocks: number of pages of the cache.
+        pages: int64 ``[N]``, page of each block of the sequence, on the layer's device.
     """
     generator = torch.Generator(pages.device).manual_seed(0)
     shapes = _page_shape(layer, spec, num_blocks), (chunk.query_len, layer.impl.num_heads, layer.impl.head_size)
@@ -98,7 +98,7 @@ def random_inputs(
 
 
 def _page_shape(layer: Any, spec: Any, num_blocks: int) -> tuple[int, int, int, int]:
-    """Keys and values side by side, heads outside of tokens."""
+    """``[num_blocks, num_kv_heads, block_size, 2 * D]``: keys and values side by side."""
     return num_blocks, layer.impl.num_kv_heads, spec.block_size, 2 * layer.impl.head_size
 
 
@@ -112,10 +112,10 @@ def _inputs(
 
 @torch.inference_mode()
 def run_named(variant: Variant, inputs: Inputs, dtype: torch.dtype, run: Callable[[torch.Tensor], None]) -> None:
-    """Have ``run`` write the chunk's attention, and wait for it.
+    """Call ``run`` with an output tensor for the chunk's attention, and synchronise with the GPU.
 
     Raises:
-        RuntimeError: it does not run here; names the variant.
+        RuntimeError: ``run`` failed; the message names the variant.
     """
     out = torch.empty(inputs.query.shape, dtype=dtype, device=inputs.query.device)
     try:

@@ -1,4 +1,4 @@
-"""What we use of vLLM, and whether a vLLM has it."""
+"""The parts of vLLM that we use, and a check whether a vLLM has them."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ PARTS: dict[str, tuple[str, ...]] = {
     "v1.worker.gpu_model_runner": ("GPUModelRunner._prepare_inputs", "GPUModelRunner.execute_model"),
     "v1.worker.worker_base": ("WorkerBase",),
 }  # fmt: skip
-"""By module of vLLM: names that must be there, and members of classes."""
+"""By module of vLLM: required names, and required members of classes."""
 
 
 def missing_parts(vllm: Path) -> Iterator[str]:
-    """What we use and this vLLM does not have, read from its source: nothing is imported.
+    """Parts that we use and this vLLM lacks, read from its source without importing it.
 
     Args:
-        vllm: the folder of the package.
+        vllm: folder of the package.
     """
     for module, names in PARTS.items():
         path = vllm.joinpath(*module.split("."))
@@ -109,7 +109,7 @@ def _defined(statements: list[ast.stmt], prefix: str = "") -> Iterator[str]:
 
 
 def vllm_folder() -> Path:
-    """Of the installed package, found without importing it."""
+    """Folder of the installed package, found without importing it."""
     spec = importlib.util.find_spec("vllm")
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent

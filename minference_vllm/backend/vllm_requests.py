@@ -1,5 +1,5 @@
-"""Single requests, of which vLLM tells a backend nothing: checked where vLLM takes them in, and followed into the steps
-of its model runners. The private parts of vLLM that this needs are named here alone."""
+"""Single requests, which vLLM does not show to a backend: check them in vLLM's front end, and track them in the steps
+of its model runners. All private parts of vLLM that this needs are named in this file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ RUNNERS: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
     "vllm.v1.worker.gpu_model_runner": ("_prepare_inputs", lambda runner, returned: runner.input_batch),
     "vllm.v1.worker.gpu.model_runner": ("prepare_inputs", lambda runner, returned: returned),
 }
-"""Modules of vLLM's model runners, V1 and V2, which those for CPUs are made of; the method after which the requests of
-a step's batch have their order; and where that then stands, given the runner and what the method returned."""
+"""By module of vLLM's model runners, V1 and V2, which the CPU runners subclass: the method after which the order of
+requests in a step's batch is known, and a function of the runner and the method's result that finds the batch."""
 
 
 def check_new_requests() -> None:
-    """Have what requests ask for checked in every process that takes requests in, for engines that run minference.
+    """Check what new requests ask for, in every process that accepts requests, for engines that run minference.
     Idempotent."""
     after_import(FRONT_END, _check_new_requests)
     after_import(SERVER, _check_before_streaming)
@@ -40,15 +40,15 @@ def _check_new_requests() -> None:
 
         make(self, *args, **kwargs)
         if selects_minference(self.vllm_config):
-            runtime_for(self.vllm_config)  # now: it may ask the Hugging Face hub, for which no request should wait
+            runtime_for(self.vllm_config)  # now: it may query the Hugging Face hub, which should not delay a request
 
     @functools.wraps(process)
     def process_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process(self, *args, **kwargs)
         asked = checked(request.sampling_params, self.vllm_config)
         if asked is not None:
-            # Keys and values of deeper layers depend on the patterns that the layers below them ran: their pages are
-            # shared by requests that ask for the same alone.
+            # Keys and values depend on the patterns of the layers below: prefix caching may share pages only between
+            # requests that ask for the same patterns.
             request.cache_salt = f"{request.cache_salt or ''} minference={asked.name}"
         return request
 
@@ -56,8 +56,8 @@ def _check_new_requests() -> None:
 
 
 def _check_before_streaming() -> None:
-    """The engine takes a request in when its first token is waited for: by then a streamed answer has begun, and its
-    status can no longer tell of an error."""
+    """``AsyncLLM`` processes a request only when its first token is awaited. By then a streamed response has begun, and
+    its HTTP status can no longer report an error."""
     engine = sys.modules[SERVER].AsyncLLM
     generate = engine.generate
 
@@ -70,13 +70,13 @@ def _check_before_streaming() -> None:
 
 
 def checked(params: Any, vllm_config: Any) -> Asked | None:
-    """What a new request asks for; None where it runs the server's patterns, and in engines of other backends.
+    """What a new request asks for; None if it runs the server's patterns, and in engines with other backends.
 
     Args:
-        params: vLLM's ``SamplingParams``, or what else it has in their place.
+        params: vLLM's ``SamplingParams``, or what it uses instead of them.
 
     Raises:
-        VLLMValidationError: it may not ask for that; vLLM's server answers with status 400.
+        VLLMValidationError: the request asks for something that is not allowed; vLLM's server responds with status 400.
     """
     if not getattr(params, "extra_args", None) or not selects_minference(vllm_config):
         return None
@@ -91,8 +91,8 @@ def checked(params: Any, vllm_config: Any) -> Asked | None:
 
 
 def follow_requests() -> None:
-    """Have the model runners of this process, for engines that run minference, tell which requests a step's batch is
-    made of. Idempotent."""
+    """Make the model runners of this process report the requests of each step's batch, for engines that run minference.
+    Idempotent."""
     for module, function in _FOLLOW.items():
         after_import(module, function)
 
@@ -125,4 +125,4 @@ def _follow_requests(module: str) -> None:
 
 
 _FOLLOW = {module: functools.partial(_follow_requests, module) for module in RUNNERS}
-"""One function per module, so that each is asked for once."""
+"""One function object per module, so that ``after_import`` can tell repeated calls."""

@@ -1,9 +1,9 @@
-"""What the first long prompt would meet for the first time, met when the engine starts: kernels that are not compiled
-yet, and memory that vLLM has given to its cache.
+"""Warm-up when the engine starts: compile the kernels that the first long prompt needs, and allocate its peak memory
+before vLLM gives that memory to its cache.
 
-Triton compiles a kernel for every combination of types, sizes and flags that it meets. The surest way to meet those
-that serving will is to serve: a chunk of two tiles for every kind of layer, over an empty page. Likewise memory:
-where vLLM measures what the model needs beside its cache, the largest chunk is served over one empty page.
+Triton compiles a kernel for every combination of types, sizes and flags. The most reliable way to compile those that
+serving needs is to serve a chunk of two tiles for every kind of layer, over an empty page. Likewise for memory: while
+vLLM measures what the model needs besides its cache, the largest chunk is served over one empty page.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from minference_vllm.settings import Settings
 logger = init_logger(f"vllm.{__name__}")
 
 WIDEST = LowRank(rank=128)
-"""What takes most: on the longest contexts a single head of it more than is left of ``MEMORY_LIMIT``."""
+"""The pattern that needs the most memory. On the longest contexts one head exceeds what is left of ``MEMORY_LIMIT``."""
 
 
 _ready: set[tuple[Variant, str]] = set()
-"""With the kernel's name. In this process: builders are made anew for every group of layers and micro-batch."""
+"""Variants and kernel names that are compiled in this process. Global, since vLLM makes a builder for every group of
+layers and micro-batch."""
 
 
 def warm_up(
@@ -47,16 +48,16 @@ def warm_up(
     device: torch.device,
     name: str | None = None,
 ) -> None:
-    """Run every kernel that the sparse chunks of these layers will run, each variant once per process.
+    """Run every kernel that sparse chunks of these layers need, each variant once per process.
 
     Args:
         layers: vLLM's attention layers that have our implementation and run sparsely.
-        spec: vLLM's, of their KV cache.
-        dtype: the model's.
-        name: of patterns that requests asked for; None: the server's.
+        spec: vLLM's spec of their KV cache.
+        dtype: the model's dtype.
+        name: name of the patterns that requests asked for; None: the server's patterns.
 
     Raises:
-        RuntimeError: a kernel does not compile or does not run here; names the variant, the kernel and its shapes.
+        RuntimeError: a kernel does not compile or run here; the message names the variant, the kernel and its shapes.
     """
     begin, before = time.perf_counter(), len(_ready)
     for layer in layers:
@@ -68,20 +69,20 @@ def warm_up(
 
 
 _profiled: dict[tuple[Variant, tuple[HeadPattern, ...], str | None], int] = {}
-"""Tokens of the largest chunk whose memory this process has taken once; by the kernel's name, None where the chunk is
-far in dual chunk attention."""
+"""Tokens of the largest chunk whose memory this process has allocated once. Keys end in the kernel's name, or None for
+far chunks of dual chunk attention."""
 
 
 def take_memory(layer: Any, vllm_config: Any, tokens: int, device: torch.device) -> None:
-    """Take, once, all the memory that the largest sparse chunk of a layer takes: the index with its scores, and the
-    audit. vLLM calls its layers so while it measures how much memory is left for its cache.
+    """Allocate, once, the peak memory of a layer's largest sparse chunk: the index with its scores, and the audit.
+    Called while vLLM measures how much memory is left for its cache.
 
-    Sizes of an index come from patterns and lengths alone, so the content does not matter: every page of the sequence
-    is the same empty one. Where several kernels may serve the layer, each takes its memory, and so does their trial.
+    The sizes of an index depend on patterns and lengths only, not on content: every page of the sequence is the same
+    empty page. If several kernels may serve the layer, each of them runs, and the memory of their trial is added.
 
     Args:
         layer: vLLM's attention layer with our implementation.
-        tokens: most tokens of a batch.
+        tokens: maximum number of tokens of a batch.
 
     Raises:
         RuntimeError: see ``warm_up``.
@@ -116,8 +117,8 @@ def take_memory(layer: Any, vllm_config: Any, tokens: int, device: torch.device)
 
 
 def _take_room(spec: Any, chunk: Chunk, settings: Settings, device: torch.device) -> None:
-    """Take what an index may take while it is built, by whatever patterns requests ask for. Shorter chunks score as
-    many heads at once as fit, and may so take more than the largest."""
+    """Allocate the maximum memory for building an index with any patterns that requests may ask for. Shorter chunks
+    score as many heads at once as fit, and may therefore need more than the largest chunk."""
     tiles = -(-chunk.query_len // whole_tile(settings.tile, spec.block_size)) + 1
     pages = -(-chunk.seq_len // spec.block_size)
     one_head = family_of(WIDEST).selection_bytes(WIDEST, tiles, chunk.seq_len, pages, ADAPTIVE_COLUMNS)
@@ -139,7 +140,7 @@ def _take_memory(
     settings: Settings,
     device: torch.device,
 ) -> None:
-    """``kernel``: None: the chunk is far in dual chunk attention, which has a kernel of its own."""
+    """``kernel``: None for a far chunk of dual chunk attention, which has a kernel of its own."""
     inputs = empty_inputs(layer, spec, dtype, chunk, device)
     variant = Variant.of(layer, inputs, patterns)
     key = variant, tuple(patterns), None if kernel is None else kernel.name
@@ -159,7 +160,7 @@ def _take_memory(
 
 
 def _patterns_of(layer: Any, settings: Settings, name: str | None = None) -> Iterator[list[HeadPattern]]:
-    """Those of a layer's heads, and what a floor raises them to."""
+    """The patterns of a layer's heads, and those that ``recall_floor`` may raise them to."""
     for step in range(1 if settings.recall_floor is None else MAX_STEP + 1):
         yield [pattern.at_step(step) for pattern in layer.impl.layer_for(name).patterns]
 
