@@ -1,4 +1,4 @@
-"""vLLM's entry point. It is called in every vLLM process, several times, before anything was selected."""
+"""Entry point of the vLLM plugin. Every vLLM process calls it, several times, before a backend is selected."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import logging
 
 
 def register() -> None:
-    """Make the name ``minference`` (``--attention-backend minference``) stand for our backend.
+    """Register our backend under the name ``minference`` (``--attention-backend minference``).
 
-    Where that cannot be (vLLM outside the supported range, its slot for custom backends taken, or whatever else fails
-    in this vLLM) a warning says why, and whoever selects the name gets that as the error. Whoever did not must not be
-    kept from serving: for them nothing changes.
+    If that fails (vLLM outside the supported range, its slot for custom backends taken, or anything else in this vLLM),
+    a warning gives the reason, and selecting the name raises it as an error. Servers with other backends are not
+    affected.
     """
     from minference_vllm.backend import compat
 
@@ -23,12 +23,12 @@ def register() -> None:
     except Exception as error:
         reason = compat.unavailable(str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}")
         _warn(reason)
-        # A vLLM without its enum of backends has no place for the reason, but that in the log.
+        # Without vLLM's enum of backends, the reason is only in the log.
         with contextlib.suppress(ImportError, AttributeError):
             compat.refuse_name(reason)
 
 
 @functools.cache
 def _warn(reason: str) -> None:
-    """Once per process and reason: vLLM may call ``register`` again."""
+    """Warn once per process and reason, since vLLM may call ``register`` again."""
     logging.getLogger("vllm.minference_vllm").warning(reason)

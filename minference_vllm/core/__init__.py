@@ -1,1 +1,1 @@
-"""What every part stands on: chunks, tiles, pages, and the sparse index. No pattern, no kernel, no vLLM."""
+"""Types that all parts share: chunks, tiles, pages and the sparse index. Independent of patterns, kernels and vLLM."""

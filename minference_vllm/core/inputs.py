@@ -1,4 +1,4 @@
-"""``Inputs``: what the attention of one chunk in one layer is computed from."""
+"""``Inputs``: the inputs of the attention of one chunk in one layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Inputs:
     """Sizes: ``H`` query heads of size ``D``, ``N`` pages of ``B`` tokens in the sequence."""
 
     query: torch.Tensor
-    """``[chunk, H, D]``, a head's elements side by side; the last row is the sequence's last token."""
+    """``[chunk, H, D]``, contiguous within a head; the last row is the sequence's last token."""
     cache: PagedCache
     """The layer's cache; the chunk's own keys and values are already in it."""
     pages: torch.Tensor
@@ -27,14 +27,14 @@ class Inputs:
     softcap: float = 0.0
     """Scores ``s`` become ``softcap * tanh(s / softcap)``; 0: no cap."""
     sinks: torch.Tensor | None = None
-    """``[H]``: logit of each head's attention sink: it takes its part in the softmax, and has a value of zero. Scores
-    leave it out: its share is the same for all keys of a row."""
+    """``[H]``: logit of each head's attention sink, which takes part in the softmax with a value of zero. Scores ignore
+    it, since it scales the weights of all keys of a row alike."""
     window: int = 0
-    """Keys that a row sees at most, itself included; 0: all before it."""
+    """Maximum number of keys that a row sees, itself included; 0: all before it."""
     first_key: int = 0
-    """Position in the request of what is key 0 here, see ``in_window``: ``chunk`` counts from there."""
+    """Position in the request of key 0, see ``in_window``. Positions in ``chunk`` are relative to it."""
     page_means: PageMeans | None = None
-    """The layer's, where they are kept from chunk to chunk; None: pages are averaged anew when that is needed."""
+    """The layer's page means, if they are kept from chunk to chunk; None: they are computed when needed."""
 
     @classmethod
     def of(
@@ -48,7 +48,7 @@ class Inputs:
         sinks: torch.Tensor | None = None,
         page_means: PageMeans | None = None,
     ) -> Inputs:
-        """From a row of the block table, int64, which may be longer than the sequence."""
+        """From a row of the block table (int64), which may be longer than the sequence."""
         pages = block_table[: -(-chunk.seq_len // cache.block_size)].contiguous()
         return cls(query, cache, pages, chunk, scale, softcap, sinks, page_means=page_means)
 
@@ -56,7 +56,7 @@ class Inputs:
     def of_rows(
         cls, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, block_size: int
     ) -> Inputs:
-        """From keys and values as rows, ``[HK, S, D]``: copied into pages that lie one after the other."""
+        """From keys and values as rows, ``[HK, S, D]``, which are copied into consecutive pages."""
         heads, length, dim = keys.shape
         missing = -length % block_size
 
@@ -69,19 +69,19 @@ class Inputs:
         return cls(query, cache, pages, Chunk(0, 0, length - len(query), length), scale)
 
     def in_window(self, window: int, tile: int) -> Inputs:
-        """The same in a layer whose rows see ``window`` keys at most, themselves included.
+        """The same inputs in a layer with a sliding window of ``window`` keys, the row itself included.
 
-        The keys before the first row's window are left out: nobody sees them, and vLLM may have given their pages to
-        another request.
+        Keys before the first row's window are dropped: no row sees them, and vLLM may have given their pages to another
+        request.
 
         Args:
-            tile: rows per query tile, whole pages: tiles begin at multiples of it in the prompt still.
+            tile: rows per query tile, whole pages. Tiles still begin at multiples of it in the prompt.
         """
         size, chunk = self.cache.block_size, self.chunk
         oldest = max(0, chunk.context_len - window + 1)
         first_key = oldest // tile * tile
         pages = self.pages[first_key // size :].clone()
-        # Up to a tile's pages lie before the window still, and are read by some estimates before they are masked.
+        # Up to a tile of pages still lies before the window. Some estimates read them before they are masked.
         gone = (oldest - first_key) // size
         pages[:gone] = pages[gone]
         own = replace(chunk, context_len=chunk.context_len - first_key, seq_len=chunk.seq_len - first_key)

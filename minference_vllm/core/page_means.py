@@ -1,7 +1,7 @@
-"""What is kept of every page of a layer's cache from one chunk to the next: mean key, mean value, norms of the values.
+"""Kept for every page of a layer's cache from one chunk to the next: the mean key and the norms of the values.
 
-All of it depends on the page's content alone. Kept beside the cache and keyed by physical page, it serves the next
-chunk, and the next request that shares the prefix, without reading the page again. Each is read once it is asked for.
+All of it depends on the page's content only. It is keyed by physical page and reused by the next chunk, and by the
+next request that shares the prefix, without reading the page again. Each is computed on first use.
 
 Sizes: ``HK`` KV heads, ``N`` pages of ``B`` tokens, ``D`` head size, ``S`` tokens in the sequence.
 """
@@ -16,20 +16,20 @@ from minference_vllm.core.paged_cache import PagedCache, unpack_keys, unpack_val
 
 
 class PageMeans:
-    """Of one layer. Whoever writes to the cache has to call ``forget``."""
+    """The kept data of one layer. Every write to the cache must be followed by ``forget``."""
 
     def __init__(self) -> None:
         self._keys, self._norms = _Kept(_mean), _Kept(_norms)
 
     def forget(self, slots: torch.Tensor, block_size: int) -> None:
-        """Tokens were written at these slots (int ``[n]``, page times ``B`` plus place; negative ones are padding)."""
+        """Invalidate the pages of written slots (int ``[n]``, page times ``B`` plus offset; negative: padding)."""
         for kept in (self._keys, self._norms):
             kept.forget(slots, block_size)
 
     def of(self, cache: PagedCache, pages: torch.Tensor, seq_len: int) -> torch.Tensor:
-        """float32 ``[HK, N, D]``: mean key of every page of a sequence; of the last, over the sequence's tokens only.
+        """float32 ``[HK, N, D]``: mean key of every page of a sequence, the last one's over the sequence's tokens only.
 
-        Only pages that were written since they were last asked for are read.
+        Reads only pages that were written since they were last read.
 
         Args:
             pages: int64 ``[N]``, physical page of each logical block, ``N = ceil(seq_len / B)``.
@@ -53,7 +53,7 @@ def _norms(rows: torch.Tensor) -> torch.Tensor:
 
 
 class _Kept:
-    """What ``reduce`` makes of the pages of one tensor of a cache, ``[num_blocks, HK, B, D]``."""
+    """Results of ``reduce`` for the pages of one tensor of a cache, ``[num_blocks, HK, B, D]``."""
 
     def __init__(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._reduce = reduce
@@ -68,7 +68,7 @@ class _Kept:
     def of(
         self, stored: torch.Tensor, unpack: Callable[[torch.Tensor], torch.Tensor], pages: torch.Tensor, seq_len: int
     ) -> torch.Tensor:
-        """float32 ``[HK, N, ...]``; of the last page, of its tokens up to ``seq_len``, zeros behind them."""
+        """float32 ``[HK, N, ...]``. The last page covers its tokens up to ``seq_len``; zeros follow."""
         count, heads, size, dim = stored.shape
         if self._cache != (stored.data_ptr(), stored.shape):
             self._cache = (stored.data_ptr(), stored.shape)

@@ -1,7 +1,7 @@
-"""How keys and values lie in the pages of a KV cache, and how to read them back.
+"""Layouts of keys and values in the pages of a KV cache, and how to read them back.
 
-Kernels lay a page out as suits them: vLLM's CPU kernels store keys transposed (``vec``) or in tiles of the AMX unit
-(``amx``). Estimation and column gathering need plain ``[tokens, head_size]`` rows, on every layout.
+The layout depends on the kernel: vLLM's CPU kernels store keys transposed (``vec``) or in tiles of the AMX unit
+(``amx``). Estimation and column gathering need plain ``[tokens, head_size]`` rows from every layout.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PagedCache:
     """Like ``key``."""
     layout: Layout
     key_scale: float = 1.0
-    """What a stored key's elements are multiplied by; other than 1 for quantised (FP8) caches only."""
+    """Factor that dequantises a stored key's elements; 1 except in quantised (FP8) caches."""
     value_scale: float = 1.0
 
     @property
@@ -64,7 +64,7 @@ class PagedCache:
         return self.key.shape[3]
 
     def keys_by_head(self, pages: torch.Tensor) -> torch.Tensor:
-        """Keys of the named pages in order, one copy: ``[HK, D, n * B]`` viewed as ``[HK, n * B, D]``.
+        """Keys of the given pages in order, one copy: ``[HK, D, n * B]`` viewed as ``[HK, n * B, D]``.
 
         Args:
             pages: int64 ``[n]``, physical pages.
@@ -75,15 +75,15 @@ class PagedCache:
         return transposed.transpose(1, 2)
 
     def values_by_head(self, pages: torch.Tensor) -> torch.Tensor:
-        """Values of the named pages in order, one copy, ``[HK, n * B, D]``."""
+        """Values of the given pages in order, one copy, ``[HK, n * B, D]``."""
         return self._by_head(unpack_values(self.value.index_select(0, pages), self.layout))
 
     def rows_by_head(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the named pages in order, a copy of each: ``[HK, n * B, D]``, contiguous."""
+        """Keys and values of the given pages in order, a copy of each: ``[HK, n * B, D]``, contiguous."""
         return self._by_head(unpack_keys(self.key.index_select(0, pages), self.layout)), self.values_by_head(pages)
 
     def _by_head(self, rows: torch.Tensor) -> torch.Tensor:
-        # Of a single page, stored transposed, the reshaped rows would be a view.
+        # For a single page, stored transposed, reshape would return a strided view.
         return rows.transpose(0, 1).reshape(self.num_kv_heads, -1, self.head_size).contiguous()
 
     def gather_rows(self, pages: torch.Tensor, slots: torch.Tensor, kv_heads: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,6 +1,6 @@
 """Which requests of a batch are prefilled sparsely, decided once per batch from lengths alone.
 
-A batch mixes decodes, short extends and prefill chunks of several requests. The plan names the chunks that our path
+A batch mixes decodes, short extends and prefill chunks of several requests. The plan lists the chunks that our path
 takes, the runs of neighbouring requests that go to vLLM's own kernel, and the reason for every prefill chunk that is
 left dense.
 """
@@ -41,7 +41,7 @@ def dense_pairs(context_len: int, seq_len: int, window: int = 0) -> float:
     """Query-key pairs of one head that dense causal attention computes in rows ``[context_len, seq_len)``.
 
     Args:
-        window: keys that a row sees at most, itself included; 0: all before it.
+        window: maximum number of keys that a row sees, itself included; 0: all before it.
     """
     full = min(max(window, context_len), seq_len) if window else seq_len  # from this row on the window is full
     return (full - context_len) * (context_len + full + 1) / 2 + (seq_len - full) * window
@@ -58,7 +58,7 @@ class Plan:
     dense_reasons: tuple[str, ...]
     """Why a prefill chunk was left dense, one entry per such chunk. Decodes are no prefill and have no entry."""
     far: tuple[Chunk, ...] = ()
-    """Other chunks, decodes among them, that vLLM's own kernel cannot serve: they end beyond ``plain_len``."""
+    """Other chunks, including decodes, that vLLM's own kernel cannot serve since they end beyond ``plain_len``."""
 
 
 BELOW_MIN_CONTEXT = "prompt so far is shorter than min_context"
@@ -92,9 +92,9 @@ def plan_batch(
         query_start_loc: first query row of each request, and the end of the last; ``num_requests + 1`` entries.
         seq_lens: context plus new tokens of each request; ``num_requests`` entries.
         min_context, min_chunk: thresholds in tokens, see ``Settings``.
-        plain_len: tokens of a sequence up to which vLLM's own kernel can serve it; None: any number.
-        dense: requests that are served densely whatever their lengths are, and why.
-        patterns: requests that run other patterns than the server's, and the names of these.
+        plain_len: maximum tokens of a sequence that vLLM's own kernel can serve; None: no limit.
+        dense: requests that are served densely regardless of their lengths, and why.
+        patterns: requests that run other patterns than the server's, and the names of those patterns.
     """
     sparse: list[Chunk] = []
     dense_runs: list[tuple[int, int]] = []

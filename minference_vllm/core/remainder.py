@@ -1,4 +1,4 @@
-"""``Remainder``: what the query tiles of a chunk leave out, as one key and one value each; and which keys it samples.
+"""``Remainder``: the keys that each query tile leaves out, as one key and value; and the positions that it samples.
 
 See ``prefill.remainder``.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 SAMPLED_KEYS = 2048
-"""At least so many keys of a sequence are sampled, all of them where there are no more, and less than twice as many."""
+"""Minimum number of keys sampled from a sequence (all of them, if it has fewer); always fewer than twice as many."""
 
 
 class Remainder(NamedTuple):
@@ -25,14 +25,14 @@ class Remainder(NamedTuple):
 
 
 def sample_step(seq_len: int) -> int:
-    """One key in so many is sampled."""
+    """Stride of the sampled keys."""
     return max(1, seq_len // SAMPLED_KEYS)
 
 
 def sampled_positions(seq_len: int, device: torch.device | str = "cpu", step: int | None = None) -> torch.Tensor:
-    """int64 ``[n]``, ascending: one key of each ``step`` neighbours (default: ``sample_step``), at ever other places
-    among them."""
+    """int64 ``[n]``, ascending: one key of each ``step`` neighbours (default: ``sample_step``), at varying
+    offsets."""
     step = sample_step(seq_len) if step is None else step
     first = torch.arange(seq_len // step, device=device)
-    # The golden ratio's multiples, in 16 bits, fall evenly between 0 and 1.
+    # Multiples of the golden ratio, as 16-bit fractions, are spread evenly between 0 and 1.
     return first * step + first * 40503 % 65536 * step // 65536

@@ -1,6 +1,6 @@
 """``SparseIndex``: which keys each query tile of a chunk attends.
 
-Sizes: ``H`` query heads, ``L`` lists per tile (as many, or fewer where heads share theirs), ``T`` query tiles, ``N``
+Sizes: ``H`` query heads, ``L`` lists per tile (``H``, or fewer if heads share lists), ``T`` query tiles, ``N``
 key blocks of ``B`` tokens in the sequence, ``S`` its tokens. A key block is a page of the KV cache.
 """
 
@@ -14,44 +14,44 @@ from minference_vllm.core.plan import dense_pairs
 from minference_vllm.core.tiling import Tiling
 
 CODES_PER_BIT = 6
-"""See ``SparseIndex.column_codes``; as many as a score's bins."""
+"""See ``SparseIndex.column_codes``. Equal to ``projection.BINS_PER_BIT``."""
 
 
 @dataclass(frozen=True)
 class SparseIndex:
     """The keys that each query tile of one chunk attends, causally.
 
-    Row ``i`` of a tile attends every key ``j <= i``, and in a window ``j > i - window``, that lies in one of the tile's
-    blocks or is one of its columns. No key is named twice. Every tile has the blocks that hold its own rows, so every
-    row attends at least itself; but for an index that is not ``causal``.
+    Row ``i`` of a tile attends every key ``j <= i`` (with a window, also ``j > i - window``) that lies in one of the
+    tile's blocks or is one of its columns. No key is listed twice. Every tile has the blocks that hold its own rows, so
+    every row attends at least itself, unless the index is not ``causal``.
 
     ``blocks``, ``num_blocks``, ``columns`` and ``num_columns`` are what MInference's kernels, and vLLM's
-    ``sparse_attn_func``, call ``block_offset``, ``block_count``, ``column_index`` and ``column_count``; blocks are
-    numbered here, and not given by their first token.
+    ``sparse_attn_func``, call ``block_offset``, ``block_count``, ``column_index`` and ``column_count``; here
+    blocks are given by number, not by their first token.
     """
 
     tiling: Tiling
     blocks: torch.Tensor
-    """int32 ``[L, T, max_blocks]``: logical key blocks, ascending, the tile's own last; -1 past ``num_blocks``. Where
-    already the first is -1 the tile attends every block up to its own, without a list."""
+    """int32 ``[L, T, max_blocks]``: logical key blocks, ascending, the tile's own last; -1 past ``num_blocks``. If
+    the first entry is -1, the tile attends every block up to its own, without a list."""
     num_blocks: torch.Tensor
-    """int32 ``[L, T]``, of tiles without a list, too."""
+    """int32 ``[L, T]``, also set for tiles without a list."""
     columns: torch.Tensor
     """int32 ``[L, T, max_columns]``: absolute positions of single keys, all before the tile; -1 past
     ``num_columns``."""
     num_columns: torch.Tensor
     """int32 ``[L, T]``."""
     overflowed: torch.Tensor | None = None
-    """bool ``[L, T]``: tiles that wanted more than there was planned room for, and attend everything instead."""
+    """bool ``[L, T]``: tiles that needed more than planned, and attend everything instead."""
     heads_per_list: int = 1
     """Neighbouring query heads that share each list: query head ``h`` has list ``h // heads_per_list``."""
     causal: bool = True
     """False: the chunk's own keys are left out, see ``without_own_keys``."""
     column_codes: torch.Tensor | None = None
-    """uint8 ``[L, T, max_columns]``: a column counts ``2 ** (code / CODES_PER_BIT)`` times in every softmax, for the
-    keys like it that were not drawn (``score_bins.sampled_keys``); None: each counts once."""
+    """uint8 ``[L, T, max_columns]``: a column counts ``2 ** (code / CODES_PER_BIT)`` times in every softmax, to
+    represent similar keys that were not drawn (``score_bins.sampled_keys``); None: each counts once."""
     sampled: tuple[int, ...] = ()
-    """Query heads, ascending, whose other keys are all represented so."""
+    """Query heads, ascending, whose other keys are all represented by such columns."""
 
     @property
     def num_lists(self) -> int:
@@ -68,8 +68,8 @@ class SparseIndex:
     def tile_mask(
         self, tiles: torch.Tensor, heads: slice = slice(None), first: int = 0, last: int | None = None
     ) -> torch.Tensor:
-        """bool ``[H, R, last - first]``: which of the keys ``[first, last)`` the named tiles (int64 ``[R]``) have,
-        future ones, and those before a row's window, included. ``last``: default ``seq_len``."""
+        """bool ``[H, R, last - first]``: which of the keys ``[first, last)`` the given tiles (int64 ``[R]``) have,
+        including future keys and those before a row's window. ``last``: default ``seq_len``."""
         last = self.tiling.seq_len if last is None else last
         first_block, last_block = first // self.tiling.block_size, -(-last // self.tiling.block_size)
         by_block = self.block_mask(tiles, heads, first_block, last_block)
@@ -80,20 +80,20 @@ class SparseIndex:
     def tile_counts(
         self, tiles: torch.Tensor, heads: slice = slice(None), first: int = 0, last: int | None = None
     ) -> torch.Tensor:
-        """float32 ``[H, R, last - first]``: how often the keys of ``tile_mask`` count, 0 where none is attended."""
+        """float32 ``[H, R, last - first]``: how often the keys of ``tile_mask`` count; 0 for keys not attended."""
         counts = self.tile_mask(tiles, heads, first, last).float()
         if self.column_codes is not None:
             lists = self._lists(tiles, heads)
             often = torch.exp2(self.column_codes[lists, tiles] / CODES_PER_BIT)
-            # Columns outside of the range are marked in one spare last place, which is cut off again.
+            # Columns outside of the range go to a spare last entry, which is cut off again.
             places, width = self.columns[lists, tiles].long() - first, counts.shape[-1]
             places.masked_fill_((places < 0) | (places >= width), width)
             counts = torch.nn.functional.pad(counts, (0, 1)).scatter_(-1, places, often)[..., :-1]
         return counts
 
     def block_mask(self, tiles: torch.Tensor, heads: slice, first: int, last: int) -> torch.Tensor:
-        """bool ``[H, R, last - first]``: which of the key blocks ``[first, last)`` the named tiles (int64 ``[R]``)
-        have, their columns apart."""
+        """bool ``[H, R, last - first]``: which of the key blocks ``[first, last)`` the given tiles (int64 ``[R]``)
+        have, not counting columns."""
         lists = self._lists(tiles, heads)
         blocks = self.blocks[lists, tiles]
         without_list = blocks[..., :1] < 0
@@ -115,7 +115,7 @@ class SparseIndex:
         return torch.arange(self.num_heads, device=tiles.device)[heads, None] // self.heads_per_list
 
     def to_mask(self) -> torch.Tensor:
-        """bool ``[H, S - context_len, S]``: True where a row attends a key. For tests and plots: it is quadratic."""
+        """bool ``[H, S - context_len, S]``: True where a row attends a key. Quadratic: for tests and plots."""
         device = self.blocks.device
         rows = self.tiling.starts[1:] - self.tiling.starts[:-1]
         mask = self.tile_mask(torch.arange(self.num_tiles, device=device)).repeat_interleave(rows, dim=1)
@@ -125,16 +125,16 @@ class SparseIndex:
         return mask & (keys > positions[:, None] - self.tiling.window) if self.tiling.window else mask
 
     def without_own_keys(self) -> SparseIndex:
-        """The same for rows that attend, without a mask, a range of keys which they are no part of.
+        """The index without the chunk's own keys and without a causal mask, for rows outside of their range of keys.
 
-        The chunk's context, whole blocks, is that range; the keys of the chunk itself stood for nothing and are left
-        out. A tile may then have no keys at all: kernels give it a log-sum-exp of -inf.
+        The range is the chunk's context, whole blocks. The keys of the chunk itself are placeholders and are removed. A
+        tile may then have no keys at all; kernels give it a log-sum-exp of -inf.
         """
         assert self.column_codes is None, "parts of dual chunk attention count every key once"
         end = self.tiling.context_len
         context_blocks = end // self.tiling.block_size
         listed = (self.blocks >= 0) & (self.blocks < context_blocks)
-        # Blocks ascend: those that stay are in front.
+        # Blocks ascend, so those that stay are in front.
         num_blocks = torch.where(self.blocks[..., 0] < 0, context_blocks, listed.sum(-1)).to(torch.int32)
         columns = self.columns.masked_fill(self.columns >= end, -1).sort(dim=-1, descending=True).values
         return replace(
@@ -147,8 +147,8 @@ class SparseIndex:
         )
 
     def computed_pairs(self) -> torch.Tensor:
-        """float64 ``[H]``: query-key pairs that the kernel works on (whole blocks; the causal half of the last, what
-        lies in the rows' window of the first)."""
+        """float64 ``[H]``: query-key pairs that the kernel computes: whole blocks, less the pairs that causality
+        and the window mask."""
         tiling = self.tiling
         keys = torch.add(self.num_columns, self.num_blocks, alpha=tiling.block_size)
         pairs = torch.mv(keys.double(), tiling.rows)
@@ -159,17 +159,17 @@ class SparseIndex:
         return pairs if self.heads_per_list == 1 else pairs.repeat_interleave(self.heads_per_list)
 
     def _pairs_before_window(self, rows: torch.Tensor) -> torch.Tensor:
-        """float64 ``[L, T]``: pairs of a row and a key of its tile that lies before the row's window; of lists alone.
+        """float64 ``[L, T]``: pairs of a row and a listed key of its tile that lies before the row's window.
 
         Args:
             rows: float64 ``[T]``, of each tile.
         """
         size = self.tiling.block_size
-        # How many keys lie from a position on before the last row's window; as many rows do not see that key.
+        # Start of the last row's window. A key ``n`` positions before it is not seen by the tile's last ``n`` rows.
         end = (self.tiling.starts[1:] - self.tiling.window)[:, None]
 
         def up_to(keys: torch.Tensor) -> torch.Tensor:
-            """Pairs in that many keys before the last row's window: 1 + 2 + ..., at most a tile's rows each."""
+            """Pairs in the last ``keys`` keys before ``end``: 1 + 2 + ..., each at most the tile's rows."""
             rising = torch.minimum(keys.clamp(min=0).double(), rows[:, None])
             return rising * (rising + 1) / 2 + (keys.double() - rising).clamp(min=0) * rows[:, None]
 
@@ -190,13 +190,13 @@ class SparseIndex:
 
 
 def _marks(positions: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """bool ``[H, R, last - first]``: the positions ``[first, last)`` that ``[H, R, K]`` names."""
+    """bool ``[H, R, last - first]``: True at the positions of ``[H, R, K]`` that lie in ``[first, last)``."""
     outside = (positions < first) | (positions >= last)
     return _at(positions.long().sub_(first).masked_fill_(outside, last - first), last - first)
 
 
 def _at(places: torch.Tensor, count: int) -> torch.Tensor:
-    """bool ``[H, R, count]``: True at the places that int64 ``[H, R, K]`` names; ``count`` stands for none."""
-    # Those are marked in one spare last place, which is cut off again.
+    """bool ``[H, R, count]``: True at the places in int64 ``[H, R, K]``; a place of ``count`` is ignored."""
+    # Ignored places go to a spare last entry, which is cut off again.
     marks = torch.zeros(*places.shape[:2], count + 1, dtype=torch.bool, device=places.device)
     return marks.scatter_(-1, places, True)[..., :-1]

@@ -30,9 +30,9 @@ class Tiling:
     starts: torch.Tensor
     """int64 ``[T + 1]``."""
     column_multiple: int = 1
-    """The kernel takes columns in groups of this many: the page size for one that sees whole pages only."""
+    """Columns come in multiples of this number: the page size, for a kernel that takes whole pages only."""
     window: int = 0
-    """Keys that a row sees at most, itself included; 0: all before it."""
+    """Maximum number of keys that a row sees, itself included; 0: all before it."""
 
     @classmethod
     def of(
@@ -47,8 +47,8 @@ class Tiling:
     ) -> Tiling:
         if tile % block_size:
             raise ValueError(f"tile must be a multiple of the page size {block_size}, not {tile}")
-        # Borders lie at multiples of ``tile``, whatever the chunk's own start: a prompt cut into other chunks has the
-        # same tiles, except for the pieces at a chunk's two ends. A copy from the host would wait for a GPU.
+        # Borders lie at multiples of ``tile`` regardless of the chunk's start: a prompt cut into other chunks has the
+        # same tiles, except at a chunk's two ends. Made on the device, since a copy from the host would synchronise.
         first, last = context_len // tile, -(-seq_len // tile)
         starts = torch.arange(first, last + 1, device=device).mul_(tile).clamp_(context_len, seq_len)
         return cls(context_len, seq_len, block_size, tile, starts, column_multiple, window)
@@ -68,8 +68,8 @@ class Tiling:
 
     @functools.cached_property
     def future_pairs(self) -> torch.Tensor:
-        """float64, one number: pairs of a row and a later key of its own blocks, or a place after the last key."""
-        missing = -self.starts[1:] % self.block_size  # places of the last block that come after the tile
+        """float64 scalar: masked pairs of a row and a later key, or an empty slot, in the tiles' own blocks."""
+        missing = -self.starts[1:] % self.block_size  # slots of the last block that come after the tile
         return (self.rows * (missing + (self.rows - 1) / 2)).sum()
 
     def key_blocks(self) -> torch.Tensor:
@@ -78,7 +78,7 @@ class Tiling:
 
     def distance(self) -> torch.Tensor:
         """int64 ``[T, N]``: blocks from a tile's (aligned) first block back to each key block; <= 0 for its own."""
-        first = self.starts[:-1] // self.tile * (self.tile // self.block_size)  # an operation less than first_own()
+        first = self.starts[:-1] // self.tile * (self.tile // self.block_size)  # one operation fewer than first_own()
         return first[:, None] - self.key_blocks()
 
     def first_own(self) -> torch.Tensor:
@@ -91,8 +91,7 @@ class Tiling:
         return oldest.clamp_(min=0) if self.window else torch.zeros_like(oldest)
 
     def reachable(self) -> torch.Tensor:
-        """bool ``[T, N]``: blocks that hold a key not later than the tile's last row, nor before its first one's
-        window."""
+        """bool ``[T, N]``: blocks with a key up to the tile's last row and not before its first row's window."""
         blocks, last = self.key_blocks(), (self.starts[1:] - 1) // self.block_size
         reached = blocks <= last[:, None]
         return reached & (blocks >= (self.first_seen() // self.block_size)[:, None]) if self.window else reached

@@ -1,4 +1,4 @@
-"""``to_device``: small tensors from the host to a GPU, without waiting for it."""
+"""``to_device``: copy small tensors from the host to a GPU without a host synchronisation."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 
 def to_device(host: torch.Tensor, device: torch.device, is_cuda: bool) -> torch.Tensor:
-    """A copy on the device. From ordinary memory the host would wait until the GPU has taken it; from pinned memory it
-    goes on, and PyTorch keeps that memory until the copy is done.
+    """Copy a tensor to the device. A copy from pageable memory would synchronise with the GPU; one from pinned memory
+    does not, and PyTorch keeps that memory until the copy is done.
 
     Args:
         host: on the CPU.

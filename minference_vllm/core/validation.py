@@ -1,4 +1,4 @@
-"""What is said of input that cannot be used: the value in short, what is allowed in its place, and what was meant."""
+"""Parts of messages about invalid input: the shortened value, what is allowed, and suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 MAX_SHOWN = 60
-"""Characters of a value or a name that a message repeats."""
+"""Maximum characters of a value or a name in a message."""
 ALIKE = 0.75
-"""From this share of equal letters on (``difflib``), a name is taken for a misspelt other one."""
+"""Minimum similarity (``difflib``) at which a name is taken for a misspelling of another."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = MAX_SHOWN
@@ -21,25 +21,25 @@ _short.maxlevel = 2
 
 
 def shortened(value: Any) -> str:
-    """As ``repr``, the middle of long ones left out."""
+    """``repr`` of a value, with the middle of long ones left out."""
     return cut(_short.repr(value))
 
 
 def cut(text: str, length: int = MAX_SHOWN) -> str:
-    """The text without the middle of what is longer, and escaped, as ``repr`` does it, what is no printable character:
-    a name may hold line breaks, and in JSON half of a character."""
+    """The text with its middle left out if it is longer, and unprintable characters escaped as in ``repr``: a name may
+    contain line breaks, and in JSON half of a surrogate pair."""
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
     return text if len(text) <= length else f"{text[: length // 2]}...{text[-(length // 4) :]}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'min_context'?"``, or nothing where no known name is like this one."""
+    """``"; did you mean 'min_context'?"``, or an empty string if no known name is similar."""
     alike = nearest(name, known)
     return f"; did you mean {alike!r}?" if alike else ""
 
 
 def nearest(name: str, known: Iterable[str], alike: float = ALIKE) -> str | None:
-    """The known name that this one is most like; upper and lower case, and what joins words, are the same."""
+    """The most similar known name, or None. Case, and characters between words, are ignored."""
     plain = {_plain(other): other for other in known}
     found = difflib.get_close_matches(_plain(name[:MAX_SHOWN]), plain, n=1, cutoff=alike)
     return plain[found[0]] if found else None
@@ -50,10 +50,10 @@ def _plain(name: str) -> str:
 
 
 def value_problem(problem: Mapping[str, Any], field: FieldInfo | None) -> str:
-    """One entry of pydantic's ``ValidationError.errors()`` about a value: what it is, and what it must be.
+    """Message for one entry of pydantic's ``ValidationError.errors()`` about a value: what it is, and what it must be.
 
     Args:
-        field: which it stands in; None: pydantic's own words are taken.
+        field: the value's field; None: use pydantic's own message.
     """
     if problem["type"] == "value_error":
         must = str(problem["ctx"]["error"])

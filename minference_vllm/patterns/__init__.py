@@ -1,1 +1,1 @@
-"""The kinds of head patterns, pattern files, and which file a model runs with. No torch."""
+"""Kinds of head patterns, pattern files, and the choice of a model's file. Does not import torch."""

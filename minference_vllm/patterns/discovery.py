@@ -1,4 +1,4 @@
-"""Which pattern file a model runs with when several could be meant, and why."""
+"""Choose the pattern file that a model runs with, and say why."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from minference_vllm.patterns.kinds import HeadPattern
 from minference_vllm.settings import Settings
 
 DEFAULTS = {"cpu": "default_cpu", "cuda": "default_cuda"}
-"""What is shipped for a model that nobody has looked at, by platform: the cheapest there that loses no more text than
+"""The shipped default by platform, for models without a file of their own: the cheapest that loses no more text than
 ``docs/benchmarks.md`` says."""
 CHECKPOINT_FILE = "sparse_attention_config.json"
 
 
 def discover_patterns(settings: Settings, model: Any, platform: str) -> tuple[PatternFile, str]:
-    """The patterns a model runs with, and where they came from and why, in words.
+    """The patterns a model runs with, and a description of where they come from and why.
 
     The first of: the user's file; the checkpoint's own (in its configuration, or ``sparse_attention_config.json``
     beside its weights); a shipped file found on this model, else on its architecture; the shipped default. The first
-    two are taken as they are: whoever wrote them meant this model. A shipped file is taken only when it describes as
-    many layers and heads as the model has.
+    two are taken as they are, since they were written for this model. A shipped file is taken only if it has as many
+    layers and heads as the model.
 
     Args:
         model: vLLM's model configuration, or a ``checkpoint.Checkpoint``.
@@ -53,7 +53,7 @@ def discover_patterns(settings: Settings, model: Any, platform: str) -> tuple[Pa
 
 
 def default_pattern(platform: str = "cpu") -> HeadPattern:
-    """What every head runs where no pattern is given: the pattern of the shipped ``default_cpu`` or ``default_cuda``.
+    """The pattern of every head if none is given: that of the shipped ``default_cpu`` or ``default_cuda``.
 
     Raises:
         ValueError: ``platform`` is neither ``"cpu"`` nor ``"cuda"``.
@@ -64,8 +64,8 @@ def default_pattern(platform: str = "cpu") -> HeadPattern:
 
 
 def model_names(model: str) -> set[str]:
-    """The names by which a model may be meant, in lower case: as it stands (``organisation/name``), and without folders
-    or organisation. A folder of the Hugging Face cache stands for the model it holds."""
+    """The names that refer to a model, in lower case: as given (``organisation/name``), and without folders or
+    organisation. A folder of the Hugging Face cache refers to the model it holds."""
     parts = Path(model).parts
     for part in parts:
         if part.startswith("models--"):
@@ -82,17 +82,17 @@ def _fits(patterns: PatternFile, model: Any) -> bool:
 
 
 def layer_configs(config: Any) -> list[Any]:
-    """What differs from layer to layer in a model's configuration; one entry where nothing does.
+    """The configurations of a model's layers; a single entry if they do not differ.
 
     Args:
         config: transformers' configuration of the text model. A heterogeneous one (Gemma 4, whose layers have heads of
-            two sizes) refuses to say what differs; its layers' configurations do.
+            two sizes) has the fields that differ only in its per-layer configurations.
     """
     return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
 
 
 def total_query_heads(model: Any) -> int:
-    """Query heads per layer, before tensor parallelism: the most that a layer has; 0 in a model without attention."""
+    """Maximum query heads of a layer, before tensor parallelism; 0 for a model without attention."""
     return max(int(getattr(config, "num_attention_heads", None) or 0) for config in layer_configs(model.hf_text_config))
 
 
@@ -106,5 +106,5 @@ def _file_beside_weights(model: Any) -> Path | None:
     try:
         return Path(hf_hub_download(model.model, CHECKPOINT_FILE, revision=getattr(model, "revision", None)))
     except (OSError, ValueError):
-        # The usual case: most checkpoints have none. Offline, the hub's cache has been asked.
+        # The usual case: most checkpoints have none. Offline, the hub's cache has been searched.
         return None

@@ -1,4 +1,4 @@
-"""The pattern file of a model, in our format and the two that others have published.
+"""The pattern file of a model, in our format and two published ones.
 
 * ours (``minference-vllm``): named fields, a schema version and provenance (``PatternFile``);
 * MInference's (``minference``): a list with one object per layer, ``{"head": [kind, a, b, score]}``;
@@ -32,9 +32,9 @@ from minference_vllm.settings import PATTERNS_ARE
 Format = Literal["minference-vllm", "minference", "qwen"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 MAX_SIZE = 8 << 20
-"""Of a pattern file, in bytes. One of 128 layers of 128 heads, measurements included, has three million."""
+"""Maximum bytes of a pattern file. With 128 layers of 128 heads, measurements included, it has three million."""
 MAX_PATH = 240
-"""Characters of a path that a message repeats."""
+"""Maximum characters of a path in a message."""
 
 
 def _number(key: Any) -> int:
@@ -53,7 +53,7 @@ Number = Annotated[int, BeforeValidator(_number)]
 
 
 class Measurement(BaseModel):
-    """What a head's pattern was measured to do when it was found."""
+    """Measurements of a head's pattern, made when it was found."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -64,9 +64,9 @@ class Measurement(BaseModel):
     density: float = Field(ge=0, allow_inf_nan=False)
     """Computed query-key pairs as a share of the dense ones, as a server logs it."""
     cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    """The same with what ``low_rank`` spends on scores; what patterns are chosen by."""
+    """The density including what ``low_rank`` spends on scores. Patterns are chosen by it."""
     output_error: float = Field(ge=0, allow_inf_nan=False)
-    """Of the attention output, relative to the dense output."""
+    """Error of the attention output, relative to the dense output."""
 
 
 class PatternFile(BaseModel):
@@ -80,17 +80,17 @@ class PatternFile(BaseModel):
     provenance: str = ""
     """Where the patterns come from: the paper, a calibration command, a converted file."""
     default: HeadPattern = VerticalSlash()
-    """What a head without an entry runs."""
+    """Pattern of the heads without an entry."""
     layers: dict[Number, dict[Number, HeadPattern]] = {}
     """Layer number -> query head number (global, before tensor parallelism) -> pattern."""
     measured: dict[Number, dict[Number, Measurement]] = {}
-    """Layer number -> query head number -> what ``calibrate`` measured; for people, nothing runs by it."""
+    """Layer number -> query head number -> what ``calibrate`` measured; informational only."""
 
     def check_model(self, num_layers: int, num_heads: int, source: str = "pattern file") -> None:
-        """Raise PatternError when the file speaks of layers or heads that the model does not have.
+        """Raise PatternError if the file has layers or heads that the model does not have.
 
-        A file that covers fewer layers or heads than the model is also refused unless it covers none: half a file is
-        nearly always the file of another model.
+        A file with fewer layers or heads than the model is also refused, unless it has none: it is nearly always the
+        file of another model.
         """
         if not self.layers:
             return
@@ -123,7 +123,7 @@ class PatternFile(BaseModel):
 
 
 def format_of(content: Any, source: str) -> Format:
-    """Which of the formats parsed JSON is in.
+    """The format that parsed JSON is in.
 
     Raises:
         PatternError: none of them.
@@ -182,7 +182,7 @@ def load_pattern_file(name_or_path: str) -> PatternFile:
 
 
 def named_patterns(name: str) -> PatternFile | None:
-    """A shipped file by its name, or one pattern for all heads, written out; None: neither. No other file is read.
+    """A shipped file by its name, or one pattern for all heads, written out; None: neither. Reads no other files.
 
     Raises:
         PatternError: a written pattern with an unknown kind or field, or a budget out of range.
@@ -200,8 +200,8 @@ def read_pattern_json(name_or_path: str) -> tuple[Any, Path]:
     """Parsed JSON of a pattern file, by path or by the name of a shipped one, and its path.
 
     Raises:
-        PatternError: no such file, one that is too large, broken JSON, a name that stands twice in one object, or a
-            number that is not finite.
+        PatternError: no such file, one that is too large, broken JSON, a duplicate name in an object, or a number that
+            is not finite.
     """
     shipped = shipped_pattern_files()
     path = shipped.get(name_or_path, Path(name_or_path))
@@ -219,7 +219,7 @@ def read_pattern_json(name_or_path: str) -> tuple[Any, Path]:
         raise PatternError(f"pattern file {cut(str(path), MAX_PATH)!r}: {error.strerror}") from None
     try:
         content = json.loads(text.decode(), object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:  # broken, no UTF-8, a number of thousands of digits, too deep
+    except (ValueError, RecursionError) as error:  # broken, not UTF-8, a number of thousands of digits, too deep
         raise PatternError(f"{path}: not valid JSON: {error}") from None
     problem = _json_problem(content)
     if problem:
@@ -228,7 +228,7 @@ def read_pattern_json(name_or_path: str) -> tuple[Any, Path]:
 
 
 class _Twice(dict[str, Any]):
-    """An object in which a name stands twice."""
+    """A JSON object with a duplicate name."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -242,7 +242,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json_problem(content: Any) -> str | None:
-    """What Python's JSON lets pass and would be lost, or could not be written again."""
+    """A duplicate name or a number that is not finite, both of which Python's ``json`` accepts; None: neither."""
     waiting = [("", content)]
     while waiting:
         place, value = waiting.pop()
@@ -266,7 +266,7 @@ def _is_file(path: str | Path) -> bool:
 
 
 def to_text(content: Any, indent: str = "") -> str:
-    """JSON for people: one line per head, so that two files can be compared line by line."""
+    """JSON with one line per head, so that two files can be compared line by line."""
     if isinstance(content, dict | list) and any(isinstance(item, dict | list) for item in _items(content)):
         inner = indent + "  "
         if isinstance(content, dict):

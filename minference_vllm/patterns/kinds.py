@@ -1,7 +1,7 @@
 """The kinds of head patterns: which shape an attention head keeps, and its budgets.
 
-A head's pattern is found offline and its positions online (MInference, arXiv 2407.02490). What a kind selects, and all
-else that is said of it, stands in its file in ``selection/``.
+A head's pattern is found offline and its positions online (MInference, arXiv 2407.02490). The selection of each kind is
+implemented in its file in ``selection/``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class _Pattern(BaseModel):
-    # Strict: no text, and neither true nor 0.0, is a whole number.
+    # Strict: strings, booleans and floats such as 0.0 are not accepted as integers.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     def named(self) -> dict[str, Any]:
@@ -44,16 +44,16 @@ class _Pattern(BaseModel):
         return {"kind": type(self).model_fields["kind"].default, **self.named()}
 
     def __str__(self) -> str:
-        """For people, and as ``parse_written_pattern`` reads it: ``a_shape(sink=1024, local=4096)``."""
+        """The written form, which ``parse_written_pattern`` reads: ``a_shape(sink=1024, local=4096)``."""
         kind = str(type(self).model_fields["kind"].default)
         values = ", ".join(f"{name}={json.dumps(value)}" for name, value in self.named().items())
         return f"{kind}({values})" if values else kind
 
     def at_step(self, step: int) -> HeadPattern:
-        """This pattern with more keys, as ``recall_floor`` asks for: step 0 is the pattern itself, each further step
-        has more keys, ``MAX_STEP`` and above are dense.
+        """This pattern with more keys, for ``recall_floor``: step 0 is the pattern itself, each further step has more
+        keys, ``MAX_STEP`` and above are dense.
 
-        More keys means ``low_rank``, which follows the attention wherever it lies, row by row.
+        The steps between are ``low_rank``, which follows the attention of every row wherever it lies.
         """
         if step <= 0:
             return self  # type: ignore[return-value]  # every subclass below is one of HeadPattern
@@ -61,20 +61,20 @@ class _Pattern(BaseModel):
 
     @property
     def has_remainder(self) -> bool:
-        """Whether what a tile leaves out stands in its softmax as one key (``prefill/remainder.py``)."""
+        """Whether the keys that a tile leaves out take part in its softmax as one key (``prefill/remainder.py``)."""
         return bool(getattr(self, "remainder", False))
 
     @property
     def samples(self) -> bool:
-        """Whether columns may count for others that are left out (``SparseIndex.column_codes``)."""
+        """Whether columns may also represent keys that are left out (``SparseIndex.column_codes``)."""
         return False
 
     def without_sampling(self) -> HeadPattern:
-        """For what cannot count a key more than once."""
+        """The pattern for kernels that cannot count a key more than once."""
         return self  # type: ignore[return-value]
 
     def without_remainder(self) -> HeadPattern:
-        """For what cannot add the remainder."""
+        """The pattern for kernels that cannot add the remainder."""
         return self.model_copy(update={"remainder": False}) if self.has_remainder else self  # type: ignore[return-value]
 
 
@@ -156,13 +156,15 @@ class PeakThreshold(_Pattern):
 
 
 class LowRank(_Pattern):
-    """Per query tile, the single keys, and pages full of them, that some row of the tile looks at, scored in up to
-    ``rank`` dimensions (after Loki, arXiv 2406.02542); as many as hold ``gamma`` of what the output of the chunk's last
-    rows is made of (exact weights times the norms of values), and of sampled rows less 2.5 standard errors. A head
-    that is not sparse comes out dense. With ``remainder`` what a tile leaves out stands in its softmax as one key. With
-    ``queries`` so many representatives of each tile are scored instead of all of its rows, where they suffice. With
-    ``noise`` a head samples its keys by their weights, whatever ``gamma`` says, so that outputs err by that share (0:
-    none is)."""
+    """Per query tile, the single keys, and pages full of them, that some row of the tile looks at, by scores in up to
+    ``rank`` dimensions (after Loki, arXiv 2406.02542). They hold a share ``gamma`` of the output (exact weights times
+    the norms of values) of the chunk's last rows, and of sampled rows minus 2.5 standard errors. A head that is not
+    sparse comes out dense.
+
+    With ``remainder``, the keys that a tile leaves out take part in its softmax as one key. With ``queries``, that many
+    representatives of each tile are scored instead of all of its rows, where they suffice. With ``noise``, a head
+    samples its keys by their weights, regardless of ``gamma``, so that this is the relative error of outputs (0: no
+    sampling)."""
 
     kind: Literal["low_rank"] = "low_rank"
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
@@ -179,13 +181,13 @@ class LowRank(_Pattern):
         return self.model_copy(update={"noise": 0.0}) if self.noise else self
 
     def without_remainder(self) -> LowRank:
-        """Half of the missing share errs no more (``docs/estimator.md``)."""
+        """Halves the missing share, ``1 - gamma``, which gives no larger error (``docs/estimator.md``)."""
         if not self.remainder:
             return self.without_sampling()
         return self.model_copy(update={"remainder": False, "gamma": 1 - (1 - self.gamma) / 2, "noise": 0.0})
 
     def at_step(self, step: int) -> LowRank | Dense:
-        """With a quarter of the missing share at each step."""
+        """Each step divides the missing share, ``1 - gamma``, by 4."""
         if step >= MAX_STEP:
             return Dense()
         if step <= 0:
@@ -200,7 +202,7 @@ HeadPattern = Annotated[
 FIELDS: dict[str, dict[str, FieldInfo]] = {
     str(kind.model_fields["kind"].default): kind.model_fields for kind in get_args(get_args(HeadPattern)[0])
 }
-"""Of every kind."""
+"""The fields of every kind."""
 KINDS = tuple(FIELDS)
 _head_pattern: TypeAdapter[HeadPattern] = TypeAdapter(HeadPattern)
 
@@ -251,11 +253,11 @@ def parse_written_pattern(text: str) -> HeadPattern | None:
 
 
 def first_problem(error: ValidationError, others: Mapping[str, Mapping[str, FieldInfo]] | None = None) -> str:
-    """Where in the content the first thing is wrong, what stands there, and what is allowed.
+    """Message for the first error: its place in the content, what was found, and what is allowed.
 
     Args:
-        others: the fields of what is no pattern, by the name at the top of the content; of the top itself by the empty
-            name.
+        others: fields of models that are not patterns, by their name at the top level of the content; those of the top
+            level itself by the empty name.
     """
     item = error.errors(include_url=False)[0]
     kind, place = item["type"], [str(part) for part in item["loc"] if part != "[key]"]
@@ -275,7 +277,7 @@ def first_problem(error: ValidationError, others: Mapping[str, Mapping[str, Fiel
     if kind in ("dict_type", "model_type", "model_attributes_type"):
         return f"{where} = {shortened(item['input'])}: must be an object"
     field = fields.get(place[-1]) if place else None
-    # The name itself has no place; half of a character is neither a name nor a text.
+    # An invalid name has no place of its own. Half of a surrogate pair is valid neither in a name nor in a text.
     if kind == "invalid_key" or (kind == "string_unicode" and field is None):
         return f"{shortened(item['input'])} is no name of a field"
     if item["loc"][-1:] == ("[key]",):

@@ -1,4 +1,4 @@
-"""The two formats of pattern files that others have published: MInference's list with one object per layer, and Qwen's
+"""The two published formats of pattern files: MInference's list with one object per layer, and Qwen's
 ``sparse_attention_config.json``. Both give a head as ``[kind, a, b, score]``.
 """
 
@@ -24,10 +24,10 @@ PUBLISHED_KINDS = "vertical_and_slash, stream_llm, block_sparse and flex_vertica
 
 
 def published_layers(content: Any, source: str) -> dict[int, dict[int, Any]]:
-    """The entries of a published file as they stand there: layer -> head -> ``[kind, a, b, score]``.
+    """The unchanged entries of a published file: layer -> head -> ``[kind, a, b, score]``.
 
     Raises:
-        PatternError: a layer is no object of head numbers, a number is not written plainly, or no head is named.
+        PatternError: a layer is not an object of head numbers, a number is not in plain decimal, or there are no heads.
     """
     layers = dict(enumerate(content)) if isinstance(content, Sequence) else content
     for layer, heads in layers.items():
@@ -46,8 +46,8 @@ def published_layers(content: Any, source: str) -> dict[int, dict[int, Any]]:
 
 
 def is_number(key: Any) -> bool:
-    """Whether this is a layer or head number as JSON has it for a name, or a whole number: "07" and "7" would be the
-    same."""
+    """Whether this is a layer or head number: an int, or the name of a JSON object in plain decimal ("07" would be the
+    same as "7")."""
     text = str(key) if type(key) is int else key
     return isinstance(text, str) and re.fullmatch("0|[1-9][0-9]{0,3}", text) is not None and int(text) <= MAX_NUMBER
 
@@ -65,7 +65,7 @@ def head_pattern(entry: Any, place: str) -> HeadPattern:
     elif kind == "block_sparse":
         fields = {"kind": "block_sparse", "top_k": first}
     elif kind == "flex_vertical_and_slash":
-        # [gamma, min_budget] for columns and for diagonals; ours covers them together, by the larger of each.
+        # [gamma, min_budget] for columns and for diagonals. Ours covers both together, with the larger of each.
         pairs = [part for part in (first, second) if isinstance(part, list) and len(part) == 2]
         if len(pairs) < 2 or not all(isinstance(value, int | float) for pair in pairs for value in pair):
             raise PatternError(f"{place}: expected {kind} with [gamma, min_budget] twice, found {shortened(entry)}")
@@ -80,7 +80,7 @@ def head_pattern(entry: Any, place: str) -> HeadPattern:
 
 
 def published_entry(pattern: HeadPattern, score: float) -> list[Any] | None:
-    """``[kind, a, b, score]`` of a pattern; None where the published formats have no such kind, or no remainder."""
+    """``[kind, a, b, score]`` of a pattern; None if the published formats do not have its kind, or its remainder."""
     if pattern.has_remainder:
         return None
     if isinstance(pattern, VerticalSlash):

@@ -1,1 +1,1 @@
-"""One chunk, from its queries to its attention output: select, index, run."""
+"""Sparse attention of one chunk: select keys, build the index, run the kernel."""

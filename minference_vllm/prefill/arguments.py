@@ -1,6 +1,6 @@
-"""What ``sparse_prefill`` takes: every argument is checked here, before anything is computed.
+"""Checks of all arguments of ``sparse_prefill``, before anything is computed.
 
-The kernels get addresses and sizes, and trust them.
+The kernels get raw addresses and sizes and do not check them again.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def check_arguments(
     out: torch.Tensor | None,
     return_index: bool,
 ) -> None:
-    """Check the arguments of ``sparse_prefill``, by themselves and against each other.
+    """Check the arguments of ``sparse_prefill``, each on its own and against each other.
 
     Raises:
-        ValueError: the first that does not fit; the message names it, what was found and what is allowed.
+        ValueError: for the first invalid argument; the message names it, what was found and what is allowed.
     """
     if not isinstance(kernel, str) or kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, not {_shown(kernel)}")
     if tile is not None and not (_is_a(tile, numbers.Integral) and tile >= 1):
         raise ValueError(f"tile must be an integer of at least 1 row, or None for the default, not {_shown(tile)}")
-    # Kernels take it as float32. NaN is neither above nor below.
+    # Kernels take it as float32. NaN fails both comparisons.
     if scale is not None and not (_is_a(scale, numbers.Real) and 0 < scale <= torch.finfo(torch.float32).max):
         raise ValueError(
             "scale must be a number above 0 that float32 holds, or None for head_size ** -0.5, not " + _shown(scale)
@@ -67,7 +67,7 @@ def check_arguments(
 
 
 def _check_kind(tensors: dict[str, torch.Tensor]) -> None:
-    """That they are tensors which a kernel can be handed, on devices that belong together."""
+    """Check types, layouts, gradients, devices and integer dtypes of the tensors."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"{name} must be a torch.Tensor, not {_shown(tensor)}")
@@ -171,12 +171,12 @@ def _check_requests(
 
 
 def _is_a(value: Any, kind: type) -> bool:
-    """Whether it is a number of this kind; True and False count as none, though Python has them as integers."""
+    """Whether the value is a number of this kind. Booleans are not, though they are integers in Python."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _shown(value: Any) -> str:
-    """A value of the wrong kind in a message: itself where that is short, else its type."""
+    """How a message shows an invalid value: itself if it is a number, a string or None, else its type."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if value is None or isinstance(value, str | numbers.Number):

@@ -1,4 +1,4 @@
-"""``attend_chunk``: one chunk in one layer, from its queries to its attention output: select, index, run."""
+"""``attend_chunk``: sparse attention of one chunk in one layer: select keys, build the index, run the kernel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from minference_vllm.selection.torch_scores import TorchScores
 
 
 def tiling_for(inputs: Inputs, kernel: Kernel, tile: int | None) -> Tiling:
-    """The chunk's query tiles, and the columns as the kernel takes them.
+    """The chunk's query tiles, with the kernel's multiple of columns.
 
     Args:
         tile: see ``Settings``.
@@ -35,13 +35,13 @@ def tiling_for(inputs: Inputs, kernel: Kernel, tile: int | None) -> Tiling:
     )
 
 
-# All layers of a batch ask for the same.
+# All layers of a batch need the same ones.
 _tiling = functools.lru_cache(maxsize=64)(Tiling.of)
 _capacity = functools.lru_cache(maxsize=256)(plan_capacity)
 
 
 def capacity_for(tiling: Tiling, patterns: Sequence[HeadPattern], kernel: Kernel) -> Capacity:
-    """The room for the index of a chunk, as the kernel takes it."""
+    """Capacity of a chunk's index; exact for kernels that do not take planned sizes."""
     if not kernel.planned:
         return EXACT_WIDTH
     sizes = tiling.context_len, tiling.seq_len, tiling.block_size, tiling.tile, tiling.column_multiple
@@ -56,10 +56,10 @@ def select(
     tile: int | None = None,
     timing: Timing | None = None,
 ) -> SparseIndex:
-    """The index of one chunk, for other arguments as ``attend_chunk`` has them.
+    """The index of one chunk. Other arguments are those of ``attend_chunk``.
 
     Args:
-        scores: the kernel's, of these inputs.
+        scores: the kernel's scores of these inputs.
     """
     timing = timing or Timing()
     tiling = tiling_for(inputs, kernel, tile)
@@ -71,7 +71,7 @@ def select(
 
 
 def unknown_to(kernel: Kernel, inputs: Inputs) -> str | None:
-    """What these inputs ask for and the kernel does not know, or None."""
+    """A feature that these inputs need and the kernel does not support, or None."""
     asked = {
         "soft cap": bool(inputs.softcap) and not kernel.softcap,
         "attention sinks": inputs.sinks is not None and not kernel.sinks,
@@ -97,11 +97,11 @@ def attend_chunk(
         kernel: see ``kernels.choose``.
         out: ``[chunk, H, D]``.
         tile: see ``Settings``.
-        check: rows whose recall is taken, and the floor to hold, before attention runs; what was found is left in it.
-        timing: is added to, when given.
+        check: rows to audit and the recall floor, before attention runs; the results are stored in it.
+        timing: stage times are added to it, if given.
 
     Raises:
-        ValueError: the inputs ask for what the kernel does not know.
+        ValueError: the inputs need a feature that the kernel does not support.
     """
     unknown = unknown_to(kernel, inputs)
     if unknown:
@@ -128,7 +128,9 @@ def attend_chunk(
 def left_out_by(
     inputs: Inputs, index: SparseIndex, kernel: Kernel, patterns: Sequence[HeadPattern]
 ) -> Remainder | None:
-    """The remainder of the heads whose patterns have one, by the kernel's code for it; None where none has."""
+    """The remainder of the heads whose patterns have one and that do not sample keys; None if there are none.
+
+    Computed by the kernel's own implementation if it has one."""
     heads = [head for head, pattern in enumerate(patterns) if pattern.has_remainder and head not in index.sampled]
     return (kernel.remainder or remainder.of_heads)(inputs, index, heads) if heads else None
 
@@ -136,10 +138,10 @@ def left_out_by(
 def run_index(
     inputs: Inputs, index: SparseIndex, kernel: Kernel, out: torch.Tensor, left_out: Remainder | None = None
 ) -> None:
-    """Sparse attention of one chunk under an index that is there, written to ``out`` (``[chunk, H, D]``).
+    """Sparse attention of one chunk under a given index, written to ``out`` (``[chunk, H, D]``).
 
     Args:
-        left_out: the remainder of every tile, which the kernel adds, or what it computed is merged with.
+        left_out: the remainder of every tile, added by the kernel or else merged with its output.
     """
     assert kernel.samples or not index.sampled
     if left_out is not None and kernel.run_with_remainder is not None:

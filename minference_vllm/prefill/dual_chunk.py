@@ -1,7 +1,7 @@
-"""Dual chunk attention (arXiv 2402.17463), with which Qwen2.5-1M checkpoints read beyond the length of their training.
+"""Dual chunk attention (arXiv 2402.17463), by which Qwen2.5-1M checkpoints read beyond their training length.
 
-The sequence is cut at multiples of ``L = chunk_size - local_size``. Keys are rotated by their place in their own chunk,
-``j % L``. A query attends three ranges of keys, each with a rotation of its own, and all of them in one softmax:
+The sequence is cut at multiples of ``L = chunk_size - local_size``. Keys are rotated by their position in their own
+chunk, ``j % L``. A query attends three ranges of keys in one softmax, with a different rotation for each:
 
 ==========  =======================================  ===============================
 part        keys, for a query in chunk ``c``         the query's position
@@ -11,12 +11,12 @@ successive  ``[(c - 1) * L, c * L)``                 ``min(i % L + L, chunk_size
 inter       ``[0, (c - 1) * L)``                     ``min(2 * L - 1, chunk_size)``
 ==========  =======================================  ===============================
 
-So each part is ordinary attention over a range of pages, for which keys are selected as for any other chunk, and the
-parts are merged by log-sum-exp. Within the first chunk it is plain attention.
+So each part is ordinary attention over a range of pages, with keys selected as for any other chunk. The parts are
+merged by log-sum-exp. Within the first chunk it is plain attention.
 
 Beyond ``original_max_position_embeddings`` (``N``) scores are multiplied by ``(0.1 * ln(n / N) + 1) ** 2`` (YaRN, arXiv
-2309.00071), ``n`` being the tokens up to the row. vLLM's V0 took the whole prompt's length for ``n``, which chunked
-prefill does not know, and cached prefixes must not depend on.
+2309.00071), ``n`` being the tokens up to the row. vLLM's V0 used the length of the whole prompt as ``n``. Chunked
+prefill does not know it, and cached prefixes must not depend on it.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ from minference_vllm.prefill.attend import select
 from minference_vllm.prefill.timing import Timing
 
 ROTATIONS = 5
-"""Rotations in which vLLM hands a query over, side by side. The last two (successive and inter without their upper
-bounds) are for choosing keys over all parts at once, and are not used: every part chooses its own."""
+"""Rotations of a query that vLLM passes, concatenated. The last two (successive and inter without their upper bounds)
+are for selecting keys over all parts at once. They are not used here: every part selects its own keys."""
 
 MERGED_ROWS = 1024
-"""Rows that are merged at once: they take float32 beside the output's own type."""
+"""Rows merged at once, to bound the memory for their float32 copies."""
 
 
 @dataclass(frozen=True)
 class DualChunk:
-    """The geometry, as a checkpoint's ``dual_chunk_attention_config`` has it."""
+    """The geometry, from a checkpoint's ``dual_chunk_attention_config``."""
 
     chunk_size: int
     local_size: int
     original_len: int = 0
-    """``original_max_position_embeddings``; 0: scores are left as they are."""
+    """``original_max_position_embeddings``; 0: scores are not scaled."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> DualChunk:
         """From ``dual_chunk_attention_config``.
 
         Raises:
-            ValueError: sizes are missing, or no integers that leave a chunk.
+            ValueError: sizes are missing, not integers, or leave no chunk.
         """
         original = config.get("original_max_position_embeddings") or 0
         sizes: list[Any] = [config.get("chunk_size"), config.get("local_size"), original]
@@ -75,14 +75,14 @@ class DualChunk:
 
     @property
     def plain_len(self) -> int:
-        """Tokens of a sequence up to which all of it is plain attention with the first rotation."""
+        """Maximum length of a sequence that is plain attention with the first rotation."""
         return min(self.chunk_len, self.original_len or self.chunk_len)
 
     def sharpened(self, query: torch.Tensor, first: int) -> torch.Tensor:
-        """Queries times what their scores are multiplied by.
+        """Queries multiplied by the factor of their scores.
 
         Args:
-            query: ``[n, ...]``, of the positions from ``first`` on.
+            query: ``[n, ...]``, at positions from ``first`` on.
         """
         if not self.original_len or first + len(query) <= self.original_len:
             return query
@@ -91,7 +91,7 @@ class DualChunk:
         return (query * factor.view(-1, *[1] * (query.dim() - 1))).to(query.dtype)
 
     def pieces(self, chunk: Chunk) -> Iterator[tuple[int, int]]:
-        """Positions ``[begin, end)`` of the rows of an engine step's chunk that lie in one of ours."""
+        """Split an engine step's chunk at the borders of dual chunks, into positions ``[begin, end)``."""
         begin = chunk.context_len
         while begin < chunk.seq_len:
             end = min((begin // self.chunk_len + 1) * self.chunk_len, chunk.seq_len)
@@ -99,7 +99,7 @@ class DualChunk:
             begin = end
 
     def key_ranges(self, begin: int, end: int) -> tuple[tuple[int, int], ...]:
-        """Keys ``[first, last)`` of the parts that a piece's rows have: intra, successive, inter."""
+        """Keys ``[first, last)`` of the parts of a piece that are not empty: intra, successive, inter."""
         own = begin // self.chunk_len * self.chunk_len
         before = max(0, own - self.chunk_len)
         ranges = ((own, end), (before, own), (0, before))
@@ -108,15 +108,15 @@ class DualChunk:
 
 @dataclass(frozen=True)
 class Part:
-    """What was attended in one part of a piece."""
+    """One part of a piece, as it was attended."""
 
     rows: tuple[int, int]
     """Positions of the queries."""
     keys: tuple[int, int]
-    """Positions of the range of keys; the index counts from its first, and may go on behind it."""
+    """Range of key positions. The index counts from its first key and may extend beyond its end."""
     index: SparseIndex
     inputs: Inputs
-    """As an ordinary chunk."""
+    """The part as an ordinary chunk, see ``_part``."""
 
 
 def attend_dual_chunk(
@@ -134,9 +134,9 @@ def attend_dual_chunk(
 
     Args:
         rotated: ``[chunk, ROTATIONS, H, D]``.
-        inputs: the chunk's, with the first rotation as its query. Pages divide ``geometry.chunk_len``.
+        inputs: the chunk's, with the first rotation as its query. The page size divides ``geometry.chunk_len``.
         patterns: one per query head, without a remainder.
-        kernel: one that gives the log-sum-exp of rows and has single columns, ``native`` or ``triton``.
+        kernel: one that returns log-sum-exps and supports single columns: ``native`` or ``triton``.
         out: ``[chunk, H, D]``.
         tile, timing: see ``attend_chunk``.
     """
@@ -167,9 +167,9 @@ def attend_dual_chunk(
 def decode_dual_chunk(
     rotated: torch.Tensor, inputs: Inputs, geometry: DualChunk, kernel: Kernel, out: torch.Tensor
 ) -> None:
-    """``attend_dual_chunk`` of a single row to all of its keys.
+    """Dense ``attend_dual_chunk`` of a single row.
 
-    Beyond the row's own page nothing is masked, and the query heads of a KV head are handed over as rows of one head:
+    Outside of the row's own page nothing is masked, so the query heads of a KV head are passed as rows of one head:
     the kernel then reads keys once for all of them.
     """
     position, size, kv_heads = inputs.chunk.context_len, inputs.cache.block_size, inputs.cache.num_kv_heads
@@ -201,9 +201,9 @@ def _lse(out: torch.Tensor) -> torch.Tensor:
 def _part(inputs: Inputs, query: torch.Tensor, rows: tuple[int, int], keys: tuple[int, int]) -> Inputs:
     """A part as an ordinary chunk, whose last row is the last token of its sequence.
 
-    Rows behind their range of keys have no keys of their own in it, and whatever selects keys takes those for granted.
-    Pages from the middle of the range stand in for them (neither the first keys nor the nearest ones, which have most
-    of the attention), until the index is freed of them: their keys count twice while others are chosen.
+    Selection expects the rows' own keys at the end of the sequence, but rows after their key range have none in it.
+    Pages from the middle of the range stand in for them (not the first or the nearest keys, which have most of the
+    attention) until ``without_own_keys`` removes them. During selection, these keys therefore count twice.
     """
     size, (begin, end), (first, last) = inputs.cache.block_size, rows, keys
     pages = inputs.pages[first // size : -(-last // size)]
@@ -218,12 +218,12 @@ def _part(inputs: Inputs, query: torch.Tensor, rows: tuple[int, int], keys: tupl
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, more: torch.Tensor, more_lse: torch.Tensor) -> None:
-    """Attention over two sets of keys together, in place of that over the first.
+    """Merge attention over a second set of keys into that over the first, in place.
 
     Args:
-        out: ``[n, H, D]``, attention over the first set, of which every row has keys.
+        out: ``[n, H, D]``, attention over the first set, in which every row has keys.
         lse: float32 ``[H, n]``, log-sum-exp of its scores.
-        more, more_lse: the same of the second set; -inf where a row has none of its keys, whatever stands in ``more``.
+        more, more_lse: the same for the second set. A row without keys in it has -inf; its ``more`` is ignored.
     """
     share = torch.sigmoid(more_lse - lse).T[..., None]
     pieces = (part.split(MERGED_ROWS) for part in (out, more, share))

@@ -1,4 +1,4 @@
-"""Attention recall of chunks with dual chunk attention: the share of the dense weights, over all parts together."""
+"""Attention recall of chunks with dual chunk attention: the share of the dense weights over all parts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from minference_vllm.selection.torch_scores import TorchScores
 
 
 def audited_recall(parts: Sequence[Part], kernel: Kernel, samples: int, seed: int) -> Recall:
-    """Of so many rows of every piece, see ``recall.audited_rows``. Nothing waits for a GPU.
+    """Recall of ``samples`` rows of every piece, see ``recall.audited_rows``. No host synchronisation.
 
     Args:
-        parts: what ``attend_dual_chunk`` attended, with this kernel.
+        parts: returned by ``attend_dual_chunk`` with this kernel.
     """
     found = []
     for _, group in itertools.groupby(parts, key=lambda part: part.rows):
@@ -28,10 +28,10 @@ def audited_recall(parts: Sequence[Part], kernel: Kernel, samples: int, seed: in
 
 
 def piece_recall(parts: Sequence[Part], kernel: Kernel, rows: torch.Tensor) -> Recall:
-    """Of single rows.
+    """Recall of single rows of a piece.
 
     Args:
-        parts: of one piece.
+        parts: all parts of the piece.
         rows: int64 ``[R]``, rows of the piece, on the query's device.
     """
     sums = RecallSums()
@@ -42,7 +42,7 @@ def piece_recall(parts: Sequence[Part], kernel: Kernel, rows: torch.Tensor) -> R
 
 
 def _pieces(scores: TorchScores, rows: int, keys: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """``TorchScores.audited_pieces`` of the first keys; behind them others stand in for the rows' own."""
+    """``TorchScores.audited_pieces`` of the first ``keys`` keys, without the pages that stand in for the rows' own."""
     first = 0
     for piece, norms in scores.audited_pieces(rows):
         if first < keys:

@@ -1,7 +1,7 @@
-"""The kernels that can serve a layer, timed on chunks like those that it will serve.
+"""Time the kernels that can serve a layer, on chunks like those that it will serve.
 
-Timed is attention under an index, with the remainder where patterns have one. Choosing the keys is left out: on GPUs it
-is the same code for all kernels.
+The time covers attention under an index, and the remainder if patterns have one. It does not cover the selection of
+keys, which is the same code for all kernels on GPUs.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from minference_vllm.prefill.attend import capacity_for, left_out_by, run_index,
 from minference_vllm.selection.spread import spread_index
 
 CHUNK_LEN, SEQ_LEN = 8192, 65536
-"""Tokens of the chunk, and of the sequence that it ends, where batches and prompts may be so long."""
+"""Tokens of the chunk and of the sequence that it ends; fewer if batches or prompts are limited to less."""
 DENSITIES = (0.05, 0.25)
-"""Shares of the keys before a tile: of a long prompt's last chunks and of its first sparse ones."""
+"""Selected shares of the keys before a tile: as in a long prompt's last chunks, and in its first sparse ones."""
 PAGE_BYTES = 128 << 20
-"""Of the pages that stand for all of the sequence's: more than a GPU's L2 cache holds, except for the largest."""
+"""Bytes of the pages that stand in for the sequence's. Larger than the L2 cache of all but the largest GPUs."""
 MEMORY = 2 * PAGE_BYTES
-"""Bytes that a trial takes beside what serving such a chunk takes: pages, and another kernel's index."""
+"""Bytes that a trial needs in addition to serving such a chunk: pages, and another kernel's index."""
 MAX_DIFFERENCE = 0.05
-"""Of two kernels' outputs, relative to their size: ten times what rounding to bf16 makes of it."""
+"""Maximum relative difference of two kernels' outputs: ten times that of rounding to bf16."""
 COMPARED_ROWS = 128
 
 
@@ -38,20 +38,20 @@ def trial_chunk(max_len: int, max_tokens: int) -> Chunk:
 
     Args:
         max_len: the longest sequence.
-        max_tokens: the most tokens of a batch.
+        max_tokens: the maximum number of tokens of a batch.
     """
     seq_len = min(SEQ_LEN, max_len)
     return Chunk(request=0, query_start=0, context_len=seq_len - min(CHUNK_LEN, max_tokens, seq_len), seq_len=seq_len)
 
 
 def trial_pages(num_blocks: int, page_bytes: int, device: torch.device) -> tuple[int, torch.Tensor]:
-    """How many pages stand for those of a sequence, and which page each of its blocks has.
+    """The number of pages that stand in for a sequence's, and its block table.
 
-    Each page serves several blocks, in a random order. For sparse attention that is as good as pages of their own, as
-    long as all of them together exceed the L2 cache.
+    Blocks share pages, in a random order. For timing sparse attention that is as good as separate pages, as long as all
+    pages together exceed the L2 cache.
 
     Returns:
-        the number of pages; int64 ``[num_blocks]``.
+        the number of pages; int64 ``[num_blocks]``, the page of each block.
     """
     count = max(1, min(num_blocks, PAGE_BYTES // page_bytes))
     generator = torch.Generator(device).manual_seed(0)
@@ -61,14 +61,14 @@ def trial_pages(num_blocks: int, page_bytes: int, device: torch.device) -> tuple
 def run_trial(
     trial: Trial, kernels: Sequence[Kernel], inputs: Inputs, patterns: Sequence[HeadPattern], tile: int | None
 ) -> None:
-    """Time the kernels on a chunk, at every density. One that fails, or whose output is not that of the first, is left
-    out.
+    """Time the kernels on a chunk, at every density. A kernel that fails, or whose output differs from that of the
+    first, is excluded.
 
     Args:
-        trial: of the kernels' names.
-        kernels: that take planned sizes.
-        inputs: of random content.
-        patterns: one per query head. None samples: all kernels are timed on the same work.
+        trial: over the kernels' names.
+        kernels: all take planned sizes.
+        inputs: with random content.
+        patterns: one per query head. Sampling is turned off, so that all kernels do the same work.
         tile: see ``Settings``.
 
     Raises:
@@ -89,7 +89,7 @@ def _run_case(
     tile: int | None,
     out: torch.Tensor,
 ) -> None:
-    """One density; the indices are gone when it returns."""
+    """Time one density. Its indices are freed on return."""
     runs: dict[str, Run] = {}
     expected: torch.Tensor | None = None
     for kernel in kernels:
@@ -114,10 +114,10 @@ def _first_run(
     out: torch.Tensor,
     expected: torch.Tensor | None,
 ) -> tuple[Run, torch.Tensor]:
-    """A call of the kernel with everything that it reads, which has been made once, and rows of its output.
+    """Run the kernel once and return the call, with all of its arguments bound, and some rows of its output.
 
     Raises:
-        ValueError: the output is not finite, or another than expected.
+        ValueError: the output is not finite, or differs from the expected one.
     """
     tiling = tiling_for(inputs, kernel, tile)
     index = spread_index(tiling, patterns, density, capacity_for(tiling, patterns, kernel), inputs.group)
@@ -136,7 +136,7 @@ def _first_run(
 
 
 def _some_rows(out: torch.Tensor) -> torch.Tensor:
-    """float32 copy of rows from all over the chunk. Waits for the GPU: what has failed there raises here."""
+    """float32 CPU copy of rows from all over the chunk. Synchronises with the GPU, so its errors are raised here."""
     return out[:: max(1, len(out) // COMPARED_ROWS)].float().cpu()
 
 

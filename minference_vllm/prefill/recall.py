@@ -1,10 +1,10 @@
 """Attention recall while serving: how much of the dense attention the selected keys hold, on a few sampled rows.
 
-Recall of a row is ``exp(lse_sparse - lse_dense)`` (Qwen2.5-1M, arXiv 2501.15383, section 4.2), here as the sum of the
-dense weights on the selected keys, which is the same number. *Value recall* is the same with every weight times the
-norm of its key's value: where most of the weight lies on a sink whose value is close to zero, it says what is left of
-the output, and recall does not. Both are taken from the index before attention runs, so that a head that falls short
-can be given more keys in the same chunk.
+Recall of a row is ``exp(lse_sparse - lse_dense)`` (Qwen2.5-1M, arXiv 2501.15383, section 4.2), computed here as the sum
+of the dense weights on the selected keys, which is the same number. *Value recall* multiplies every weight by the norm
+of its key's value: if most of the weight lies on a sink whose value is close to zero, it still shows how much of the
+output is kept; recall does not. Both are computed from the index before attention runs, so that a head that falls short
+can get more keys in the same chunk.
 
 Sizes: ``H`` query heads over ``HK`` KV heads, ``R`` sampled rows, ``S`` tokens in the sequence, ``D`` head size.
 """
@@ -28,14 +28,14 @@ from minference_vllm.selection.probe_queries import logits, most_unlike, unliken
 from minference_vllm.selection.torch_scores import PIECE_BYTES, TorchScores
 
 ROWS_AT_ONCE = 16
-"""Rows of a large audit that are sampled together: the lists of their tiles take memory, too."""
+"""Maximum number of rows audited at once, since the lists of their tiles take memory, too."""
 AUDITED_PAIR = 32
-"""Pairs that attention computes in the time of one that an audit samples: attention keeps its scores in registers, an
-audit writes them to memory, and copies keys for a few rows alone. Counted from the bytes moved, not timed."""
+"""Cost of a query-key pair of an audit, in pairs of attention. Attention keeps its scores in registers; an audit writes
+them to memory, and copies keys for only a few rows. Estimated from the bytes moved, not timed."""
 
 
 class Recall(NamedTuple):
-    """Of sampled rows of a chunk, or their means."""
+    """Recall of sampled rows of a chunk, or means over them."""
 
     mass: torch.Tensor
     """float32 ``[H, R]``: share of the weights."""
@@ -43,7 +43,7 @@ class Recall(NamedTuple):
     """float32 ``[H, R]``: share of the weights times the norms of values."""
 
     def mean(self) -> Recall:
-        """Over the rows: float32 ``[H]`` each."""
+        """Means over the rows, float32 ``[H]`` each."""
         return Recall(self.mass.mean(1), self.value.mean(1))
 
 
@@ -77,11 +77,11 @@ def sampled_recall(
     softcap: float = 0.0,
     window: int = 0,
 ) -> Recall:
-    """Recall of sampled rows of a chunk. Nothing waits for a GPU.
+    """Recall of sampled rows of a chunk. No host synchronisation.
 
     Args:
         query: ``[chunk, H, D]``.
-        pieces: keys ``[HK, n, D]`` and norms of their values, float32 ``[HK, n]``, up to one factor for all; together
+        pieces: keys ``[HK, n, D]`` and norms of their values, float32 ``[HK, n]``, up to a common factor; together
             they are the sequence.
         rows: int64 ``[R]``, rows of the chunk, on the query's device.
         softcap, window: see ``Inputs``.
@@ -92,8 +92,8 @@ def sampled_recall(
 
 
 class RecallSums:
-    """Sums of the weights of sampled rows, all of them and those that were kept, and the same times the norms of
-    values: an online softmax, over one set of keys after the other."""
+    """Online softmax of sampled rows over successive sets of keys: sums of all weights and of the kept ones, and both
+    again with weights times the norms of values."""
 
     def __init__(self) -> None:
         self._largest: torch.Tensor | None = None
@@ -112,7 +112,7 @@ class RecallSums:
         softcap: float = 0.0,
         window: int = 0,
     ) -> None:
-        """Arguments as ``sampled_recall`` has them."""
+        """Arguments as in ``sampled_recall``."""
         positions = rows + index.tiling.context_len
         tiles = torch.searchsorted(index.tiling.starts, positions, right=True) - 1
         sampled = query[rows].transpose(0, 1)  # [H, R, D]
@@ -122,13 +122,13 @@ class RecallSums:
             self._sums = torch.zeros(4, heads, count, 1, device=rows.device)
         sums, first, counts = self._sums, 0, index.tile_counts if index.sampled else index.tile_mask
         for piece, value_norms in pieces:
-            # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
+            # Query heads of a KV head form one matrix: [HK, H / HK * R, ...].
             by_kv_head = sampled.reshape(piece.shape[0], -1, dim)
             scores = logits(by_kv_head, piece, scale, softcap).view(heads, count, -1)
             last = first + piece.shape[1]
             scores.masked_fill_(unseen(positions - first, piece.shape[1], window), -torch.inf)
             new_largest = torch.maximum(self._largest, scores.amax(-1, keepdim=True))
-            # -inf before the row's window begins.
+            # It is -inf until the row's window begins.
             shift = new_largest.masked_fill(new_largest == -torch.inf, 0.0)
             weights = scores.sub_(shift).exp_()
             sums *= (self._largest - shift).exp_()
@@ -142,23 +142,23 @@ class RecallSums:
         self._sampled |= bool(index.sampled)
 
     def recall(self) -> Recall:
-        """Of all sets that were added. Keys that count more than once stand for others, but never for more than there
-        are."""
+        """Recall over all sets that were added. Sampled keys that count several times may overestimate it, so it is
+        clamped to 1."""
         found = Recall((self._sums[1] / self._sums[0])[..., 0], (self._sums[3] / self._sums[2])[..., 0])
         return Recall(*(part.clamp_(max=1.0) for part in found)) if self._sampled else found
 
 
 def _by_norm(weights: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """float32 ``[H, R, 1]``: weights ``[H, R, n]`` summed, each times its key's norm, ``[HK, 1, 1, n]``."""
+    """float32 ``[H, R, 1]``: sum of the weights ``[H, R, n]`` times their keys' norms ``[HK, 1, 1, n]``."""
     by_kv_head = weights.view(norms.shape[0], -1, *weights.shape[1:])
     return torch.matmul(by_kv_head, norms.transpose(-1, -2)).view(*weights.shape[:2], 1)
 
 
 def sample_rows(rows: int, samples: int, seed: int) -> torch.Tensor:
-    """int64 ``[min(samples, rows)]`` on the CPU, ascending: one random row of each of as many equal parts of the chunk;
-    of the last of several parts its last row, where a question ends. ``seed`` decides."""
+    """Stratified random sample of a chunk's rows, int64 ``[min(samples, rows)]`` on the CPU, ascending: one row of each
+    equal part of the chunk. The last of several parts gives its last row, where a question ends."""
     count = min(samples, rows)
-    # Whatever PyTorch's default device is: the draw is the host's.
+    # On the CPU, whatever PyTorch's default device is.
     borders = torch.arange(count + 1, device="cpu") * rows // count
     place = torch.rand(count, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(seed))
     place[1:][-1:] = 1.0
@@ -167,19 +167,19 @@ def sample_rows(rows: int, samples: int, seed: int) -> torch.Tensor:
 
 
 def audited_rows(query: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
-    """Rows whose recall is taken: half of them ``sample_rows``, half those whose queries are most unlike the others'.
+    """Rows to audit: half from ``sample_rows``, half outlier rows, whose queries differ most from the others.
 
-    A few rows that look where no other row looks are missed by a random sample, and by an estimate that samples rows.
+    A random sample misses the few rows that look where no other row looks, as does an estimate that samples rows.
 
     Args:
         query: ``[chunk, H, D]``.
 
     Returns:
-        int64 ``[min(samples, chunk)]``, on the query's device. Nothing waits for a GPU.
+        int64 ``[min(samples, chunk)]``, on the query's device. No host synchronisation.
     """
     samples = min(samples, len(query))
     drawn = to_device(sample_rows(len(query), samples - samples // 2, seed), query.device, query.is_cuda)
-    # Some heads at a time: of each a copy in float32, and one of its differences.
+    # Some heads at a time: each needs a float32 copy and one of its differences.
     heads_at_once = max(1, PIECE_BYTES // (2 * 4 * query[:, 0].numel()))
     unlike = [unlikeness(heads.transpose(0, 1)).amax(0) for heads in query.split(heads_at_once, 1)]
     return torch.cat([drawn, most_unlike(torch.stack(unlike).amax(0, keepdim=True), samples // 2, drawn)[0]])
@@ -187,17 +187,16 @@ def audited_rows(query: torch.Tensor, samples: int, seed: int) -> torch.Tensor:
 
 @dataclass
 class RecallCheck:
-    """What to check of one chunk in one layer, and what was found."""
+    """The recall check of one chunk in one layer, and its results."""
 
     rows: torch.Tensor
     """int64 ``[R]``: rows of the chunk that are audited, on the query's device."""
     floor: float | None = None
     """Mean value recall of these rows below which a head gets more keys."""
     steps: tuple[int, ...] = ()
-    """Per head, how far its pattern is strengthened from the start (``at_step``); empty: not at all. Afterwards: how
-    far it was."""
+    """Per head, the initial step of its pattern (``at_step``); empty: 0 for all. Afterwards: the final step."""
     recall: Recall | None = None
-    """Afterwards: the rows' means, of the index that runs."""
+    """Afterwards: means over the rows, for the final index."""
 
     def strengthened(self, patterns: Sequence[HeadPattern]) -> list[HeadPattern]:
         """The patterns at their steps."""
@@ -210,7 +209,7 @@ class RecallCheck:
         build: Callable[[Sequence[HeadPattern]], SparseIndex],
         recall_of: Callable[[SparseIndex, torch.Tensor], Recall],
     ) -> SparseIndex:
-        """The index of the patterns, strengthened until every head reaches the floor on the sampled rows, or is dense.
+        """Build the index, with patterns strengthened until every head reaches the floor on the rows or is dense.
 
         Args:
             build: patterns -> index.
@@ -220,7 +219,7 @@ class RecallCheck:
         while True:
             index = build(self.strengthened(patterns))
             self.recall = recall_of(index, self.rows).mean()
-            # Without a floor nobody needs to know at once, and a GPU is not waited for.
+            # Without a floor the values are not needed here, which saves a host synchronisation.
             found = [] if self.floor is None else self.recall.value.tolist()
             short = {head for head, share in enumerate(found) if share < self.floor and self.steps[head] < MAX_STEP}
             if not short:
@@ -231,11 +230,11 @@ class RecallCheck:
 def audit_frequency(
     patterns: Sequence[HeadPattern], context_len: int, seq_len: int, audit_rows: int, share: float
 ) -> float:
-    """Of how many chunks one is audited, 0 to 1, for audits to cost ``share`` of what attention does.
+    """The share of chunks to audit, 0 to 1, so that audits cost ``share`` of the attention.
 
     Args:
         patterns: one per query head.
-        audit_rows: rows that an audit samples.
+        audit_rows: rows per audit.
     """
     rows, reach = seq_len - context_len, (context_len + seq_len) / 2
     computed = sum(rows * min(reach, family_of(pattern).tokens(pattern)) for pattern in patterns)
@@ -244,11 +243,11 @@ def audit_frequency(
 
 
 class RaisedSteps:
-    """Steps that the floor has taken, kept from one chunk of a request to its next.
+    """Steps that the recall floor has raised, kept from one chunk of a request to the next.
 
-    Requests have no name on the layer path. A chunk's successor is known by where it begins: at the position, and in
-    the physical page, in which the chunk ended. A page that another request takes over later can at worst lend it
-    budgets that are larger than it needs.
+    The layer path has no request ids. A chunk's successor is recognised by its start: the position and the physical
+    page in which the chunk ended. If another request reuses that page, the worst case is budgets that are larger than
+    it needs.
     """
 
     CAPACITY = 8192
@@ -257,7 +256,7 @@ class RaisedSteps:
         self._by_end: OrderedDict[tuple[int, int, int], tuple[int, ...]] = OrderedDict()
 
     def at(self, layer: int, inputs: Inputs) -> tuple[int, ...]:
-        """Steps of a layer's heads for the chunk that begins here; empty: none was taken."""
+        """Steps of a layer's heads for the chunk that begins here; empty: none was raised."""
         if not inputs.chunk.context_len or not self._by_end:
             return ()
         return self._by_end.get(_place(layer, inputs, inputs.chunk.context_len), ())
@@ -272,5 +271,5 @@ class RaisedSteps:
 
 
 def _place(layer: int, inputs: Inputs, end: int) -> tuple[int, int, int]:
-    """Layer, position in the request, and physical page of the key before it."""
+    """Layer, end position in the request, and physical page of the key before it."""
     return layer, inputs.first_key + end, int(inputs.pages[(end - 1) // inputs.cache.block_size])

@@ -17,16 +17,16 @@ from minference_vllm.selection.scores import Scores
 
 @dataclass
 class Timing:
-    """Seconds per stage, summed over chunks. A stage within another does not count as the outer one's."""
+    """Seconds per stage, summed over chunks. The time of a nested stage does not count towards the outer one."""
 
     estimate: float = 0.0
     index: float = 0.0
     audit: float = 0.0
     attend: float = 0.0
     device: torch.device | None = None
-    """A GPU that the clock waits for; None: the host's own time is measured."""
+    """GPU to synchronise with before reading the clock; None: measure the host's time only."""
     _nested: list[float] = field(default_factory=list)
-    """Of every stage that is open, the seconds of the stages within it."""
+    """For every open stage, the seconds of the stages nested in it."""
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:

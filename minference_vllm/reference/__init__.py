@@ -1,4 +1,4 @@
-"""Float64 definitions of every estimate and of attention under an index's mask; for tests and benchmarks alone."""
+"""Float64 definitions of every estimate and of attention under an index's mask; for tests and benchmarks only."""
 
 from minference_vllm.reference.attention import (
     attention_recall,

@@ -24,7 +24,7 @@ def repeat_heads(keys: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
-    """``softcap * tanh(scores / softcap)``; 0: as they are."""
+    """``softcap * tanh(scores / softcap)``; 0: unchanged."""
     return softcap * torch.tanh(scores / softcap) if softcap else scores
 
 
@@ -80,13 +80,13 @@ def with_remainder(
     softcap: float = 0.0,
     counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention under a mask with the remainder (``prefill.remainder``): what a tile leaves out stands in its rows'
-    softmax as one key.
+    """Attention under a mask with the remainder (``prefill.remainder``): the keys that a tile leaves out take part in
+    its rows' softmax as one key.
 
     Args:
         query: ``[rows, H, D]``. keys, values: ``[HK, S, D]``. mask: bool ``[H, rows, S]``.
         heads: query heads that have it.
-        positions: int64, the keys that are sampled, of which each stands for ``step``.
+        positions: int64, the sampled keys, each of which stands for ``step`` keys.
         counts: see ``masked_attention``.
 
     Returns:
@@ -104,7 +104,7 @@ def with_remainder(
             )
             if counts is not None:
                 scores += counts[head, rows].double().log()
-            # All of the tile's rows see them.
+            # Only keys that all of the tile's rows see.
             own_values, first = values[head], end - tiling.window if tiling.window else 0
             left_out = positions[(positions >= first) & (positions < begin)]
             left_out = left_out[~mask[head, rows.start, left_out]]
@@ -122,7 +122,7 @@ def with_remainder(
 
 
 def causal_mask(context_len: int, seq_len: int, window: int = 0) -> torch.Tensor:
-    """bool ``[seq_len - context_len, seq_len]``; a row sees its last ``window`` keys alone, itself included; 0: all."""
+    """bool ``[seq_len - context_len, seq_len]``; a row sees only its last ``window`` keys, itself included; 0: all."""
     keys, rows = torch.arange(seq_len), torch.arange(context_len, seq_len)[:, None]
     return (keys <= rows) & (keys > rows - window) if window else keys <= rows
 

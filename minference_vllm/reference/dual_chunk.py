@@ -1,4 +1,4 @@
-"""Float64 definition of dual chunk attention, from positions alone; for tests alone."""
+"""Float64 definition of dual chunk attention, from positions only; for tests only."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from minference_vllm.reference.attention import repeat_heads
 
 
 def relative_positions(context_len: int, seq_len: int, chunk_size: int, local_size: int) -> torch.Tensor:
-    """int64 ``[seq_len - context_len, seq_len]``: by how much a query is turned against a key, see
-    ``prefill/dual_chunk.py``; of future keys, too, whose entries mean nothing."""
+    """int64 ``[seq_len - context_len, seq_len]``: by how many positions a query is rotated relative to a key, see
+    ``prefill/dual_chunk.py``. Entries of future keys are meaningless."""
     length = chunk_size - local_size
     query, key = torch.arange(context_len, seq_len)[:, None], torch.arange(seq_len)
     chunks_apart = query // length - key // length
@@ -30,12 +30,12 @@ def dual_chunk_scores(
     local_size: int,
     original_len: int = 0,
 ) -> torch.Tensor:
-    """Scores before the softmax, of future keys, too: float64 ``[H, rows, S]``.
+    """Scores before the softmax, including future keys: float64 ``[H, rows, S]``.
 
     Args:
         query: ``[rows, H, D]``, not rotated. keys: ``[HK, S, D]``, not rotated.
         frequencies: float64 ``[D / 2]``, angle per position of each pair of elements ``d`` and ``d + D / 2``.
-        original_len: ``original_max_position_embeddings``, 0 where there is none.
+        original_len: ``original_max_position_embeddings``; 0: none.
     """
     heads, half = query.shape[1], query.shape[2] // 2
     seq_len = keys.shape[1]

@@ -1,4 +1,4 @@
-"""What keys and pages are selected by, in float64."""
+"""Scores by which keys and pages are selected, in float64."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def column_diagonal_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Column and diagonal mass of groups of queries (arXiv 2407.02490, Algorithm 1), float64 ``[H, S]`` each.
 
-    The mass of a diagonal is the smallest that a group's query gives it on average, of the groups whose last query
-    lies at least that far from the first key, times the number of queries. With one group it is the paper's plain sum.
+    The mass of a diagonal is the smallest mean over a group's queries, among the groups whose last query lies at least
+    that far from the first key, times the total number of queries. With one group it is the paper's plain sum.
 
     Args:
         groups: rows ``[begin, end)`` of ``query``.
@@ -47,7 +47,7 @@ def column_diagonal_scores(
 
 
 def distance_scores(by_offset: torch.Tensor, tiling: Tiling) -> torch.Tensor:
-    """Diagonal mass by the distance, in blocks before a tile's first, of the block that a tile's row meets it in.
+    """Diagonal mass by how many blocks before a tile's first block a row meets the diagonal.
 
     Args:
         by_offset: ``[H, S]``, the mass of each diagonal ``j = i - offset``.
@@ -66,7 +66,7 @@ def distance_scores(by_offset: torch.Tensor, tiling: Tiling) -> torch.Tensor:
 
 
 def page_means(rows: torch.Tensor, block_size: int) -> torch.Tensor:
-    """float64 ``[HK, N, D]``: mean of the rows ``[HK, S, D]`` of every page; of the last, of those that there are."""
+    """float64 ``[HK, N, D]``: mean of the rows ``[HK, S, D]`` of every page; the last page may have fewer rows."""
     return torch.stack([block.mean(1) for block in rows.double().split(block_size, dim=1)], dim=1)
 
 
@@ -102,7 +102,7 @@ def antidiagonal_scores(
 
     Squares lie at multiples of ``stride`` in the prompt; a square's logit is the mean over its antidiagonal, in which
     tokens outside the chunk (queries) or past its end (keys) count as zero. Softmax over the squares up to the row's
-    own, mean over the rows of squares of a tile, sum over the squares of a block. A soft cap is taken of the means.
+    own, mean over the rows of squares of a tile, sum over the squares of a block. A soft cap is applied to the means.
 
     Returns:
         float64 ``[H, T, N]``.
@@ -137,17 +137,17 @@ def low_rank_bins(
     group_steps: Sequence[int],
     per_bit: int,
 ) -> torch.Tensor:
-    """``254 + per_bit * (score - approx_lse)`` of every key, by the tile's query that gives it the most; float64
+    """``254 + per_bit * (score - approx_lse)`` of every key, the maximum over the tile's queries; float64
     ``[H, T, S]``, not rounded. Keys in a tile's own pages and after them are -inf.
 
-    ``approx_lse`` is the log-sum-exp, in bits, of the largest score of each group of ``peak_keys`` keys: of the tile's
-    own keys that the query sees of every group, and of those before it of one group in ``group_steps``, which counts as
-    often, but for the first, which counts once.
+    ``approx_lse`` is the log-sum-exp, in bits, of the largest score of each group of ``peak_keys`` keys that the query
+    sees. In the tile's own pages every group counts. Before them, every ``group_steps``-th group counts
+    ``group_steps`` times, except for the first group, which counts once.
 
     Args:
-        query: ``[H, T, n, r]``, of every tile. keys: ``[H, S, r]``. Their products are scores in bits.
-        position: ``[H, T, n]``, of the queries.
-        group_steps: of every tile.
+        query: ``[H, T, n, r]``, for every tile. keys: ``[H, S, r]``. Their products are scores in bits.
+        position: ``[H, T, n]``, positions of the queries.
+        group_steps: one per tile.
     """
     scores = query.double() @ keys.double().transpose(1, 2)[:, None]
     scores.masked_fill_(torch.arange(tiling.seq_len) > position[..., None], -torch.inf)
@@ -168,7 +168,7 @@ def low_rank_bins(
 def beyond_diagonals(
     columns: torch.Tensor, diagonals: torch.Tensor, groups: Sequence[tuple[int, int]], context_len: int
 ) -> torch.Tensor:
-    """float64 ``[H, S]``: mass of columns without the mean mass of the diagonals that cross them in some row."""
+    """float64 ``[H, S]``: mass of columns minus the mean mass of the diagonals that cross them, at least 0."""
     rest = columns.double().clone()
     for row in (row for begin, end in groups for row in range(begin, end)):
         seen = context_len + row + 1
@@ -179,11 +179,11 @@ def beyond_diagonals(
 def mass_per_token(
     by_column: torch.Tensor, by_offset: torch.Tensor, tiling: Tiling, forced_columns: int, forced_distances: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mass of keys and page distances, and their mass per token of cost, the keys' as the last tile sees them.
+    """Mass of columns and page distances, and mass per token of cost of keys (seen from the last tile) and distances.
 
-    A page distance holds what lies on its diagonals, by which its tokens count each; a column holds its own mass; a key
-    counts by the larger one. The tile's own blocks, the nearest distances and the first columns are always taken: their
-    mass per token is infinite.
+    A page distance has the mass of its diagonals, shared by the tokens of a page; a column has its own mass. A key has
+    the larger mass per token of the two. The tile's own blocks, the nearest distances and the first columns are always
+    selected: their mass per token is infinite.
 
     Args:
         by_column, by_offset: ``[H, S]``, mass of columns and diagonals.

@@ -1,4 +1,4 @@
-"""Blocks that patterns choose by their scores."""
+"""Blocks that patterns select by scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minference_vllm.core.tiling import Tiling
 
 
 def covering_blocks(tiling: Tiling, scores: torch.Tensor, tau: float) -> torch.Tensor:
-    """bool ``[H, T, N]``: each tile's own blocks, and its best others one by one until their scores reach ``tau``."""
+    """bool ``[H, T, N]``: each tile's own blocks, and its best others until the selected scores sum to ``tau``."""
     own, reachable = tiling.own(), tiling.reachable()
     chosen = own.expand(scores.shape).clone()
     for head, tile in itertools.product(range(scores.shape[0]), range(tiling.num_tiles)):
