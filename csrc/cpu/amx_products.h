@@ -1,22 +1,22 @@
-// Matrix products by the AMX unit, in tiles of 16 rows of 64 bytes; vector_products.h has the same names for processors
-// without.
+// Matrix products by the AMX unit, in tiles of 16 rows of 64 bytes; vector_products.h has the same names for
+// processors without AMX.
 //
-// A product C += A x B takes A as rows, and B with the pairs of bf16 (or fours of bytes) that are summed side by side,
-// as Packed has them. Two rows and two columns of tiles are multiplied together: C in tiles 0 to 3, A in 4 and 5, B in
-// 6 and 7.
+// A product C += A x B takes A in rows, and B as Packed: pairs of bf16 (or groups of four bytes) along the reduced
+// dimension are adjacent. Two rows and two columns of tiles are multiplied at once: C in tiles 0 to 3, A in 4 and 5, B
+// in 6 and 7.
 #pragma once
 
 #include <immintrin.h>
 
 namespace minference {
 
-constexpr int kProductRows = 32;  // rows that product_rows takes at most, and that its buffers are padded to
-constexpr int kDepthStep = 32;    // what its depth is a multiple of
+constexpr int kProductRows = 32;  // maximum rows of product_rows; its buffers are padded to a multiple
+constexpr int kDepthStep = 32;    // its depth is a multiple of this
 
-// Tiles as a thread uses them, until the end of the scope. Whoever uses tiles configures them: nothing is restored.
+// Configures the calling thread's tiles until the end of the scope. An earlier configuration is not restored.
 class ProductUnit {
  public:
-  // bytes: of a row of A, a multiple of 4, at most 64; a fourth of them is the number of rows of B.
+  // bytes: length of a row of A, a multiple of 4, at most 64; B has bytes / 4 rows.
   explicit ProductUnit(int bytes = 64) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -96,14 +96,14 @@ inline void product_rows(int rows, const Factor* a, const Packed* b, int64_t ldb
   }
 }
 
-// The largest number of bytes of a row of A by which a row of so many can be cut.
+// The largest ProductUnit row, in bytes, that divides a row of A of this length.
 inline int byte_step(int bytes) {
   int parts = (bytes + 63) / 64;
   while (bytes % (4 * parts) != 0) ++parts;
   return bytes / parts;
 }
 
-// out[32][32] = a[32][bytes] x b[bytes / 4][32][4], of int8 and uint8, by a ProductUnit(byte_step(bytes)); strides in
+// out[32][32] = a[32][bytes] x b[bytes / 4][32][4], of int8 and uint8, with a ProductUnit(byte_step(bytes)); strides in
 // bytes.
 inline void byte_products(const int8_t* a, int64_t a_stride, const int8_t* b, int bytes, int32_t* out) {
   asm volatile("" ::: "memory");

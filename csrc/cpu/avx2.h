@@ -1,7 +1,7 @@
 // Vectors and packing on processors with AVX2 and FMA (x86-64-v3); avx512bf16.h has the same names for newer ones.
 //
 // bf16 and fp16 are converted to float32, which is exact, when keys and values are packed; products and weights are
-// float32. Caches of float32 are supported too. fp16 takes F16C, which every processor with AVX2 has.
+// float32. Caches of float32 are supported too. fp16 needs F16C, which every processor with AVX2 has.
 #pragma once
 
 #include <immintrin.h>
@@ -239,7 +239,7 @@ inline Sum reduce_max_sums(Sums x) {
 inline Sums repeat_sum(Sum x) { return _mm256_set1_epi16(x); }
 inline Sums repeat_bytes(int32_t bytes) { return _mm256_set1_epi32(bytes); }
 
-// kBytes int8 in the form of which repeat_bytes makes a vector by a load alone: the pair twice.
+// kBytes int8 as the argument of repeat_bytes, the pair twice, so that it is a broadcast load alone.
 inline int32_t to_repeat(const int8_t* in) {
   uint16_t bytes;
   std::memcpy(&bytes, in, sizeof bytes);
@@ -252,7 +252,7 @@ inline Sums multiply_add_bytes(Sums left, Sums right, Sums sum) {
   return _mm256_add_epi16(sum, _mm256_maddubs_epi16(left, right));
 }
 
-// A sum that is to begin with `offset` and to be lessened by `less` in the end, where it saturates.
+// The start of a sum with `offset`, and its end, where `less` is subtracted with saturation.
 inline Sum begin_of_sum(Sum offset, Sum /*less*/) { return offset; }
 inline Sums end_of_sum(Sums sum, Sum less) { return _mm256_subs_epi16(sum, repeat_sum(less)); }
 

@@ -43,8 +43,8 @@ inline Floats hide_before(Floats x, const int32_t* position, int32_t first) {
   return _mm512_mask_blend_ps(visible, _mm512_set1_ps(-std::numeric_limits<float>::infinity()), x);
 }
 
-// 2^x, relative error 2e-7; 0 below 2^-126, as for -inf: Intel's processors take a hundred cycles for a subnormal
-// result.
+// 2^x, relative error 2e-7; 0 if the result is below 2^-126, also for -inf: on Intel's processors a subnormal result
+// takes a hundred cycles.
 inline Floats exp2(Floats x) {
   const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
   const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // x - round(x)
@@ -196,7 +196,7 @@ inline Sum reduce_max_sums(Sums x) { return _mm512_reduce_max_epi32(x); }
 inline Sums repeat_sum(Sum x) { return _mm512_set1_epi32(x); }
 inline Sums repeat_bytes(int32_t bytes) { return _mm512_set1_epi32(bytes); }
 
-// kBytes int8 in the form of which repeat_bytes makes a vector.
+// kBytes int8 as the argument of repeat_bytes.
 inline int32_t to_repeat(const int8_t* in) {
   int32_t bytes;
   std::memcpy(&bytes, in, sizeof bytes);
@@ -206,7 +206,7 @@ inline int32_t to_repeat(const int8_t* in) {
 // sum + the products of kBytes uint8 with as many int8, in every lane.
 inline Sums multiply_add_bytes(Sums left, Sums right, Sums sum) { return _mm512_dpbusd_epi32(sum, left, right); }
 
-// A sum that is to begin with `offset` and to be lessened by `less` in the end: 32 bits hold both from the beginning.
+// The start of a sum with `offset`, and its end. 32 bits hold both, so `less` is subtracted at the start.
 inline Sum begin_of_sum(Sum offset, Sum less) { return offset - less; }
 inline Sums end_of_sum(Sums sum, Sum /*less*/) { return sum; }
 

@@ -22,8 +22,8 @@ void store_as_bf16(bf16* out, const float* in, int64_t count) {
 }  // namespace
 }  // namespace minference
 
-// The shares of a tile of keys are stored relative to the largest so far, and multiplied when all are known: one
-// exponential for each.
+// Shares of a tile of keys are stored relative to the row's maximum so far, and rescaled when the row's log-sum-exp is
+// known: one exponential per share.
 extern "C" void minference_row_shares(const minference::RowShareArguments* arguments) {
   using namespace minference;
   const RowArguments& a = arguments->row_arguments;
@@ -80,7 +80,7 @@ extern "C" void minference_column_diagonal_scores(const minference::ColumnDiagon
   const int32_t* group_starts = arguments->group_starts;
   const int64_t parts = scores.parts;
   // Diagonals are first summed by place: for key n and row r of a group, n + (last row of the group) - r. The keys of
-  // one part reach up to kMaxRows places into the next part's range. Another thread may be writing there, so that these
+  // one part reach up to kMaxRows places into the next part's range. Another thread may be writing there, so these
   // sums go to `spill` and are added at the end.
   const int64_t places = scores.key_tiles * kKeyTile;
   std::vector<float> by_place(static_cast<size_t>(a.num_wanted) * row_groups * places, 0.0f);

@@ -8,8 +8,8 @@
 namespace minference {
 namespace {
 
-// The projection's columns as rows of factors. Where factors are bf16, a float becomes the sum of two: of the nearest
-// bf16 and of what is missing, so that products are as good as in float32.
+// The projection's columns as rows of factors. If factors are bf16, each float is split into the nearest bf16 and the
+// rounding error as another bf16, so that products are as accurate as in float32.
 struct Projection {
   std::vector<Factor> nearest, missing;
 

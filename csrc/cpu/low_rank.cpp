@@ -1,8 +1,8 @@
 // Score bins of all keys per query tile, from queries and keys of few dimensions in int8 (tile_bins in Python).
 //
-// Keys are in the lanes of vectors, queries are taken one after the other: a key's largest product less approx_lse is a
-// running maximum in its lane. Before that, approx_lse is found from some groups of keys, with one exponential each.
-// Products fit int16, and so does everything from them to the bins.
+// Each vector lane holds a key, and queries are processed one after the other: the largest product of a key minus
+// approx_lse is a running maximum in its lane. approx_lse is computed first, from some groups of keys, with one
+// exponential each. All values from the products to the bins fit int16.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,12 +18,12 @@ namespace {
 
 constexpr int kPeakKeys = 2 * kSums;  // PEAK_KEYS in Python, 32
 constexpr int64_t kLeastGroups = 64, kMaxGroupStep = 16;
-constexpr float kMostUnits = 32767.0f;  // of approx_lse
+constexpr float kMostUnits = 32767.0f;  // limit of approx_lse
 
 struct alignas(64) ByteWorkspace {
   alignas(64) Sum products[kPeakKeys * kPeakKeys];  // [queries][keys], where tiles are multiplied
   std::vector<int32_t> query;                       // [queries][rank / kBytes], see to_repeat
-  std::vector<Sum> offset;                          // [queries], what their sums begin with
+  std::vector<Sum> offset;                          // [queries], initial values of their sums
   std::vector<Sum> approx_lse;                      // [queries], in units of a product
   std::vector<int16_t> peaks;  // [groups][queries padded to kLanes], the largest product of each group
 };
@@ -43,7 +43,7 @@ class KeysInLanes {
     const int64_t head = task / groups_, first = task % groups_ * kPeakKeys;
     int8_t* group = bytes_.get() + task * kPeakKeys * qk_.rank;
     for (int n = 0; n < kPeakKeys; ++n) {
-      // Past the last key this one once more: nobody asks for what becomes of it.
+      // Repeats the last key past the end; these results are not used.
       const int8_t* key = qk_.keys + (head * qk_.seq_len + std::min(first + n, qk_.seq_len - 1)) * qk_.rank;
       int8_t* place = group + n * kBytes;
       for (int k = 0; k < qk_.rank; k += kBytes, place += kPeakKeys * kBytes) {
@@ -91,7 +91,7 @@ class TileTask {
   }
 
  private:
-  // Keys are loaded with 128 added, which a query's offset cancels. Sums of 16 bits may wrap around on the way: the
+  // Keys are stored with 128 added, which a query's offset cancels. 16-bit sums may wrap around in between: the final
   // product fits.
   void load_queries() {
     const int steps = qk_.rank / kBytes;
@@ -104,7 +104,7 @@ class TileTask {
     }
   }
 
-  // Calls use(r, low, high) for every query, with its products with the keys of a group, less approx_lse.
+  // Calls use(r, low, high) for every query, with its products with the keys of a group, minus approx_lse.
   template <typename Use>
   [[gnu::always_inline]] void multiply(const int8_t* keys, const Use& use) {
     int r = 0;
@@ -121,8 +121,8 @@ class TileTask {
     for (; r < rows_; r += 4) multiply_four(r, keys, use);
   }
 
-  // Of four queries from `first` on; past the last one this one again. Sums have names: gcc 12 would keep an array in
-  // memory.
+  // For four queries from `first` on, repeating the last one past the end. Sums are separate variables: gcc 12 would
+  // keep an array in memory.
   template <typename Use>
   [[gnu::always_inline]] void multiply_four(int first, const int8_t* keys, const Use& use) {
     const int last = rows_ - 1, b = std::min(first + 1, last), c = std::min(first + 2, last),
@@ -169,7 +169,7 @@ class TileTask {
     }
   }
 
-  // The log-sum-exp of a query's largest product in each sampled group, as Python's approx_lse says.
+  // Log-sum-exp of a query's largest products in the sampled groups, see approx_lse in Python.
   void find_approx_lse(int64_t step) {
     const int64_t far = (own_ + kPeakKeys * step - 1) / (kPeakKeys * step);
     const int64_t first = own_ / kPeakKeys, groups = far + (end_ + kPeakKeys - 1) / kPeakKeys - first;
@@ -198,7 +198,7 @@ class TileTask {
     sum_peaks(groups, far, std::log2(static_cast<float>(step)));
   }
 
-  // `more`: what the far groups but the first stand for, in bits.
+  // `more`: log2 of the number of groups that each far group except the first represents.
   void sum_peaks(int64_t groups, int64_t far, float more) {
     const float bits_per_unit = static_cast<float>(dequant_scale_) / (32768.0f * qk_.bins_per_bit);
     const Floats bits = repeat(bits_per_unit);

@@ -1,8 +1,7 @@
-// What each tile leaves out, as one key and one value: of_heads in minference_vllm/prefill/remainder.py.
+// The remainder of each tile: of_heads in minference_vllm/prefill/remainder.py.
 //
-// A task takes kPart of a KV head's sampled keys and all query heads and tiles of it that leave something out; what it
-// finds for each of these is a softmax over its own keys. The parts are then added, in their order, so that results do
-// not depend on the number of threads.
+// A task computes the softmax over kPart of a KV head's sampled keys for all of its query heads and tiles that leave
+// something out. The parts are then added in a fixed order, so that results do not depend on the number of threads.
 #include "single_keys.h"
 
 #include <algorithm>
@@ -28,10 +27,10 @@ struct alignas(64) Workspace {
 // A query head and one of its tiles.
 struct Row {
   int head, tile;
-  int first, last;  // sampled keys that all queries of the tile see, and that come before it
+  int first, last;  // range of the sampled keys before the tile that all its queries see
 };
 
-// The rows of one KV head that may leave something out, by tile; each is one lane of the vectors.
+// The rows of one KV head that may leave something out, ordered by tile; each row is one vector lane.
 struct Group {
   int kv_head = 0;
   int64_t width = 0;  // number of rows, rounded up to whole vectors
@@ -39,7 +38,7 @@ struct Group {
   std::vector<float> query;         // [head_size][width], mean queries times to_score
   std::vector<uint64_t> hidden;     // [rows][words], a bit for each sampled key that is not left out
   std::vector<float> maximum, sum;  // [parts][width], of scores, and of the weights exp2((score - maximum) * to_log2)
-  std::unique_ptr<float[]> total;   // [parts][rows][2 * head_size], keys and values with these weights
+  std::unique_ptr<float[]> total;   // [parts][rows][2 * head_size], sums of keys and values with these weights
 
   int size() const { return static_cast<int>(rows.size()); }
 };
@@ -68,8 +67,8 @@ class LeftOut {
         dim_(a_.cache.head_size),
         to_score_(a_.softcap == 0.0f ? a_.scale * kLog2e : a_.scale),
         to_log2_(a_.softcap == 0.0f ? 1.0f : kLog2e) {
-    // Before the first row's window nobody sees anything, and pages may be another request's. The last tile's own keys
-    // and later ones are left out by none.
+    // No row sees keys before the first row's window, and their pages may be another request's. The last tile's own
+    // keys and later ones are never left out.
     const int64_t oldest = a_.window == 0 ? 0 : a_.tile_starts[0] - a_.window + 1;
     const int64_t* end = a_.sampled + a_.num_sampled;
     sampled_ = std::lower_bound(a_.sampled, end, oldest);
@@ -83,7 +82,7 @@ class LeftOut {
   int64_t rows() const { return num_rows_; }
   int64_t tasks() const { return static_cast<int64_t>(groups_.size()) * parts_; }
 
-  // The mean query of a row, and the keys that it does not leave out.
+  // Computes the mean query of a row, and marks the keys that it does not leave out.
   void prepare(int64_t number) {
     auto [group, row] = find(number);
     with_element(a_.cache.element, [&, &group = group, row = row]<typename T>() { average<T>(group, row); });
@@ -130,7 +129,7 @@ class LeftOut {
   }
 
  private:
-  // Where each position, and each block's first one, stands among the sampled keys.
+  // The index among the sampled keys of each position, and of the first one of each block.
   void list_places() {
     place_.assign(a_.seq_len, -1);
     const int64_t blocks = (a_.seq_len + a_.cache.block_size - 1) / a_.cache.block_size;
@@ -180,7 +179,7 @@ class LeftOut {
     groups_.push_back(std::move(group));
   }
 
-  // The group of a row, of all groups' rows one after the other, and the row's number within it.
+  // The group of a row, numbered over all groups in order, and the row's number within the group.
   std::pair<Group&, int> find(int64_t row) {
     auto group = groups_.begin();
     for (; row >= group->size(); ++group) row -= group->size();
@@ -220,13 +219,13 @@ class LeftOut {
       int count = 0;
       for (int i = first; i < end; ++i) {
         named[count] = place_[columns[i]];
-        count += named[count] >= 0;  // no branch: processors cannot foresee it
+        count += named[count] >= 0;  // branch-free: a branch would be mispredicted
       }
       for (int i = 0; i < count; ++i) hide(named[i], named[i] + 1);
     }
   }
 
-  // Keys and values of a part. Those of one page together: where keys are stored transposed, they lie in the same cache lines.
+  // Copies the keys and values of a part, page by page: in the transposed layout the keys of a page share cache lines.
   template <typename T>
   void gather(int kv_head, int first, int count, Workspace& w) const {
     constexpr int kTogether = 16;
@@ -254,12 +253,12 @@ class LeftOut {
     }
   }
 
-  // The gathered keys of a part for kLanes V rows, from one on.
+  // Attends the gathered keys of a part for kLanes * V rows, from `row` on.
   template <int V>
   void attend(Group& group, int part, int row, Workspace& w) const {
     constexpr int kHere = kLanes * V;
     const int rows = std::min(kHere, group.size() - row), first = part * kPart, stride = 2 * dim_;
-    // Whole register tiles: what lies behind the last key is not looked at again.
+    // Computes whole register tiles; scores past the last key are not used.
     const int begin = std::max(0, group.rows[row].first - first) / kRows * kRows;
     const int end = std::min(kPart, group.rows[row + rows - 1].last - first);
     if (begin >= end) return;
@@ -282,7 +281,7 @@ class LeftOut {
     }
   }
 
-  // Scores of -inf for the keys [begin, end) of a part that a row does not leave out.
+  // Sets the scores of the keys [begin, end) of a part that a row does not leave out to -inf.
   static void hide(const uint64_t* hidden, int first, int begin, int end, float* scores, int stride) {
     for (int n = begin / 64 * 64; n < end; n += 64) {
       for (uint64_t bits = hidden[(first + n) / 64]; bits != 0; bits &= bits - 1) {
@@ -313,8 +312,8 @@ class LeftOut {
 
   const RemainderArguments& a_;
   const int dim_;
-  const float to_score_;         // makes products of queries and keys scores, in units of log2 unless they are capped
-  const float to_log2_;          // makes scores units of log2
+  const float to_score_;         // factor from query-key products to scores, in units of log2 unless they are capped
+  const float to_log2_;          // factor from scores to units of log2
   const int64_t* sampled_;       // [count_], positions of the sampled keys that some tile may leave out
   int count_, parts_, words_;
   int64_t num_rows_ = 0;

@@ -1,5 +1,5 @@
-// The rows of each tile that are farthest from each other, or all: representatives in
-// minference_vllm/selection/tile_queries.py, which says what they are for.
+// The representative rows of each tile, or all of its candidates: representatives in
+// minference_vllm/selection/tile_queries.py.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,11 +13,11 @@ namespace {
 constexpr int kMostRows = 128;  // CANDIDATES in Python
 
 struct alignas(64) RowWorkspace {
-  alignas(64) float apart[kMaxHead * kMostRows];  // [rank][rows], as far apart as keys tell them apart
-  alignas(64) float farthest[kMostRows];          // squared distance from the mean, then from the nearest taken
+  alignas(64) float apart[kMaxHead * kMostRows];  // [rank][rows], queries scaled by the keys' size in each dimension
+  alignas(64) float farthest[kMostRows];          // squared distance from the mean, then from the nearest chosen row
 };
 
-// The first of the largest, or the first that is not a number. Past `count` are values below zero.
+// Index of the first largest value, or of the first NaN. Values past `count` are below zero.
 int largest(const float* values, int count) {
   Floats most = load(values), sum = most;
   for (int i = kLanes; i < count; i += kLanes) most = max(most, load(values + i)), sum += load(values + i);
@@ -48,7 +48,7 @@ class TileRows {
     const int count = all ? rows_ : static_cast<int>(order_.size());
     a.count[place] = count;
     for (int i = 0; i < a.per_tile; ++i) {
-      // Past the last one a row of the tile.
+      // Repeats the last one past the end.
       const int row = all ? std::min(i, rows_ - 1) : order_[std::min(i, count - 1)];
       const int64_t from = begin_ + row * a.step, to = place * a.per_tile + i;
       std::memcpy(a.out + to * a.rank, low_ + from * a.rank, a.rank * sizeof(float));
@@ -57,7 +57,7 @@ class TileRows {
   }
 
  private:
-  // Fills order_; whether one row is too far from all of those.
+  // Fills order_ with the representatives; returns whether a row is too far from all of them.
   bool choose() {
     float point[kMaxHead];
     for (int k = 0; k < a_.rank; ++k) {
@@ -70,7 +70,7 @@ class TileRows {
     for (int i = 0; i < rows_; ++i) w_.farthest[i] += a_.least_apart;
     for (int taken = 0; taken < std::min(a_.wanted, rows_); ++taken) {
       const int row = largest(w_.farthest, rows_);
-      // Of rows that are alike none is farther than another. What is not a number is.
+      // Rows equal to a chosen one add nothing. NaN counts as different.
       if (w_.farthest[row] <= 0.0f) break;
       order_.push_back(row);
       for (int k = 0; k < a_.rank; ++k) point[k] = w_.apart[k * kMostRows + row];
@@ -79,8 +79,8 @@ class TileRows {
     return w_.farthest[largest(w_.farthest, rows_)] > a_.alike * a_.alike;
   }
 
-  // Squared distances of all rows from a point; the smaller of those and what was, unless it is the first. What is not a
-  // number stays, and what is below zero past the last row.
+  // Lowers `farthest` to the rows' squared distances from a point, or sets it to them if `first`. NaN stays, and so do
+  // the values below zero past the last row.
   void nearer(const float* point, bool first) {
     for (int i = 0; i < rows_; i += kLanes) {
       Floats sum = repeat(0.0f);

@@ -22,7 +22,7 @@ constexpr int kScoreStride = kKeyTile + 2 * kMaxRows;
 struct alignas(64) RowWorkspace {
   alignas(64) Packed keys[kMaxHead / kPack * kKeyTile];
   alignas(64) float scores[kMaxRows * kScoreStride];
-  float largest[kMaxRows];  // what the rows of the last tile that Normalizers met are relative to
+  float largest[kMaxRows];  // maxima that the weights of the last tile in Normalizers::add are relative to
 
   float* row(int r) { return scores + r * kScoreStride + kMaxRows; }
 };
@@ -104,8 +104,8 @@ class RowScores {
   std::vector<int> first_of_group_;
 };
 
-// Log-sum-exp of each wanted head's rows, kept apart for every part of the keys: what a row sums to does not depend on
-// which thread runs which task, so that the same input gives the same result.
+// Log-sum-exp of each wanted head's rows. It is kept per part of the keys, so that sums do not depend on which thread
+// runs which task, and equal inputs give equal results.
 class Normalizers {
  public:
   Normalizers(const RowArguments& a, int64_t parts)
@@ -114,7 +114,7 @@ class Normalizers {
         maximum_(count_ * parts, -kInfinity),
         sum_(count_ * parts, 0.0f) {}
 
-  // Adds the scores of one head and one tile of a part, in whose place come weights relative to w.largest.
+  // Adds the scores of one head and one tile of a part, and replaces them by weights relative to w.largest.
   void add(RowWorkspace& w, int wanted, int64_t part) {
     for (int r = 0; r < rows_; ++r) {
       float* row = w.row(r);

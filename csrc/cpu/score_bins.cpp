@@ -1,4 +1,4 @@
-// What is read off score bins: attention per bin, and the keys whose bin is at least a threshold.
+// From score bins: attention per bin, thresholds, and the keys at or above a threshold.
 #include "score_bins.h"
 
 #include <algorithm>
@@ -18,15 +18,15 @@ void for_tiles(const KeyArguments& a, const Use& use) {
   }
 }
 
-// The attention of one row per bin.
+// One row's attention per bin.
 class Mass {
  public:
   // `count`: keys of the row, whose weights sum to 1. `squared`: the squares of the weights are summed.
   Mass(int64_t count, bool squared) : negligible_(1e-3f / static_cast<float>(count)), squared_(squared) {}
 
   // Adds neighbouring keys, each to its bin. Groups of kLanes whose weights are all negligible are not looked up and
-  // count for bin 0: that is 1e-3 of the row at most. Neighbours go to sums of their own, since an addition to a sum
-  // waits for the one before.
+  // count for bin 0, which is at most 1e-3 of the row. Neighbouring keys go to separate sums, since additions to one
+  // sum wait for each other.
   void add(const bf16* weights, const uint8_t* bins, int64_t count) {
     int64_t key = 0;
     for (; key + kLanes <= count; key += kLanes) {
@@ -66,12 +66,12 @@ class Mass {
   float sum_[kSplit][kBins] = {};
 };
 
-// How much of some rows' attention lies from a bin up.
+// Share of some rows' attention at or above each bin.
 class Coverage {
  public:
   explicit Coverage(const float* mass) : mass_(mass) {}
 
-  // The largest bin down to which the rows have a share in the mean, less so many standard errors of it; else 0.
+  // The largest bin at or above which the rows' mean share, minus `errors` standard errors, reaches `share`; else 0.
   int of_mean(const int64_t* rows, int count, float share, float errors) const {
     std::array<double, kBins> sum{}, squares{};
     for (int r = 0; r < count; ++r) {
@@ -85,7 +85,7 @@ class Coverage {
     return 0;
   }
 
-  // The largest bin down to which every row has a share; else 0.
+  // The largest bin at or above which every row has at least `share`; else 0.
   int of_every(const int64_t* rows, int count, float share) const {
     int found = kBins - 1;
     for (int r = 0; r < count; ++r) {
@@ -96,7 +96,7 @@ class Coverage {
   }
 
  private:
-  // What a row has from each bin up. Of a row without attention this is not a number, and never enough.
+  // A row's share at or above each bin. For a row without attention it is NaN, which never suffices.
   std::array<double, kBins> of_row(int64_t row) const {
     std::array<double, kBins> covered;
     double sum = 0.0;
@@ -184,7 +184,8 @@ extern "C" void minference_sampled_keys(const minference::SampleArguments* argum
     const bool* listed = a.listed_pages + task * pages;
     int32_t* columns = a.columns == nullptr ? nullptr : a.columns + task * a.max_columns;
     uint8_t* codes = a.codes + task * a.max_columns;
-    // Each code's increments are added up; a key that carries the sum past a multiple of 65536 is taken.
+    // Systematic sampling: the keys' increments are summed, and a key that carries the sum past a multiple of 65536 is
+    // taken.
     uint32_t sum = static_cast<uint32_t>(tile) * 40503 & 0xffff;
     int32_t count = 0;
     const auto take = [&](int64_t key, int code) {

@@ -10,8 +10,8 @@
 
 namespace minference {
 
-// Keys of one page, in slots slot[0 .. count), to out + i * stride. Where keys are stored transposed, those of a page
-// lie in the same cache lines: they had better be copied together.
+// Copies keys of one page, from slots slot[0 .. count), to out + i * stride. In the transposed layout the keys of a
+// page share cache lines, so copy them together.
 template <typename T>
 void copy_keys(const Cache& cache, int64_t page, int kv_head, const int* slot, int count, T* out, int64_t stride) {
   const T* base = static_cast<const T*>(cache.key) + page * cache.page_stride + kv_head * cache.head_stride;
@@ -30,7 +30,7 @@ void copy_keys(const Cache& cache, int64_t page, int kv_head, const int* slot, i
   }
 }
 
-// The same of values.
+// The same for values.
 template <typename T>
 void copy_values(const Cache& cache, int64_t page, int kv_head, const int* slot, int count, T* out, int64_t stride) {
   const T* base = static_cast<const T*>(cache.value) + page * cache.page_stride + kv_head * cache.head_stride;
@@ -48,8 +48,8 @@ void copy_values(const Cache& cache, int64_t page, int kv_head, const int* slot,
   }
 }
 
-// The columns of an index: each key that some tile of a KV head's query heads names is copied once. First mark for
-// every KV head, then number, then copy for every page of every KV head.
+// The columns of an index: each key that any tile of a KV head's query heads lists is copied once. Call mark for every
+// KV head, then number, then copy for every page of every KV head.
 template <typename T>
 class Columns {
  public:
@@ -59,7 +59,7 @@ class Columns {
         row_(static_cast<size_t>(a_.cache.num_kv_heads) * a_.seq_len, 0),
         first_(a_.cache.num_kv_heads * blocks_ + 1) {}
 
-  // The named keys of a KV head, 1 in row_, and how many there are in each page.
+  // Sets row_ to 1 for the listed keys of a KV head, and counts them per page.
   void mark(int kv_head) {
     const int64_t lists = static_cast<int64_t>(a_.heads / a_.cache.num_kv_heads) * a_.tiles;
     int32_t* row = row_.data() + kv_head * a_.seq_len;
@@ -84,7 +84,7 @@ class Columns {
 
   int64_t num_pages() const { return static_cast<int64_t>(first_.size()) - 1; }
 
-  // Those of one KV head and page.
+  // Copies the listed keys of one KV head and page.
   void copy(int64_t task) {
     constexpr int kTogether = 64;
     const int dim = a_.cache.head_size, kv_head = static_cast<int>(task / blocks_);
@@ -118,8 +118,8 @@ class Columns {
 
   const AttendArguments& a_;
   int64_t blocks_;
-  std::vector<int32_t> row_;    // [kv heads][seq_len], of a named key its row in keys_ and values_
-  std::vector<int64_t> first_;  // [kv heads][blocks] + 1, the row of the first named key of each page
+  std::vector<int32_t> row_;    // [kv heads][seq_len], row of a listed key in keys_ and values_
+  std::vector<int64_t> first_;  // [kv heads][blocks] + 1, the row of the first listed key of each page
   std::unique_ptr<T[]> keys_, values_;
 };
 

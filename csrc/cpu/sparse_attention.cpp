@@ -11,14 +11,14 @@ namespace {
 
 // Sums are rescaled only when a row's maximum (in units of log2) has grown by more than this since the last time.
 constexpr float kRescale = 8.0f;
-// Codes of columns are in so many parts of a power of two.
+// Column codes per factor of two of the weight.
 constexpr float kCodesPerBit = 6.0f;
 
 struct alignas(64) Workspace {
   alignas(64) Packed keys[kMaxHead / kPack * kKeyTile];
   alignas(64) Packed values[kKeyTile / kPack * kMaxHead];
   alignas(64) int32_t position[kKeyTile];
-  alignas(64) float more[kKeyTile];  // what the scores of columns grow by, before `scale`
+  alignas(64) float more[kKeyTile];  // added to the scores of columns, before `scale`
   alignas(64) float scores[kProductRows * kKeyTile];
   alignas(64) Factor weights[kProductRows * kKeyTile];
   std::vector<Factor> query;
@@ -115,7 +115,7 @@ class TileTask {
     }
   }
 
-  // Attends the packed keys and empties the buffers. `counted`: keys count as often as w_.more says.
+  // Attends the packed keys and empties the buffers. `counted`: w_.more is added to the scores.
   void flush(bool counted = false) {
     if (filled_ == 0) return;
     int32_t latest = 0, earliest = std::numeric_limits<int32_t>::max();
@@ -124,7 +124,7 @@ class TileTask {
       earliest = std::min(earliest, w_.position[i]);
     }
     const bool masked = latest > start_;
-    // Whether the last row's window begins behind some of these keys.
+    // Whether the last row's window begins after some of these keys.
     const bool cut = a_.window != 0 && earliest < first_seen(rows_ - 1);
     for (int r = 0; r < rows_; r += kProductRows) {
       const int rows = std::min(kProductRows, rows_ - r);
@@ -196,7 +196,7 @@ class TileTask {
     sum += reduce_add(total);
   }
 
-  // One more key for a row, with a score in units of log2; returns its weight, for its value.
+  // Adds one key to a row's softmax, with a score in units of log2. Returns the weight for its value.
   float add_key(int row, float score) {
     float& maximum = w_.maximum[row];
     if (score > maximum + kRescale) {
@@ -211,7 +211,7 @@ class TileTask {
     return weight;
   }
 
-  // The key that stands for what the tile leaves out.
+  // Adds the remainder, one key for all that the tile leaves out.
   void add_remainder() {
     const float bias = a_.remainder_bias[slot_];
     if (bias == -kInfinity) return;

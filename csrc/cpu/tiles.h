@@ -27,18 +27,18 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int kKeyTile = 128;      // keys handled together
 constexpr int kMaxHead = 256;      // largest head size
-constexpr int kQueryStride = 288;  // row stride of copied queries: a constant, and not a power of two (cache sets)
+constexpr int kQueryStride = 288;  // row stride of copied queries; a power of two would cause cache set conflicts
 
-// This thread's own, kept from call to call so that it stays in its core's caches. Not inlined: where the compiler
-// knows that it is the thread's, it asks for its address again and again, which is a call each time. Static, so that the
-// name is no other build's, too: a process may load several, with workspaces of other sizes.
+// The calling thread's workspace, reused across calls so that it stays in its core's caches. Not inlined: the compiler
+// would look up the thread-local address repeatedly, with a call each time. Static, since a process may load several
+// builds whose workspaces have the same name and different sizes.
 template <typename Workspace>
 [[gnu::noinline]] static Workspace& thread_workspace() {
   static thread_local Workspace workspace;
   return workspace;
 }
 
-// Dimensions of queries and packed keys that product_rows multiplies: those behind the head's are zeros.
+// Depth of queries and packed keys in product_rows: the head size, padded with zeros.
 inline int padded_depth(int dim) { return (dim + kDepthStep - 1) / kDepthStep * kDepthStep; }
 
 inline void clear_padding(Packed* keys, int dim) {
@@ -137,7 +137,7 @@ inline Floats soft_cap(Floats x, Floats cap, Floats inverse_cap) {
   p = p * square + repeat(1.3331432e-1f);
   p = p * square + repeat(-3.3333281e-1f);
   const Floats near = y + y * square * p;
-  // Beyond 10 float32 knows no difference to 1.
+  // Beyond 10, tanh is 1 in float32.
   const Floats bounded = max(repeat(-10.0f), repeat(0.0f) - max(repeat(-10.0f), repeat(0.0f) - y));
   const Floats far = repeat(1.0f) - repeat(2.0f) / (exp2(bounded * repeat(2.0f * kLog2e)) + repeat(1.0f));
   return cap * (square < repeat(0.390625f) ? near : far);

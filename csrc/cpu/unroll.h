@@ -5,7 +5,7 @@
 
 namespace minference {
 
-// Calls body.template operator()<I>() for I = 0 .. N - 1. gcc 12 writes arrays to memory whose indices it comes to know
+// Calls body.template operator()<I>() for I = 0 .. N - 1. gcc 12 keeps arrays in memory whose indices become constants
 // only when it unrolls a loop.
 template <int N, typename Body>
 [[gnu::always_inline]] inline void unrolled(const Body& body) {

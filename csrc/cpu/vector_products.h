@@ -7,10 +7,10 @@
 
 namespace minference {
 
-constexpr int kProductRows = kRows;  // rows that product_rows takes at most, and that its buffers are padded to
-constexpr int kDepthStep = 16;       // what its depth is a multiple of
+constexpr int kProductRows = kRows;  // maximum rows of product_rows; its buffers are padded to a multiple
+constexpr int kDepthStep = 16;       // its depth is a multiple of this
 
-// What a thread needs around its products: nothing.
+// Vector instructions need no configuration per thread.
 struct ProductUnit {
   explicit ProductUnit(int /*bytes*/ = 64) {}
 };

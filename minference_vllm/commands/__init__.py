@@ -1,1 +1,1 @@
-"""The command line tool ``minference-vllm``, one file a command."""
+"""The command line tool ``minference-vllm``, one file per command."""

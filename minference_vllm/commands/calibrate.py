@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # It loads torch, which --help does not need.
+    # Imported late: it loads torch, which --help does not need.
     from minference_vllm.offline.calibrate.run import run
 
     return run(args)

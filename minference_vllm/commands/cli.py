@@ -17,7 +17,7 @@ from minference_vllm import __version__
 
 class Command(NamedTuple):
     module: str
-    """Has ``add_arguments(parser)`` and ``run(args)``, which returns the exit code; imported when it is named."""
+    """Has ``add_arguments(parser)`` and ``run(args)``, which returns the exit code; imported only when used."""
     help: str
 
 
@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the tool; the exit code."""
+    """Run the tool and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="minference-vllm", description="Sparse prefill for vLLM: the offline tools.")
     parser.add_argument("--version", action="version", version=f"minference-vllm {__version__}")
@@ -52,12 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Whoever read our output (``| head``) has seen enough; Python must not try to write the rest when it ends.
+        # The reader of our output (``| head``) has closed it; Python must not try to flush the rest on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError, ImportError) as error:
-        # Expected: a file that is not there or is wrong (PatternError, SettingsError), a model nobody knows, an
-        # optional package that is not installed. Anything else is a bug and shows where.
+        # Expected: a missing or invalid file (PatternError, SettingsError), an unknown model, an optional package that
+        # is not installed. Anything else is a bug and keeps its traceback.
         remedy = "; minference-vllm doctor says what is missing" if isinstance(error, ImportError) else ""
         print(f"minference-vllm {args.command}: {_one_line(error)}{remedy}", file=sys.stderr)
         return 1

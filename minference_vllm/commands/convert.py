@@ -67,20 +67,20 @@ def convert(
     Args:
         content: parsed JSON in any of the formats.
         source: its name, for messages.
-        num_layers, num_heads: the model's size; None: as far as the file goes.
+        num_layers, num_heads: the model's size; None: the last layer and head that the file names.
 
     Returns:
         parsed JSON in the target format; what was left out, a sentence per kind of loss.
 
     Raises:
-        PatternError: the content is wrong, or the target has no way to say it.
+        PatternError: the content is invalid, or the target format cannot express it.
     """
     patterns = parse_patterns(content, source)
     if target == "minference-vllm":
         losses = [] if format_of(content, source) == target else _unread(published_layers(content, source))
         return patterns.model_dump(mode="json"), losses
     if format_of(content, source) != "minference-vllm":
-        # Between published formats entries pass as they are, scores included.
+        # Between published formats entries are copied unchanged, scores included.
         entries, losses = published_layers(content, source), []
     else:
         entries, losses = _entries(patterns, target, source, num_layers, num_heads), _unwritten(patterns)
@@ -91,7 +91,7 @@ def convert(
 
 
 def _unread(layers: dict[int, dict[int, Any]]) -> list[str]:
-    """What our format does not keep of a published file."""
+    """What is lost when a published file is read into our format."""
     entries = [entry for heads in layers.values() for entry in heads.values()]
     losses = []
     if scores := sum(len(entry) > 3 for entry in entries):
@@ -104,7 +104,7 @@ def _unread(layers: dict[int, dict[int, Any]]) -> list[str]:
 
 
 def _unwritten(patterns: PatternFile) -> list[str]:
-    """What published formats do not keep of ours."""
+    """What is lost when our format is written as a published one."""
     losses = []
     if patterns.measured:
         losses.append("what was measured, but for the recall, which is written as the score")

@@ -54,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def vllm_is_quiet() -> Iterator[None]:
-    """Other packages' lines would stand between ours, unless VLLM_LOGGING_LEVEL asks for them.
+    """Keep other packages' log lines out of our output, unless VLLM_LOGGING_LEVEL is set.
 
-    By logging itself: newer versions of vLLM set up their loggers after they have logged.
+    Logging is disabled globally, since newer versions of vLLM set up their loggers after they have logged.
     """
     before = logging.root.manager.disable
     if "VLLM_LOGGING_LEVEL" not in os.environ:
@@ -68,7 +68,7 @@ def vllm_is_quiet() -> Iterator[None]:
 
 
 def examine() -> Iterator[Finding]:
-    """All findings; those that need a part that is missing are left out."""
+    """All findings, except those that need something that is missing."""
     yield Finding("ok", "python", platform.python_version())
     yield Finding("ok", "minference-vllm", __version__)
     torch = package("torch", "!!", "see vllm")
@@ -87,7 +87,7 @@ def examine() -> Iterator[Finding]:
         if platform_found.state == "ok":
             yield from kernels()
     except Exception as error:
-        # A vLLM built for another torch or another machine fails in any way it likes while it is imported.
+        # Importing a vLLM built for another torch or another machine can raise anything.
         reason = f"cannot be used: {type(error).__name__}: {error}"
         yield Finding("!!", "vllm", reason, "reinstall a vLLM that is built for this machine and this torch")
 
@@ -140,21 +140,21 @@ def device() -> Iterator[Finding]:
 
 
 def bfloat16_is_slow() -> bool:
-    """Whether models run on a processor without AVX-512: it multiplies bfloat16 many times more slowly than float32."""
+    """Whether models run on a CPU without AVX-512, which multiplies bfloat16 many times more slowly than float32."""
     import torch
 
     return torch.backends.cpu.get_cpu_capability() == "AVX2" and not torch.cuda.is_available()
 
 
 def backend() -> Iterator[Finding]:
-    """vLLM's platform, and what our name stands for there."""
+    """vLLM's platform, and the class that our backend's name resolves to."""
     from minference_vllm.backend import compat
     from minference_vllm.backend.registration import make_name_known
 
     try:
         vllms = compat.vllm_platform()
     except RuntimeError as error:
-        # Two plugins bring a platform each.
+        # Two plugins each provide a platform.
         yield Finding("!!", "platform", str(error), "name minference and the one to keep in VLLM_PLUGINS")
         return
     name = compat.platform_name(vllms)
@@ -200,7 +200,7 @@ def plugin_remedy(plugin: str) -> str:
 
 
 def kernels() -> Iterator[Finding]:
-    """Each kernel that runs an index, and why it cannot run here."""
+    """Each kernel that runs an index, and the reason if it cannot run here."""
     import torch
 
     from minference_vllm.backend import compat, gpu_parent

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # Both load torch and transformers, which --help does not need.
+    # Imported late: both load torch and transformers, which --help does not need.
     from minference_vllm.backend.limits import unsupported_model_reasons
     from minference_vllm.offline.checkpoint import Checkpoint, planned_patterns
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measured_line(patterns: PatternFile) -> str:
-    """What was measured of the heads when the file was made."""
+    """Summary of what was measured when the file was made."""
     heads = {(layer, head): found for layer, row in patterns.measured.items() for head, found in row.items()}
     density = sum(found.density for found in heads.values()) / len(heads)
     recall = sum(found.recall for found in heads.values()) / len(heads)
@@ -64,7 +64,7 @@ def measured_line(patterns: PatternFile) -> str:
 
 
 def head_rows(patterns: Sequence[HeadPattern]) -> tuple[tuple[str, str], ...]:
-    """Heads and their pattern, a row for all heads of a layer that are alike."""
+    """Heads and their pattern, one row per distinct pattern of a layer."""
     alike = positions(patterns)
     return tuple(
         ("all" if len(heads) == len(patterns) else spans(heads), str(pattern)) for pattern, heads in alike.items()
@@ -72,7 +72,7 @@ def head_rows(patterns: Sequence[HeadPattern]) -> tuple[tuple[str, str], ...]:
 
 
 def table(layers: Sequence[tuple[tuple[str, str], ...]]) -> list[str]:
-    """Lines of a table of all layers; layers that are alike share their rows."""
+    """Lines of a table of all layers; layers with equal patterns share their rows."""
     cells = [("layers", "heads", "pattern")]
     for rows, numbers in positions(layers).items():
         cells += [(spans(numbers) if row == 0 else "", *cell) for row, cell in enumerate(rows)]
@@ -81,7 +81,7 @@ def table(layers: Sequence[tuple[tuple[str, str], ...]]) -> list[str]:
 
 
 def positions(items: Iterable[Item]) -> dict[Item, list[int]]:
-    """Where each item stands, in order of first appearance."""
+    """The positions of each item, in order of first appearance."""
     found: dict[Item, list[int]] = {}
     for position, item in enumerate(items):
         found.setdefault(item, []).append(position)
@@ -89,7 +89,7 @@ def positions(items: Iterable[Item]) -> dict[Item, list[int]]:
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """Ascending numbers in short: ``0-3, 7``; every second one as ``0-24 by 2``."""
+    """Ascending numbers, abbreviated: ``0-3, 7``; with a stride: ``0-24 by 2``."""
     steps = {after - before for before, after in pairwise(numbers)}
     if len(numbers) > 2 and len(steps) == 1 and (step := steps.pop()) > 1:
         return f"{numbers[0]}-{numbers[-1]} by {step}"

@@ -1,4 +1,4 @@
-"""Types of options that several commands take."""
+"""Option types shared by several commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _at_least(least: int, text: str) -> int:
 
 
 def json_object(text: str) -> dict[str, object]:
-    """``{"name": value}``."""
+    """A JSON object, ``{"name": value}``."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:

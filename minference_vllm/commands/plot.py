@@ -134,7 +134,7 @@ def _prompt_ids(args: argparse.Namespace) -> list[int]:
 def _draw_prompt(
     args: argparse.Namespace, patterns: Sequence[Sequence[HeadPattern]], settings: Settings, fixed: Mapping[int, str]
 ) -> None:
-    """Run the model over the prompt; density and recall of all layers, and the attention of the chosen heads."""
+    """Run the model over the prompt; draw density and recall of all layers, and the attention of the chosen heads."""
     import torch
 
     from minference_vllm.offline.capture import PAGE, Layer, chunk_indices, measure, sparse_chunks, visit_layers
@@ -160,7 +160,7 @@ def _draw_prompt(
         recall = measured[number][1]
         heads = [head for chosen, head in args.head or () if chosen == number]
         if not args.head and float(recall.min()) < lowest:
-            # The head to draw so far; queries and keys are not kept until all layers are known.
+            # The head with the lowest recall so far is mapped now: queries and keys are not kept for later.
             lowest = float(recall.min())
             heads = [int(recall.argmin())]
             maps.clear()

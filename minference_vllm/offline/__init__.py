@@ -1,1 +1,1 @@
-"""What runs outside of serving: a checkpoint's configuration, captured layers, calibration, plots."""
+"""Tools outside of serving: checkpoint configuration, captured layers, calibration, evaluation, plots."""

@@ -1,7 +1,7 @@
-"""Queries and keys of a model's layers over a prompt, and the indices that the backend would make from them.
+"""Queries and keys of a model's layers over a prompt, and the indices that the backend would build from them.
 
-The model runs with transformers, in this process and in one piece. Sizes: ``H`` query heads over ``HK`` KV heads, ``S``
-tokens, ``D`` head size.
+The model runs with transformers, in this process and in one forward pass. Sizes: ``H`` query heads over ``HK`` KV
+heads, ``S`` tokens, ``D`` head size.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Layer(NamedTuple):
     values: torch.Tensor
     scale: float
     softcap: float = 0.0
-    """See ``Inputs``; ``window``, too."""
+    """See ``Inputs``, also for ``window``."""
     window: int = 0
 
     def keys_of(self, head: int) -> torch.Tensor:
@@ -54,7 +54,7 @@ def visit_layers(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> None:
-    """Run a model over a prompt and show each attention layer's queries, keys and values as it is computed.
+    """Run a model over a prompt and pass on each attention layer's queries, keys and values as it is computed.
 
     Args:
         model_path: a folder, or a name on the Hugging Face hub.
@@ -88,7 +88,7 @@ def visit_layers(
 
 
 def capture_layers(model_path: str, ids: torch.Tensor) -> list[Layer]:
-    """All layers that ``visit_layers`` shows, kept: their memory is that of a KV cache in which queries have theirs."""
+    """All layers from ``visit_layers``, kept in memory: as much as a KV cache that also holds queries."""
     layers: list[Layer] = []
     visit_layers(model_path, ids, lambda number, layer: layers.append(layer))
     return layers
@@ -97,7 +97,7 @@ def capture_layers(model_path: str, ids: torch.Tensor) -> list[Layer]:
 def chunk_indices(
     layer: Layer, patterns: Sequence[HeadPattern], chunk_tokens: int, settings: Settings
 ) -> list[SparseIndex]:
-    """The index of every prefill chunk of the prompt, as the backend makes them: each from some of its own queries.
+    """The index of every prefill chunk of the prompt, as the backend builds them: each from some of its own queries.
 
     Args:
         patterns: one per query head.
@@ -111,7 +111,7 @@ def chunk_indices(
 
 
 def sparse_chunks(indices: Sequence[SparseIndex], settings: Settings) -> list[SparseIndex]:
-    """Those of ``chunk_indices`` that the backend serves; a server's density and recall are of these."""
+    """The indices of ``chunk_indices`` that the backend runs sparsely; a server logs density and recall of these."""
     return [index for index in indices if not _dense(index.tiling.context_len, index.tiling.seq_len, settings)]
 
 
@@ -120,13 +120,13 @@ def _dense(begin: int, end: int, settings: Settings) -> bool:
 
 
 def chunk_index(layer: Layer, patterns: Sequence[HeadPattern], begin: int, end: int, settings: Settings) -> SparseIndex:
-    """The index of the chunk of rows ``begin`` to ``end``; dense where the backend would leave it to vLLM."""
+    """The index of the chunk of rows ``begin`` to ``end``; dense if the backend would leave it to vLLM."""
     if _dense(begin, end, settings):
         patterns = [Dense()] * len(patterns)
     query = layer.query[:, begin:end].transpose(0, 1).contiguous()
     inputs = Inputs.of_rows(query, layer.keys[:, :end], layer.values[:, :end], layer.scale, PAGE)
     inputs = replace(inputs, softcap=layer.softcap, window=layer.window)
-    # Columns one by one, also where vLLM's kernel would need pages of them: a picture shows what patterns select.
+    # Without the filler columns with which vLLM's kernel would fill pages: a picture shows what patterns select.
     kernel = choose("auto", query.dtype, inputs.cache)
     tiling = Tiling.of(begin, end, PAGE, whole_tile(settings.tile, PAGE), window=layer.window)
     return build_index(tiling, patterns, kernel.scores(inputs))
@@ -136,8 +136,8 @@ def measure(layer: Layer, indices: Sequence[SparseIndex], rows: int = 16) -> tup
     """Density and recall of every head over chunks of a prompt.
 
     Args:
-        indices: of the chunks, some of those that ``chunk_indices`` makes.
-        rows: sampled per chunk for the recall.
+        indices: of chunks, some or all of ``chunk_indices``.
+        rows: number of rows sampled per chunk for the recall.
 
     Returns:
         float64 ``[H]`` twice.

@@ -1,4 +1,4 @@
-"""What a checkpoint's configuration tells about a model, read without its weights and without starting vLLM."""
+"""A model's configuration, read from its checkpoint without the weights and without starting vLLM."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from minference_vllm.patterns.file import PatternFile
 from minference_vllm.settings import Settings, load_settings
 
 GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel")
-"""How the names of architectures end that vLLM serves as text generation."""
+"""Name suffixes of the architectures that vLLM serves for text generation."""
 
 CHUNKED = "chunked_attention"
 FULL, WINDOWED = ("full_attention", "attention", "hybrid"), ("sliding_attention", "hybrid_sliding")
-"""Kinds of layers, as transformers names them, that have softmax attention; in hybrid ones it stands beside another."""
+"""Kinds of layers with softmax attention, as transformers names them; hybrid layers have another kind beside it."""
 
 BESIDE_ITSELF = ("cohere2", "cohere2_moe")
-"""Models in whose windowed layers a row sees as many tokens as the window says beside itself, not with itself."""
+"""Models whose sliding window does not count the row itself."""
 
 
 class Checkpoint:
-    """A model's configuration, with the attributes of vLLM's own that pattern discovery and support checks read.
+    """A model's configuration, with the attributes of vLLM's ``ModelConfig`` that pattern discovery and support
+    checks read.
 
     Args:
         model: a folder, or a name on the Hugging Face hub.
@@ -68,7 +69,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are stored as; vLLM serves float32 checkpoints in bfloat16 unless told otherwise."""
+        """Dtype of the stored weights; vLLM serves float32 checkpoints in bfloat16 unless told otherwise."""
         return getattr(self.hf_text_config, "dtype", None) or getattr(self.hf_config, "dtype", None) or torch.float32
 
     @property
@@ -83,7 +84,7 @@ class Checkpoint:
         return int(self.hf_text_config.num_hidden_layers)
 
     def fixed_layers(self, settings: Settings) -> dict[int, str]:
-        """Layer -> what runs on this machine whatever its patterns, and why, as far as the configuration tells."""
+        """Layer -> what runs on this machine instead of its patterns, and why, as far as the configuration tells."""
         return {
             layer: fixed
             for layer, (config, kind) in enumerate(zip(self._configs(), self._kinds(), strict=False))
@@ -95,24 +96,24 @@ class Checkpoint:
         return [layer for layer, kind in enumerate(self._kinds()) if kind == CHUNKED]
 
     def _configs(self) -> list[Any]:
-        """Of every layer."""
+        """The configuration of every layer."""
         configs = layer_configs(self.hf_text_config)
         return configs * self.get_total_num_hidden_layers() if len(configs) == 1 else configs
 
     def _kinds(self) -> list[str]:
-        """Of every layer."""
+        """The kind of every layer."""
         num_layers, kinds = self.get_total_num_hidden_layers(), getattr(self.hf_text_config, "layer_types", None)
         if kinds:
             return list(kinds[:num_layers])
-        # Without a list of kinds, a window is every layer's.
+        # Without a list of kinds, a window applies to every layer.
         windowed = [getattr(config, "sliding_window", None) is not None for config in self._configs()]
         return ["sliding_attention" if window else "full_attention" for window in windowed]
 
     def _fixed(self, config: Any, kind: str, settings: Settings) -> str | None:
-        """What runs in a layer of this configuration whatever its patterns, and why; None where patterns do."""
+        """What runs in a layer of this configuration instead of its patterns, and why; None if patterns run."""
         if kind not in (*FULL, *WINDOWED, CHUNKED):
             return f"no patterns: {kind.replace('_', ' ')}"
-        # Our own kernels know soft caps and sinks, the one for CPUs sliding windows, too.
+        # Our own kernels support soft caps and sinks, the CPU kernel also sliding windows.
         on_gpu, kernel = torch.cuda.is_available(), settings.kernel
         head_size = _head_size(config)
         native = not on_gpu and own_kernel_reason(kernel, self.dtype, head_size) is None
@@ -152,7 +153,7 @@ def _head_size(config: Any) -> int:
 
 
 def _heads(config: Any) -> str | None:
-    """How many of which, in words; None: none."""
+    """The number of query and KV heads in words; None: no attention heads."""
     heads = getattr(config, "num_attention_heads", None)
     return f"{heads} query heads over {getattr(config, 'num_key_value_heads', None) or heads}" if heads else None
 
@@ -161,11 +162,11 @@ def planned_patterns(checkpoint: Checkpoint, pattern_file: str | None = None) ->
     """What serving the model would run with: patterns, where they came from and why, and the settings.
 
     Args:
-        pattern_file: the setting ``patterns``; None: the environment's.
+        pattern_file: the setting ``patterns``; None: from the environment.
 
     Raises:
         PatternError: the file cannot be used, or describes another model.
-        SettingsError: the environment sets what cannot be used.
+        SettingsError: the environment has an invalid setting.
     """
     settings = load_settings({"minference": {} if pattern_file is None else {"patterns": pattern_file}})
     return *model_patterns(settings, checkpoint), settings

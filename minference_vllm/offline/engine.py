@@ -1,4 +1,4 @@
-"""vLLM as the offline commands start it: quiet, and no longer than the model reaches."""
+"""Start vLLM for the offline commands: with few log lines, and within the model's maximum length."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class EngineError(ValueError):
 
 
 def prepare() -> None:
-    """Set what vLLM reads from the environment when it is imported, unless the user has set it."""
-    # vLLM's lines would stand between a command's own, in every process.
+    """Set the environment variables that vLLM reads on import; a log level that the user has set stays."""
+    # Otherwise the log lines of every vLLM process would mix with the command's output.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # Functions are sent to the engine's processes.
+    # ``collective_rpc`` sends functions to the engine's processes.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 
 
@@ -37,12 +37,12 @@ def start(config: Any, options: dict[str, Any], engine_args: dict[str, Any], com
     """vLLM's ``LLM``, for one sequence at a time.
 
     Args:
-        config: of ``model_config``.
+        config: from ``model_config``.
         options: the command's own arguments, ``max_model_len`` among them.
         engine_args: the user's.
 
     Raises:
-        EngineError: the user set what the command sets, or vLLM does not start.
+        EngineError: the user set an argument that the command sets, or vLLM does not start.
     """
     from vllm import LLM
 
@@ -57,20 +57,20 @@ def start(config: Any, options: dict[str, Any], engine_args: dict[str, Any], com
 
 
 def stop(llm: Any) -> None:
-    """End the engine's processes, before Python ends and finds them gone in any order."""
+    """Shut down the engine's processes in order, before the interpreter exits."""
     llm.llm_engine.engine_core.shutdown()
 
 
 def cache_gib(config: Any, tokens: int) -> int:
-    """KV cache of one sequence, GiB: on CPUs vLLM would take nearly all memory, and not start where some is in use."""
+    """KV cache of one sequence, GiB. On CPUs vLLM would reserve nearly all memory, and not start if some is in use."""
     per_token = 2 * config.get_total_num_kv_heads() * config.get_head_size() * config.dtype.itemsize
-    # A tenth more for whole pages, and the one page that vLLM keeps for itself.
+    # 10% more for rounding up to pages, and for the one page that vLLM reserves.
     return math.ceil(1.1 * tokens * per_token * config.get_total_num_hidden_layers() / 2**30)
 
 
 @contextlib.contextmanager
 def failures_named(what: str) -> Iterator[None]:
-    """Give vLLM's errors a beginning that says what was tried."""
+    """Prefix vLLM's errors with what was tried."""
     try:
         yield
     except (RuntimeError, ValueError, OSError, TypeError) as error:

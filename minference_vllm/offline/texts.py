@@ -26,17 +26,17 @@ def key_value_prompt(characters: int) -> str:
 
 
 def load_text(name: str) -> tuple[str, str]:
-    """What a text is called in a row, and the text.
+    """A text's label in the report, and the text.
 
     Args:
         name: ``pydoc`` (the topics of Python's help), ``opticks`` (Newton's, in the package apache-tvm-ffi that vLLM
-            brings), or a file.
+            installs), or a file.
 
     Raises:
         ValueError: no such text here.
     """
     if name == "pydoc":
-        from pydoc_data.topics import topics  # the longest English text that every Python brings
+        from pydoc_data.topics import topics  # the longest English text that comes with every Python
 
         version = ".".join(platform.python_version_tuple()[:2])
         return f"pydoc topics {version}", "\n\n".join(topics[topic] for topic in sorted(topics))
@@ -53,10 +53,10 @@ def load_text(name: str) -> tuple[str, str]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt of a text file, or those of the lines of a ``.jsonl``.
+    """The prompts of a file: one for a text file, one per line for a ``.jsonl``.
 
     Raises:
-        ValueError: a line that is no ``{"prompt": "..."}``.
+        ValueError: a line is not ``{"prompt": "..."}``, or there is none.
     """
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".jsonl":
@@ -73,7 +73,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def without_middle(ids: list[int], tokens: int) -> list[int]:
-    """At most ``tokens`` of them, three quarters from the beginning and the end, where the question stands."""
+    """At most ``tokens`` of the ids: three quarters from the beginning, one from the end, where the question is."""
     if len(ids) <= tokens:
         return ids
     end = tokens // 4

@@ -23,7 +23,7 @@ CANDIDATES = 128
 LEAST_SIZE = 1e-3
 """Lower bound of the keys' size in a dimension, in units of their int8 elements."""
 LEAST_APART = 1e-30
-"""Lower bound of the first row's squared distance from the mean, so that one row is taken even if all are equal."""
+"""Added to the squared distances from the mean, so that one row is taken even if all are equal."""
 ALIKE = 3.0
 """If a candidate is farther than this from its nearest representative, the tile is scored by all candidates. In bits:
 root mean square over all keys of the difference of two rows' scores."""

@@ -1,4 +1,4 @@
-"""The search inside the engine's processes: every chunk and layer is measured while the prompt is read, and kept.
+"""The search inside the engine's processes: chunks are measured layer by layer while the prompt is read, and saved.
 
 Each process appends what it measured to a file of its own, one JSON object per line and layer, so that an interrupted
 run loses at most the layer it was working on. Run again, it reads the file and measures only what is missing.
@@ -20,7 +20,7 @@ from minference_vllm.offline.calibrate.search import CANDIDATES, Measured, measu
 
 
 class CalibrationError(ValueError):
-    """A calibration that cannot run or go on; the message says why and what is allowed."""
+    """A calibration that cannot start or continue; the message says why and what is allowed."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Plan:
     """Positions at which the measured chunks end."""
     kernel: str
     partial: str
-    """Path of the partial results, less the process's own suffix."""
+    """Path of the partial results, without the process's suffix."""
 
     def path(self, process: int) -> Path:
         return Path(f"{self.partial}.{process}")
@@ -60,7 +60,7 @@ class Recorder:
             path.write_text(json.dumps({"identity": self.plan.identity}) + "\n")
 
     def record(self, layer: int, first_head: int, inputs: Inputs) -> None:
-        """Measure all candidates on this chunk of this layer, unless that was done before."""
+        """Measure all candidates on this chunk of this layer, unless already done."""
         chunk_end = inputs.first_key + inputs.chunk.seq_len
         if chunk_end not in self.plan.chunk_ends:
             return
@@ -89,7 +89,7 @@ class Recorder:
 
 
 def read_rows(path: Path, plan: Plan) -> Iterator[dict[str, Any]]:
-    """Rows of a partial file; a last line that was cut off is left out, and removed from the file.
+    """Rows of a partial file. A truncated last line is skipped, and removed from the file.
 
     Raises:
         CalibrationError: the file belongs to another calibration.
@@ -112,7 +112,7 @@ def read_rows(path: Path, plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def collect(plan: Plan, processes: Sequence[int], heads: int) -> dict[int, dict[tuple[int, int], Measured]]:
-    """Layer -> (prompt, end of the chunk) -> what was measured there, the heads of all processes together."""
+    """Layer -> (prompt, end of the chunk) -> the measurements, with the heads of all processes merged."""
     layers: dict[int, dict[tuple[int, int], Measured]] = {}
     for process in processes:
         for row in read_rows(plan.path(process), plan):

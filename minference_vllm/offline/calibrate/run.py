@@ -1,4 +1,4 @@
-"""A calibration from its prompts to the pattern file, around a vLLM engine in which ``recorder`` measures."""
+"""A calibration from prompts to pattern file, with a vLLM engine in which ``recorder`` measures."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from minference_vllm.patterns.file import Measurement, PatternFile, to_text
 from minference_vllm.patterns.kinds import Dense, HeadPattern
 
 MIN_TOKENS = 8000
-"""Shorter prompts say little about the heads: most of what they look at is near."""
+"""Minimum prompt length. Shorter prompts say little about the heads, since most of their attention is local."""
 MIN_PROMPTS = 2
 MEASURED_CHUNKS = 4
-"""Of every prompt: the last, which only the check at the end sees, and others spread evenly from the middle on."""
+"""Per prompt: the last, held out for the check at the end, and others spread evenly over the second half."""
 MIN_GAIN = 0.05
-"""A file must save this share of the default's cost: the default adapts to a prompt, and a file only partly does."""
+"""Minimum share of the default's cost that a file saves: the default adapts to a prompt, a file only partly."""
 
 
 def prompts_for(path: Path | None, tokens: int) -> tuple[list[str], str]:
-    """The texts to measure on, and what they are; generated ones join where there are fewer than two."""
+    """The texts to measure on, and their description. Built-in ones are added up to ``MIN_PROMPTS``."""
     texts = [] if path is None else read_prompts(path)
     sources = [] if path is None else [f"{path.name} ({len(texts)} prompt{'s'[: len(texts) > 1]})"]
     others = (("a generated key-value prompt", key_value_prompt(8 * tokens)), load_text("pydoc"))
@@ -42,7 +42,7 @@ def prompts_for(path: Path | None, tokens: int) -> tuple[list[str], str]:
 
 
 def cut(ids: list[int], tokens: int, prompt: int) -> list[int]:
-    """The prompt's tokens, the middle left out where they are too many: beginning and question both matter.
+    """The prompt's tokens, without the middle if there are too many: beginning and question both matter.
 
     Raises:
         CalibrationError: fewer than MIN_TOKENS.
@@ -56,7 +56,7 @@ def cut(ids: list[int], tokens: int, prompt: int) -> list[int]:
 
 
 def chunk_size(lengths: Sequence[int]) -> int:
-    """Tokens of a chunk, such that the second half of the shortest prompt has several."""
+    """Tokens of a chunk, chosen so that the second half of the shortest prompt has several."""
     return 4096 if min(lengths) >= 16000 else 2048
 
 
@@ -72,7 +72,7 @@ def chunk_ends(lengths: Sequence[int]) -> tuple[int, ...]:
 
 
 def install(worker: Any, *plan: Any) -> tuple[int, int, int]:
-    """Runs in an engine's process: measure from now on. ``plan``: a Plan's fields, which travel better than the object.
+    """Start measuring; runs in an engine's process. ``plan``: a Plan's fields, easier to send than the object.
 
     Returns:
         the process's number, the model's query heads and layers.
@@ -90,7 +90,7 @@ def install(worker: Any, *plan: Any) -> tuple[int, int, int]:
 
 
 def next_prompt(worker: Any, number: int) -> None:
-    """Runs in an engine's process."""
+    """Tell the recorder which prompt follows; runs in an engine's process."""
     from minference_vllm.backend.runtime import runtime_for
 
     recorder = runtime_for(worker.vllm_config).recorder
@@ -99,7 +99,7 @@ def next_prompt(worker: Any, number: int) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Calibrate, and write the pattern file where it is better than none.
+    """Calibrate, and write the pattern file if it is better than none.
 
     Returns:
         0: the file was written; 1: no file is better than the default.
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens > limit:
         print(f"--tokens {args.tokens}: cut to {limit}, the longest prompt of the model")
         args.tokens = limit
-    # Before the weights load: a prompt may be too short.
+    # Before the weights load, since a prompt may be too short.
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts, source = prompts_for(args.prompts, args.tokens)
     prompts = [cut(tokenizer.encode(text), args.tokens, number) for number, text in enumerate(texts)]
@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def engine_options(args: argparse.Namespace, lengths: Sequence[int]) -> dict[str, Any]:
-    """vLLM's arguments: every chunk of every prompt on our path."""
+    """vLLM's arguments, with which every chunk of every prompt runs on our path."""
     chunk = chunk_size(lengths)
     settings = {
         "patterns": "default_cpu", "min_context": chunk // 2, "min_chunk": 1, "audit_rows": 0, "kernel": args.kernel,
@@ -195,18 +195,18 @@ def digest(content: Any) -> str:
 
 
 class Layer(NamedTuple):
-    """What was chosen for the heads of a layer, and what that does on the chunks that nothing was chosen by."""
+    """The candidates chosen for the heads of a layer, and their results on the held-out chunks."""
 
     numbers: torch.Tensor
-    """int64 ``[H]``, numbers of candidates."""
+    """int64 ``[H]``, indices into ``CANDIDATES``."""
     chosen: Measured
     """On the last chunk of every prompt, ``[1, H]``."""
     default: Measured
-    """The same, of the default."""
+    """The same for the default."""
 
     @classmethod
     def of(cls, chunks: dict[tuple[int, int], Measured], lengths: Sequence[int]) -> Layer:
-        """From what was measured in a layer, see ``collect``."""
+        """From the measurements of a layer, see ``collect``."""
         held_out = [found for (prompt, end), found in chunks.items() if end == lengths[prompt]]
         numbers = choose([found for (prompt, end), found in chunks.items() if end != lengths[prompt]])
         last = Measured.together(held_out)
@@ -225,10 +225,10 @@ def pattern_file(
     prompts: Sequence[list[int]],
     source: str,
 ) -> PatternFile:
-    """The choices as a file. Layers that were not measured cannot run sparsely; they are written down as dense.
+    """The choices as a file. Layers that were not measured cannot run sparsely; they are written as dense.
 
     Args:
-        source: what the prompts are.
+        source: description of the prompts.
     """
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("minference-vllm", "vllm", "torch"))
     revision = args.engine_args.get("revision") or "as found"
@@ -247,7 +247,7 @@ def pattern_file(
 
 
 def measurements(measured: Measured) -> list[Measurement]:
-    """Of every head of a layer, on the last chunks."""
+    """The measurements of every head of a layer, on the last chunks."""
     columns = {
         "recall": measured.recall,
         "value_recall": measured.value_recall,
@@ -260,11 +260,10 @@ def measurements(measured: Measured) -> list[Measurement]:
 
 
 def report(layers: dict[int, Layer]) -> bool:
-    """What was found beside the default, on the last chunk of every prompt, which nothing was chosen by; on standard
-    output.
+    """Print the results beside the default's, on the held-out last chunk of every prompt.
 
     Returns:
-        Whether the file is better: no more output error, and cheaper by ``MIN_GAIN``.
+        Whether the file is better: no more output error, and cheaper by at least ``MIN_GAIN``.
     """
     print("\nOn the last chunk of every prompt, which no pattern was chosen by (the default in brackets):")
     print("density: computed pairs, as in the log of a server; cost: with what low_rank spends to score keys")

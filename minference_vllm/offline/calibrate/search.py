@@ -1,4 +1,4 @@
-"""What every candidate pattern costs and loses on a chunk of a layer, and which one a head should keep.
+"""Cost and output error of every candidate pattern on a chunk of a layer, and the choice of one per head.
 
 Sizes: ``C`` candidates, ``H`` query heads over ``HK`` KV heads, ``R`` sampled rows, ``S`` tokens in the sequence, ``D``
 head size.
@@ -37,11 +37,11 @@ from minference_vllm.selection.scores import Scores
 
 MAX_SAMPLES = 32
 MAX_WEIGHTS = 1 << 26
-"""Attention weights held at once, ``H * R * S``: fewer rows are sampled where there would be more (256 MiB)."""
+"""Maximum attention weights held at once, ``H * R * S`` (256 MiB); fewer rows are sampled to stay below it."""
 
 
 def _ladder(pattern: HeadPattern, *budgets: str) -> tuple[HeadPattern, ...]:
-    """The pattern with the named budgets at a quarter, a half, once, twice and four times their value."""
+    """The pattern with the named budgets multiplied by 0.25, 0.5, 1, 2 and 4."""
     steps = (0.25, 0.5, 1, 2, 4)
     return tuple(
         pattern.model_copy(update={field: max(1, round(getattr(pattern, field) * step)) for field in budgets})
@@ -50,7 +50,7 @@ def _ladder(pattern: HeadPattern, *budgets: str) -> tuple[HeadPattern, ...]:
 
 
 DEFAULT = default_pattern()
-"""What every head runs without a file. A head keeps it where nothing cheaper is as good."""
+"""The pattern of every head without a file. A head keeps it if nothing cheaper is as good."""
 CANDIDATES: tuple[HeadPattern, ...] = (
     DEFAULT,
     *_ladder(AShape(sink=1024, local=4096, remainder=True), "sink", "local"),
@@ -76,21 +76,21 @@ CANDIDATES: tuple[HeadPattern, ...] = (
 
 @dataclass
 class Measured:
-    """Of one chunk in one layer, or of several; float64 ``[C, H]`` each."""
+    """Measurements of one chunk in one layer, or of several; float64 ``[C, H]`` each."""
 
     computed: torch.Tensor
     """Computed query-key pairs."""
     cost: torch.Tensor
-    """The same with what scoring keys takes in such pairs."""
+    """Computed pairs plus the cost of scoring keys, in pairs."""
     pairs: torch.Tensor
     """Query-key pairs of dense attention."""
     recall: torch.Tensor
     """Share of the dense weights that lies on the selected keys, mean over the sampled rows."""
     value_recall: torch.Tensor
-    """The same with every weight times the norm of its key's value."""
+    """The same with every weight multiplied by the norm of its key's value."""
     squared_error: torch.Tensor
-    """Of the attention output against the dense one, summed over the sampled rows and ``D``, as a share of the dense
-    output's squares."""
+    """Squared error of the attention output, summed over the sampled rows and ``D``, relative to the dense output's
+    squares."""
 
     @classmethod
     def nothing(cls, candidates: int, heads: int) -> Measured:
@@ -98,7 +98,7 @@ class Measured:
 
     @classmethod
     def together(cls, chunks: Sequence[Measured]) -> Measured:
-        """Of several chunks: pairs and costs added up, shares and errors averaged."""
+        """Of several chunks: pairs and costs summed, shares and errors averaged."""
         total = cls(*(torch.stack(parts).mean(0) for parts in _side_by_side(chunks)))
         total.computed *= len(chunks)
         total.cost *= len(chunks)
@@ -107,26 +107,26 @@ class Measured:
 
     @classmethod
     def joined(cls, layers: Sequence[Measured]) -> Measured:
-        """Of the heads of several layers."""
+        """The heads of several layers, concatenated."""
         return cls(*(torch.cat(parts, 1) for parts in _side_by_side(layers)))
 
     def of(self, numbers: torch.Tensor) -> Measured:
-        """Of one candidate per head, ``[1, H]`` each; ``numbers``: int64 ``[H]``."""
+        """One candidate per head, ``[1, H]`` each; ``numbers``: int64 ``[H]``."""
         return Measured(*(values.gather(0, numbers[None]) for values in vars(self).values()))
 
     @property
     def density(self) -> float:
-        """Of everything: computed pairs as a share of the dense ones, as the log counts them while serving."""
+        """Overall computed pairs as a share of the dense ones, as a server logs it."""
         return float(self.computed.sum() / self.pairs.sum())
 
     @property
     def cost_share(self) -> float:
-        """The same with scoring included: what patterns are chosen by."""
+        """The same with the cost of scoring included, by which patterns are chosen."""
         return float(self.cost.sum() / self.pairs.sum())
 
     @property
     def output_error(self) -> float:
-        """Root of the mean square, relative to the dense output."""
+        """Root mean square over all heads of the error relative to the dense output."""
         return float(self.squared_error.mean().sqrt())
 
     def to_json(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _side_by_side(parts: Sequence[Measured]) -> Iterator[tuple[torch.Tensor, ...
 
 
 class _Remembered:
-    """``Scores`` that many candidates ask for, each computed once for all heads."""
+    """A cache of ``Scores`` that many candidates need, each computed once for all heads."""
 
     def __init__(self, scores: Scores) -> None:
         self._scores = scores
@@ -196,7 +196,7 @@ def measure(
     hidden = unseen(positions, chunk.seq_len, inputs.window)
     values = cache.values_by_head(inputs.pages)[:, : chunk.seq_len].float()
     norms = exact.kv_value_norms.unsqueeze(-1)  # [HK, S, 1]
-    # Heads that share keys stand in one matrix: [HK, H / HK * R, ...].
+    # Heads that share keys are in one matrix: [HK, H / HK * R, ...].
     by_kv_head = inputs.query[rows].transpose(0, 1).reshape(cache.num_kv_heads, -1, cache.head_size)
     weights = logits(by_kv_head, exact.keys, inputs.scale, inputs.softcap).view(heads, len(rows), -1)
     weights.masked_fill_(hidden, -torch.inf)
@@ -230,18 +230,18 @@ def measure(
 
 
 def _share(part: torch.Tensor, whole: torch.Tensor, of_nothing: float) -> torch.Tensor:
-    """``part / whole``; a head whose values are all zero has no output to lose."""
+    """``part / whole``, or ``of_nothing`` for a head whose values are all zero."""
     return torch.where(whole == 0, of_nothing, part / whole)
 
 
 def choose(chunks: Sequence[Measured]) -> torch.Tensor:
-    """For every head the cheapest candidate that errs no more than the default does, on each of the chunks.
+    """For every head, the cheapest candidate with no more error than the default on every chunk.
 
-    The default is candidate 0, and always among them. The error is that of the attention output: a share of the weights
-    says little where most of them lie on a key whose value is close to zero.
+    The default is candidate 0, so there always is one. The error is that of the attention output: recall says little
+    if most of the weight lies on a key whose value is close to zero.
 
     Returns:
-        int64 ``[H]``, numbers of candidates.
+        int64 ``[H]``, indices of candidates.
     """
     errors = torch.stack([chunk.squared_error for chunk in chunks])  # [chunks, C, H]
     as_good = (errors <= errors[:, :1]).all(0)

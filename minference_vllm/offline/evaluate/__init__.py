@@ -1,1 +1,1 @@
-"""What a pattern does to a model's text, and what it gains: the scored tasks of ``minference-vllm evaluate``."""
+"""What a pattern costs a model in accuracy, and what it gains: the scored tasks of ``minference-vllm evaluate``."""

@@ -1,4 +1,4 @@
-"""A model in vLLM that reads prompts under one pattern after another: what it says of them, and how long it takes."""
+"""Run prompts through a model in vLLM under one pattern after another: losses, answers and times."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from minference_vllm.backend.runtime import STATS_METHOD
 
 
 class Scored(NamedTuple):
-    """Of every token of a prompt but the first, float64 and bool ``[S - 1]``."""
+    """For every token of a prompt except the first; float64 and bool ``[S - 1]``."""
 
     loss: torch.Tensor
     """Negative log-likelihood, nats."""
     right: torch.Tensor
-    """Whether it was the likeliest."""
+    """Whether the token was the most likely one."""
 
 
 def use_patterns(worker: Any, patterns: str | None) -> str:
-    """Runs in an engine's process: other patterns from now on, None for those that the model would be served with.
+    """Switch to other patterns, None for those that the model is served with; runs in an engine's process.
 
     Returns:
         where they came from.
@@ -36,7 +36,7 @@ def use_patterns(worker: Any, patterns: str | None) -> str:
 
 
 class Reader:
-    """One prompt at a time; sums up, since ``use``, how much of attention was computed."""
+    """Runs one prompt at a time, and counts the computed share of attention since ``use``."""
 
     def __init__(self, llm: Any) -> None:
         """
@@ -63,11 +63,11 @@ class Reader:
         return Scored(loss, torch.tensor([one.rank == 1 for one in found]))
 
     def answer(self, ids: Sequence[int], tokens: int) -> list[int]:
-        """Greedily, until the model ends it or it is ``tokens`` long."""
+        """Greedy decoding until the model stops, at most ``tokens`` tokens."""
         return list(self._generate(ids, tokens).outputs[0].token_ids)
 
     def seconds(self, ids: Sequence[int]) -> float:
-        """To the first token."""
+        """Time to first token."""
         begin = time.perf_counter()
         self._generate(ids, 1)
         return time.perf_counter() - begin

@@ -18,46 +18,46 @@ NAMES = {
     "few_shot": "repeated lines",
     "single": "single rows",
 }
-"""Of the tasks whose own name says little."""
+"""Labels of the tasks whose own name says little."""
 
 
 class Row(NamedTuple):
     """One pattern, length and task."""
 
     tokens: int
-    """Of a prompt with its answer."""
+    """Length of a prompt with its answer."""
     pattern: str
     task: str
     unit: str
-    """Of ``dense``, ``sparse``, ``difference`` and ``standard_error``: nats (per token, less is better), s (median),
-    score (share of the expected strings, more is better), share."""
+    """The unit of ``dense``, ``sparse``, ``difference`` and ``standard_error``: nats (per token, less is better), s
+    (median), score (share of the expected strings, more is better), share."""
     dense: float
     sparse: float
     difference: float
     """Sparse minus dense."""
     standard_error: float | None
-    """Of the difference; None for a single one, and for a median."""
+    """Of the difference; None for a single sample, and for a median."""
     measured: int
     """Tokens, runs or samples."""
     right_dense: int | None = None
-    """Answers of which every token was the likeliest."""
+    """Number of answers with every token the most likely one."""
     right_sparse: int | None = None
     density: float = 1.0
     """Query-key pairs computed, as a share of those of dense attention, in the chunks that ran sparsely."""
 
 
 class Header(NamedTuple):
-    """What the report begins with."""
+    """The header of the report."""
 
     model: str
     sources: dict[str, str]
-    """Of each pattern, where it came from."""
+    """Where each pattern came from."""
     text: str
     chunk: int
     settings: dict[str, Any]
     seed: int
     sampled: str
-    """What RULER's rows stand for."""
+    """Description of RULER's samples."""
 
     def lines(self) -> list[str]:
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("minference-vllm", "torch"))
@@ -78,7 +78,7 @@ def vllm_version() -> str:
 
 
 def write(folder: Path, header: Header, rows: Sequence[Row]) -> None:
-    """``report.md``, ``report.csv``, and ``report.png`` where matplotlib is installed."""
+    """Write ``report.md``, ``report.csv``, and ``report.png`` if matplotlib is installed."""
     with (folder / "report.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Row._fields)
@@ -113,7 +113,7 @@ DETAILS = ("tokens", "pattern", "task", "unit", "dense", "sparse", "difference",
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The table for a terminal."""
+    """The summary as a text table for a terminal."""
     cells = [SUMMARY, *summary_rows(rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(SUMMARY))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
@@ -157,12 +157,12 @@ def detail(row: Row) -> tuple[str, ...]:
 
 
 def table(names: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """In Markdown."""
+    """Lines of a Markdown table."""
     return [f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *lines)]
 
 
 def draw(path: Path, model: str, rows: Sequence[Row]) -> bool:
-    """Time to first token against length, and the loss of every task; whether matplotlib is there to do it."""
+    """Plot time to first token against length, and the loss of every task; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

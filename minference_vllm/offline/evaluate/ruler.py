@@ -1,7 +1,7 @@
 """RULER (arXiv 2404.06654) for any tokenizer and length: lm-eval's generators and its score.
 
-Of its thirteen tasks the seven that need no download; needles lie in repeated sentences or among other needles, since
-essays would have to be fetched.
+Of its thirteen tasks, the seven that need no download: needles are hidden in repeated sentences or among other needles,
+since essays would have to be downloaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 PACKAGES = ("lm_eval", "wonderwords", "nltk", "scipy")
 MIN_TOKENS = 4096
-"""lm-eval's own shortest prompts; some of its generators do not end below that."""
+"""lm-eval's own minimum prompt length; some of its generators do not terminate below it."""
 
 NIAH: dict[str, dict[str, Any]] = {
     "niah_single": {"type_haystack": "repeat"},
@@ -25,31 +25,31 @@ NIAH: dict[str, dict[str, Any]] = {
     "niah_multivalue": {"type_haystack": "repeat", "num_needle_v": 4},
     "niah_multiquery": {"type_haystack": "repeat", "num_needle_q": 4},
 }
-"""What ``generate_samples`` of lm-eval's ``prepare_niah`` is given for each task beside what all share."""
+"""Arguments of ``generate_samples`` in lm-eval's ``prepare_niah`` by task, beside those that all tasks share."""
 GENERATED = {**dict.fromkeys(NIAH, 128), "variable_tracking": 30, "common_words": 120, "frequent_words": 50}
-"""Tokens of an answer, by task; as in lm-eval's task files."""
+"""Maximum tokens of an answer by task, as in lm-eval's task files."""
 
 
 class Sample(NamedTuple):
     task: str
     question: str
     prefix: str
-    """Begins the answer."""
+    """The beginning of the answer."""
     expected: list[str]
 
 
 def missing_packages() -> list[str]:
-    """Which of lm-eval and what it needs here is not installed."""
+    """The packages among lm-eval and its requirements here that are not installed."""
     return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def samples(tokenizer: Any, tokens: int, count: int, seed: int) -> list[Sample]:
-    """``count`` of every task; question and answer together have at most ``tokens`` tokens.
+    """``count`` samples of every task; question and answer together have at most ``tokens`` tokens.
 
     Args:
         tokenizer: of transformers.
         tokens: at least ``MIN_TOKENS``.
-        seed: decides everything that is drawn.
+        seed: of everything that is drawn.
     """
     found = []
     with _quiet():
@@ -62,14 +62,14 @@ def samples(tokenizer: Any, tokens: int, count: int, seed: int) -> list[Sample]:
 
 
 def score(expected: Sequence[str], answer: str) -> float:
-    """Share of the expected strings that the answer holds, as lm-eval's ``string_match_all``."""
+    """Share of the expected strings that the answer contains, as lm-eval's ``string_match_all``."""
     from lm_eval.tasks.ruler.common_utils import postprocess_pred, string_match_all
 
     return float(string_match_all(postprocess_pred([answer]), [list(expected)]))
 
 
 def _generators() -> dict[str, Callable[[Any, int, int], list[dict[str, Any]]]]:
-    # prepare_niah fetches a sentence splitter for essays when it is imported, in the process of rank 0.
+    # On import prepare_niah downloads a sentence splitter for essays, in the process of rank 0.
     with patch.dict(os.environ, LOCAL_RANK="1"):
         from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, prepare_niah, vt_utils
 
@@ -93,13 +93,13 @@ def _generators() -> dict[str, Callable[[Any, int, int], list[dict[str, Any]]]]:
         return found
 
     def common(tokenizer: Any, tokens: int, count: int) -> list[dict[str, Any]]:
-        # Its own generator, which is made when the module is imported.
+        # The module has its own random generator, created on import.
         cwe_utils.RNG.seed(random.random())
         found: list[dict[str, Any]] = cwe_utils.sys_word_pair_random(count, tokens, tokenizer)
         return found
 
     def frequent(tokenizer: Any, tokens: int, count: int) -> list[dict[str, Any]]:
-        # It counts the question alone.
+        # Its length is that of the question alone.
         found: list[dict[str, Any]] = fwe_utils.sys_kwext(tokenizer, tokens - GENERATED["frequent_words"], count)
         return found
 
@@ -108,7 +108,7 @@ def _generators() -> dict[str, Callable[[Any, int, int], list[dict[str, Any]]]]:
 
 
 def _seed(text: str) -> None:
-    """Of what the generators draw from."""
+    """Seed what the generators draw from."""
     import numpy as np
 
     random.seed(text)
@@ -117,7 +117,7 @@ def _seed(text: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the generators' own lines and bars; the state of ``random`` is given back."""
+    """Suppress the generators' output and progress bars, and restore the state of ``random``."""
     state = random.getstate()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

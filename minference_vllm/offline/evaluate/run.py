@@ -23,7 +23,7 @@ from minference_vllm.settings import load_settings
 
 DENSE = "dense"
 DEFAULT = "default"
-"""What the model would be served with."""
+"""Name of the patterns that the model would be served with."""
 PLANTED = ("inside", "end", "few_shot", "single")
 """What is planted in the text and scored there, see ``tasks``; RULER asks for needles at the prompt's end."""
 TEXT = "perplexity"
@@ -41,7 +41,7 @@ class Asked(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Of one length."""
+    """The prompts of one length."""
 
     tokens: int
     scored: list[Prompt]
@@ -49,21 +49,21 @@ class Prompts(NamedTuple):
     asked: list[Asked]
 
     def requests(self, repeats: int) -> int:
-        """Of each pattern."""
+        """Number of requests per pattern."""
         return len(self.scored) + repeats + len(self.asked)
 
 
 @dataclass
 class Found:
-    """What one pattern did at one length."""
+    """The results of one pattern at one length."""
 
     loss: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    """By task, of the scored tokens of each prompt: nats, float64."""
+    """By task, the losses of each prompt's scored tokens: nats, float64."""
     right: dict[str, list[bool]] = field(default_factory=dict)
-    """By task, whether every token of an answer was the likeliest."""
+    """By task, whether every token of an answer was the most likely one."""
     seconds: list[float] = field(default_factory=list)
     answers: list[list[int]] = field(default_factory=list)
-    """RULER's, in tokens."""
+    """RULER's answers, in tokens."""
     computed_pairs: float = 0.0
     dense_pairs: float = 0.0
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             heads = total_query_heads(config)
             load_pattern_file(name).check_model(config.get_total_num_hidden_layers(), heads, f"pattern {name!r}")
     lengths = usable_lengths(args, int(config.max_model_len))
-    # Before the weights load: the text may be too short.
+    # Before the weights load, since the text may be too short.
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     label, text = load_text(args.text)
     passages = Passages(tokenizer, text, label)
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     sets = [prompts(args, passages, tokens, not missing) for tokens in lengths]
     llm = engine.start(config, engine_options(args, max(lengths)), args.engine_args, "evaluate")
     reader = Reader(llm)
-    # Each once before any work: one may not run on this model's pages.
+    # Try each once before any work: a pattern may not run on this model's pages.
     sources = {name: reader.use(None if name == DEFAULT else name) for name in names}
     header = report.Header(args.model, sources, label, args.chunk, args.settings, args.seed, sampled(args, missing))
     rows: list[Row] = []
@@ -120,10 +120,10 @@ def usable_lengths(args: argparse.Namespace, limit: int) -> list[int]:
     """Lengths of prompts with their answers, in tokens.
 
     Args:
-        limit: the model's.
+        limit: the model's maximum length.
 
     Raises:
-        EvaluationError: nothing would run sparsely at one of them.
+        EvaluationError: at one of them nothing would run sparsely.
     """
     lengths = sorted({min(tokens, limit) for tokens in args.lengths})
     if max(args.lengths) > limit:
@@ -163,7 +163,7 @@ def question_ids(tokenizer: Any, sample: ruler.Sample, chat: bool) -> list[int]:
 
 
 def sampled(args: argparse.Namespace, missing: Sequence[str]) -> str:
-    """What RULER's rows stand for."""
+    """Description of RULER's samples, for the report."""
     if missing:
         return f"without RULER: {', '.join(missing)} not installed"
     import importlib.metadata
@@ -173,7 +173,7 @@ def sampled(args: argparse.Namespace, missing: Sequence[str]) -> str:
 
 
 def engine_options(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
-    """vLLM's arguments: prompts one by one, in chunks of the size that is asked for, none of them known before."""
+    """vLLM's arguments: one prompt at a time, in chunks of ``args.chunk`` tokens, without prefix caching."""
     return {
         "attention_backend": "minference",
         "additional_config": {"minference": {"log_interval": 0, **args.settings}},
@@ -185,7 +185,7 @@ def engine_options(args: argparse.Namespace, tokens: int) -> dict[str, Any]:
 
 
 def measure(reader: Reader, asked: Prompts, names: Sequence[str], repeats: int) -> Iterator[Row]:
-    """The rows of one length. Patterns take turns at every prompt, so that a machine's moods meet all of them."""
+    """The rows of one length. Patterns take turns at every prompt, so that changes of machine speed affect all."""
     found = {name: Found() for name in names}
 
     def under_each(bar: tqdm[Any]) -> Iterator[Found]:
@@ -218,14 +218,14 @@ def score(reader: Reader, prompt: Prompt, found: Found) -> None:
     """Read one prompt and keep the losses of its answers."""
     scored = reader.score(prompt.ids.tolist())
     for answer in prompt.answers:
-        # Nothing is said of the first token.
+        # The first token has no loss.
         place = slice(answer.first - 1, answer.first - 1 + answer.tokens)
         found.loss.setdefault(answer.task, []).append(scored.loss[place])
         found.right.setdefault(answer.task, []).append(bool(scored.right[place].all()))
 
 
 def compare(tokenizer: Any, asked: Prompts, name: str, dense: Found, sparse: Found) -> Iterator[Row]:
-    """One pattern's rows, beside dense."""
+    """One pattern's rows, compared with dense attention."""
 
     def row(task: str, unit: str, before: Sequence[float], after: Sequence[float], **more: Any) -> Row:
         difference = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
@@ -265,7 +265,7 @@ def agreement(one: Sequence[int], other: Sequence[int]) -> float:
 
 
 def too_much_lost(rows: Sequence[Row], allowed: float | None) -> int:
-    """The exit code: whether a pattern loses more of the text than it may, and which, on standard output."""
+    """Print which patterns lose more on the text than allowed, and return the exit code."""
     if allowed is None:
         return 0
     found = [row for row in rows if row.task == TEXT and row.difference > allowed]

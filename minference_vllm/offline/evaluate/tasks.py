@@ -1,17 +1,17 @@
-"""Texts, and prompts made of them whose answers are scored where they stand: one pass reads many questions.
+"""Texts, and prompts made of them whose answers are scored in place, so that one pass covers many questions.
 
 ``perplexity``  The text itself: every token of its second half.
-``needles``     Sentences in the text ("The special magic number for Lisbon is 29093."), each asked for by a request of
-                its own that finds the prompt in the prefix cache and whose few tokens are read densely: what is lost
-                lies in the prompt's keys and values.
+``needles``     Sentences in the text ("The special magic number for Lisbon is 29093."), each asked for by a
+                separate request that finds the prompt in the prefix cache and whose few tokens are computed densely:
+                any loss comes from the prompt's keys and values.
 ``end``         A question about a needle, with its answer, as the last rows of each chunk: where prompts end.
 ``inside``      The same in the middle of a chunk, where no estimate looks by itself.
-``few_shot``    Short lines ("Q: Lisbon? A: amber."), each some times in the text, and once more in the middle of a
+``few_shot``    Short lines ("Q: Lisbon? A: amber."), each several times in the text, and once more in the middle of a
                 chunk, where its answer is scored.
-``single``      Pairs of words, each some times in the text, and once more in the middle of a chunk, where the second
-                word is scored: one row that looks far back.
+``single``      Pairs of words, each several times in the text, and once more in the middle of a chunk, where the second
+                word is scored: a single row that attends far back.
 
-Planted pieces begin at a word of the text. Prompts differ by chunk, since places are counted from a chunk's ends.
+Planted pieces begin at a word of the text. Prompts depend on the chunk size, since places are counted from chunk ends.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ WORDS = (
 NAMES = {"needles": "special magic number", "end": "secret access code", "inside": "lottery ticket number"}
 """What each task asks for, so that no needle of one is mistaken for another's."""
 NEEDLES, LINES, PAIRS = 8, 12, 16
-"""Of a task in one prompt: needles or questions inside, repeated lines, pairs of words."""
+"""Number per task and prompt: needles or questions inside, repeated lines, pairs of words."""
 LONGEST_WORD = 64
-"""Tokens."""
+"""In tokens."""
 SAID = 3
-"""How often a line or a pair of words stands in the text before it is asked for. What was said once, a small model has
-forgotten, however it is read."""
+"""How often a line or a pair of words occurs in the text before it is asked for. Small models forget what occurs only
+once, with dense attention, too."""
 
 
 class Answer(NamedTuple):
@@ -62,16 +62,16 @@ class Prompt(NamedTuple):
     """int64 ``[S]``, the questions at its end included."""
     answers: list[Answer]
     questions: list[range]
-    """Requests of their own behind the prompt, see ``LanguageModel.score``."""
+    """Separate requests after the prompt, see ``LanguageModel.score``."""
 
 
 class Piece(NamedTuple):
     """Something planted in a text."""
 
     place: int
-    """Where it begins, or a few tokens later, at a word of the text. At the prompt's length: behind the prompt."""
+    """It begins at the first word of the text from this position on. The prompt's length: after the prompt."""
     last: bool
-    """It ends at ``place`` instead, exactly."""
+    """Whether it ends exactly at ``place`` instead."""
     task: str
     """Empty: its answer is not scored."""
     before: str
@@ -87,7 +87,7 @@ class Planner:
         self.rng = random.Random(f"{task} {tokens} {chunk} {seed}")
 
     def cities(self, count: int) -> list[str]:
-        """Of the task's own quarter of all cities, with a letter where they do not suffice."""
+        """From the task's own quarter of all cities, with a letter appended if there are too few."""
         own = list(CITIES[ASKED.index(self.task) :: len(ASKED)])
         names = own + [f"{city} {letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" for city in own]
         chosen = names[:count] if count > len(own) else self.rng.sample(own, count)
@@ -105,16 +105,16 @@ class Planner:
         return f"\nWhat is the {name}? The {name} is ", code
 
     def words(self, third: int, count: int) -> list[str]:
-        """Of one third of all words."""
+        """From one third of all words."""
         return self.rng.sample(WORDS[third::3], count)
 
     def spread(self, count: int, first: float, last: float) -> list[int]:
-        """One place in each of as many equal parts of the prompt, from a share of it to another."""
+        """A random position in each of ``count`` equal parts of the prompt from the share ``first`` to ``last``."""
         width = (last - first) * self.tokens / count
         return [int(first * self.tokens + (number + self.rng.random()) * width) for number in range(count)]
 
     def middle(self, place: int) -> int:
-        """A place in the middle half of the chunk in which ``place`` lies."""
+        """A random position in the middle half of the chunk that contains ``place``."""
         begin = place // self.chunk * self.chunk
         length = min(self.chunk, self.tokens - begin)
         return begin + int(length * self.rng.uniform(0.25, 0.75))
@@ -188,14 +188,14 @@ class Passages:
 
     def __init__(self, tokenizer: Any, text: str, label: str) -> None:
         self.tokenizer, self.label = tokenizer, label
-        # A text is longer than what tokenizers warn of; no model reads it in one piece.
+        # Not verbose: tokenizers would warn of the text's length, but no model reads it as a whole.
         self.ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         self.begin = tokenizer("").input_ids
-        """What the model expects before its first token."""
+        """Special tokens that the model expects at the beginning."""
         self._anchor = self._encode("a")[-1:]
 
     def passage(self, number: int, of: int, tokens: int) -> list[int]:
-        """Tokens of passage ``number``; they begin evenly spread over the text.
+        """Tokens of passage ``number``; passages begin evenly spread over the text.
 
         Raises:
             ValueError: the text is too short.
@@ -216,13 +216,13 @@ class Passages:
         return Prompt(torch.tensor(ids), answers, [])
 
     def planted(self, number: int, of: int, tokens: int, chunk: int, tasks: Sequence[str], seed: int = 0) -> Prompt:
-        """A passage with what some tasks plant in it, ``tokens`` long; ``needles`` ask behind it.
+        """A passage of ``tokens`` tokens with what some tasks plant in it; the questions of ``needles`` follow it.
 
         Args:
             seed: decides what is planted, and where.
 
         Raises:
-            ValueError: the text is too short, or the prompt for what is planted.
+            ValueError: the text is too short, or the prompt is too short for what is planted.
         """
         prompt = _Growing(list(self.begin), self.passage(number, of, tokens), self._starts_word)
         pieces = [
@@ -242,7 +242,7 @@ class Passages:
         ends.sort(key=lambda item: item[0])
         others.sort(key=lambda item: item[0])
         for place, ids in others:
-            # What must end at a place has it; another piece that would lie there comes after.
+            # Pieces with an exact end take precedence; another piece that would overlap comes after.
             while ends and prompt.next_word(place) + ids.size > ends[0][0]:
                 prompt.plant(*ends.pop(0), exactly=True)
             prompt.plant(place, ids)
@@ -260,7 +260,7 @@ class Passages:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids) if text else []
 
     def _starts_word(self, token: int) -> bool:
-        # Behind another token: alone, many tokenizers leave the space in front of a word out.
+        # Decoded after another token: many tokenizers drop the space before a word that stands alone.
         before = self.tokenizer.decode(self._anchor)
         return bool(self.tokenizer.decode([*self._anchor, token])[len(before) :][:1].isspace())
 
@@ -279,18 +279,18 @@ class Encoded(NamedTuple):
 
 
 class _Growing:
-    """A prompt while it is put together."""
+    """A prompt under construction."""
 
     def __init__(self, ids: list[int], text: list[int], starts_word: Callable[[int], bool]) -> None:
         self.ids, self.text, self.starts_word = ids, text, starts_word
         self.taken = 0
-        """Tokens of the text that are in the prompt."""
+        """Number of tokens of the text that are in the prompt."""
         self.answers: list[Answer] = []
 
     def next_word(self, place: int) -> int:
-        """The first position, from ``place`` and from the prompt's end on, at which a word of the text would begin.
+        """The first position, at or after ``place`` and the prompt's end, at which a word of the text would begin.
 
-        In a text without spaces no word begins soon: then where the search began.
+        If none begins within ``LONGEST_WORD`` tokens, as in a text without spaces, it is where the search began.
         """
         first = max(place, len(self.ids))
         begin = self.taken + first - len(self.ids)
@@ -298,7 +298,7 @@ class _Growing:
         return next((first + number for number, token in enumerate(upcoming) if self.starts_word(token)), first)
 
     def fill(self, length: int) -> None:
-        """Text up to a length."""
+        """Append text up to a length."""
         missing = length - len(self.ids)
         if missing < 0:
             raise ValueError("the prompt is too short for what these tasks plant; take longer prompts or larger chunks")

@@ -35,7 +35,7 @@ class HeadMap:
     columns: torch.Tensor
     """float32 ``[W, W]``: share that lies in the index's single columns."""
     density: float
-    """Computed pairs as a share of the dense ones, of the whole prompt: chunks that are served densely count."""
+    """Computed pairs as a share of the dense ones over the whole prompt, including chunks that are served densely."""
     recall: float
     """Mean over the rows of the share of a row's attention that lies on computed keys."""
     seq_len: int
@@ -59,8 +59,8 @@ def head_map(
         query: ``[S, D]``, rotated queries of the head.
         keys: ``[S, D]``, rotated keys of its KV head.
         indices: one per prefill chunk, in order; together they cover all rows.
-        head: the head's place in the indices.
-        cells: most cells along an edge.
+        head: the head's number in the indices.
+        cells: maximum cells along an edge.
         softcap: see ``Inputs``.
     """
     length = keys.shape[0]
@@ -70,7 +70,7 @@ def head_map(
     cell = -(-length // cells)
     width = -(-length // cell)
     attention, left_out, blocks, columns = (torch.zeros(width, width) for _ in range(4))
-    # Keys that only fill up the last cell lie in every row's future.
+    # Keys that pad the last cell are in every row's future.
     keys = torch.nn.functional.pad(keys.float(), (0, 0, 0, width * cell - length))
     recall = computed = 0.0
     for index in indices:
@@ -168,7 +168,7 @@ def draw_head(
 
 
 def _tint(head: HeadMap, future: torch.Tensor) -> torch.Tensor:
-    """RGB ``[W, W, 3]``: what a cell computes, the deeper the colour the more of it; white above the diagonal."""
+    """RGB ``[W, W, 3]``: the share that each cell computes, in deeper colours for more; white above the diagonal."""
     tint = torch.tensor(NOTHING_COLOUR).expand(*future.shape, 3)
     most = head.columns.max().clamp(min=1e-9)
     for colour, share in ((COLUMN_COLOUR, head.columns / most), (BLOCK_COLOUR, head.blocks)):

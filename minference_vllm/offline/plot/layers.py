@@ -1,4 +1,4 @@
-"""How much of each layer's attention is computed, and how much of its mass that holds."""
+"""Picture of each layer's density and recall."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def draw_layers(layers: Sequence[int], density: torch.Tensor, recall: torch.Tens
         axes.grid(axis="y", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, fontsize=9)
-    # Recall is close to 1 where all is well: its axis begins below the worst head.
+    # Recall is usually close to 1: its axis begins just below the worst head.
     lost = max(0.01, 1 - float(recall.min()))
     upper.set_ylim(max(0.0, 1 - 1.15 * lost), 1 + 0.05 * lost)
     lower.set_ylim(0.0, None)

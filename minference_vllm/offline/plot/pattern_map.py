@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 RGB = tuple[float, float, float]
 FIXED_COLOUR = "#FFFFFF"
 MAX_LABELLED = 128
-"""Heads up to which every cell also holds its budgets."""
+"""Maximum number of heads for which every cell also shows its budgets."""
 
 
 def text_colour(background: RGB) -> str:
-    """Black or white, whichever stands out more: by WCAG's contrast, which is then 4.58 at least."""
+    """Black or white, whichever has the higher contrast by WCAG, which is then at least 4.58."""
     linear = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in background)
     luminance = sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
     return "black" if (luminance + 0.05) / 0.05 >= 1.05 / (luminance + 0.05) else "white"
@@ -40,7 +40,7 @@ def draw_pattern_map(
     Args:
         layers: per layer one pattern per query head.
         title: which model this is.
-        fixed: layer -> what runs there whatever the patterns say.
+        fixed: layer -> what runs there instead of its patterns.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -50,7 +50,7 @@ def draw_pattern_map(
     runs = {layer: patterns for layer, patterns in enumerate(layers) if layer not in fixed}
     labelled = len(layers) * heads <= MAX_LABELLED
     handles = _legend(runs, fixed, labelled)
-    # In inches: a cell's lines, of 7 points, and the legend's, of 10, take that much.
+    # Sizes in inches, for a cell's lines of 7 points and the legend's of 10.
     budgets = max((len(dict(pattern)) - 1 for patterns in runs.values() for pattern in patterns), default=0)
     cell = (1.1, max(0.55, 0.13 * budgets + 0.1)) if labelled else (0.26, 0.22)
     legend = 0.08 * len(handles) + 0.17 * sum(1 + str(handle.get_label()).count("\n") for handle in handles)
@@ -83,7 +83,7 @@ def draw_pattern_map(
 
 
 def _legend(runs: Mapping[int, Sequence[HeadPattern]], fixed: Mapping[int, str], labelled: bool) -> list[Patch]:
-    """A patch per kind with its number of heads and, where cells hold budgets, what these are."""
+    """A patch per kind with its number of heads and, if cells show budgets, the names of these."""
     from matplotlib.patches import Patch
 
     counts = Counter(str(pattern.kind) for patterns in runs.values() for pattern in patterns)
