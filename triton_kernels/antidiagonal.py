@@ -22,9 +22,9 @@ from minference_vllm.triton_kernels.launch import launcher
 
 @triton.jit
 def _logits(
-    o_row,  # [BLOCK_R] first row of each square of rows, in the chunk; perhaps outside of it
+    o_row,  # [BLOCK_R] first row of each square, relative to the chunk; may lie outside of it
     b_position,  # [BLOCK_C] first position of each square of keys
-    m_square,  # [BLOCK_C] which of them are there
+    m_square,  # [BLOCK_C] which of them are valid
     p_query,
     p_key,
     p_pages,
@@ -44,8 +44,7 @@ def _logits(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Mean logits of the squares' antidiagonals in powers of two, -inf where the keys lie in the rows' future or are
-    not there: ``[BLOCK_R, BLOCK_C]``."""
+    """Mean base-2 logits of the squares' antidiagonals, -inf for future and invalid keys: ``[BLOCK_R, BLOCK_C]``."""
     b_page = tl.load(p_pages + b_position // PAGE, mask=m_square, other=0).to(tl.int64)
     p_keys = p_key + b_page * stride_key_page + (b_position % PAGE) * stride_key_slot
     p_rows = p_query + o_row.to(tl.int64) * stride_query_row
@@ -65,7 +64,7 @@ def _logits(
     return tl.where(m_logit, b_logit * scale_log2, -float("inf"))
 
 
-# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Lengths differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(do_not_specialize=["context_len", "seq_len"])
 def square_lse_kernel(
     p_query,
@@ -93,9 +92,9 @@ def square_lse_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: log-sum-exp of BLOCK_R rows of squares over one part of the keys, one head, in powers of two.
+    """One program: base-2 log-sum-exp of BLOCK_R rows of squares over one part of the keys, for one head.
 
-    ``p_lse`` is float32 ``[heads, parts, R]``, of the ``R`` rows of squares that hold rows of the chunk.
+    ``p_lse`` is float32 ``[heads, parts, R]``, for the ``R`` rows of squares that contain rows of the chunk.
     """
     i_block, i_slot, i_part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_head = tl.load(p_heads + i_slot)
@@ -103,7 +102,7 @@ def square_lse_kernel(
     p_key += (i_head // GROUP).to(tl.int64) * stride_key_head
     first, end = context_len // STRIDE, tl.cdiv(seq_len, STRIDE)
     o_square = first + i_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    # Squares after the last row's lie in the future of all.
+    # Squares after that of the last row lie in the future of all rows.
     begin = i_part * squares_per_part
     stop = tl.minimum(tl.minimum(begin + squares_per_part, end), first + (i_block + 1) * BLOCK_R)
     b_sum = tl.zeros([BLOCK_R], dtype=tl.float32)
@@ -154,8 +153,8 @@ def square_mass_kernel(
 ):
     """One program: the mass of some tiles on some blocks of one head, ``p_scores`` float32 ``[heads, T, N]``.
 
-    Every tile gets TILE_SLOTS of the BLOCK_R rows and every block PAGE_SLOTS of the BLOCK_C columns, powers of two; a
-    tile or block of more squares comes in several steps. So each sum has one writer.
+    Every tile gets TILE_SLOTS of the BLOCK_R rows and every block PAGE_SLOTS of the BLOCK_C columns, both powers of
+    two. A tile or block with more squares takes several steps. Each sum therefore has one writer.
     """
     TILES: tl.constexpr = BLOCK_R // TILE_SLOTS
     BLOCKS: tl.constexpr = BLOCK_C // PAGE_SLOTS
@@ -166,7 +165,7 @@ def square_mass_kernel(
     first, end = context_len // STRIDE, tl.cdiv(seq_len, STRIDE)
     p_lse += i_slot.to(tl.int64) * (end - first) - first
     first_tile = context_len // TILE
-    # What no row of the tiles reaches stays zero.
+    # Blocks that no row of the tiles reaches keep a score of zero.
     if i_block * PAGE < (first_tile + i_tile + TILES) * TILE:
         o_tile_slot, o_block_slot = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
         b_mass = tl.zeros([TILES, BLOCKS], dtype=tl.float32)
@@ -174,7 +173,7 @@ def square_mass_kernel(
             o_down = i_down + o_tile_slot % TILE_SLOTS
             o_square = (first_tile + i_tile + o_tile_slot // TILE_SLOTS) * (TILE // STRIDE) + o_down
             m_row = (o_down < TILE // STRIDE) & (o_square >= first) & (o_square < end)
-            # Rows that are not there weigh nothing.
+            # Invalid rows get a weight of zero.
             b_lse = tl.load(p_lse + o_square, mask=m_row, other=float("inf"))
             for i_across in range(0, PAGE // STRIDE, PAGE_SLOTS):
                 o_across = i_across + o_block_slot % PAGE_SLOTS
@@ -221,8 +220,8 @@ def antidiagonal_scores(
     """``selection.antidiagonal.antidiagonal_scores`` straight from the pages.
 
     Args:
-        query: ``[chunk, H, D]``, elements of a head side by side.
-        cache: layout ``rows``, elements of a head side by side.
+        query: ``[chunk, H, D]``, contiguous along ``D``.
+        cache: layout ``rows``, contiguous along ``D``.
         pages: int64 ``[N]``, contiguous.
         heads: query heads wanted, in any order.
         stride: divides the block size.

@@ -1,6 +1,6 @@
-"""What the scores of a tile's queries are set against in ``low_rank``: ``score_bins.approx_lse``.
+"""``score_bins.approx_lse``: the approximate log-sum-exp of the scores of a tile's queries in ``low_rank``.
 
-Exponential units would be the bottleneck: there is one exponential for each group of keys that is asked.
+Exponential units would be the bottleneck, so there is only one exponential for each sampled group of keys.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ PEAK_KEYS = tl.constexpr(score_bins.PEAK_KEYS)
 LEAST_GROUPS, MAX_GROUP_STEP = tl.constexpr(score_bins.LEAST_GROUPS), tl.constexpr(score_bins.MAX_GROUP_STEP)
 BITS_PER_SCALE = tl.constexpr(1.0 / (projection.BINS_PER_BIT << 15))
 NEVER = tl.constexpr(1 << 30)
-"""More than any product."""
+"""Larger than any product."""
 
 
 @triton.jit
 def codes(p_rows, o_row, m_row, RANK: tl.constexpr, R: tl.constexpr):
-    """Rows of RANK bytes that lie one behind the other, zeros where there are none: int8 ``[len(o_row), R]``."""
+    """Load rows of RANK contiguous bytes, zeros where masked: int8 ``[len(o_row), R]``."""
     o_dim = tl.arange(0, R)
     m_code = m_row[:, None] if RANK == R else (m_row[:, None] & (o_dim < RANK)[None, :])
     return tl.load(p_rows + o_row[:, None] * RANK + o_dim[None, :], mask=m_code, other=0)
@@ -28,31 +28,31 @@ def codes(p_rows, o_row, m_row, RANK: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def bits(p_scale, o_tile, m_tile):
-    """What a unit of the products of tiles counts for, in bits."""
+    """Bits per unit of the products of tiles."""
     return tl.load(p_scale + o_tile, mask=m_tile, other=1).to(tl.float32) * BITS_PER_SCALE
 
 
 @triton.jit
 def _add_peaks(b_sum, b_max, b_product, unit, b_more):
-    """A running sum of weights and their maximum, ``[M, 4]`` each, with the largest of each thread's products, ``[M,
-    N]``, added: times ``unit``, and ``b_more`` on top."""
+    """Add each thread's largest product to a running sum of weights and their maximum, ``[M, 4]`` each. Scores are
+    products ``[M, N]`` times ``unit``, plus ``b_more``."""
     b_peak = max_in_thread(b_product, 1).to(tl.float32) * unit + b_more
     b_new_max = tl.maximum(b_max, b_peak)
     return b_sum * tl.exp2(b_max - b_new_max) + tl.exp2(b_peak - b_new_max), b_new_max
 
 
-# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Lengths differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(do_not_specialize=["context_len", "seq_len", "num_tiles"])
 def approx_lse_kernel(
     p_query, p_position, p_count, p_key, p_scale, p_lse, context_len, seq_len, num_tiles, groups_per_part,
     RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, PER_TILE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one tile of one head, over one part of the groups before the tile; the last part
-    has the tile's own keys, too.
+    also has the tile's own keys.
 
-    Each thread has a group of its own, four at a time. ``p_position`` is int32 ``[h, T * PER_TILE]``, ``p_count`` int32
-    and ``p_scale`` int16 ``[h, T]``, ``p_lse`` float32 ``[h, parts, T * PER_TILE]``, in bits, written as far as there
-    are queries. Parts are multiples of four groups.
+    Four groups are processed at a time, one per thread. ``p_position`` is int32 ``[h, T * PER_TILE]``, ``p_count``
+    int32 and ``p_scale`` int16 ``[h, T]``, ``p_lse`` float32 ``[h, parts, T * PER_TILE]``, in bits, written for valid
+    queries only. Parts are multiples of four groups.
     """
     BLOCKS: tl.constexpr = (PER_TILE + BLOCK_M - 1) // BLOCK_M
     i_tile, i_head, i_part = tl.program_id(0) // BLOCKS, tl.program_id(1), tl.program_id(2)
@@ -70,7 +70,7 @@ def approx_lse_kernel(
     apart, counts_for = PEAK_KEYS * step, tl.log2(step.to(tl.float32))
     b_sum = tl.zeros([BLOCK_M, THREADS], dtype=tl.float32)
     b_max = tl.full([BLOCK_M, THREADS], -3e38, dtype=tl.float32)
-    # A tile's last programs often have no query.
+    # The last programs of a tile often have no valid query.
     there = tl.program_id(0) % BLOCKS * BLOCK_M < count
     first = i_part * groups_per_part
     last = tl.where(there, tl.minimum(first + groups_per_part, tl.cdiv(own, apart)), 0)
@@ -95,17 +95,17 @@ def approx_lse_kernel(
     b_most = tl.max(b_max, 1)
     b_sum = tl.sum(b_sum * tl.exp2(b_max - b_most[:, None]), 1)
     p_lse += (i_head * tl.num_programs(2) + i_part).to(tl.int64) * num_queries
-    # What has met no key is far below what has.
+    # Queries without any key get a value far below all others.
     tl.store(p_lse + o_row, b_most + tl.log2(tl.maximum(b_sum, 1e-30)), mask=m_row)
 
 
 BLOCK_M, NUM_WARPS = 64, 4
-"""Queries of one program: fewer would not go through Hopper's tensor cores."""
+"""Queries per program (fewer would not go through Hopper's tensor cores), and warps."""
 GROUPS_PER_PART = 128
-"""As many as there are before 64K tokens."""
+"""Number of sampled groups in 64K tokens."""
 
 
 def most_groups(length: int) -> int:
-    """Groups that a tile's queries are asked for, at most."""
+    """Maximum number of groups that a tile samples in a sequence of this length."""
     groups = triton.cdiv(length, PEAK_KEYS.value)
     return min(groups, max(2 * LEAST_GROUPS.value, triton.cdiv(groups, MAX_GROUP_STEP.value)))

@@ -1,10 +1,10 @@
 """Attention under a ``SparseIndex`` over paged keys and values of any strides, in one online softmax. Columns may count
 more than once (``SparseIndex.column_codes``).
 
-A tile's softmax starts from its remainder, where there is one. Three loops read the tile's keys: whole pages before it,
-without a mask; single keys, without a mask; and those of them that fill no step, with the tile's own pages, causally
-(without these under an index that is not ``causal``). Keys come from ``physical_lists``; lists are read a step ahead,
-or Triton would prefetch fewer keys and values (see ``tools/kernel_account.py``).
+A tile's softmax starts from its remainder, if there is one. Three loops read the tile's keys: whole pages before it,
+without a mask; full steps of single keys, without a mask; and the remaining single keys together with the tile's own
+pages, with a causal mask (without own pages if the index is not ``causal``). Keys come from ``physical_lists``. Lists
+are read one step ahead; otherwise Triton would prefetch fewer keys and values (see ``tools/kernel_account.py``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def capped_log2(b_score, scale_log2, softcap_log2):
-    """``cap * tanh(score / cap)``, with ``tanh(x) = 1 - 2 / (exp(2 x) + 1)``; everything in powers of two."""
+    """``cap * tanh(score / cap)``, with ``tanh(x) = 1 - 2 / (exp(2 x) + 1)``, in base 2."""
     return softcap_log2 * (1.0 - 2.0 / (tl.exp2(b_score * scale_log2) + 1.0))
 
 
@@ -35,9 +35,9 @@ def _attend_keys(
     b_query,  # [BLOCK_M, D]
     p_keys,  # [N, D]
     p_values,  # [N, D]
-    m_score,  # [BLOCK_M, N] which keys a row attends, where MASKED: at least one, unless it has seen others
-    m_dim,  # [D] which dimensions are there, where PADDED
-    b_count,  # [N] float32, how often each key counts, where COUNTED
+    m_score,  # [BLOCK_M, N] which keys a row attends, if MASKED: at least one, unless it has attended others before
+    m_dim,  # [D] valid dimensions, if PADDED
+    b_count,  # [N] float32, how often each key counts, if COUNTED
     b_out,  # [BLOCK_M, D] float32
     b_sum,  # [BLOCK_M]
     b_max,  # [BLOCK_M]
@@ -59,7 +59,7 @@ def _attend_keys(
         factor = scale_log2
     if MASKED:
         b_score = tl.where(m_score, b_score, -float("inf"))
-    # The scale is positive: one multiplication and addition per score, fused, and one per row.
+    # The scale is positive, so that scaling takes one fused multiply-add per score, and one multiplication per row.
     b_new_max = tl.maximum(b_max, tl.max(b_score, 1) * factor)
     b_weight = tl.exp2(b_score * factor - b_new_max[:, None])
     if COUNTED:
@@ -71,7 +71,7 @@ def _attend_keys(
     return b_out, b_sum, b_new_max
 
 
-# Sizes differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Sizes differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(do_not_specialize=["num_tiles", "num_parts", "num_rows", "max_blocks", "max_singles", "own_from"])
 def sparse_attention_kernel(
     p_query,
@@ -158,11 +158,11 @@ def sparse_attention_kernel(
         p_counts += i_list_row * max_singles
 
         if WITH_REMAINDER:
-            # [1] where all rows are of one head: what is read for every row takes registers.
+            # [1] if all rows are of one head: loading it for every row would take registers.
             o_left = o_head * num_tiles + i_tile if HEADS_PER_LIST > 1 else tl.full([1], i_list_row, tl.int64)
             o_left_dim = o_left[:, None] * HEAD_SIZE + o_dim[None, :]
             b_left_key = tl.load(p_left_key + o_left_dim, mask=m_dim[None, :], other=0.0)
-            # Keys and values lie in the cache without their scales.
+            # Keys and values in the cache are not scaled yet, the remainder is.
             b_max = tl.sum(b_query.to(tl.float32) * b_left_key, 1) / key_scale
             b_max = capped_log2(b_max, scale_log2, softcap_log2) if WITH_SOFTCAP else b_max * scale_log2
             b_max += tl.load(p_bias + o_left) * LOG2E
@@ -218,8 +218,8 @@ def sparse_attention_kernel(
             )  # fmt: skip
             b_single = tl.load(p_singles + first + BLOCK_N + o_slot)
 
-        # Those that are left lie before the tile: the position 0 stands for theirs. As the first key of the first step
-        # lies before every row, all rows have a maximum.
+        # The remaining single keys lie before the tile, so position 0 stands for theirs. The first key of the first
+        # step is visible to every row, so all rows have a maximum.
         p_singles += num_full
         p_counts += num_full
         num_left = num_singles - num_full
@@ -227,7 +227,7 @@ def sparse_attention_kernel(
             own = tile_start // PAGE * PAGE
             last = tl.minimum(tile_start + ((i_part + 1) * BLOCK_M - 1) // HEADS_PER_LIST, tile_end - 1)
         else:
-            # No own keys: what follows those that are left lies behind every row.
+            # No own keys: entries after the remaining keys lie behind every row.
             own = tile_end
             last = tile_end - 1
         skipped = 0
@@ -238,7 +238,7 @@ def sparse_attention_kernel(
         for first in tl.range(0, num_left + last + 1 - own, BLOCK_OWN, num_stages=STAGES):
             o_position = tl.where(first + o_own < num_left, 0, own + first + o_own - num_left)
             o_rest = (b_place.to(tl.int64) * UNIT)[:, None] + o_dim[None, :]
-            # All own keys count once: those that are skipped need not be.
+            # All own keys count once, so there is no need to skip any here.
             b_own_count = tl.load(p_counts + first + o_own) if COUNTED else o_own
             b_out, b_sum, b_max = _attend_keys(
                 b_query, p_key + o_rest, p_value + o_rest, o_position[None, :] <= o_row[:, None], m_dim, b_own_count,
@@ -247,7 +247,7 @@ def sparse_attention_kernel(
             o_next = past_skipped(first + BLOCK_OWN, o_own, num_left, skipped, CONTINUES)
             b_place = tl.load(p_singles + first + BLOCK_OWN + o_next)
 
-        # Read again, or what addresses the output would have to stay in registers beside the loops.
+        # Read again: otherwise the output's addresses would occupy registers during the loops.
         i_item = tl.load(p_order + tl.program_id(0) // num_parts, volatile=True).to(tl.int32)
         _, o_query, o_head, m_row = packed_rows(
             i_item, i_part, p_tile_starts, num_tiles, LISTS, HEADS_PER_LIST, BLOCK_M
@@ -255,7 +255,7 @@ def sparse_attention_kernel(
         if WITH_SINKS:
             # One more key, with a score of its own and a value of zero.
             b_sum += tl.exp2(tl.load(p_sinks + o_head).to(tl.float32) * LOG2E - b_max)
-        # Only an index without own keys leaves rows without any: zeros, and a log-sum-exp of -inf.
+        # Only an index without own keys has rows without any key. They get zeros, and a log-sum-exp of -inf.
         b_divisor = b_sum if CAUSAL else tl.where(b_sum > 0, b_sum, 1.0)
         b_out = b_out * (value_scale / b_divisor)[:, None]
         p_row = p_out + o_query * stride_out_row + o_head * stride_out_head
@@ -266,13 +266,13 @@ def sparse_attention_kernel(
 
 
 def compute_type(dtype: torch.dtype) -> tuple[tl.dtype, str]:
-    """What queries, keys and values are multiplied in, given the queries' type; and the precision of float32."""
+    """The type of products with queries of this type, and the precision of float32 products."""
     types = {torch.float32: tl.float32, torch.float16: tl.float16}
     return types.get(dtype, tl.bfloat16), "ieee" if dtype == torch.float32 else "tf32"
 
 
 def scales_log2(inputs: Inputs) -> tuple[float, float]:
-    """Of scores and of their soft cap, in powers of two, see ``capped_log2``: with a soft cap the first is the one of
+    """Scales of scores and of their soft cap in base 2, see ``capped_log2``. With a soft cap, the first is that of
     tanh's exponential."""
     scale = inputs.scale * inputs.cache.key_scale * LOG2E.value
     return (2 * scale / inputs.softcap if inputs.softcap else scale), inputs.softcap * LOG2E.value
@@ -289,12 +289,13 @@ def run(
     """See ``kernels.kernel.Run``. The log-sum-exp includes the shares of sink and remainder.
 
     Args:
-        inputs: head sizes up to 256; the query may be FP8, its scale is then part of ``inputs.scale``; the cache of
-            layout ``rows``, a head's elements side by side, keys and values at the same strides, of the query's type
-            or FP8 with scales; ``sinks`` contiguous.
+        inputs: head sizes up to 256. The query may be FP8; its scale is then part of ``inputs.scale``. The cache has
+            layout ``rows``, is contiguous along ``D``, with the same strides for keys and values, and has the query's
+            type or FP8 with scales. ``sinks`` is contiguous.
         index: on the device of the query.
-        own_from: not None: another kernel has attended the tiles' own keys before this position, and what else the
-            index does not name; ``out`` and ``lse`` hold what it gave, and its softmax is continued. No FP8 cache.
+        own_from: not None: another kernel has attended the tiles' own keys before this position, and further keys that
+            are not in the index. ``out`` and ``lse`` have its results, and its softmax is continued. Not for FP8
+            caches.
 
     Raises:
         ValueError: the cache has another layout, or other strides for values than for keys.

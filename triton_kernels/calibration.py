@@ -1,8 +1,8 @@
 """The attention of ``low_rank``'s calibration rows below some bins, straight from paged keys and values of any strides.
 
-Nothing of the size rows x context is stored, and scores are computed once. Sums for each of 256 bins would be atomic
-additions, one for every row and key; sums below a few levels stay in registers, and what lies between two levels is
-interpolated (``thresholds.py``).
+Nothing of size rows x context is stored, and scores are computed once. A histogram of 256 bins would need an atomic
+addition for every row and key. Sums below a few levels stay in registers instead, and ``thresholds.py`` interpolates
+between the levels.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from minference_vllm.triton_kernels.in_thread import THREADS, columns_of_threads
 from minference_vllm.triton_kernels.launch import launcher
 
 ROWS = tl.constexpr(128)
-"""Of one program."""
+"""Rows per program."""
 LEVELS = tl.constexpr((110, 136, 154, 168, 180, 192, 206, 232))
-"""Bins, rising: below each of them shares are summed. They lie from 4 to 24 bits below a row's denominator, closest
-from 8 to 16, where most thresholds do. Each costs two instructions for every row and key."""
+"""Bins, ascending, below which shares are summed. They lie from 4 to 24 bits below a row's denominator, most densely
+from 8 to 16, where most thresholds lie. Each costs two instructions for every row and key."""
 NUM_LEVELS = tl.constexpr(len(LEVELS.value))
 FIRST_KNOT, RAMP = tl.constexpr(136), tl.constexpr(12)
-"""Where squares are summed, each level has a ramp instead of a step: a bin counts wholly below it, by half in its
-middle, and not above it. The first begins at ``FIRST_KNOT``, and each of the others where the one before ends. Sums
-times weights that fall from knot to knot are sums by a weight that falls on straight lines."""
+"""For sums of squares, each level is a ramp instead of a step: a bin below the ramp counts fully, one in its middle
+half, and one above it not at all. The first ramp begins at ``FIRST_KNOT``, and each of the others where the one before
+ends. A weighted sum of these sums therefore has a weight that falls piecewise linearly from knot to knot."""
 BIN_CODE, CODE_OF_0 = tl.constexpr(0x43800000), tl.constexpr(256.0)
-"""float32 of these bits and a bin, shifted up by 15, is ``CODE_OF_0`` plus the bin."""
+"""``BIN_CODE + (bin << 15)``, read as the bits of a float32, is ``CODE_OF_0`` plus the bin."""
 LEAST_NORM, LARGEST_NORM = tl.constexpr(measured_rows.LEAST_NORM), tl.constexpr(measured_rows.LARGEST_NORM)
 
 
-# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Lengths differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(do_not_specialize=["seq_len"])
 def value_norms_kernel(
     p_value, p_pages, p_norm, stride_value_page, stride_value_head, stride_value_slot, seq_len, HEAD_SIZE: tl.constexpr,
     D: tl.constexpr, PAGE: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One program: the logarithms of the norms of KEYS values of one KV head, in powers of two.
+    """One program: the base-2 logarithms of the norms of KEYS values of one KV head.
 
     ``p_norm`` is float32 ``[HK, S]``.
     """
@@ -66,7 +66,7 @@ def _keys_and_norms(
     D: tl.constexpr, PAGE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK_N: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """Keys ``[BLOCK_N, D]`` from ``i_key`` on, a multiple of BLOCK_N, and the logarithms of the norms of their values,
-    ``[BLOCK_N]``. ALL: none is past the end."""
+    ``[BLOCK_N]``. ALL: no key is past the end."""
     o_dim, b_position = tl.arange(0, D), i_key + tl.arange(0, BLOCK_N)
     m_key = tl.full([BLOCK_N], True, dtype=tl.int1) if ALL else (b_position < seq_len)
     m_tile = (o_dim < HEAD_SIZE)[None, :] if ALL else (m_key[:, None] & (o_dim < HEAD_SIZE)[None, :])
@@ -84,7 +84,7 @@ def _keys_and_norms(
 @triton.jit
 def _rows_of(p_query, p_rows, num_rows, stride_query_row, HEAD_SIZE: tl.constexpr, D: tl.constexpr,
              COMPUTE: tl.constexpr):  # fmt: skip
-    """ROWS of one head's rows, ``[ROWS, D]``, and where they lie in the chunk, ``[ROWS]``; the first one fills up."""
+    """ROWS rows of one head, ``[ROWS, D]``, and their places in the chunk, ``[ROWS]``; padded with the first row."""
     o_slot, o_dim = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, D)
     o_row = tl.load(p_rows + tl.where(o_slot < num_rows, o_slot, 0))
     o_query = o_row[:, None] * stride_query_row + o_dim[None, :]
@@ -95,8 +95,8 @@ def _rows_of(p_query, p_rows, num_rows, stride_query_row, HEAD_SIZE: tl.constexp
 def _log_shares(
     b_query, b_key, b_norm, scale_log2, softcap_log2, WITH_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of keys in the rows' attention times the norms of their values, not yet normalised, in powers of two, as if every
-    row saw every key: ``[ROWS, BLOCK_N]``."""
+    """Base-2 logarithms of the keys' unnormalised shares (attention weight times norm of the value), as if every row
+    saw every key: ``[ROWS, BLOCK_N]``."""
     b_score = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)
     b_score = capped_log2(b_score, scale_log2, softcap_log2) if WITH_SOFTCAP else b_score * scale_log2
     return b_score + b_norm[None, :]
@@ -104,8 +104,8 @@ def _log_shares(
 
 @triton.jit
 def _added(sums, b_max, b_share, b_bin, SQUARED: tl.constexpr):
-    """The rows' sums of all shares and of those below each level, and their maximum, ``[ROWS, 4]`` each, one for each
-    thread that holds some of a row's, with more shares added: ``_log_shares`` and bins, ``[ROWS, BLOCK_N]``."""
+    """Add shares, given as ``_log_shares`` and bins ``[ROWS, BLOCK_N]``, to the rows' sums of all shares and of those
+    below each level, and to their maximum: ``[ROWS, 4]`` each, one column per thread that holds a part of the row."""
     b_code = ((b_bin.to(tl.int32) << 15) + BIN_CODE).to(tl.float32, bitcast=True)
     shares, codes = columns_of_threads(b_share), columns_of_threads(b_code)
     b_new_max = b_max
@@ -125,7 +125,7 @@ def _added(sums, b_max, b_share, b_bin, SQUARED: tl.constexpr):
         if SQUARED:
             b_one *= b_one
         for i_level in tl.static_range(NUM_LEVELS):
-            # Codes are whole numbers: 1 below the level, else 0; or the ramp. A saturating addition takes one
+            # Codes are integers, so this is 1 below the level, else 0; or the ramp. A saturating addition takes one
             # instruction and a comparison two; the sum takes another.
             if SQUARED:
                 b_below = (FIRST_KNOT + CODE_OF_0) / RAMP + (i_level + 1.0) - codes[i] * (1.0 / RAMP)
@@ -137,7 +137,7 @@ def _added(sums, b_max, b_share, b_bin, SQUARED: tl.constexpr):
     return found, b_new_max
 
 
-# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Lengths differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(do_not_specialize=["context_len", "seq_len", "window", "num_rows", "num_tiles"])
 def share_levels_kernel(
     p_query, p_key, p_norm, p_pages, p_heads, p_rows, p_bins, p_levels, stride_query_row, stride_query_head,
@@ -147,12 +147,12 @@ def share_levels_kernel(
     WITH_SOFTCAP: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr,
     SQUARED: tl.constexpr,
 ):  # fmt: skip
-    """One program: sums of the shares of ROWS rows over one part of the keys, one head: of all, and below each level,
-    there of their squares where SQUARED.
+    """One program: sums of the shares of ROWS rows of one head over one part of the keys: of all shares, and of those
+    below each level (of their squares, if SQUARED).
 
     ``p_rows`` is int64 ``[h, num_rows]``, ``p_bins`` uint8 ``[h, T, S]``, ``p_levels`` float32
-    ``[h, parts, 2 + NUM_LEVELS, num_rows]``: a maximum in powers of two, and sums relative to it, or to its square.
-    Parts are multiples of BLOCK_N.
+    ``[h, parts, 2 + NUM_LEVELS, num_rows]``: a base-2 maximum, and sums relative to it, or to its square. Parts are
+    multiples of BLOCK_N.
     """
     i_slot, i_part = tl.program_id(0), tl.program_id(1)
     i_head = tl.load(p_heads + i_slot).to(tl.int64)
@@ -171,7 +171,7 @@ def share_levels_kernel(
     b_max = tl.full([ROWS, THREADS], -float("inf"), dtype=tl.float32)
     first = tl.multiple_of(i_part * keys_per_part, BLOCK_N)
     end = tl.minimum(first + keys_per_part, seq_len)
-    # The keys that all rows see, and those that some do.
+    # All rows see the keys before the border.
     border = first + tl.maximum(tl.minimum(end, tl.min(o_seen, 0).to(tl.int32) + 1) - first, 0) // BLOCK_N * BLOCK_N
     border = tl.where(tl.max(o_seen, 0) - window < first, border, first)
     for i_key in range(first, border, BLOCK_N):
@@ -212,11 +212,11 @@ def share_levels_kernel(
 
 KEYS_PER_PART, BLOCK_N, NUM_WARPS = 4096, 64, 8
 KEYS = 64
-"""Values of one program."""
+"""Values per program."""
 
 
 def constants(inputs: Inputs) -> dict[str, Any]:
-    """Of ``share_levels_kernel``, but for its tile."""
+    """Constants of ``share_levels_kernel``, except TILE and SQUARED."""
     compute, precision = compute_type(inputs.query.dtype)
     return {
         "GROUP": inputs.group,
@@ -232,10 +232,10 @@ def constants(inputs: Inputs) -> dict[str, Any]:
 
 
 def value_norms(inputs: Inputs) -> torch.Tensor:
-    """float32 ``[HK, S]``: logarithms of the norms of all values, in powers of two, up to one summand for all.
+    """float32 ``[HK, S]``: base-2 logarithms of the norms of all values, up to a common constant.
 
     Args:
-        inputs: with a cache of layout ``rows``, elements of a head side by side.
+        inputs: with a cache of layout ``rows``, contiguous along ``D``.
     """
     cache, seq_len, shape = inputs.cache, inputs.chunk.seq_len, constants(inputs)
     norms = torch.empty(cache.num_kv_heads, seq_len, device=inputs.pages.device)
@@ -256,21 +256,22 @@ def share_levels(
     norms: torch.Tensor,
     squared: bool = False,
 ) -> torch.Tensor:
-    """How some rows' shares (``measured_rows.by_value``) spread over the bins of their tiles. Equal inputs give equal
-    results, and nothing waits for the GPU.
+    """Distribution of some rows' shares (``measured_rows.by_value``) over the bins of their tiles. Deterministic, and
+    without a host synchronisation.
 
     Args:
-        inputs: with a cache of layout ``rows``, elements of a head side by side.
-        query: ``[chunk, H, D]``, elements of a head side by side.
+        inputs: with a cache of layout ``rows``, contiguous along ``D``.
+        query: ``[chunk, H, D]``, contiguous along ``D``.
         heads: query heads.
         rows: int64 ``[h, R]``, rows of the chunk.
-        bins: uint8 ``[h, T, S]``, a tile's one behind the other.
+        bins: uint8 ``[h, T, S]``, contiguous along ``S``.
         norms: see ``value_norms``.
-        squared: sum the squares of shares, by ramps; else shares, of the keys whose bin is below each of ``LEVELS``.
+        squared: sum the squares of shares, by ramps; otherwise the shares of keys whose bin is below each of
+            ``LEVELS``.
 
     Returns:
-        float32 ``[h, parts, 2 + NUM_LEVELS, R]``: of each part of the keys a maximum in powers of two, and relative to
-        it, or to its square, the sum of all shares and those for each level.
+        float32 ``[h, parts, 2 + NUM_LEVELS, R]``: for each part of the keys a base-2 maximum, the sum of all shares
+        relative to it, and the sum for each level, relative to it or to its square.
     """
     cache, chunk = inputs.cache, inputs.chunk
     parts = triton.cdiv(chunk.seq_len, KEYS_PER_PART)

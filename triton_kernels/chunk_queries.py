@@ -1,4 +1,4 @@
-"""A chunk's queries: the rows most unlike the others, and all of them in few dimensions, without copies in float32."""
+"""A chunk's queries: the outlier rows, and all queries in few dimensions, without float32 copies."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ UNITS_PER_BIT = tl.constexpr(projection.BINS_PER_BIT << 15)
 
 @triton.jit
 def load_rows(p_query, stride_row, o_row, m_row, HEAD_SIZE: tl.constexpr, D: tl.constexpr):
-    """Rows of one head, ``[len(o_row), D]``; zeros where there are none."""
+    """Rows of one head, ``[len(o_row), D]``; zeros where masked."""
     o_dim = tl.arange(0, D)
     o_query = o_row.to(tl.int64)[:, None] * stride_row + o_dim[None, :]
     return tl.load(p_query + o_query, mask=m_row[:, None] & (o_dim < HEAD_SIZE)[None, :], other=0.0)
 
 
-# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Lengths differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(do_not_specialize=["chunk", "num_drawn", "num_unlike"])
 def unlike_rows_kernel(
     p_query, p_heads, p_mean, p_drawn, p_taken, p_rows, stride_row, stride_head, chunk, num_drawn, num_unlike,
     HEAD_SIZE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: of one of ``num_unlike`` equal parts of the chunk the row whose query is farthest from its head's
-    mean query; and some of the rows that are drawn for all heads.
+    """One program: the outlier row of one of ``num_unlike`` equal parts of the chunk, whose query is farthest from its
+    head's mean query; and a copy of some of the rows that are drawn for all heads.
 
     ``p_mean`` is float32 ``[H, HEAD_SIZE]``, ``p_drawn`` int64 ``[num_drawn]``, ``p_taken`` uint8 ``[chunk]``, 1 for
-    those; ``p_rows`` int64 ``[h, num_drawn + num_unlike]``.
+    drawn rows; ``p_rows`` int64 ``[h, num_drawn + num_unlike]``.
     """
     i_part, i_slot = tl.program_id(0), tl.program_id(1)
     i_head = tl.load(p_heads + i_slot).to(tl.int64)
@@ -68,7 +68,7 @@ def unlike_rows_kernel(
 
 @triton.jit
 def units(b_low):
-    """What a unit of products with each of ``[M, R]`` must be at least, in bits."""
+    """Minimum unit of products with each of the queries ``[M, R]``, in bits."""
     b_norm = tl.sqrt(tl.sum(b_low * b_low, 1))
     b_unit = tl.maximum(b_norm * MAX_KEY_NORM, MIN_RANGE) / MAX_PRODUCT
     return tl.maximum(b_unit, tl.max(tl.abs(b_low), 1) / MAX_QUERY)
@@ -76,8 +76,8 @@ def units(b_low):
 
 @triton.jit
 def quantized(b_low, unit):
-    """``projection.quantize_queries`` of a tile's ``[M, R]``: codes, and how many bins a unit of their products is,
-    times ``2 ** 15``."""
+    """``projection.quantize_queries`` of a tile's ``[M, R]``: codes, and bins per unit of their products, times
+    ``2 ** 15``."""
     scale = tl.ceil(unit * UNITS_PER_BIT)
     b_code = tl.floor(b_low / (scale / UNITS_PER_BIT) + 0.5)
     return b_code.to(tl.int8), tl.minimum(scale, 32767.0).to(tl.int16)
@@ -85,11 +85,11 @@ def quantized(b_low, unit):
 
 @triton.jit
 def _rows_of_tile(p_query, stride_row, b_to_query, o_row, end, factor, HEAD_SIZE: tl.constexpr, D: tl.constexpr):
-    """A tile's rows, which lie before ``end``, in few dimensions; zeros where there is none."""
+    """A tile's rows in few dimensions; zeros from row ``end`` on."""
     return precise_dot(load_rows(p_query, stride_row, o_row, o_row < end, HEAD_SIZE, D), b_to_query) * factor
 
 
-# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Lengths differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(do_not_specialize=["context_len", "chunk", "num_tiles"])
 def query_codes_kernel(
     p_query, p_heads, p_to_query, p_codes, p_position, p_count, p_scale, stride_row, stride_head, context_len, chunk,
@@ -127,7 +127,7 @@ def query_codes_kernel(
 
 @triton.jit
 def load_projection(p_matrix, i_slot, HEAD_SIZE: tl.constexpr, D: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr):
-    """One head's float32 ``[D, R]`` of ``[h, HEAD_SIZE, RANK]``, zeros beyond."""
+    """One head's float32 ``[D, R]`` of ``[h, HEAD_SIZE, RANK]``, padded with zeros."""
     o_dim, o_rank = tl.arange(0, D), tl.arange(0, R)
     o_matrix = (i_slot * HEAD_SIZE + o_dim)[:, None] * RANK + o_rank[None, :]
     return tl.load(p_matrix + o_matrix, mask=(o_dim < HEAD_SIZE)[:, None] & (o_rank < RANK)[None, :], other=0.0)
@@ -137,7 +137,7 @@ BLOCK_M, NUM_WARPS = 64, 4
 
 
 def constants(head_size: int, rank: int = 0) -> dict[str, int]:
-    """Of either kernel."""
+    """Constants of either kernel."""
     shape = {"HEAD_SIZE": head_size, "D": max(16, triton.next_power_of_2(head_size)), "BLOCK_M": BLOCK_M}
     return shape | ({"RANK": rank, "R": triton.next_power_of_2(rank)} if rank else {}) | {"num_warps": NUM_WARPS}
 
@@ -146,7 +146,7 @@ def measured_rows(query: torch.Tensor, heads: Sequence[int], drawn: DrawnRows) -
     """int64 ``[h, R]``: the rows of ``measured_rows.calibration_rows``, the drawn ones first.
 
     Args:
-        query: ``[chunk, H, D]``, elements of a head side by side.
+        query: ``[chunk, H, D]``, contiguous along ``D``.
     """
     chunk, _, head_size = query.shape
     mean = query.mean(0, dtype=torch.float32)
@@ -159,7 +159,7 @@ def measured_rows(query: torch.Tensor, heads: Sequence[int], drawn: DrawnRows) -
 
 
 def unwritten(heads: int, tiling: Tiling, per_tile: int, keys: torch.Tensor) -> QuantizedQK:
-    """``QuantizedQK`` with room for so many queries of every tile, to be written, and int8 keys ``[h, S, r]``."""
+    """Uninitialised ``QuantizedQK`` for ``per_tile`` queries of every tile, with int8 keys ``[h, S, r]``."""
     rows = tiling.num_tiles * per_tile
     codes = torch.empty(heads, rows, keys.shape[2], dtype=torch.int8, device=keys.device)
     position = torch.empty(heads, rows, dtype=torch.int32, device=keys.device)
@@ -179,9 +179,9 @@ def query_codes(
     ``tile_queries.all_rows`` and ``projection.quantize_queries``.
 
     Args:
-        query: ``[chunk, H, D]``, elements of a head side by side.
-        heads: those that the projection is for.
-        keys: int8 ``[h, S, r]``, to go with them.
+        query: ``[chunk, H, D]``, contiguous along ``D``.
+        heads: the heads of ``projection``.
+        keys: int8 ``[h, S, r]``, for the result.
     """
     chunk, _, head_size = query.shape
     tiles, found = tiling.num_tiles, unwritten(len(heads), tiling, tiling.tile, keys)

@@ -21,7 +21,7 @@ from minference_vllm.triton_kernels.launch import launcher
 
 ROWS = tl.constexpr(PROBE_QUERIES)
 STRIP = tl.constexpr(64)
-"""Keys that one program sums."""
+"""Keys per program."""
 GROUPS = tl.constexpr(PROBE_GROUPS)
 
 
@@ -35,7 +35,7 @@ def _queries(
     D: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The chosen rows of one head, and where they lie in the chunk: ``[ROWS, D]``, ``[ROWS]``."""
+    """The chosen rows of one head, ``[ROWS, D]``, and their places in the chunk, ``[ROWS]``."""
     o_slot, o_dim = tl.arange(0, ROWS), tl.arange(0, D)
     m_slot = o_slot < rows
     o_row = tl.load(p_rows + o_slot, mask=m_slot, other=0)
@@ -48,7 +48,7 @@ def _queries(
 def _scores(
     b_query,  # [ROWS, D]
     o_position,  # [ROWS] positions of the rows
-    b_position,  # [BLOCK_N] positions of the keys, perhaps past the end
+    b_position,  # [BLOCK_N] positions of the keys, may be past the end
     p_key,
     p_pages,
     stride_key_page,
@@ -60,7 +60,7 @@ def _scores(
     PAGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Scores in powers of two, -inf where a row does not see a key: ``[ROWS, BLOCK_N]``."""
+    """Base-2 scores, -inf where a row does not see a key: ``[ROWS, BLOCK_N]``."""
     o_dim = tl.arange(0, D)
     m_key = b_position < seq_len
     b_page = tl.load(p_pages + b_position // PAGE, mask=m_key, other=0).to(tl.int64)
@@ -74,7 +74,7 @@ def _scores(
 
 @triton.jit
 def add_scores(b_sum, b_max, b_score):
-    """Each row's running sum of weights and maximum, ``[ROWS]``, with the scores ``[ROWS, BLOCK_N]`` added."""
+    """Add scores ``[ROWS, BLOCK_N]`` to each row's running sum of weights and maximum, ``[ROWS]``."""
     b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
     # A row that has seen no key yet keeps a maximum of -inf; subtracting 0 then gives weights of 0, not NaN.
     b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
@@ -83,9 +83,9 @@ def add_scores(b_sum, b_max, b_score):
 
 @triton.jit
 def combined(p_row, stride, num_parts, m_row):
-    """The log-sum-exp, in powers of two, of what so many programs found for each row; -inf for rows that are not there.
+    """The base-2 log-sum-exp of the results of ``num_parts`` programs for each row; -inf for masked rows.
 
-    ``p_row``: where the first of them stored it for each row; ``stride``: to the next.
+    ``p_row``: address of the first program's result for each row. ``stride``: from one program's result to the next.
     """
     b_sum = tl.zeros(m_row.shape, dtype=tl.float32)
     b_max = tl.full(m_row.shape, -float("inf"), dtype=tl.float32)
@@ -95,7 +95,7 @@ def combined(p_row, stride, num_parts, m_row):
     return b_max + tl.log2(b_sum)
 
 
-# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Lengths differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(do_not_specialize=["rows", "context_len", "seq_len"])
 def row_lse_kernel(
     p_query,
@@ -122,7 +122,7 @@ def row_lse_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: each row's log-sum-exp over one part of the keys, one head. ``p_lse`` ``[heads, parts, ROWS]``."""
+    """One program: each row's log-sum-exp over one part of one head's keys. ``p_lse`` ``[heads, parts, ROWS]``."""
     i_slot, i_part = tl.program_id(0), tl.program_id(1)
     i_head = tl.load(p_heads + i_slot)
     p_query += i_head * stride_query_head
@@ -170,10 +170,10 @@ def column_diagonal_kernel(
 ):
     """One program: the masses on STRIP keys of one head, summed along columns, and along diagonals by group of rows.
 
-    Row r of a group meets key ``first_key + c`` at the distance ``first_row + r - first_key - c``. Over a group's rows
-    a strip's distances span up to two strips; the nearer and the farther one go to arrays of their own, so that each
-    sum, ``[heads, GROUPS, seq_len]`` by distance, has one writer. ``p_rows`` holds each row, its place in its group,
-    and its group.
+    Row r of a group sees key ``first_key + c`` at the distance ``first_row + r - first_key - c``. Over a group's rows a
+    strip's distances span up to two strips. The nearer and the farther one go to separate arrays, so that each sum,
+    ``[heads, GROUPS, seq_len]`` by distance, has one writer. ``p_rows`` holds each row, its place in its group, and its
+    group.
     """
     i_slot, i_strip = tl.program_id(0), tl.program_id(1)
     i_head = tl.load(p_heads + i_slot)
@@ -193,7 +193,7 @@ def column_diagonal_kernel(
 
     o_place = tl.load(p_rows + rows + o_slot, mask=m_slot, other=0)
     b_group = tl.load(p_rows + 2 * rows + o_slot, mask=m_slot, other=GROUPS)
-    # Distance t of the nearer strip is met in key STRIP - 1 + place - t, of the farther one in key place - 1 - t.
+    # Distance t of the nearer strip belongs to key STRIP - 1 + place - t, of the farther one to key place - 1 - t.
     o_near = STRIP - 1 + o_place[:, None] - o_key[None, :]
     o_far = o_near - STRIP
     b_near = tl.gather(b_weight, tl.minimum(o_near, STRIP - 1), 1)
@@ -202,7 +202,7 @@ def column_diagonal_kernel(
     b_far = tl.where(o_far >= 0, b_far, 0.0)
     for i_group in tl.static_range(GROUPS):
         m_group = (b_group == i_group)[:, None]
-        # All rows of a group agree on where its first row lies; a group without rows stores zeros, which nobody reads.
+        # All rows of a group agree on the group's first row. A group without rows stores zeros, which are never read.
         first_row = tl.max(tl.where(b_group == i_group, context_len + o_row - o_place, -1), 0)
         o_distance = first_row - i_strip * STRIP - (STRIP - 1) + o_key
         p_group = (i_slot * GROUPS + i_group).to(tl.int64) * seq_len
@@ -217,7 +217,7 @@ KEYS_PER_PART, BLOCK_N, NUM_WARPS = 4096, 64, 4
 
 
 def on_device(heads: Sequence[int], query: torch.Tensor) -> torch.Tensor:
-    """int32 heads on the device of the query; copied once for all layers that ask for the same."""
+    """int32 heads on the device of the query. Cached, so that all layers share one copy of equal heads."""
     return _on_device(tuple(heads), query.device, query.is_cuda)
 
 
@@ -242,8 +242,8 @@ def column_diagonal_scores(
     """``probe_queries.column_diagonal_scores`` straight from the pages.
 
     Args:
-        query: ``[chunk, H, D]``, elements of a head side by side.
-        cache: layout ``rows``, elements of a head side by side.
+        query: ``[chunk, H, D]``, contiguous along ``D``.
+        cache: layout ``rows``, contiguous along ``D``.
         pages: int64 ``[N]``, contiguous.
         heads: query heads wanted, in any order.
 

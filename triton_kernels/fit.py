@@ -1,4 +1,4 @@
-"""The dimensions of ``low_rank`` (``projection.fit``) of all heads in two launches, straight from queries and pages."""
+"""``projection.fit`` for ``low_rank``, of all heads in two launches, straight from queries and pages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from minference_vllm.triton_kernels.launch import launcher
 
 ITERATIONS = tl.constexpr(projection.ITERATIONS)
 NOTHING = tl.constexpr(1e-6)
-"""Squared sine between a column and those before it, below which it is nothing but rounding errors."""
+"""Squared sine between a column and those before it, below which the column consists of rounding errors only."""
 MAX_KEY, MAX_KEY_NORM = tl.constexpr(projection.MAX_KEY), tl.constexpr(projection.MAX_KEY_NORM)
 LEAST = tl.constexpr(1e-30)
 RIDGE, LEAST_VALUE = tl.constexpr(1e-6), tl.constexpr(1e-9)
@@ -33,7 +33,7 @@ def _products(b_rows, b_columns, b_sum, PRECISION: tl.constexpr):
     return tl.dot(tl.trans(b_rows), b_columns, b_sum, input_precision=PRECISION)
 
 
-# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Lengths differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(do_not_specialize=["chunk", "seq_len", "query_step", "key_step", "num_alone"])
 def moments_kernel(
     p_query, p_key, p_pages, p_heads, p_alone, p_moment, p_mean, stride_query_row, stride_query_head, stride_key_page,
@@ -43,8 +43,9 @@ def moments_kernel(
 ):  # fmt: skip
     """One program: COLUMNS columns of the second moment of one head's sampled queries, or of its centred keys.
 
-    ``p_alone``: int64 ``[h, num_alone]``, rows that together count ``alone_share`` times as much as the sampled ones.
-    ``p_moment``: float32 ``[h, 2, D, D]``, of queries, and of keys; ``p_mean``: float32 ``[h, HEAD_SIZE]``, of keys.
+    ``p_alone``: int64 ``[h, num_alone]``, last and outlier rows, which together weigh ``alone_share`` times as much as
+    the sampled ones. ``p_moment``: float32 ``[h, 2, D, D]``, of queries and of keys; ``p_mean``: float32
+    ``[h, HEAD_SIZE]``, of keys.
     """
     i_block, i_kind, i_slot = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_head = tl.load(p_heads + i_slot).to(tl.int64)
@@ -97,7 +98,7 @@ def moments_kernel(
 
 @triton.jit
 def _scale(p_moment, HEAD_SIZE: tl.constexpr, D: tl.constexpr):
-    """The mean eigenvalue of a moment; 1 where that is nothing."""
+    """The mean eigenvalue of a moment, or 1 if it is at most LEAST."""
     mean = tl.sum(tl.load(p_moment + tl.arange(0, D) * (D + 1)), 0) / HEAD_SIZE
     return tl.where(mean > LEAST, mean, 1.0)
 
@@ -125,7 +126,7 @@ def _keep(p_vectors, b_vectors, D: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def orthonormal(b_vectors, b_images, RANK: tl.constexpr, R: tl.constexpr):
-    """``projection.orthonormal`` in float32: columns that are combinations of those before them become zero."""
+    """``projection.orthonormal`` in float32: columns that depend linearly on those before them become zero."""
     o_rank = tl.arange(0, R)
     b_before = tl.sum(b_vectors * b_images, 0)
     for i_rank in range(RANK):
@@ -149,10 +150,10 @@ def fit_kernel(
     D: tl.constexpr, PAGE: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, STEP: tl.constexpr,
     BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """One program: the dimensions of one head, ``projection.fit`` and ``projection.for_int8``.
+    """One program: ``projection.fit`` and ``projection.for_int8`` of one head.
 
-    ``p_start``: float32 ``[D, R]``; ``p_vectors``: float32 ``[h, D, R]``, room. ``p_to_query``, ``p_to_key``: float32
-    ``[h, HEAD_SIZE, WIDTH]``; ``p_key_size``: float32 ``[h, WIDTH]``.
+    ``p_start``: float32 ``[D, R]``; ``p_vectors``: float32 ``[h, D, R]``, workspace. ``p_to_query``, ``p_to_key``:
+    float32 ``[h, HEAD_SIZE, WIDTH]``; ``p_key_size``: float32 ``[h, WIDTH]``.
     """
     i_slot = tl.program_id(0)
     i_head = tl.load(p_heads + i_slot).to(tl.int64)
@@ -161,12 +162,12 @@ def fit_kernel(
     p_queries = p_moment + i_slot.to(tl.int64) * 2 * D * D
     p_spread = p_queries + D * D
     p_vectors += i_slot.to(tl.int64) * D * R
-    # Of mean eigenvalue 1 both, so that float32 holds all that follows.
+    # Both are scaled to a mean eigenvalue of 1, so that float32 suffices below.
     of_queries, of_keys = _scale(p_queries, HEAD_SIZE, D), _scale(p_spread, HEAD_SIZE, D)
     b_start = tl.load(p_start + o_dim[:, None] * R + o_rank[None, :])
     b_images, b_vectors = tl.zeros([D, R], dtype=tl.float32), tl.zeros([D, R], dtype=tl.float32)
     for _ in range(ITERATIONS):
-        # Columns that have come to nothing begin anew.
+        # Columns that have become zero start again.
         b_images = tl.where((tl.max(tl.abs(b_images), 0) > 0)[None, :], b_images, b_start)
         _keep(p_vectors, b_images, D, R)
         b_vectors = _times(p_spread, p_vectors, 1.0 / of_keys, D, R, STEP) + RIDGE * b_images
@@ -210,18 +211,18 @@ def fit_kernel(
 
 BLOCK_N, STEP, NUM_WARPS = 64, 32, 8
 COLUMNS = 32
-"""Of a moment, in one program."""
+"""Columns of a moment per program."""
 
 
 @functools.lru_cache(maxsize=64)
 def padded_start(shape: tuple[int, int], room: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """``projection.start_vectors`` of this shape, float32 ``[*room]``, zeros beyond."""
+    """``projection.start_vectors`` of this shape, padded with zeros to float32 ``[*room]``."""
     vectors = start_vectors(*shape, device).float()
     return torch.nn.functional.pad(vectors, (0, room[1] - shape[1], 0, room[0] - shape[0]))
 
 
 def constants(inputs: Inputs) -> dict[str, Any]:
-    """Of both kernels."""
+    """Constants of both kernels."""
     size, compute = inputs.cache.head_size, compute_type(inputs.query.dtype)[0]
     wide = max(16, triton.next_power_of_2(size))
     return {
@@ -239,9 +240,9 @@ def fitted(inputs: Inputs, query: torch.Tensor, heads: Sequence[int], alone: tor
     """``low_rank.fitted`` of a sample of the chunk's queries and of the sequence's keys, in ``rank`` dimensions.
 
     Args:
-        inputs: with a cache of layout ``rows``, elements of a head side by side.
-        query: ``[chunk, H, D]``, elements of a head side by side.
-        alone: int64 ``[h, m]``, rows of the chunk that speak for themselves.
+        inputs: with a cache of layout ``rows``, contiguous along ``D``.
+        query: ``[chunk, H, D]``, contiguous along ``D``.
+        alone: int64 ``[h, m]``, the last and the outlier rows of the chunk.
     """
     cache, seq_len, device = inputs.cache, inputs.chunk.seq_len, query.device
     size, rank = cache.head_size, min(rank, cache.head_size)

@@ -1,9 +1,9 @@
 """Reductions over columns of a product that stay within a thread.
 
-Tensor cores leave a row of their result with four threads: columns 0 and 1 with the first, 2 and 3 with the second, and
-from column 8 on with the first again. What is reduced over the columns of one thread needs no exchange between threads,
-which would cost more than the reduction. So columns are laid out for it, or each thread's part is kept apart until the
-end. On GPUs with another layout results are the same.
+Tensor cores distribute a row of their result over four threads: columns 0 and 1 to the first, 2 and 3 to the second,
+and from column 8 on to the first again. A reduction over the columns of one thread needs no exchange between threads,
+which would cost more than the reduction. Columns are therefore ordered by thread, or each thread keeps a partial result
+until the end. On GPUs with another layout results are the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ THREADS = tl.constexpr(4)
 
 @triton.jit
 def thread_of(o_column):
-    """Which of the four holds a column."""
+    """Which of the four threads holds a column."""
     return o_column // 2 % THREADS
 
 
@@ -28,8 +28,8 @@ def place_of(o_column):
 
 @triton.jit
 def max_in_thread(b_product, GROUPS: tl.constexpr):
-    """``[M, GROUPS * 4]`` of ``[M, N]``: the largest of each of so many parts of each thread's places; the threads vary
-    fastest."""
+    """``[M, GROUPS * 4]`` of ``[M, N]``: the maximum of each of GROUPS equal parts of each thread's columns. The thread
+    is the fastest index."""
     M: tl.constexpr = b_product.shape[0]
     PAIRS: tl.constexpr = b_product.shape[1] // (2 * THREADS * GROUPS)
     b_max = tl.max(tl.max(tl.reshape(b_product, [M, GROUPS, PAIRS, THREADS, 2]), 4), 2)
@@ -38,7 +38,7 @@ def max_in_thread(b_product, GROUPS: tl.constexpr):
 
 @triton.jit
 def columns_of_threads(b_product):
-    """``N // 4`` tensors ``[M, 4]`` of ``[M, N]``, N from 16 to 128: a column of each thread, and so on."""
+    """Split ``[M, N]``, N from 16 to 128, into ``N // 4`` tensors ``[M, 4]`` with one column of each thread."""
     M: tl.constexpr = b_product.shape[0]
     PLACES: tl.constexpr = b_product.shape[1] // THREADS
     b_places = tl.permute(tl.reshape(b_product, [M, PLACES // 2, THREADS, 2]), (0, 2, 1, 3))
@@ -57,7 +57,7 @@ def columns_of_threads(b_product):
 
 @triton.jit
 def _halves(parts):
-    """Of each ``[M, 4, n]`` the even and the odd places."""
+    """Split each ``[M, 4, n]`` into the even and the odd places."""
     found = ()
     for i in tl.static_range(len(parts)):
         b_even, b_odd = tl.split(tl.reshape(parts[i], [parts[i].shape[0], THREADS, parts[i].shape[2] // 2, 2]))

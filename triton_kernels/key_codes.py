@@ -22,8 +22,8 @@ MAX_KEY_NORM = tl.constexpr(projection.MAX_KEY_NORM)
 
 @triton.jit
 def precise_dot(b_rows, b_matrix):
-    """Products of rows ``[M, D]`` with a float32 matrix ``[D, R]``, as precise as in float32, by tensor cores where the
-    rows are of 16 bits."""
+    """Products of rows ``[M, D]`` with a float32 matrix ``[D, R]``, as precise as in float32. Rows of 16 bits use
+    tensor cores."""
     if b_rows.dtype == tl.float32:
         b_product = tl.dot(b_rows, b_matrix, input_precision="ieee")
     else:
@@ -34,7 +34,7 @@ def precise_dot(b_rows, b_matrix):
     return b_product
 
 
-# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Lengths differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(do_not_specialize=["seq_len"])
 def key_codes_kernel(
     p_key, p_pages, p_heads, p_mean, p_to_key, p_codes, stride_key_page, stride_key_head, stride_key_slot, seq_len,
@@ -89,11 +89,11 @@ def key_codes(inputs: Inputs, heads: Sequence[int], projection: Projection) -> t
     """``projection.quantize_keys`` of all keys of some query heads.
 
     Args:
-        inputs: with a cache of layout ``rows``, elements of a head side by side.
-        heads: those that the projection is for.
+        inputs: with a cache of layout ``rows``, contiguous along ``D``.
+        heads: the heads of ``projection``.
 
     Returns:
-        int8 ``[h, S, r]``. Elements half way between two numbers are rounded up.
+        int8 ``[h, S, r]``. Elements half way between two integers are rounded up.
     """
     cache, seq_len = inputs.cache, inputs.chunk.seq_len
     rank = projection.to_key.shape[2]

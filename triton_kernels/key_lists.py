@@ -1,4 +1,4 @@
-"""From the score bins of tiles to the lists of an index, in one pass over the bins, without a wait for the GPU."""
+"""From the score bins of tiles to the lists of an index, in one pass over the bins, without a host synchronisation."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ DENSE_FROM, BITS_PER_BIN = tl.constexpr(score_bins.DENSE_FROM), tl.constexpr(1 /
 
 @triton.jit
 def _bins(p_bins, o_page, seq_len, PAGE: tl.constexpr, SLOTS: tl.constexpr):
-    """One tile's bins of the keys of some pages, 0 where there is none, and their positions: ``[PAGES, SLOTS]``."""
+    """One tile's bins of the keys of some pages, 0 where there is no key, and their positions: ``[PAGES, SLOTS]``."""
     o_slot = tl.arange(0, SLOTS)
     o_position = o_page[:, None] * PAGE + o_slot[None, :]
     num_whole = seq_len // PAGE
     if PAGE == SLOTS and tl.max(o_page, 0) < num_whole:
-        # Without a mask many bytes are read at once.
+        # Loads without a mask are vectorised.
         b_bin = tl.load(p_bins + o_position)
     else:
         b_bin = tl.load(p_bins + o_position, mask=(o_slot < PAGE)[None, :] & (o_position < seq_len), other=0)
@@ -37,11 +37,11 @@ def _bins(p_bins, o_page, seq_len, PAGE: tl.constexpr, SLOTS: tl.constexpr):
 def _chances(
     b_bin, threshold, o_page, o_position, oldest, own, PAGE: tl.constexpr, WINDOWED: tl.constexpr
 ):  # fmt: skip
-    """Codes of keys (``score_bins.sampled_keys``) and how likely each is drawn, in 65536ths; 0 of those that are no
-    page's, not before the tile, or before its window."""
+    """Codes of keys (``score_bins.sampled_keys``), and their sampling probabilities in 65536ths: 0 for padding, for the
+    tile's own pages and later ones, and for keys before its window."""
     SLOTS: tl.constexpr = b_bin.shape[1]
     b_code = tl.minimum(tl.maximum(threshold - b_bin, 0), MAX_CODE)
-    # To the nearest: no chance is so near the middle of two numbers that an approximation would matter.
+    # Rounded to nearest. No probability is so close to a tie that the approximate exponential would matter.
     b_chance = (tl.exp2(16.0 - b_code.to(tl.float32) * BITS_PER_BIN) + 0.5).to(tl.int32)
     b_chance = tl.where((o_page < own)[:, None], b_chance, 0)
     if PAGE != SLOTS:
@@ -53,7 +53,7 @@ def _chances(
 
 @triton.jit
 def _reach(i_tile, context_len, seq_len, window, TILE: tl.constexpr, PAGE: tl.constexpr):
-    """The first key that a row of a tile sees; its pages: the first of its own, and one past the last."""
+    """The first key that any row of a tile sees, the tile's first own page, and one past its last page."""
     aligned = (context_len // TILE + i_tile) * TILE
     start, end = tl.maximum(aligned, context_len), tl.minimum(aligned + TILE, seq_len)
     oldest = tl.where(window > 0, tl.maximum(start - window + 1, 0), 0)
@@ -62,14 +62,14 @@ def _reach(i_tile, context_len, seq_len, window, TILE: tl.constexpr, PAGE: tl.co
 
 @triton.jit
 def _fill(p_list, first, end, number, rise, STEP: tl.constexpr):
-    """Writes to places ``first`` to ``end`` a number that rises by ``rise`` from one to the next."""
+    """Write ``number``, ``number + rise``, ... to the places from ``first`` to ``end``."""
     for i in range(first, end, STEP):
         o_place = i + tl.arange(0, STEP)
         b_number = number + (o_place - first) * rise
         tl.store(p_list + o_place, b_number.to(p_list.dtype.element_ty), mask=o_place < end)
 
 
-# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Lengths differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(do_not_specialize=[
     "num_tiles", "context_len", "seq_len", "window", "max_blocks", "max_columns",
 ])  # fmt: skip
@@ -81,12 +81,12 @@ def key_lists_kernel(
 ):  # fmt: skip
     """One program: the whole pages and the single keys of one tile, PAGES pages at a time.
 
-    Lists are the index's own, ``p_blocks`` int32 ``[L, T, max_blocks]``, ``p_columns`` int32 ``[L, T, max_columns]``
-    and ``p_codes`` uint8, likewise, where SAMPLED; filled with -1 and zeros. ``p_lists`` int32 ``[h]`` says which of
-    them each head has. A tile that needs more than DENSE_FROM of its keys has every page, and one without room, too,
-    without a list.
+    The lists are those of the index: ``p_blocks`` int32 ``[L, T, max_blocks]``, ``p_columns`` int32
+    ``[L, T, max_columns]`` and, if SAMPLED, ``p_codes`` uint8 of the same shape; filled with -1 and zeros. ``p_lists``
+    int32 ``[h]`` has the list of each head. A tile that needs more than DENSE_FROM of its keys has every page. A tile
+    that needs longer lists has every page, too, without a list.
     """
-    # The last tiles have most keys: they begin first.
+    # The last tiles have the most keys, so they start first.
     i_tile, i_slot = num_tiles - 1 - tl.program_id(0), tl.program_id(1)
     i_list = (tl.load(p_lists + i_slot) * num_tiles + i_tile).to(tl.int64)
     p_bins += (i_slot * num_tiles + i_tile).to(tl.int64) * stride_bins
@@ -95,7 +95,7 @@ def key_lists_kernel(
     threshold = tl.load(p_threshold + i_slot)
     oldest, own, end = _reach(i_tile, context_len, seq_len, window, TILE, PAGE)
     first = oldest // PAGE
-    # The sum of chances is known modulo 65536: it begins elsewhere for every tile.
+    # ``fraction``: sum of probabilities modulo 65536. It starts at a different value for every tile.
     blocks, columns, cost, fraction = 0, 0, 0, i_tile * TILE_FRACTION & 65535
     for i_page in range(first, end, PAGES):
         o_page = i_page + tl.arange(0, PAGES)
@@ -111,8 +111,8 @@ def key_lists_kernel(
             b_sum = tl.sum(b_chance, 1)
             b_fraction = (fraction + tl.cumsum(b_sum, 0) - b_sum) & 65535
             fraction = (fraction + tl.sum(b_sum, 0)) & 65535
-            # A key from the threshold up has a whole chance: it is drawn, and leaves the fraction as it is. What was
-            # left is less than the chance where the sum has passed a whole number.
+            # A key at or above the threshold has probability 1: it is drawn, and leaves the fraction as it is. Where
+            # the sum has passed an integer, the new fraction is less than the key's probability.
             b_through = tl.cumsum(b_chance, 1) + b_fraction[:, None]
             m_key, o_key = (b_through & 65535) < b_chance, (b_through >> 16) - 1
             b_count = (b_fraction + b_sum) >> 16
@@ -134,7 +134,7 @@ def key_lists_kernel(
     dense = (threshold == 0) | (cost > DENSE_FROM * PAGE * pages)
     over = tl.where(dense, pages > max_blocks, (blocks > max_blocks) | (columns > max_columns))
     if dense | over:
-        # What was written is taken back.
+        # Undo what was written.
         tl.debug_barrier()
         listed = tl.where(over, 0, pages)
         _fill(p_blocks, 0, listed, first, 1, STEP)
@@ -148,11 +148,11 @@ def key_lists_kernel(
 
 
 KEYS, STEP, NUM_WARPS = 2048, 128, 4
-"""Keys of one step, about, and entries of a list that are taken back at once."""
+"""Keys per step (approximately), list entries that are reset at once, and warps."""
 
 
 def constants(block_size: int, sampled: bool = False, windowed: bool = False) -> dict[str, int]:
-    """Of the kernel, but for its tile."""
+    """Constants of the kernel, except TILE."""
     slots = triton.next_power_of_2(block_size)
     shape = {"PAGE": block_size, "SLOTS": slots, "PAGES": max(1, KEYS // slots), "STEP": STEP, "num_warps": NUM_WARPS}
     return shape | {"SAMPLED": sampled, "WINDOWED": sampled and windowed}
@@ -160,26 +160,26 @@ def constants(block_size: int, sampled: bool = False, windowed: bool = False) ->
 
 @dataclass(frozen=True)
 class BinLists:
-    """The keys from one bin up, of some heads, and a sample of the others, to be written into the lists of an index."""
+    """Keys of some heads at or above a bin, and a sample of the others, to be written into the lists of an index."""
 
     tiling: Tiling
     """With a ``column_multiple`` of 1."""
     bins: torch.Tensor
-    """uint8 ``[h, T, S]``, see ``score_bins.tile_bins``; a tile's one behind the other."""
+    """uint8 ``[h, T, S]``, see ``score_bins.tile_bins``; contiguous along ``S``."""
     threshold: torch.Tensor
     """int32 ``[h]``."""
     sampled: bool = False
     """See ``ScoreBins``."""
 
     def write(self, lists: Lists, heads: Sequence[int]) -> None:
-        """The lists that ``score_bins.keys_above``, or ``sampled_keys``, and ``build_index`` make of them.
+        """Write the lists that ``score_bins.keys_above``, or ``sampled_keys``, and ``build_index`` would make.
 
         Args:
-            lists: of all heads, every one with its own; filled with -1 and zeros.
-            heads: whose lists these are.
+            lists: of all heads, one list per head; filled with -1 and zeros.
+            heads: the heads of ``bins``.
         """
         tiling, bins, threshold = self.tiling, self.bins, self.threshold
-        codes = lists.codes if self.sampled else lists.columns  # which nothing writes, if none is drawn
+        codes = lists.codes if self.sampled else lists.columns  # not written if nothing is sampled
         launcher(key_lists_kernel, (tiling.num_tiles, len(heads)))(
             bins, bins.stride(1), threshold, on_device(heads, bins), lists.blocks, lists.num_blocks,
             lists.columns, codes, lists.num_columns, lists.overflowed.view(torch.uint8), tiling.num_tiles,

@@ -1,4 +1,4 @@
-"""How kernels are started: attention's launch shapes, and an error on the way says which variant it was."""
+"""Kernel launches: attention's launch shapes, and errors that name the variant that failed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
             # Triton 3.10 does not fuse multiplications and additions unless it is asked to.
             kernel[grid](*arguments, **constants, enable_fp_fusion=True)
         except Exception as error:
-            # Triton's own messages say what was too much, and not for whom.
+            # Triton's own messages say which limit was exceeded, but not by which variant.
             shape = ", ".join(f"{name}={value}" for name, value in constants.items())
             tensors = ", ".join(
                 f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
@@ -37,7 +37,7 @@ def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
 
 
 def major_capability(tensor: torch.Tensor) -> int:
-    """The compute capability's first number where the tensor lies; Hopper's in the interpreter."""
+    """Major compute capability of the tensor's device; Hopper's in the interpreter."""
     return torch.cuda.get_device_capability(tensor.device)[0] if tensor.is_cuda else 9
 
 
@@ -48,16 +48,16 @@ class LaunchShape:
     block_m: int
     """Packed rows per program."""
     block_n: int
-    """Keys of whole pages per step, and single ones."""
+    """Keys of whole pages, and single keys, per step."""
     block_own: int
     """Keys of the tile's own pages per step."""
     stages: int
-    """Steps whose keys and values are under way at once, as far as Triton can (see the account)."""
+    """Steps whose keys and values are in flight at once, as far as Triton can (see the account)."""
     num_warps: int = 8
 
 
 def launch_shape(major: int, head_size: int, compute_size: int, cache_size: int) -> LaunchShape:
-    """The shape that by the account takes the least time, spills no registers and fits into shared memory.
+    """The fastest shape by the account that spills no registers and fits into shared memory.
 
     Args:
         major: compute capability.

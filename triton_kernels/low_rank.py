@@ -1,7 +1,7 @@
-"""The score bins of ``low_rank``, of int8 queries and keys in few dimensions.
+"""The score bins of ``low_rank``, from int8 queries and keys in few dimensions.
 
-Products are computed once and never stored; what they are set against is in ``approx_lse.py``, bins of all rows of a
-tile in ``tile_bins.py``, and of representatives in ``representative_bins.py``.
+Products are computed once and never stored. ``approx_lse.py`` has the log-sum-exp that is subtracted from them,
+``tile_bins.py`` the bins for all rows of a tile, and ``representative_bins.py`` those for representatives.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from minference_vllm.triton_kernels.in_thread import THREADS
 from minference_vllm.triton_kernels.launch import launcher, major_capability
 
 ALIGNED = 128
-"""Bytes that bins of a tile begin at multiples of, so that they are read many at once."""
+"""Alignment of a tile's bins in bytes, for vectorised loads."""
 
 
 def launch_shape(
@@ -29,10 +29,10 @@ def launch_shape(
 
     Args:
         per_tile: see ``QuantizedQK``.
-        count: queries of most tiles; 0: as many as there is room for.
+        count: number of queries of most tiles; 0: ``per_tile``.
         major: compute capability.
     """
-    # Tensor cores take 32 whole numbers at once.
+    # Tensor cores take 32 int8 numbers at once.
     shape = {"RANK": rank, "R": max(32, triton.next_power_of_2(rank)), "TILE": tile, "PER_TILE": per_tile}
     of_lse = {"BLOCK_M": approx_lse.BLOCK_M, "num_warps": approx_lse.NUM_WARPS}
     rows = min(bins_by_tile.BLOCK_M, max(16, triton.next_power_of_2(per_tile)))
@@ -40,7 +40,7 @@ def launch_shape(
     of_bins |= {"num_warps": bins_by_tile.NUM_WARPS}
     tiles = representative_bins.QUERIES // max(count, 1)
     if triton.next_power_of_2(count) == count > 1 and tiles >= THREADS.value:
-        # Blackwell's registers would spill.
+        # Blackwell would spill registers otherwise.
         keys = representative_bins.BLOCK_N // (2 if major == 10 else 1)
         of_bins |= {"KEYS_ALONE": of_bins["BLOCK_N"], "STRIP": representative_bins.STRIP, "BLOCK_N": keys}
         of_bins |= {"COUNT": count, "TILES": tiles}
@@ -49,7 +49,7 @@ def launch_shape(
 
 
 def tile_bins(quantized: QuantizedQK, tiling: Tiling, count: int = 0) -> torch.Tensor:
-    """``score_bins.tile_bins``, without waiting for the GPU.
+    """``score_bins.tile_bins``, without a host synchronisation.
 
     Args:
         count: see ``launch_shape``.
@@ -58,7 +58,7 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, count: int = 0) -> torch.T
         uint8 ``[h, T, S]``; the bins of every tile begin at a multiple of ``ALIGNED`` bytes.
 
     Raises:
-        ValueError: the quantized have other types, or do not fit the tiling.
+        ValueError: ``quantized`` has other types, or does not fit the tiling.
     """
     query, position, there, keys, dequant_scale = (part.contiguous() for part in quantized)
     heads, length, rank = keys.shape

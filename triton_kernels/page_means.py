@@ -45,7 +45,7 @@ def mean_keys(cache: PagedCache, pages: torch.Tensor, seq_len: int, first: int, 
     """``torch_scores.mean_keys`` of KV heads ``[first, last)`` straight from the pages: float32 ``[heads, N, D]``.
 
     Args:
-        cache: layout ``rows``, elements of a head side by side.
+        cache: layout ``rows``, contiguous along ``D``.
         pages: int64 ``[N]``, contiguous.
     """
     blocks = triton.cdiv(seq_len, cache.block_size)

@@ -1,6 +1,6 @@
-"""An index's keys as places in the cache, so that attention reads one list and no page table.
+"""An index's keys as offsets into the cache, so that attention reads one list and no page table.
 
-Offsets count elements from a head's first key or value, in units that keep them in 32 bits.
+Offsets count elements from a head's first key or value, in units that make them fit 32 bits.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ BITS_PER_CODE = tl.constexpr(1 / CODES_PER_BIT)
 BLOCK = 256
 """List entries that are written at once."""
 WORK = 1024
-"""Tiles whose keys differ by less stay beside those that read the same pages."""
+"""Tiles are sorted by their number of keys divided by this, so that similar ones stay next to tiles that read the same
+pages."""
 
 
 @triton.jit
 def split_keys(num_blocks, tile_start, tile_end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
-    """Pages of a tile's list that lie before its own; and how many of their keys whole steps of BLOCK_N do not reach.
+    """Number of pages in a tile's list before its own pages, and of their keys after the last full step of BLOCK_N.
 
-    Every list of a causal index ends with all pages that hold the tile's rows; others hold none of them.
+    Every list of a causal index ends with all pages that hold the tile's rows. Other lists have none of them.
     """
     num_before = num_blocks
     if CAUSAL:
@@ -125,7 +126,7 @@ def physical_lists_kernel(
             tl.store(p_singles + num_columns + o_left, b_left_place.to(tl.int32), mask=m_left)
             if COUNTED:
                 tl.store(p_counts + num_columns + o_left, tl.full([BLOCK_N], 1.0, tl.float32), mask=m_left)
-        # The tile's last key stands for what follows it. Where no row attends own keys, they fill up the last step.
+        # Padded with the tile's last key. If no row attends own keys, they are the padding of the last step.
         own = tile_start // PAGE * PAGE
         p_singles += num_columns + num_left
         p_counts += num_columns + num_left
@@ -142,7 +143,7 @@ def physical_lists_kernel(
 
 @dataclass(frozen=True)
 class PhysicalLists:
-    """Offsets from a head's first key, the same for values, divided by ``unit``; sizes as ``SparseIndex`` has them."""
+    """Offsets from a head's first key, the same for values, divided by ``unit``. Sizes as in ``SparseIndex``."""
 
     unit: int
     table: torch.Tensor
@@ -150,24 +151,24 @@ class PhysicalLists:
     listed: torch.Tensor
     """int32 ``[L * T * max_blocks + ...]``: of the pages before each tile."""
     singles: torch.Tensor
-    """int32 ``[L * T * max_singles + ...]``: of a tile's columns, then of those keys of its pages that remain, then of
-    its own pages' keys, filled up."""
+    """int32 ``[L * T * max_singles + ...]``: of a tile's columns, then of its pages' keys after the last full step,
+    then of its own pages' keys, padded."""
     counts: torch.Tensor | None
-    """float32, likewise: how often each counts; None: once."""
+    """float32, of the same shape: how often each key counts; None: once."""
     max_singles: int
     order: torch.Tensor
     """int64 ``[L * T]``: items (see ``place_of``), those with most keys first."""
 
 
 def physical_lists(inputs: Inputs, index: SparseIndex, block_n: int) -> PhysicalLists:
-    """The lists of one chunk; nothing waits for the GPU.
+    """The lists of one chunk, without a host synchronisation.
 
     Args:
         inputs: with keys and values in pages of the same strides.
         block_n: keys that attention takes per step. It may read as many entries past a list's end.
 
     Raises:
-        ValueError: keys and values have other strides, or the cache is too large for 32 bits.
+        ValueError: keys and values have different strides, or the cache is too large for 32 bits.
     """
     cache, columns, device = inputs.cache, index.columns, index.blocks.device
     page_stride, _, slot_stride, _ = cache.key.stride()
@@ -182,7 +183,7 @@ def physical_lists(inputs: Inputs, index: SparseIndex, block_n: int) -> Physical
         )
     rows = index.num_lists * index.num_tiles
     num_pages, max_blocks = len(inputs.pages), index.blocks.shape[2]
-    # Columns, remaining keys, own ones, and room to fill up.
+    # Columns, keys after the last full step, own keys, and padding.
     max_singles = columns.shape[2] + index.tiling.tile + (2 if cache.block_size % block_n else 1) * block_n
     table, listed, singles = (
         torch.empty(entries + block_n, dtype=torch.int32, device=device)

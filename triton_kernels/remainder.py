@@ -1,13 +1,13 @@
 """The remainder of ``minference_vllm.prefill.remainder`` straight from paged keys and values of any strides.
 
-Two kernels: what a tile leaves out, ``left_out_kernel``: its mean queries, and a mark for each sampled key that it does
-not leave out; and the softmax over the others, ``remainder_kernel``. Nobody searches a list: which key of its
-neighbours is sampled is known, so each key that a list names tells whether it is one.
+There are two kernels. ``left_out_kernel`` computes each tile's mean queries and marks the sampled keys that the tile
+does not leave out. ``remainder_kernel`` computes the softmax over the other sampled keys. No list is searched: the
+sampled positions follow from a formula, which tells for each key in a list whether it is sampled.
 
-A mean query is rounded to the type that it is multiplied in, wherever it stands. It is the point around which the
-remainder is a row's log-sum-exp to first order; any point near the rows does as well.
+A mean query is rounded to the type of products wherever it is used. It is the point around which the remainder is a
+row's log-sum-exp to first order; any point near the rows does as well.
 
-Sizes: ``H`` query heads of size ``D``, ``L`` lists, ``T`` query tiles, ``n`` sampled keys, filled up to whole steps.
+Sizes: ``H`` query heads of size ``D``, ``L`` lists, ``T`` query tiles, ``n`` sampled keys, padded to whole steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _position(i_sample, step):
     return i_sample * step + i_sample * 40503 % 65536 * step // 65536
 
 
-# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Lengths differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(
     do_not_specialize=[
         "num_tiles", "num_items", "num_samples", "step", "seq_len", "window", "max_blocks", "max_columns"
@@ -69,7 +69,7 @@ def left_out_kernel(
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: one list and tile, or where BLOCK sampled keys lie.
+    """One program: one list and tile, or the slots of BLOCK sampled keys.
 
     ``p_mean`` is float32 ``[H, T, HEAD_SIZE]``; ``p_marks`` uint8 ``[L, T, n]``, 0 for keys that the tile leaves out;
     ``p_slots`` int32 ``[n + BLOCK_N]``, each key's physical page times PAGE plus its slot in it.
@@ -81,7 +81,8 @@ def left_out_kernel(
     if i_item >= num_items:
         o_sample = (i_item - num_items) * BLOCK + o_entry
         b_position = _position(tl.minimum(o_sample, num_samples - 1), step)
-        # Pages that no row sees may be another request's: the last token, which no tile leaves out, stands for them.
+        # Pages that no row sees may belong to another request. The last token, which no tile leaves out, replaces their
+        # keys.
         b_position = tl.where((window > 0) & (b_position <= chunk_start - window), seq_len - 1, b_position)
         b_page = tl.load(p_pages + b_position // PAGE).to(tl.int32)
         tl.store(p_slots + o_sample, b_page * PAGE + b_position % PAGE, mask=o_sample < width + BLOCK_N)
@@ -107,14 +108,14 @@ def left_out_kernel(
         p_columns += i_item.to(tl.int64) * max_columns
         p_marks += i_item.to(tl.int64) * width
         is_listed = tl.load(p_blocks) >= 0
-        # All rows of a tile see what lies before its first and in its last one's window.
+        # All rows of a tile see the keys before its first row that are in the window of its last row.
         first_seen = tl.where(window > 0, tile_end - window, 0)
         for first in range(0, width, BLOCK):
             o_sample = first + o_entry
             b_position = _position(o_sample, step)
             m_mark = (o_sample >= num_samples) | (b_position >= tile_start) | (b_position < first_seen) | ~is_listed
             tl.store(p_marks + o_sample, m_mark.to(tl.uint8), mask=o_sample < width)
-        # What follows writes over it, each key by another thread.
+        # The loops below overwrite marks, from other threads.
         tl.debug_barrier()
         num_columns = tl.load(p_num_columns + i_item)
         for first in range(0, num_columns, BLOCK):
@@ -123,7 +124,7 @@ def left_out_kernel(
             o_sample = b_column // step
             m_sample = m_column & (o_sample < num_samples) & (_position(o_sample, step) == b_column)
             tl.store(p_marks + o_sample, tl.full([BLOCK], 1, tl.uint8), mask=m_sample)
-        # Samples that may lie in a page: one per step, and one where a step's neighbours begin before it.
+        # Samples that may lie in a page: one per step, and one for a step that begins before the page.
         per_page = (PAGE - 1) // step + 2
         num_entries = tl.where(is_listed, tl.load(p_num_blocks + i_item), 0) * per_page
         for first in range(0, num_entries, BLOCK):
@@ -175,7 +176,8 @@ def remainder_kernel(
 ):
     """One program: BLOCK_M pairs of a tile and a query head, of one KV head. A tile's heads are neighbours.
 
-    ``p_wanted`` is int32 ``[H]``, 0 for heads without a remainder; ``p_left_key`` and the rest are ``Remainder``'s.
+    ``p_wanted`` is int32 ``[H]``, 0 for heads without a remainder; ``p_left_key``, ``p_left_value`` and ``p_bias`` are
+    the fields of ``Remainder``.
     """
     PADDED: tl.constexpr = HEAD_SIZE != D
     i_kv_head = tl.program_id(1)
@@ -193,7 +195,7 @@ def remainder_kernel(
     p_row_marks = p_marks + (o_head // HEADS_PER_LIST * num_tiles + o_tile).to(tl.int64) * width
     p_key += i_kv_head.to(tl.int64) * stride_key_head
     p_value += i_kv_head.to(tl.int64) * stride_value_head
-    # No later sample's neighbours begin before the last tile.
+    # Later samples do not lie before the last tile.
     last_start = tl.load(p_tile_starts + tl.max(o_tile, 0)).to(tl.int32)
     num_keys = tl.minimum(last_start // step + 1, num_samples)
     num_keys = tl.where(tl.max(m_wanted.to(tl.int32), 0) > 0, num_keys, 0)
@@ -243,7 +245,7 @@ ROWS, BLOCK, BLOCK_M, STAGES, NUM_WARPS = 32, 256, 16, 3, 4
 def constants(
     heads_per_list: int, group: int, head_size: int, block_size: int, dtype: torch.dtype, cache_size: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of the two kernels.
+    """Constants of the two kernels.
 
     Args:
         dtype: of the queries.
@@ -251,7 +253,7 @@ def constants(
     """
     compute, precision = compute_type(dtype)
     dims = max(16, triton.next_power_of_2(head_size))
-    # As many as spill no registers, by ``tools/kernel_account.py``: FP8 is converted in them.
+    # The most that spill no registers, by ``tools/kernel_account.py``. FP8 is converted in registers.
     elements = 8192 if dims <= 128 and cache_size == 2 else 4096
     shared = {
         "HEADS_PER_LIST": heads_per_list,
@@ -266,10 +268,10 @@ def constants(
 
 
 def of_heads(inputs: Inputs, index: SparseIndex, heads: Sequence[int]) -> Remainder:
-    """``prefill.remainder.of_heads`` straight from the pages; nothing waits for the GPU.
+    """``prefill.remainder.of_heads`` straight from the pages, without a host synchronisation.
 
     Args:
-        inputs: as ``attention.run`` takes them; values may lie at other strides than keys.
+        inputs: as for ``attention.run``, but values may have other strides than keys.
         index: causal.
 
     Raises:

@@ -1,7 +1,7 @@
-"""The score bins of ``low_rank``, of the representatives of tiles.
+"""The score bins of ``low_rank``, from the representatives of tiles.
 
-Representatives come in an order in which those that are compared meet in one thread (``in_thread.py``). Tiles of which
-they do not suffice are scored one by one, by all their queries.
+Representatives are ordered so that those of one tile are in one thread (``in_thread.py``). Tiles whose representatives
+do not suffice are scored one by one, by all their queries.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from minference_vllm.triton_kernels.tile_bins import LOCAL_BIN, as_bins, below, 
 
 @triton.jit
 def _best_bins(b_product, b_below, b_bits, TILES: tl.constexpr):
-    """The bin that the best of each tile's products comes to, see ``as_bins``: ``[BLOCK_N, TILES]``."""
+    """The bin of the largest of each tile's products, see ``as_bins``: ``[BLOCK_N, TILES]``."""
     return as_bins(max_in_thread(b_product - b_below[None, :], TILES // THREADS).to(tl.float32) * b_bits[None, :])
 
 
-# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Lengths differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(do_not_specialize=["context_len", "seq_len", "num_tiles", "num_parts", "window"])
 def representative_bins_kernel(
     p_query, p_count, p_key, p_scale, p_lse, p_bins, stride_bins, context_len, seq_len, num_tiles, num_parts, window,
@@ -28,22 +28,21 @@ def representative_bins_kernel(
     TILES: tl.constexpr, STRIP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KEYS_ALONE: tl.constexpr,
 ):  # fmt: skip
-    """One program: the bins of STRIP keys for TILES tiles of one head, each of up to COUNT representatives; four tiles
-    and two representatives at least. Then, one after the other, of those that have more.
+    """One program: the bins of STRIP keys for TILES tiles of one head with up to COUNT representatives each; at least
+    four tiles and two representatives. Then, one after the other, for those tiles that have more.
 
-    What is done once for every key, such as to read it, is done for all of those tiles. ``p_count`` is int32 and
-    ``p_scale`` int16 ``[h, T]``, ``p_lse`` float32 ``[h, num_parts, T * PER_TILE]``, ``p_bins`` uint8
-    ``[h, T, stride_bins]``.
+    Work per key, such as loading it, is shared by all of those tiles. ``p_count`` is int32 and ``p_scale`` int16
+    ``[h, T]``, ``p_lse`` float32 ``[h, num_parts, T * PER_TILE]``, ``p_bins`` uint8 ``[h, T, stride_bins]``.
     """
     i_strip, i_group, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     o_column, o_tile = tl.arange(0, TILES * COUNT), i_group * TILES + tl.arange(0, TILES)
-    # All of a tile's in one thread.
+    # All representatives of a tile are in one thread.
     o_their_tile = i_group * TILES + place_of(o_column) // COUNT * THREADS + thread_of(o_column)
     o_place, num_queries = place_of(o_column) % COUNT, num_tiles * PER_TILE
     o_query = o_their_tile * PER_TILE + o_place
     p_count += i_head * num_tiles
     m_query = o_place < tl.load(p_count + o_their_tile, mask=o_their_tile < num_tiles, other=0)
-    # Others are left to what comes after.
+    # The other tiles are scored below.
     m_tile = (o_tile < num_tiles) & (tl.load(p_count + o_tile, mask=o_tile < num_tiles, other=0) <= COUNT)
     p_query += i_head.to(tl.int64) * num_queries * RANK
     p_key += i_head.to(tl.int64) * seq_len * RANK
@@ -58,7 +57,7 @@ def representative_bins_kernel(
     o_bins = ((first_tile + o_tile) * stride_bins)[None, :]
     begin = i_strip * STRIP
     stop = tl.where(tl.max(m_tile.to(tl.int32), 0) > 0, tl.minimum(begin + STRIP, seq_len), begin)
-    # The keys that come before all of those tiles, and see no window.
+    # Keys before all of those tiles, if there is no window.
     first_own = (context_len // TILE + i_group * TILES) * TILE // BLOCK_N * BLOCK_N
     border = tl.where(window > 0, begin, tl.maximum(begin, tl.minimum(stop, first_own)))
     for i_key in range(begin, border, BLOCK_N):
@@ -86,4 +85,4 @@ def representative_bins_kernel(
 
 
 QUERIES, STRIP, BLOCK_N = 128, 2048, 128
-"""Of one program: representatives, and keys; keys of one step."""
+"""Representatives and keys per program, and keys per step."""

@@ -27,7 +27,7 @@ LEAST_SIZE, LEAST_APART = tl.constexpr(tile_queries.LEAST_SIZE), tl.constexpr(ti
 ALIKE = tl.constexpr(tile_queries.ALIKE)
 
 
-# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Lengths differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(do_not_specialize=["context_len", "seq_len", "num_tiles"])
 def representatives_kernel(
     p_query, p_heads, p_to_query, p_key_size, p_codes, p_position, p_count, p_scale, stride_row, stride_head,
@@ -35,8 +35,8 @@ def representatives_kernel(
     R: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr, PER_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: the COUNT representatives of one tile of one head, among one in STEP of its rows, PER_TILE at most;
-    or all of those.
+    """One program: COUNT representatives of one tile of one head among every STEP-th of its rows, at most PER_TILE; or
+    all of those rows.
 
     ``p_to_query`` is float32 ``[h, HEAD_SIZE, RANK]``, ``p_key_size`` float32 ``[h, RANK]``; ``p_codes`` int8
     ``[h, T * PER_TILE, RANK]``, ``p_position`` int32 ``[h, T * PER_TILE]``, ``p_count`` int32 and ``p_scale`` int16
@@ -53,10 +53,10 @@ def representatives_kernel(
     b_low = precise_dot(b_query, load_projection(p_to_query, i_slot, HEAD_SIZE, D, RANK, R)) * factor
     b_size = tl.maximum(tl.load(p_key_size + i_slot * RANK + o_rank, mask=o_rank < RANK, other=1.0), LEAST_SIZE)
     b_unit = units(b_low)
-    # Rows that are not there are zeros, and farthest from none.
+    # Invalid rows are zeros, and never the farthest.
     b_apart = b_low * b_size[None, :]
     b_away = b_apart - (tl.sum(b_apart, 0) / tl.sum(m_row.to(tl.float32), 0))[None, :]
-    # Of rows that are alike one is taken.
+    # One row is taken even if all are equal.
     b_farthest = tl.where(m_row, tl.sum(b_away * b_away, 1) + LEAST_APART, -1.0)
     b_distance = tl.where(m_row, float("inf"), -1.0)
     b_order = tl.full([BLOCK_M], PER_TILE, dtype=tl.int32)
@@ -72,7 +72,7 @@ def representatives_kernel(
     b_all = tl.where(m_row, o_place, PER_TILE)
     b_order = tl.where(tl.max(b_distance, 0) > ALIKE * ALIKE, b_all, b_order)
     m_found = b_order < PER_TILE
-    # One unit for all of them: products are compared as whole numbers.
+    # One unit for all of them, since products are compared as integers.
     b_code, scale = quantized(b_low, tl.max(tl.where(m_found, b_unit, 0.0), 0))
     i_out = i_slot * num_tiles + i_tile
     o_code = i_out.to(tl.int64) * PER_TILE + b_order
@@ -103,10 +103,10 @@ def representative_codes(
     """``tile_queries.representatives`` of every tile, times ``factor``, quantized.
 
     Args:
-        query: ``[chunk, H, D]``, elements of a head side by side.
-        heads: those that the projection is for.
-        keys: int8 ``[h, S, r]``, to go with them.
-        count: of each tile, at most, where they suffice.
+        query: ``[chunk, H, D]``, contiguous along ``D``.
+        heads: the heads of ``projection``.
+        keys: int8 ``[h, S, r]``, for the result.
+        count: maximum number of representatives of each tile, where they suffice.
     """
     found = unwritten(len(heads), tiling, tile_queries.num_candidates(tiling.tile), keys)
     launcher(representatives_kernel, (tiling.num_tiles, len(heads)))(

@@ -1,5 +1,5 @@
-"""``TritonScores``: the scores of one chunk on a GPU, straight from the pages wherever a kernel can; nothing waits for
-the GPU, and the prefix's keys are never copied all at once.
+"""``TritonScores``: the scores of one chunk on a GPU, straight from the pages where kernels support it. There is no
+host synchronisation, and the prefix's keys are never copied all at once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TritonScores(TorchScores):
             yield piece
 
     def _pages(self, rows: int) -> tuple[torch.Tensor, ...]:
-        """The pages, in pieces that suit the scores of so many rows."""
+        """The pages, in pieces sized for the scores of this number of rows."""
         cache = self.inputs.cache
         at_once = keys_at_once(self.inputs.num_heads, rows, cache.num_kv_heads, cache.head_size)
         return self.inputs.pages.split(max(1, at_once // cache.block_size))
@@ -69,7 +69,7 @@ class TritonScores(TorchScores):
         )
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
-        """As the definition, but for what would take memory for every row and key."""
+        """As the definition, but without tensors of size rows x keys."""
         inputs, query = self.inputs, self.query
         drawn = drawn_rows(len(query), tiling.seq_len, query.device)
         rows = measured_rows(query, heads, drawn)
@@ -97,7 +97,7 @@ class TritonScores(TorchScores):
     def audited_pieces(self, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         missing = self.inputs.chunk.seq_len
         for pages in self._pages(rows):
-            # Values are gone before the keys are copied.
+            # The values are freed before the keys are copied.
             norms = self._norms(pages)[:, :missing]
             missing -= norms.shape[1]
             yield self.stored_keys(pages)[:, : norms.shape[1]], norms
@@ -120,7 +120,7 @@ class TritonScores(TorchScores):
         return page_means.mean_keys(cache, self.inputs.pages, self.inputs.chunk.seq_len, first, last)
 
     def _means_of(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """Queries, mean keys and the wanted heads' numbers, all of the KV heads that those heads need."""
+        """Queries and mean keys of the KV heads that these heads need, and the heads' indices among the queries."""
         first, last = self._kv_heads_of(heads)
         group = self.inputs.group
         means = self._mean_keys(self.inputs.cache, first, last)

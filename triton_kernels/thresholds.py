@@ -1,14 +1,14 @@
-"""How far down each head's bins are needed, in one launch: ``threshold`` and ``sampling_threshold`` of
+"""The threshold of each head in one launch: ``threshold`` and ``sampling_threshold`` of
 ``measured_rows.CalibrationRows``.
 
-What is missed is known at a few levels (``calibration.LEVELS``), and its square root taken to lie on a line from one to
-the next. What is missed rises ever faster, between a line and an exponential: a line would list 3 % more keys than are
-needed, this 1 %. Thresholds are rather too low than too high, and never reach the next level, at which too much is
+The missed share is known at a few levels (``calibration.LEVELS``), and its square root is interpolated linearly between
+them. The missed share grows faster than linearly and slower than exponentially: linear interpolation would list 3 %
+more keys than needed, this 1 %. Thresholds err towards too low, and never reach the next level, at which too much is
 missed. A head that misses too much at the lowest level is computed densely.
 
-Of heads that sample their keys "missed" is the variance of a row's output. A key below the threshold adds the square of
-its share times a weight that doubles with every bit (``score_bins.noise_by_threshold``), taken to lie on straight lines
-between the knots of ``calibration.FIRST_KNOT``.
+For heads that sample their keys, "missed" is the variance of a row's output. A key below the threshold adds the square
+of its share times a weight that doubles with every bit (``score_bins.noise_by_threshold``), approximated as piecewise
+linear between the knots of ``calibration.FIRST_KNOT``.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from minference_vllm.triton_kernels.calibration import FIRST_KNOT, LEVELS, NUM_L
 from minference_vllm.triton_kernels.launch import launcher
 
 ROWS, NUM_WARPS = 64, 4
-"""Of one step."""
+"""Rows per step, and warps."""
 WIDTH = tl.constexpr(triton.next_power_of_2(NUM_LEVELS.value))
 WEIGHTS = tl.constexpr((2.33, 10.65, 41.28, 166.54, 802.2))
-"""By how much a square's weight rises over each ramp below the threshold. Lines from 0 to these sums have the means of
-``2 ** bits - 1`` over all ramps but the last, and end at what keys count that are least likely to be drawn."""
+"""Increase of a square's weight over each ramp below the threshold. The lines from 0 through the partial sums have the
+mean of ``2 ** bits - 1`` on every ramp but the last, and end at the weight of keys with the minimum sampling
+probability."""
 NUM_RAMPS = tl.constexpr(len(WEIGHTS.value))
 assert NUM_RAMPS.value * RAMP.value == MAX_CODE and round(sum(WEIGHTS.value)) == 2 ** (MAX_CODE // BINS_PER_BIT) - 1
 
 
 @triton.jit
 def _highest(b_missed, b_level, missable):
-    """The highest bin down to which no more is missed than that; 0 where there is none. ``b_missed`` and ``b_level``,
-    float32, are ``[WIDTH]``."""
+    """The highest bin below which at most ``missable`` is missed; 0 if there is none. ``b_missed`` and ``b_level``:
+    float32 ``[WIDTH]``."""
     o_level = tl.arange(0, WIDTH)
-    # What is not a number is too much.
+    # NaN counts as too much.
     failing = tl.min(tl.where((b_missed <= missable) & (o_level < NUM_LEVELS), WIDTH, o_level), 0)
     m_below, m_above = o_level == failing - 1, o_level == tl.minimum(failing, NUM_LEVELS - 1)
     below, above = tl.sum(tl.where(m_below, b_level, 0.0), 0), tl.sum(tl.where(m_above, b_level, 0.0), 0)
     least, most = tl.sum(tl.where(m_below, b_missed, 0.0), 0), tl.sum(tl.where(m_above, b_missed, 0.0), 0)
     least, root = tl.sqrt(tl.maximum(least, 0.0)), tl.sqrt(tl.maximum(most, 0.0))
     found = below + (above - below) * (tl.sqrt(missable) - least) / tl.where(root > least, root - least, 1.0)
-    # Above the highest level nothing is known; and the next level is out of reach, also by rounding.
+    # Nothing is known above the highest level. The next level must not be reached, not even by rounding.
     found = tl.where(failing < NUM_LEVELS, tl.where(most > missable, tl.minimum(found, above - 1.0), 0.0), below)
     return tl.where(failing > 0, found, 0.0).to(tl.int32)
 
@@ -58,9 +59,9 @@ def threshold_kernel(
 ):  # fmt: skip
     """One program: the threshold of one head.
 
-    ``p_levels`` is float32 ``[h, num_parts, 2 + NUM_LEVELS, num_rows]`` (``calibration.share_levels``): of rows that
-    are a sample, of the chunk's last ones, and of unlike ones. ``p_threshold`` is int32 ``[h]``. Where SQUARED what
-    may be missed is a variance.
+    ``p_levels`` is float32 ``[h, num_parts, 2 + NUM_LEVELS, num_rows]`` (``calibration.share_levels``): of the sampled
+    rows, the chunk's last ones, and the outlier rows. ``p_threshold`` is int32 ``[h]``. If SQUARED, what may be missed
+    is a variance.
     """
     i_slot = tl.program_id(0)
     p_levels += i_slot.to(tl.int64) * num_parts * (NUM_LEVELS + 2) * num_rows
@@ -88,7 +89,7 @@ def threshold_kernel(
             if SQUARED:
                 b_more = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
                 for i_ramp in tl.static_range(NUM_RAMPS):
-                    # Below the first knot keys count as if they were least likely to be drawn.
+                    # Keys below the first knot count as if they had the minimum sampling probability.
                     o_sum = (tl.maximum(o_level - i_ramp, 0) + 2)[None, :] * num_rows + o_row[:, None]
                     b_more += WEIGHTS[i_ramp] * tl.load(p_part + o_sum, mask=m_sum, other=0.0)
                 b_ours, b_theirs = b_ours * b_ours, b_theirs * b_theirs
@@ -96,7 +97,7 @@ def threshold_kernel(
                 b_more = tl.load(p_part + (o_level + 2)[None, :] * num_rows + o_row[:, None], mask=m_sum, other=0.0)
             b_missed = b_missed * b_ours[:, None] + b_more * b_theirs[:, None]
             b_max = b_new_max
-        # A row without any attention, of keys that are not numbers, makes the head dense.
+        # A row without any attention, because of NaN keys, makes the head dense.
         b_missed = b_missed / (b_total * b_total if SQUARED else b_total)[:, None]
         m_sampled, m_unlike = o_row < num_sampled, (o_row >= num_sampled + num_last) & m_row
         m_last = (o_row >= num_sampled) & (o_row < num_sampled + num_last)
@@ -117,12 +118,12 @@ def threshold_kernel(
 
 
 def thresholds(levels: torch.Tensor, drawn: DrawnRows, pattern: LowRank) -> torch.Tensor:
-    """int32 ``[h]``: the bin down to which every group of the measured rows has its share, or below which keys may be
-    sampled.
+    """int32 ``[h]``: the lowest bin that must be selected so that every group of the measured rows keeps its share, or
+    the bin below which keys may be sampled.
 
     Args:
         levels: float32 ``[h, parts, 2 + NUM_LEVELS, R]``, see ``calibration.share_levels``, of
-            ``chunk_queries.measured_rows``; of squares where the pattern samples.
+            ``chunk_queries.measured_rows``; of squares if the pattern samples.
     """
     heads, parts, _, num_rows = levels.shape
     found = torch.empty(heads, dtype=torch.int32, device=levels.device)

@@ -1,6 +1,6 @@
-"""The score bins of keys for one tile of ``low_rank``, by any number of its queries.
+"""The score bins of keys for one tile of ``low_rank``, from any number of its queries.
 
-Products are whole numbers, in one unit for all queries of a tile, and stay so until the best is known: per product a
+Products stay integers, in one unit for all queries of a tile, until the largest is known. Each product costs a
 subtraction and a maximum.
 """
 
@@ -19,8 +19,8 @@ TOP_BIN, LOCAL_BIN = tl.constexpr(score_bins.TOP_BIN), tl.constexpr(score_bins.L
 
 @triton.jit
 def below(p_lse, o_query, m_query, b_bits, num_queries, num_parts):
-    """What is subtracted from the products of queries, in their units: int32. Queries that are not there come near no
-    key."""
+    """What is subtracted from the products of queries, in their units: int32. For masked queries it is so large that
+    they never have the largest difference."""
     b_lse = combined(p_lse + o_query, num_queries, num_parts, m_query)
     b_below = tl.where(m_query, tl.floor(b_lse / b_bits + 0.5), NEVER + 0.0)
     return tl.minimum(tl.maximum(b_below, -NEVER + 0.0), NEVER + 0.0).to(tl.int32)
@@ -28,7 +28,7 @@ def below(p_lse, o_query, m_query, b_bits, num_queries, num_parts):
 
 @triton.jit
 def as_bins(b_best):
-    """``score_bins.as_bins``, float32; to be cut off after the point."""
+    """``score_bins.as_bins`` as float32, to be truncated to an integer."""
     return tl.minimum(tl.maximum(b_best * BINS_PER_BIT + TOP_BIN, 0.0), TOP_BIN) + 0.5
 
 
@@ -37,7 +37,7 @@ def _some_queries(
     p_query, p_lse, unit, first, i_down, count, num_queries, num_parts, RANK: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M of a tile's queries, int8 ``[R, BLOCK_M]``, and what is ``below`` them, int32 ``[1, BLOCK_M]``."""
+    """BLOCK_M of a tile's queries, int8 ``[R, BLOCK_M]``, and their ``below``, int32 ``[1, BLOCK_M]``."""
     o_down = i_down + tl.arange(0, BLOCK_M)
     o_query, m_query = first + o_down, o_down < count
     b_below = below(p_lse, o_query, m_query, unit, num_queries, num_parts)
@@ -50,9 +50,9 @@ def bins_of_tile(
     RANK: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, PER_TILE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write the bins of keys ``begin`` to ``end`` for one tile, by the first ``count`` of its queries.
+    """Write the bins of keys ``begin`` to ``end`` for one tile, from the first ``count`` of its queries.
 
-    ``p_query``, ``p_key`` and ``p_lse`` are one head's, as kernels have them; ``p_bins`` is uint8 ``[seq_len]``.
+    ``p_query``, ``p_key`` and ``p_lse`` are those of the kernels, for one head; ``p_bins`` is uint8 ``[seq_len]``.
     """
     own = (context_len // TILE + i_tile) * TILE
     first_seen = tl.where(window > 0, tl.maximum(tl.maximum(own, context_len) - window + 1, 0), 0)
@@ -65,7 +65,7 @@ def bins_of_tile(
     for i_key in range(begin, before, BLOCK_N):
         o_key = i_key + tl.arange(0, BLOCK_N)
         b_key = codes(p_key, o_key, o_key < before, RANK, R)
-        # How near each key comes to the query that rates it highest, in units.
+        # Largest difference of each key over all queries, in units.
         b_best = tl.full([BLOCK_N], -NEVER, dtype=tl.int32)
         for i_down in tl.static_range(0, PER_TILE, BLOCK_M):
             if PER_TILE > BLOCK_M:
@@ -78,13 +78,13 @@ def bins_of_tile(
     for i_key in range(tl.maximum(begin, own), stop, BLOCK_N):
         o_key = i_key + tl.arange(0, BLOCK_N)
         tl.store(p_bins + o_key, tl.full([BLOCK_N], LOCAL_BIN, dtype=tl.uint8), mask=o_key < stop)
-    # What comes after the tile.
+    # Keys after the tile.
     for i_key in range(tl.maximum(begin, stop), end, BLOCK_N):
         o_key = i_key + tl.arange(0, BLOCK_N)
         tl.store(p_bins + o_key, tl.zeros([BLOCK_N], dtype=tl.uint8), mask=o_key < end)
 
 
-# Lengths differ from chunk to chunk and are not specialised on, or serving would stop to compile now and then.
+# Lengths differ from chunk to chunk. Specialising on them would recompile kernels while serving.
 @triton.jit(do_not_specialize=["context_len", "seq_len", "num_tiles", "num_parts", "window"])
 def tile_bins_kernel(
     p_query, p_count, p_key, p_scale, p_lse, p_bins, stride_bins, context_len, seq_len, num_tiles, num_parts, window,
@@ -108,4 +108,4 @@ def tile_bins_kernel(
 
 
 BLOCK_M, BLOCK_N, STRIP, NUM_WARPS = 128, 64, 2048, 4
-"""Queries and keys of one step, keys of one program."""
+"""Queries and keys per step, keys per program, and warps."""

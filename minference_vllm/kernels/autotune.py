@@ -1,6 +1,6 @@
-"""Which of several kernels is the fastest on this machine: each is run in turns, and timed.
+"""Find the fastest of several kernels on this machine by timing them in turns.
 
-The clock is given, so that nothing here needs a GPU.
+The clock is a parameter, so that nothing here needs a GPU.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 T = TypeVar("T")
 Run = Callable[[], object]
 Clock = Callable[[Run], float]
-"""Runs what it is given, and returns the seconds that it took."""
+"""Runs a function and returns the seconds that it took."""
 ROUNDS = 5
-"""Times that each kernel is timed per case; the median counts."""
+"""Measurements of each kernel per case; the median counts."""
 SECONDS = 20.0
-"""What all trials of a process may take together."""
+"""Time budget of all trials of a process together."""
 
 
 def gpu_clock(device: torch.device) -> Clock:
-    """Seconds on the GPU, by events. What is timed runs once before, without being waited for: launches then lie ahead
-    of the GPU, as when a model is served."""
+    """A clock that measures GPU time by events. The function first runs once without a synchronisation, so that
+    launches are queued ahead of the GPU, as in serving."""
 
     def seconds(run: Run) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -42,28 +42,29 @@ def gpu_clock(device: torch.device) -> Clock:
 
 @dataclass
 class Budget:
-    """Seconds that are left for trials."""
+    """Remaining seconds for trials."""
 
     left: float = SECONDS
 
 
 @dataclass
 class Trial:
-    """Some kernels, timed on one case after the other until the budget is used up.
+    """Some kernels that are timed case by case until the budget is used up.
 
-    What runs cannot be interrupted: a kernel that takes long to compile may exceed the budget, and is the last to run.
+    A running step cannot be interrupted: a kernel that takes long to compile may exceed the budget, and is the last to
+    run.
     """
 
     names: Sequence[str]
-    """Of the kernels; the first is chosen where nothing could be timed."""
+    """Names of the kernels; the first is chosen if nothing could be timed."""
     clock: Clock
     budget: Budget = field(default_factory=Budget)
     now: Callable[[], float] = time.perf_counter
-    """The time in seconds, which the budget is spent by."""
+    """Returns the time in seconds, to account for the budget."""
     medians: list[dict[str, float]] = field(default_factory=list)
-    """Of each case: seconds by kernel, of those that could run it."""
+    """For each case: the median seconds of each kernel that could run it."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Kernels that are left out, and why."""
+    """Excluded kernels, and the reasons."""
 
     @property
     def is_over(self) -> bool:
@@ -76,10 +77,10 @@ class Trial:
         return [name for name in self.names if name not in self.failed]
 
     def attempt(self, name: str, step: Callable[[], T]) -> T | None:
-        """What the step returns; None where it raises, by which the kernel is left out.
+        """The result of the step; None if it raises, which excludes the kernel.
 
         Raises:
-            torch.OutOfMemoryError: the memory of the trial is not there, which says nothing about a kernel.
+            torch.OutOfMemoryError: there is not enough memory for the trial, which says nothing about the kernel.
         """
         before = self.now()
         try:
@@ -93,7 +94,8 @@ class Trial:
             self.budget.left -= self.now() - before
 
     def measure(self, runs: Mapping[str, Run]) -> None:
-        """One case: what each kernel runs. Kernels take turns, so that a change of the GPU's clock meets them all."""
+        """Time one case, given the function to run for each kernel. Kernels take turns, so that a change of the GPU's
+        clock rate affects all of them."""
         seconds: dict[str, list[float]] = {name: [] for name in self.left}
         for _ in range(ROUNDS):
             for name in list(seconds):
@@ -108,16 +110,16 @@ class Trial:
             self.medians.append({name: statistics.median(taken) for name, taken in seconds.items()})
 
     def totals(self) -> dict[str, float]:
-        """Seconds of each kernel that is left, over all cases; empty where no case was timed."""
+        """Total seconds over all cases of each kernel that has not failed; empty if no case was timed."""
         if not self.medians:
             return {}
         return {name: sum(median[name] for median in self.medians) for name in self.left}
 
     def fastest(self) -> str:
-        """The kernel with the least time in total; the first that is left where nothing was timed.
+        """The kernel with the smallest total time; if nothing was timed, the first that has not failed.
 
         Raises:
-            RuntimeError: none is left; says why of each.
+            RuntimeError: all kernels have failed; the message has the reason of each.
         """
         if not self.left:
             raise RuntimeError("; ".join(f"kernel {name!r}: {reason}" for name, reason in self.failed.items()))

@@ -1,7 +1,6 @@
-"""Which kernel was the fastest, kept on disk: one JSON file for each machine, set of versions and kind of layer.
+"""On-disk cache of the fastest kernel: one JSON file for each machine, set of versions and kind of layer.
 
-A file that cannot be read, or that says something else than it should, is ignored with a line in the log, and replaced
-by what is timed then.
+A file that is unreadable or has unexpected content is ignored with a log message, and replaced by the next timing.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 UNUSABLE = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
-"""What reading a file raises that is no file of ours."""
+"""Exceptions that reading an invalid file may raise."""
 logger = logging.getLogger("vllm.minference_vllm")
 
 Key = Mapping[str, str | int]
-"""All that the times depend on, by name."""
+"""Everything that the timings depend on, by name."""
 
 
 @dataclass(frozen=True)
 class Choice:
     kernel: str
     seconds: dict[str, float]
-    """Of each kernel that was timed, in total."""
+    """Total time of each kernel that was timed."""
 
 
 def default_folder() -> Path:
@@ -48,10 +47,10 @@ def path_of(folder: Path, key: Key) -> Path:
 
 
 def load(folder: Path, key: Key, kernels: Collection[str]) -> Choice | None:
-    """The choice for this key; None where there is none that can be used.
+    """The stored choice for this key; None if there is no usable one.
 
     Args:
-        kernels: among which it must be.
+        kernels: names of the allowed kernels.
     """
     path = path_of(folder, key)
     try:
@@ -70,10 +69,10 @@ def load(folder: Path, key: Key, kernels: Collection[str]) -> Choice | None:
 
 
 def store(folder: Path, key: Key, choice: Choice) -> None:
-    """Write the choice. Several processes may write the same one at once: readers see one of them whole."""
+    """Write the choice atomically, since several processes may write the same one at once."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Beside the file, so that it can take its place in one step.
+        # In the same folder, so that the rename is atomic.
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
             try:
                 json.dump({"key": dict(key), **asdict(choice)}, file, indent=1)
@@ -88,7 +87,7 @@ def store(folder: Path, key: Key, choice: Choice) -> None:
 
 
 def stored(folder: Path) -> Iterator[tuple[dict[str, Any], Choice]]:
-    """All choices that can be read, with their keys."""
+    """All readable choices, with their keys."""
     for path in sorted(folder.glob("*.json")):
         with contextlib.suppress(*UNUSABLE):
             found = json.loads(path.read_text())

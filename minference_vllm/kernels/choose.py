@@ -1,4 +1,4 @@
-"""Which kernel serves a layer: the setting ``kernel``, or for ``auto`` the fastest that can serve its cache."""
+"""Choose the kernel of a layer: the setting ``kernel``, or for ``auto`` the fastest that supports its cache."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from minference_vllm.selection.torch_scores import TorchScores
 
 KERNELS = ("auto", "block_table", "fa4", "native", "triton")
 GPU_KERNELS = ("triton", "block_table", "fa4")
-"""Those that run on GPUs; where nothing has been timed ``auto`` is the first that can serve the cache."""
+"""Kernels for GPUs. Without timings ``auto`` is the first that supports the cache."""
 VLLMS = ("block_table", "fa4")
-"""Those that are vLLM's own, at least in part: they know no soft caps, sinks, windows and FP8 caches."""
+"""Kernels that are vLLM's own, at least in part. They support no soft caps, sinks, windows or FP8 caches."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_TRITON_HEAD_SIZE = 256
 NO_LSE = "the remainder needs every row's log-sum-exp, which vLLM's CPU kernel does not give and kernel 'native' does"
 
 
 def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = False, own: bool = False) -> Kernel:
-    """The named kernel, or for ``auto`` the fastest that can serve this cache; on GPUs the first of ``candidates``.
+    """The named kernel, or for ``auto`` the fastest that supports this cache (on GPUs the first of ``candidates``).
 
-    Where pages are laid out for AMX, vLLM's own kernel is faster than those of ours that were built without it.
-    ``triton`` runs on GPUs, and on CPUs in Triton's interpreter, for tests; ``fa4`` on GPUs alone.
+    For pages in AMX layout, vLLM's own kernel is faster than our kernels built without AMX. ``triton`` runs on GPUs
+    and, for tests, in Triton's interpreter on CPUs. ``fa4`` runs on GPUs only.
 
     Args:
         name: one of ``KERNELS``.
         dtype: of the queries.
-        cache: the layer's, or one like it: of the same types, sizes, layout and device.
-        with_lse: whether the kernel must give the log-sum-exp of every row, for the remainder.
-        own: whether it must be one of ours, for what ``block_table`` does not know (``own_kernel_reason``).
+        cache: the layer's cache, or one with the same types, sizes, layout and device.
+        with_lse: whether the kernel must return the log-sum-exp of every row, for the remainder.
+        own: whether it must be one of our kernels, for features that ``block_table`` lacks (``own_kernel_reason``).
 
     Raises:
         ValueError: the kernel cannot run; the message says why.
@@ -69,11 +69,11 @@ def choose(name: str, dtype: torch.dtype, cache: PagedCache, with_lse: bool = Fa
 def choose_for(
     patterns: Sequence[HeadPattern], name: str, dtype: torch.dtype, cache: PagedCache, own: bool = False
 ) -> tuple[Kernel, tuple[HeadPattern, ...], str | None]:
-    """The kernel for some heads' patterns, as ``choose`` finds it, and the patterns as it can serve them.
+    """``choose`` for the patterns of some heads, and these patterns without what the kernel does not support.
 
     Returns:
-        the kernel; the patterns, without sampling where the kernel does not know that, and without the remainder where
-        it cannot add it; and why it cannot, or None.
+        The kernel; the patterns, without sampling and without the remainder if the kernel does not support them; and
+        the reason why it does not support the remainder, or None.
 
     Raises:
         ValueError: as ``choose``.
@@ -105,15 +105,15 @@ def own_kernel_reason(name: str, dtype: torch.dtype, head_size: int, block_size:
 
 
 def candidates(name: str, dtype: torch.dtype, cache: PagedCache, own: bool = False) -> list[Kernel]:
-    """The kernels of which the fastest is to be found by timing them: on a GPU, for ``auto``, all that can serve this
-    cache; else the one that ``choose`` gives. Arguments and errors as ``choose`` has them."""
+    """The kernels to time: on a GPU, for ``auto``, all that support this cache; otherwise the result of ``choose``.
+    Arguments and errors as for ``choose``."""
     if name == "auto" and cache.key.is_cuda:
         return _on_gpu(name, dtype, cache, own)
     return [choose(name, dtype, cache, own=own)]
 
 
 def _on_gpu(name: str, dtype: torch.dtype, cache: PagedCache, own: bool) -> list[Kernel]:
-    """The named kernel, or for ``auto`` all that can serve the cache, in the order of ``GPU_KERNELS``."""
+    """The named kernel, or for ``auto`` all that support the cache, in the order of ``GPU_KERNELS``."""
     if name == "native":
         raise ValueError(f"kernel 'native' cannot run: it runs on CPUs; tensors on {cache.key.device} need 'triton'")
     names = [name] if name != "auto" else ["triton"] if own else list(GPU_KERNELS)
@@ -133,11 +133,11 @@ def _gpu_reason(name: str, dtype: torch.dtype, cache: PagedCache) -> str | None:
 
 
 def description(kernel: Kernel, wanted: str, dtype: torch.dtype, cache: PagedCache) -> str:
-    """What attends, in words for the log.
+    """Description of a kernel for the log.
 
     Args:
-        kernel: as ``choose`` gave it for the other arguments.
-        wanted: the setting; ``auto`` is told why it is not our own kernel.
+        kernel: result of ``choose`` for the other arguments.
+        wanted: the setting; for ``auto`` the description says why it is not our own kernel.
     """
     if kernel.name == "native":
         return f"our {library.instructions(dtype)} kernels (kernel 'native')"
@@ -154,7 +154,7 @@ def description(kernel: Kernel, wanted: str, dtype: torch.dtype, cache: PagedCac
 
 
 def no_lse_reason(native_reason: str | None) -> str:
-    """Why vLLM's CPU kernel cannot serve what needs the log-sum-exp, and why ``native`` cannot either, if so."""
+    """Why vLLM's CPU kernel cannot serve layers that need the log-sum-exp, and why ``native`` cannot, if so."""
     return f"{NO_LSE}, but {native_reason}" if native_reason else NO_LSE
 
 
@@ -184,7 +184,7 @@ BLOCK_TABLE = Kernel("block_table", cpu.run, NativeScores, whole_pages=True, giv
 BLOCK_TABLE_WITH_NATIVE_PRODUCTS = Kernel(
     "block_table", cpu.run, functools.partial(NativeScores, from_pages=False), whole_pages=True, gives_lse=False
 )
-"""For caches that our kernels cannot read; products of quantized keys they can."""
+"""For caches that our kernels cannot read. They still compute the products of quantized keys."""
 BLOCK_TABLE_ALONE = Kernel("block_table", cpu.run, TorchScores, whole_pages=True, gives_lse=False)
 
 

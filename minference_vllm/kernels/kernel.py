@@ -1,4 +1,4 @@
-"""``Kernel``: one way to run attention under a ``SparseIndex``, with everything the layer path must know of it."""
+"""``Kernel``: one implementation of attention under a ``SparseIndex``, and its capabilities."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Run(Protocol):
     """Attention of one chunk under an index."""
 
     def __call__(self, inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
-        """Write ``out`` (``[chunk, H, D]``) and, where it is given and the kernel ``gives_lse``, the log-sum-exp of
-        each row's scores to ``lse`` (float32 ``[H, chunk]``, contiguous)."""
+        """Write ``out`` (``[chunk, H, D]``) and, if it is given and the kernel ``gives_lse``, the log-sum-exp of each
+        row's scores to ``lse`` (float32 ``[H, chunk]``, contiguous)."""
 
 
 class RunWithRemainder(Protocol):
-    """The same, with one more key for every query tile."""
+    """``Run`` with the remainder as one more key for every query tile."""
 
     def __call__(
         self, inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor | None, remainder: Remainder
@@ -36,33 +36,34 @@ class Kernel:
     """Chosen once for a layer, see ``choose``."""
 
     name: str
-    """As the setting ``kernel`` names it."""
+    """Its name in the setting ``kernel``."""
     run: Run
     scores: Callable[[Inputs], TorchScores]
-    """The scores of one chunk, from the fastest code that runs where the kernel does."""
+    """Creates the scores of one chunk, with the fastest code for the kernel's device."""
     planned: bool = False
-    """Sizes of an index are planned from lengths, so that nothing waits for a GPU; heads of a group may share lists."""
+    """Whether list widths are planned from lengths, without a host synchronisation. Heads of a group may then share
+    lists."""
     whole_pages: bool = False
-    """Single columns must fill pages."""
+    """Whether single columns must fill whole pages."""
     lists_everything: bool = False
-    """Also tiles that attend everything need a list."""
+    """Whether tiles that attend everything need a list, too."""
     gives_lse: bool = True
-    """Whether ``run`` gives the log-sum-exp of rows, which the remainder needs where it is merged."""
+    """Whether ``run`` returns the log-sum-exp of rows, which is needed to merge the remainder afterwards."""
     run_with_remainder: RunWithRemainder | None = None
-    """Attends the remainder, too; None: it is merged afterwards."""
+    """``run`` that also attends the remainder; None: it is merged afterwards."""
     remainder: Callable[[Inputs, SparseIndex, Sequence[int]], Remainder] | None = None
-    """``prefill.remainder.of_heads`` by the fastest code that runs where the kernel does; None: by that itself."""
+    """The fastest ``prefill.remainder.of_heads`` for the kernel's device; None: that function itself."""
     samples: bool = False
-    """Whether it knows columns that count more than once."""
+    """Whether it supports columns that count more than once."""
     softcap: bool = False
-    """Whether it knows soft caps."""
+    """Whether it supports soft caps."""
     sinks: bool = False
-    """Whether it knows attention sinks."""
+    """Whether it supports attention sinks."""
     window: bool = False
-    """Whether it knows sliding windows."""
+    """Whether it supports sliding windows."""
     fp8: bool = False
-    """Whether it knows FP8 caches with one scale per tensor."""
+    """Whether it supports FP8 caches with one scale per tensor."""
 
     def served(self, patterns: Sequence[HeadPattern]) -> Sequence[HeadPattern]:
-        """The patterns as it can serve them: without sampling where it does not know that."""
+        """The patterns, without sampling if the kernel does not support it."""
         return patterns if self.samples else [pattern.without_sampling() for pattern in patterns]

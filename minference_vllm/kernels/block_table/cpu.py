@@ -19,14 +19,14 @@ from minference_vllm.kernels.block_table.gathered_columns import GatheredColumns
 from minference_vllm.kernels.block_table.virtual_requests import VirtualRequests, by_list, by_row
 
 SCRATCH_PAGES = 512
-"""Pages of gathered columns in flight; more would fall out of the last-level cache between writing and reading."""
+"""Pages of gathered columns at a time; more would be evicted from the last-level cache before they are read."""
 
 
 def run(inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
-    """See ``kernels.kernel.Run``; the cache may have any layout, and ``lse`` is not given.
+    """See ``kernels.kernel.Run``; the cache may have any layout, and ``lse`` is not supported.
 
     Raises:
-        ValueError: ``lse`` is asked for.
+        ValueError: ``lse`` is not None.
     """
     if lse is not None:
         raise ValueError("vLLM's CPU kernel gives no log-sum-exp")
@@ -98,7 +98,7 @@ def _write_columns(index: SparseIndex, columns: GatheredColumns, first: int, las
 
 @dataclass(frozen=True)
 class _Memory:
-    """A cache as the kernel is shown it: pages of one head each, and scratch pages that its page numbers reach."""
+    """A cache as the kernel sees it: pages of one head each, and scratch pages within reach of its page numbers."""
 
     key: torch.Tensor
     """``[num_blocks * HK, 1, B, D]``: page ``b * HK + h``."""
@@ -108,8 +108,8 @@ class _Memory:
     scratch: torch.Tensor
     """``[count, 1, 2 * B, D]``."""
     first_scratch: int
-    """Number of the first scratch page, counted from ``key``'s first. Made as a multiple of ``HK``, so that ``HK``
-    scratch pages can be a page of the cache."""
+    """Number of the first scratch page, relative to the first page of ``key``. A multiple of ``HK``, so that ``HK``
+    scratch pages can serve as a page of the cache."""
 
 
 MAX_PAGE_NUMBER = 1 << 31
@@ -117,7 +117,7 @@ _scratch: dict[torch.dtype, torch.Tensor] = {}
 
 
 def _in_place(cache: PagedCache, pages: torch.Tensor, count: int) -> _Memory | None:
-    """The cache where it lies, or None when the kernel cannot address it so.
+    """The cache in place, or None if the kernel cannot address it.
 
     The kernel computes a page's address as base + number * stride, with signed 32-bit numbers and 64-bit strides, so
     scratch memory outside the cache is addressable too, provided that it starts a whole number of the cache's pages
@@ -145,7 +145,7 @@ def _in_place(cache: PagedCache, pages: torch.Tensor, count: int) -> _Memory | N
 
 
 def _copied(cache: PagedCache, pages: torch.Tensor, count: int) -> _Memory:
-    """A copy of the sequence's pages in the kernel's layout, with the scratch pages behind them."""
+    """A copy of the sequence's pages in the kernel's layout, followed by the scratch pages."""
     _, heads, size, dim = cache.key.shape
     memory = torch.empty(len(pages) * heads + count, 1, 2 * size, dim, dtype=cache.key.dtype)
     own, scratch = memory.split([len(pages) * heads, count])
@@ -155,10 +155,10 @@ def _copied(cache: PagedCache, pages: torch.Tensor, count: int) -> _Memory:
 
 
 def _with_clean_end(memory: _Memory, cache: PagedCache, pages: torch.Tensor, seq_len: int) -> _Memory:
-    """The same with the last page of the sequence in the first scratch pages, and zeros behind its last token.
+    """Copy the last page of the sequence to the first scratch pages, with zeros behind its last token.
 
-    The kernel multiplies the values there by weights of 0. A cache holds whatever was left there, and NaN or inf times
-    0 is NaN.
+    The kernel multiplies the values behind it by weights of 0. In a cache they are stale data, and NaN or inf times 0
+    is NaN.
     """
     _, heads, size, dim = cache.key.shape
     last, filled = divmod(seq_len, size)

@@ -19,7 +19,7 @@ def _ops() -> object:
 
     current_platform.import_kernels()
     if torch.cpu._is_amx_tile_supported():
-        # Outside vLLM's worker AMX instructions trap until the process has asked for them.
+        # Outside vLLM's worker AMX instructions trap until the process has requested them.
         torch.cpu._init_amx()
     return importlib.import_module("vllm._custom_ops")
 
@@ -52,7 +52,7 @@ def layout_for(dtype: torch.dtype, block_size: int, head_size: int) -> Layout | 
     if block_size % 16:
         return None
     isa = isa_for(dtype, block_size, head_size)
-    # A generator of its own: the process's random state is the user's.
+    # A separate generator, so that the global random state does not change.
     generator = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(block_size, 1, head_size, generator=generator).to(dtype) for _ in range(2))
     cache = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
@@ -103,7 +103,7 @@ def attend(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Dense causal attention of several requests over pages, with vLLM's scheduler made anew.
+    """Dense causal attention of several requests over pages, with new scheduler metadata.
 
     Args:
         query, out: ``[tokens, H, D]``.

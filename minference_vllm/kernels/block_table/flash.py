@@ -1,7 +1,7 @@
 """Run a sparse index as a batch of short paged-attention requests on vLLM's FlashAttention: ``block_table`` on GPUs.
 
-Blocks are read where they lie. Single columns are gathered into scratch pages, one per virtual request, attended in a
-second call and merged by log-sum-exp. Nothing here waits for the GPU: shapes come from the index's planned capacity.
+Blocks are read in place. Single columns are gathered into scratch pages, one per virtual request, attended in a second
+call and merged by log-sum-exp. There is no host synchronisation: shapes come from the index's planned capacity.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from minference_vllm.core.sparse_index import SparseIndex
 from minference_vllm.kernels.block_table.virtual_requests import VirtualRequests, by_list, by_row
 
 SCRATCH_BYTES = 128 << 20
-"""Gathered columns in flight, keys and values together."""
+"""Memory for the columns that are gathered at a time, keys and values together."""
 DTYPES = (torch.bfloat16, torch.float16)
 PAGE_MULTIPLE = 16
-"""FlashAttention takes pages of any multiple of this."""
+"""FlashAttention needs page sizes that are multiples of this."""
 MAX_HEAD_SIZE = 256
 
 
@@ -34,7 +34,7 @@ def run(
 
     Args:
         index: with a list for every tile (``plan_capacity(list_everything=True)``).
-        attend: in place of vLLM's ``flash_attn_varlen_func``.
+        attend: replaces vLLM's ``flash_attn_varlen_func``.
     """
     query, cache, pages = inputs.query, inputs.cache, inputs.pages
     attend = attend or _flash_attention()
@@ -67,7 +67,7 @@ def run(
 
 
 def unsupported_cache_reason(dtype: torch.dtype, cache: PagedCache) -> str | None:
-    """Why FlashAttention cannot serve this cache so, or None when it can."""
+    """Why FlashAttention cannot serve this cache, or None when it can."""
     if dtype not in DTYPES or cache.key.dtype != dtype:
         return f"queries in {dtype} and a cache in {cache.key.dtype}; FlashAttention takes both in bf16 or fp16"
     if cache.block_size % PAGE_MULTIPLE:
@@ -95,8 +95,8 @@ def _flash_attention() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
 
 
 def pages_of_one_head(cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Views of keys and values in pages of one head, ``[count, B, 1, D]``: a page of one head of the cache is page
-    ``page * page_step + head * head_step`` of them. They overlap where heads alternate within a page (NHD).
+    """Views of keys and values in pages of one head, ``[count, B, 1, D]``: head ``h`` of page ``p`` of the cache is
+    page ``p * page_step + h`` of the view. The pages overlap if heads are interleaved within tokens (NHD).
 
     Returns:
         keys, values, page_step.
@@ -158,7 +158,7 @@ def _add_columns(
 
 
 def _first_row(index: SparseIndex, request: int) -> int:
-    """Row of a virtual request's first query, from numbers that the host knows."""
+    """Row of a virtual request's first query, computed on the host."""
     which, tile = divmod(request, index.num_tiles)
     chunk = index.tiling.seq_len - index.tiling.context_len
     position = (index.tiling.context_len // index.tiling.tile + tile) * index.tiling.tile

@@ -10,8 +10,8 @@ from minference_vllm.core.paged_cache import PagedCache
 from minference_vllm.core.sparse_index import SparseIndex
 
 WHOLE_FROM = 1 / 12
-"""Share of a sequence's keys, heads that share them counted each, from which on all of them are copied: page by page
-that is faster than key by key."""
+"""Share of a sequence's keys from which on all keys are copied, since copying page by page is faster than key by key. A
+key counts once for each query head that needs it."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class GatheredColumns:
     values: torch.Tensor
     """``[n, D]``."""
     row_of: torch.Tensor
-    """int64 ``[H, S]``: row of a head's column in ``keys``; meaningless where the head has no such column."""
+    """int64 ``[H, S]``: row of a head's column in ``keys``; undefined if the head has no such column."""
 
 
 def gather_columns(index: SparseIndex, cache: PagedCache, pages: torch.Tensor) -> GatheredColumns:
@@ -34,7 +34,7 @@ def gather_columns(index: SparseIndex, cache: PagedCache, pages: torch.Tensor) -
     """
     heads, length = index.num_heads, index.tiling.seq_len
     columns = index.columns.view(heads, -1)
-    # Position ``length`` is the place of the padding, cut off again.
+    # Padding is marked at position ``length``, which is cut off.
     used = torch.zeros(heads, length + 1, dtype=torch.bool)
     used.scatter_(1, torch.where(columns < 0, length, columns).long(), True)
     used = used[:, :length].contiguous()

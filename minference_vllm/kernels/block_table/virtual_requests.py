@@ -1,6 +1,6 @@
-"""A sparse index as a batch of short requests, for kernels that know dense causal attention over pages and no more.
+"""A sparse index as a batch of short requests, for kernels that only support dense causal attention over pages.
 
-Attention does not care about the order of keys, so "query tile I of head h attends blocks {a, b, c}" is a request with
+Attention does not depend on the order of keys, so "query tile I of head h attends blocks {a, b, c}" is a request with
 block table ``[a, b, c]`` whose last block is the causal one. There is one such *virtual request* per list and tile,
 list by list: of one query head, or of all heads that share the list.
 """
@@ -64,5 +64,5 @@ def by_list(query: torch.Tensor, index: SparseIndex) -> torch.Tensor:
 
 
 def by_row(result: torch.Tensor, index: SparseIndex) -> torch.Tensor:
-    """``[L * chunk, heads_per_list, D]`` -> ``[chunk, L, heads_per_list, D]``, a view: ``by_list`` undone."""
+    """``[L * chunk, heads_per_list, D]`` -> ``[chunk, L, heads_per_list, D]``, a view: the inverse of ``by_list``."""
     return result.unflatten(0, (index.num_lists, -1)).transpose(0, 1)

@@ -1,7 +1,7 @@
 """Attention under a ``SparseIndex``: whole pages by FlashAttention 4, single keys by our Triton kernel.
 
-FlashAttention 4 goes first. Our kernel then continues each row's softmax from its output and log-sum-exp, over the
-tile's columns, its remainder, and the last page where that is not full. Without any of these it is not called.
+FlashAttention 4 runs first. Our kernel then continues each row's softmax from its output and log-sum-exp, over the
+tile's columns, its remainder, and the last page if that is not full. If there is none of these, it is not called.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Attend(Protocol):
 
 @functools.cache
 def flash_attention_4() -> Attend:
-    """vLLM's; ``tests/contract`` reads its signature in the oldest and the newest release that we support.
+    """vLLM's FlashAttention 4. ``tests/contract`` reads its signature in the oldest and the newest supported release.
 
     Raises:
-        ImportError: this vLLM has none, or the packages that it is compiled by (``nvidia-cutlass-dsl``,
+        ImportError: this vLLM does not have it, or the packages that compile it (``nvidia-cutlass-dsl``,
             ``quack-kernels``) are missing.
     """
     import cutlass.cute as cute
@@ -61,7 +61,8 @@ def flash_attention_4() -> Attend:
         lists: BlockLists,
         scale: float,
     ) -> None:
-        # On Blackwell two row blocks share a list, unless there are so few rows; vLLM 0.26 counts a group's heads, too.
+        # On Blackwell two row blocks share a list, unless there are this few rows. vLLM 0.26 multiplies them by the
+        # group size.
         fewest = max(1, BLOCK * key.shape[2] // query.shape[2]) if query.shape[1] == BLOCK else None
         _flash_attn_fwd(
             query,
@@ -92,10 +93,10 @@ def run(
     """See ``kernels.kernel.Run``; bf16 or fp16. The log-sum-exp includes the remainder's share.
 
     Args:
-        inputs: without soft cap, sinks, window and FP8 cache; see ``limits`` for the cache.
+        inputs: without soft cap, sinks, window or FP8 cache; see ``limits`` for the cache.
         index: with a list for every tile (``plan_capacity(list_everything=True)``); causal.
-        attend: in place of vLLM's FlashAttention 4.
-        apart: whether each row block is a sequence of its own; None: as the GPU needs it.
+        attend: replaces vLLM's FlashAttention 4.
+        apart: whether each row block is a sequence of its own; None: depends on the GPU.
     """
     assert index.causal, "parts of dual chunk attention have no own pages"
     query, tiling = inputs.query, index.tiling
@@ -112,7 +113,7 @@ def run(
 def _attend_blocks(
     inputs: Inputs, index: SparseIndex, out: torch.Tensor, lse: torch.Tensor, attend: Attend, apart: bool
 ) -> None:
-    """Attention to the index's pages, the last one left out where it is not full."""
+    """Attend the pages of the index, without the last one if it is not full."""
     query, tiling, scale = inputs.query, index.tiling, inputs.scale
     sequence = CacheAsSequence.of(inputs.cache)
     lists = block_lists(index, inputs.pages, sequence.page_step)
@@ -120,7 +121,7 @@ def _attend_blocks(
     if not apart and not before:
         attend(query[None], sequence.key, sequence.value, out[None], lse[None], lists, scale)
         return
-    # Row blocks begin at multiples of 128 rows: what lies before the chunk's first row is made up, and dropped.
+    # Row blocks begin at multiples of 128 positions. Rows outside the chunk are padding, and dropped afterwards.
     if before or after:
         rows = query.new_zeros(before + len(query) + after, *query.shape[1:])
         rows[before : before + len(query)] = query

@@ -15,8 +15,8 @@ from minference_vllm.kernels.fa4.limits import unsupported_cache_reason
 
 @dataclass(frozen=True)
 class CacheAsSequence:
-    """Page ``p`` of the cache is block ``p * page_step``. Its heads may lie within its tokens (NHD), or as pieces of
-    the page side by side (HND): the view has strides for both, and then overlaps."""
+    """Page ``p`` of the cache is block ``p * page_step``. Heads may be interleaved within tokens (NHD), or be separate
+    parts of a page (HND), in which case the view overlaps itself."""
 
     key: torch.Tensor
     """``[1, tokens, HK, D]``, a view."""
@@ -34,7 +34,7 @@ class CacheAsSequence:
         stride_page, stride_head, stride_slot, _ = cache.key.stride()
         page_step = stride_page // (size * stride_slot)
         if kv_heads == 1:
-            stride_head = stride_slot  # it may be any, and FlashAttention 4 copies what is not aligned
+            stride_head = stride_slot  # it is arbitrary, and FlashAttention 4 copies unaligned tensors
         tokens = ((blocks - 1) * page_step + 1) * size
         shape, strides = (1, tokens, kv_heads, dim), (tokens * stride_slot, stride_slot, stride_head, 1)
         return cls(cache.key.as_strided(shape, strides), cache.value.as_strided(shape, strides), page_step)

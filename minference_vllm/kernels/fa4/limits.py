@@ -1,4 +1,4 @@
-"""Where the kernel ``fa4`` can run: reasons why not, in words."""
+"""Limits of the kernel ``fa4``, and the reasons why it cannot run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 128
 """Above it FlashAttention 4 takes fewer than 128 keys per block on Hopper, and has another kernel on Blackwell."""
 MAJORS = (9, 10)
-"""Compute capabilities: Hopper, and Blackwell for data centres; others take blocks of other sizes."""
+"""Major compute capabilities: Hopper, and Blackwell for data centres. Others use other block sizes."""
 ALIGNMENT = 16
-"""Bytes: FlashAttention 4 copies what lies otherwise, which would be the whole cache."""
+"""In bytes. FlashAttention 4 would copy the whole cache if it were not aligned."""
 
 
 def unsupported_reason(dtype: torch.dtype, cache: PagedCache) -> str | None:
@@ -28,7 +28,7 @@ def unsupported_reason(dtype: torch.dtype, cache: PagedCache) -> str | None:
 
 
 def unsupported_cache_reason(dtype: torch.dtype, cache: PagedCache) -> str | None:
-    """The same as far as the cache decides it, on whatever device."""
+    """The part of ``unsupported_reason`` that depends on the cache only, on any device."""
     if dtype not in DTYPES or cache.key.dtype != dtype:
         return f"queries in {dtype} and a cache in {cache.key.dtype}; it takes both in bf16 or fp16"
     if cache.block_size != BLOCK:
@@ -59,8 +59,8 @@ def unsupported_gpu_reason(capability: tuple[int, int]) -> str | None:
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why this process cannot load FlashAttention 4, or None. Loading it takes seconds, so it is asked last."""
-    # Where a package that it needs is missing or does not fit, what is raised depends on the package.
+    """Why this process cannot load FlashAttention 4, or None. Loading it takes seconds, so this is checked last."""
+    # If a required package is missing or incompatible, the exception depends on the package.
     try:
         from minference_vllm.kernels.fa4.attention import flash_attention_4
 

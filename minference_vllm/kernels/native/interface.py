@@ -1,6 +1,6 @@
-"""What our CPU kernels are called with: the structures and functions of ``csrc/cpu/interface.h``, field by field.
+"""Arguments of our CPU kernels: the structures and functions of ``csrc/cpu/interface.h``, field by field.
 
-A library is used only if it was built with the same ones: ``difference`` compares names, types and offsets.
+A library is used only if it was built with the same interface: ``difference`` compares names, types and offsets.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _SCALARS: dict[Any, str] = {ctypes.c_int32: "int32", ctypes.c_int64: "int64", ct
 
 
 def _pointer(element: str) -> type[ctypes.c_void_p]:
-    """Takes any address, as ``c_void_p`` does; its name says what lies there."""
+    """A ``c_void_p`` whose name says what it points to."""
     return type(f"{element}*", (ctypes.c_void_p,), {})
 
 
@@ -297,7 +297,7 @@ def _fields(kind: type[ctypes.Structure]) -> list[tuple[str, Any]]:
 
 
 def _structures(kind: type[ctypes.Structure]) -> dict[str, type[ctypes.Structure]]:
-    """A structure and those in its fields, by name."""
+    """A structure and the structures in its fields, by name."""
     found = {kind.__name__: kind}
     for _, part in _fields(kind):
         if issubclass(part, ctypes.Structure):
@@ -306,7 +306,7 @@ def _structures(kind: type[ctypes.Structure]) -> dict[str, type[ctypes.Structure
 
 
 def interface() -> dict[str, str]:
-    """What ``minference_describe_interface`` says of a library that fits: each field, structure and function."""
+    """What a matching library's ``minference_describe_interface`` returns: each field, structure and function."""
     lines = {}
     structures = {name: kind for taken in FUNCTIONS.values() for name, kind in _structures(taken).items()}
     for name, kind in structures.items():
@@ -319,7 +319,7 @@ def interface() -> dict[str, str]:
 def difference(library: ctypes.CDLL) -> str | None:
     """The first difference between a library's interface and this one; None if they are the same.
 
-    A name that only one of the two has comes before fields that differ: it may be what moved them.
+    A name that only one of the two has is reported first: it may have moved the fields that differ.
     """
     describe = getattr(library, "minference_describe_interface", None)
     if describe is None:

@@ -1,11 +1,11 @@
-"""The libraries built from ``csrc/cpu``: which one runs here, and what it can serve.
+"""The libraries built from ``csrc/cpu``: which of them runs on this machine, and what it supports.
 
-There are three, for AMX, for AVX512-BF16 and for AVX2, built by ``pip install`` where a compiler is there; without them
-everything runs through vLLM's kernel. float32 and float16 are served by the one for AVX2, on newer processors too: what
-the other ones' instructions multiply is bf16.
+There are three builds, for AMX, AVX512-BF16 and AVX2. ``pip install`` compiles them if there is a compiler; without
+them everything runs on vLLM's kernel. float32 and float16 use the AVX2 build on newer processors, too, since the
+instructions of the other builds multiply bf16 only.
 
 Head sizes are multiples of 16, the width of a register tile, up to 256: larger heads do not fit the buffers that a
-thread keeps in its core's caches. Of the sizes that vLLM's own CPU kernel knows, 512 is the one that is left out.
+thread keeps in its core's caches. Of the sizes that vLLM's own CPU kernel supports, only 512 is missing.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ MAX_HEAD_SIZE = 256
 
 
 def _has_avx512_bf16() -> bool:
-    # Processors with the one have the other, but a virtual machine may hide it.
+    # Processors with AVX512-BF16 have VNNI, but a virtual machine may hide it.
     return torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported()
 
 
 def _has_amx() -> bool:
-    # Linux lets a process use the unit once it has asked for it.
+    # Linux lets a process use AMX only after it has requested it.
     return _has_avx512_bf16() and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
@@ -49,7 +49,7 @@ INSTRUCTIONS = {"amx": "AMX", "avx512bf16": "AVX512-BF16", "avx2": "AVX2"}
 
 @functools.cache
 def _open(build: str) -> ctypes.CDLL | str:
-    """One of the libraries, or why it cannot be used here."""
+    """The library of a build, or why it cannot be used here."""
     if not _SUPPORTED[build]():
         return f"the processor has no {INSTRUCTIONS[build]}"
     refused = ""
@@ -71,7 +71,7 @@ def _open(build: str) -> ctypes.CDLL | str:
 
 
 def load(build: str) -> ctypes.CDLL | None:
-    """One of the libraries; None when the processor cannot run it, or when it was not built from these sources."""
+    """The library of a build; None if the processor cannot run it, or if it was not built from these sources."""
     library = _open(build)
     return None if isinstance(library, str) else library
 
@@ -83,14 +83,14 @@ def _best(dtype: torch.dtype) -> tuple[str, ctypes.CDLL] | None:
 
 
 def library(dtype: torch.dtype = torch.bfloat16) -> ctypes.CDLL:
-    """The one for this type; to be asked for where ``unavailable_reason`` has none."""
+    """The library for this type. Requires that ``unavailable_reason`` is None."""
     best = _best(dtype)
     assert best is not None, unavailable_reason(dtype)
     return best[1]
 
 
 def instructions(dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """What the kernels for this type that run here are built for; None when none do."""
+    """Instruction set of the kernels for this type on this machine; None if there are none."""
     best = _best(dtype)
     return INSTRUCTIONS[best[0]] if best else None
 
@@ -114,7 +114,7 @@ def unsupported_reason(dtype: torch.dtype, head_size: int) -> str | None:
 
 
 def unsupported_page_reason(block_size: int) -> str | None:
-    """Why the kernels cannot serve pages of so many tokens, or None when they can."""
+    """Why the kernels cannot serve pages of this size, or None when they can."""
     if block_size % PAGE_MULTIPLE:
         return f"page size {block_size} is not a multiple of {PAGE_MULTIPLE}"
     return None
@@ -132,7 +132,7 @@ def unsupported_cache_reason(dtype: torch.dtype, cache: PagedCache) -> str | Non
 
 
 def describe_cache(cache: PagedCache) -> interface.Cache:
-    """The cache as the kernels take it."""
+    """The cache as an argument of the kernels."""
     return interface.Cache(
         cache.key.data_ptr(),
         cache.value.data_ptr(),

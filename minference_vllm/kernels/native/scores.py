@@ -1,4 +1,4 @@
-"""``NativeScores``: the scores of one chunk on CPUs, by our kernels wherever they serve."""
+"""``NativeScores``: the scores of one chunk on CPUs, computed by our kernels where they support it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from minference_vllm.selection.tile_queries import TileQueries
 from minference_vllm.selection.torch_scores import TorchScores
 
 MAX_ROWS = 64
-"""Rows that one call takes."""
+"""Maximum number of rows per call."""
 
 
 def tile_bins(quantized: QuantizedQK, tiling: Tiling, all_groups: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ def tile_bins(quantized: QuantizedQK, tiling: Tiling, all_groups: torch.Tensor) 
 
 
 def representatives(low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling, count: int) -> TileQueries:
-    """``tile_queries.representatives``, but for sums of squares in another order."""
+    """``tile_queries.representatives``, but squares are summed in another order."""
     heads, chunk, rank = low.shape
     low, key_size = low.contiguous(), key_size.contiguous()
     shape = heads, tiling.num_tiles * tile_queries.num_candidates(tiling.tile)
@@ -198,8 +198,8 @@ class NativeScores(TorchScores):
     """See ``selection.scores.Scores``.
 
     Args:
-        from_pages: whether the kernels read this cache (``library.unsupported_cache_reason``); products of quantized
-            keys they compute for any.
+        from_pages: whether the kernels can read this cache (``library.unsupported_cache_reason``). They compute
+            products of quantized keys for any cache.
     """
 
     representatives = staticmethod(representatives)
@@ -228,8 +228,8 @@ class NativeScores(TorchScores):
         return columns, diagonals
 
     def row_shares(self, rows: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
-        """``measured_rows.by_value`` of the rows' attention, straight from the pages, as bf16, half the memory: a
-        softmax, too, of scores that count the values' norms."""
+        """``measured_rows.by_value`` of the rows' attention straight from the pages, in bf16 to halve the memory. It is
+        a softmax of scores plus the logarithms of the values' norms."""
         if not self.from_pages:
             return super().row_shares(rows, heads)
         shares = torch.empty(*rows.shape, self.inputs.chunk.seq_len, dtype=torch.bfloat16)
@@ -242,11 +242,11 @@ class NativeScores(TorchScores):
 
     @functools.cached_property
     def _log_norms(self) -> torch.Tensor:
-        """float32 ``[HK, S]``: logarithms, base 2, of the values' norms."""
+        """float32 ``[HK, S]``: base-2 logarithms of the values' norms."""
         return bounded(self.kv_value_norms).log2()
 
     def some_keys(self, heads: Sequence[int], step: int) -> torch.Tensor:
-        """One key in ``step``; read once for all heads of a KV head, which ask one after the other."""
+        """Every ``step``-th key. Cached, since the heads of a KV head ask for the same keys one after the other."""
         found = []
         for head in heads:
             place = head // self.inputs.group, step
@@ -256,7 +256,7 @@ class NativeScores(TorchScores):
         return torch.stack(found)
 
     def key_codes(self, heads: Sequence[int], projection: Projection) -> torch.Tensor:
-        """``projection.quantize_keys`` of all keys, straight from the pages. May round otherwise by one."""
+        """``projection.quantize_keys`` of all keys, straight from the pages. Rounding may differ by one."""
         if not self.from_pages:
             return super().key_codes(heads, projection)
         inputs, rank = self.inputs, projection.to_key.shape[2]
@@ -282,7 +282,7 @@ class NativeScores(TorchScores):
         return codes
 
     def _rows(self, rows: torch.Tensor, heads: torch.Tensor) -> interface.RowArguments:
-        """``heads`` is int32, ascending, and ``rows`` int64; both must live as long as this is used."""
+        """``heads`` is int32, ascending, and ``rows`` int64. Both must outlive the result."""
         inputs = self.inputs
         return interface.RowArguments(
             describe_cache(inputs.cache),
