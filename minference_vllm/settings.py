@@ -1,4 +1,4 @@
-"""What a user may set, in one frozen model.
+"""The settings of the backend, one frozen pydantic model.
 
 Order of precedence: ``--additional-config '{"minference": {...}}'``, then environment variables
 ``MINFERENCE_<FIELD>``, then the defaults below.
@@ -17,13 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from minference_vllm.core.validation import cut, did_you_mean, nearest, value_problem
 
 KEY = "minference"
-"""Of ``additional_config``."""
+"""Our key in ``additional_config``."""
 ENVIRONMENT_PREFIX = "MINFERENCE_"
 PATTERNS_ARE = "the path of a pattern file, the name of a shipped one, or a pattern for all heads: low_rank(32, 0.95)"
 INSTALLERS = "MINFERENCE_CPU"
-"""A variable that is no setting: ``tools/install_engine.py`` reads it."""
+"""An environment variable that is not a setting: ``tools/install_engine.py`` reads it."""
 RENAMED = {"engine": "kernel"}
-"""Settings that had another name once: old -> new."""
+"""Renamed settings: old name -> new name."""
 
 
 class Settings(BaseModel):
@@ -48,17 +48,17 @@ class Settings(BaseModel):
     """Query rows that share one selection of keys, rounded up to whole pages. None: 128."""
 
     kernel: Literal["auto", "block_table", "fa4", "native", "triton"] = "auto"
-    """What runs attention under an index: ``native``, our kernels for x86 processors from AVX2 on;
-    ``triton``, our kernel for GPUs; ``fa4``, vLLM's FlashAttention 4 beside it; ``block_table``, vLLM's own kernel, on
-    both; ``auto``, the faster of those that run here, on GPUs found by timing them when the engine starts."""
+    """The attention kernel: ``native``, our kernels for x86 processors from AVX2 on; ``triton``, our kernels for GPUs;
+    ``fa4``, vLLM's FlashAttention 4 together with them; ``block_table``, vLLM's own kernel on both platforms; ``auto``,
+    the fastest one that runs here, which GPUs find by timing them when the engine starts."""
 
     audit_rows: int = Field(default=4, ge=0, le=1024)
-    """Rows per chunk and layer whose attention recall, and value recall, is taken, half of them drawn, half those most
-    unlike the others; 0 turns the audit off."""
+    """Rows per chunk and layer whose recall and value recall are measured, half of them random, half outliers; 0 turns
+    the audit off."""
 
     audit_share: float = Field(default=0.01, ge=0.0, le=1.0)
-    """How much of the time spent on sparse attention the audit may take (on GPUs: of its planned work); chunks and
-    layers are left out to keep it. Without effect under a ``recall_floor``."""
+    """Maximum share of the sparse attention's time that the audit may take (on GPUs: of its planned work). Chunks and
+    layers are skipped to stay within it. No effect with a ``recall_floor``."""
 
     recall_floor: float | None = Field(default=None, gt=0.0, lt=1.0)
     """A head whose audited value recall falls below this gets more keys for the rest of the request, then all of them.
