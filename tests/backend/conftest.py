@@ -1,4 +1,4 @@
-"""Fresh processes that import vLLM, and what we log in this one."""
+"""Fresh processes that import vLLM, and the warnings logged in this one."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def fork_server() -> Iterator[ForkServer]:
 
 @pytest.fixture
 def fresh_vllm(fork_server: ForkServer, tmp_path: Path) -> Callable[..., Any]:
-    """Runs a script in a process of its own that imports vLLM: ``fresh_vllm(script, *arguments, **changes to the
-    environment)`` gives the JSON value that it prints last."""
+    """Runs a script that imports vLLM in its own process: ``fresh_vllm(script, *arguments, **changes to the
+    environment)`` returns the JSON value that it prints last."""
     return partial(run_fresh_vllm, fork_server, tmp_path)
 
 

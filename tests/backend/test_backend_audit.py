@@ -1,4 +1,4 @@
-"""Which chunks are audited, and what comes of it: recall in the counters, and heads raised to the floor."""
+"""Which chunks are audited, and the results: recall in the counters, and heads raised to the floor."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_under_a_floor_everything_is_audited(on_gpu: bool) -> None:
 
 
 def test_on_a_gpu_audits_are_drawn_by_lot() -> None:
-    """As often as their share of the planned work allows, in every layer, and the same again in every rank."""
+    """As often as their share of the planned work allows, in every layer, and identically in every rank."""
     layers, chunks = 32, 300
     found = torch.zeros(chunks, layers)
     for turn in range(2):
@@ -136,7 +136,7 @@ MISFITS: list[dict[str, Any]] = [
     {"kind": "peak_threshold", "alpha": 0.999999, "sink": 0, "window": 0},
     {"kind": "antidiagonal", "stride": 16, "tau": 0.01},
 ]
-"""On attention that is nearly flat, all of them misfits but the second and the fifth."""
+"""On nearly flat attention all but the second and the fifth miss the recall floor."""
 FITTING = (1, 4)
 
 
@@ -150,7 +150,7 @@ def test_heads_below_the_floor_are_served_right_and_stay_raised(
 ) -> None:
     from minference_vllm.backend import serving
 
-    # With one step only, no head gets the chance to be served by low_rank.
+    # With a single step, heads go straight to dense and never run low_rank.
     for module in (kinds, recall, serving):
         monkeypatch.setattr(module, "MAX_STEP", max_step)
 
@@ -158,7 +158,7 @@ def test_heads_below_the_floor_are_served_right_and_stay_raised(
     monkeypatch.setattr(
         serving.logger, "warning_once", lambda message, *values: lines.append(message % values), raising=False
     )
-    # With tiles of a page the second chunk of a layer with a window leaves keys out.
+    # With one-page tiles the second chunk of a layer with a window drops pages before the window.
     layer = make_cpu_layer([FIRST], patterns=MISFITS, options=options, settings={"recall_floor": 0.999, "tile": PAGE})
     raised = tuple(head not in FITTING for head in range(HEADS))
     for number, batch in enumerate(two_chunks(layer)):
@@ -169,14 +169,14 @@ def test_heads_below_the_floor_are_served_right_and_stay_raised(
         assert tuple(step > 0 for step in check.steps) == raised
         assert float(check.recall.value.min()) >= 0.999
         assert_right(layer, output, [0])
-        # Flat attention has no key that may be missing: what is not dense by itself was made so.
+        # Flat attention needs every key: heads that are not dense already were raised to dense.
         dense = [head for head in range(HEADS) if raised[head]]
         assert index.density()[dense].tolist() == [1.0] * len(dense)
         expected = layer.run(layer.parent, layer.metadata())
         torch.testing.assert_close(output[:, dense], expected[:, dense], rtol=0.02, atol=0.01)
     assert layer.steps_before == [(), layer.checks[0].steps]
     assert layer.indices[1].tiling.context_len == SECOND[0] - (PAGE if options else 0)
-    # Both chunks are counted under each raised head, and the log names those heads.
+    # Both chunks count for each raised head, and the log names those heads.
     counters = layer.counters
     both = counters.raised + counters.raised_to_dense
     assert both == {(1, head): 2 for head in range(HEADS) if raised[head]}
@@ -194,7 +194,7 @@ def test_another_request_begins_with_its_own_patterns(make_cpu_layer: Callable[.
     layer.fill(two_chunks(layer)[0])
     layer.run(layer.impl, layer.metadata())
     assert any(layer.checks[0].steps)
-    # The second chunk of one whose pages are others: shift every page by one place.
+    # The second chunk of a request with different pages: shift every page by one.
     other = two_chunks(layer)[1]
     other = dataclasses.replace(
         other,

@@ -1,4 +1,4 @@
-"""The counters, and the line in the log that they become."""
+"""The counters and their log line."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_tiles_without_room_are_in_the_line() -> None:
 
 
 def counted(first_head: int, recall: list[float]) -> Counters:
-    """Of one rank: two heads from ``first_head`` on, a chunk of which one layer was audited."""
+    """Counters of one rank with two heads from ``first_head`` on, after a chunk with one audited layer."""
     counters = Counters()
     counters.count_batch(plan_batch([0, 600, 700], [600, 100], min_context=300, min_chunk=1))
     counters.count_layer(25.0, 100.0, overflowed=3)
@@ -125,7 +125,7 @@ def test_reports_of_ranks_become_one() -> None:
 
 
 def test_reports_of_data_parallel_engines_become_one() -> None:
-    """Each has seen chunks of its own."""
+    """Each engine serves different chunks."""
     busy, other = counted(0, [0.5, 1.0]), counted(0, [0.8, 0.4])
     other.count_recall(1, 0, torch.tensor([[0.2, 0.4], [0.2, 0.4]], dtype=torch.float64))
     other.count_raised(1, 1, dense=True)
@@ -170,7 +170,7 @@ def test_patterns_that_requests_asked_for_are_counted_by_themselves_too() -> Non
 
 
 def test_names_of_patterns_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are the clients' choice."""
+    """Clients choose them."""
     monkeypatch.setattr("minference_vllm.backend.counters.MAX_NAMES", 2)
     counters = Counters()
     for name in ("one", "two", "three", "one", "four"):

@@ -1,4 +1,4 @@
-"""vLLM's CPU backend with the sparse chunks taken out: builder and implementation, driven without an engine."""
+"""The CPU backend, which takes sparse chunks out of vLLM's batches: builder and implementation, without an engine."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_layers_whose_heads_are_all_dense_take_the_parents_path(make_cpu_layer: 
 
 
 def test_layers_that_are_dense_by_their_patterns_count_beside_sparse_ones(make_cpu_layer: Callable[..., Layer]) -> None:
-    """Or the density would be that of the other layers. Without any sparse layer there is none to tell."""
+    """Otherwise the density would cover the other layers only. Without any sparse layer there is no density."""
     layer = make_cpu_layer(MIXED, patterns=[{"kind": "dense"}] * HEADS)
     assert layer.metadata().sparse and layer.counters.dense_pairs == 0
     layer.builder = layer.make_builder(layer.layer, layer.make_layer(0, {}))
@@ -77,7 +77,7 @@ def test_layers_that_are_dense_by_their_patterns_count_beside_sparse_ones(make_c
 def test_layers_that_we_do_not_serve_run_as_vllms(
     options: dict[str, Any], make_cpu_layer: Callable[..., Layer]
 ) -> None:
-    """In a KV-cache group of their own, whose batches are planned by the parent alone, and beside others."""
+    """In their own KV-cache group, whose batches the parent plans alone, and in a group with other layers."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
     layer = make_cpu_layer(MIXED, options=options)
@@ -181,7 +181,7 @@ def test_a_stride_that_does_not_fit_the_pages_is_refused_at_the_start(
 
 
 def test_a_layer_that_shares_another_ones_cache(make_cpu_layer: Callable[..., Layer]) -> None:
-    """It is called without keys and values, beside chunks that are served densely, too."""
+    """It is called without keys and values, also when the batch has dense chunks."""
     layer = make_cpu_layer(MIXED)
     metadata = layer.metadata()
     assert metadata.sparse and metadata.dense_runs
@@ -240,7 +240,7 @@ def test_our_classes_stand_where_vllm_looks_for_them() -> None:
 def test_nothing_of_ours_runs_for_decodes(
     make_cpu_layer: Callable[..., Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Above all no reading of lengths, which would copy them from a GPU."""
+    """In particular no lengths are read, which would copy them from a GPU."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
     from minference_vllm.backend import metadata_builder
@@ -295,11 +295,11 @@ def test_pooled_estimates_keep_the_pages_of_the_chunk_before(
         layer = make_cpu_layer(
             [FIRST],
             patterns=[{"kind": "block_sparse", "top_k": 1}] * HEADS,
-            # Whoever writes pages from outside does not say which.
+            # A KV connector does not tell which pages it writes.
             kv_connector=None if kept else object(),
         )
         first, second = two_chunks(layer)
-        layer.fill(second)  # both chunks' keys; the first one's rows see no later ones
+        layer.fill(second)  # both chunks' keys; the first chunk's rows do not see later keys
         for layer.batch in (first, second):
             outputs.append(layer.run(layer.impl, layer.metadata()))
         assert (layer.impl.page_means is not None) == kept
@@ -310,7 +310,7 @@ def test_pooled_estimates_keep_the_pages_of_the_chunk_before(
 
 
 def test_a_runtime_takes_other_patterns_between_batches(make_cpu_layer: Callable[..., Layer]) -> None:
-    """What runs then is what would have run from the start, and counting begins anew."""
+    """Results equal those of a runtime that started with these patterns, and counters are reset."""
     from minference_vllm.patterns.file import load_pattern_file
 
     layer = make_cpu_layer([FIRST], patterns=[{"kind": "block_sparse", "top_k": 1}] * HEADS)

@@ -1,4 +1,4 @@
-"""What vLLM's own CPU kernel serves, and ours, but not vLLM's under an index; and the remainder."""
+"""Features of vLLM's own CPU kernel that ours serves as well, but vLLM's under an index does not; the remainder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_features_of_our_own_kernel(
 def test_features_mean_what_they_mean_to_vllm(
     feature: str, dtype: torch.dtype, make_cpu_layer: Callable[..., Layer]
 ) -> None:
-    """With all keys selected we give what vLLM's own kernel gives."""
+    """With all keys selected the output equals that of vLLM's own kernel."""
     everything = [{"kind": "a_shape", "sink": 0, "local": 100_000}] * HEADS
     layer = make_cpu_layer(MIXED, dtype=dtype, patterns=everything, options=FEATURES[feature])
     metadata = layer.metadata()
@@ -79,7 +79,7 @@ def test_without_our_own_kernel_such_layers_run_densely(
 
 @needs_native
 def test_pages_before_a_window_are_never_read(make_cpu_layer: Callable[..., Layer]) -> None:
-    """vLLM gives them to other requests."""
+    """vLLM reuses them for other requests."""
     layer = make_cpu_layer([(600, 150)], patterns=KINDS, options=FEATURES["window"], settings={"tile": PAGE})
     output = layer.run(layer.impl, layer.metadata())
     assert_right(layer, output, [0])
@@ -91,7 +91,7 @@ def test_pages_before_a_window_are_never_read(make_cpu_layer: Callable[..., Laye
 
 @needs_native
 def test_short_windows_run_densely(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Layer]) -> None:
-    """A row of theirs attends fewer keys than where sparse prefill begins."""
+    """Their rows attend fewer keys than ``min_context``."""
     lines = record_once(monkeypatch)
     layer = make_cpu_layer(MIXED, options={"sliding_window": MIN_CONTEXT - 1})
     (line,) = [line for line in lines if "run densely:" in line]

@@ -1,4 +1,4 @@
-"""vLLM's platform object, made to serve our name, with stand-ins for platforms that this machine has not."""
+"""vLLM's platform object, patched to serve our name, with stand-ins for platforms that this machine lacks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OURS = "minference_vllm.backend.cuda.MInferenceCUDABackend"
 
 
 class Platform:
-    """A platform of another plugin's. What it serves and whom it saw is kept on the object."""
+    """A platform of another plugin. The object keeps what it serves and the calls that it got."""
 
     serves = "other.Attention"
     kind = "cuda"
@@ -27,7 +27,7 @@ class Platform:
     def is_cuda(self) -> bool:
         return self.kind == "cuda"
 
-    # Not class methods, as vLLM asks for: some plugins have it so, and it works.
+    # Instance methods, where vLLM specifies class methods: some plugins do this, and it works.
     def get_attn_backend_cls(self, selected_backend: Any, attn_selector_config: Any, num_heads: Any = None) -> str:
         self.calls.append((selected_backend, attn_selector_config, num_heads))
         return self.serves
@@ -38,7 +38,7 @@ class Platform:
 
 @pytest.fixture
 def custom() -> Any:
-    """What ``minference`` stands for in vLLM's enum."""
+    """The member of vLLM's enum for ``minference``."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     compat.register_name()

@@ -1,4 +1,4 @@
-"""vLLM's FlashAttention and Triton backends with the sparse chunks taken out, driven on CPU tensors."""
+"""The backends on top of vLLM's FlashAttention and Triton backends, run on CPU tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_mixed_batch(layout: Callable[..., torch.Tensor], make_gpu_layer: Call
 
 
 def test_a_layer_that_shares_another_ones_cache(make_gpu_layer: Callable[..., Layer]) -> None:
-    """It is called without keys and values, and so is the parent for the requests between sparse chunks."""
+    """It is called without keys and values, and so is the parent for requests between sparse chunks."""
     layer = make_gpu_layer(MIXED)
     metadata = layer.builder.build(0, layer.common())
     assert metadata.sparse and metadata.dense_runs
@@ -54,7 +54,7 @@ def test_batches_without_a_sparse_chunk_take_the_parents_path(
 
 
 def test_decodes_are_never_sparse_whatever_the_setting(make_gpu_layer: Callable[..., Layer]) -> None:
-    """Their batches replay a CUDA graph of the parent's path."""
+    """Their batches replay a CUDA graph that captured the parent's path."""
     layer = make_gpu_layer([(700, 21), (900, 21)], settings={"min_chunk": 1}, speculative=20)
     assert not getattr(layer.builder.build(0, layer.common()), "sparse", ())
     layer = make_gpu_layer([(700, 22), (900, 21)], settings={"min_chunk": 1}, speculative=20)
@@ -113,7 +113,7 @@ def test_the_kernels_that_run_are_logged(
 
 
 def test_the_page_size_of_the_builder_decides(make_gpu_layer: Callable[..., Layer]) -> None:
-    """Not the one that vLLM's configuration names while it makes its layers: that may be settled later."""
+    """Not the one in vLLM's configuration when layers are created, since vLLM may change it later."""
     kinds = [{"kind": "antidiagonal", "stride": PAGE, "tau": 0.4}] * HEADS
     layer = make_gpu_layer(MIXED, patterns=kinds, page_before=16)
     assert_right(layer, layer.run(layer.builder.build(0, layer.common())), SPARSE)
@@ -125,7 +125,7 @@ def test_the_page_size_of_the_builder_decides(make_gpu_layer: Callable[..., Laye
 def test_runs_do_not_share_the_parents_schedule(
     monkeypatch: pytest.MonkeyPatch, parent: Parent, make_gpu_layer: Callable[..., Layer]
 ) -> None:
-    """FlashAttention-3's ahead-of-time schedule lies in one buffer per builder: the batch's own must survive."""
+    """FlashAttention-3's ahead-of-time schedule is in one buffer per builder: runs must not overwrite the batch's."""
     layer = make_gpu_layer(MIXED)
     layer.builder.aot_schedule, layer.builder.scheduler_metadata = True, torch.zeros(64, dtype=torch.int32)
     layer.builder.aot_sliding_window = (-1, -1)

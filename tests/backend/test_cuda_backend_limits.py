@@ -1,4 +1,4 @@
-"""What vLLM's FlashAttention and Triton backends keep to themselves, and what is refused."""
+"""What is left to vLLM's FlashAttention and Triton backends, and what is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_batches_that_we_do_not_serve(
 def test_a_draft_models_batches_on_a_gpu_are_not_ours(
     monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
 ) -> None:
-    """vLLM makes them longer by a token and leaves what the host knows as it was."""
+    """vLLM lengthens them by a token without updating the lengths on the host."""
     layer = make_gpu_layer([(0, 400)])
     stale = {"seq_lens_cpu_upper_bound": layer.batch.seq_lens - 1}
     ((chunk, _),) = layer.builder.build(0, layer.common(**stale)).sparse
@@ -67,7 +67,7 @@ def test_layers_that_we_do_not_serve_run_as_vllms(
     parent: Parent,
     make_gpu_layer: Callable[..., Layer],
 ) -> None:
-    """In a KV-cache group of their own, whose batches are planned by the parent alone, and beside others."""
+    """In their own KV-cache group, whose batches the parent plans alone, and in a group with other layers."""
     (name, value), initialise = *option.items(), parent.impl.__init__
 
     def differs(impl: Any, *arguments: Any, **options: Any) -> None:
@@ -77,7 +77,7 @@ def test_layers_that_we_do_not_serve_run_as_vllms(
     layer = make_gpu_layer(MIXED)
     lines = record_once(monkeypatch)
     with monkeypatch.context() as patch:
-        # Given as an argument, not all of it would pass vLLM's own checks on this machine.
+        # As arguments, some of these would fail vLLM's own checks on this machine.
         patch.setattr(parent.impl, "__init__", differs)
         unserved = layer.make_layer(1)
     assert lines == [f"minference: some layers run densely: {reason}"]
@@ -99,7 +99,7 @@ def test_layers_that_we_do_not_serve_run_as_vllms(
 def test_pages_with_something_else_in_them_run_densely(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Layer]
 ) -> None:
-    """Not so pages with padding behind them."""
+    """Padded pages are served sparsely."""
     layer = make_gpu_layer(MIXED)
     padded = dataclasses.replace(layer.spec, page_size_padded=2 * layer.spec.page_size_bytes)
     layer.impl.prepare(layer.layer, padded, DTYPE, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Layers with dual chunk attention in a mixed batch, on the backends for CPUs and (on CPU tensors) for GPUs."""
+"""Layers with dual chunk attention in a mixed batch, on the CPU backend and (with CPU tensors) the GPU backends."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ GEOMETRY = DualChunk.of(CONFIG)
 MIXED = [(500, 1), (0, 150), (150, 1), (20, 30), (300, 250), (600, 40), (0, 700), (199, 1), (200, 1), (250, 20)]
 """(context, new tokens)."""
 SPARSE, FAR = (1, 4, 6), (0, 4, 5, 6, 8, 9)
-"""Sparse requests, and those that are not plain attention."""
+"""Sparse requests, and requests beyond plain attention."""
 SETTINGS = {"min_context": 100}
 
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
-    """What was attended in parts from now on, by request; of decodes nothing."""
+    """Collect the parts of each request that is attended from now on; an empty list for decodes."""
     from minference_vllm.backend import dual_chunk
 
     found = {}
@@ -48,7 +48,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
 
 
 def run(layer: Any, rotated: torch.Tensor, metadata: Any) -> torch.Tensor:
-    """Forward as vLLM's attention layer calls it, with padding behind the batch."""
+    """Call ``forward`` as vLLM's attention layer does, with padding after the batch."""
     tokens, padding = len(rotated), 3
     query = torch.full((tokens + padding, ROTATIONS, HEADS, DIM), torch.nan, dtype=rotated.dtype)
     query[:tokens] = rotated
@@ -66,7 +66,7 @@ def assert_all_right(
     parts: dict[int, Any],
     sparse: Sequence[int] = SPARSE,
 ) -> None:
-    """Every request attends, as defined, the keys that its indices name; all of them where it has none."""
+    """Every request matches the definition on the keys of its indices, or on all keys if it has none."""
     batch = layer.batch
     assert sorted(parts) == list(FAR)
     plain = {index.tiling.seq_len: index for index in layer.indices}
@@ -123,7 +123,7 @@ def test_a_mixed_batch_on_the_cpu(
 def test_requests_that_ask_for_other_patterns(
     monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Any]
 ) -> None:
-    """Beyond the first chunk: densely, or by patterns without their remainder."""
+    """Beyond plain attention: densely, or with patterns without their remainder."""
     layer = make_cpu_layer(MIXED, dtype=torch.float32, dual_chunk=CONFIG, settings=SETTINGS)
     query = layer.batch.query.clone()
     rotated, keys = turn(layer.batch, GEOMETRY)
@@ -141,7 +141,7 @@ def test_requests_that_ask_for_other_patterns(
 
 @needs_native
 def test_a_mixed_batch_on_the_gpu_backends(monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Any]) -> None:
-    """With the CPU kernel, since tensors are on the CPU; the parent's plain attention is stood in for."""
+    """With the CPU kernel, since tensors are on the CPU, and a stand-in for the parent's plain attention."""
     layer = make_gpu_layer(MIXED, dual_chunk=CONFIG, settings={**SETTINGS, "kernel": "auto"})
     query = layer.batch.query.clone()
     rotated, keys = turn(layer.batch, GEOMETRY)
@@ -154,7 +154,7 @@ def test_a_mixed_batch_on_the_gpu_backends(monkeypatch: pytest.MonkeyPatch, make
 
 @needs_native
 def test_decodes_alone(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Any]) -> None:
-    """Up to the plain length they are vLLM's; beyond it nobody but us can serve them."""
+    """Up to the plain length vLLM serves them; beyond it only we can."""
     near = make_cpu_layer([(150, 1), (199, 1)], dtype=torch.float32, dual_chunk=CONFIG, settings=SETTINGS)
     assert not hasattr(near.metadata(), "far")
     far = make_cpu_layer([(150, 1), (200, 1), (1000, 1)], dtype=torch.float32, dual_chunk=CONFIG, settings=SETTINGS)
@@ -165,7 +165,7 @@ def test_decodes_alone(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable
 
 @needs_native
 def test_heads_that_are_all_dense(monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Any]) -> None:
-    """Their plain chunks are the parent's, whatever the others of the batch are; nothing is counted."""
+    """The parent serves their plain chunks, whatever else is in the batch; nothing is counted."""
     patterns = [{"kind": "dense"}] * HEADS
     options = {"dtype": torch.float32, "patterns": patterns, "dual_chunk": CONFIG, "settings": SETTINGS}
     layer = make_cpu_layer([(0, 150), (300, 250)], **options)
@@ -193,7 +193,7 @@ def test_heads_that_are_all_dense(monkeypatch: pytest.MonkeyPatch, make_cpu_laye
 def test_parts_run_the_default_without_its_remainder(
     monkeypatch: pytest.MonkeyPatch, make_cpu_layer: Callable[..., Any]
 ) -> None:
-    """Plain chunks add it."""
+    """Plain chunks keep it."""
     written = {"kind": "low_rank", "rank": 32, "gamma": 0.88, "remainder": True}
     layer = make_cpu_layer([(0, 150), (300, 250)], patterns=[written] * HEADS, dual_chunk=CONFIG, settings=SETTINGS)
     impl = layer.impl
@@ -283,7 +283,7 @@ def test_it_is_not_calibrated_beyond_plain_attention(make_cpu_layer: Callable[..
 
 @needs_native
 def test_kernels_for_parts_are_warmed_up(monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Any]) -> None:
-    """All three parts, selected from and dense."""
+    """All three parts, sparse and dense."""
     from minference_vllm.backend import dual_chunk, warmup
 
     layer = make_gpu_layer([(0, 10)], dual_chunk=CONFIG)
@@ -301,7 +301,7 @@ def test_kernels_for_parts_are_warmed_up(monkeypatch: pytest.MonkeyPatch, make_g
 def test_memory_is_taken_for_plain_chunks_and_for_those_beyond(
     monkeypatch: pytest.MonkeyPatch, make_gpu_layer: Callable[..., Any]
 ) -> None:
-    """Each is the last chunk of the longest sequence of its kind, with an audit."""
+    """Each is the last chunk of the longest sequence of its kind, and audited."""
     from minference_vllm.backend import dual_chunk, warmup
 
     layer = make_gpu_layer([(0, 10)], dual_chunk=CONFIG, settings=SETTINGS)

@@ -1,4 +1,4 @@
-"""vLLM's rotation for dual chunk attention, as it is built in a process with our plugin."""
+"""vLLM's rotary embedding for dual chunk attention, built in a process with our plugin."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rotary() -> torch.nn.Module:
 
 @pytest.mark.parametrize("tokens", [1, 2, 300])
 def test_five_rotations_of_a_query_and_one_of_a_key(tokens: int, rotary: torch.nn.Module) -> None:
-    """A single token, too, keeps its dimension: the attention layer counts tokens by it."""
+    """A single token keeps its dimension, which the attention layer takes as the number of tokens."""
     positions = torch.arange(tokens) * 3 + 70
     query, key = torch.randn(tokens, HEADS * DIM), torch.randn(tokens, KV_HEADS * DIM)
     turned, turned_key = rotary(positions, query.clone(), key.clone())

@@ -1,4 +1,4 @@
-"""The routes that show the counters, on vLLM's own way of attaching them, with an engine that answers from here."""
+"""The routes that show the counters, attached as vLLM does, with a stand-in for the engine."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_stats_are_the_report(counters: Counters) -> None:
 
 
 def test_every_data_parallel_engine_is_asked(counters: Counters) -> None:
-    """vLLM's own ``collective_rpc`` hands on what the first one answers."""
+    """vLLM's own ``collective_rpc`` returns the answer of the first one only."""
     ranks = {b"first": counters, b"second": Counters(sparse_chunks=4)}
 
     async def call(method: str, *args: Any, engine: bytes) -> Any:

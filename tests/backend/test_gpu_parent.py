@@ -1,4 +1,4 @@
-"""Which of vLLM's backends ours stands in for on a GPU, and how its caches are viewed."""
+"""Which of vLLM's backends ours extends on a GPU, and how its caches are viewed."""
 
 from __future__ import annotations
 

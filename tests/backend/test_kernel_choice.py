@@ -1,7 +1,7 @@
 """The setting ``auto`` on a GPU, from vLLM's builder to the kernel that serves a batch.
 
-As in ``test_warmup.py`` this file is both the test and, run as a script, the process with Triton's interpreter: there
-the CPU stands for a GPU (``tools/rehearsal.py``), and a clock that says what a case wants stands for its events.
+As in ``test_warmup.py`` this file is both the test and, run as a script, the process with Triton's interpreter. There
+the CPU stands in for a GPU (``tools/rehearsal.py``), and a fake clock with the times of the case for its events.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def interpret() -> None:
     import rehearsal
     import torch
 
-    gpu = torch.device("cuda")  # made later, it would be the CPU
+    gpu = torch.device("cuda")  # after ``pretend`` this would be the CPU
     rehearsal.pretend()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -118,7 +118,7 @@ def interpret() -> None:
 
 
 class Cases:
-    """Each in a process that has chosen nothing yet, with a cache of its own."""
+    """The cases. Each starts without chosen kernels and with its own cache."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch, device: Any) -> None:
         from minference_vllm.backend import gpu
@@ -138,12 +138,12 @@ class Cases:
         before: Callable[[pytest.MonkeyPatch, Any], None] = lambda patch, layer: None,
         after: Callable[[Any, Any], dict[str, Any]] = lambda layer, builder: {},
     ) -> dict[str, Any]:
-        """What a builder of two layers chooses.
+        """The kernels that a builder of two layers chooses.
 
         Args:
             cache: name of the cache's folder.
             times: milliseconds that each kernel takes.
-            forget: whether the process is new.
+            forget: forget earlier choices, as a new process would.
             before: called with the layer before the builder is made.
         """
         from gpu_layer import Layer, Parent
@@ -325,7 +325,7 @@ class Cases:
         return found
 
     def measure(self, patch: pytest.MonkeyPatch, layer: Any) -> None:
-        """What vLLM has a layer do while it measures memory."""
+        """What a layer does while vLLM measures memory."""
         from minference_vllm.backend import warmup
 
         patch.setattr(warmup, "_profiled", {})

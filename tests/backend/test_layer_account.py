@@ -1,7 +1,7 @@
-"""What one sparse chunk asks of a GPU in one layer: operations, launches, copies from the host; it waits for nothing.
+"""GPU work of one sparse chunk in one layer: operations, launches, copies from the host, and no synchronisation.
 
-Counted without a GPU, see ``device_account``: 32 heads over 8, an 8K chunk, pages of 128, a layer that is not the first
-to see the chunk. The limits are what was counted when they were written down. A change lowers them or keeps them.
+Counted without a GPU, see ``device_account``: 32 heads over 8, an 8K chunk, pages of 128, in a layer that is not the
+first to see the chunk. The limits are the measured counts of the time of writing. Changes may only lower them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ CASES = [(name, *case) for name, limits in LIMITS.items() for case in zip(LENGTH
 
 
 class Serving:
-    """Chunks of one size in layers of one runtime, with an account of them."""
+    """Serves chunks of one size in layers of one runtime, and counts their GPU work."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seq_len: int, **settings: Any) -> None:
         self.account = DeviceAccount(monkeypatch)
@@ -91,7 +91,7 @@ class Serving:
         table = torch.empty(seq_len // PAGE, dtype=torch.int64, device="meta")
         self.inputs = Inputs.of(query, self.cache, table, Chunk(0, 0, seq_len - CHUNK, seq_len), DIM**-0.5)
         self.out = torch.empty_like(query)
-        # What all layers share is made by the first.
+        # The first layer creates what all layers share.
         serve_chunk(self.runtime, self.layer(MIXTURES["mixed"]), self.inputs, self.out)
 
     def layer(self, patterns: Sequence[HeadPattern], number: int = 0) -> SparseLayer:
@@ -99,7 +99,7 @@ class Serving:
         return SparseLayer(number, 0, tuple(patterns), kernel)
 
     def serve(self, patterns: Sequence[HeadPattern], number: int = 0) -> tuple[int, int]:
-        """Operations and launches of a layer."""
+        """Serve a chunk in a layer; returns its operations and launches."""
         with self.account as account:
             ops, launches = account.ops.total(), account.launches.total()
             serve_chunk(self.runtime, self.layer(patterns, number), self.inputs, self.out)
@@ -113,14 +113,14 @@ def test_a_layer_stays_within_its_account(
     name: str, seq_len: int, limit: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serving = Serving(monkeypatch, seq_len, audit_rows=0)
-    serving.serve(MIXTURES[name])  # what is kept from layer to layer
+    serving.serve(MIXTURES[name])  # creates what later layers reuse
     ops, launches = serving.serve(MIXTURES[name])
     assert ops <= limit[0] and launches <= limit[1], f"{ops} operations, {launches} launches"
 
 
 @pytest.mark.parametrize(("seq_len", "limit"), list(zip(LENGTHS, AUDIT_LIMITS, strict=True)))
 def test_an_audit_stays_within_its_account(seq_len: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows that were drawn go to the GPU without a wait, and nothing comes back."""
+    """The drawn rows are copied to the GPU without a synchronisation, and nothing is copied back."""
     counted = []
     for rows in (0, 4):
         with monkeypatch.context() as patch:
@@ -138,7 +138,7 @@ def test_an_audit_stays_within_its_account(seq_len: int, limit: int, monkeypatch
 def test_chunks_of_any_length_fit_into_what_is_taken_at_the_start(
     name: str, seq_len: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Short chunks score more heads at once; ``backend/warmup.py`` takes as much as they are planned to take."""
+    """Short chunks score more heads at once; ``backend/warmup.py`` allocates as much as is planned for them."""
     serving = Serving(monkeypatch, seq_len, audit_rows=0)
     for chunk in (256, 1024, 4096):
         query = serving.inputs.query[:chunk]
@@ -151,13 +151,13 @@ def test_chunks_of_any_length_fit_into_what_is_taken_at_the_start(
 
 
 def test_layers_of_many_pattern_files_copy_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers whose heads are grouped in as many ways: what they tell the GPU of their heads is copied once."""
+    """Every layer groups its heads differently; the data about its heads is copied to the GPU only once."""
     serving = Serving(monkeypatch, 1 << 15, audit_rows=0)
     layers = 40
     for turn in range(2):
         pinned = serving.account.pinned
         for layer in range(layers):
-            # Of each layer other heads are of either kind.
+            # Each layer assigns the two patterns to different heads.
             patterns = [VerticalSlash(slash=2048 + 1024 * ((layer + 1) >> (head % 6) & 1)) for head in range(HEADS)]
             serving.serve(patterns, layer)
         assert serving.account.pinned == pinned or turn == 0
@@ -218,7 +218,7 @@ def test_auto_considers_fa4_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> No
 def test_timing_kernels_takes_no_more_than_was_taken_for_it(
     name: str, page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside what serving such a chunk takes; ``backend/warmup.py`` takes both while vLLM measures memory."""
+    """On top of serving such a chunk; ``backend/warmup.py`` allocates both while vLLM measures memory."""
 
     def attend(q: torch.Tensor, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.empty_like(q), torch.empty(q.shape[1], len(q), device="meta")

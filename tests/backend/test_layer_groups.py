@@ -1,4 +1,4 @@
-"""Several KV-cache groups of one model: each has a builder, and sees every batch."""
+"""Several KV-cache groups of one model: each has its own builder and sees every batch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from layer_inputs import MIN_CONTEXT, MIXED, PAGE, make_known, record_once
 from minference_vllm.core.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
 
 CHUNK = 8 * PAGE
-"""Tokens of the sequence within which Llama 4's layers attend."""
+"""Chunk size, in tokens, of Llama 4's chunked local attention."""
 
 
 def chunked(layer: Layer, number: int, size: int) -> Any:
-    """A layer that attends within chunks of the sequence, as vLLM makes it."""
+    """A layer with chunked local attention, as vLLM creates it."""
     made = layer.make_layer(number, {})
     made.attention_chunk_size = size
     return made
 
 
 def chunked_builder(layer: Layer, chunked_layer: Any, ours: bool = True) -> Any:
-    """vLLM's builder for such a layer, on top of ours or of its own."""
+    """vLLM's builder for such a layer, on top of our backend or of vLLM's own."""
     from vllm.model_executor.layers.attention import chunked_local_attention
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -50,7 +50,7 @@ def test_a_batch_is_counted_once_however_many_groups_see_it(make_cpu_layer: Call
 
 
 def test_a_group_made_anew_counts_still(make_cpu_layer: Callable[..., Layer]) -> None:
-    """vLLM makes builders again, and more than one of a group where it overlaps halves of a batch."""
+    """vLLM recreates builders, and has several per group where it splits batches into micro-batches."""
     layer = make_cpu_layer(MIXED)
     layer.builder = layer.make_builder(layer.layer)
     layer.metadata()
@@ -73,8 +73,8 @@ def test_a_group_that_sees_pieces_of_chunks_counts_only_where_no_other_does(
 
 
 def test_layers_that_attend_within_chunks_run_sparsely(make_cpu_layer: Callable[..., Layer]) -> None:
-    """A decode, a prompt of several chunks, and one that begins inside of one. The layer's patterns (the file's
-    default) select all keys here: as by vLLM's own backend."""
+    """A decode, a prompt of several chunks, and one that begins inside a chunk. The layer's patterns (the file's
+    default) select all keys here, so the output equals that of vLLM's own backend."""
     layer = make_cpu_layer([(700, 1), (0, 2 * CHUNK + 130), (CHUNK // 2, CHUNK)], dtype=torch.float32)
     layer.builder = chunked_builder(layer, chunked(layer, 0, CHUNK), ours=False)
     expected = layer.run(layer.parent, layer.metadata())

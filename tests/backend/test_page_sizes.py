@@ -1,4 +1,4 @@
-"""Page sizes: vLLM may settle them, and tell them to the builder alone, after its layers are made."""
+"""Page sizes: vLLM may fix them after it creates its layers, and pass them to the builder only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from native_inputs import needs_native
 def test_the_page_size_of_the_builder_decides(
     pattern: dict[str, Any], settings: dict[str, Any], make_cpu_layer: Callable[..., Layer]
 ) -> None:
-    """On pages of 16 tokens, which vLLM's configuration names at first, all of these would be refused."""
+    """With pages of 16 tokens, the initial value in vLLM's configuration, all of these would be refused."""
     layer = make_cpu_layer(MIXED, patterns=[pattern] * HEADS, settings=settings, page_before=16, page=128)
     assert layer.impl.sparse_layer.kernel.name == "native"
     output = layer.run(layer.impl, layer.metadata())

@@ -1,4 +1,4 @@
-"""What vLLM sees of us, in fresh processes: plugins are loaded once per process, and early."""
+"""Our plugin as vLLM sees it, in fresh processes: plugins are loaded once per process, and early."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ OUR_CLASS = "minference_vllm.backend.cpu.MInferenceCPUBackend"
 
 
 def fresh(tmp_path: Path, script: str) -> Any:
-    """Run a script in a new interpreter, from the repository's root; it prints one JSON value last.
+    """Run a script in a new interpreter, from the repository's root; returns the JSON value that it prints last.
 
-    A file, as the ``vllm`` command is: ``python -c`` would put the current folder on the path.
+    The script is a file, like the ``vllm`` command: ``python -c`` would put the current folder on the path.
     """
     path = tmp_path / "script.py"
     path.write_text(script)
@@ -96,7 +96,7 @@ def test_the_name_resolves_to_our_class(after_plugins: dict[str, Any]) -> None:
 
 
 def check_served(found: dict[str, Any], platform: str) -> None:
-    """Our class serves where it was selected, the platform decides all else, and nothing was said."""
+    """Our class serves where it is selected, the platform decides everything else, and nothing is logged."""
     assert found["platform"].endswith(platform)
     assert found["selected"] == OUR_CLASS
     assert found["others"] == found["others_without_us"] and OUR_CLASS not in found["others"]
@@ -137,7 +137,7 @@ def test_another_plugins_cpu_platform_serves_our_name(
 def test_a_platform_plugin_that_does_not_load_changes_nothing(
     install: Callable[..., str], fresh_vllm: Callable[..., Any]
 ) -> None:
-    """vLLM goes on without it; so do we."""
+    """vLLM continues without it, and so do we."""
     path = install("broken", "no_such_module_anywhere:plugin")
     check_served(fresh_vllm(AFTER_PLUGINS, PYTHONPATH=path), "CpuPlatform")
 
@@ -160,7 +160,7 @@ importlib.metadata.version = version
 def test_the_choice_survives_the_spawn_of_the_engine_process(
     after_plugins: dict[str, Any], fresh_vllm: Callable[..., Any]
 ) -> None:
-    """There the configuration is unpickled before any plugin is loaded."""
+    """That process unpickles the configuration before it loads any plugin."""
     script = """
 import json, pickle, sys
 member = pickle.loads(bytes.fromhex(sys.argv[1]))
@@ -174,8 +174,8 @@ print(json.dumps([before, member.get_path()]))
 
 @pytest.mark.parametrize("first", [True, False], ids=["before_us", "after_us"])
 def test_a_taken_slot_for_custom_backends_is_left_to_its_holder(first: bool, fresh_vllm: Callable[..., Any]) -> None:
-    """A warning names the holder; vLLM goes on: whoever did not choose us loses nothing, and whoever did is told why
-    and not served by somebody else's backend."""
+    """A warning names the holder. Users who did not select us are not affected; those who did get an error with the
+    reason, not somebody else's backend."""
     script = """
 import json, logging, sys, torch
 lines = []
@@ -236,7 +236,7 @@ print(json.dumps(sorted({"torch", "vllm", "numpy", "transformers"} & set(sys.mod
 
 
 def test_our_folders_answer_no_import_of_their_own_names(tmp_path: Path) -> None:
-    """vLLM looks for OpenAI's kernels with ``find_spec("triton_kernels")``; our folder of that name is not them."""
+    """vLLM looks for OpenAI's kernels with ``find_spec("triton_kernels")``, which must not find our folder."""
     script = """
 import json, sys
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""What single requests may ask for, and how their rows in a batch are told."""
+"""What single requests may ask for, and how their rows in a batch are identified."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_all_else_is_refused_with_what_is_allowed(value: Any, message: str) -> N
 
 
 def test_no_file_is_read_for_a_request(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its path would be the client's choice."""
+    """The client would choose its path."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.json").write_text('{"schema_version": 1, "default": {"kind": "dense"}}')
     assert load_pattern_file("mine.json").default == Dense()
@@ -101,7 +101,7 @@ def test_no_file_is_read_for_a_request(tmp_path: Any, monkeypatch: pytest.Monkey
 
 
 def step(scheduled: dict[str, int], finished: Sequence[str] = (), **new: Any) -> Any:
-    """vLLM's ``SchedulerOutput``, as far as it is read: requests with their new tokens, and what new ones ask for."""
+    """The parts of vLLM's ``SchedulerOutput`` that are read: new tokens per request, and what new requests ask for."""
     return SimpleNamespace(
         finished_req_ids=set(finished),
         scheduled_new_reqs=[SimpleNamespace(req_id=name, sampling_params=params(value)) for name, value in new.items()],
@@ -133,10 +133,10 @@ def test_a_preempted_request_is_still_the_same_and_a_finished_one_is_forgotten()
     requests.begin(step({"b": 1, "a": 601}), OWN)  # resumed: a cached request for model runner V1
     requests.stand(["b", "a"])
     assert rows(requests, [1, 601]) == {1: ASKED_DENSE}
-    requests.begin(step({"a": 601}, a="dense"), OWN)  # and a new one for V2
+    requests.begin(step({"a": 601}, a="dense"), OWN)  # resumed: a new request for V2
     requests.stand(["a"])
     assert rows(requests, [601]) == {0: ASKED_DENSE}
-    requests.begin(step({"a": 700}, finished=["a"], a=None), OWN)  # another one of the same name
+    requests.begin(step({"a": 700}, finished=["a"], a=None), OWN)  # another request of the same name
     requests.stand(["a"])
     assert rows(requests, [700]) == {}
 
@@ -174,12 +174,12 @@ def test_what_came_past_the_front_end_is_dense_and_logged_once(monkeypatch: pyte
     assert "asks for 'no_such'; allowed are default" in lines[0]
 
 
-# vLLM's model runners tell
+# vLLM's model runners
 
 
 @pytest.mark.parametrize("module", vllm_requests.RUNNERS)
 def test_a_model_runner_tells_what_it_executes(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both of vLLM's, with their methods stood in for: where the order stands differs."""
+    """Both of vLLM's model runners, with stand-ins for their methods. They keep the order in different places."""
     runtime = Runtime(Settings(), OWN, "a test")
     selected, seen = [True], []
     method, _ = vllm_requests.RUNNERS[module]

@@ -19,7 +19,7 @@ from minference_vllm.core.plan import BELOW_MIN_CHUNK, BELOW_MIN_CONTEXT
 from minference_vllm.patterns.kinds import AShape
 
 DENSE, ASKED, OWN = SPARSE
-"""Rows: what asks for nothing else, and what runs the server's patterns."""
+"""Rows that ask for dense attention, for ``A_SHAPE``, and for nothing (the server's patterns)."""
 A_SHAPE = "a_shape(16, 100)"
 NAME = str(AShape(sink=16, local=100))
 BY_VLLM = [{"kind": "dense"}] * HEADS
@@ -36,7 +36,7 @@ def test_each_request_of_a_batch_runs_what_it_asked_for(make_cpu_layer: Callable
     assert counters.sparse_chunks == 2 and counters.asked[NAME].chunks == 1
     asked = counters.report()["asked_by_requests"][NAME]
     assert asked["sparse_tokens"] == MIXED[ASKED][1] and asked["density"] == float(indices[0].density().mean())
-    # What they would be by themselves.
+    # The same as when served alone.
     dense = layer.run(layer.parent, layer.metadata())
     rows = layer.batch.rows(DENSE)
     torch.testing.assert_close(output[rows], dense[rows], rtol=0.01, atol=0.01)
@@ -49,7 +49,7 @@ def test_each_request_of_a_batch_runs_what_it_asked_for(make_cpu_layer: Callable
 
 
 def test_layers_that_are_dense_by_the_servers_patterns(make_cpu_layer: Callable[..., Layer]) -> None:
-    """For the requests that run these; the density counts their heads where other layers are sparse."""
+    """Dense for requests with the server's patterns; the density counts their heads if other layers are sparse."""
     layer = make_cpu_layer(MIXED, patterns=BY_VLLM)
     metadata = planned(layer, {ASKED: A_SHAPE}, layer.metadata)
     output = layer.run(layer.impl, metadata)
@@ -89,7 +89,7 @@ def test_patterns_that_cannot_run_here(
     asked: str, settings: dict[str, Any], problem: str, make_cpu_layer: Callable[..., Layer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The front end refuses them; where it was passed by, the request is dense, with a line in the log."""
+    """The front end refuses them. If it was bypassed, the request is dense and a line is logged."""
     from vllm.exceptions import VLLMValidationError
 
     layer = make_cpu_layer(MIXED, settings=settings)
@@ -111,7 +111,7 @@ def test_patterns_that_cannot_run_here(
 
 
 def test_a_floor_holds_for_them_too(make_cpu_layer: Callable[..., Layer]) -> None:
-    """Recall by layer and head is that of the server's patterns."""
+    """Recall by layer and head covers the server's patterns only."""
     layer = make_cpu_layer([FIRST], settings={"recall_floor": 0.98})
     layer.run(layer.impl, planned(layer, {0: "a_shape(0, 1)"}, layer.metadata))
     assert layer.counters.raised.total() + layer.counters.raised_to_dense.total() == HEADS
@@ -145,7 +145,7 @@ def test_backends_on_gpus(make_gpu_layer: Callable[..., Any]) -> None:
 
 @only("FlashAttention")
 def test_another_group_of_layers_takes_the_runs_over(make_gpu_layer: Callable[..., Any]) -> None:
-    """Those of single sparse chunks, too, for layers in which they are dense."""
+    """Including the runs of single sparse chunks, for layers in which these are dense."""
     layer = make_gpu_layer(MIXED, patterns=BY_VLLM)
     metadata = planned(layer, {ASKED: A_SHAPE}, lambda: layer.builder.build(0, layer.common()))
     table, slots = layer.batch.block_table + 7, torch.arange(int(layer.batch.query_start_loc[-1]))

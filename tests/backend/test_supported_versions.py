@@ -1,4 +1,4 @@
-"""Which versions of vLLM we run in, and what the others say."""
+"""The supported versions of vLLM, and the errors in others."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ print(json.dumps({
 
 
 def test_an_unsupported_vllm_says_so_to_whoever_selects_us(fresh_vllm: Callable[..., Any]) -> None:
-    """Others start as before: vLLM does not catch what a general plugin raises, and its platform is left alone."""
+    """Everybody else starts as before: vLLM does not catch errors of general plugins, and its platform is unchanged."""
     reason = (
         "attention backend 'minference' is not available: minference-vllm supports vLLM 0.26 to 0.33, found 0.34.0+cpu"
     )
@@ -85,15 +85,15 @@ def test_an_unsupported_vllm_says_so_to_whoever_selects_us(fresh_vllm: Callable[
 
 
 def test_every_name_of_vllm_that_is_imported_is_looked_for() -> None:
-    """What a build from source is judged by, against the imports of the parts that serve."""
-    wanted = {"__version__"}  # asked only where vLLM is no distribution
+    """Compare the names by which builds from source are checked with the imports of the serving code."""
+    wanted = {"__version__"}  # read only if vLLM is not installed as a distribution
     for folder in ("backend", "kernels"):
         for path in sorted((ROOT / "minference_vllm" / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom) and str(node.module).startswith("vllm."):
                     looked_for = {name.split(".")[0] for name in vllm_parts.PARTS.get(str(node.module)[5:], ())}
                     wanted |= {f"{node.module}.{alias.name}" for alias in node.names if alias.name not in looked_for}
-    # Without FlashAttention 4 the kernel ``fa4`` is refused, and nothing else.
+    # Only the kernel ``fa4`` is refused without FlashAttention 4.
     fa4 = {"block_sparsity.BlockSparseTensorsTorch", "interface._flash_attn_fwd"}
     without = {f"vllm.vllm_flash_attn.cute.{name}" for name in fa4}
     assert wanted == {"__version__", "vllm.v1.attention.backends.registry"} | without

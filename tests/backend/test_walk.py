@@ -1,4 +1,4 @@
-"""Where a layer's ``query`` goes: from the backend's ``forward`` to the kernel and back, through few modules."""
+"""The path of a layer's ``query`` from the backend's ``forward`` to the kernel and back passes few modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import minference_vllm
 PACKAGE = Path(minference_vllm.__file__).parent
 MAX_MODULES = 7
 BESIDE = ("core.", "prefill.timing")
-"""Values that carry the query, and the clock around the scores: nobody has to read them to follow it."""
+"""Containers of the query, and the timing of the scores. They are not needed to follow the path."""
 PATTERNS = [
     {"kind": "low_rank", "gamma": 0.3},
     {"kind": "vertical_slash", "vertical": 60, "slash": 60},
@@ -28,7 +28,7 @@ PATTERNS = [
 
 
 def holds(value: Any, storage: int) -> bool:
-    """Whether a value is the query, a part of it, or carries it."""
+    """Whether a value is the query, a view of it, or holds it."""
     for found in (value, getattr(value, "query", None), getattr(getattr(value, "inputs", None), "query", None)):
         if isinstance(found, torch.Tensor) and found.untyped_storage().data_ptr() == storage:
             return True

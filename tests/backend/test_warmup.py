@@ -1,4 +1,4 @@
-"""Kernels compiled at start-up: the variants that serving will meet, each once, and errors with a name.
+"""Kernels compiled at start-up: each variant that serving needs once, and named errors.
 
 As in ``test_triton_kernels.py`` this file is both the test and, run as a script, the process with the interpreter.
 """
@@ -39,8 +39,8 @@ PAGE, DIM = 32, 64
 
 
 def make_layer(*patterns: HeadPattern, sinks: bool = False, softcap: float = 0.0, quantised: bool = False) -> Any:
-    """What warm-up reads of a layer of 4 heads over 2; patterns are repeated. Its kernel is the one for GPUs where
-    Triton's interpreter runs it."""
+    """What warm-up reads of a layer of 4 heads over 2; patterns are repeated. Under Triton's interpreter its kernel is
+    the one for GPUs."""
     kernel_name = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "auto"
 
     def paged_cache(layer: Any, memory: torch.Tensor, dtype: torch.dtype) -> PagedCache:
@@ -72,7 +72,7 @@ def spec(dtype: torch.dtype = torch.bfloat16) -> Any:
 
 @pytest.fixture
 def warm_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
-    """``warm_up`` of layers in a process that has compiled nothing yet; returns the chunks that it would have run."""
+    """``warm_up`` of layers in a process that has not compiled anything; returns the chunks that it would run."""
     from minference_vllm.backend import warmup
 
     monkeypatch.setattr(warmup, "_ready", set())
@@ -112,7 +112,7 @@ def test_each_variant_is_compiled_once(warm_up: Callable[..., list[dict[str, Any
         make_layer(Coverage(), sinks=True),
         make_layer(Coverage(), softcap=30.0),
     ]
-    # Heads of a KV head with one pattern that reads no scores share lists, and programs.
+    # Heads of one KV head share lists and programs if they have the same pattern, and it reads no scores.
     assert len(warm_up(*layers)) == len(layers) - 1, "budgets change no kernel"
     assert warm_up(*layers) == [], "another builder of the same layers"
     (fresh,) = warm_up(make_layer(Coverage(), quantised=True), cache=torch.uint8)
@@ -129,8 +129,8 @@ def test_a_floor_may_raise_heads_to_other_patterns(warm_up: Callable[..., list[d
 
 @pytest.fixture
 def take_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Chunk, Any, bool]]]:
-    """``take_memory`` of a layer in a process that has taken none; returns chunks and patterns of what it would have
-    run, and whether they were audited."""
+    """``take_memory`` of a layer in a process that has not run it; returns the chunks that it would run, their
+    patterns, and whether they are audited."""
     from minference_vllm.backend import warmup
 
     monkeypatch.setattr(warmup, "_profiled", {})
@@ -292,7 +292,7 @@ def interpret() -> None:
                 memory = torch.randn(9, 2, PAGE, 2 * DIM).bfloat16()
                 if not heads_first:
                     memory = memory.transpose(1, 2).contiguous().transpose(1, 2)
-                # The queries as vLLM cuts them out of one projection, and a later request's rows.
+                # A view of a joint projection, as in vLLM, with the rows of a later request.
                 query = torch.randn(5 + length - context, 8, DIM).bfloat16()[5:, :4]
                 cache = layer.impl.paged_cache(layer, memory, torch.bfloat16)
                 out = torch.empty(query.shape, dtype=query.dtype)

@@ -1,4 +1,4 @@
-"""The attention benchmark's rows and refusals, on a prompt so short that nothing is worth timing."""
+"""The attention benchmark's rows and refusals, on a prompt too short for meaningful timings."""
 
 from __future__ import annotations
 

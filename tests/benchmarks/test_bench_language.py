@@ -62,7 +62,7 @@ def lookup(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 
 def indices(pattern: HeadPattern) -> list[SparseIndex]:
-    """Of every chunk, for a pattern that reads no scores: of any queries and keys."""
+    """Indices of every chunk, for a pattern that does not depend on queries and keys."""
     cache = torch.zeros(-(-LENGTH // 128), 128, 1, 32)
     found = []
     for begin in range(0, LENGTH, CHUNK):
@@ -106,7 +106,7 @@ def test_the_dense_loss_is_that_of_the_model_without_us(model: LanguageModel, fo
 
 
 def test_what_a_layer_loses_reaches_the_next(model: LanguageModel, folder: Path) -> None:
-    """As a model whose every layer is masked by the pattern, which for a window can be written down beforehand."""
+    """Equals a model with the pattern's mask in every layer; for a window the mask is known in advance."""
     ids, wanted, sparse, mask = fillers(LENGTH), torch.arange(1, LENGTH), prefill(WINDOW), whole_mask(WINDOW)
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
     with torch.inference_mode():
@@ -140,7 +140,7 @@ def test_a_pattern_that_loses_a_needle_is_seen(lookup: LanguageModel) -> None:
 
 
 def test_questions_behind_a_prompt_are_requests_of_their_own(model: LanguageModel) -> None:
-    """Each answer's loss is what it is when only its own question follows the prompt."""
+    """Each answer has the same loss as when only its own question follows the prompt."""
     prompt, parts = fillers(900), [fillers(30, 1), fillers(20, 2), fillers(40, 3)]
     ids, borders = torch.cat([prompt, *parts]), [900, 930, 950, 990]
     questions = [range(begin, end) for begin, end in itertools.pairwise(borders)]
@@ -149,7 +149,7 @@ def test_questions_behind_a_prompt_are_requests_of_their_own(model: LanguageMode
     alone = [model.score(prompt, wanted[:1]).loss[0]]
     alone += [model.score(torch.cat([prompt, part]), torch.tensor([899 + len(part)])).loss[0] for part in parts]
     torch.testing.assert_close(found, torch.stack(alone), rtol=0, atol=1e-4)
-    # And the sparse prompt never sees them.
+    # The sparse prefill covers the prompt only.
     sparse = prefill(WINDOW)
     model.score(ids, wanted, sparse, questions)
     assert sparse.pairs == 2 * 4 * 900 * 901 / 2
@@ -216,7 +216,7 @@ TOKENS, LONG_CHUNK = 5000, 2048
 
 @pytest.fixture(scope="module")
 def rows(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """Of the command line, for a random model that reads bytes."""
+    """Rows of the command line for a random byte-level model."""
     place = tmp_path_factory.mktemp("rows")
     byte_tokenizer().save_pretrained(folder)
     rng = random.Random(0)

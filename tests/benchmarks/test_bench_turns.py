@@ -1,4 +1,4 @@
-"""The conversations that ``bench_turns.py`` holds: as long as asked for, and every answer stands in what was read."""
+"""Conversations of ``bench_turns.py``: they have the requested length, and every answer occurs in the text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_bundled_talk() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(DEMO / "model"))
     talk = bundled_talk(tokenizer, LENGTHS)
     turns = held(talk, 3)
-    # One more for the token that the model expects before its first.
+    # Plus one for the token that the model expects first.
     assert [len(new) for new, _, _ in turns] == [901, 500, 500]
     text = ""
     for new, answer, said in turns:

@@ -52,7 +52,7 @@ def problem(context_len: int, seq_len: int, block_size: int, planned: bool) -> P
 
 @pytest.fixture(params=[False, True], ids=["exact", "planned"])
 def planned(request: pytest.FixtureRequest) -> bool:
-    """An index of planned size has no list where a tile attends everything."""
+    """In an index with planned widths, tiles that attend everything have no list."""
     return bool(request.param)
 
 
@@ -67,7 +67,7 @@ def answer(given: Problem, mask: torch.Tensor) -> torch.Tensor:
 
 
 def assert_answers(peer: Peer, given: Problem) -> None:
-    """The peer's output is attention under the index that it names."""
+    """The peer's output equals attention under its index."""
     torch.testing.assert_close(peer.attend().double(), answer(given, peer.index.to_mask()), rtol=1e-4, atol=1e-4)
 
 
@@ -166,7 +166,7 @@ def test_flex_block_mask_is_the_index(given: Problem) -> None:
 @pytest.mark.engine  # takes as long as starting one
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with a C++ compiler")
 def test_flex_attends_whole_blocks() -> None:
-    """Compiled for a CPU: uncompiled it computes all that its mask function allows, and reads no list of blocks."""
+    """Compiled for a CPU: uncompiled it uses its mask function only and ignores the block lists."""
     given = problem(*CHUNKS["chunk of odd length"], planned=True)
     peer = PEERS["flex"].prepare(given)
     assert_answers(peer, given)
@@ -176,7 +176,7 @@ def test_flex_attends_whole_blocks() -> None:
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Put a module with the given contents in the place of one that may not be installed."""
+    """Replace a module, which may not be installed, by one with the given contents."""
 
     def put(name: str, **contents: Any) -> None:
         made = ModuleType(name)
@@ -193,7 +193,7 @@ def test_xformers_is_asked_for_dense_causal_attention(given: Problem, module: Ca
     def memory_efficient_attention(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_bias: Any, scale: float
     ) -> torch.Tensor:
-        """Of ``[B, M, G, H, K]``, where the caller has broadcast keys and values."""
+        """Inputs are ``[B, M, G, H, K]``; the caller has broadcast keys and values."""
         assert isinstance(attn_bias, LowerTriangularFromBottomRightMask)
         assert query.shape[2:] == key.shape[2:] == value.shape[2:]
         rows, keys = query.shape[1], key.shape[1]

@@ -33,7 +33,7 @@ def test_a_picture_says_what_it_shows(tmp_path: Path) -> None:
     target = tmp_path / "pictures" / "loss.svg"
     plot_language.draw([ROW | {"task": "end", "difference": 0.5}, ROW | {"task": "inside", "difference": 0.1}], target)
     text = target.read_text()
-    # Texts are drawn as outlines; each one's characters stand in a comment before it.
+    # Text is drawn as outlines, each preceded by a comment with its characters.
     for words in ("Loss of sparse prefill against dense, tiny", "low_rank", PROMPTS, "end", "inside", "share of dense"):
         assert words in text
     with pytest.raises(ValueError, match="no row has a loss to draw"):

@@ -44,7 +44,7 @@ def test_a_picture_says_what_it_shows(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", OURS, PEER, OURS | {"context": 8192, "dense_kernel": "FlashAttention 3"})
     target = tmp_path / "pictures" / "speedup.svg"
     plot_speedup.draw(plot_speedup.read(path), target)
-    # Texts are drawn as outlines; each one's characters stand in a comment before it.
+    # Text is drawn as outlines, each preceded by a comment with its characters.
     text = target.read_text()
     for words in ("this one", "coverage: whole prompts", "coverage: the last 8K tokens", "context (tokens)", "32K"):
         assert words in text

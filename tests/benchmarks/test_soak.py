@@ -1,4 +1,4 @@
-"""What the soak of a server notices, and what keeps it from passing; whole servers are in ``test_engine_soak.py``."""
+"""What the soak test of a server detects, and what makes it fail; whole servers are in ``test_engine_soak.py``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ STATS: dict[str, Any] = {
 
 
 class Server(ThreadingHTTPServer):
-    """Answers as it is told; knows how many connections were closed before it was done."""
+    """Answers with ``reply``; counts the connections that were closed before it finished."""
 
     daemon_threads = True
     reply: Callable[[Any], None]
@@ -88,7 +88,7 @@ def answer(text: bytes, status: int = 200) -> Callable[[Any], None]:
 
 
 def slowly(handler: Any) -> None:
-    """Streams until nobody listens."""
+    """Stream until the client disconnects."""
     handler.send_response(200)
     handler.end_headers()
     try:
@@ -288,7 +288,7 @@ WRONG = Request(PROMPT, 6, True), Answer("0 .", 300, 0.5)
 
 
 def reported(dense_wrong: int = 0, growth: float = 0.0, metrics: Any = None, **changes: Any) -> Report:
-    """Of a run in which everything happened, but for these changes of its tally."""
+    """The report of a run in which everything happened, with these changes to its tally."""
     happened = {
         "sent": 9, "right": 5, "wrong": [WRONG] * dense_wrong, "cancelled": 3, "cut_off": 1, "streamed": 2,
         "first_tokens": [(300, 0.5), (3000, 2.0)],

@@ -1,4 +1,4 @@
-"""The command line tool: its frame, and what it says of wrong usage."""
+"""The command line tool: its common parts, and its errors for wrong usage."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_expected_errors_are_one_line(tool: Callable[..., Ended], arguments: lis
 
 
 def test_commands_without_torch_say_so_in_one_line(tmp_path: Path) -> None:
-    """Those that need it; the others do their work."""
+    """Only commands that need torch; the others still work."""
     script = f"""
 import contextlib, importlib.metadata, io, json, sys
 

@@ -1,4 +1,4 @@
-"""Conversion between the three pattern file formats: round trips, and every loss said or refused."""
+"""Conversion between the three pattern file formats: round trips, and losses, which are reported or refused."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_kind_that_the_target_lacks_is_refused_with_layer_and_head(pattern: He
     with pytest.raises(PatternError) as error:
         convert(ours(file), target, "FILE")
     assert f"layer 1, head 1: {pattern}" in str(error.value) and "head 0" not in str(error.value)
-    # As the default it is in the way of every head without an entry.
+    # As the default it applies to every head without an entry.
     with pytest.raises(PatternError, match="layer 0, head 1"):
         convert(ours(PatternFile(default=pattern, layers={0: {0: AShape(), 2: AShape()}})), target, "FILE")
 

@@ -40,8 +40,8 @@ def test_doctor_says_that_sparse_pays_later_with_amx(
 
 
 def test_doctor_prints_its_own_lines_alone() -> None:
-    """Also from the checkout's root, where ``python -m`` finds our folder ``triton_kernels``. In a fresh process:
-    packages log while they are first imported. Ready, too, where vLLM loads no platform plugins."""
+    """Also from the checkout's root, where ``python -m`` finds our folder ``triton_kernels``. In a fresh process, since
+    packages log when first imported. It is also ready if vLLM loads no platform plugins."""
     done = subprocess.run(
         [sys.executable, "-m", "minference_vllm", "doctor"],
         cwd=DEMO.parents[2],

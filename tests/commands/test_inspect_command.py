@@ -1,4 +1,4 @@
-"""``minference-vllm inspect``: what it prints of a checkpoint, its layers and heads."""
+"""``minference-vllm inspect``: what it prints about a checkpoint, its layers and heads."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_inspect_names_layers_that_run_no_pattern(
 
 
 def test_inspect_names_the_heads_of_all_kinds_of_layers(tool: Callable[..., Ended], tmp_path: Path) -> None:
-    """The configuration of a heterogeneous model does not say what its layers do not share."""
+    """The configuration of a heterogeneous model only has what its layers share."""
     folder = tmp_path / "model"
     gemma = {**LLAMA, "model_type": "gemma4_text", "architectures": ["Gemma4ForCausalLM"], "attention_k_eq_v": True}
     ended = tool("inspect", model(folder, **gemma, num_global_key_value_heads=1))

@@ -26,7 +26,7 @@ def test_plot_a_prompt(tool: Callable[..., Ended], tmp_path: Path) -> None:
     sparse, dense = ((tmp_path / name).read_text() for name in names[2:])
     assert "991 tokens in chunks of 512, layer 0, head 1: a_shape(sink=64, local=256)" in sparse
     assert "keys computed: 100.0%" in dense and "keys computed: 100.0%" not in sparse
-    # Without a named head the one with the lowest recall is drawn; below min_context everything is dense.
+    # By default the head with the lowest recall is drawn; below min_context everything is dense.
     ended = tool(*common)
     assert ended.code == 0 and "all of it is dense" in ended.err and len(ended.out.splitlines()) == 3
 

@@ -8,7 +8,7 @@ import pytest
 from contract_process import CudaVLLM
 
 VERSIONS = ("0.26.0", "0.30.0", "0.33.0")
-"""The oldest and the newest that are supported, and one between."""
+"""The oldest and the newest supported release, and one between."""
 
 
 @pytest.fixture(

@@ -1,6 +1,6 @@
-"""Our GPU classes inside CUDA releases of vLLM: whatever vLLM's own Python code does with a backend, without a GPU.
+"""Our GPU classes inside CUDA releases of vLLM: all that vLLM's own Python code does with a backend, without a GPU.
 
-Each case runs in a process of its own, in which vLLM is such a release (see ``faked_cuda``). As in
+Each case runs in its own process, in which vLLM is such a release (see ``faked_cuda``). As in
 ``test_triton_kernels.py`` this file is both the test and, run as a script, that process.
 """
 
@@ -77,7 +77,7 @@ def case_patterns_whose_budget_the_data_decide() -> None:
 
 
 def case_batches_without_a_sparse_chunk() -> None:
-    """Carry vLLM's own metadata, also where they are captured in a CUDA graph."""
+    """They have vLLM's own metadata, also when captured in a CUDA graph."""
     from contract_engine import Engine
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 
@@ -106,7 +106,7 @@ def case_fp8_layers() -> None:
 
 
 def case_hybrid_pages() -> None:
-    """Of models with state-space layers: pages of 528 tokens, which no power of two divides but 16."""
+    """Pages of models with state-space layers: 528 tokens, whose largest power-of-two divisor is 16."""
     from contract_engine import Engine
 
     engine = Engine(block_size=528, pages=16)
@@ -125,7 +125,7 @@ def case_layers_that_share_a_cache() -> None:
 
 
 def case_fast_prefill_of_layers_that_share_a_cache() -> None:
-    """vLLM derives a builder from ours for layers that only need the last tokens; their batches look like decodes."""
+    """vLLM derives a builder from ours for layers that only need the last tokens; its batches look like decodes."""
     from contract_engine import Engine
     from vllm.v1.attention.backends.utils import create_fast_prefill_custom_backend
 
@@ -146,7 +146,7 @@ def case_fast_prefill_of_layers_that_share_a_cache() -> None:
 
 
 def case_cascade_attention() -> None:
-    """A prefix that all requests share goes to vLLM's own path, also of requests that would be sparse."""
+    """Batches with a shared prefix take vLLM's own path, even if a request would be sparse."""
     from contract_engine import Engine
     from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 
@@ -190,7 +190,7 @@ def case_another_group_of_layers_takes_the_metadata_over() -> None:
 
 
 def case_over_the_triton_backend() -> None:
-    """On GPUs for which vLLM has no FlashAttention. A batch without dense runs: vLLM's own kernels are for GPUs."""
+    """On GPUs for which vLLM has no FlashAttention. Without dense runs, since vLLM's own kernels need a GPU."""
     from contract_engine import Engine
     from vllm.v1.attention.backends import fa_utils
 
@@ -206,7 +206,7 @@ def case_over_the_triton_backend() -> None:
 
 
 def case_memory_is_taken_in_the_profiling_run() -> None:
-    """vLLM then calls its layers before there is a cache or a batch."""
+    """There vLLM calls its layers without a cache or a batch."""
     from contract_engine import Engine
 
     from minference_vllm.backend import warmup
@@ -225,7 +225,7 @@ def case_memory_is_taken_in_the_profiling_run() -> None:
     torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment,method-assign]
     torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[assignment,method-assign]
     for layer, cache in zip(engine.layers, caches, strict=True):
-        layer.kv_cache = torch.tensor([])  # vLLM's placeholder, until the cache is there
+        layer.kv_cache = torch.tensor([])  # vLLM's placeholder before the cache exists
         assert cache.numel()
     assert not any(bool(output.any()) for output in engine.run(tokens, None, padding=0))
     assert taken == [(768, 1024)], f"layers are alike, but took {taken}"
@@ -237,7 +237,7 @@ def case_memory_is_taken_in_the_profiling_run() -> None:
 
 
 def case_building_waits_for_no_gpu() -> None:
-    """Tensors that would be on the GPU are on a device without data: whatever reads them there fails."""
+    """GPU tensors are on the meta device here, where reading them fails."""
     from contract_engine import SPARSE, Engine
 
     engine = Engine(enforce_eager=False)
@@ -249,7 +249,7 @@ def case_building_waits_for_no_gpu() -> None:
 
 
 def case_serving_waits_for_no_gpu() -> None:
-    """The same of a layer, with decodes and several prefills; vLLM's own operations and FlashAttention included."""
+    """The same for a layer with decodes and several prefills, including vLLM's own operations and FlashAttention."""
     from contract_engine import DIM, HEADS, KV_HEADS, SPARSE, Engine
     from device_account import DeviceAccount
     from vllm.v1.attention.backends import flash_attn

@@ -1,4 +1,4 @@
-"""Requests that ask for other patterns, inside CUDA releases of vLLM: where they are taken in, and in their batches.
+"""Requests that ask for other patterns, inside CUDA releases of vLLM: in the front end, and in their batches.
 
 As in ``test_cuda_contract.py`` this file is both the test and, run as a script, the process of a release.
 """
@@ -60,7 +60,7 @@ def case_requests_are_checked_where_they_are_taken_in() -> None:
 
 
 def case_both_model_runners_tell_whose_rows_are_in_a_batch() -> None:
-    """With what they do around it stood in for: the requests of a mixed batch, in vLLM's order."""
+    """With stand-ins for the rest of the model runners: the requests of a mixed batch, in vLLM's order."""
     from types import SimpleNamespace
 
     from contract_engine import SPARSE, Engine

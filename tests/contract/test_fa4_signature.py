@@ -1,4 +1,4 @@
-"""FlashAttention 4 as the kernel ``fa4`` calls it, in the Python of vLLM's CUDA releases; it is read, not imported."""
+"""FlashAttention 4 as the kernel ``fa4`` calls it, in the code of vLLM's CUDA releases, which is read, not imported."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_release_takes_our_call(release: str) -> None:
         node.target.id for node in lists.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
     assert {field.name for field in fields(BlockLists)} | {"block_size"} <= taken
-    # Where there are no auxiliary scalars, a mask_mod is called with these.
+    # The arguments of a mask_mod without auxiliary scalars.
     last = definition(ast.parse((cute / "mask.py").read_bytes()), "call_mask_mod").body[-1]
     assert isinstance(last, ast.Return) and isinstance(last.value, ast.Call)
     assert len(last.value.args) == own_page.__code__.co_argcount

@@ -1,5 +1,5 @@
-"""Every name of vLLM that we use, in the Python of every minor release that we support. It is read and not imported, so
-a release takes a second once its wheel is there."""
+"""Every name of vLLM that we use, in the Python code of every supported minor release. The code is read, not imported,
+so a release takes a second once its wheel is there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Page means: always the means of what is in the cache now, read no more than needed."""
+"""Page means: they match the current cache and are not read more often than needed."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_norms_of_values(layout: Layout, seq_len: int) -> None:
     paged, pages = cache(layout), torch.tensor([7, 2, 11, 0, 5])[: -(-seq_len // SIZE)]
     kept = PageMeans()
     for value in (1.0, 3.0):
-        # What lies behind the last token, and what was there before, must not show.
+        # Slots after the last token and earlier contents must have no effect.
         paged.value.mul_(value)
         kept.forget(torch.arange(PAGES * SIZE), SIZE)
         found = kept.value_norms_of(paged, pages, seq_len)

@@ -52,7 +52,7 @@ def packed_cache(blocks: int, heads: int, layout: Layout) -> tuple[PagedCache, t
         for head in range(heads):
             stored[block, head, :SIZE] = pack_keys(keys[block, head], layout)
             stored[block, head, SIZE:] = pack_values(values[block, head], layout)
-    # Keys and values of a page lie side by side, as in vLLM's cache: neither is contiguous.
+    # Keys and values of a page are adjacent, as in vLLM's cache, so neither is contiguous.
     return PagedCache(stored[:, :, :SIZE], stored[:, :, SIZE:], layout), keys, values
 
 
@@ -82,7 +82,7 @@ def test_keys_by_head_follow_the_named_pages(layout: Layout) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pages", [[1], [2, 0, 3]])
 def test_rows_by_head_lie_side_by_side(layout: Layout, pages: list[int]) -> None:
-    """Kernels are given their address."""
+    """Kernels get their address."""
     cache, keys, values = packed_cache(4, 2, layout)
     found = cache.rows_by_head(torch.tensor(pages))
     for rows, expected in zip(found, (keys, values), strict=True):

@@ -46,7 +46,7 @@ def test_a_mixed_batch_keeps_neighbours_together() -> None:
 
 
 def test_chunks_that_end_beyond_the_plain_length_are_nobody_elses() -> None:
-    """Decodes among them; the rest of the plan is as it was."""
+    """Including decodes; the rest of the plan does not change."""
     lengths = [3000, 3001, 3001, 4500, 3400]
     found = plan_batch([0, 1, 2, 22, 1522, 1922], lengths, MIN_CONTEXT, MIN_CHUNK, plain_len=3000)
     assert found.far == (Chunk(1, 1, 3000, 3001), Chunk(2, 2, 2981, 3001))
@@ -79,12 +79,12 @@ def test_every_request_is_served_exactly_once() -> None:
     for first, last in found.dense_runs:
         served += range(first, last)
     assert sorted(served) == list(range(len(requests)))
-    # Neighbouring dense requests are one run, so two runs never touch.
+    # Neighbouring dense requests form one run, so two runs are never adjacent.
     assert all(a[1] < b[0] for a, b in zip(found.dense_runs, found.dense_runs[1:], strict=False))
 
 
 def test_requests_that_asked_for_other_than_the_servers_patterns() -> None:
-    """They are dense for the reason of their length where that is one already."""
+    """If a request is dense because of its length, that is the reason given."""
     lengths = [3000, 600, 3000, 3000, 3000]
     starts = [0, *accumulate([500, 600, 500, 500, 500])]
     dense, patterns = {0: "asked", 1: "asked", 4: "other"}, {2: "a_shape", 1: "a_shape"}

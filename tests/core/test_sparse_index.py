@@ -1,4 +1,4 @@
-"""Properties of ``SparseIndex``: what every index promises, whatever its pattern."""
+"""Properties of ``SparseIndex`` that hold for every pattern."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_every_kind_of_pattern_has_a_selection_and_another_one_is_an_error() -> 
         build_index(Tiling.of(0, 64, 32, 32), [SimpleNamespace(kind="star")], RandomScores(64))
 
 
-# Steps: what a recall floor asks for
+# Steps of a recall floor
 
 
 @pytest.mark.parametrize("tiling_name", TILINGS)
@@ -80,7 +80,7 @@ def test_a_higher_step_selects_no_fewer_keys_and_the_last_selects_all(tiling_nam
     assert dense.density().tolist() == [1.0] * len(PATTERNS)
     for head, (name, pattern) in enumerate(PATTERNS.items()):
         if not isinstance(pattern, LowRank):
-            continue  # becomes another kind, which follows the attention
+            continue  # becomes low_rank, which adapts to the attention
         assert int(raised.to_mask()[head].sum()) >= int(start.mask[head].sum()), name
 
 
@@ -101,7 +101,7 @@ def test_steps() -> None:
 
 
 def test_an_index_without_own_keys() -> None:
-    """Lists, a tile that attends everything without a list, and one that is left with nothing."""
+    """A tile with lists, one that attends everything without a list, and one that ends up empty."""
     tiling = Tiling.of(64, 160, 32, 32)  # two blocks of keys, three tiles
     blocks = torch.tensor([[[1, 2, -1, -1], [-1, -1, -1, -1], [2, 4, -1, -1]]], dtype=torch.int32)
     columns = torch.tensor([[[5, 70, 9], [-1, -1, -1], [66, -1, -1]]], dtype=torch.int32)

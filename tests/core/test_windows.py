@@ -1,4 +1,4 @@
-"""Layers with a sliding window: their chunks, and what every index promises there."""
+"""Layers with a sliding window: their chunks, and properties of every index there."""
 
 from __future__ import annotations
 

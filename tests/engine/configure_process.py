@@ -1,6 +1,6 @@
-"""Make vLLM's configuration for several cases: ``python configure_process.py CASES.json ERRORS.json``.
+"""Create vLLM's configuration for several cases: ``python configure_process.py CASES.json ERRORS.json``.
 
-The cases: name -> arguments of ``EngineArgs``. The errors: name -> message, or null where the configuration was made.
+The cases: name -> arguments of ``EngineArgs``. The errors: name -> message, or null if the configuration was created.
 """
 
 from __future__ import annotations

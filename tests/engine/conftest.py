@@ -1,4 +1,4 @@
-"""Tiny models made on the fly, and vLLM engines, each in a process of its own: vLLM keeps global state."""
+"""Tiny models created on the fly, and vLLM engines, each in its own process, since vLLM keeps global state."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def hybrid_llama(llama: Path) -> Path:
 
 
 def write_patterns(path: Path, kinds: list[dict[str, Any]], layers: int = LAYERS, heads: int = HEADS) -> str:
-    """A file in which neighbouring heads differ, and each layer begins with another kind."""
+    """A file in which neighbouring heads differ, and each layer begins with a different kind."""
     content = {
         "schema_version": 1,
         "provenance": "written by a test",
@@ -141,15 +141,15 @@ class Answer:
     cached: list[list[int]]
     log: str
     counted: list[dict[str, Any]] = field(default_factory=list)
-    """What was counted in each batch that named its patterns (``Counters.report``)."""
+    """``Counters.report`` of each batch that named its patterns."""
     drafts: int = 0
-    """Tokens drafted altogether."""
+    """Total number of drafted tokens."""
     stats: list[dict[str, Any]] = field(default_factory=list)
     """``Counters.report`` of every worker that runs minference."""
 
     @property
     def density(self) -> float:
-        """Of the last line of statistics."""
+        """The density in the last line of statistics."""
         return density_in(self.log)
 
 
@@ -161,18 +161,18 @@ def density_in(log: str) -> float:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cores() -> None:
-    """Each of several pytest processes has its engines compute with cores of its own: vLLM would take the same ones."""
+    """Give the engines of each pytest process their own cores; vLLM would bind all of them to the same ones."""
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if processes == 1:
         return
-    # A process that replaces a crashed one has a higher number.
+    # The replacement of a crashed process has a higher number.
     number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % processes
     if cores := sorted(os.sched_getaffinity(0))[number::processes]:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """With one thread also where vLLM binds none, in the process that asks: AMX products of two round otherwise."""
+    """One thread also where vLLM binds none, in the calling process: AMX products of two threads round differently."""
     return {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **changes}
 
 
@@ -223,7 +223,7 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer
 
 @contextmanager
 def process_group(command: list[str], log: Path, **changes: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process whose whole group is gone afterwards, however the test ends."""
+    """A process whose whole process group is killed afterwards, however the test ends."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -239,7 +239,7 @@ def process_group(command: list[str], log: Path, **changes: str) -> Iterator[sub
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=60)
-        # Whatever the first process left behind, itself included.
+        # All that is left of the group, including the first process.
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()

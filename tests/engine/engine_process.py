@@ -2,11 +2,11 @@
 
 The request: ``llm`` (arguments of ``LLM``), ``max_tokens``, and ``batches``: prompts as token ids that are given to the
 engine together, the patterns that each asks for (None: nothing), the folder of each one's LoRA adapter (None: none),
-their priorities, what ``structured_outputs`` are to be, whether to forget cached prefixes first, and which patterns the
-engine is to run if that is said (null: its own). With ``beams``, the number of them, the tokens are the best beam's,
-and nothing else is told. The answer, for every batch and prompt: the greedy tokens, how far the best token led the
-second best (in nats), and how many tokens of the prompt were cached; for every batch with ``patterns`` what our backend
-counted; how many tokens were drafted altogether; and the statistics of every worker that runs minference.
+their priorities, the ``structured_outputs``, whether to reset the prefix cache first, and optionally the patterns that
+the engine switches to (null: its own). With ``beams``, the number of them, the tokens are those of the best beam, and
+nothing else is returned. The answer, for every batch and prompt: the greedy tokens, the lead of the best token over the
+second best (in nats), and the number of cached prompt tokens; for every batch with ``patterns`` the counters of our
+backend; the total number of drafted tokens; and the statistics of every worker that runs minference.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from minference_vllm.commands.cli import main
 
 LENGTHS = (3000, 300, 1501)
 SPARSE_TOKENS = 3000 + 1501
-"""Of these prompts in steps of 1,024 tokens: no chunk of the first and the last is too short."""
+"""In steps of 1,024 tokens no chunk of the first and the last prompt is too short."""
 MIN_CONTEXT = 512
 EVERYTHING = "a_shape(0, 100000)"
 OPTIONS: dict[str, Any] = {
@@ -37,9 +37,9 @@ OPTIONS: dict[str, Any] = {
 class Architecture:
     build: Callable[..., Path]
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Of ``build``."""
+    """Arguments of ``build``."""
     others: dict[str, str] = field(default_factory=dict)
-    """Layers -> what runs there in place of patterns, as ``inspect`` says it."""
+    """Layers -> what runs there instead of patterns, as printed by ``inspect``."""
     sparse: str = "0-3"
     """Layers that run sparsely."""
     dtype: str = "float32"
@@ -55,7 +55,7 @@ def short(window: int) -> str:
 
 LINEAR = {"0, 2": "no patterns: linear attention"}
 ARCHITECTURES = {
-    # vLLM's gated delta nets run in bfloat16 alone on CPUs.
+    # On CPUs vLLM's gated delta nets support bfloat16 only.
     "qwen3_next": Architecture(tiny_hybrids.qwen3_next, others=LINEAR, sparse="1, 3", dtype="bfloat16"),
     "gemma4": Architecture(tiny_decoders.gemma4, {"window": 128}, {"0-4 by 2": short(128)}, "1-5 by 2"),
     "llama4": Architecture(tiny_decoders.llama4, {"chunk": 1024}),
@@ -77,7 +77,7 @@ ARCHITECTURES = {
     "llava": Architecture(tiny_image_readers.llava, llm=tiny_image_readers.TEXT_ALONE, torchvision=True),
 }
 ORDINARY = ("gemma4", "llama4")
-"""Those that have most that others do not; Gemma 2 and gpt-oss stand in ``test_engine_features.py``, too."""
+"""Those with the most distinct features; Gemma 2 and gpt-oss are also in ``test_engine_features.py``."""
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Served:
     folder: Path
     stock: Any
     ours: Any
-    """In two batches: by the default pattern, and with all keys selected."""
+    """Two batches: with the default pattern, and with all keys selected."""
 
 
 @pytest.fixture(
@@ -102,14 +102,14 @@ def served(
     architecture = ARCHITECTURES[request.param]
     folder = tmp_path_factory.mktemp("models")
     model = architecture.build(folder / request.param, **architecture.arguments)
-    # The engine steps in our own process, so that all requests are there before the first step.
+    # The engine runs in this process, so that all requests are queued before the first step.
     changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if architecture.torchvision:
         changes |= tiny_image_readers.torchvision_environment(folder / "stand_in")
     options = {**OPTIONS, "dtype": architecture.dtype, **architecture.llm}
     prompts = [prompt(length, seed) for seed, length in enumerate(LENGTHS)]
     stock = run_engine(model, [{"prompts": prompts}], options, max_tokens=12, **changes)
-    # The floor is never reached; with one every layer is audited in every chunk, and so tells that it ran sparsely.
+    # Recall is never below this floor. A floor makes every layer audit every chunk, which shows that it ran sparsely.
     settings = {"min_context": MIN_CONTEXT, "log_interval": 0.001, "recall_floor": 1e-6}
     options |= {"attention_backend": "minference", "additional_config": {"minference": settings}}
     batches = [{"prompts": prompts, "patterns": None}, {"prompts": prompts, "patterns": EVERYTHING}]
@@ -129,7 +129,7 @@ def of_batch(answer: Any, number: int) -> Any:
 
 
 def first_leads(answer: Any) -> list[float]:
-    """Of every prompt's first token, which nothing but the prompt decides."""
+    """Leads of every prompt's first token, which depends on the prompt only."""
     return [leads[0] for leads in answer.leads[0]]
 
 
@@ -150,7 +150,7 @@ def test_the_default_pattern_runs_sparsely_where_it_can(served: Served) -> None:
         return
     assert stats["sparse_tokens"] == SPARSE_TOKENS, "each token counts once, whatever the number of KV-cache groups"
     assert stats["density"] < 0.99 and min(head["recall"] for head in stats["heads"]) > 0.8
-    # Keys that are drawn stand for the others so well that bf16 may not show the difference.
+    # Drawn keys represent the others so well that bf16 may hide the difference.
     if served.architecture.dtype == "float32":
         assert first_leads(answer) != pytest.approx(first_leads(served.stock), abs=1e-5), "nothing was left out"
 
@@ -160,7 +160,7 @@ def test_inspect_says_what_the_engine_did(
 ) -> None:
     monkeypatch.setenv("MINFERENCE_MIN_CONTEXT", str(MIN_CONTEXT))
     assert main(["inspect", str(served.folder)]) == 0
-    # Names of models and of sources contain no double spaces; a table's columns stand that far apart.
+    # Columns of the table are separated by two or more spaces, which names of models and sources do not contain.
     table = [re.split(r" {2,}", line) for line in capsys.readouterr().out.split("\n\n")[1].splitlines()[1:]]
     others = {layers: text for layers, _, text in table if text.startswith(("dense", "no patterns"))}
     assert others == served.architecture.others

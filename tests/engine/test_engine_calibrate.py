@@ -1,5 +1,5 @@
-"""``minference-vllm calibrate`` as a user runs it, on a model whose language model is made under a copy of the
-configuration: what an engine's layers measure must reach the file's writer."""
+"""``minference-vllm calibrate`` as a user runs it, on a model whose language model is built with a copy of the
+configuration: measurements of the engine's layers must reach the writer of the file."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def test_calibrate_measures_every_layer_of_an_image_reader(tmp_path: Path, run_t
     rows = re.findall(r"^ +(\d+|all) +([01]\.\d+) \(([01]\.\d+)\)", done.stdout, re.MULTILINE)
     assert [layer for layer, _, _ in rows] == ["0", "1", "2", "3", "all"], done.stdout[-4000:]
     assert all(0 < float(share) <= 1 for _, *shares in rows for share in shares) and float(rows[-1][1]) < 1
-    # Whether random weights have a file that is better than the default is not this test's concern.
+    # Whether calibration beats the default on random weights does not matter here.
     assert done.returncode == int(not out.exists())
     assert ("No file is better than the default" in done.stdout) == (not out.exists())

@@ -1,4 +1,4 @@
-"""One density: what ``plot`` draws of a model's layers is what an engine counts for the same prompt and patterns."""
+"""The density that ``plot`` draws for a model equals the engine's for the same prompt and patterns."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_plot_draws_what_an_engine_counts(
         "enforce_eager": True, "enable_prefix_caching": False, "max_num_batched_tokens": CHUNK, "dtype": "float32",
         "attention_backend": "minference", "additional_config": {"minference": {"min_context": MIN_CONTEXT}},
     }  # fmt: skip
-    changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # patterns are exchanged in our own process
+    changes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # patterns are switched in this process
     answer = run_engine(llama, [{"prompts": [ids], "patterns": name}], options, **changes)
     counted = answer.counted[0]["density"]
     assert 0 < counted < 0.95

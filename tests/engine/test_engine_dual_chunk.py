@@ -1,4 +1,4 @@
-"""A small Qwen2 with dual chunk attention on vLLM's CPU engine, against the whole model computed in float64."""
+"""A small Qwen2 with dual chunk attention on vLLM's CPU engine, against the whole model in float64."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ LAYERS, HEADS, KV_HEADS, DIM, BASE = 3, 4, 2, 64, 1e4
 DUAL_CHUNK = {"chunk_size": 512, "local_size": 128, "original_max_position_embeddings": 600}
 CHUNK = 384
 LENGTHS = (1525, 378, 760, 100)
-"""Of prompts; the first three end just before a border, which their answers cross."""
+"""Prompt lengths; the first three end just before a border, which their answers cross."""
 MAX_TOKENS = 16
 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, and a configuration like those of Qwen2.5-1M with smaller sizes."""
+    """A model with random weights and a configuration like those of Qwen2.5-1M, but smaller."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     folder = tmp_path_factory.mktemp("models") / "qwen"
@@ -50,7 +50,7 @@ def with_sparse_attention_config(qwen: Path, name: str, budget: tuple[int, int],
     """The same model with a ``sparse_attention_config.json``, whose last head has ten columns more than the others.
 
     Args:
-        as_list: layers are a list, not an object of layer numbers.
+        as_list: write layers as a list, not as an object of layer numbers.
     """
     folder = qwen.parent / name
     folder.mkdir()
@@ -77,7 +77,7 @@ def turned(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 
 def attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """``[heads, S, D]`` each, not rotated: every score from the rotation that its distance in chunks asks for."""
+    """``[heads, S, D]`` each, not rotated. The distance in chunks decides the rotation for each score."""
     place = torch.arange(query.shape[1])
     own, chunk = place % CHUNK, place // CHUNK
     keys = turned(keys, own).transpose(1, 2)
@@ -121,7 +121,7 @@ def logits(folder: Path, ids: list[int]) -> torch.Tensor:
 
 
 def assert_right(folder: Path, prompt: list[int], tokens: list[int], leads: list[float]) -> None:
-    """Every token of an answer is the best one, and leads the second best by as much."""
+    """Every token of an answer is the exact model's best one, with the same lead over the second best."""
     found = logits(folder, prompt + tokens[:-1])[len(prompt) - 1 :].log_softmax(-1)
     best, second = found.topk(2).values.unbind(-1)
     assert len(tokens) == MAX_TOKENS and found.argmax(-1).tolist() == tokens
@@ -132,7 +132,7 @@ def assert_right(folder: Path, prompt: list[int], tokens: list[int], leads: list
 
 
 def batches(prompt: Callable[..., list[int]]) -> list[dict[str, Any]]:
-    """All prompts together; the first one again, from the cache; and that one with other words behind it."""
+    """All prompts together; the first one again, from the cache; and the first one with more tokens appended."""
     prompts = [prompt(length, seed) for seed, length in enumerate(LENGTHS)]
     longer = prompts[0] + prompt(300, 9)
     return [{"prompts": prompts}, {"prompts": prompts[:1]}, {"prompts": [longer, prompts[3]]}]
@@ -157,7 +157,7 @@ def dense(qwen: Path, run_engine: Runner, prompt: Callable[..., list[int]]) -> A
 
 @pytest.fixture(scope="module")
 def full(qwen: Path, run_engine: Runner, prompt: Callable[..., list[int]]) -> Any:
-    """torch.compile, and the checkpoint's own budgets, which cover everything."""
+    """With torch.compile and the checkpoint's own budgets, which cover everything."""
     folder = with_sparse_attention_config(qwen, "full", (100_000, 100_000), as_list=False)
     return run_engine(folder, batches(prompt), options(), MAX_TOKENS)
 

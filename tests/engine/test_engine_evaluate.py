@@ -11,7 +11,7 @@ MODEL = Path(__file__).parent.parent.parent / "examples" / "demo" / "model"
 
 
 def test_evaluate_compares_patterns_in_one_engine(tmp_path: Path, run_tool: Callable[..., Any]) -> None:
-    """The default loses next to nothing; a pattern that sees little loses much, and the exit code says so."""
+    """The default loses almost nothing; a pattern that attends little loses much, which the exit code shows."""
     done = run_tool(
         "evaluate", str(MODEL), "-o", str(tmp_path),
         "--patterns", "default", "a_shape(64, 64)", "--lengths", "6144", "--chunk", "1024", "--samples", "1",

@@ -17,7 +17,7 @@ OPTIONS: dict[str, Any] = {
     "enable_chunked_prefill": True,
     "max_num_batched_tokens": 1024,
 }
-# The engine steps in our own process, so that all requests are there before the first step, and steps are repeatable.
+# The engine runs in this process, so that all requests are queued before the first step and steps are repeatable.
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 EVERYTHING = "a_shape(0, 100000)"
 
@@ -40,7 +40,7 @@ def served(
     run_engine: Callable[..., Any],
     prompt: Callable[..., list[int]],
 ) -> Served:
-    """Gemma 2's windows reach past ``min_context``, gpt-oss's do not."""
+    """Gemma 2's windows are longer than ``min_context``, gpt-oss's are not."""
     windows = {"gemma2": 1000, "gpt_oss": 128}
     folder = tmp_path_factory.mktemp("models") / request.param
     model = getattr(tiny_decoders, request.param)(folder, windows[request.param])
@@ -50,7 +50,7 @@ def served(
 def test_full_selection_gives_the_tokens_of_vllms_own_backend(
     served: Served, with_minference: Callable[..., dict[str, Any]]
 ) -> None:
-    # In float32: roundings of bfloat16 send a token to other experts now and then.
+    # In float32, since bfloat16 rounding sometimes routes a token to other experts.
     stock, answer = (served.by(dtype="float32", **llm) for llm in ({}, with_minference(EVERYTHING)))
     assert len({token for tokens in stock.tokens[0] for token in tokens}) > 5, "the answers say nothing"
     assert answer.density == 1.0 and "(kernel 'native')" in answer.log

@@ -1,5 +1,5 @@
-"""Options of vLLM that people serve with: adapters, KV connectors, guided answers, beams, priorities. Whole engines on
-CPUs; drafted tokens: ``test_engine_needles``. docs/features.md says what these tests say."""
+"""Common serving options of vLLM: adapters, KV connectors, guided answers, beams, priorities. Whole engines on
+CPUs; drafted tokens: ``test_engine_needles``. docs/features.md lists the results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {
     "enable_prefix_caching": False,
     "max_num_batched_tokens": 1024,
 }
-# The engine steps in our own process, so that all requests are there before the first step, and steps are repeatable.
+# The engine runs in this process, so that all requests are queued before the first step and steps are repeatable.
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 pytestmark = pytest.mark.features
@@ -59,8 +59,8 @@ def test_adapters_give_the_tokens_of_vllms_own_backend(
     sparse_patterns: str,
     tmp_path: Path,
 ) -> None:
-    """Two of them and the model itself in one batch. In float32, so that nearly tied tokens part few answers. With a
-    place for a third: vLLM's CPU engine gives requests without an adapter, beside others, the one in the last place."""
+    """Two of them and the model itself in one batch. In float32, so that few answers diverge at nearly tied tokens.
+    With a spare slot: beside others, vLLM's CPU engine gives requests without an adapter the one in the last slot."""
     first, second = (write_adapter(llama, tmp_path / name, seed) for seed, name in enumerate(("first", "second")))
     batches = [{"prompts": [prompt(1501, 1)] * 3 + [prompt(2000, 2)], "lora": [first, second, None, first]}]
     options = {**OPTIONS, "dtype": "float32", "enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
@@ -84,8 +84,8 @@ def test_a_connector_stores_and_loads_what_sparse_prefill_wrote(
     sparse_patterns: str,
     tmp_path: Path,
 ) -> None:
-    """As vLLM's own prefix cache does. The rest of a loaded prompt, 80 and 92 tokens, runs sparsely upon loaded pages;
-    that connector stores prompts that are one chunk."""
+    """Like vLLM's own prefix cache. The rest of a loaded prompt, 80 and 92 tokens, runs sparsely on the loaded pages;
+    this connector stores prompts that are one chunk."""
     batches = [{"prompts": [prompt(2000, 0)]}, {"prompts": [prompt(1500, 1)]}]
     extra = {"shared_storage_path": str(tmp_path)}
     connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
@@ -132,7 +132,7 @@ def ask(
 
 
 def test_guided_answers_are_right_and_keep_to_their_grammar(ask: Callable[..., Any], needle: tasks.Prompt) -> None:
-    """A word of the model's vocabulary has no blanks: what a grammar sees of the answer 6 0 4 8 is 6048."""
+    """The words of the model's vocabulary have no spaces, so the grammar sees the answer 6 0 4 8 as 6048."""
     right = needle.answer.replace(" ", "")
     wrong = "".join(str(9 - int(digit)) for digit in right)
     schema = {"type": "integer", "minimum": 1000, "maximum": 9999}
@@ -143,7 +143,7 @@ def test_guided_answers_are_right_and_keep_to_their_grammar(ask: Callable[..., A
 
 
 def test_beams_find_the_needle_and_share_its_prompt(ask: Callable[..., Any], needle: tasks.Prompt) -> None:
-    """vLLM makes every beam of every step a request of its own, which reads the prompt from the prefix cache."""
+    """In vLLM every beam of every step is a separate request, which reads the prompt from the prefix cache."""
     texts, answer = ask([{"beams": 3}], max_tokens=5, enable_prefix_caching=True)
     assert tasks.grade(texts[0], needle.answer)
     assert answer.stats[0]["sparse_chunks"] == 2 and answer.density < 0.9
@@ -159,7 +159,7 @@ def test_priorities_change_the_order_and_no_answer(
     with_minference: Callable[..., Any],
     full_patterns: str,
 ) -> None:
-    """With pages for one and a half prompts, the more important one, which comes last, takes the other's."""
+    """With pages for one and a half prompts, the more important prompt, which comes last, preempts the other."""
     batches = [{"prompts": [prompt(1020, 1), prompt(1020, 2)], "priority": [1, 0]}]
     options = {**OPTIONS, "max_num_batched_tokens": 2048, "max_model_len": 2048, "num_gpu_blocks_override": 18}
     options["scheduling_policy"] = "priority"

@@ -13,7 +13,7 @@ import tasks
 
 MODEL = Path(__file__).parent.parent.parent / "examples" / "demo" / "model"
 PLACES = ((8192, 0.2), (8192, 0.7), (16384, 0.45))
-"""Length of each prompt, and how deep in it the needle lies."""
+"""Length of each prompt, and the relative depth of the needle."""
 COVERAGE = {"kind": "coverage", "gamma": 0.95, "min_budget": 512}
 BLIND = {"kind": "a_shape", "sink": 64, "local": 64}
 FLOOR = 0.95
@@ -30,7 +30,7 @@ class Asked:
 
 @pytest.fixture(scope="module")
 def ask(run_engine: Callable[..., Any], with_minference: Callable[..., Any], tmp_path_factory: Any) -> Callable:
-    """Start an engine whose heads all run one pattern, and ask it for every needle."""
+    """Start an engine with one pattern for all heads, and ask it for every needle."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -81,14 +81,14 @@ def test_recall_is_in_the_log(covered: Asked) -> None:
 
 
 def test_drafted_tokens_change_no_answer(covered: Asked, ask: Callable) -> None:
-    """Verification steps hold several tokens per request, and are no prefill."""
+    """Verification steps have several tokens per request, but are not prefill."""
     drafted = ask(COVERAGE, speculative_config=NGRAMS, disable_log_stats=False)
     assert drafted.drafts > 0
     assert drafted.tokens == covered.tokens
 
 
 def test_a_draft_model_runs_sparsely_as_well(ask: Callable, tmp_path: Path) -> None:
-    """On our backend, which has to be named for it. Its statistics are its own."""
+    """With our backend, which has to be selected for it separately. It has its own statistics."""
     (tmp_path / "draft").symlink_to(MODEL)
     draft = {"method": "draft_model", "model": str(tmp_path / "draft"), "num_speculative_tokens": 3}
     drafted = ask(COVERAGE, speculative_config={**draft, "attention_backend": "MINFERENCE"}, disable_log_stats=False)

@@ -14,10 +14,10 @@ from engine_answers import assert_same_tokens
 
 Runner = Callable[..., Any]
 EAGER = {"enforce_eager": True}
-# Prompts of more than 1,024 tokens are prefilled in chunks, beside decodes and the chunks of others.
+# Prompts of more than 1,024 tokens are prefilled in chunks, in batches with decodes and chunks of others.
 CHUNKED = {"enable_chunked_prefill": True, "max_num_batched_tokens": 1024}
 MIXED = (2000, 300, 1501, 900)
-# The engine steps in our own process, so that all requests are there before the first step, and steps are repeatable.
+# The engine runs in this process, so that all requests are queued before the first step and steps are repeatable.
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
@@ -25,7 +25,7 @@ def batch(*prompts: list[int], forget_prefixes: bool = False, asked: list[str | 
     return {"prompts": list(prompts), "forget_prefixes": forget_prefixes, "asked": asked}
 
 
-# Against vLLM's own backend. The model has a layer with a sliding window, which is not ours to compute.
+# Against vLLM's own backend. The model has a layer with a sliding window, which we do not serve.
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_full_selection_gives_the_tokens_of_vllms_own_backend(
 def test_a_request_that_asks_for_it_runs_densely_beside_sparse_ones(
     stock: Any, run_hybrid: Callable[..., Any], with_minference: Callable[..., Any], sparse_patterns: str
 ) -> None:
-    """All chunks of the first prompt; the third runs other patterns, and the last the server's."""
+    """The first prompt runs densely, the third with other patterns, and the last with the server's."""
     answer = run_hybrid(asked=["dense", None, "a_shape(64, 128)", None], **with_minference(sparse_patterns))
     assert_same_prompt(answer, stock, prompt=0)
     (stats,) = answer.stats
@@ -78,7 +78,7 @@ def test_a_request_that_asks_for_it_runs_densely_beside_sparse_ones(
 
 
 def assert_same_prompt(found: Any, expected: Any, prompt: int) -> None:
-    """The same tokens for one prompt of the first batch, as ``assert_same_tokens`` has it."""
+    """``assert_same_tokens`` for one prompt of the first batch."""
 
     def alone(answer: Any) -> Any:
         return SimpleNamespace(tokens=[[answer.tokens[0][prompt]]], leads=[[answer.leads[0][prompt]]])
@@ -130,7 +130,7 @@ def test_a_cached_prefix_makes_no_difference(cached: Any) -> None:
 
 
 def test_prefixes_are_shared_by_requests_that_ask_for_the_same(cached: Any) -> None:
-    """Or a dense request would attend keys of deeper layers that sparse ones have left."""
+    """Otherwise a dense request would attend keys of deeper layers that sparse requests wrote."""
     assert cached.cached[5] == [0, 0]
     assert cached.cached[6] == [1664, 1664], "whole pages of 128 tokens, all but the last"
     assert cached.tokens[6] == [cached.tokens[5][0], cached.tokens[4][0]]
@@ -144,7 +144,7 @@ def compiled(
     with_minference: Callable[..., Any],
     sparse_patterns: str,
 ) -> Any:
-    """torch.compile, prompts whole, no prefix caching, and the engine in a process of its own as by default."""
+    """torch.compile, whole prompts, no prefix caching, and the engine in its own process (the default)."""
     alone = [batch(prompt(length, seed)) for seed, length in enumerate(MIXED)]
     together = batch(*[prompt(length, seed) for seed, length in enumerate(MIXED)])
     options = {
@@ -180,7 +180,7 @@ def test_two_ranks_give_the_tokens_of_one(
     with_minference: Callable[..., Any],
     sparse_patterns: str,
 ) -> None:
-    """In float32: the sum over ranks is rounded differently, and in bfloat16 that can move a selection."""
+    """In float32: the sum over ranks rounds differently, which can change a selection in bfloat16."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("two ranks need two cores")

@@ -24,9 +24,9 @@ OPTIONS: dict[str, Any] = {
 }
 LENGTHS = (2000, 300, 1501, 900)
 SPARSE_CHUNKS = 5
-"""Of these prompts one by one: the second is shorter than ``min_context``."""
-# vLLM's CPU engine has no memory for what a stage receives where nothing is compiled. Dynamo alone computes what an
-# eager engine does, and is ready sooner than compiled code.
+"""For these prompts one by one; the second is shorter than ``min_context``."""
+# Without compilation vLLM's CPU engine has no memory for what a stage receives. Dynamo alone computes the same as an
+# eager engine, and starts faster than compiled code.
 TRACED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
 
 
@@ -41,7 +41,7 @@ def one_core_each() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def batches(prompt: Callable[..., list[int]]) -> list[dict[str, Any]]:
-    """Prompts one by one, so that all engines cut them into the same chunks, and two that ask for something else."""
+    """Prompts one by one, so that all engines split them into the same chunks, and two that ask for other patterns."""
     prompts = [prompt(length, seed) for seed, length in enumerate(LENGTHS)]
     alone = [{"prompts": [tokens]} for tokens in prompts]
     return [*alone, {**alone[0], "asked": ["a_shape(64, 128)"]}, {**alone[3], "asked": ["dense"]}]
@@ -57,7 +57,7 @@ def ours(with_minference: Callable[..., Any], sparse_patterns: str) -> dict[str,
 
 @pytest.fixture(scope="module")
 def one(llama: Path, run_engine: Callable[..., Any], batches: list[dict[str, Any]], ours: dict[str, Any]) -> Any:
-    """What one engine of one worker answers and counts."""
+    """Answers and counters of one engine with one worker."""
     return run_engine(llama, batches, {**OPTIONS, **ours}, VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
 
@@ -69,7 +69,7 @@ def test_two_stages_of_a_pipeline_give_the_tokens_of_one(
     ours: dict[str, Any],
     one_core_each: dict[str, str],
 ) -> None:
-    """Two layers on the first, one on the second: patterns are of the model's layers, not of the stage's."""
+    """Two layers on the first, one on the second: patterns refer to layers of the model, not of the stage."""
     options = {**OPTIONS, **TRACED, **ours, "pipeline_parallel_size": 2}
     two = run_engine(llama, batches, options, **one_core_each)
     assert two.tokens == one.tokens
@@ -89,7 +89,7 @@ def test_two_compiled_stages_give_the_tokens_of_one(
     ours: dict[str, Any],
     one_core_each: dict[str, str],
 ) -> None:
-    """In float32: compiled code rounds at other places, and in bfloat16 that can move a selection."""
+    """In float32: compiled code rounds differently, which can change a selection in bfloat16."""
     options = {**OPTIONS, **ours, "dtype": "float32"}
     eager = run_engine(llama, batches, options, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     compiled = {**options, "enforce_eager": False, "pipeline_parallel_size": 2}
@@ -134,7 +134,7 @@ def test_two_data_parallel_engines_answer_as_one_and_both_are_counted(
 def answer(address: str, tokens: list[int], engine: int, **more: Any) -> list[int]:
     """Eight greedy tokens of one of the engines."""
     body = {"model": "tiny", "prompt": tokens, "max_tokens": 8, "temperature": 0}
-    # Or ``w0``, the unknown word, would be left out.
+    # Otherwise ``w0``, the unknown word, would be left out.
     body |= {"skip_special_tokens": False, **more}
     headers = {"Content-Type": "application/json", "X-data-parallel-rank": str(engine)}
     request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)

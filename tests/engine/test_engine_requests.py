@@ -1,5 +1,5 @@
-"""Requests that ask for dense attention or other patterns, in engines with so few pages that one of them has to give
-its own up: it is computed anew, and runs what it asked for again. By both of vLLM's model runners."""
+"""Requests that ask for dense attention or other patterns, in engines with so few pages that one of them is
+preempted: it is recomputed, and runs what it asked for again. With both of vLLM's model runners."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPTIONS = {
     "enable_prefix_caching": False,
     "max_num_batched_tokens": 2048,
     "max_model_len": 2048,
-    # One for vLLM itself, eight of 128 tokens for each of two prompts, and one more for the first that grows.
+    # One for vLLM itself, eight of 128 tokens for each of two prompts, and one for the prompt that grows first.
     "num_gpu_blocks_override": 18,
 }
 LENGTH = 1020
@@ -31,7 +31,7 @@ def test_a_request_that_is_computed_anew_runs_what_it_asked_for(
     with_minference: Callable[..., Any],
     sparse_patterns: str,
 ) -> None:
-    """The later of two requests is, in each batch."""
+    """It is the second of the two requests in each batch."""
     if runner == "V2":
         pytest.importorskip("triton")
     prompts = [prompt(LENGTH, seed) for seed in (1, 2)]

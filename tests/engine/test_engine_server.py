@@ -20,12 +20,12 @@ def server(
     sparse_patterns: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[str, Path]]:
-    """Address and log of a server with vLLM's defaults on."""
+    """Address and log of a server with vLLM's defaults."""
     log = tmp_path_factory.mktemp("server") / "log"
     additional = json.dumps(with_minference(sparse_patterns)["additional_config"])
     arguments = ["--max-model-len", "4096", "--max-num-batched-tokens", "1024"]
     arguments += ["--attention-backend", "minference", "--additional-config", additional]
-    # Without this vLLM adds no routes of plugins.
+    # Without this vLLM does not add the routes of plugins.
     with served_at(llama, arguments, log, VLLM_PLUGINS="minference") as address:
         yield address, log
 
@@ -49,7 +49,7 @@ def test_a_long_prompt_is_answered(client: Any, prompt: Callable[..., list[int]]
 
 
 def test_streaming_gives_the_same_text(client: Any, prompt: Callable[..., list[int]]) -> None:
-    # Salts keep the second request from reusing the first one's cache: then it would be another chunk.
+    # Salts keep the second request from reusing the first one's cache, which would change its chunk.
     arguments = {"model": "tiny", "prompt": words(prompt, 1500, 1), "max_tokens": 8, "temperature": 0}
     whole = client.completions.create(**arguments, extra_body={"cache_salt": "whole"})
     stream = client.completions.create(**arguments, stream=True, extra_body={"cache_salt": "stream"})
@@ -97,11 +97,11 @@ def stats_of(server: tuple[str, Path]) -> Any:
 def test_a_request_may_ask_for_dense_prefill_or_other_patterns(
     server: tuple[str, Path], client: Any, prompt: Callable[..., list[int]]
 ) -> None:
-    """Although the same prompt was just read by the server's patterns, and lies in the prefix cache."""
+    """Even if the prefix cache holds the same prompt, computed with the server's patterns."""
     arguments = {"model": "tiny", "prompt": words(prompt, 2000, 8), "max_tokens": 4, "temperature": 0}
 
     def ask(**extra: Any) -> tuple[int, int, list[int]]:
-        """Chunks that this adds: sparse ones, those dense since it was asked for, those by each pattern asked for."""
+        """Chunks that a request adds: sparse ones, those dense on request, and those of each requested pattern."""
         before = stats_of(server)
         assert client.completions.create(**arguments, extra_body=extra).usage.completion_tokens == 4
         after = stats_of(server)

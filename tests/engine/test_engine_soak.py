@@ -1,4 +1,4 @@
-"""``make soak`` in small: a server under mixed load, killed once and started again."""
+"""A small ``make soak``: a server under mixed load, killed and restarted once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be served is refused from the configuration, before weights are loaded."""
+"""Unsupported configurations are refused before weights are loaded."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, write_patterns: Callable[..., str]) -> Path:
-    """Bad pattern files, and models that are nothing but a configuration."""
+    """Bad pattern files, and models that consist of a configuration only."""
     place = tmp_path_factory.mktemp("bad")
     dense = [{"kind": "dense"}]
     (place / "broken.json").write_text('{"schema_version": 1,')
@@ -150,7 +150,7 @@ def plugin():
 
 
 def configure(folder: Path, cases: dict[str, dict[str, Any]], **environment: str) -> dict[str, str | None]:
-    """What making vLLM's configuration says, for all cases in one process."""
+    """Errors from creating vLLM's configuration, for all cases in one process."""
     (folder / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run(
         [sys.executable, str(HERE / "configure_process.py"), "cases.json", "errors.json"],
@@ -224,7 +224,7 @@ def test_settings_of_a_backend_that_nobody_selected_do_no_harm(errors: dict[str,
 def test_every_cpu_platform_validates_our_settings(
     environment: dict[str, str], folder: Path, llama: Path, install: Callable[..., str]
 ) -> None:
-    """The first with a platform of another plugin's, which vLLM passes by in the others."""
+    """In the first case vLLM uses another plugin's platform, which it skips in the others."""
     path = install("foreign", "foreign:plugin", NO_CPU.replace("OOT", "CPU").replace("npu.", "foreign."))
     bad = {"model": str(llama), "additional_config": {"minference": SETTINGS["unknown_setting"][0]}}
     cases = {"bad": bad, "good": {"model": str(llama)}, "not_selected": {**bad, "attention_backend": None}}

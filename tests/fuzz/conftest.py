@@ -1,4 +1,4 @@
-"""Property tests. The same examples at every run; ``FUZZ=50 pytest tests/fuzz`` draws new ones, fifty times as many."""
+"""Property tests with the same examples in every run. ``FUZZ=50 pytest tests/fuzz`` draws 50 times as many new ones."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Batches of any shape through the CPU backend and ``sparse_prefill``, held to float64 attention.
+"""Batches of any shape through the CPU backend and ``sparse_prefill``, compared with float64 attention.
 
-Pages are shuffled, those of nobody hold NaN, as does the output; what lies behind a request's last token is large.
+Pages are shuffled. Unused pages and the output are filled with NaN, and slots after a request's last token with large
+values.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from minference_vllm.prefill.api import sparse_prefill
 KERNELS = ["block_table"] if library.unavailable_reason() else ["native", "block_table"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 PAGES = [32, 64, 96, 128]
-"""Tokens; those that every kernel serves."""
+"""Page sizes in tokens that every kernel serves."""
 EVERYTHING = 100_000
 BORDERS = [*range(3), *(border + beside for border in (16, 32, 64, 128, 256, 512) for beside in (-1, 0, 1))]
 
@@ -85,7 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def served(folder: Path, patterns: list[Any], **shape: Any) -> Layer:
-    """A batch that the backend has served, and that is right for the index that served it."""
+    """Serve a batch with the backend, and check the output against its index."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         content = [pattern.model_dump() for pattern in patterns]
         layer = Layer(folder, monkeypatch, patterns=content, **shape)
@@ -145,7 +146,7 @@ def test_what_is_selected_is_attended(
 
 
 def _a_shape(pattern: AShape, context_len: int, seq_len: int) -> torch.Tensor:
-    """bool ``[rows, S]``: what a row must attend at least."""
+    """bool ``[rows, S]``: the minimum that each row must attend."""
     causal, keys = reference.causal_mask(context_len, seq_len), torch.arange(seq_len)
     row = torch.arange(context_len, seq_len)[:, None]
     return causal & ((keys < pattern.sink) | (keys > row - pattern.local))

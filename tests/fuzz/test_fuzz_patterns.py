@@ -1,4 +1,4 @@
-"""Pattern files that are nearly right: read, and then written and read again as the same; or refused with one error."""
+"""Nearly correct pattern files: they survive a round trip, or are refused with one error."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(path: Path) -> PatternFile | None:
-    """What stands in a file; None where it is refused, with one error that can be read."""
+    """The content of a file, or None if it is refused with one readable error."""
     try:
         return load_pattern_file(str(path))
     except PatternError as error:
@@ -102,7 +102,7 @@ def test_text_is_read_or_refused(path: Path, text: bytes) -> None:
 @examples(300)
 @given(content=mutated(FILES, WORDS), target=st.sampled_from(FORMATS))
 def test_what_is_converted_says_the_same(content: Any, target: Any) -> None:
-    """Of the heads that it names; other formats name all heads that the file speaks of."""
+    """For the heads that it names; other formats name all heads that the file mentions."""
     try:
         before = parse_patterns(content, "FILE")
         converted, _ = convert(content, target, "FILE")

@@ -1,4 +1,4 @@
-"""Whatever stands in the environment and in ``additional_config``: settings, or one error that can be read."""
+"""Any environment and ``additional_config`` give settings, or one readable error."""
 
 from __future__ import annotations
 

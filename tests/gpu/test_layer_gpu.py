@@ -1,4 +1,4 @@
-"""One layer on a GPU: what the CPU's tests of ``sparse_prefill`` (run with the GPU's kernels, too) do not reach."""
+"""One layer on a GPU: what the CPU tests of ``sparse_prefill``, which also run with the GPU kernels, do not cover."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def sampled_error(
 
 @pytest.mark.parametrize("patterns", [MIXED, LOOKING_UP, SAMPLED], ids=["fixed", "low_rank", "sampled"])
 def test_nothing_waits_for_the_gpu(kernel: str, patterns: list[HeadPattern]) -> None:
-    """Every call after the first, which compiles and copies the few constants."""
+    """No host synchronisation after the first call, which compiles and copies a few constants."""
     query, cache, pages, chunk = layer(32768, 2048)
     out = torch.empty_like(query)
     first, second = (RecallCheck(torch.tensor([0, 700, 2047], device="cuda")) for _ in range(2))
@@ -149,7 +149,7 @@ def test_nothing_waits_for_the_gpu(kernel: str, patterns: list[HeadPattern]) -> 
 
 
 def test_the_index_is_the_torch_paths() -> None:
-    """In float32, where both score alike; selections may part only where scores tie to rounding."""
+    """In float32, where scores agree; selections may differ only where scores tie up to rounding."""
     torch.manual_seed(0)
     query, keys = torch.randn(2048, 8, DIM) * 2, torch.randn(2, 8192, DIM)
     pages = torch.randperm(64)
@@ -168,7 +168,7 @@ def test_the_index_is_the_torch_paths() -> None:
 @pytest.mark.parametrize("rank", [16, 48, 128])
 @pytest.mark.parametrize("tile", [64, 128, 384])
 def test_bins_are_the_torch_paths(tile: int, rank: int) -> None:
-    """But for sums in another order, which may round a bin the other way."""
+    """Except where a different summation order rounds to the neighbouring bin."""
     from low_rank_inputs import as_quantized
 
     from minference_vllm.selection import score_bins
@@ -187,7 +187,7 @@ def test_bins_are_the_torch_paths(tile: int, rank: int) -> None:
 @pytest.mark.parametrize("page", [16, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_antidiagonal_scores_are_the_torch_paths(dtype: torch.dtype, page: int, stride: int) -> None:
-    """That in float32, where neither rounds its logits."""
+    """The torch path runs in float32; neither rounds its logits."""
     from minference_vllm.triton_kernels import antidiagonal
 
     query, cache, pages, chunk = layer(20011, 3001, page=page, dtype=dtype)
@@ -199,7 +199,7 @@ def test_antidiagonal_scores_are_the_torch_paths(dtype: torch.dtype, page: int, 
 
 
 def test_antidiagonal_at_a_million_tokens() -> None:
-    """The prefix's keys stay where they are: the layer's memory is the one stated."""
+    """Keys of the prefix are not copied: the layer stays within the stated memory."""
     query, cache, pages, chunk = layer(1 << 20, 8192, heads=32, kv_heads=8)
     out = torch.full_like(query, torch.nan)
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The benchmark's peers on a GPU: their answers under the index, and ours beside a dense kernel that is not vLLM's."""
+"""The benchmark's peers on a GPU: their output under the index, and ours next to a dense kernel other than vLLM's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def skip_unless_it_runs(name: str, chunk: int) -> None:
 
 
 def ours(chunk: int, pattern: HeadPattern) -> tuple[Problem, torch.Tensor]:
-    """A problem whose index our kernel has attended, and the kernel's answer."""
+    """A problem, and the output of our kernel for its index."""
     torch.manual_seed(0)
     query = torch.randn(chunk, HEADS, DIM, dtype=torch.bfloat16) * 2
     keys, values = (torch.randn(CONTEXT, KV_HEADS, DIM, dtype=torch.bfloat16) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The offline search: what it measures, what it chooses, and how it goes on after an interruption."""
+"""The offline search: what it measures, what it chooses, and how it resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_measured_recall_error_and_cost_are_those_of_the_reference() -> None:
 
 
 def value_recall(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """float64 ``[H, chunk]``, from all weights."""
+    """float64 ``[H, chunk]``, computed from all weights."""
     group = query.shape[1] // len(keys)
     keys, norms = (part.double().repeat_interleave(group, 0) for part in (keys, values.norm(dim=-1)))
     logits = query.double().transpose(0, 1) @ keys.transpose(1, 2) * SCALE
@@ -74,7 +74,7 @@ def value_recall(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, 
 
 
 def test_low_rank_costs_its_scoring() -> None:
-    """Of two heads, one looks things up and the other at its neighbours and the first key."""
+    """One head does look-ups; the other attends its neighbours and the first key."""
     (query, keys), (other_query, other_keys) = lookups(), neighbours(sink=True)
     both = torch.cat([query, other_query.bfloat16()], 1)
     rows, pattern = torch.cat([keys, other_keys.bfloat16()]), LowRank(gamma=0.9)
@@ -100,7 +100,7 @@ def test_a_head_whose_values_are_zero_loses_nothing() -> None:
 
 
 def chunk(cost: list[float], error: list[float]) -> Measured:
-    """Of one head; the default stands first."""
+    """A measured chunk of one head; the default is first."""
     found = Measured.nothing(len(cost), 1)
     found.cost[:, 0], found.squared_error[:, 0] = torch.tensor(cost), torch.tensor(error).square()
     found.pairs += 100
@@ -126,7 +126,7 @@ def test_the_default_is_the_first_candidate_and_none_is_there_twice() -> None:
 
 
 def layers(chosen: Measured) -> dict[int, command.Layer]:
-    """One layer with one head, of which a measured chunk says that candidate 1 be chosen; ``chosen``: the last one."""
+    """One layer with one head; its first measured chunk favours candidate 1, and ``chosen`` is the last chunk."""
     chunks = {(0, 50): chunk([30, 10], [0.04, 0.04]), (0, 100): chosen}
     return {0: command.Layer.of(chunks, [100])}
 
@@ -157,7 +157,7 @@ def plan(folder: Path, identity: str = "this") -> Plan:
 
 
 def record(folder: Path, layers: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Record these layers; the ones that were measured."""
+    """Record these layers; returns the ones that were measured."""
     measured: list[int] = []
 
     def watched(*arguments: Any, **keywords: Any) -> Measured:

@@ -1,4 +1,4 @@
-"""Captured layers: the model computes what it computes without us, and figures are those of its attention."""
+"""Captured layers: capturing does not change the model, and the measurements match its attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``evaluate``: what it makes of what a model says, and what it refuses."""
+"""``evaluate``: how it judges the answers of a model, and what it refuses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def arguments(*more: str) -> argparse.Namespace:
 
 
 class PretendedReader:
-    """Says of every token what its pattern says: dense is sure, others lose a tenth of a nat."""
+    """A reader whose losses depend on the pattern: others lose 0.1 nat more per token than dense."""
 
     tokenizer = TOKENIZER
 
@@ -92,7 +92,7 @@ def test_a_seed_changes_what_is_planted_and_the_same_one_does_not() -> None:
 
 def test_losses_are_those_of_the_answers_tokens(rows: list[Row], asked: Prompts) -> None:
     text = row_of(rows, "perplexity")
-    # Of the token at place p the pretended loss is p.
+    # The fake loss of the token at position p is p.
     assert text.dense == pytest.approx(sum(range(4499, 8999)) / 4500) and text.measured == 4500
     assert text.difference == pytest.approx(0.1) and text.standard_error == pytest.approx(0.0, abs=1e-9)
     inside = row_of(rows, "inside")

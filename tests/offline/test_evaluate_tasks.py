@@ -1,4 +1,4 @@
-"""Prompts of ``evaluate``: what is planted stands where it should, and every answer was said before."""
+"""Prompts of ``evaluate``: planted text is in the right place, and every answer occurs earlier."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_others_are_asked_in_the_middle_of_a_chunk(task: str, count: int, pr
     for answer in found:
         begin = answer.first // CHUNK * CHUNK
         share = (answer.first - begin) / (min(begin + CHUNK, TOKENS) - begin)
-        # Several pieces in one place follow each other.
+        # Pieces at the same place are consecutive.
         assert 0.2 < share < 0.95, answer
 
 
@@ -107,7 +107,7 @@ def test_texts(tmp_path: Path) -> None:
 
 
 class WholeWords:
-    """A tokenizer that, as many, decodes a single word without the space in front of it."""
+    """A tokenizer that, like many, decodes a single word without its leading space."""
 
     def __init__(self, separator: str) -> None:
         self.separator, self.words = separator, [""]

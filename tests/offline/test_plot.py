@@ -56,7 +56,7 @@ def indices(query: torch.Tensor, keys: torch.Tensor) -> list[SparseIndex]:
 def brute_force(
     query: torch.Tensor, keys: torch.Tensor, indices: list[SparseIndex], head: int
 ) -> dict[str, torch.Tensor]:
-    """``[S, S]``: all weights, and which keys each row computes, by blocks and by columns."""
+    """``[S, S]``: all weights, and the keys that each row computes, by blocks and by columns."""
     scores = query.double() @ keys.double().T * DIM**-0.5
     weights = scores.masked_fill(torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
     kept = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
@@ -119,7 +119,7 @@ def test_indices_must_cover_the_prompt(query: torch.Tensor, keys: torch.Tensor, 
 
 
 def words(path: Path) -> str:
-    """All that is written in an SVG, whose letters matplotlib draws as outlines with the text as a comment."""
+    """All text of an SVG. Matplotlib draws letters as outlines, with the text in a comment."""
     parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
     root = ElementTree.parse(path, parser).getroot()
     return " | ".join(node.text or "" for node in root.iter() if node.tag is ElementTree.Comment)
@@ -172,7 +172,7 @@ def test_the_pattern_map_as_svg(tmp_path: Path) -> None:
 
 
 def luminance(colour: Any) -> float:
-    """Relative luminance as WCAG 2.2 defines it, of anything that matplotlib takes for a colour."""
+    """Relative luminance (WCAG 2.2) of anything that matplotlib accepts as a colour."""
     from matplotlib.colors import to_rgb
 
     parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in to_rgb(colour)]
@@ -186,14 +186,14 @@ def contrast(one: Any, other: Any) -> float:
 
 
 class Tenth(Dense):
-    """A kind of pattern that is not there yet."""
+    """A new kind of pattern."""
 
     kind: Literal["tenth"] = "tenth"  # type: ignore[assignment]
     budget: int = 12345
 
 
 class TenthFamily(DenseFamily):
-    """What a new kind says of itself, and all that the picture needs to draw it."""
+    """The family of the new kind; the picture needs nothing else to draw it."""
 
     pattern = Tenth
     colour = "#8B4513"

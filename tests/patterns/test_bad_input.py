@@ -1,4 +1,4 @@
-"""Models and settings that cannot be served: one clear error, from the configuration alone."""
+"""Models and settings that cannot be served give one clear error, from the configuration alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 
 
 def configuration(settings: Any = None, **model: Any) -> SimpleNamespace:
-    """As much of vLLM's configuration as is read."""
+    """The parts of vLLM's configuration that are read."""
     fields: dict[str, Any] = {
         "model": "some/model",
         "use_mla": False,
@@ -116,7 +116,7 @@ def test_a_draft_model_runs_the_users_patterns_where_they_are_its_own(tmp_path: 
 
 
 def test_a_draft_models_broken_file_is_refused(tmp_path: Path) -> None:
-    """It is the checkpoint's own."""
+    """The file is part of the checkpoint."""
     (tmp_path / "sparse_attention_config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         runtime_for(configuration(model=str(tmp_path), runner_type="draft"))
@@ -182,7 +182,7 @@ def test_then_the_shipped_default() -> None:
 
 
 def ship(folder: Path, monkeypatch: pytest.MonkeyPatch, **models: str) -> None:
-    """Ship files of these names, each found on a model; beside the default."""
+    """Pretend to ship files with these names, each for a model, next to the default."""
     shipped = {"default_cpu": discovery.shipped_pattern_files()["default_cpu"]}
     entry = {str(head): {"kind": "a_shape", "sink": 3, "local": 4} for head in range(HEADS)}
     for name, model in models.items():
@@ -232,7 +232,7 @@ def test_a_configuration_has_one_runtime() -> None:
 
 
 def test_the_language_model_of_a_multimodal_one_has_its_runtime() -> None:
-    """vLLM builds it under a copy of the configuration; counters, patterns and a recorder must be the same."""
+    """vLLM builds it with a copy of the configuration; counters, patterns and recorder must be shared."""
     from vllm.engine.arg_utils import EngineArgs
 
     whole = EngineArgs(
@@ -263,7 +263,7 @@ PLAIN: dict[str, Any] = {
 
 def test_plain_layers_run_sparsely() -> None:
     assert unsupported_layer_reasons(**PLAIN) == []
-    # The values by which vLLM says "none".
+    # Values that mean "none" in vLLM.
     plain = {**PLAIN, "sliding_window": -1, "logits_soft_cap": 0, "kv_cache_dtype": "bfloat16"}
     assert unsupported_layer_reasons(**plain) == []
 

@@ -1,4 +1,4 @@
-"""Pattern files: the three formats, the shipped presets, and what a wrong file says."""
+"""Pattern files: the three formats, the shipped presets, and the errors of wrong files."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_our_format_survives_a_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", [LowRank(remainder=True), LowRank(), AShape(sink=1, local=2)], ids=str)
 def test_a_pattern_is_read_as_it_is_shown(pattern: HeadPattern) -> None:
-    """As it stands in the log, say, with true and false."""
+    """For example as printed in the log, with true and false."""
     assert load_pattern_file(str(pattern)).default == pattern
 
 
 def test_minference_list_format(tmp_path: Path) -> None:
     loaded = load_pattern_file(written(tmp_path, [PUBLISHED_HEADS, {"2": ["stream_llm", 1, 2, 0.1]}]))
     assert loaded.for_layer(0, 3) == PUBLISHED_PATTERNS
-    # A head without an entry runs the pattern that MInference gives such heads.
+    # Heads without an entry get the same pattern as in MInference.
     assert loaded.for_layer(1, 3) == (VerticalSlash(), VerticalSlash(), AShape(sink=1, local=2))
     assert VerticalSlash() == VerticalSlash(vertical=1000, slash=6096)
     assert "patterns.json" in loaded.provenance and "list" in loaded.provenance

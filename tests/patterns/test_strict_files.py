@@ -1,4 +1,4 @@
-"""What stands in a pattern file is what it says, or is refused with its place, itself in short, and what is allowed."""
+"""Pattern files are taken literally, or refused with the place, the shortened value, and what is allowed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ours(**fields: Any) -> dict[str, Any]:
     "key", ["02", " 2 ", "2.0", "1_0", "+2", "-0", "-1", "1e0", "", "first", "4096", "\u0662", "9" * 5000]
 )
 def test_layer_and_head_numbers_are_written_plainly(key: str) -> None:
-    """Also beside the plain number: the last one would win."""
+    """Also next to the plain number, since the last one would win."""
     dense, shown = {"kind": "dense"}, re.escape(key if len(key) < 10 else "999...999")
     numbered = rf": layers and heads are numbered 0 to {MAX_NUMBER}, without"
     for place, fields in {
@@ -60,7 +60,7 @@ def test_layer_and_head_numbers_are_written_plainly(key: str) -> None:
 
 
 def test_numbers_of_python_are_numbers() -> None:
-    """As pydantic gives them back, and as a checkpoint's configuration may have them."""
+    """As pydantic returns them, and as they may be in a checkpoint's configuration."""
     assert parse_patterns(OURS.model_dump(), "FILE") == OURS
     assert parse_patterns({0: {1: ["stream_llm", 1, 2, 0.5]}}, "FILE").layers == {0: {1: AShape(sink=1, local=2)}}
     for key in (True, 1.0, -1, None, ("1",)):

@@ -1,4 +1,4 @@
-"""``tools/compile_fa4.py``: where nothing can be compiled it says why, and what it reads from machine code."""
+"""``tools/compile_fa4.py``: its reason if it cannot compile, and what it reads from machine code."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_is_read_from_machine_code(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_call_compiles() -> None:
-    """Where FlashAttention 4's packages are installed."""
+    """If FlashAttention 4's packages are installed."""
     missing = compile_fa4.missing_packages()
     if missing:
         pytest.skip(f"FlashAttention 4 is compiled by {' and '.join(missing)}")

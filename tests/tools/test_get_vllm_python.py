@@ -1,4 +1,4 @@
-"""Getting the Python files of a CUDA release: what is there stays, what fails leaves nothing behind. No download."""
+"""Getting the Python files of a CUDA release: existing files are kept; failures leave nothing behind. No download."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILES = ("vllm/__init__.py", "vllm/configs/tuned.json", "vllm/_C.abi3.so", "vllm
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, *files: str) -> list[str]:
-    """pip, which brings a wheel with these files; returns what it was asked for."""
+    """Stand in for pip, which downloads a wheel with these files; returns the requests to it."""
     asked: list[str] = []
 
     def download(requirement: str, folder: Path, *options: str) -> Path:

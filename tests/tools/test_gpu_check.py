@@ -1,4 +1,4 @@
-"""The one command for owners of a GPU, without one: what it would run, what it leaves out, and how it stops."""
+"""The single command for GPU owners, without a GPU: what it would run, what it skips, and how it stops."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_quick_run_has_two_contexts_and_ten_minutes(peers_that_run: Callable[.
 def test_the_benchmarks_take_the_arguments(
     monkeypatch: pytest.MonkeyPatch, peers_that_run: Callable[..., None]
 ) -> None:
-    """Every benchmark command is read by the script itself, up to the point where it would measure."""
+    """The benchmark scripts parse every command themselves and stop before measuring."""
     pytest.importorskip("vllm")
     import bench_attention
     import bench_ttft
@@ -186,7 +186,7 @@ def test_without_a_gpu_nothing_runs(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_every_command_of_a_rehearsal_runs_without_a_gpu(tmp_path: Path) -> None:
-    """What names a GPU goes through ``rehearsal.py`` or to the CPU; sizes are small, and no row is kept."""
+    """GPU commands run through ``rehearsal.py`` or on the CPU; sizes are small, and no row is kept."""
     for step in MINUTES:
         for item in gpu_check.items_of(step, False, CONTEXTS[-1], tmp_path, rehearse=True):
             if isinstance(item, Skipped):

@@ -1,4 +1,4 @@
-"""The table of goals: which rows it takes, and what it says of them."""
+"""The table of goals: which rows it uses, and what it prints for them."""
 
 from __future__ import annotations
 

