@@ -22,14 +22,14 @@ from minference_vllm.kernels.choose import choose
 from minference_vllm.kernels.native import library
 
 KERNELS = ("block_table", "native")
-"""Kernels that every test of ``sparse_prefill`` runs with; another one needs its name here and nothing else."""
+"""Kernels that every test of ``sparse_prefill`` runs with. A new kernel only needs its name here."""
 GPU_KERNELS = ("triton", "block_table")
 """The same for tensors on a GPU."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """A quiet, offline environment; vLLM reads it when a test imports or starts it."""
-    # Before a test file imports them: their assertions, too, say what they compared.
+    # Before a test file imports them, so that pytest rewrites their assertions too.
     pytest.register_assert_rewrite("cpu_layer", "gpu_layer", "layer_inputs", "prefill_checks")
     os.environ.update(
         VLLM_CPU_KVCACHE_SPACE="1",
@@ -41,13 +41,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # A developer's own settings must not decide what the tests see.
     for name in [name for name in os.environ if name.startswith("MINFERENCE_") or name == "VLLM_LOGGING_LEVEL"]:
         del os.environ[name]
-    # The tests' tensors are so small that threads would mostly wait for each other, above all on a busy machine.
+    # The tests' tensors are too small to profit from threads, above all on a busy machine.
     torch.set_num_threads(1)
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit:DeprecationWarning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts vLLM engines, and run it last: what is quick to fail comes first."""
+    """Mark tests that start vLLM engines, and run them last, so that quick failures come first."""
     slow = Path(__file__).parent / "engine"
     for item in items:
         if item.path.is_relative_to(slow):
@@ -56,13 +56,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Statistics that are logged when a process ends meet a stream that pytest has closed; nobody waits for them."""
+    """Statistics logged at process exit would go to a stream that pytest has closed; nobody needs them."""
     logging.raiseExceptions = False
 
 
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
-    """What a test, or a command that runs in its process, sets in the environment ends with it."""
+    """Undo changes that a test, or a command that runs in its process, makes to the environment."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
@@ -108,8 +108,8 @@ def interpreted(request: pytest.FixtureRequest) -> dict[str, Any]:
     params=[*KERNELS, *(pytest.param(f"cuda:{name}", marks=pytest.mark.gpu) for name in GPU_KERNELS)],
 )
 def kernel_name(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each kernel; the test is skipped where it cannot run on this machine at all. With a GPU's kernel all tensors that
-    the test makes, but for the random ones, are made on the GPU."""
+    """Each kernel; the test is skipped if the machine cannot run it. With a GPU kernel all tensors that the test makes,
+    except random ones, are made on the GPU."""
     device, _, name = str(request.param).rpartition(":")
     if name == "native" and library.unavailable_reason():
         pytest.skip(str(library.unavailable_reason()))
@@ -127,7 +127,7 @@ def skip_unless_served() -> Callable[[str, PagedBatch], None]:
 
 
 def _skip_unless_served(kernel_name: str, batch: PagedBatch) -> None:
-    """Skip the test, with the kernel's own reason, when it does not serve such a cache."""
+    """Skip the test, with the kernel's own reason, if it does not serve such a cache."""
     try:
         choose(kernel_name, batch.query.dtype, batch.cache)
     except ValueError as reason:
@@ -154,7 +154,7 @@ def served_batch(kernel_name: str) -> Callable[..., PagedBatch]:
 
 @pytest.fixture(params=[False, True], ids=["single_columns", "pages_of_columns"])
 def whole_pages(request: pytest.FixtureRequest) -> bool:
-    """Whether an index lists columns by whole pages."""
+    """Whether an index lists columns in whole pages."""
     return bool(request.param)
 
 
@@ -166,7 +166,7 @@ def built(request: pytest.FixtureRequest, whole_pages: bool) -> index_inputs.Bui
 
 @pytest.fixture
 def make_cpu_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """``Layer`` of ``cpu_layer.py``, of given requests."""
+    """``Layer`` of ``cpu_layer.py`` with given requests."""
     from cpu_layer import Layer
 
     return partial(Layer, tmp_path, monkeypatch)
@@ -174,7 +174,7 @@ def make_cpu_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
 
 @pytest.fixture(params=["FlashAttention", "TritonAttention"])
 def parent(request: pytest.FixtureRequest) -> Any:
-    """vLLM's backend that ours stands in for on a GPU."""
+    """vLLM's backend that ours replaces on a GPU."""
     from gpu_layer import Parent
 
     return Parent(request.param)
@@ -182,7 +182,7 @@ def parent(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def make_gpu_layer(parent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """``Layer`` of ``gpu_layer.py``, of given requests."""
+    """``Layer`` of ``gpu_layer.py`` with given requests."""
     from gpu_layer import Layer
 
     return partial(Layer, tmp_path, monkeypatch, parent)

@@ -51,7 +51,7 @@ ADAPTIVE: list[HeadPattern] = [
 
 
 class RandomScores:
-    """Stands for the scores: random, the same for a head whoever is asked for together with it."""
+    """Random scores in place of real ones, the same for a head whichever heads are requested with it."""
 
     select_bins = TorchScores.select_bins
 
@@ -60,7 +60,7 @@ class RandomScores:
 
     def draw(self, kind: int, heads: Sequence[int], *shape: int) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(100 * kind + head) for head in heads]
-        # To the eighth: some stand out, as the patterns whose budget the data decide expect.
+        # The eighth power makes some stand out, as patterns with an adaptive budget expect.
         return torch.stack([torch.rand(shape, generator=generator) ** 8 for generator in generators])
 
     def column_diagonal(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What the command line tool is run on in tests, and what it ended with."""
+"""Inputs for tests of the command line tool, and its results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Ended(NamedTuple):
 
 
 def model(folder: Path, **fields: Any) -> Path:
-    """A checkpoint of which only the configuration is there."""
+    """A checkpoint that consists of its configuration only."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields))
     return folder

@@ -1,6 +1,6 @@
 """A whole attention path of a CUDA release of vLLM around our backend: configuration, layers, cache, builders, batches.
 
-Made inside ``contract_process`` alone. Real are vLLM's configuration, selection of the backend, attention layers, plan
+Only used inside ``contract_process``. Real are vLLM's configuration, selection of the backend, attention layers, plan
 of the cache, groups, builders, metadata of both model runners and forward context; see ``faked_cuda`` for the rest.
 """
 
@@ -36,7 +36,7 @@ SETTINGS = {"min_context": 150, "min_chunk": 100, "kernel": "triton", "log_inter
 
 
 def register() -> None:
-    """What vLLM does when it loads our plugin; and import what every case needs."""
+    """Load our plugin as vLLM does, and import what every case needs."""
     import vllm.v1.worker.gpu.attn_utils  # noqa: F401
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.models import registry
@@ -44,11 +44,11 @@ def register() -> None:
     from minference_vllm import plugin
     from minference_vllm.backend import sparse_prefill
 
-    # A process of its own would find the vLLM that is installed.
+    # A subprocess would find the installed vLLM.
     registry._run_in_subprocess = lambda function: function()
     plugin.register()
     sparse_prefill.get_tensor_model_parallel_rank = lambda: 0  # no process group
-    # What vLLM imports, and keeps, on the way.
+    # Modules that vLLM imports lazily and keeps.
     EngineArgs(model=str(MODEL), enforce_eager=True).create_engine_config()
 
 
@@ -67,9 +67,9 @@ class Engine:
         """
         Args:
             patterns: one per query head, of every layer.
-            shared: so many of the layers, the last, read the first layer's cache and have none of their own.
-            pages: of the cache.
-            arguments: of vLLM's ``EngineArgs``.
+            shared: number of last layers that read the first layer's cache and have none of their own.
+            pages: pages of the cache.
+            arguments: arguments of vLLM's ``EngineArgs``.
         """
         from vllm.config import set_current_vllm_config
         from vllm.engine.arg_utils import EngineArgs
@@ -102,7 +102,7 @@ class Engine:
                 torch.set_default_dtype(torch.float32)
         for layer in self.layers:
             layer.process_weights_after_loading(torch.bfloat16)
-            # The operators that torch.compile sees are CUDA's; they call the same functions.
+            # The operators for torch.compile are registered for CUDA only; they call the same functions.
             layer.use_direct_call = True
             if layer.query_quant is not None:
                 layer.query_quant._forward_method = layer.query_quant.forward_native
@@ -197,7 +197,7 @@ class Engine:
         return CommonAttentionMetadata(**{name: value for name, value in fields.items() if name in known} | changes)
 
     def metadata(self, batch: PagedBatch, common_prefix: int = 0) -> dict[str, Any]:
-        """Of model runner V1, by layer."""
+        """Metadata of model runner V1, by layer."""
         common = self.common(batch)
         return {
             name: built
@@ -207,7 +207,7 @@ class Engine:
         }
 
     def metadata_v2(self, batch: PagedBatch) -> dict[str, Any]:
-        """Of model runner V2, by layer."""
+        """Metadata of model runner V2, by layer."""
         from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 
         starts, lengths = batch.query_start_loc, batch.seq_lens
@@ -259,7 +259,7 @@ class Engine:
             yield _rows(part(request)[:, context:])
 
     def check(self, batch: PagedBatch, outputs: Sequence[torch.Tensor], sparse: Sequence[int], step: float) -> None:
-        """Sparse requests as their index says, all others dense.
+        """Check that sparse requests match attention under their index, and all others dense attention.
 
         Args:
             step: relative precision of queries, keys and values.
@@ -285,7 +285,7 @@ class Engine:
 
 
 def as_fp8(batch: PagedBatch, query: float, key: float, value: float) -> PagedBatch:
-    """The batch as it is once it was stored in FP8 with these scales."""
+    """The batch after a round trip through FP8 with these scales."""
 
     def rounded(stored: torch.Tensor, scale: float) -> torch.Tensor:
         return (stored.float() / scale).to(torch.float8_e4m3fn).float().mul_(scale).to(stored.dtype)

@@ -19,7 +19,7 @@ from typing import Any
 import faked_cuda
 
 LIMIT = 240
-"""Seconds that a case may take."""
+"""Time limit of a case in seconds."""
 
 
 class CudaVLLM:
@@ -48,7 +48,7 @@ class CudaVLLM:
         )
 
     def run(self, case: str) -> None:
-        """Raises AssertionError with what the case says when it fails."""
+        """Raise an AssertionError with the case's traceback if it fails."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(case, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
@@ -66,12 +66,12 @@ def names(functions: dict[str, Any]) -> list[str]:
 
 
 def serve(functions: dict[str, Callable[[], None]]) -> None:
-    """Answer on stdout, a JSON line a case: None, or the traceback."""
+    """Answer on stdout with one JSON line per case: None, or the traceback."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM logs to stdout
     version, folder = sys.argv[1:]
     faked_cuda.install(version, Path(folder))
-    # What every case imports.
+    # Modules that every case imports.
     import contract_engine
 
     contract_engine.register()

@@ -21,7 +21,7 @@ from minference_vllm.prefill.attend import attend_chunk
 from minference_vllm.prefill.recall import RecallCheck
 
 OPTIONS: dict[str, Any] = {"alibi_slopes": None, "sliding_window": None, "kv_cache_dtype": "auto"}
-"""Of an implementation, where a test does not name others."""
+"""Default arguments of an implementation."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Layer:
     folder: Path
     monkeypatch: pytest.MonkeyPatch
     requests: Sequence[tuple[int, int]]
-    """Context and new tokens of each."""
+    """Context and new tokens of each request."""
     dtype: torch.dtype = torch.bfloat16
     patterns: Sequence[dict[str, Any]] = tuple(KINDS)
     rank: int = 0
@@ -40,15 +40,15 @@ class Layer:
     settings: dict[str, Any] = field(default_factory=dict)
     page: int = PAGE
     page_before: int | None = None
-    """Page size in vLLM's configuration while layer and builder are made, where that is another one."""
+    """Page size in vLLM's configuration while layer and builder are made, if different."""
     kv_connector: Any = None
-    """What may write to the cache from outside, if anything."""
+    """The connector that may write to the cache from outside, if any."""
     dual_chunk: dict[str, Any] | None = None
     """``dual_chunk_attention_config`` of the model."""
     indices: list[SparseIndex] = field(default_factory=list)
     checks: list[RecallCheck | None] = field(default_factory=list)
     steps_before: list[tuple[int, ...]] = field(default_factory=list)
-    """That each recall check began with."""
+    """The steps that each recall check began with."""
 
     def __post_init__(self) -> None:
         from vllm.v1.attention.backends import cpu_attn

@@ -1,7 +1,7 @@
-"""``DeviceAccount``: what the host asks of a GPU, counted without one.
+"""``DeviceAccount``: count kernels, copies and host synchronisations without a GPU.
 
-Tensors on PyTorch's device without data (``meta``) stand for those on the GPU: they say that they are on CUDA, and
-every operation on them is seen on its way. Triton kernels are counted where they are launched, and not run.
+Tensors on PyTorch's ``meta`` device stand for those on the GPU: they report that they are on CUDA, and every operation
+on them is intercepted. Launches of Triton kernels are counted, and not run.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from torch.utils._pytree import tree_leaves
 
 ALLOCATES = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "is_nonzero", "equal"}
-"""Operations whose result, or its size, the host reads."""
+"""Operations whose result, or result size, is read by the host."""
 
 
 class DeviceAccount(TorchDispatchMode):
-    """Within it everything is counted; ``monkeypatch`` undoes what is replaced."""
+    """Context manager that counts everything; ``monkeypatch`` undoes what is replaced."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.ops: Counter[str] = Counter()
         """Operations that start a kernel; views and allocations start none."""
         self.launches: Counter[str] = Counter()
-        """Of our Triton kernels."""
+        """Launches of our Triton kernels."""
         self.waits: Counter[str] = Counter()
         """Operations that read from the GPU."""
         self.pageable: Counter[str] = Counter()
-        """Copies to the GPU from ordinary memory; the host waits for each."""
+        """Copies to the GPU from pageable memory; each is a host synchronisation."""
         self.pinned = 0
-        """Copies to the GPU that nothing waits for."""
+        """Copies to the GPU without a host synchronisation."""
         self._pinned: list[torch.Tensor] = []
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: tensor.is_meta))
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: self._pin(tensor))
@@ -85,7 +85,7 @@ class DeviceAccount(TorchDispatchMode):
         on_gpu = [tensor.is_meta for tensor in given]
         target = kwargs.get("device")
         to_host = target is not None and torch.device(target).type == "cpu"
-        # It reads how long its result is, unless it is told.
+        # It reads the length of its result from the GPU, unless given.
         of_unknown_size = name == "repeat_interleave" and kwargs.get("output_size") is None
         if any(on_gpu) and (name in WAITS or to_host or of_unknown_size):
             self.waits[name] += 1
@@ -100,7 +100,7 @@ class DeviceAccount(TorchDispatchMode):
         if name == "copy_" and on_gpu[:2] == [True, False]:
             self._count_copy(name, given[1], len(args) > 2 and bool(args[2]))
         if name.startswith("index") and any(on_gpu):
-            # Places that lie on the host are copied to the GPU first.
+            # Indices on the host are copied to the GPU first.
             for tensor in given:
                 if not tensor.is_meta and tensor.dim():
                     self._count_copy(name, tensor, False)

@@ -1,4 +1,4 @@
-"""One request with dual chunk attention: rotated as vLLM hands it over, and as its definition takes it."""
+"""One request with dual chunk attention: rotated as vLLM passes it, and unrotated for the definition."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def frequencies(head_size: int, base: float = BASE) -> torch.Tensor:
 
 
 def rotate(rows: torch.Tensor, positions: torch.Tensor, base: float = BASE) -> torch.Tensor:
-    """``[n, heads, D]`` turned to these positions (Neox style), float64."""
+    """``[n, heads, D]`` rotated to these positions (Neox style), float64."""
     angles = positions.double()[:, None, None] * frequencies(rows.shape[2], base)
     first, second = rows.double().chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
@@ -80,7 +80,7 @@ class DualChunkBatch:
         return reference_dual_chunk.dual_chunk_attention(self.scores(), self.paged.values(0), mask)
 
     def mask(self, parts: list[Part]) -> torch.Tensor:
-        """bool ``[H, rows, S]``: the keys that the indices of all parts name."""
+        """bool ``[H, rows, S]``: the keys in the indices of all parts."""
         found = torch.zeros(self.query.shape[1], len(self.query), self.seq_len, dtype=torch.bool)
         for part in parts:
             rows = slice(*(position - self.context_len for position in part.rows))

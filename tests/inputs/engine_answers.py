@@ -1,4 +1,4 @@
-"""What two engines answered, compared."""
+"""Compare the answers of two engines."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 
 def assert_same_tokens(found: Any, expected: Any, tie: float, at_least: int) -> None:
-    """The same greedy tokens. They may part only where the best two were nearly tied: rounding picks either, and what
-    follows depends on the pick."""
+    """The same greedy tokens. They may differ only from a position on at which the best two are nearly tied, since
+    rounding picks either."""
     agreed = 0
     for prompts in zip(found.tokens, expected.tokens, expected.leads, strict=True):
         for ours, theirs, leads in zip(*prompts, strict=True):

@@ -31,7 +31,7 @@ BLOCKS_ALONE: tuple[HeadPattern, ...] = (Dense(), AShape(sink=16, local=64), Tri
 
 
 def listed(lists: BlockLists, batch: int, head: int, block: int) -> list[tuple[int, bool]]:
-    """Blocks of keys that a block of rows reads, and whether they are masked."""
+    """Key blocks that a block of rows reads, and whether they are masked."""
     found = []
     for kind, masked in (("mask", True), ("full", False)):
         count = int(getattr(lists, f"{kind}_block_cnt")[batch, head, block])
@@ -97,7 +97,7 @@ class Case:
     shared: bool = False
     """Lists per KV head."""
     focused: bool = False
-    """Every row looks at the same few keys."""
+    """Every row attends the same few keys."""
 
     def rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries ``[chunk, H, D]``, keys and values ``[HK, S, D]``."""
@@ -122,14 +122,14 @@ class Case:
         return Inputs(query, cache, pages, Chunk(0, 0, self.context, self.length), self.dim**-0.5)
 
     def index(self) -> SparseIndex:
-        """Of planned size."""
+        """The index with planned sizes."""
         query, keys, values = self.rows()
         shares = len(self.patterns) // self.kv_heads if self.shared else 1
         patterns = self.patterns[: len(self.patterns) // shares]
         tiling = Tiling.of(self.context, self.length, BLOCK, self.tile)
         room = plan_capacity(patterns, self.context, self.length, BLOCK, self.tile, list_everything=True)
         scores = TorchScores(Inputs.of_rows(query[:, ::shares].float(), keys.float(), values.float(), 1.0, BLOCK))
-        # Whatever pattern made them: to the kernel lists are lists.
+        # Any patterns will do: the kernel sees only lists.
         return replace(build_index(tiling, patterns, scores, room), heads_per_list=shares)
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 COMPILED = ("_C", "_C_stable_libtorch", "_moe_C", "_moe_C_stable_libtorch", "cumem_allocator", "_rocm_C", "_qutlass_C")
-"""vLLM's compiled modules, as far as importing its Python code looks for them."""
+"""vLLM's compiled modules that importing its Python code looks for."""
 OPERATORS = {"_C", "_moe_C", "_C_cache_ops", "_C_stable_libtorch", "_rocm_C", "_C_custom_ar", "_C_utils"}
 """Their namespaces of operators."""
 CAPABILITY = (9, 0)
 
 
 def install(version: str, folder: Path) -> None:
-    """Make ``import vllm`` find the files below ``folder``, and its parts that cannot run here their stand-ins."""
+    """Make ``import vllm`` find the files below ``folder``, with stand-ins for the parts that cannot run here."""
     assert not any(name.split(".")[0] in ("vllm", "minference_vllm") for name in sys.modules), "too late"
     sys.path.insert(0, str(folder))
     of_others = importlib.metadata.version
@@ -45,7 +45,7 @@ def install(version: str, folder: Path) -> None:
 
 
 class _Operator:
-    """Stands for a compiled operator, which vLLM only looks up; called, it says that something is not supported."""
+    """Stands for a compiled operator that vLLM only looks up; when called, it reports that something is unsupported."""
 
     def __init__(self) -> None:
         self.default, self._schema = self, None
@@ -99,15 +99,15 @@ def _fake_platform() -> None:
 
         @classmethod
         def log_warnings(cls) -> None:
-            """It would ask the driver."""
+            """The original queries the driver."""
 
-    # What vLLM asks a platform by its module's name for is CUDA's.
+    # vLLM recognises the CUDA platform by its module's name.
     H100.__module__ = CudaPlatformBase.__module__
     vllm.platforms._current_platform = H100()
 
 
 def _fake_flash_attention_modules() -> None:
-    """``vllm.vllm_flash_attn``, which the wheel has as compiled code."""
+    """``vllm.vllm_flash_attn``, which is compiled code in the wheel."""
     package = types.ModuleType("vllm.vllm_flash_attn")
     interface = types.ModuleType("vllm.vllm_flash_attn.flash_attn_interface")
     package.__path__ = []

@@ -1,7 +1,7 @@
-"""New processes for scripts that import vLLM, without the seconds that it takes to import what vLLM imports.
+"""New processes for scripts that import vLLM, without the seconds that importing vLLM's dependencies takes.
 
-Run as a script this is a process that has imported that and waits; it forks for every script that it is given. vLLM,
-its plugins and this package are imported by the script itself, as in a process started for it.
+Run as a script, this process imports the dependencies, waits, and forks for every script that it is given. vLLM, its
+plugins and this package are imported by the script itself, as in a new process.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SLOW_IMPORTS = (
     "xgrammar",
 )
 LIMIT = 600
-"""Seconds that a script may take."""
+"""Time limit of a script in seconds."""
 
 
 class ForkServer:
     """The process, as a test holds it."""
 
     def __init__(self) -> None:
-        # As vLLM has it, so that torch starts no processes of its own; and no threads, which a fork would lack.
+        # As in vLLM, so that torch starts no processes of its own; and no threads, which a fork would lack.
         environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -55,10 +55,10 @@ class ForkServer:
         """The exit status of a script.
 
         Args:
-            environment: all of it.
-            out, err: files for what it prints; they may be one.
-            folder: where it runs; None: where this process does.
-            first_path: where it looks for modules first; None: in its own folder.
+            environment: the complete environment.
+            out, err: files for its output; may be the same.
+            folder: its working directory; None: that of this process.
+            first_path: first entry of its module search path; None: its own folder.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         places = map(str, (folder or Path.cwd(), out.resolve(), err.resolve()))
@@ -85,18 +85,18 @@ def serve() -> None:
         if not child:
             run_in_this_process(*request)
         print(os.waitpid(child, 0)[1], flush=True)
-    os._exit(0)  # taking down what was imported takes a second
+    os._exit(0)  # a regular exit takes a second
 
 
 def run_in_this_process(
     script: str, arguments: list[str], environment: dict[str, str], folder: str, out: str, err: str, first_path: str
 ) -> Any:
-    """What ``python script arguments`` does, to the end."""
+    """Do what ``python script arguments`` does, and exit."""
     signal.alarm(LIMIT)
     for number, path in enumerate((out, err), 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    # Or processes that it forks would print what it has not yet.
+    # Otherwise processes that it forks would print its buffered output again.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ.clear()
     os.environ.update(environment)
@@ -110,7 +110,7 @@ def run_in_this_process(
     except BaseException:
         traceback.print_exc()
     finally:
-        # By which vLLM ends the processes that it has started.
+        # vLLM ends the processes that it has started here.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -120,7 +120,7 @@ def run_in_this_process(
 def run_fresh_vllm(
     server: ForkServer, folder: Path, script: str, *arguments: str, first_path: str | None = None, **changes: str
 ) -> Any:
-    """The JSON value that a script prints last, which imports vLLM and may have arguments and changes to the
+    """The JSON value that a script printed last. The script imports vLLM, and may get arguments and changes to the
     environment."""
     path, out, err = (folder / name for name in ("script.py", "script.out", "script.err"))
     path.write_text(script)

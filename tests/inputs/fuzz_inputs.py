@@ -1,4 +1,4 @@
-"""Strategies for what users write: texts, names and JSON, nearly right and far from it."""
+"""Strategies for user input: texts, names and JSON, nearly right and far from it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import hypothesis
 from hypothesis import strategies as st
 
 FACTOR = int(os.environ.get("FUZZ") or 0)
-"""Of a longer run; 0: none."""
+"""Factor for the examples of a longer run; 0: no longer run."""
 MAX_LENGTH = 1200
-"""Characters of a message, for one thing that is wrong."""
+"""Maximum characters of a message, per problem."""
 PIECES = [b"{", b"}", b"[", b"]", b",", b":", b'"', b"0", b"-", b"1e999", b"NaN", b"true", b"null", b"\\ud800", b"\n"]
 
 
 def examples(count: int) -> Callable[[Any], Any]:
-    """So many examples in the fast tests, and ``FUZZ`` times as many in a longer run."""
+    """``count`` examples in the fast tests, and ``FUZZ`` times as many in a longer run."""
     return hypothesis.settings(max_examples=count * max(1, FACTOR))
 
 
@@ -29,7 +29,7 @@ def assert_readable(message: str, problems: int = 1) -> None:
     assert len(message) <= MAX_LENGTH * problems, f"{len(message)} characters: {message[:2000]}"
 
 
-# Halves of characters, too, as JSON can hold them.
+# Includes lone surrogates, which JSON can contain.
 texts = st.text(st.characters(), max_size=12)
 numbers = st.one_of(
     st.integers(-2, 300),
@@ -59,8 +59,8 @@ def mutated(draw: st.DrawFn, contents: list[Any], words: list[Any]) -> Any:
     """Parsed JSON with one to three places of it replaced, left out or renamed.
 
     Args:
-        contents: what is right.
-        words: names and values that stand in such content.
+        contents: correct contents.
+        words: names and values that occur in such contents.
     """
     content = {"": copy.deepcopy(draw(st.sampled_from(contents)))}
     for _ in range(draw(st.integers(1, 3))):

@@ -1,6 +1,6 @@
 """One layer of vLLM's FlashAttention or Triton backend with ours in it, driven on CPU tensors.
 
-Their kernels cannot run here: the parent's ``forward`` is stood in for by the float64 reference. Builder, metadata,
+Their kernels cannot run here: the float64 reference replaces the parent's ``forward``. Builder, metadata,
 cache views and everything of ours are the real ones.
 """
 
@@ -165,7 +165,7 @@ class Layer:
         self.indices: list[SparseIndex] = []
         self.dense_calls: list[Any] = []
         self.new_rows: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []
-        """Keys and values that the parent was called with."""
+        """Keys and values that the parent was called with, per call."""
 
     def make_layer(self, number: int) -> Any:
         """vLLM's attention layer of this number, as far as builder and implementation read it."""
@@ -190,7 +190,7 @@ class Layer:
 
         names = make_known(self.monkeypatch, layers)
         with self.monkeypatch.context() as patch, nullcontext() if device == "cpu" else FakeTensorMode():
-            # Cutting with ``[]`` would ask for the device's driver, also of a fake tensor.
+            # Slicing with ``[]`` needs the device's driver, even for a fake tensor.
             if device == "cuda":
                 patch.setattr(compat, "gpu_pages", lambda kv_cache, head_size: kv_cache.split(head_size, 3))
             return self.parent.our_builder(self.spec, names, self.config, torch.device(device))
@@ -203,7 +203,7 @@ class Layer:
     def dense_forward(
         self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, output: Any, *scales: Any
     ) -> torch.Tensor:
-        """In place of the parent: dense causal attention of the metadata's requests."""
+        """Replaces the parent: dense causal attention of the metadata's requests."""
         self.dense_calls.append(metadata)
         self.new_rows.append((key, value))
         starts = metadata.query_start_loc.tolist()

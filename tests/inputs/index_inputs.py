@@ -97,7 +97,7 @@ EVERYTHING = (
 
 @dataclass
 class RandomScores:
-    """Stands for the scores; keeps what it said. Quantised, so that many scores tie."""
+    """Random scores in place of real ones, which are recorded. Quantised, so that many scores tie."""
 
     seq_len: int
     seed: int = 0
@@ -127,7 +127,7 @@ class RandomScores:
         return torch.stack([self.blocks[head] for head in heads])
 
     def peaks(self, heads: Sequence[int], tiling: Tiling) -> torch.Tensor:
-        """Positive in reach, and each tile's sum to 1."""
+        """Positive in reach; the scores of each tile sum to 1."""
         for head in heads:
             scores = (self.draw(4, head, tiling.num_tiles, tiling.num_key_blocks) + 1 / 40) * tiling.reachable()
             self.blocks[head] = scores / scores.sum(-1, keepdim=True)
@@ -137,7 +137,7 @@ class RandomScores:
         return self.peaks(heads, tiling)
 
     def low_rank(self, heads: Sequence[int], tiling: Tiling, pattern: LowRank) -> ScoreBins:
-        """Bins from 0 to 40, and the lower a threshold, the more of the attention is wanted."""
+        """Bins from 0 to 40; the more attention the pattern asks for, the lower the threshold."""
         for head in heads:
             self.bins[head] = (self.draw(5, head, tiling.num_tiles, self.seq_len) * 40).to(torch.uint8)
             by_key = (
@@ -195,7 +195,7 @@ class Built:
         return [range(a, b) for a, b in itertools.pairwise(starts)]
 
     def rows_and_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Absolute positions, shaped to broadcast to a mask."""
+        """Absolute positions of rows and keys, shaped to broadcast to a mask."""
         return torch.arange(self.tiling.context_len, self.tiling.seq_len)[:, None], torch.arange(self.tiling.seq_len)
 
 

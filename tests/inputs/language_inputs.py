@@ -31,7 +31,7 @@ def random_model(folder: Path, layers: int = 2, **fields: object) -> Path:
 
 
 def lookup_model(folder: Path) -> Path:
-    """A Llama of one layer that answers: behind the question, needle ``i``, wherever it stands, makes answer ``i``.
+    """A Llama of one layer that answers: after the question, needle ``i`` at any position gives answer ``i``.
 
     Tokens are one-hot in the first half of the hidden state, answers are written to its second half. The question's
     query and the needles' keys meet in the pair of dimensions that RoPE turns slowest, too slow to matter here.

@@ -1,4 +1,4 @@
-"""``Variants``: what Triton would compile on a GPU, recorded where kernels are launched."""
+"""``Variants``: kernel variants that Triton would compile on a GPU, recorded at their launches."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ LENGTHS = (
 
 
 class Variants:
-    """Within it launches are recorded, and run. What the last kernel of a chunk computes decides no launch: it may be
-    left out."""
+    """Context manager that records launches and runs them. The attention kernel may be skipped: no later launch depends
+    on its result."""
 
     def __init__(self, run_attention: bool = True) -> None:
         self.found: list[Any] = []
@@ -71,7 +71,7 @@ class Variants:
 
 
 def _kind(value: Any) -> Any:
-    """What Triton compiles anew for, as far as arguments that are not named in the kernel decide it."""
+    """What Triton specialises on for an argument that is not excluded from specialisation."""
     if isinstance(value, torch.Tensor):
         return [str(value.dtype), value.data_ptr() % 16 == 0]
     return [type(value).__name__, isinstance(value, int) and value % 16 == 0]

@@ -51,7 +51,7 @@ def make_known(monkeypatch: pytest.MonkeyPatch, layers: Sequence[Any]) -> list[s
 
 
 def record_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What our builders and implementations log once, from now on, at every time."""
+    """Record every message that our builders and implementations log once, each time it is logged."""
     from minference_vllm.backend import metadata_builder, sparse_prefill
 
     lines: list[str] = []
@@ -77,7 +77,8 @@ def planned(layer: Any, asked: dict[int, str], build: Callable[[], Any]) -> Any:
 
 
 def assert_right(layer: Any, output: torch.Tensor, sparse: Sequence[int]) -> None:
-    """Sparse requests as their (latest) index says, all others dense; in the accuracy of the type."""
+    """Sparse requests match attention under their (latest) index, all others dense attention, to the accuracy of
+    the type."""
     batch, options = layer.batch, getattr(layer, "options", {})
     indices = dict(zip(sparse, layer.indices[-len(sparse) :], strict=True))
     for request, context in enumerate(batch.context_lens):

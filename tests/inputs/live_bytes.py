@@ -1,4 +1,4 @@
-"""``LiveBytes``: how much memory tensors take, counted on a device without data too."""
+"""``LiveBytes``: peak memory of tensors, also counted on the meta device."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 KNOWN: dict[Any, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
-"""Shape, strides and type of operations' results without data, by the operation and what it was asked for."""
+"""Cached shape, strides and dtype of results on the meta device, by operation and arguments."""
 
 
 def question(part: Any) -> Any:
-    """What of an argument decides an operation's result on a device without data."""
+    """The properties of an argument that determine an operation's result on the meta device."""
     if isinstance(part, torch.Tensor):
         return part.shape, part.stride(), part.dtype, part.device
     return tuple(map(question, part)) if isinstance(part, list | tuple) else (type(part), part)
 
 
 def run(func: Any, args: Any, kwargs: Any) -> Any:
-    """``func``. Nearly all of its time goes into the shape of its result: without data, the same question has the same
-    answer."""
+    """Call ``func``. On the meta device nearly all of its time is spent on the result's shape, which is cached."""
     if func._schema.is_mutable or len(func._schema.returns) != 1 or func._schema.returns[0].alias_info:
         return func(*args, **kwargs)
     key = func, question(args), question(list(kwargs.items()))
@@ -38,7 +37,7 @@ def run(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 class LiveBytes(TorchDispatchMode):
-    """The most bytes that live tensors have held at once."""
+    """The peak number of bytes held by live tensors."""
 
     def __init__(self, *given: torch.Tensor) -> None:
         """``given``: tensors that do not count."""

@@ -31,7 +31,7 @@ TILINGS = {
 
 
 def random_quantized(heads: int, tiling: Tiling, rank: int, sharpness: float, queries: int = 0) -> QuantizedQK:
-    """Up to so many random queries of every tile, or its rows, and keys."""
+    """Random keys, and up to ``queries`` random queries of every tile (0: all its rows)."""
     length, chunk = tiling.seq_len, tiling.seq_len - tiling.context_len
     generator = torch.Generator().manual_seed(length + rank)
     query = torch.randn(heads, queries * tiling.num_tiles or chunk, rank, generator=generator) * sharpness
@@ -42,12 +42,12 @@ def random_quantized(heads: int, tiling: Tiling, rank: int, sharpness: float, qu
 def as_quantized(
     query: torch.Tensor, keys: torch.Tensor, tiling: Tiling, queries: int = 0, few: int = 0
 ) -> QuantizedQK:
-    """Of up to so many queries of every tile, which see all of it, or of its rows, and keys ``[h, S, r]`` whose
-    products are in bits.
+    """Quantize keys ``[h, S, r]`` and up to ``queries`` queries of every tile, which see all of it (0: all its rows).
+    Products are in bits.
 
     Args:
         query: ``[h, T * queries, r]``, or ``[h, chunk, r]``.
-        few: every third tile has all of its queries, and others so many, or half; 0: all have all.
+        few: every third tile has all of its queries, the others ``few`` or half of that; 0: every tile has all.
     """
     if not queries:
         rows = all_rows(query, tiling)
@@ -64,7 +64,7 @@ def as_quantized(
 
 
 def lookups(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every row looks at one key of its own, anywhere before it; queries ``[CHUNK, 1, DIM]``, keys ``[1, S, DIM]``."""
+    """Every row attends one key of its own, anywhere before it; queries ``[CHUNK, 1, DIM]``, keys ``[1, S, DIM]``."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.nn.functional.normalize(torch.randn(LENGTH, DIM // 2, generator=generator), dim=1)
     target = (torch.rand(CHUNK, generator=generator) * torch.arange(CONTEXT, LENGTH)).long()
@@ -74,7 +74,7 @@ def lookups(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def neighbours(sink: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every row looks at the 150 keys before it, and at the first one, or not."""
+    """Every row attends the 150 keys before it, and with ``sink`` the first key."""
     place = torch.arange(LENGTH, dtype=torch.float32)[:, None] / LENGTH * 3.0
     angle = place * torch.randn(DIM // 2 - 1, generator=torch.Generator().manual_seed(0)) * 20
     keys = torch.cat([angle.cos(), angle.sin(), torch.zeros(LENGTH, 2)], 1)
@@ -92,8 +92,8 @@ def missed_below(mass: torch.Tensor) -> torch.Tensor:
 
 
 def threshold_of_levels(sample: CalibrationRows, mass: torch.Tensor, gamma: float) -> torch.Tensor:
-    """``CalibrationRows.threshold`` where what is missed is known at the kernel's levels, and its square root lies on
-    lines from one to the next."""
+    """``CalibrationRows.threshold`` if the missed share is known only at the kernel's levels, with its square root
+    interpolated linearly between them."""
     from minference_vllm.triton_kernels.calibration import LEVELS
 
     missed = missed_below(mass)[..., list(LEVELS.value)]
@@ -130,8 +130,8 @@ def ramps() -> torch.Tensor:
 def _between_levels(
     sample: CalibrationRows, missed: torch.Tensor, levels: Sequence[int], missable: float, most_missable: float
 ) -> torch.Tensor:
-    """int32 ``[h]``: the highest bin at which no group of rows misses more, and none alone; ``missed``: float64
-    ``[h, R, L]``."""
+    """int32 ``[h]``: the highest bin at which no group of rows misses more than ``missable``, and no single row more
+    than ``most_missable``; ``missed``: float64 ``[h, R, L]``."""
     spread, *others = (
         missed.gather(1, places[..., None].expand(-1, -1, len(levels))) for places in (sample.spread, *sample.others)
     )

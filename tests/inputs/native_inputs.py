@@ -40,11 +40,11 @@ def in_layout(batch: PagedBatch, layout: Layout) -> PagedCache:
 def small_batch(
     chunk: int, context: int, heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, block_size: int = 32
 ) -> PagedBatch:
-    """One request, with NaN behind its last token."""
+    """One request, with NaN past its last token."""
     return make_batch([chunk], [context], heads, kv_heads, head_size, block_size, dtype, behind=torch.nan)
 
 
 def budget(dtype: torch.dtype) -> float:
-    """What an output may be off by, as a share of the largest: two roundings to the type (of the weights, where the
+    """Tolerance of an output, as a share of the largest: two roundings to the type (of the weights, where the
     build multiplies bf16, and of the output); in float32 the exponential's error, and a sum of hundreds."""
     return max(2 * torch.finfo(dtype).eps, 3e-6)

@@ -25,7 +25,7 @@ from minference_vllm.patterns.kinds import (
     VerticalSlash,
 )
 
-# With fewer heads than patterns the first ones are taken, so those that differ most come first.
+# With fewer heads than patterns only the first ones are used, so those that differ most come first.
 PATTERNS: tuple[HeadPattern, ...] = (
     VerticalSlash(vertical=60, slash=120),
     BlockSparse(top_k=2),
@@ -36,7 +36,7 @@ PATTERNS: tuple[HeadPattern, ...] = (
     VerticalSlash(vertical=33, slash=0),
     AShape(sink=0, local=1),
 )
-# The tests' attention is nearly flat: small shares of its mass leave something out.
+# The tests' attention is nearly flat: only a small gamma leaves keys out.
 ADAPTIVE: tuple[HeadPattern, ...] = (
     Coverage(gamma=0.4, min_budget=0),
     Antidiagonal(stride=16, tau=0.4),
@@ -52,7 +52,7 @@ ADAPTIVE: tuple[HeadPattern, ...] = (
 
 @dataclass
 class PagedBatch:
-    """Requests whose keys and values lie in shuffled pages; pages that belong to nobody are NaN."""
+    """Requests whose keys and values lie in shuffled pages; pages without an owner are NaN."""
 
     query: torch.Tensor
     key_cache: torch.Tensor
@@ -86,10 +86,10 @@ class PagedBatch:
         return PagedCache(self.key_cache.transpose(1, 2), self.value_cache.transpose(1, 2), "rows")
 
     def inputs(self, request: int = 0, cache: PagedCache | None = None, page_means: PageMeans | None = None) -> Inputs:
-        """One request's.
+        """Inputs of one request.
 
         Args:
-            cache: the batch's in another layout.
+            cache: the batch's cache in another layout.
         """
         rows = self.rows(request)
         chunk = Chunk(request, rows.start, self.context_lens[request], int(self.seq_lens[request]))
@@ -121,12 +121,12 @@ def make_batch(
     """Random requests.
 
     Args:
-        behind: what the slots behind a request's last token hold; the default is large enough to show.
+        behind: value of the slots past a request's last token; the default is large enough to show.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     lengths = [query + context for query, context in zip(query_lens, context_lens, strict=True)]
     blocks = [-(-length // block_size) for length in lengths]
-    total = sum(blocks) + 3  # three pages that belong to nobody
+    total = sum(blocks) + 3  # three pages without an owner
     shape = (total, block_size, kv_heads, head_size)
     caches = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)]
     here = torch.empty(0).device

@@ -24,7 +24,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def eager(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float) -> Any:
-    """Attention as plain torch does it in the inputs' type: the yardstick for the error."""
+    """Attention by plain torch in the inputs' type: the yardstick for the error."""
     heads = query.shape[1]
     scores = product(query.transpose(0, 1), reference.repeat_heads(keys.to(query.dtype), heads).transpose(1, 2)) * scale
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
@@ -51,7 +51,7 @@ def check(
     """Every request's output against attention under the mask of its index.
 
     Args:
-        roundings: of the largest output that are allowed. Of a few rows eager attention may by luck err by nothing.
+        roundings: allowed roundings of the largest output. With few rows, eager attention may happen to be exact.
     """
     scale = batch.scale if scale is None else scale
     assert len(indices) == len(batch.seq_lens)

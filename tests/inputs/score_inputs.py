@@ -1,4 +1,4 @@
-"""``TorchScores`` of queries and keys that are given as rows."""
+"""``TorchScores`` of queries and keys given as rows."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def scores_of(
     kind: type[TorchScores] = TorchScores,
     **features: Any,
 ) -> TorchScores:
-    """Of queries ``[chunk, H, D]``, the last of a sequence with keys ``[HK, S, D]``; values are not read.
+    """Scores of queries ``[chunk, H, D]``, the last of a sequence with keys ``[HK, S, D]``; values are not read.
 
     Args:
         kind: the class, or a subclass that stands in for a part of it.
-        features: of ``Inputs``.
+        features: further fields of ``Inputs``.
     """
     return kind(replace(Inputs.of_rows(query, keys, keys, scale, block_size), **features))

@@ -1,4 +1,4 @@
-"""Models that are attention and feed-forward layers alone, with what current families add to them."""
+"""Models of attention and feed-forward layers only, with the variations of current families."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from tiny_models import SIZES, VOCABULARY, WINDOWED, random_model, save
 
 WITHOUT_HEAD_DIM = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"num_attention_heads": 4}
-"""For families whose heads are as large as their number says."""
+"""For families whose head size follows from the number of heads."""
 PER_LAYER_INPUTS = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32}
 SHARING = {"num_hidden_layers": 6, "layer_types": [*WINDOWED, *WINDOWED[:2]], "num_kv_shared_layers": 2}
 """The last two layers read the caches of the two before."""
 NOT_SCALED = 1.0
-"""How much sharper attention has to be where no square root of the head size divides its scores."""
+"""Sharpening factor for families that do not divide scores by the square root of the head size."""
 
 
 def gemma2(folder: Path, window: int) -> Path:

@@ -1,6 +1,6 @@
 """Models whose attention layers stand between layers without keys: linear attention, Mamba2, short convolutions.
 
-vLLM makes the pages of their attention layers as large as what those other layers keep of a request.
+vLLM makes the pages of their attention layers as large as the state that the other layers keep per request.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GATED_DELTA_NETS: dict[str, Any] = {
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
 }
-"""Heads of 256, as Qwen's have; pages of 640 tokens come of the rest."""
+"""Heads of 256, as Qwen's have; the other sizes lead to pages of 640 tokens."""
 
 
 def qwen3_next(folder: Path) -> Path:
@@ -57,7 +57,7 @@ def lfm2(folder: Path) -> Path:
     """Short convolutions and attention in turns."""
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
-    # What transformers does not know, vLLM reads from real checkpoints.
+    # Fields of real checkpoints that vLLM reads and transformers does not know.
     shapes = {"conv_dim": 256, "block_dim": 256, "conv_L_cache": 3, "block_auto_adjust_ff_dim": False}
     config = Lfm2Config(**WITHOUT_HEAD_DIM, layer_types=["conv", "full_attention"] * 2, **shapes)
     return save(random_model(Lfm2ForCausalLM, config), folder)

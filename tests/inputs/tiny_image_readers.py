@@ -1,4 +1,4 @@
-"""Models that read images, too; the tests give them text alone."""
+"""Models that also read images; the tests give them only text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiny_models import SIZES, VOCABULARY, random_model, save
 
 SECTIONS = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}
 QWEN_TEXT: dict[str, Any] = {**WITHOUT_HEAD_DIM, "vocab_size": VOCABULARY + 8, "rope_parameters": SECTIONS}
-"""Positions in three dimensions. Tokens that stand for images have numbers that no prompt has."""
+"""Positions in three dimensions. Image tokens have ids that no prompt contains."""
 MARKS = {
     name: VOCABULARY + number
     for number, name in enumerate(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"))
@@ -19,19 +19,19 @@ MARKS = {
 
 
 TEXT_ALONE: dict[str, Any] = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
-"""Arguments of ``LLM``: no room is kept for images."""
+"""Arguments of ``LLM``: reserve no memory for images."""
 
 
 def torchvision_environment(folder: Path) -> dict[str, str]:
-    """What lets vLLM import these models: where torchvision is missing, a stand-in that is written to this folder."""
+    """Environment in which vLLM can import these models: if torchvision is missing, with a stand-in in this folder."""
     if importlib.util.find_spec("torchvision") is not None:
         return {}
     return {"PYTHONPATH": str(torchvision_stand_in(folder))}
 
 
 def torchvision_stand_in(folder: Path) -> Path:
-    """Modules named torchvision, of which no function works: vLLM and transformers import it for images, which a text
-    has none of, and no build of it runs with a CPU build of torch from PyPI."""
+    """Modules named torchvision without working functions. vLLM and transformers import it for images, which the tests
+    do not use, and no build of it runs with a CPU build of torch from PyPI."""
     package, metadata = folder / "torchvision", folder / "torchvision-0.28.0.dist-info"
     package.mkdir(parents=True)
     metadata.mkdir()

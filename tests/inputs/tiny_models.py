@@ -1,5 +1,5 @@
-"""What models of a few small layers with random weights have in common, and a tokenizer whose words are ``w0`` ...
-``w511``; the models stand in ``tiny_decoders``, ``tiny_hybrids`` and ``tiny_image_readers``."""
+"""Common parts of models of a few small layers with random weights, and a tokenizer whose words are ``w0`` ...
+``w511``; the models are in ``tiny_decoders``, ``tiny_hybrids`` and ``tiny_image_readers``."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ SIZES: dict[str, Any] = {
 }
 """Weights large enough that attention is peaked and that the best token leads clearly."""
 WINDOWED = ["sliding_attention", "full_attention"] * 2
-"""Kinds of the layers, where every second one has a sliding window."""
+"""Layer types if every second layer has a sliding window."""
 
 
 def random_model(kind: Any, config: Any, sharper: float = 4.0) -> Any:
     """A model of transformers with a fixed seed, whose attention is peaked and whose answers depend on it.
 
-    All tokens have something in common, so that rows look at the same keys: random ones share nothing, and a tile of
-    them needs most of a short prompt. What the answers are made of does not know it, or they would be alike.
+    All embeddings share a common direction, so that rows attend the same keys: with fully random ones a tile needs most
+    of a short prompt. The values are orthogonal to it, or all answers would be alike.
 
     Args:
-        sharper: what queries are multiplied by, and keys where both have norms of their own.
+        sharper: factor for the queries, and for the keys too if both have norms of their own.
     """
     torch.manual_seed(0)
     model = kind(config)
@@ -49,7 +49,7 @@ def random_model(kind: Any, config: Any, sharper: float = 4.0) -> Any:
         rows = weight.data
         match name.split(".")[-2:]:
             case ["q_norm" | "k_norm" | "q_layernorm" | "k_layernorm", _]:
-                # Whatever the projections make, queries and keys are as large as these say. They may count from 0 or 1.
+                # These norms alone set the size of queries and keys. Their weights may be offsets from 0 or 1.
                 rows += sharper - 1
             case ["q_proj", "weight"]:
                 rows *= sharper
@@ -60,13 +60,13 @@ def random_model(kind: Any, config: Any, sharper: float = 4.0) -> Any:
                 rows[: config.num_attention_heads * size] *= sharper
                 _without(rows[-config.num_key_value_heads * size :], common)
             case ["post_attention_layernorm" | "post_feedforward_layernorm", _] if tied:
-                # What a layer adds must outweigh the token itself, whose embedding is also what it is recognised by.
+                # A layer's output must outweigh the token's own embedding, which is also its row of the output head.
                 rows += 3
     return model
 
 
 def _without(rows: torch.Tensor, common: torch.Tensor) -> None:
-    """Make rows of weights orthogonal to it, in place."""
+    """Make rows of weights orthogonal to ``common``, in place."""
     rows -= torch.outer(rows @ common, common) / common.square().sum()
 
 

@@ -15,8 +15,8 @@ from minference_vllm.patterns.kinds import HeadPattern
 
 
 def paged(rows: torch.Tensor, pages: torch.Tensor, block_size: int) -> torch.Tensor:
-    """``[S, HK, D]`` rows as ``[num_blocks, HK, B, D]``; everything that the sequence does not own is NaN: pages of
-    others, and the last page past the end."""
+    """``[S, HK, D]`` rows as ``[num_blocks, HK, B, D]``; everything that the sequence does not own is NaN: other
+    pages, and the last page past the end."""
     length, kv_heads, dim = rows.shape
     padded = torch.full((len(pages) * block_size, kv_heads, dim), torch.nan)
     padded[:length] = rows.float()
@@ -32,7 +32,7 @@ def side_by_side(cache: PagedCache) -> PagedCache:
 
 
 def with_gaps(cache: PagedCache) -> PagedCache:
-    """Strides that are multiples of 8 and not of 16; what lies between is NaN."""
+    """Strides that are multiples of 8 and not of 16; the gaps are NaN."""
 
     def spread(pages: torch.Tensor) -> torch.Tensor:
         blocks, heads, size, dim = pages.shape
@@ -61,7 +61,7 @@ def shuffled(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> Inputs:
-    """Of rows ``[chunk, H, D]`` and ``[S, HK, D]``, in pages of random order; see ``paged`` for all others."""
+    """Inputs from rows ``[chunk, H, D]`` and ``[S, HK, D]``, in pages of random order; see ``paged`` for the rest."""
     blocks = -(-len(keys) // block_size)
     pages = torch.randperm(blocks + 2)[:blocks]
     cache = PagedCache(paged(keys, pages, block_size), paged(values, pages, block_size), "rows", key_scale, value_scale)
@@ -70,7 +70,7 @@ def shuffled(
 
 
 def row_counts(index: SparseIndex) -> torch.Tensor:
-    """float32 ``[H, chunk, S]``: how often keys count in each row; up to the tile's last, of which it sees some."""
+    """float32 ``[H, chunk, S]``: how often keys count in each row; includes keys up to the tile's last row."""
     tiling = index.tiling
     rows = torch.arange(tiling.context_len, tiling.seq_len)
     return index.tile_counts(torch.searchsorted(tiling.starts, rows, right=True) - 1, last=tiling.seq_len)

@@ -1,9 +1,9 @@
-"""Mends for triton's CPU interpreter (``TRITON_INTERPRET=1``), which gets bf16 wrong. Import before running a kernel.
+"""Fixes for triton's CPU interpreter (``TRITON_INTERPRET=1``), which gets bf16 wrong. Import before running a kernel.
 
 Seen on triton 3.6 to 3.9: ``tl.dot`` multiplies the raw bits of bf16 operands, and casts from float32 truncate where
-GPUs round. ``test_triton_kernels.py`` keeps a self-test that both are mended.
+GPUs round. ``test_triton_kernels.py`` has a self-test that both are fixed.
 
-Two things that take it half of its time and change nothing are left out.
+Two steps that take half of its time and change nothing are skipped.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ Builder.create_dot, Builder.cast_impl = create_dot, cast_impl
 
 
 def patch_lang(function: Any) -> Any:
-    """Not again for every function that a kernel calls, once the modules that it sees are patched."""
+    """Skip functions called by a kernel if the modules that they see are already patched."""
     seen = [module for module in function.__globals__.values() if module is tl or module is tl.core]
     return _patch_lang(function) if any(tl.core.is_builtin(module.load) for module in seen) else None
 
 
 interpreter._patch_lang = patch_lang
-# It computes whether integers overflow, and drops the answer unless it is in its debug mode.
+# It checks integers for overflow, and ignores the result unless in debug mode.
 options = interpreter.interpreter_builder.options
 if not options.debug:
     interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)

@@ -11,7 +11,7 @@ from minference_vllm.kernels.native import library
 
 @pytest.fixture(params=BUILDS, ids=lambda param: f"{param[0]}-{param[1]}".replace("torch.", ""))
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """Served by each build of our CPU kernels that the processor can run, not the best alone."""
+    """Types for each build of our CPU kernels that the processor can run, not only the best one."""
     build, dtype = request.param
     loaded = library.load(build)
     if loaded is None:

@@ -113,7 +113,7 @@ def test_the_budget_is_that_of_several_trials_and_counts_what_comes_before_the_t
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is asked of events in place of CUDA's."""
+    """Calls to stand-ins for CUDA events."""
     asked: list[str] = []
 
     class Event:

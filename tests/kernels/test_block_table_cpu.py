@@ -1,4 +1,4 @@
-"""The two ways in which ``block_table`` shows vLLM's CPU kernel its memory: where it lies, and copied."""
+"""The two ways in which ``block_table`` passes memory to vLLM's CPU kernel: in place, and copied."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def chunk(
     """Inputs with a cache in the kernel's layout, index with single columns, and the float64 answer.
 
     Args:
-        elsewhere: what the cache holds where the sequence has no token.
+        elsewhere: value of the cache slots that hold no token of the sequence.
     """
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(length - CONTEXT, HEADS, DIM, generator=generator).to(dtype)
@@ -52,7 +52,7 @@ def chunk(
     inputs = Inputs(query, PagedCache(key, value, layout), pages, Chunk(0, 0, CONTEXT, length), SCALE)
     by_head = keys.transpose(0, 1), values.transpose(0, 1)
     tiling = Tiling.of(CONTEXT, length, size, 128, column_multiple=size)
-    # Scores of the rows: in the pages there may be NaN.
+    # Scores of the rows, since the pages may contain NaN.
     scores = TorchScores(Inputs.of_rows(query, *by_head, SCALE, size))
     index = build_index(tiling, [VerticalSlash(vertical=60, slash=0)] * HEADS, scores)
     assert bool(index.num_columns.any())
@@ -113,7 +113,7 @@ def test_what_lies_behind_the_last_token_makes_no_difference(
 
 
 def test_a_full_last_page_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing lies behind its last token."""
+    """There is no memory past its last token."""
     monkeypatch.setattr(block_table, "_with_clean_end", None)
     inputs, index, expected = chunk(length=22 * SIZE)
     assert float((attended(inputs, index).double() - expected).abs().max()) < 0.01

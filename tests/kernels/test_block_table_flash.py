@@ -1,4 +1,4 @@
-"""``block_table`` on FlashAttention: what it asks for, with float64 attention in FlashAttention's place."""
+"""``block_table`` on FlashAttention: its calls, with float64 attention in place of FlashAttention."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def chunk(
     capacity = plan_capacity(PATTERNS, context, length, size, tile, list_everything=True)
     heads_per_list = HEADS // kv_heads if shared else 1
     scores = TorchScores(Inputs.of_rows(query[:, ::heads_per_list], *by_head, SCALE, size))
-    # Whatever pattern made them: to the kernel lists are lists.
+    # Any patterns will do: the kernel sees only lists.
     index = build_index(tiling, PATTERNS[: HEADS // heads_per_list], scores, capacity)
     index = replace(index, heads_per_list=heads_per_list)
     return inputs, index, reference.masked_attention(query, *by_head, index.to_mask(), SCALE)

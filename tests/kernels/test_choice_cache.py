@@ -1,4 +1,4 @@
-"""The fastest kernel on disk: found again by the same key, ignored whatever else a file may hold, written whole."""
+"""The fastest kernel on disk: found again by the same key, written atomically; files with other content are ignored."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The kernel ``fa4`` against float64, with torch in FlashAttention 4's place and our kernel in Triton's interpreter.
 
-As in ``test_triton_kernels.py`` this file is both the test and, run as a script, the process with the interpreter. What
-FlashAttention 4 is asked for is tested by itself in ``test_fa4_lists.py``.
+As in ``test_triton_kernels.py`` this file is both the test and, run as a script, the process with the interpreter. The
+lists passed to FlashAttention 4 are tested by themselves in ``test_fa4_lists.py``.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run_remainder_case(name: str) -> dict[str, Any]:
     from minference_vllm.kernels.fa4 import attention
     from minference_vllm.prefill import remainder
 
-    core.SAMPLED_KEYS = 50  # so that short sequences have steps, too
+    core.SAMPLED_KEYS = 50  # so that short sequences have steps too
     case = CASES[name]
     inputs, index = case.inputs(), case.index()
     heads = [0, 2, 3, 5]
@@ -95,7 +95,7 @@ def run_remainder_case(name: str) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "error": float((out.double() - exact).abs().max()),
-        # Rounded by FlashAttention 4, and by our kernel with its weights.
+        # FlashAttention 4 rounds its output; our kernel rounds weights and output.
         "budget": 3 * torch.finfo(out.dtype).eps * float(exact.abs().max()) + 1e-5,
         "tiles": int((left_out.bias > -torch.inf).sum()),
         "calls": counted.calls,
@@ -147,7 +147,7 @@ def run_served_case(name: str) -> dict[str, Any]:
 
 
 class CountedCalls:
-    """Within it the calls of our kernel are counted."""
+    """Context manager that counts the calls of our kernel."""
 
     def __enter__(self) -> CountedCalls:
         from minference_vllm.kernels.fa4 import attention

@@ -1,4 +1,4 @@
-"""What the kernel ``fa4`` asks FlashAttention 4 for, read from its block lists alone; and where it is refused."""
+"""The block lists that the kernel ``fa4`` passes to FlashAttention 4, and the inputs that it refuses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minference_vllm.kernels.fa4.cache_as_sequence import CacheAsSequence
 
 
 def converted(case: Case) -> tuple[SparseIndex, BlockLists, dict[int, int]]:
-    """The index, its lists, and the logical block of each of their numbers."""
+    """The index, its lists, and the logical block of each block number in them."""
     inputs, index = case.inputs(), case.index()
     step = CacheAsSequence.of(inputs.cache).page_step
     logical = {int(page) * step: number for number, page in enumerate(inputs.pages)}
@@ -25,7 +25,7 @@ def converted(case: Case) -> tuple[SparseIndex, BlockLists, dict[int, int]]:
 
 
 def attended(case: Case, lists: BlockLists, logical: dict[int, int]) -> torch.Tensor:
-    """bool ``[H, chunk, S]``: the pairs that FlashAttention 4 computes, none of them twice."""
+    """bool ``[H, chunk, S]``: the pairs that FlashAttention 4 computes, each at most once."""
     heads, first = len(case.patterns), case.context // BLOCK
     blocks = -(-case.length // BLOCK)
     times = torch.zeros(heads, (blocks - first) * BLOCK, blocks * BLOCK, dtype=torch.int64)
@@ -57,7 +57,7 @@ def test_what_is_left_is_the_columns_and_own_pages(name: str) -> None:
     index = CASES[name].index()
     rest = without_blocks(index)
     assert torch.equal(rest.columns, index.columns)
-    # As the kernel reads it: pages before the tile's own.
+    # The kernel only reads pages before the tile's own.
     starts, size = index.tiling.starts, BLOCK
     own = (starts[1:] - 1) // size - starts[:-1] // size + 1
     assert torch.equal(rest.num_blocks, own.int().expand_as(rest.num_blocks)) and rest.num_blocks.is_contiguous()
@@ -73,7 +73,7 @@ def test_the_index_stays_as_it_is(name: str) -> None:
 
 
 def test_a_page_may_serve_several_blocks() -> None:
-    """As when kernels are timed: the mask must not ask which block a page is."""
+    """As when kernels are timed: the mask must not depend on which block a page holds."""
     case = Case(256, 768)
     inputs, index = case.inputs(), case.index()
     lists = block_lists(index, torch.zeros_like(inputs.pages), 1)
@@ -83,7 +83,7 @@ def test_a_page_may_serve_several_blocks() -> None:
 
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_a_cache_is_a_view(heads_first: bool) -> None:
-    """Every key and value where the block number says it is, without a copy."""
+    """Every key and value is where the block number says, without a copy."""
     inputs = Case(0, 500, kv_heads=3, patterns=Case(0, 1).patterns, heads_first=heads_first).inputs()
     cache, sequence = inputs.cache, CacheAsSequence.of(inputs.cache)
     for whole, view in ((cache.key, sequence.key), (cache.value, sequence.value)):

@@ -29,10 +29,10 @@ from minference_vllm.selection.torch_scores import TorchScores
 pytestmark = pytest.mark.skipif(bool(library.unavailable_reason()), reason=str(library.unavailable_reason()))
 
 FEATURES: dict[str, dict[str, Any]] = {
-    # The tests' scores are as large as a normal distribution's: 1 changes most of them.
+    # The tests' scores are about normally distributed: 1 changes most of them.
     "soft cap": {"softcap": 1.0},
     "high soft cap": {"softcap": 50.0},
-    # From one that takes nothing to one that takes all but everything.
+    # From a sink that takes nothing to one that takes nearly everything.
     "sinks": {"sinks": torch.tensor([-200.0, -3.0, 0.0, 2.0, 5.0, 8.0, 20.0, 200.0])},
     "short window": {"window": 60},
     "window": {"window": 307},
@@ -58,12 +58,12 @@ def with_features(batch: PagedBatch, features: dict[str, Any], layout: Layout = 
 
 
 def mask_of(inputs: Inputs) -> torch.Tensor:
-    """bool ``[chunk, S]``: what a row sees, of the keys that the inputs have."""
+    """bool ``[chunk, S]``: keys of the inputs that each row sees."""
     return reference.causal_mask(inputs.chunk.context_len, inputs.chunk.seq_len, inputs.window)
 
 
 def rows_of(batch: PagedBatch, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """float64 ``[HK, S, D]``: keys and values that the inputs have."""
+    """float64 ``[HK, S, D]``: keys and values of the inputs."""
     return batch.keys(0)[:, inputs.first_key :], batch.values(0)[:, inputs.first_key :]
 
 
@@ -77,7 +77,7 @@ def exact(batch: PagedBatch, inputs: Inputs, index: SparseIndex) -> torch.Tensor
 
 
 def exact_logits(batch: PagedBatch, inputs: Inputs) -> torch.Tensor:
-    """float64 ``[H, chunk, S]``, -inf where a row does not look."""
+    """float64 ``[H, chunk, S]``, -inf for keys that a row does not see."""
     logits = reference.logits(inputs.query, rows_of(batch, inputs)[0], inputs.scale, inputs.softcap)
     return logits.masked_fill(~mask_of(inputs), -torch.inf)
 
@@ -93,7 +93,7 @@ def test_attention(
     out = torch.full_like(batch.query, torch.nan)
     index = attend_chunk(inputs, batch.patterns, kernel, out)
     expected = exact(batch, inputs, index)
-    # Of each head apart: the outputs of one with a strong sink are small. In float16 they are subnormal.
+    # For each head separately: the outputs of a head with a strong sink are small. In float16 they are subnormal.
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     errors, largest = (part.transpose(0, 1).flatten(1).abs().amax(1) for part in (out.double() - expected, expected))
     assert bool((errors <= budget(dtype) * largest + smallest).all())
@@ -124,7 +124,7 @@ def test_any_number_of_threads_gives_the_same_bits(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("chunk, context", [(301, 210), (64, 449), (5, 260)])
 def test_scores(layout: Layout, chunk: int, context: int, features: dict[str, Any], dtype: torch.dtype) -> None:
-    """Of our kernels, and the portable ones."""
+    """Scores of our kernels, and the portable ones."""
     batch, heads = small_batch(chunk, context, 8, 2, 64, dtype), range(1, 8, 2)
     inputs = with_features(batch, features, layout)
     rows = measured_rows.calibration_rows(unlikeness(batch.query.transpose(0, 1)[1::2]), chunk + context).rows

@@ -35,7 +35,7 @@ def swapped(name: str, other: str) -> Fields:
 
 DOCTORED = {
     "missing": (without("seq_len"), "KeyArguments.seq_len is int64 at byte 40 in the library, absent in this package"),
-    # Four bytes of padding follow it: neither a size nor an offset says that it is missing.
+    # Four bytes of padding follow it: neither a size nor an offset shows that it is missing.
     "missing before padding": (
         without("threads"),
         "KeyArguments.threads is int32 at byte 64 in the library, absent in this package",
@@ -65,7 +65,7 @@ DOCTORED = {
 
 @pytest.fixture
 def reopen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str | None]:
-    """Opens the libraries again, as a process does that starts now; gives ``unavailable_reason``."""
+    """Opens the libraries again, as a new process would; returns ``unavailable_reason``."""
     for name in ("_open", "_best"):
         monkeypatch.setattr(library, name, getattr(library, name).__wrapped__)
     return lambda: library.unavailable_reason.__wrapped__(torch.bfloat16)
@@ -85,7 +85,7 @@ def test_a_library_describes_every_structure_field_and_function(build: str) -> N
 @built
 @pytest.mark.parametrize("build", library.INSTRUCTIONS)
 def test_nothing_of_a_library_is_shared_with_those_of_other_builds(build: str) -> None:
-    """gcc marks a static variable of an inline function ``u``: all libraries of a process then have the same one."""
+    """gcc marks a static variable of an inline function ``u``: all libraries of a process then share it."""
     if shutil.which("nm") is None:
         pytest.skip("nm lists a library's symbols")
     loaded = library.load(build)

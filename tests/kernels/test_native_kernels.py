@@ -1,4 +1,4 @@
-"""Our CPU kernels on every page layout, against the float64 reference; what they need, and what runs without them."""
+"""Our CPU kernels on every page layout, against the float64 reference; their requirements and fallbacks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from minference_vllm.selection.torch_scores import TorchScores
 built = pytest.mark.skipif(bool(library.unavailable_reason()), reason=str(library.unavailable_reason()))
 
 
-# All layouts and builds are held against one batch of each shape, and one answer.
+# All layouts and builds share one batch of each shape, and its reference.
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def exact_columns_and_diagonals(*shape: Any) -> tuple[torch.Tensor, torch.Tensor
 
 @functools.cache
 def exact_logits(*shape: Any) -> torch.Tensor:
-    """float64 ``[H, chunk, S]``, of future keys, too."""
+    """float64 ``[H, chunk, S]``, including future keys."""
     batch = small_batch(*shape)
     keys = reference.repeat_heads(batch.keys(0), batch.query.shape[1])
     return batch.query.double().transpose(0, 1) @ keys.transpose(1, 2) * batch.scale
@@ -105,7 +105,7 @@ def test_column_diagonal_scores(
     batch, wanted = small_batch(*shape), list(range(0, heads, 2))
     found = NativeScores(batch.inputs(cache=in_layout(batch, layout))).column_diagonal_scores(wanted)
     for scores, expected in zip(found, exact_columns_and_diagonals(*shape), strict=True):
-        # What is left are float32's sums and the kernel's exponential.
+        # The remaining errors are those of float32 sums and of the kernel's exponential.
         torch.testing.assert_close(scores.double(), expected[wanted], rtol=1e-3, atol=1e-5)
 
 
@@ -132,7 +132,7 @@ def test_row_shares(
 def test_scores_do_not_depend_on_how_threads_share_the_work(
     dtype: torch.dtype, paged_batch: Callable[..., PagedBatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # More keys than one task has, of which threads take whichever is next.
+    # More keys than fit into one task; threads take tasks dynamically.
     batch = paged_batch([301], [4000], dtype=dtype)
     rows = measured_rows.calibration_rows(unlikeness(batch.query.transpose(0, 1)), 4301).rows
 
@@ -175,7 +175,7 @@ def test_the_best_build_that_the_processor_can_run_is_taken(monkeypatch: pytest.
     monkeypatch.setattr(library, "load", libraries.get)
     best = library._best.__wrapped__
     assert best(torch.bfloat16) == ("amx", libraries["amx"])
-    # The other one's instructions multiply bf16.
+    # The instructions of the other builds multiply bf16.
     assert best(torch.float32) == best(torch.float16) == ("avx2", libraries["avx2"])
     del libraries["amx"]
     assert best(torch.bfloat16) == ("avx512bf16", libraries["avx512bf16"])
@@ -248,7 +248,7 @@ def test_of_vllms_head_sizes_those_up_to_256_are_served() -> None:
 
 
 def test_index_and_tiling_fit_the_kernels_types(paged_batch: Callable[..., PagedBatch]) -> None:
-    """ctypes passes addresses, not types: what the kernels read as int32 and int64 must be that."""
+    """ctypes passes addresses, not types: tensors that the kernels read as int32 and int64 must have these types."""
     batch = paged_batch([301], [210])
     inputs, kernel = batch.inputs(), choose("auto", torch.bfloat16, batch.cache)
     index = attend_chunk(inputs, batch.patterns, kernel, torch.empty_like(batch.query))
@@ -262,8 +262,8 @@ def test_index_and_tiling_fit_the_kernels_types(paged_batch: Callable[..., Paged
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("heads, kv_heads, head_size, rank", [(8, 2, 64, 32), (7, 1, 80, 16), (4, 4, 128, 128)])
 def test_key_codes(layout: Layout, heads: int, kv_heads: int, head_size: int, rank: int, dtype: torch.dtype) -> None:
-    """Those of the torch definition but for ties that float32 rounds otherwise; what lies behind the last token, NaN,
-    does not matter, and codes are as large as that definition allows."""
+    """The codes equal the torch definition's except for ties that float32 rounds differently, and stay in its range.
+    NaN past the last token does not matter."""
     batch = small_batch(77, 340, heads, kv_heads, head_size, dtype)
     inputs = batch.inputs(cache=in_layout(batch, layout))
     native, torch_scores = NativeScores(inputs), TorchScores(inputs)
@@ -274,7 +274,7 @@ def test_key_codes(layout: Layout, heads: int, kv_heads: int, head_size: int, ra
     found, right = (scores.key_codes(wanted, projection).int() for scores in (native, torch_scores))
     assert found.shape == (2, 417, rank) and found.abs().max() <= MAX_KEY
     assert (found - right).abs().max() <= 1 and (found != right).float().mean() < 1e-3
-    # Keys that are too long are shortened, not cut.
+    # Keys that are too long are scaled down, not clamped.
     longer = projection._replace(to_key=projection.to_key * 100)
     found, right = (scores.key_codes(wanted, longer).int() for scores in (native, torch_scores))
     assert (found - right).abs().max() <= 1 and found.float().norm(dim=2).max() < MAX_KEY_NORM + rank**0.5

@@ -1,4 +1,4 @@
-"""The remainder by our CPU kernels: against torch's, and the attention that it gives against its float64 definition."""
+"""The remainder by our CPU kernels against torch's, and the resulting attention against its float64 definition."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ SHAPES = [(8, 2, 64), (7, 1, 80), (4, 4, 128)]
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that short sequences have steps, too."""
+    """So that short sequences have steps too."""
     monkeypatch.setattr(core, "SAMPLED_KEYS", 150)
 
 
 def index_of(inputs: Inputs, tile: int = 64, unlisted: float = 0.0) -> SparseIndex:
-    """Of each pattern; so many of the tiles attend everything, without a list."""
+    """An index with each pattern; the share ``unlisted`` of the tiles attends everything, without a list."""
     chunk, size = inputs.chunk, inputs.cache.block_size
     tiling = Tiling.of(chunk.context_len, chunk.seq_len, size, tile, window=inputs.window)
     scores = choose("native", inputs.query.dtype, inputs.cache).scores(inputs)
@@ -53,7 +53,7 @@ def index_of(inputs: Inputs, tile: int = 64, unlisted: float = 0.0) -> SparseInd
 
 
 def check(found: Remainder, right: Remainder) -> None:
-    """The same but for sums of float32; nothing at all where nothing is left out."""
+    """Equal up to float32 sums; no remainder at all where no key is left out."""
     there = right.bias > -torch.inf
     assert torch.equal(found.bias > -torch.inf, there)
     for ours, theirs in zip(found, right, strict=True):
@@ -102,7 +102,7 @@ def with_found(inputs: Inputs, batch: PagedBatch, index: SparseIndex, found: Rem
 def test_it_is_what_its_definition_says(
     layout: Layout, features: dict[str, Any], heads: int, kv_heads: int, head_size: int, dtype: torch.dtype
 ) -> None:
-    """Of a window, keys that no row sees may lie in another request's pages, NaN included."""
+    """With a window, keys that no row sees may lie in another request's pages, including NaN."""
     batch, wanted = small_batch(301, 710, heads, kv_heads, head_size, dtype), [0, heads - 2, heads - 1]
     inputs = replace(batch.inputs(cache=in_layout(batch, layout)), **features)
     index = index_of(inputs)
@@ -148,7 +148,7 @@ def test_lists_may_be_those_of_several_heads_and_in_any_order(dtype: torch.dtype
 
 @pytest.mark.parametrize("wanted", [[], range(8)], ids=str)
 def test_where_nothing_is_left_out(wanted: Sequence[int], dtype: torch.dtype) -> None:
-    """No head has it, or every tile attends everything."""
+    """No head uses the remainder, or every tile attends everything."""
     batch = small_batch(301, 710, 8, 2, 64, dtype)
     inputs = batch.inputs()
     found = native.of_heads(inputs, index_of(inputs, unlisted=1.0 if wanted else 0.0), wanted)
@@ -175,7 +175,7 @@ def test_threads_do_not_change_a_bit(
 
 
 def test_large_scores(dtype: torch.dtype) -> None:
-    """Few keys have a weight at all, and float32 knows it as well as the score."""
+    """Few keys have any weight, and float32 computes it as accurately as the score."""
     batch = small_batch(301, 710, 8, 2, 64, dtype)
     inputs = replace(batch.inputs(), scale=40.0)
     index = index_of(inputs)
@@ -186,7 +186,7 @@ def test_large_scores(dtype: torch.dtype) -> None:
     found, right = (of(inputs, index, range(8)) for of in (native.of_heads, remainder.of_heads))
     for ours, theirs in zip(found[:2], right[:2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=budget * float(theirs.abs().max()))
-    # The bias differs by as much as the score of the key, many times the key: together they are what was left out.
+    # The bias and the key's score may have errors much larger than the key's; their sum is the left-out weight.
     left_out = [bias + (means.transpose(0, 1) * key).sum(2) * inputs.scale for key, _, bias in (found, right)]
     torch.testing.assert_close(*left_out, rtol=0, atol=2 * budget)  # both round two scores each
 

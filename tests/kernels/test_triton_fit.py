@@ -28,11 +28,11 @@ CASES: dict[str, dict[str, Any]] = {
 def test_rows_dimensions_and_codes_are_the_torch_paths(interpreted: dict[str, Any], name: str) -> None:
     found = interpreted[name]
     assert found["finite"] and found["rows"]
-    # float32 instead of float64, and the samples' order.
+    # float32 instead of float64, and another order of the samples.
     assert found["scores"] < 0.01 and found["lost"][0] < found["lost"][1] * 1.01 + 3e-3
     if "degenerate" in CASES[name]:
         return
-    # Elements near the middle of two numbers may be rounded either way.
+    # Elements near the middle between two integers may be rounded either way.
     assert found["largest_difference"] <= 1 and found["different"] < 0.005 and found["spread"] > 10
     assert 100 < found["longest_key"] < 160
     assert found["positions"] == 0 and found["queries"] <= 1 and found["scales"] < 1e-3
@@ -54,7 +54,7 @@ def run_case(
     degenerate: str = "",
     spread: float = 1.0,
 ) -> dict[str, Any]:
-    """From a chunk's queries and the pages to codes, as the kernels and as torch make them."""
+    """Codes of a chunk's queries and of the pages, by the kernels and by torch."""
     import torch
     from triton_inputs import shuffled
 
@@ -93,7 +93,7 @@ def run_case(
 
     exact = queries.double() @ (of_heads - of_heads.mean(1, keepdim=True)).double().transpose(1, 2)
     size = exact.square().mean().sqrt().clamp(min=1e-9)
-    # The rest with one projection for both.
+    # The other steps use the same projection for both.
     codes, right_codes = key_codes.key_codes(inputs, heads, right).int(), quantize_keys(of_heads, right).int()
     low = project_queries(queries, right, 1.0)
     factor = 1 / torch.tensor(2.0).log().item()
@@ -104,13 +104,13 @@ def run_case(
     theirs = QuantizedQK.of(*all_rows(low, tiling), right_codes)
 
     def by_tile(rows: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """``[h, T, n, ...]``, past a tile's count the first one again."""
+        """``[h, T, n, ...]``, with a tile's first row repeated past its count."""
         rows = rows.unflatten(1, (tiling.num_tiles, -1))
         place = torch.arange(rows.shape[2])
         place = torch.where(place < count[..., None], place, 0).view(*rows.shape[:3], *[1] * (rows.dim() - 3))
         return rows.gather(2, place.expand(rows.shape))
 
-    # A tile's in any order.
+    # Representatives of a tile may be in any order.
     in_bits = by_tile(chosen.query, chosen.count) * chosen.bits()[..., None, None]
     rows_of = (by_tile(chosen.position, chosen.count) - context_len).long().flatten(1)[..., None].expand(-1, -1, rank)
     apart = torch.cdist(in_bits, by_tile(right_chosen, expected.count), p=torch.inf) / right_chosen.abs().max()

@@ -209,14 +209,14 @@ def run_case(
     tiling = Tiling.of(context_len, seq_len, block_size, whole_tile(None, block_size))
     patterns = [VerticalSlash(vertical=vertical, slash=16), BlockSparse(top_k=1), AShape(sink=16, local=64), Dense()]
     planned_capacity = plan_capacity(patterns, context_len, seq_len, block_size, tiling.tile)
-    # Whatever pattern made them: to the kernel lists are lists.
+    # Any patterns will do: the kernel sees only lists.
     heads_per_list = heads // kv_heads if shared else 1
     scores = TorchScores(Inputs.of_rows(wide[:, ::heads_per_list], keys, values, scale, block_size))
     capacity = planned_capacity if planned else EXACT_WIDTH
     index = build_index(tiling, patterns[: heads // heads_per_list], scores, capacity)
     index = replace(index, heads_per_list=heads_per_list)
     if counted:
-        # Past a list's end codes are anything.
+        # Codes past a list's end are arbitrary.
         index = replace(index, column_codes=torch.randint(0, 61, index.columns.shape, dtype=torch.uint8))
     sink = torch.randn(heads) if sinks else None
     out = torch.full(query.shape, torch.nan, dtype=kind)
@@ -252,7 +252,7 @@ def run_case(
 
 @contextmanager
 def launched_as_on(major: int) -> Iterator[None]:
-    """Of this compute capability."""
+    """Launch shapes as on GPUs of this compute capability."""
     from minference_vllm.triton_kernels import attention
 
     shape = attention.launch_shape
@@ -263,7 +263,7 @@ def launched_as_on(major: int) -> Iterator[None]:
 
 @contextmanager
 def unwritten_entries_lead_to_nan(inputs: Inputs) -> Iterator[None]:
-    """What is allocated, the kernel's lists, names a page that the sequence does not own until it is written."""
+    """New allocations (the kernel's lists) refer to a page that the sequence does not own until they are written."""
     import torch
 
     page, _, slot, _ = inputs.cache.key.stride()
@@ -275,7 +275,7 @@ def unwritten_entries_lead_to_nan(inputs: Inputs) -> Iterator[None]:
 
 
 def run_shared_case(group: int, context_len: int, seq_len: int, block_size: int) -> dict[str, Any]:
-    """``sparse_prefill`` where all heads of a group select the same keys, and the index that each would have alone."""
+    """``sparse_prefill`` where all heads of a group select the same keys, and the index with a list per head."""
     from triton_inputs import prefill
 
     from minference_vllm import AShape, Dense, TriShape

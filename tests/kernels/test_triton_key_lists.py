@@ -47,7 +47,7 @@ LIST_CASES: dict[str, dict[str, Any]] = {
 def test_thresholds_are_the_torch_paths(interpreted: dict[str, Any], case: tuple[int, float, float]) -> None:
     found = interpreted[f"threshold {list(case)}"]
     assert max(found["differences"]) <= 1 and 0 < found["lowest"] <= found["highest"] < 255
-    # What lies between levels is not known: on the whole rather too low.
+    # Values between levels are not known, so thresholds tend to be too low.
     assert max(found["above"]) <= 2 and -16 < sum(found["above"]) / 3 < 1
     assert found["not numbers"] == found["nothing"] == 0 and found["little"] == found["highest level"]
 
@@ -55,7 +55,7 @@ def test_thresholds_are_the_torch_paths(interpreted: dict[str, Any], case: tuple
 @pytest.mark.parametrize("case", NOISE_CASES, ids=str)
 def test_thresholds_keep_the_noise(interpreted: dict[str, Any], case: tuple[int, float, float]) -> None:
     found = interpreted[f"noise {list(case)}"]
-    # By straight lines between levels: on the whole rather too low.
+    # Linear interpolation between levels, so thresholds tend to be too low.
     assert max(found["above"]) <= 1 and min(found["above"]) >= -3
     assert 148 < found["lowest"] <= found["highest"] < 232, "where the kernel has levels"
     assert found["not numbers"] == found["much"] == 0 and found["little"] == found["highest level"]
@@ -86,7 +86,7 @@ def run_threshold_case(chunk: int, gamma: float, sharpness: float) -> dict[str, 
     torch.manual_seed(0)
     drawn = drawn_rows(chunk, 4 * chunk, torch.device("cpu"))
     count = drawn.sampled + drawn.last + drawn.unlike
-    # Most of the attention, as of real heads, from 3 to 16 bits below the denominator, other keys of every row.
+    # As in real heads, most of the attention lies 3 to 16 bits below the denominator, on different keys for every row.
     middle = torch.linspace(200, 185, count)[:, None] + sharpness * torch.randn(3, count, 1)
     mass = (-(((torch.arange(256) - middle) / 22) ** 2) + 0.2 * torch.randn(3, count, 256)).exp()
     places = torch.arange(count).expand(3, -1)
@@ -94,7 +94,7 @@ def run_threshold_case(chunk: int, gamma: float, sharpness: float) -> dict[str, 
     rows = CalibrationRows(places, sample, tuple(group for group in others if group.shape[1]))
 
     def levels_of(mass: Any) -> Any:
-        """In two parts of the keys, and one that no row sees."""
+        """Levels of two parts of the keys, and of one that no row sees."""
         first = torch.rand(256)
         parts = torch.stack([first, 1 - first, torch.zeros(256)])[None, :, None] * mass[:, None]
         most = parts.amax(-1, keepdim=True)
@@ -130,7 +130,7 @@ def run_noise_case(chunk: int, noise: float, sharpness: float) -> dict[str, Any]
     torch.manual_seed(0)
     drawn = drawn_rows(chunk, 4 * chunk, torch.device("cpu"))
     count = drawn.sampled + drawn.last + drawn.unlike
-    # Keys of every bin: the lower, the more of them, and the less each has.
+    # Keys in every bin: lower bins have more keys with smaller shares.
     bins = torch.arange(256)
     share = torch.exp2((bins - 254 + sharpness * torch.randn(3, count, 1)) / 6)
     keys = torch.exp2((254 - bins) / 9) * (0.3 * torch.randn(3, count, 256)).exp() * (bins > 90) / 40
@@ -141,7 +141,7 @@ def run_noise_case(chunk: int, noise: float, sharpness: float) -> dict[str, Any]
     rows = CalibrationRows(places, sample, tuple(group for group in others if group.shape[1]))
 
     def levels_of(squares: Any) -> Any:
-        """In two parts of the keys with maxima of their own, and one that no row sees."""
+        """Levels of two parts of the keys with their own maxima, and of one that no row sees."""
         first = torch.rand(256)
         parts = []
         for part, of_all, most in ((first, 0.3, 3.0), (1 - first, 0.7, -2.0), (0 * first, 0.0, -torch.inf)):
@@ -197,7 +197,7 @@ def run_list_case(
     tiling = Tiling.of(context_len, seq_len, page, tile, window=window)
     pages = tiling.own().repeat_interleave(page, 1)[:, :seq_len]
     reach = tiling.reachable().repeat_interleave(page, 1)[:, :seq_len]
-    # Some pages full of wanted keys; a head that wants nearly all, and one without a threshold.
+    # Some pages full of selected keys; a head that selects nearly all, and one without a threshold.
     full = (torch.rand(4, tiling.num_tiles, tiling.num_key_blocks) < 0.15).repeat_interleave(page, 2)[..., :seq_len]
     bins = (torch.rand(4, tiling.num_tiles, seq_len) * 100).to(torch.uint8)
     bins = bins.masked_fill_(full, 120).masked_fill_(pages, LOCAL_BIN).mul_(reach)
@@ -211,7 +211,7 @@ def run_list_case(
     right = list(build._planned(tiling, 4, selection, capacity)[:5])
     if of_keys is not None:
         right.append(of_keys.gather(2, right[2].long().clamp(min=0)).masked_fill_(right[2] < 0, 0))
-    heads = [4, 0, 1, 3]  # one list is nobody's
+    heads = [4, 0, 1, 3]  # one list belongs to no head
     ours = Lists.empty((5, tiling.num_tiles), capacity.blocks, width, bins.device, 4 * sampled)
     key_lists.BinLists(tiling, bins, found.threshold, sampled).write(ours, heads)
     untouched = Lists.empty((2, tiling.num_tiles), capacity.blocks, width, bins.device, 1 * sampled)

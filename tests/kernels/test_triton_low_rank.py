@@ -70,7 +70,7 @@ MASS_CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", list(CASES))
 def test_bins_are_the_torch_paths(interpreted: dict[str, Any], name: str) -> None:
     found = interpreted[name]
-    # Sums in another order may round a bin the other way.
+    # Sums in another order may round a bin differently.
     assert found["largest_difference"] <= 1 and found["different"] < 0.01
     assert found["own_and_later"] == 0
     if name == "each row looks at a key far before it":
@@ -91,9 +91,9 @@ def test_the_index_is_the_torch_paths(interpreted: dict[str, Any], case: tuple[i
     found = interpreted[f"index {list(case)}"]
     assert found["different"] < 0.002, "share of pairs, where bins or thresholds round otherwise"
     assert found["repeated"] == 0, "the same index twice"
-    # Flat heads are dense by representatives.
+    # With representatives flat heads are dense.
     assert max(found["density"][:3]) < 0.7 and found["columns"] > 0
-    # One key more or less before others moves the sample by one.
+    # One key more or less shifts the sample of the following keys by one.
     assert found["sampled"] == [4, 5] and found["counts"] < 0.01 and (found["drawn"] > 0.01 or not case[0])
     assert found["error"] < 3e-5, "float32, of scores in the tens"
 
@@ -136,7 +136,7 @@ def run_case(
     from minference_vllm.triton_kernels import low_rank as kernels
     from minference_vllm.triton_kernels import tile_bins as bins_by_tile
 
-    # So that short sequences have several, too.
+    # So that short sequences have several too.
     bins_by_tile.STRIP = representative_bins.STRIP = 256
     approx_lse.GROUPS_PER_PART, approx_lse.BLOCK_M = 4, 32
     torch.manual_seed(0)
@@ -186,8 +186,8 @@ def run_mass_case(
     values: float = 1.0,
     squared: bool = False,
 ) -> tuple[float, float]:
-    """The largest error of a share that is missed below a level, or of squares by ramps, and of the sums of a second
-    run."""
+    """The largest error of the missed shares below the levels, or of the squares by ramps; and the largest difference
+    of the sums in a second run."""
     import dataclasses
 
     import torch
@@ -241,11 +241,11 @@ def run_index_case(context_len: int, seq_len: int, page: int) -> dict[str, Any]:
     from minference_vllm.selection.measured_rows import CalibrationRows
     from minference_vllm.selection.torch_scores import TorchScores
 
-    # Of levels, as the kernel's.
+    # Thresholds from levels, like the kernel's.
     CalibrationRows.threshold = threshold_of_levels  # type: ignore[method-assign]
     CalibrationRows.sampling_threshold = noise_threshold_of_levels  # type: ignore[method-assign]
 
-    # Heads that are scored together are not all neighbours.
+    # Not all heads that are scored together are neighbours.
     patterns = [
         LowRank(gamma=0.5),
         LowRank(gamma=0.5),

@@ -44,7 +44,7 @@ def test_longest_tiles_come_first(interpreted: dict[str, Any], name: str) -> Non
 
 
 def test_tiles_of_like_work_keep_their_order(interpreted: dict[str, Any]) -> None:
-    """Those of one KV head stay side by side, and read the same pages together."""
+    """Tiles of one KV head stay adjacent, so that they read the same pages at the same time."""
     for found in interpreted.values():
         for (work, item), (next_work, next_item) in pairwise(zip(found["work"], found["order"], strict=True)):
             assert work > next_work or item < next_item
@@ -73,7 +73,7 @@ def test_a_cache_whose_places_need_more_than_32_bits_is_refused() -> None:
 
 
 def test_the_widest_lists_stay_within_the_stated_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last 8K of a million tokens, 32 heads: lists of blocks and of columns with all the room that they may get."""
+    """The last 8K of a million tokens, 32 heads: lists of blocks and of columns with their maximum capacity."""
     import torch
     from live_bytes import LiveBytes
 
@@ -105,7 +105,7 @@ def test_the_widest_lists_stay_within_the_stated_memory(monkeypatch: pytest.Monk
 
 
 def prepare(seq_len: int, context_len: int, block_size: int, group: int, shared: int) -> tuple[Inputs, SparseIndex]:
-    """Of two KV heads, with dense tiles that have no list."""
+    """Inputs of two KV heads, and an index with dense tiles that have no list."""
     import torch
     from triton_inputs import shuffled
 
@@ -165,7 +165,7 @@ def run_case(seq_len: int, context_len: int, block_size: int, block_n: int, grou
         wrong += [(one, tile, "single")] * (
             found.singles[row * found.max_singles :][: len(singles)].tolist() != singles
         )
-    # Items go by KV head, then by tile, then by the lists of the KV head.
+    # Items are ordered by KV head, then by tile, then by the lists of the KV head.
     work = (index.num_blocks * block_size + index.num_columns).view(2, lists // 2, tiles).transpose(1, 2).flatten()
     order = found.order.tolist()
     return {

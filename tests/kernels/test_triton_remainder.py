@@ -163,12 +163,12 @@ def run_case(
     from minference_vllm.triton_kernels import attention
     from minference_vllm.triton_kernels import remainder as kernels
 
-    # So that short sequences have steps, too.
+    # So that short sequences have steps too.
     core.SAMPLED_KEYS = sampled
     torch.manual_seed(0)
     kind, heads = getattr(torch, dtype), list(heads)
     stored = torch.float8_e4m3fn if fp8 else kind
-    # Means of tiles are not near zero.
+    # Keep the tiles' means away from zero.
     query = (torch.randn(seq_len - context_len, num_heads, head_size) + torch.randn(num_heads, head_size)).to(kind)
     rows = [(torch.randn(seq_len, kv_heads, head_size) + torch.randn(head_size)).to(stored) for _ in range(2)]
     scales = (0.75, 2.0) if fp8 else (1.0, 1.0)
@@ -237,15 +237,14 @@ def run_case(
         "plain_error": float((plain.double() - exact)[:, heads].abs().max()),
         "merged_error": float((out.double() - merged.double()).abs().max()),
         "lse_error": float((lse - torch.logaddexp(own_lse, logits)).abs().max()),
-        # Rounded by the kernel, and when the remainder was added; 16 bits round weights, too.
+        # Rounded by the kernel, and again when the remainder is added; 16-bit types round weights too.
         "out_budget": 3 * eps * largest + 1e-5,
         "lse_budget": max(2e-5, eps),
     }
 
 
 def run_served_case(shared: bool) -> dict[str, float]:
-    """``sparse_prefill`` by planned sizes, of some heads with the remainder; lists are those of pairs of heads, or each
-    head's own."""
+    """``sparse_prefill`` with planned sizes, some heads with the remainder; lists per pair of heads, or per head."""
     from triton_inputs import prefill
 
     from minference_vllm import AShape, Dense, VerticalSlash, reference
@@ -272,7 +271,7 @@ def run_served_case(shared: bool) -> dict[str, float]:
 
 @contextmanager
 def poisoned(inputs: Inputs, mark: int) -> Iterator[None]:
-    """What is allocated is NaN, or as a slot one that the sequence does not own, or this mark, until it is written."""
+    """New allocations hold NaN (float32), a slot that the sequence does not own (int32), or ``mark`` (uint8)."""
     import torch
 
     foreign = min({*range(len(inputs.cache.key))} - {*inputs.pages.tolist()})

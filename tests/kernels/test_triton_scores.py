@@ -87,7 +87,7 @@ def test_scores_match_the_reference(interpreted: dict[str, Any], name: str, scor
 @pytest.mark.parametrize("name", list(ANTIDIAGONAL_CASES))
 def test_antidiagonal_scores_match_the_reference(interpreted: dict[str, Any], name: str) -> None:
     error, eager_error, out_of_reach, sums = interpreted[f"antidiagonal {name}"]
-    # The torch path rounds logits to the inputs' type, the kernel does not.
+    # The torch path rounds logits to the inputs' type; the kernel does not.
     assert error <= eager_error + 2e-6, (error, eager_error)
     assert out_of_reach == 0
     assert sums < 1e-5, "the scores of a tile add up to 1"
@@ -108,7 +108,7 @@ def scores_in_both(
 
     Args:
         rows: ``[S, HK, D]``, keys and values alike.
-        fp8: whether they are stored so, with a scale.
+        fp8: whether they are stored in FP8, with a scale.
     """
     import torch
     from triton_inputs import shuffled
@@ -175,10 +175,10 @@ def run_antidiagonal_case(
     from minference_vllm.core.tiling import Tiling
     from minference_vllm.triton_kernels import antidiagonal as kernels
 
-    # So that short sequences have several, too.
+    # So that short sequences have several too.
     kernels.SQUARES_PER_PART = kernels.BLOCK_C
     torch.manual_seed(0)
-    # Means over antidiagonals are small unless neighbours are alike.
+    # Means over antidiagonals are small unless neighbours are similar.
     query = torch.randn(seq_len - context_len, heads, head_size) + 3 * torch.randn(heads, head_size)
     query, rows = query.to(getattr(torch, dtype)), torch.randn(seq_len, kv_heads, head_size)
     ours, eager, keys = scores_in_both(query, rows, block_size, fp8)

@@ -68,12 +68,12 @@ def run_case(length: int, rows: int, block_size: int, group: int, shared: int, d
         VerticalSlash(vertical=60, slash=16),
     ] * heads
     patterns = patterns[: heads // shared]
-    # Heads that share lists select as the first of them.
+    # Heads that share a list use the selection of the first of them.
     chosen = Inputs.of_rows(query[:, ::shared].float(), *(keys.float().transpose(0, 1),) * 2, 1.0, block_size)
     capacity = plan_capacity(patterns, length, length + rows, block_size, tiling.tile)
     index = build_index(tiling, patterns, TorchScores(chosen), capacity).without_own_keys()
     index = replace(index, heads_per_list=shared)
-    # The first list's last tile has nothing.
+    # The last tile of the first list is empty.
     index.blocks[0, -1], index.columns[0, -1] = -1, -1
     index.num_blocks[0, -1] = index.num_columns[0, -1] = 0
 

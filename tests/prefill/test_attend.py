@@ -1,4 +1,4 @@
-"""What a kernel does not know is refused before anything is computed."""
+"""Features that a kernel does not support are refused before anything is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows the audit looks at, and that it finds what the estimate did not hear."""
+"""Which rows the audit measures, and that it finds what the estimate missed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_audited_rows_of_equal_or_broken_queries() -> None:
 
 @pytest.mark.parametrize("looking", [1, 8, 32])
 def test_the_audit_sees_rows_that_lose_their_key(looking: int) -> None:
-    """Some neighbouring rows in mid-chunk look at a far key, which a pattern of near keys leaves out."""
+    """Some neighbouring rows in mid-chunk attend a far key, which a pattern of near keys leaves out."""
     for number in range(12):
         query, keys = neighbours(sink=False)
         needle, first = 100 + 151 * number, 130 + 67 * number

@@ -1,4 +1,4 @@
-"""A prompt read in other chunks: other rows are measured and other dimensions fitted, and the output is as close to
+"""Different chunkings of a prompt: other rows are measured and other dimensions fitted, but the output is as close to
 dense attention."""
 
 from __future__ import annotations

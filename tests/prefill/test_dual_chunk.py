@@ -62,7 +62,7 @@ def attended(
 
 
 def assert_close(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
-    # Keys and queries are rounded after they are turned; the definition turns what is not rounded.
+    # Keys and queries are rounded after rotation; the definition rotates unrounded ones.
     budget = (2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps) * float(exact.abs().max())
     assert torch.isfinite(found).all()
     assert float((found.double() - exact).abs().max()) <= budget
@@ -124,7 +124,7 @@ def test_budgets_that_cover_everything_are_dense() -> None:
 @pytest.mark.parametrize("gamma", [0.5, 0.9])
 @pytest.mark.parametrize("place", ["many_borders", "late"])
 def test_each_part_keeps_its_share_of_the_attention(place: str, gamma: float) -> None:
-    """The keys that stand in for a part's own rows count twice in its estimate, so a little less may be kept."""
+    """The keys that stand in for a part's own rows count twice in its estimate, so slightly less may be kept."""
     batch = make_dual_chunk_batch(SMALL, *PLACES[place])
     batch.rotated *= 3  # sharper than random attention
     batch.query *= 3
@@ -138,7 +138,7 @@ def test_each_part_keeps_its_share_of_the_attention(place: str, gamma: float) ->
 @needs_native
 @pytest.mark.parametrize("place", ["first_chunk", "whole_chunk", "late"])
 def test_recall_is_that_of_the_definition(place: str) -> None:
-    """Of single rows, over all parts of their piece together; and of the audit's rows, at least as plausible."""
+    """For single rows, over all parts of their piece; the audit's recall is only checked for plausibility."""
     context_len, new = PLACES[place]
     batch = make_dual_chunk_batch(SHARPENED, context_len, new)
     _, parts = attended(batch, list(SELECTIVE[:4]))

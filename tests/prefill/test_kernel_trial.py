@@ -31,7 +31,7 @@ PAGE, DIM, HEADS = 16, 32, 4
 
 
 def kernel(name: str, after: Callable[[torch.Tensor], Any] = lambda out: None) -> Kernel:
-    """One that takes planned sizes; ``after`` is called with its output."""
+    """A kernel that takes planned sizes; ``after`` is called with its output."""
 
     def run(inputs: Inputs, index: Any, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
         flash.run(inputs, index, out, lse, attend=lambda **given: flash_attention(**given))
@@ -50,7 +50,7 @@ def inputs() -> Inputs:
 
 
 def tried(patterns: list[HeadPattern], *kernels: Kernel, seconds: float = 1e9, **times: float) -> Trial:
-    """The trial of some kernels whose calls take the given times; without one, 1."""
+    """The trial of some kernels whose calls take the given times; 1 by default."""
     calls: list[str] = []
 
     def clock(run: Run) -> float:

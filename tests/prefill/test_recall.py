@@ -99,7 +99,7 @@ def test_sampled_rows_come_one_from_each_part_of_the_chunk(rows: int, samples: i
         found = sample_rows(rows, samples, seed)
         assert found.dtype == torch.int64 and found.shape == (count,)
         for part, row in enumerate(found.tolist()):
-            # A part's borders may lie inside a row, and its neighbour may then have taken the same one.
+            # A part's borders may lie inside a row, which neighbouring parts may then both draw.
             assert part * rows // count <= row <= min(rows - 1, (part + 1) * rows / count)
         assert found.tolist() == sorted(found.tolist())
         assert rows % count or len(set(found.tolist())) == count
@@ -123,7 +123,7 @@ def far_columns() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def near() -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a head whose mass lies in the 100 or so keys before each row."""
+    """The same for a head whose mass lies in the 100 or so keys before each row."""
     frequency = torch.randn(DIM // 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 30
     angle = torch.arange(TOKENS, dtype=torch.float64)[:, None] * frequency
     both = torch.cat([angle.cos(), angle.sin()], 1).float()
@@ -154,7 +154,7 @@ class Heads:
         return sampled_recall(self.query, [(self.keys, self.norms)], index, rows, 1.0)
 
     def exact_recall(self, index: SparseIndex) -> list[float]:
-        """Mean over all rows, per head."""
+        """Mean recall over all rows, per head."""
         found = reference.attention_recall(self.query, self.keys, index.to_mask(), TOKENS - CHUNK, 1.0)
         return found.mean(1).tolist()
 
@@ -236,7 +236,7 @@ def test_steps_are_where_the_next_chunk_begins() -> None:
 
 
 def test_a_chunk_is_repaired_before_it_is_computed(paged_batch: Callable[..., Any]) -> None:
-    """Flat attention under an A-shape: recall is far below the floor, and what comes out is dense attention."""
+    """Flat attention under an A-shape: recall is far below the floor, and the output is dense attention."""
     batch = paged_batch(query_lens=[300], context_lens=[500])
     patterns, out, timing = [AShape(sink=16, local=16)] * 8, torch.empty_like(batch.query), Timing()
     checked = RecallCheck(sample_rows(300, 8, 0), floor=0.99)
@@ -251,7 +251,7 @@ def test_a_chunk_is_repaired_before_it_is_computed(paged_batch: Callable[..., An
 
 
 def test_the_floor_sees_an_output_that_is_lost_beside_a_kept_sink() -> None:
-    """Half of the weight lies on a sink without a value: recall holds, and what is left of the output does not."""
+    """Most of the weight lies on a sink without a value: recall holds, but most of the output is lost."""
     query, keys = torch.zeros(CHUNK, DIM), torch.zeros(TOKENS, DIM)
     query[:, 0], keys[0, 0] = 1.0, 14.0  # 0.95 of the weight
     keys[200:1200:50, 0] = 8.0
@@ -271,7 +271,7 @@ SIZE = 32
 
 
 def begins_at(position: int, pages: torch.Tensor = PAGES, first_key: int = 0) -> Inputs:
-    """A chunk that begins there, or ends: both ask for what lies before."""
+    """A chunk that begins, or ends, at this position: only what lies before it matters."""
     cache = PagedCache(*torch.zeros(2, 10, 1, SIZE, 16), "rows")
     place = position - first_key
     chunk = Chunk(0, 0, place, place)
@@ -303,7 +303,7 @@ def test_raised_steps_are_not_another_ones(layer: int, position: int, pages: tor
 
 
 def test_raised_steps_are_found_by_the_position_in_the_request() -> None:
-    """In a layer with a sliding window the keys before it are left out, and every chunk counts from another one."""
+    """In a layer with a sliding window earlier keys are left out, so every chunk's first key differs."""
     raised = RaisedSteps()
     raised.keep(2, begins_at(140), (0, 1))
     assert raised.at(2, begins_at(140, first_key=64)) == (0, 1)

@@ -35,7 +35,7 @@ from minference_vllm.selection.build import build_index
 from minference_vllm.selection.torch_scores import TorchScores
 
 WINDOW = AShape(sink=16, local=64)
-"""What is selected is not this file's concern."""
+"""The selection does not matter in this file."""
 SCALE = 0.2
 
 
@@ -47,7 +47,7 @@ def index_of(tiling: Tiling, query: torch.Tensor, keys: torch.Tensor) -> SparseI
 def under(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, index: SparseIndex, softcap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a kernel gives: float32 output ``[chunk, H, D]`` and log-sum-exp ``[H, chunk]``."""
+    """A kernel's results: float32 output ``[chunk, H, D]`` and log-sum-exp ``[H, chunk]``."""
     heads = query.shape[1]
     scores = query.transpose(0, 1) @ reference.repeat_heads(keys, heads).transpose(1, 2) * SCALE
     if softcap:
@@ -87,7 +87,7 @@ def test_agrees_with_its_definition(context: int, length: int, tile: int, heads:
 
 @pytest.mark.parametrize(("context", "length"), [(0, 517), (333, 700), (900, 1500)])
 def test_of_a_window_only_what_all_rows_see(context: int, length: int) -> None:
-    """What lies before it may be another request's, NaN included."""
+    """Keys before it may be another request's, including NaN."""
     window = 300
     query, keys, values = drawn(context, length)
     tiling = Tiling.of(context, length, 32, 64, window=window)

@@ -126,7 +126,7 @@ def test_full_selection_is_dense_attention(
 def test_where_a_prompt_is_cut_makes_no_difference_at_tile_borders(
     kernel_name: str, served_batch: Callable[..., Any]
 ) -> None:
-    """For a pattern that reads no scores: tiles lie at multiples of their size in the prompt, not in the chunk."""
+    """For a pattern that reads no scores: tiles are aligned to the prompt, not to the chunk."""
     batch = served_batch(query_lens=[500], context_lens=[0])
     pattern = AShape(sink=32, local=64)
     whole = sparse_prefill(*batch.arguments, pattern, kernel=kernel_name)
@@ -197,7 +197,7 @@ def test_many_columns_need_several_rounds_of_scratch_pages(
 def test_what_lies_behind_the_last_token_makes_no_difference(
     dtype: torch.dtype, block_size: int, behind: float, kernel_name: str, served_batch: Callable[..., Any]
 ) -> None:
-    """A cache holds there what was left by others; multiplied by a weight of 0 it must not become NaN."""
+    """These slots hold leftovers of other requests; multiplied by a weight of 0 they must not become NaN."""
     shape: dict[str, Any] = {"query_lens": [200, 65, 9, 64], "context_lens": [111, 0, 77, 64], "heads": 18}
     outputs = []
     for filled in (0.0, behind):

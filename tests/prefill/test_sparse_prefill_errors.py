@@ -253,7 +253,7 @@ def test_numbers_of_any_type_that_fits(paged_batch: Callable[..., Any]) -> None:
 
 
 def test_a_tile_larger_than_the_prompt_takes_all_of_it(kernel_name: str, served_batch: Callable[..., Any]) -> None:
-    """However large: 2 ** 40 rows would not fit into memory, nor into the kernels' numbers."""
+    """However large: 2 ** 40 rows would not fit into memory, nor into the kernels' integers."""
     batch = served_batch(query_lens=[200, 90], context_lens=[100, 0], heads=18)
     patterns = [*batch.patterns[:8], *batch.adaptive_patterns[:10]]
     found, indices = sparse_prefill(*batch.arguments, patterns, kernel=kernel_name, tile=1 << 40, return_index=True)

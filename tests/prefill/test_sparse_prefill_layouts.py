@@ -17,7 +17,7 @@ def heads_before_slots(cache: torch.Tensor) -> torch.Tensor:
 
 
 def with_gaps(cache: torch.Tensor) -> torch.Tensor:
-    """Every dimension but the last has room between its elements, and the room is NaN."""
+    """Every dimension but the last has gaps between its elements, filled with NaN."""
     blocks, size, heads, dim = cache.shape
     wide = torch.full((blocks, 2 * size, heads + 1, dim + 16), torch.nan, dtype=cache.dtype)
     view = wide[:, ::2, 1:, 8 : 8 + dim]

@@ -1,4 +1,4 @@
-"""Indices of planned size: the same selection without waiting for the device; and how often a GPU audits."""
+"""Indices of planned size: the same selection without a host synchronisation; and how often a GPU audits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_planned_index_selects_the_same_keys(name: str, whole_pages: bool) -
 
 @pytest.mark.parametrize("name", TILINGS)
 def test_budgets_that_the_data_decide(name: str) -> None:
-    """With room for all that they may want; what is dense is dense either way."""
+    """With capacity for everything that they may select; dense tiles stay dense."""
     tiling = Tiling.of(*TILINGS[name])
     exact = build_index(tiling, ADAPTIVE, RandomScores(tiling.seq_len))
     roomy = Capacity(tiling.num_key_blocks, tiling.seq_len, heads_at_once=2)
@@ -57,7 +57,7 @@ def test_budgets_that_the_data_decide(name: str) -> None:
 
 @pytest.mark.parametrize("blocks", [1, 1000])
 def test_coverage_without_room_for_its_columns_is_dense_and_counted(blocks: int) -> None:
-    """Not so a head that is dense because it wants more than half of all keys."""
+    """A head that is dense because it needs more than half of all keys does not count as overflowed."""
     tiling = Tiling.of(0, 1024, 32, 64)
     patterns = [Coverage(gamma=0.3, min_budget=64), Coverage(gamma=0.999, min_budget=1024)]
     exact = build_index(tiling, patterns, RandomScores(1024))
@@ -70,7 +70,7 @@ def test_coverage_without_room_for_its_columns_is_dense_and_counted(blocks: int)
 
 @pytest.mark.parametrize("room", [(1000, 1000), (1000, 20), (3, 1000)], ids=["enough", "columns", "blocks"])
 def test_single_keys_without_room_are_dense_tile_by_tile(room: tuple[int, int]) -> None:
-    """With room for all, every head has what it wanted, whoever it was scored with; listed in order or not."""
+    """With enough capacity heads get their whole selection, whichever heads they are scored with."""
     tiling = Tiling.of(301, 1200, 32, 64)
     patterns = [LowRank(gamma=0.2), LowRank(rank=32, gamma=0.25), LowRank(gamma=0.2)]
     exact = build_index(tiling, patterns, RandomScores(1200))

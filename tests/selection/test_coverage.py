@@ -26,12 +26,12 @@ class Shaped:
     keys: torch.Tensor
 
     def index(self, pattern: HeadPattern, rows: int = CHUNK, column_multiple: int = 1) -> SparseIndex:
-        """Of the last ``rows`` rows."""
+        """The index of the last ``rows`` rows."""
         tiling = Tiling.of(TOKENS - rows, TOKENS, 32, 128, column_multiple)
         return build_index(tiling, [pattern], scores_of(self.query[-rows:], self.keys))
 
     def recall(self, index: SparseIndex) -> torch.Tensor:
-        """float64, of every row."""
+        """float64, for every row."""
         rows = TOKENS - index.tiling.context_len
         return reference.attention_recall(
             self.query[-rows:], self.keys, index.to_mask(), index.tiling.context_len, 1.0
@@ -50,7 +50,7 @@ def window(distance: int, width: float) -> Shaped:
 
 
 def columns(count: int) -> Shaped:
-    """As many heavy keys, at random places before the chunk."""
+    """``count`` heavy keys at random positions before the chunk."""
     query, keys = torch.zeros(CHUNK, 1, DIM), torch.zeros(1, TOKENS, DIM)
     heavy = torch.randperm(TOKENS - CHUNK, generator=torch.Generator().manual_seed(0))[:count]
     query[..., 0], keys[0, heavy, 0] = 12.0, 1.0
@@ -58,7 +58,7 @@ def columns(count: int) -> Shaped:
 
 
 def single_diagonal(distance: int) -> Shaped:
-    """Every row looks at the one key so far back."""
+    """Every row attends the one key at this distance."""
     directions = torch.nn.functional.normalize(
         torch.randn(TOKENS, 512, generator=torch.Generator().manual_seed(0)), dim=1
     )
@@ -89,14 +89,14 @@ def test_coverage_finds_the_shape_at_low_density(shape: str, column_multiple: in
 
 @pytest.mark.parametrize("shape", ["columns", "local_window", "far_diagonal"])
 def test_a_budget_beyond_what_is_attended_takes_the_nearest_keys(shape: str) -> None:
-    """Where all other keys are looked at alike, or not at all, as beside an attention sink."""
+    """When all other keys have equal mass, or none, as with an attention sink."""
     head, budget = SHAPES[shape][0], 1024
     index = head.index(Coverage(gamma=0.95, min_budget=budget))
     assert float(head.recall(index).mean()) >= 0.94
     assert float(index.density()) < 0.4
     tiles = torch.tensor([index.num_tiles - 1])
     assert int(index.tile_mask(tiles)[0, 0].sum()) >= budget
-    # A budget of half of all keys is better computed densely.
+    # A budget of more than half of all keys is computed densely.
     assert float(head.index(Coverage(gamma=0.95, min_budget=TOKENS // 2 + 1)).density()) == 1.0
 
 
@@ -146,7 +146,7 @@ def test_the_strongest_key_stays_unseen_by_the_rows_before_it(pattern: HeadPatte
 @pytest.mark.parametrize("budget", [200, 777, 1500])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_tile_has_its_budget(shape: str, budget: int) -> None:
-    """Also the first ones, for which some of what the last one has lies ahead, or before the prompt's start."""
+    """The first tiles too, for which part of the last tile's keys lies after them, or before the prompt."""
     index = SHAPES[shape][0].index(Coverage(gamma=0.9, min_budget=budget))
     for tile, end in enumerate(index.tiling.starts[1:].tolist()):
         found = int(index.tile_mask(torch.tensor([tile]))[0, 0, :end].sum())

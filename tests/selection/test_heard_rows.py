@@ -1,6 +1,6 @@
-"""The default hears every row: few rows that look where no other row looks keep what they look at.
+"""The default pattern serves every row: a few rows that attend a key that no other row attends keep it.
 
-The head looks at the 150 keys before each row; some rows look at one far key besides, with a given weight.
+The head attends the 150 keys before each row; some rows also attend one far key, with a given weight.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SCALE = DIM**-0.5
 
 
 class Look(NamedTuple):
-    """Some neighbouring rows of the chunk, and the far key at which they look."""
+    """Some neighbouring rows of the chunk, and the far key that they attend."""
 
     rows: range
     key: int
 
 
 def head(looks: list[Look], weight: float, seed: int) -> Inputs:
-    """The head in which every look has a direction of its own and ``weight`` of its rows' attention."""
+    """A head in which every look has a direction of its own and ``weight`` of its rows' attention."""
     generator = torch.Generator().manual_seed(seed)
     query, keys = neighbours(sink=False)
     query, keys = query + torch.randn(query.shape, generator=generator) * 0.3, keys.clone()
@@ -86,7 +86,7 @@ def test_any_of_the_last_rows(weight: float) -> None:
 
 
 def test_questions_in_a_prompt_of_many() -> None:
-    """Sixteen of eight rows each, as in a few-shot prompt."""
+    """Sixteen questions of eight rows each, as in a few-shot prompt."""
     shares = []
     for seed in range(3):
         rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""What each pattern asks for, checked in its index by brute force."""
+"""The definition of each pattern, checked in its index by brute force."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from minference_vllm.selection.vertical_slash import FORCED_COLUMNS, FORCED_DIAG
 
 
 def at_least(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """True for the entries that belong to the ``count`` best whichever way ties are broken."""
+    """True for the entries that are among the ``count`` best however ties are broken."""
     if count >= scores.numel():
         return torch.ones(scores.shape, dtype=torch.bool)
     ranked = scores.flatten().sort(descending=True).values
@@ -43,7 +43,7 @@ def test_a_shape_and_tri_shape(built: Built) -> None:
         tail = row >= built.tiling.seq_len - last
         asked = ((key < pattern.sink) | (row - key < pattern.local) | (row == key) | tail) & (key <= row)
         assert not (asked & ~built.mask[head]).any(), f"{pattern}: a key that was asked for is missing"
-        # No block without need: each holds a key that one of the tile's rows asks for, or is one of the tile's own.
+        # No unneeded block: each holds a key that one of the tile's rows asks for, or is one of the tile's own.
         for tile, rows in enumerate(built.rows_of_tiles()):
             own = rows[0] // built.tiling.tile * (built.tiling.tile // size)
             by_key = asked[rows[0] - built.tiling.context_len : rows[-1] + 1 - built.tiling.context_len].any(0)
@@ -111,7 +111,7 @@ def mass_per_token(tiling_name: str) -> tuple[list[int], tuple[torch.Tensor, ...
 
 @pytest.mark.parametrize("tiling_name", TILINGS)
 def test_coverage_is_the_cheapest_that_reaches_mass_and_budget(tiling_name: str, whole_pages: bool) -> None:
-    """As the last tile sees it. Keys are taken in bins of nearly equal mass per token, so equality is not asked for."""
+    """Checked for the last tile. Keys are taken in bins of nearly equal mass per token, so the checks are not exact."""
     built, bin_width = build(tiling_name, whole_pages), 1 + 2**-7
     tiling, seq_len = built.tiling, built.tiling.seq_len
     tiles, blocks = torch.tensor([tiling.num_tiles - 1]), torch.arange(seq_len) // tiling.block_size
@@ -131,7 +131,7 @@ def test_coverage_is_the_cheapest_that_reaches_mass_and_budget(tiling_name: str,
         at_hand[distance] = whole
         assert float(mass[taken].sum() + at_distance[at_hand].sum()) >= pattern.gamma - 1e-5, pattern
         assert int(taken.sum()) >= budget, pattern
-        # What is held from each mass per token up, and by how many keys: the highest that reaches both was needed.
+        # Mass and number of keys from each mass per token up. The highest value that reaches both targets is needed.
         steps = torch.cat([of_key, of_distance]).unique().flip(0)
         held = torch.stack([mass[of_key >= x].sum() + at_distance[of_distance >= x].sum() for x in steps])
         count = torch.stack([(of_key >= x).sum() for x in steps])
@@ -140,7 +140,7 @@ def test_coverage_is_the_cheapest_that_reaches_mass_and_budget(tiling_name: str,
         assert not (~taken & (of_key > last * bin_width)).any(), f"{pattern}: a key with more than the last was left"
         if int(taken.sum()) > DENSE_FROM * seq_len or whole_pages:
             continue
-        # No key without need: each counts as the last one does, or shares its block with one that is.
+        # No unneeded key: each has about the last one's mass per token or more, or shares its block with one that has.
         needed = torch.zeros(tiling.num_key_blocks, dtype=torch.bool)
         needed[blocks[of_key >= last / bin_width]] = True
         assert not (taken & ~needed[blocks]).any(), f"{pattern}: a key with less than the last was taken"

@@ -1,4 +1,4 @@
-"""``low_rank``: its calibration rows, and what a head that looks things up gets from it."""
+"""``low_rank``: its calibration rows, and its selections for retrieval heads."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_calibration_rows(chunk: int, length: int, count: int, last: int, unlike
     found = measured_rows.calibration_rows(unlikeness(query), length)
     rows = found.rows[1].tolist()
     assert len(rows) == count and rows == sorted(rows)
-    # Where nearly all rows are measured anyway, a part may have no other row left.
+    # When nearly all rows are measured anyway, a part may have no other row left.
     assert chunk < 64 or len(set(rows)) == count
     assert rows[0] >= 0 and rows[-1] == chunk - 1
     groups = [found.rows[1, places[1]].tolist() for places in (found.spread, *found.others)]
@@ -61,7 +61,7 @@ def test_calibration_rows(chunk: int, length: int, count: int, last: int, unlike
     assert [len(group) for group in groups[1:]] == [size for size in (last, unlike) if size]
     if last:
         assert groups[1] == list(range(chunk - 2 * last + 1, chunk, 2))
-    # In each part its own; those that the others drew stand there.
+    # The outlier row of each part is measured; it may belong to another group that has drawn it.
     assert set(odd) <= set(rows)
     if count == 64 and chunk == 4096:
         assert len({row % 64 for row in groups[0]}) == 16  # no regular prompt hides from them
@@ -78,11 +78,11 @@ def test_every_group_of_rows_gets_its_share() -> None:
     mass[1, :48, 150], mass[1, 48:, 200] = 1, 1
     mass[2, :, 200], mass[2, 50, 200], mass[2, 50, 90] = 1, 0.93, 0.07
     assert rows.threshold(mass, 0.95).tolist() == [150, 150, 200]
-    # One of them may miss one and a half times what their mean may.
+    # A single one of them may miss 1.5 times as much as their mean.
     mass[2, 50, 200], mass[2, 50, 90] = 0.92, 0.08
     assert rows.threshold(mass, 0.95).tolist() == [150, 150, 90]
     mass[2, 50, 200], mass[2, 50, 90] = 1.0, 0.0
-    # Of a sample one row counts for more than its share of the mean.
+    # In a sample one row counts for more than its share of the mean.
     mass[2, 40, 200], mass[2, 40, 90] = 0.0, 1.0
     assert rows.threshold(mass, 0.95).tolist() == [150, 150, 90]
     whole = CalibrationRows(places(0, 64)[:1], places(0, 64)[:1], ())
@@ -104,7 +104,7 @@ def build(pattern: LowRank | Coverage, query: torch.Tensor, keys: torch.Tensor) 
 
 
 def test_a_question_at_the_end_is_heard() -> None:
-    """Its rows look at one key that nobody else looks at; no sampled row need be among them."""
+    """Its rows attend one key that no other row attends; none of them need be sampled."""
     query, keys = neighbours(sink=True)
     keys[0, 777, :-1], keys[0, 777, -1] = 0, -90
     query[-12:-1, :, :-1], query[-12:-1, :, -1] = 0, -1
@@ -118,7 +118,7 @@ def test_a_head_that_looks_things_up(gamma: float) -> None:
     index = build(LowRank(gamma=gamma, rank=32), query, keys)
     assert recall(index, query, keys) >= gamma - 0.02
     assert float(index.density()) < 0.2
-    # Which no columns and diagonals do: those that the choosing rows look at serve nobody else.
+    # Columns and diagonals cannot: those that the estimating rows attend serve no other row.
     blind = build(Coverage(gamma=gamma, min_budget=512), query, keys)
     assert recall(blind, query, keys) < gamma - 0.3
 
@@ -133,14 +133,14 @@ def test_more_dimensions_need_fewer_keys() -> None:
     ("inputs", "looks"), [(lookups(), True), (neighbours(sink=True), False)], ids=["apart", "near"]
 )
 def test_rows_that_look_at_single_keys_are_noticed(inputs: tuple[torch.Tensor, torch.Tensor], looks: bool) -> None:
-    """No such key is in a sample of groups, so that their scores would be set against too little."""
+    """A sample of key groups contains no such key, so that ``approx_lse`` would be too low."""
     measured = low_rank.Measured.of(scores_of(*inputs), [0], TILING)
     assert bool(low_rank.single_looks(measured, TILING) > low_rank.SINGLE_LOOKS) == looks
 
 
 @pytest.mark.parametrize("dim", [8, 24, 40])
 def test_head_sizes_that_are_no_multiple_of_16(dim: int) -> None:
-    """By the native kernels, too: the quantized queries and keys are filled up with zeros."""
+    """With the native kernels too: the quantized queries and keys are padded with zeros."""
     generator = torch.Generator().manual_seed(dim)
     keys = torch.nn.functional.normalize(torch.randn(1, LENGTH, dim, generator=generator), dim=2)
     target = (torch.rand(CHUNK, generator=generator) * torch.arange(CONTEXT, LENGTH)).long()
@@ -188,14 +188,14 @@ def test_selection_is_the_same_for_keys_in_pieces_and_for_heads_apart() -> None:
     for head in (0, 1):
         alone = bins([head], LENGTH)
         assert torch.equal(alone.bins[0], both.bins[head]) and alone.threshold[0] == both.threshold[head]
-    # Other keys are sampled for the fit, so the bins are others, as good as these.
+    # The fit samples other keys, so the bins differ, but are as good.
     pieces = bins([0, 1], 1000)
     assert ((pieces.bins > 0) == (both.bins > 0)).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("kind", [TorchScores, NativeScores])
 def test_heads_do_not_depend_on_those_beside_them(kind: type[TorchScores], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever dimensions each of them takes."""
+    """However many dimensions each of them takes."""
     if kind is NativeScores and library.unavailable_reason():
         pytest.skip(str(library.unavailable_reason()))
     heads = [lookups(1), neighbours(sink=True), lookups(2)]

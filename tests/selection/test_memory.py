@@ -1,4 +1,4 @@
-"""Indices and audits at a million tokens wait for no data, and stay within the stated memory."""
+"""Indices and audits at a million tokens need no host synchronisation and stay within the stated memory."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ MILLION, CHUNK, TILE = 1 << 20, 8192, 128
 
 
 def meta_tiling(block_size: int, seq_len: int = MILLION) -> Tiling:
-    """Of the last chunk of a sequence, on a device that holds no data: what waits for data fails there."""
+    """The tiling of a sequence's last chunk on the meta device, where reading data fails."""
     return Tiling.of(seq_len - CHUNK, seq_len, block_size, TILE, device="meta")
 
 
 def meta_inputs(block_size: int, seq_len: int = MILLION, softcap: float = 0.0) -> Inputs:
-    """The same chunk's, of 32 heads over 8. Keys and values of a page lie side by side."""
+    """Inputs of the same chunk, 32 query heads over 8 KV heads. Keys and values of a page lie side by side."""
     query = torch.empty(CHUNK, 32, 128, dtype=torch.bfloat16, device="meta")
     stored = torch.empty(seq_len // block_size, 8, block_size, 256, dtype=torch.bfloat16, device="meta")
     pages = torch.empty(seq_len // block_size, dtype=torch.int64, device="meta")
@@ -79,7 +79,7 @@ def meta_inputs(block_size: int, seq_len: int = MILLION, softcap: float = 0.0) -
 
 @functools.cache
 def meta_index(pattern: HeadPattern, block_size: int) -> SparseIndex:
-    """Of 32 heads, at a million tokens."""
+    """The index of 32 heads at a million tokens."""
     tiling, patterns = meta_tiling(block_size), [pattern] * 32
     with LiveBytes():
         return build_index(tiling, patterns, EmptyScores(MILLION), planned(tiling, patterns))
@@ -90,13 +90,13 @@ def meta_index(pattern: HeadPattern, block_size: int) -> SparseIndex:
 def test_memory_at_a_million_tokens(name: str, block_size: int) -> None:
     """32 heads, an 8K chunk at the end of 1M tokens.
 
-    Counted are all tensors, the scores included; not the scratch that sorting takes inside a single operation.
+    All tensors count, including the scores, but not the scratch memory of a single sort.
     """
     tiling = meta_tiling(block_size)
     capacity = planned(tiling, MIXTURES[name])
     with LiveBytes() as memory:
         index = build_index(tiling, MIXTURES[name], EmptyScores(MILLION), capacity)
-    # Columns and diagonals are scored, per head and token, by four groups' sums in two arrays and merged, and two more.
+    # Column and diagonal scores, per head and token: four groups' sums in two arrays and merged, and two more.
     lists = 4 * index.blocks.numel() + 4 * index.columns.numel()
     assert lists + capacity.heads_at_once * MILLION * 4 * (2 * 4 + 3) <= MEMORY_LIMIT
     assert index.blocks.shape[:2] == (32, 64)
@@ -109,7 +109,7 @@ def triton_scores(inputs: Inputs) -> TorchScores:
 
 
 class NotLaunched:
-    """In place of a kernel."""
+    """Stands in for a kernel."""
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *arguments, **constants: None
@@ -120,7 +120,7 @@ class NotLaunched:
 def test_memory_of_antidiagonal_scores_at_a_million_tokens(
     block_size: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As above, with all that the scores on a GPU allocate; their kernels have no data here."""
+    """As above, with everything that the GPU scores allocate; their kernels are not launched."""
     kernels = pytest.importorskip("minference_vllm.triton_kernels.antidiagonal")
     for kernel in ("square_lse_kernel", "square_mass_kernel"):
         monkeypatch.setattr(kernels, kernel, NotLaunched())
@@ -154,7 +154,7 @@ def test_memory_of_low_rank_scores(seq_len: int, rank: int, monkeypatch: pytest.
     patterns = [LowRank(rank=rank)] * 32
     tiling, inputs = meta_tiling(128, seq_len), meta_inputs(128, seq_len)
     capacity = planned(tiling, patterns)
-    # Heads are alike, and a thousand steps each are slow to count: the lists of all, the work of some.
+    # Heads are alike, and counting a thousand steps for each is slow: lists for all heads, scores for some.
     some = [*patterns[: capacity.heads_at_once], *[Dense()] * (32 - capacity.heads_at_once)]
     with LiveBytes(inputs.query, inputs.cache.key, inputs.pages) as memory:
         build_index(tiling, some, triton_scores(inputs), capacity)
@@ -164,7 +164,7 @@ def test_memory_of_low_rank_scores(seq_len: int, rank: int, monkeypatch: pytest.
 @pytest.mark.parametrize("rows", [4, 64])
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_an_audit_at_a_million_tokens_waits_for_nothing_and_stays_small(block_size: int, rows: int) -> None:
-    """On the same device without data, and never the keys of the whole prefix."""
+    """On the meta device too, and without ever reading the keys of the whole prefix at once."""
     patterns = MIXTURES["coverage"]
     index, scores = meta_index(patterns[0], block_size), triton_scores(meta_inputs(block_size))
     check = RecallCheck(torch.empty(rows, dtype=torch.int64, device="meta"))
@@ -175,7 +175,7 @@ def test_an_audit_at_a_million_tokens_waits_for_nothing_and_stays_small(block_si
 
 
 def test_an_audit_reads_the_pages_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same recall whether the keys come at once or a page at a time, FP8 caches with a scale included."""
+    """Recall is the same whether the keys are read at once or a page at a time, also for FP8 caches with a scale."""
     torch.manual_seed(0)
     seq_len, rows = 700, torch.tensor([0, 17, 130, 199])
     tiling = Tiling.of(500, seq_len, 32, 64)

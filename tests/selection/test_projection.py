@@ -1,4 +1,4 @@
-"""Few dimensions and int8: what they lose of the products of queries and keys."""
+"""Errors of query-key products in few dimensions and int8."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_quantized_queries_and_keys_keep_the_products(case: str, rank: int) -> N
         query, keys = query * 0, keys * 0
     elif case == "outlier":
         keys[:, 7] *= 4
-    # Tiles of ten rows, whose products have one unit.
+    # Tiles of ten rows; all products of a tile have the same unit.
     quantized = as_quantized(query, keys, Tiling.of(350, 400, 10, 10))
     assert quantized.query.abs().max() <= MAX_QUERY and quantized.dequant_scale.min() > 0
     products = quantized.query.double() @ quantized.keys.double().transpose(1, 2)
@@ -70,7 +70,7 @@ def test_quantized_queries_and_keys_keep_the_products(case: str, rank: int) -> N
     most = most.unflatten(1, (5, 10)).amax(2)
     error = products.unflatten(1, (5, 10)) * quantized.bits()[..., None, None] - exact.unflatten(1, (5, 10))
     error /= most.clamp(min=MIN_RANGE)[..., None, None]
-    # Where all elements are rounded alike, their errors add up.
+    # If all elements are rounded the same way, their errors add up.
     assert error.abs().max() < 0.04 and (error.square().mean().sqrt() < 0.004 or case == "all the same")
 
 
@@ -142,7 +142,7 @@ def test_no_more_dimensions_than_are_needed() -> None:
     for enough, most in ((1e9, 16), (error(16) * 1.01, 16), (error(32) * 1.01, 32), (error(48) * 0.99, 64), (0.0, 64)):
         found = ranks(64, enough)
         assert max(found) == most
-        # No head has more for those beside it.
+        # Other heads do not change a head's rank.
         assert found == [rank for head in (0, 1) for rank in ranks(64, enough, slice(head, head + 1))]
     assert ranks(40, 0.0) == [40, 40] and ranks(16, 0.0) == [16, 16]
 

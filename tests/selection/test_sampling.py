@@ -1,4 +1,4 @@
-"""Keys that are sampled by their weights, ``low_rank`` with ``noise``: what stands for what, and how many it takes."""
+"""Keys sampled by weight (``low_rank`` with ``noise``): what the drawn keys represent, and how many are drawn."""
 
 from __future__ import annotations
 
@@ -78,15 +78,15 @@ def places(first: int, end: int) -> torch.Tensor:
 
 
 def test_threshold() -> None:
-    """The highest at which the variance of what is drawn stays within the noise, for every group."""
+    """The highest threshold at which the variance of the drawn keys stays within the noise, for every group."""
     rows = CalibrationRows(places(0, 24), places(0, 8), (places(8, 24),))
     squares = torch.zeros(1, 24, 256)
     squares[..., 180] = 1e-5
-    # Within the square of the noise: 2 ** (code / 6) - 1 times the squares.
+    # The variance, 2 ** (code / 6) - 1 times the squares, may reach the square of the noise.
     noise = math.sqrt(1e-5 * (2 ** (12 / 6) - 1)) * 1.0001
     assert rows.sampling_threshold(squares, noise).tolist() == [192]
     assert rows.sampling_threshold(squares, noise / 1.01).tolist() == [191]
-    # One row that speaks for itself may err three times as much; more, and keys like its one are not drawn.
+    # A single last or outlier row may err three times as much; beyond that, keys like its one are not drawn.
     squares[0, 12, 240] = 0.06
     assert rows.sampling_threshold(squares, noise).tolist() == [192]
     squares[0, 8:, 180] = 0.0
@@ -150,7 +150,7 @@ def test_kernels_that_count_every_key_once_get_none() -> None:
     kernel, (served,), _ = choose_for([pattern], "block_table", torch.bfloat16, cache)
     assert not kernel.samples and isinstance(served, LowRank) and not served.noise
     assert pattern.without_sampling() == LowRank(gamma=0.92, remainder=True)
-    # What is to have more keys is not sampled.
+    # A pattern that is raised to more keys no longer samples.
     assert pattern.at_step(0) == pattern and pattern.at_step(1) == LowRank(gamma=0.98, remainder=True)
 
 
@@ -167,7 +167,7 @@ def test_recall_counts_what_drawn_keys_stand_for() -> None:
     found = chunk_recall(scores, index, rows)
     torch.testing.assert_close(found.mass.double(), exact, rtol=0, atol=1e-5)
     assert float(exact.mean()) > 0.95 > float((weights * index.tile_mask(tiles)).sum(-1).mean())
-    # Piece by piece as all at once.
+    # In pieces as all at once.
     pieces = [index.tile_counts(tiles, first=first, last=first + 1000) for first in range(0, 8000, 1000)]
     assert torch.equal(torch.cat(pieces, 2), index.tile_counts(tiles, last=8000))
 

@@ -33,7 +33,7 @@ from minference_vllm.selection.torch_scores import TorchScores
 
 @pytest.fixture(params=("torch", *library.INSTRUCTIONS))
 def scores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> TorchScores:
-    """Torch, and each build of our CPU kernels that the processor can run. What the tests call reads no inputs."""
+    """Torch, and each build of our CPU kernels that the processor can run. The tested methods read no inputs."""
     one_row = torch.zeros(1, 1, 16)
     if request.param == "torch":
         return scores_of(one_row, one_row)
@@ -48,12 +48,12 @@ def scores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> T
 def quantized_and_exact(
     name: str, sharpness: float, rank: int, queries: int, all_groups: bool
 ) -> tuple[QuantizedQK, torch.Tensor]:
-    """Random queries and keys, and the reference's bins of them, not rounded."""
+    """Random queries and keys, and their unrounded bins by the reference."""
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
     quantized = random_quantized(2, tiling, rank, sharpness, queries)
     query, position = (part.unflatten(1, (tiling.num_tiles, -1)) for part in quantized[:2])
-    # What comes after those that there are counts for nothing: here it is one of them again.
+    # Queries past a tile's count are ignored: replace them with its first one.
     place = torch.arange(query.shape[2])
     place = torch.where(place < quantized.count[..., None], place, 0)
     query, position = query.gather(2, place[..., None].expand(query.shape)), position.gather(2, place)
@@ -70,7 +70,7 @@ def quantized_and_exact(
 def test_tile_bins(name: str, sharpness: float, rank: int, queries: int, scores: TorchScores) -> None:
     context, length, page, tile = TILINGS[name]
     tiling = Tiling.of(context, length, page, tile)
-    # One head's scores are set against all keys.
+    # approx_lse of the second head uses all groups of keys.
     quantized, sampled = quantized_and_exact(name, sharpness, rank, queries, all_groups=False)
     _, whole = quantized_and_exact(name, sharpness, rank, queries, all_groups=True)
     exact = torch.stack([sampled[0], whole[1]])
@@ -80,13 +80,13 @@ def test_tile_bins(name: str, sharpness: float, rank: int, queries: int, scores:
     own = places >= (tiling.starts[:-1] // tile * tile)[:, None]
     seen = places < tiling.starts[1:, None]
     assert (found[:, own & seen] == LOCAL_BIN).all() and (found[:, ~seen] == 0).all()
-    # To the nearest, and approx_lse to half a unit of the products.
+    # Bins are rounded to the nearest, approx_lse to half a unit of the products.
     slack = 0.5 + 1e-3 * BINS_PER_BIT + 0.5 * BINS_PER_BIT * quantized.bits().max().item()
     assert ((found[:, ~own].double() - exact[:, ~own]).abs() <= slack).all()
 
 
 def test_group_step() -> None:
-    """At least 64 groups of 32 keys, and one in 16 from 32,768 keys on."""
+    """At least 64 groups of 32 keys, and a stride of 16 from 32,768 keys on."""
     assert [group_step(own) for own in (0, 2047, 4095, 4096, 8192, 32768, 1 << 20)] == [1, 1, 1, 2, 4, 16, 16]
 
 
@@ -95,7 +95,7 @@ def test_mass_by_bin(scores: TorchScores) -> None:
     bins = torch.randint(0, 256, (3, 5, 301), generator=generator).to(torch.uint8)
     weights = torch.rand(3, 7, 301, generator=generator)
     weights[:, :, 40:200] *= 1e-12
-    # What our kernels hold exactly.
+    # Values that our kernels hold exactly.
     weights = (weights / weights.sum(-1, keepdim=True)).bfloat16().float()
     bin_row = torch.tensor([[0, 0, 1, 3, 4, 4, 2], [1, 1, 1, 0, 2, 3, 4], [4, 3, 2, 1, 0, 0, 0]])
     exact = torch.zeros(3, 7, 256, dtype=torch.float64)
@@ -138,7 +138,7 @@ def test_threshold_of_a_sample() -> None:
     for errors, wanted in ((0.0, 0.949), (2.0, 0.949 - 2 * error)):
         assert threshold(mass, wanted, errors).tolist() == [200]
         assert threshold(mass, wanted + 0.002, errors).tolist() == [100]
-    # All of the attention, which no sum of floats quite reaches.
+    # All of the attention, which a sum of floats does not quite reach.
     assert threshold(torch.full((1, 16, 256), 0.1), 1 - 1e-9, errors=3.0).tolist() == [0]
 
 
@@ -152,7 +152,7 @@ def test_keys_from_one_bin_up(name: str, scores: TorchScores) -> None:
     bins[1, :, : length // 2] += 50
     bins[:, places >= (tiling.starts[:-1] // tile * tile)[:, None]] = LOCAL_BIN
     bins[:, places >= tiling.starts[1:, None]] = 0
-    # Few keys, half a sequence whole, nothing told apart, none, and nearly all.
+    # Few keys, half of the sequence whole, no threshold (dense), no keys, and nearly all.
     wanted = torch.tensor([195, 199, 0, 255, 2], dtype=torch.int32)
     marks = torch.zeros(5, tiling.num_tiles, tiling.num_key_blocks * page, dtype=torch.bool)
     marks[..., :length] = bins >= wanted[:, None, None].to(torch.uint8)
@@ -182,7 +182,7 @@ def test_keys_from_one_bin_up(name: str, scores: TorchScores) -> None:
 @pytest.mark.parametrize("chunk", [4096, 300, 20, 1])
 @pytest.mark.parametrize("gamma", [0.5, 0.92, 0.999])
 def test_thresholds_of_our_kernels(chunk: int, gamma: float) -> None:
-    """Of a sample, of rows that speak for themselves, and of rows without any attention."""
+    """Thresholds of a sample, of the last and outlier rows, and of rows without any attention."""
     if reason := library.unavailable_reason():
         pytest.skip(reason)
     generator = torch.Generator().manual_seed(chunk)
@@ -192,7 +192,7 @@ def test_thresholds_of_our_kernels(chunk: int, gamma: float) -> None:
     mass[2, -1] = 0
     for rows in (sample, sample._replace(others=(), errors=0.0)):
         found, right = NativeScores.threshold(rows, mass, gamma), rows.threshold(mass, gamma)
-        # Shares that lie within rounding errors of what is wanted may fall on either side.
+        # Shares within rounding error of the target may fall on either side.
         assert found.dtype == right.dtype and int((found - right).abs().max()) <= 1
         assert (found == right).float().mean() > 0.6
     assert 0 < int(found[:2].min()) < 255

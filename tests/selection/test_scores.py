@@ -51,7 +51,7 @@ def inputs(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, i
 
 
 def wanted_heads(heads: int) -> list[int]:
-    """Some of the heads and not in order: a layer asks for those whose pattern needs the scores."""
+    """Some of the heads, out of order: a layer asks only for heads whose pattern needs the scores."""
     return [heads - 1, *range(0, heads - 1, 2)]
 
 
@@ -137,7 +137,7 @@ def test_a_strong_column_leaves_no_trace_in_the_diagonals() -> None:
     keys = torch.zeros(1, length, dim)
     query = torch.zeros(64, 1, dim)
     for row in range(64):
-        # Each row looks at the column (dimension 0) and, as strongly, at the key 700 places back (its own dimension).
+        # Each row attends the column (dimension 0) and, as strongly, the key 700 tokens back (its own dimension).
         place = length - 64 + row - offset
         query[row, 0, 0] = query[row, 0, 1 + row % 60] = 30.0
         keys[0, place, 1 + row % 60] = 10.0
@@ -199,8 +199,8 @@ def test_antidiagonal_scores(name: str, dtype: torch.dtype, block_size: int, til
     tiling = Tiling.of(context, keys.shape[1], block_size, tile)
     found = scores_of(query, keys, scale, block_size).antidiagonal(heads, tiling, stride)
     exact = reference.antidiagonal_scores(query, keys, tiling, stride, scale)[heads]
-    # Every logit is rounded once, to the inputs' type: by so much may a weight be wrong, relatively. (Masses add up to
-    # 1, so an error is at most as large as that.)
+    # Every logit is rounded once, to the inputs' type, which bounds a weight's relative error. (Masses add up to 1, so
+    # an error is at most as large as that.)
     logits = query.double().transpose(0, 1) @ reference.repeat_heads(keys.double(), query.shape[1]).transpose(1, 2)
     rounding = torch.finfo(dtype).eps * float(logits.abs().max()) * scale
     assert_within(found, exact, exact, FLOAT32_FLOOR + rounding * float(exact.max()))
@@ -214,7 +214,7 @@ def test_antidiagonals_cross_every_column_and_the_diagonals_of_odd_distance(stri
     tiling = Tiling.of(0, length, block, block)
     keys = torch.zeros(1, length, length + 1)
     query = torch.zeros(length, 3, length + 1)
-    # The first head looks at one key, the others some tokens back: every key has a dimension of its own.
+    # The first head attends one key, the others a key at a distance: every key has a dimension of its own.
     places = torch.arange(length)
     keys[0, places, places] = query[:, 0, 130] = 30.0
     for head, distance in ((1, 201), (2, 200)):
@@ -225,7 +225,7 @@ def test_antidiagonals_cross_every_column_and_the_diagonals_of_odd_distance(stri
         assert float(found[0, number, 2]) > 2 * uniform
         # Rows of the tile meet the diagonal 201 back in two blocks, most of them in the earlier one.
         assert float(found[1, number, number - 4 : number - 2].sum()) > 4 * uniform
-        # Squares lie at even places, so an antidiagonal's cells do, too: one diagonal in two slips through.
+        # Squares lie at even positions, and so do an antidiagonal's cells: every second diagonal is missed.
         assert float(found[2, number].max()) < 2 * uniform
 
 
@@ -255,7 +255,7 @@ def test_block_scores_in_a_window(name: str, window: int) -> None:
 
 @pytest.mark.parametrize("name", ["regular", "context_before_chunk", "gqa_7"])
 def test_block_scores_with_a_soft_cap(name: str) -> None:
-    """Our CPU kernels' own scores are held to it in ``tests/kernels/test_native_features.py``."""
+    """The scores of our CPU kernels are tested in ``tests/kernels/test_native_features.py``."""
     query, keys, context, scale = inputs(name, torch.float32)
     tiling, heads = Tiling.of(context, keys.shape[1], 32, 128), wanted_heads(query.shape[1])
     cap = 0.05  # means of random keys are short

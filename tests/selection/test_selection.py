@@ -1,4 +1,4 @@
-"""The steps by which an index is built, one by one."""
+"""The individual steps of building an index."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_pages_of_columns_are_filled_up_from_a_block_that_the_tile_lacks() -> No
     more_blocks, (columns, count, _) = columns_outside_blocks(tiling, blocks, wanted(*asked))
     assert torch.equal(more_blocks[0, 7], blocks[0, 7])
     assert len(set(listed(columns, count, 7))) == 32 and set(asked) <= set(listed(columns, count, 7))
-    # In the second tile only block 0 lies before; its 31 other keys fill the page of the one column.
+    # Only block 0 precedes the second tile; its 31 other keys fill the page of the one column.
     assert listed(columns, count, 1) == list(range(32))
 
 

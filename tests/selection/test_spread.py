@@ -1,4 +1,4 @@
-"""Indices that kernels are timed on: as large as asked for, and as any index is made."""
+"""Indices for timing kernels: as large as asked for, and built like any other index."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_an_index_like_any_other(name: str, context: int, length: int, list_ever
             listed = (values >= 0).sum(-1)
             without_list = values[..., 0] < 0
             assert torch.equal(torch.where(without_list, 0, counts), listed.to(counts.dtype))
-        # Every pair that is counted is in the mask: no key is named twice, none is missing, own rows are there.
+        # Every counted pair is in the mask: no key is listed twice, none is missing, and own rows are included.
         found = index.to_mask()
         assert torch.equal(found.sum((1, 2)).double(), index.computed_pairs())
         rows = torch.arange(length - context)
@@ -67,7 +67,7 @@ def test_so_many_of_the_keys_before_a_tile(density: float) -> None:
 
 
 def test_kernels_get_the_same_keys_whatever_room_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where lists that the data decide have little room."""
+    """When the lists of adaptive budgets have little capacity."""
     monkeypatch.setattr(capacity, "ADAPTIVE_BYTES", 4 * 64 * 16 * 100)
     patterns, tiling = [LowRank(), Coverage()] * 32, Tiling.of(16384, 16384 + 512, PAGE, 32)
     narrow, wide = (

@@ -26,7 +26,7 @@ Representatives = Callable[[torch.Tensor, torch.Tensor, Tiling, int], TileQuerie
 def of(
     representatives: Representatives, low: torch.Tensor, key_size: torch.Tensor, tiling: Tiling
 ) -> list[list[torch.Tensor]]:
-    """Of every head and tile ``[count, r]``."""
+    """``[count, r]`` for every head and tile."""
     found, position, count = representatives(low, key_size, tiling, COUNT)
     rows = (position - tiling.context_len).long()[..., None].expand(found.shape)
     assert position.dtype == count.dtype == torch.int32 and torch.equal(low.gather(1, rows), found)
@@ -76,7 +76,7 @@ def test_rows_are_taken_farthest_first(
                 if left:
                     farthest = left[int(torch.cdist(apart[left], chosen).amin(1).argmax())]
             assert len(found[head][i_tile]) == min(COUNT, len(rows))
-            # Where those do not suffice all are taken.
+            # Where the representatives do not suffice, all rows are taken.
             assert torch.equal(everything[head][i_tile] if len(rows) > COUNT else rows, rows)
 
 
@@ -89,10 +89,10 @@ def test_rows_that_are_alike_are_represented_by_themselves(representatives: Repr
 
 @BOTH
 def test_all_rows_of_a_tile_whose_representatives_do_not_suffice(representatives: Representatives) -> None:
-    """As soon as one is not alike, by the difference of scores in bits."""
+    """All rows are taken as soon as one is not represented, by the difference of scores in bits."""
     tiling = Tiling.of(128, 256, 64, 64)
     low = torch.zeros(1, 128, 16)
-    # Of one tile more rows differ than there are representatives.
+    # In one tile more rows differ than there are representatives.
     low[0, 64 : 64 + COUNT + 1, 0] = torch.arange(COUNT + 1) + 1.0
     for size, count in ((ALIKE * 1.01, 64), (ALIKE * 0.99, COUNT)):
         key_size = torch.full((1, 1, 16), size)
@@ -101,7 +101,7 @@ def test_all_rows_of_a_tile_whose_representatives_do_not_suffice(representatives
 
 @BOTH
 def test_queries_that_are_not_numbers(representatives: Representatives) -> None:
-    """The first of them is taken, and then the tile's first rows, as nothing is known of how far they are."""
+    """The first such row is taken, and then the tile's first rows, since their distances are unknown."""
     tiling = Tiling.of(128, 320, 64, 64)
     low = torch.randn(2, 192, 16, generator=torch.Generator().manual_seed(0))
     low[1, 70], low[1, 80, 3] = torch.nan, torch.inf
@@ -114,8 +114,8 @@ def test_queries_that_are_not_numbers(representatives: Representatives) -> None:
 
 
 def test_selections_follow_rows_that_are_alike_and_those_that_all_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every row of ``lookups`` looks at a key of its own, which no representative knows: all are asked. Were they not,
-    the measured rows would say so, and the head would be dense."""
+    """Every row of ``lookups`` attends a key of its own, which no representative covers, so all rows are scored.
+    Otherwise the measured rows would show the loss, and the head would be dense."""
     pattern = LowRank(gamma=0.9, queries=COUNT)
     densities = []
     for query, keys in (neighbours(sink=False), lookups()):
