@@ -1,9 +1,9 @@
 """Packaging of minference-vllm; the metadata lives in pyproject.toml. This file names the packages and builds ``csrc``.
 
 ``csrc/cpu`` is a plain shared library without Python or torch headers, loaded with ctypes, and built once for each
-family of x86 processors; ``kernels/native/library.py`` takes the one that fits the machine. Both are optional: where
-one does not compile (no compiler, an old one, another architecture) pip prints a warning, and the package works with
-the other, or through vLLM's own kernels.
+family of x86 processors; ``kernels/native/library.py`` loads the one that fits the machine. All builds are optional: if
+one does not compile (no compiler, an old one, another architecture), pip prints a warning, and the package uses another
+build or vLLM's own kernels.
 """
 
 from copy import copy
@@ -22,7 +22,7 @@ SOURCES = (
     "representatives",
     "score_bins",
 )
-# Top-level folders that install below our own package, so that they shadow nobody's module.
+# Top-level folders that are installed below our own package, so that they shadow no other module.
 OUTSIDE = {
     "minference_vllm.pattern_configs": "pattern_configs",
     "minference_vllm.triton_kernels": "triton_kernels",
@@ -31,13 +31,13 @@ AVX512_BF16 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "bf
 INSTRUCTIONS = {
     "amx": [*AVX512_BF16, *(f"-mamx-{part}" for part in ("tile", "int8", "bf16"))],
     "avx512bf16": AVX512_BF16,
-    # Conversions of float16 (F16C) are as old as AVX2, but no part of it.
+    # float16 conversions (F16C) are a separate extension, available on every processor with AVX2.
     "avx2": ["-mavx2", "-mf16c"],
 }
 
 
 class BuildExtensions(build_ext):
-    """Each family's objects in a folder of its own: they come from the same sources, and ``-j`` builds them at once."""
+    """A separate object folder per family: all are built from the same sources, with ``-j`` at the same time."""
 
     def build_extension(self, ext: Extension) -> None:
         alone = copy(self)

@@ -1,13 +1,13 @@
-"""Answers of the bundled model to the same questions, dense and with minference, for each of some pattern files.
+"""Answers of the bundled model to the same questions, dense and with minference, for each given pattern file.
 
-Every text holds several facts, spread evenly over its depth, and every question is a prompt of its own. minference
+Every text contains several facts, spread evenly over its depth, and every question is a separate prompt. minference
 reads each prompt from its first token (prefix caching off). vLLM's dense engine keeps the text's prefix in its cache
-from one question to the next, which changes nothing but the time: the cached keys are the ones it would compute again.
-Its time to first token is therefore taken from the first question of each text alone.
+between questions, which only changes the time, since the cached keys are those that it would compute again. Its time to
+first token is therefore taken only from the first question of each text.
 
-With ``--keep-texts`` minference keeps the prefix, too, as a server that answers many questions on one document does:
-the text's keys come from sparse attention once, and of every question only the last tokens are read, sparsely as well
-(``min_chunk`` 16). Many questions on long texts take minutes then.
+With ``--keep-texts`` minference also keeps the prefix, like a server that answers many questions about one document:
+the text's keys come from one pass of sparse attention, and of every question only the last tokens are read, also
+sparsely (``min_chunk`` 16). Many questions on long texts then take minutes.
 
     python benchmarks/bench_answers.py --tokens 32768 --patterns low_rank --csv benchmarks/results/answers_cpu.csv
 """
@@ -31,11 +31,11 @@ from record import emit
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "demo"
 
 ANSWER_TOKENS = tasks.CODE_DIGITS + 5
-"""A variable's answer names the variable that it copies."""
+"""The answer for a copied variable first names the variable that it copies."""
 
 
 def needle_questions(tokens: int, count: int, seed: int) -> list[tasks.Prompt]:
-    """Questions for each of ``count`` secrets in one text."""
+    """One question for each of ``count`` secrets in one text."""
     rng = random.Random(seed)
     keys = tasks.random_keys(rng, count)
     codes = [tasks.random_code(rng) for _ in keys]
@@ -50,7 +50,7 @@ def needle_questions(tokens: int, count: int, seed: int) -> list[tasks.Prompt]:
 
 
 def key_value_questions(tokens: int, count: int, seed: int) -> list[tasks.Prompt]:
-    """Questions for ``count`` of the records of one text, a quarter of which is records."""
+    """Questions for ``count`` records of one text. A quarter of the text is records."""
     return [tasks.key_value(tokens, seed, depth=number / max(1, count - 1)) for number in range(count)]
 
 
@@ -74,7 +74,7 @@ TASKS = {
 
 
 def start(name: str, args: argparse.Namespace, folder: Path) -> Engine:
-    """An engine named ``dense``, or by the pattern file that it runs."""
+    """Start an engine: ``dense``, or the name of a pattern file."""
     settings = {"patterns": name} | ({"min_chunk": 16} if args.keep_texts else {}) if name != "dense" else None
     keep = {"enforce_eager": True, "enable_prefix_caching": name == "dense" or args.keep_texts}
     tokens = max(args.tokens) + ANSWER_TOKENS
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 class Answers:
-    """What one engine answered."""
+    """The answers of one engine."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -144,7 +144,7 @@ class Answers:
 def measure(
     args: argparse.Namespace, tokenizer: Any, engines: dict[str, Engine], task: str, tokens: int
 ) -> list[dict[str, object]]:
-    """A row per pattern file: the same questions to all engines."""
+    """One row per pattern file; all engines get the same questions."""
     found = {name: Answers() for name in engines}
     for first in range(0, args.questions, TASKS[task].per_text):
         count = min(TASKS[task].per_text, args.questions - first)

@@ -1,19 +1,21 @@
 """One attention layer: estimate + index + attention against a dense kernel, in one process.
 
-On CPUs the dense kernel is vLLM's own; on GPUs vLLM's FlashAttention (version 3 on Hopper) on the same pages, or, where
-vLLM is not installed for CUDA, torch's scaled dot-product attention on contiguous keys and values. GPU times are taken
-with events; the stages one after the other, each waited for, so that their sum exceeds the whole.
+On CPUs the dense kernel is vLLM's own; on GPUs vLLM's FlashAttention (version 3 on Hopper) on the same pages, or, if
+vLLM is not installed for CUDA, torch's scaled dot-product attention on contiguous keys and values. GPU times are
+measured with events. The stages are timed one after the other with a host synchronisation after each, so their sum
+exceeds the total time.
 
-For every context the answer is checked first: sampled rows against float64 attention under the index's own mask (error)
-and the share of the dense softmax mass that the index keeps (recall); the dense kernel's answer, too. One that is wrong
-is not timed: it costs the row and the exit status. Then dense and sparse are timed in turns and the medians reported.
-Where ``--chunk`` leaves tokens before it, what a server on CPUs keeps of their pages (norms of values, mean keys) is
-there already. TFLOP/s (GPU rows) count 4 * head_size per query-key pair that the index names.
+For every context the outputs are checked first: sampled rows against float64 attention under the index's own mask
+(error), and the share of the dense softmax mass that the index keeps (recall). The dense kernel is checked, too. If an
+output is wrong, the row is left out and the exit status is 1. Then dense and sparse are timed alternately and the
+medians reported. If the context is longer than ``--chunk``, the page summaries that a server on CPUs keeps (norms of
+values, mean keys) exist already for the earlier pages. TFLOP/s (GPU rows) count 4 * head_size per query-key pair of the
+index.
 
-``--peer`` adds rows of other kernels (see ``peers.py``) on the index that the first of ours attended, checked in the
-same way and timed in turns with the dense kernel. Such a row says ``peer`` and, in ``computes``, what it attended; its
-seconds and its speed-up are those of attention alone, without estimate and index. A peer that cannot run is named
-before anything is measured; one that fails costs its own row and the exit status.
+``--peer`` adds rows of other kernels (see ``peers.py``) on the index that the first of our kernels attended, checked in
+the same way and timed alternately with the dense kernel. Such a row has the columns ``peer`` and ``computes`` (what it
+attended); its seconds and speed-up are of attention only, without estimate and index. A peer that cannot run is
+reported before anything is measured. If a peer fails, its row is left out and the exit status is 1.
 
     python benchmarks/bench_attention.py --context 32768 65536 131072 --csv benchmarks/results/attention_cpu.csv
     python benchmarks/bench_attention.py --device cuda --heads 32 --kv-heads 8 --context 131072 --chunk 8192
@@ -59,11 +61,11 @@ PATTERNS: dict[str, HeadPattern] = {
     "block_sparse": BlockSparse(top_k=64),
 }
 MAX_ERROR = 0.03
-"""Of a row's largest output: several times what rounding to bf16 makes of it."""
+"""Relative to a row's largest output; several times the rounding error of bf16."""
 
 
 def fill_cache(keys: torch.Tensor, values: torch.Tensor, block_size: int) -> tuple[PagedCache, torch.Tensor]:
-    """The tokens in shuffled pages of the dense kernel's own layout, and the page of each logical block."""
+    """Write the tokens into shuffled pages in the dense kernel's layout; also returns each logical block's page."""
     tokens, heads, dim = keys.shape
     blocks = -(-tokens // block_size)
     pages = torch.randperm(blocks, generator=torch.Generator(keys.device).manual_seed(1))
@@ -85,7 +87,7 @@ def fill_cache(keys: torch.Tensor, values: torch.Tensor, block_size: int) -> tup
 def dense_attention(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cache: PagedCache, pages: torch.Tensor, scale: float
 ) -> tuple[str, Callable[[], torch.Tensor]]:
-    """The dense kernel's name, and a call that returns its output."""
+    """The dense kernel's name, and a function that returns its output."""
     chunk, context = query.shape[0], keys.shape[0]
     table = pages[None].to(torch.int32)
     starts = torch.tensor([0, chunk], dtype=torch.int32)
@@ -144,7 +146,7 @@ def sampled_check(
     remainder: bool = False,
 ) -> tuple[float, float]:
     """Largest error over sampled rows relative to the largest output, and mean recall."""
-    # The remainder is one of a whole tile's rows, and takes as much longer to check.
+    # The remainder is computed for all rows of a tile, so the check takes that much longer per row.
     rows = torch.linspace(0, query.shape[0] - 1, 4 if remainder else 16).long().unique()
     starts = index.tiling.starts.tolist()
     keys, values = keys.transpose(0, 1), values.transpose(0, 1)
@@ -179,12 +181,12 @@ def sampled_check(
             mask = mask[..., : position + 1]
             errors.append((out[row : row + 1, heads].double() - expected).abs().max() / expected.abs().max())
             recalls.append(reference.attention_recall(one, seen[0], mask, position, scale).mean())
-    # Python's max would leave out NaN.
+    # Python's max would ignore NaN.
     return float(torch.stack(errors).max()), float(torch.stack(recalls).mean())
 
 
 def wrong(error: float) -> str | None:
-    """Why an answer with this error, which may be NaN, is not worth timing."""
+    """The reason not to time a kernel with this error, which may be NaN."""
     return None if error <= MAX_ERROR else f"its answer is off by {error:.3g} of the largest output, so it is not timed"
 
 
@@ -204,7 +206,7 @@ def seconds(call: Callable[[], object], device: str) -> float:
 def measure(
     args: argparse.Namespace, context: int, pattern_name: str, kernel_name: str, peers: list[str], failed: list[str]
 ) -> Iterator[dict[str, object]]:
-    """The kernel's row, then those of the named peers; what is wrong or fails is added to ``failed`` instead."""
+    """The row of the kernel, then those of the peers. Wrong or failing ones are added to ``failed`` instead."""
     structure = Structure()
     chunk_len = min(args.chunk or context, context)
     dtype = getattr(torch, args.dtype)
@@ -213,7 +215,7 @@ def measure(
     cache, pages = fill_cache(keys, values, args.block_size)
     scale = args.head_size**-0.5
     kernel = choose(kernel_name, query.dtype, cache)
-    # What a server has kept of the pages before the chunk, where it keeps it (``metadata_builder``).
+    # The summaries of earlier pages, where a server keeps them (``metadata_builder``).
     kept = None if kernel.planned else PageMeans()
     inputs = Inputs(query, cache, pages, Chunk(0, 0, context - chunk_len, context), scale, page_means=kept)
     positions = torch.arange(context - chunk_len, context, device=pages.device)
@@ -280,7 +282,7 @@ def measure(
     for name in peers:
         try:
             found = measure_peer(args, name, problem, dense)
-        except Exception as error:  # whatever a peer fails with, the other rows are worth having
+        except Exception as error:  # a failing peer must not cost the other rows
             failed.append(f"peer {name!r}, context {context}, {pattern_name}: {type(error).__name__}: {error}")
         else:
             yield {"peer": name, "pattern": pattern_name, "context": context, "chunk": chunk_len} | found | shape
@@ -289,13 +291,13 @@ def measure(
 def measure_peer(
     args: argparse.Namespace, name: str, problem: Problem, dense: Callable[[], torch.Tensor]
 ) -> dict[str, object]:
-    """What a peer adds to the row of its pattern and context.
+    """A peer's part of the row for this pattern and context.
 
     Raises:
-        ValueError: its answer is not what it says that it computes.
+        ValueError: its output is not attention under its index.
     """
     peer = PEERS[name].prepare(problem)
-    # A copy, since a kernel may write into the same output again.
+    # A copy, since a kernel may reuse its output tensor.
     out = peer.attend().clone()
     error, recall = sampled_check(problem.query, problem.keys, problem.values, out, peer.index, problem.scale)
     reason = wrong(error)
@@ -322,7 +324,7 @@ def measure_peer(
 
 
 def check_peers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Leave with the reason when a named peer cannot run at one of the sizes."""
+    """Exit with the reason if a requested peer cannot run at one of the sizes."""
     tile = whole_tile(args.tile, args.block_size)
     for name in args.peer:
         for context in args.context:

@@ -1,10 +1,9 @@
-"""Short requests beside long prompts: how long they wait for their first token, in vLLM's dense server and with
-minference.
+"""Time to first token of short requests beside long prompts, in vLLM's dense server and with minference.
 
-One client asks long prompts (``examples/demo/tasks.py``) one after the other; others ask short ones at random times, so
-that nearly each of them meets a long prompt in the middle. By default vLLM gives all of a step's tokens to the prompt
-that it is reading, and a short request waits until that is done. With ``--threshold`` a step has room for short
-requests, which then wait for one chunk. Every answer is checked.
+One client sends long prompts (``examples/demo/tasks.py``) one after the other; others send short ones at random times,
+so that nearly all of them arrive during the prefill of a long prompt. By default vLLM gives the whole token budget of a
+step to the prompt that it is reading, and a short request waits until that is done. With ``--threshold`` a step has
+tokens left for short requests, which then wait for one chunk. Every answer is checked.
 
     python benchmarks/bench_beside.py --csv benchmarks/results/beside_cpu.csv
     python benchmarks/bench_beside.py --threshold 2048 --chunk 2560 --csv benchmarks/results/beside_cpu.csv
@@ -36,7 +35,7 @@ class Asked(NamedTuple):
     begin: float
     """Seconds, ``time.monotonic``."""
     first_token: float
-    """Seconds after it."""
+    """Seconds after ``begin``."""
     right: bool
 
 
@@ -84,7 +83,7 @@ def measure(args: argparse.Namespace, name: str, folder: Path) -> dict[str, obje
             thread.start()
         for thread in threads:
             thread.join()
-    # Those that were asked while a long prompt was being read.
+    # Requests that were sent during the prefill of a long prompt.
     reading = [(one.begin, one.begin + one.first_token) for one in long]
     beside = [one.first_token for one in short if any(begin <= one.begin < end for begin, end in reading)]
     return {

@@ -1,25 +1,26 @@
-"""What sparse patterns cost a real language model on real text, beside dense attention in the same process.
+"""Quality of sparse patterns with a real language model on real text, against dense attention in the same process.
 
     python tools/get_smollm2.py
     python benchmarks/bench_language.py --text pydoc opticks --output rows.csv --picture loss.png
     python benchmarks/bench_language.py --tokens 16000 --patterns default_cpu 'coverage(0.95, 1024)'
 
-The model runs with transformers in float32. Every layer's attention is ours, chunk by chunk, so that what sparse
-attention loses in one layer reaches the next, and the chunks after, as it does in a server (``language_model.py``). No
-engine runs: dense is torch's scaled dot-product attention. What is asked, and where, is in
-``minference_vllm/offline/evaluate/tasks.py``.
-Prompts above the model's trained length stretch its positions by YaRN.
+The model runs with transformers in float32. Every layer's attention is ours, chunk by chunk, so that errors of sparse
+attention in one layer propagate to later layers and chunks, as in a server (``language_model.py``). No engine runs:
+dense is torch's scaled dot-product attention. The questions and their places are in
+``minference_vllm/offline/evaluate/tasks.py``. For prompts above the model's trained length, positions are stretched by
+YaRN.
 
-A row for each text, length, chunk, pattern and task. ``dense``, ``sparse``: mean loss of the scored tokens (negative
-log-likelihood, nats per token); ``difference``: sparse minus dense, and ``standard_error`` of that mean over tokens;
-``answers``: how many were scored, ``right_dense``, ``right_sparse``: of how many every token was the likeliest;
-``density``: share of the prompt's query-key pairs computed, 1 for chunks below ``--min-context``; ``seconds``: of the
-sparse pass, beside ``seconds_dense``. Compare them within one run on an idle machine, or not at all.
+One row per text, length, chunk, pattern and task. ``dense``, ``sparse``: mean loss of the scored tokens (negative
+log-likelihood, nats per token); ``difference``: sparse minus dense, with the ``standard_error`` of that mean over
+tokens; ``answers``: number of scored answers; ``right_dense``, ``right_sparse``: number of answers whose every token
+was the likeliest; ``density``: share of the prompt's query-key pairs computed, 1 for chunks below ``--min-context``;
+``seconds``, ``seconds_dense``: of the sparse and the dense pass, comparable only within one run on an idle machine.
 
 Task ``heads`` compares every head with exact attention over the same keys and values, on sampled rows of the text's
-prompts: ``recall`` of the weights; ``value_recall``, each weight times the distance of the key's value from the row's
-output, which says what leaving a key out can move; ``output_error`` of the output's norm. Means over heads; ``_p1`` is
-what 99 % of the heads are above, ``_p99`` below. ``worst_heads``: layer.head, error, recall, value recall.
+prompts: ``recall`` of the weights; ``value_recall``, in which each weight is multiplied by the distance of the key's
+value from the row's output, the effect of leaving the key out; ``output_error`` relative to the output's norm. All are
+means over heads; 99 % of the heads are above ``_p1`` and below ``_p99``. ``worst_heads``: layer.head, error, recall,
+value recall.
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ PATTERNS = (
 )  # fmt: skip
 HEADS = "heads"
 WORST = 5
-"""Heads that a row names."""
+"""Number of worst heads in a row."""
 
 
 class Read(NamedTuple):
-    """Some prompts, read one way."""
+    """The result of reading some prompts in one way."""
 
     scores: list[Scores]
     prefills: list[ChunkedPrefill]
-    """One per prompt; none for dense attention."""
+    """One per prompt; empty for dense attention."""
     seconds: float
 
     @property
@@ -64,7 +65,7 @@ class Read(NamedTuple):
 
 
 def read(model: LanguageModel, prompts: Sequence[Prompt], prefills: Sequence[ChunkedPrefill] = ()) -> Read:
-    """Read every prompt with its prefill, or densely without."""
+    """Read every prompt with its prefill, or densely if there are none."""
     start = time.perf_counter()
     ways: Sequence[Attend] = prefills or [dense] * len(prompts)
     scores = [
@@ -81,12 +82,12 @@ def wanted(prompt: Prompt) -> torch.Tensor:
 
 
 class Answers(NamedTuple):
-    """One task's answers in all prompts."""
+    """The answers of one task in all prompts."""
 
     loss: torch.Tensor
     """float64 ``[n]``, per token."""
     right: list[bool]
-    """Of each answer, whether every token was the likeliest."""
+    """Per answer, whether every token was the likeliest."""
 
 
 def answers(task: str, prompts: Sequence[Prompt], scores: Sequence[Scores]) -> Answers:
@@ -140,11 +141,11 @@ COLUMNS = (
     "difference", "standard_error", "count", "answers", "right_dense", "right_sparse", "density", "recall", "recall_p1",
     "value_recall", "value_recall_p1", "output_error", "output_error_p99", "worst_heads", "seconds", "seconds_dense",
 )  # fmt: skip
-"""Of the CSV file; those that do not concern a row's task are empty in it."""
+"""Of the CSV file; columns that do not apply to a row's task are empty."""
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
-    """Six digits say all that floating point leaves of a loss."""
+    """Round to six digits, the precision of a loss in floating point."""
     return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
 
 

@@ -1,8 +1,8 @@
-"""What can be done about the keys that a tile leaves out? Ways to make up for them, on a real language model's heads.
+"""Compare ways to approximate the keys that a tile leaves out, on the heads of a real language model.
 
-Every tile of 128 rows keeps its own keys and a given share of those before it, ranked by exact attention, so that only
-what happens with the rest differs. Rows are the error of the output, root of the mean square over the tile's rows as a
-share of the exact output's, mean over heads and tiles. ``docs/estimator.md`` says what was learned.
+Every tile of 128 rows keeps its own keys and a given share of those before it, ranked by exact attention, so the ways
+differ only in the treatment of the rest. A row has the error of the output: the root mean square over the tile's rows
+relative to that of the exact output, mean over heads and tiles. ``docs/estimator.md`` has the results.
 
     python tools/get_smollm2.py
     python benchmarks/bench_left_out.py --csv benchmarks/results/left_out_cpu.csv
@@ -38,7 +38,7 @@ class Tile(NamedTuple):
     weights: torch.Tensor
     """``[TILE, n]``, exact."""
     lse: torch.Tensor
-    """``[TILE, 1]``: log of their denominators."""
+    """``[TILE, 1]``: log of the softmax denominators."""
     kept: torch.Tensor
     """bool ``[n]``."""
 
@@ -49,7 +49,7 @@ class Tile(NamedTuple):
 
     @property
     def sparse(self) -> torch.Tensor:
-        """``[TILE, D]``: what the kept keys add to the output, not renormalised."""
+        """``[TILE, D]``: the kept keys' part of the output, not renormalised."""
         return (self.weights * self.kept) @ self.values
 
     @property
@@ -68,7 +68,8 @@ def delta(tile: Tile, step: int) -> torch.Tensor:
 
 
 def stand_ins(tile: Tile, groups: list[torch.Tensor], query: torch.Tensor, step: int = 1) -> torch.Tensor:
-    """One key for those of each group that are left out, weighed as ``query`` attends them (``prefill.remainder``)."""
+    """One key for the left-out keys of each group, their mean weighted by the attention of ``query``
+    (``prefill.remainder``)."""
     numerator, denominator = tile.sparse, tile.mass
     for group in groups:
         left_out = group[~tile.kept[group]]
@@ -88,7 +89,7 @@ def sampled(tile: Tile, step: int) -> torch.Tensor:
 
 
 def best_value(tile: Tile) -> torch.Tensor:
-    """Every row's missing weight is known, and one value stands for it: what one key per tile could reach."""
+    """The best that one key per tile could reach: exact missing weight of every row, and one value for all of it."""
     missing = (tile.weights * ~tile.kept).sum(0)
     value = missing @ tile.values / missing.sum().clamp_min(1e-20)
     return tile.sparse + (1 - tile.mass) * value

@@ -1,18 +1,18 @@
-"""vLLM's dense CPU engine, minference, and OpenVINO GenAI, dense and with its two kinds of sparse prefill: the time to
-the first token of the same prompts, and the answers.
+"""Time to first token and answers on the same prompts of vLLM's dense CPU engine, minference, and OpenVINO GenAI, dense
+and with its two kinds of sparse prefill.
 
-All engines run on the same cores, one at a time; the others stand still. A prompt ends with a question about something
-in it: questions of ``examples/demo/tasks.py`` for the bundled model, for other models a number planted in a book. A
-row is right when it writes the answer. OpenVINO lives in an environment of its own:
+All engines use the same cores, one at a time, while the others are stopped. A prompt ends with a question about its
+text: questions of ``examples/demo/tasks.py`` for the bundled model, a number planted in a book for other models. A
+prompt counts as right if the engine writes the answer. OpenVINO has an environment of its own:
 
     python3.11 -m venv openvino-env
     openvino-env/bin/pip install torch openvino-genai "optimum-intel[openvino]" "transformers<5.6"
     python benchmarks/bench_peers_cpu.py --openvino openvino-env/bin/python --csv benchmarks/results/peers_cpu.csv
 
-OpenVINO computes with all cores. So does vLLM with ``VLLM_CPU_OMP_THREADS_BIND=0-1`` (of two cores) in the environment;
-by itself it leaves one to its other processes. vLLM reads prompts in chunks of ``--chunk`` tokens; OpenVINO's sparse
-prefill wants the whole prompt in one step. Both hold weights, products and cache in ``--dtype`` (OpenVINO would
-otherwise keep its cache in 8 bits).
+OpenVINO uses all cores. vLLM does so with ``VLLM_CPU_OMP_THREADS_BIND=0-1`` (for two cores) in the environment; by
+default it leaves one to its other processes. vLLM reads prompts in chunks of ``--chunk`` tokens; OpenVINO's sparse
+prefill requires the whole prompt in one step. Both use ``--dtype`` for weights, products and cache (by default OpenVINO
+would keep its cache in 8 bits).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Ask = Callable[[list[int], int], Answer]
 
 
 def book_questions(tokenizer: Any, tokens: int, count: int) -> list[Question]:
-    """A number planted in a passage of a book, asked for at the end."""
+    """Questions for a number planted in a passage of a book, asked at the end."""
     passages = Passages(tokenizer, load_text("opticks")[1], "opticks")
     found = []
     for number in range(count):
@@ -75,7 +75,7 @@ def bundled_questions(tokenizer: Any, task: str, tokens: int, count: int) -> lis
 
 
 class OpenVino:
-    """One engine of the peer, in a process of its own."""
+    """One OpenVINO engine in its own process."""
 
     def __init__(self, args: argparse.Namespace, model: Path, mode: str, tokens: int, log: Path) -> None:
         self.log = log
@@ -120,14 +120,14 @@ def vllm_engine(args: argparse.Namespace, name: str, tokens: int, folder: Path) 
 
 
 def stretched(model: str, factor: float) -> dict[str, Any]:
-    """What a checkpoint's configuration needs for ``factor`` times its context."""
+    """The entries of a checkpoint's configuration for ``factor`` times its context."""
     config = json.loads((Path(model) / "config.json").read_text())
     parameters = config.get("rope_parameters") or {"rope_theta": config["rope_theta"]}
     return yarn(parameters, config["max_position_embeddings"], factor)
 
 
 def exported(args: argparse.Namespace, folder: Path) -> Path:
-    """The model as OpenVINO reads it."""
+    """Export the model to OpenVINO's format; returns the folder."""
     source, target = Path(args.model), folder / "openvino"
     if args.yarn:
         changed = folder / "checkpoint"
@@ -146,7 +146,7 @@ def exported(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def engines(args: argparse.Namespace, tokens: int, folder: Path) -> Iterator[tuple[str, str, Ask]]:
-    """Name, version ("" of what this environment has) and how to ask; each is stopped when the next is wanted."""
+    """Name, version ("" for those of this environment) and ask function; each is stopped before the next starts."""
     for name in [name for name in ("vllm", "minference") if name in args.engines]:
         engine = vllm_engine(args, name, tokens, folder)
         try:

@@ -1,22 +1,22 @@
-"""What a pattern costs and what it keeps: recall, output error and density over context, without running an engine.
+"""Recall, output error and density of patterns by context length, without running an engine.
 
-Two sources of queries, keys and values: the bundled model's layers over its own tasks (one prompt per task), and
-synthetic heads of one known shape each (``synthetic.SHAPES``). For each, the last chunk of the prompt and one in its
-middle are indexed as the backend would, and compared with float32 dense attention on sampled rows.
+There are two sources of queries, keys and values: the bundled model's layers on its own tasks (one prompt per task),
+and synthetic heads of one known shape each (``synthetic.SHAPES``). The last chunk of each prompt and one in its middle
+are indexed as in the backend, and compared with float32 dense attention on sampled rows.
 
     python benchmarks/bench_quality.py --context 16384 32768 65536 --csv benchmarks/results/quality_cpu.csv
 
-``--queries`` compares who chooses columns and diagonals: ``spread``, the backend's own queries from all over the
-chunk; ``last``, the chunk's last 64, as in MInference; ``kv_head``, those of ``spread``, one choice for all query heads
-of a KV head.
+``--queries`` compares the queries that choose columns and diagonals: ``spread``, the backend's own, spread over the
+whole chunk; ``last``, the chunk's last 64, as in MInference; ``kv_head``, those of ``spread`` with one choice for all
+query heads of a KV head.
 
-Columns: ``recall`` mean over heads, chunks and rows; ``recall_p1`` the chunk and head that 99 % of them are above;
-``covered`` share of chunks and heads whose recall is at least 0.95, ``chunks`` share of the chunks, of one layer each,
-whose heads have that on average; ``output_error`` relative to the dense output, median over heads and chunks, with the
-remainder where the pattern asks for it; ``density`` share of query-key pairs computed; ``needed`` the
-share that would do for 95 % of each row's attention if every row had its own selection and knew it beforehand, median
-over heads and chunks; ``select_s`` seconds of estimate and index, per head and chunk, by the torch path (``low_rank``:
-by the CPU kernels, where they run).
+Columns: ``recall`` mean over heads, chunks and rows; ``recall_p1`` first percentile over chunks and heads; ``covered``
+share of chunks and heads with a recall of at least 0.95; ``chunks`` share of the chunks of single layers whose mean
+recall over heads is at least 0.95; ``output_error`` relative to the dense output, median over heads and chunks, with
+the remainder if the pattern has one; ``density`` share of query-key pairs computed; ``needed`` share of pairs that
+would suffice for 95 % of each row's attention with an ideal selection per row, median over heads and chunks;
+``select_s`` seconds of estimate and index, per head and chunk, by the torch path (``low_rank``: by the CPU kernels,
+where they run).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ PATTERNS = (
 
 
 class SpreadQueries(TorchScores):
-    """Queries from all over the chunk choose, as in the backend."""
+    """Queries spread over the whole chunk choose, as in the backend."""
 
 
 class SharedQueries(TorchScores):
@@ -93,7 +93,7 @@ QUERIES = {"spread": SpreadQueries, "last": LastQueries, "kv_head": SharedQuerie
 
 
 def scores_by(queries: str, inputs: Inputs) -> TorchScores:
-    """Torch's scores, with products of quantized keys from the CPU kernels where they run."""
+    """Torch's scores, with products of quantised keys from the CPU kernels where they run."""
     chosen: type[TorchScores] = QUERIES[queries]
     if library.unavailable_reason():
         return chosen(inputs)
@@ -132,11 +132,11 @@ class Rows(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     logits: torch.Tensor
-    """``[R, S]``, -inf where a row does not look."""
+    """``[R, S]``, -inf for keys after the row."""
     weights: torch.Tensor
     output: torch.Tensor
     needed: float
-    """Share of a row's keys that hold 95 % of it, mean."""
+    """Share of a row's keys that hold 95 % of its attention, mean over rows."""
 
 
 def exact(layer: Layer, head: int, positions: torch.Tensor, length: int) -> Rows:
@@ -163,7 +163,7 @@ class Found(NamedTuple):
 def measure(
     layer: Layer, choices: Sequence[tuple[HeadPattern, str]], begin: int, end: int, args: argparse.Namespace
 ) -> list[list[Found]]:
-    """Every head of a layer on one chunk, for each pattern and who chooses."""
+    """The results of every head of a layer on one chunk, for each pattern and kind of ``QUERIES``."""
     heads = range(layer.query.shape[0])
     tiling = Tiling.of(begin, end, args.block_size, args.tile)
     query = layer.query[:, begin:end].transpose(0, 1)

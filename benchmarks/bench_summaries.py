@@ -1,7 +1,7 @@
-"""Mean keys of a growing prefix, chunk by chunk: kept per page (``page_means.PageMeans``), or pooled anew every time.
+"""Mean keys of a growing prefix, chunk by chunk: kept per page (``page_means.PageMeans``) or recomputed every time.
 
-One layer's key cache is filled chunk by chunk, as prefill does it; after each chunk the mean keys of the whole prefix
-are asked for, both ways, and compared. Seconds are per chunk.
+One layer's key cache is filled chunk by chunk, as in prefill. After a chunk the mean keys of the whole prefix are
+computed in both ways and compared. Seconds are per chunk.
 
     python benchmarks/bench_summaries.py --context 131072 1048576 --csv benchmarks/results/summaries_cpu.csv
 """

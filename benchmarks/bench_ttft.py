@@ -1,18 +1,18 @@
-"""Whole engine: time to first token and per decoded token, vLLM's own backend against minference.
+"""Time to first token and per decoded token of a whole engine, vLLM's own backend against minference.
 
 A Llama-shaped model with random weights (``load_format="dummy"``, nothing on disk) is loaded once per pattern. Every
-prompt (random token ids, prefix caching off) is asked twice per turn, in changing order: with minference, and with the
-methods that minference overrides put back to vLLM's own, in the same process. Two processes of the same code differ by
-several per cent on a small machine; within one process, turn by turn, far less does not get lost. Before anything is
-timed, both must answer a short prompt with the same tokens.
+prompt (random token ids, prefix caching off) is run twice per turn, in alternating order: with minference, and with the
+methods that minference overrides reset to vLLM's own, in the same process. Two processes of the same code differ by
+several per cent on a small machine; within one process, turn by turn, much smaller differences are visible. Before
+anything is timed, both must answer a short prompt with the same tokens.
 
-Random weights give flat attention: all columns and diagonals score about the same, chance decides which of them
-``vertical_slash`` takes, and its density says nothing about a trained model. ``a_shape`` has the same cost on any data
-and is the row to read for speed; ``vertical_slash`` beside it shows what the estimate costs.
+Random weights give flat attention: all columns and diagonals score about the same, ``vertical_slash`` selects them at
+random, and its density says nothing about a trained model. ``a_shape`` has the same cost on any data and is the row to
+read for speed; ``vertical_slash`` beside it shows the cost of the estimate.
 
-Contexts below ``--min-context``, and the seconds per decoded token of every row, show what users pay who gain nothing:
-both must stay within 1 % of dense. ``ttft_ratio`` and ``decode_ratio`` are medians over the turns of minference's time
-over the dense one's in the same turn; their spread is half the distance between the quartiles.
+Contexts below ``--min-context``, and the seconds per decoded token of every row, show the overhead where sparse prefill
+gains nothing: both must stay within 1 % of dense. ``ttft_ratio`` and ``decode_ratio`` are medians over the turns of
+minference's time divided by the dense time of the same turn; their spread is half the interquartile range.
 
     python benchmarks/bench_ttft.py --context 4096 32768 65536 --csv benchmarks/results/ttft_cpu.csv
 """
@@ -40,7 +40,7 @@ CHECK_TOKENS = 300
 
 
 def write_model(folder: Path, args: argparse.Namespace) -> None:
-    """The configuration of a Llama of the wanted shape; its weights are made up when it is loaded."""
+    """Write the configuration of a Llama of the given shape; its weights are random when it is loaded."""
     from transformers import LlamaConfig
 
     LlamaConfig(
@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace, engine: Engine, context: int) -> dict[str,
         both = [(dense, True), (sparse, False)]
         for timings, densely in both if turn % 2 else reversed(both):
             timed = engine.ask(prompt, args.decode, densely)
-            if turn:  # the first one warms up
+            if turn:  # the first turn is a warm-up
                 timings.append(timed)
     return {
         "kernel": args.kernel,
@@ -125,7 +125,7 @@ def compare(what: str, dense: list[float], sparse: list[float]) -> dict[str, flo
 
 
 def density(context: int, heads: int, timed: Timed) -> float:
-    """Computed pairs of the whole prompt, first chunks below the threshold included, as a share of the dense ones."""
+    """Computed pairs of the whole prompt as a share of the dense ones, including first chunks below the threshold."""
     everything = heads * context * (context + 1) / 2
     return (everything - timed.dense_pairs + timed.computed_pairs) / everything
 

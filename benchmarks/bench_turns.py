@@ -1,9 +1,9 @@
-"""A conversation over a growing text: answers on a prefix whose keys came from sparse attention, against dense.
+"""Conversations over a growing text: answers on a cached prefix from sparse attention, against dense.
 
-Each turn adds a passage with facts and asks for one fact of the text so far; the right answer then becomes part of the
-conversation, so that all engines read the same. With vLLM's prefix cache only what is new is computed, on keys and
-values that earlier turns left there: with minference, those of sparse attention. With ``--anew`` a third engine,
-``minference anew``, has no prefix cache and reads every turn from its first token.
+Each turn adds a passage with facts and asks for one fact of the text so far. The right answer then becomes part of the
+conversation, so that all engines read the same. With vLLM's prefix cache only new tokens are computed, on the keys and
+values of earlier turns, which with minference come from sparse attention. With ``--anew`` a third engine, ``minference
+anew``, has no prefix cache and reads every turn from its first token.
 
 The bundled model reads its own kind of text (``examples/demo/tasks.py``), other models a book with planted numbers.
 
@@ -34,16 +34,16 @@ from minference_vllm.offline.evaluate.tasks import CITIES
 from minference_vllm.offline.texts import load_text
 
 FACTS = 4
-"""In each passage."""
+"""Facts per passage."""
 NAME = "special magic number"
 
 
 class Turn(NamedTuple):
     new: list[int]
-    """Tokens of the passage, and of the question after it."""
+    """Tokens of the passage and of the question after it."""
     answer: str
     said: list[int]
-    """The answer as it stands in the conversation afterwards."""
+    """Tokens of the right answer, which is added to the conversation."""
 
 
 Talk = Callable[[int], Iterator[Turn]]
@@ -117,7 +117,7 @@ def start(args: argparse.Namespace, name: str, tokens: int, folder: Path) -> Eng
 
 
 class Answers:
-    """What one engine answered in one turn of all conversations."""
+    """The answers of one engine in one turn of all conversations."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -131,7 +131,7 @@ class Answers:
 
     @property
     def density(self) -> float:
-        """Of what was computed in sparse chunks; 1 where none was."""
+        """Density of the sparse chunks; 1 if there were none."""
         dense = sum(timed.dense_pairs for timed in self.timed)
         return sum(timed.computed_pairs for timed in self.timed) / dense if dense else 1.0
 

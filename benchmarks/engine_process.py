@@ -1,4 +1,4 @@
-"""A vLLM engine in a process of its own, asked over a pipe: engines with other backends can stand side by side."""
+"""A vLLM engine in its own process behind a pipe, so that engines with different backends can exist side by side."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ENVIRONMENT = {
 def one_at_a_time(
     model: str, dtype: str, tokens: int, chunk: int, settings: dict[str, Any] | None = None, **others: Any
 ) -> dict[str, Any]:
-    """Options of vLLM's ``LLM`` for an engine that serves one request at a time, and keeps no prefix unless told to.
+    """Options of vLLM's ``LLM`` for an engine that serves one request at a time, by default without prefix caching.
 
     Args:
         tokens: the longest request.
         chunk: max_num_batched_tokens.
-        settings: of minference, which then serves; None: vLLM's own backend does.
-        others: options that come on top.
+        settings: of minference; None: use vLLM's own backend.
+        others: further options, which take precedence.
     """
     options: dict[str, Any] = {
         "model": model,
@@ -45,7 +45,7 @@ def one_at_a_time(
 
 
 class Timed(NamedTuple):
-    """One request, as the engine's process saw it."""
+    """The result of one request, timed in the engine's process."""
 
     tokens: list[int]
     ttft: float
@@ -57,7 +57,7 @@ class Timed(NamedTuple):
 
 
 def read_counters(worker: Any) -> tuple[float, float]:
-    """Runs in the engine's process: query-key pairs computed on the sparse path so far, and what dense had been."""
+    """Query-key pairs computed on the sparse path so far, and by dense attention. Runs in the engine's process."""
     from minference_vllm.backend.runtime import runtime_for
 
     counters = runtime_for(worker.vllm_config).counters
@@ -65,10 +65,10 @@ def read_counters(worker: Any) -> tuple[float, float]:
 
 
 def use_vllms_own_methods(worker: Any, yes: bool) -> None:
-    """Runs in the engine's process: put vLLM's methods in the place of those that minference overrides, or ours back.
+    """Replace the methods that minference overrides by vLLM's, or restore ours. Runs in the engine's process.
 
-    Dense and sparse then share process, weights, cache and memory: two processes differ by several per cent on a small
-    machine even when they run the same code.
+    Dense and sparse then share process, weights, cache and memory. Two processes differ by several per cent on a small
+    machine even if they run the same code.
     """
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -80,12 +80,12 @@ def use_vllms_own_methods(worker: Any, yes: bool) -> None:
             vllms = next(base for base in ours.__mro__ if base.__module__.startswith("vllm.") and name in vars(base))
             setattr(ours, name, vars(vllms)[name])
         elif name in vars(ours):
-            delattr(ours, name)  # what is inherited from our own base class is in force again
+            delattr(ours, name)  # uncovers the method of our own base class
 
 
 def serve(connection: Connection, options: dict[str, Any], environment: dict[str, str], log: str) -> None:
-    """Body of an engine's process: answers ``(prompt, decoded tokens, dense)`` with a ``Timed`` until told to stop."""
-    # vLLM's own processes join this one's group, and end with it.
+    """Body of an engine's process: answers ``(prompt, decoded tokens, dense)`` with a ``Timed`` until it gets None."""
+    # vLLM's own processes join the group of this one and end with it.
     os.setsid()
     with Path(log).open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -100,13 +100,13 @@ def serve(connection: Connection, options: dict[str, Any], environment: dict[str
             prompt, decode, dense = work
             connection.send(answer(llm, prompt, decode, dense, ours="attention_backend" in options))
     except (EOFError, OSError):
-        pass  # the benchmark is gone
+        pass  # the benchmark has ended
     finally:
         llm.llm_engine.engine_core.shutdown()
 
 
 def answer(llm: Any, prompt: list[int], decode: int, dense: bool, ours: bool) -> Timed:
-    """One request, timed by the engine; ``ours``: it runs minference, on vLLM's own methods if ``dense``."""
+    """Run one request. ``ours``: the engine runs minference, with vLLM's own methods if ``dense``."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=decode + 1, ignore_eos=True, detokenize=False)
@@ -122,14 +122,14 @@ def answer(llm: Any, prompt: list[int], decode: int, dense: bool, ours: bool) ->
 
 
 def end_with_us() -> None:
-    """Let the benchmark stop its engines when it is told to end: they are in groups of their own, and stand still."""
+    """Exit normally on SIGTERM, so that the engines are stopped: they are suspended and in their own process groups."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 class Engine:
-    """One engine in its own process; its processes stand still except while it answers.
+    """One engine in its own process. Its processes are suspended except while it answers.
 
-    vLLM's processes poll when they have nothing to do, and would take the processor from the engine that is timed.
+    Idle vLLM processes poll and would take CPU time from the engine that is timed.
     """
 
     def __init__(self, name: str, options: dict[str, Any], environment: dict[str, str], log: Path) -> None:
@@ -154,7 +154,7 @@ class Engine:
         self.signal(signal.SIGSTOP)
 
     def ask(self, prompt: list[int], decode: int, dense: bool = False) -> Timed:
-        """One request; ``dense``: by vLLM's own methods, in an engine that runs minference."""
+        """Run one request. ``dense``: with vLLM's own methods, in an engine that runs minference."""
         self.signal(signal.SIGCONT)
         self.connection.send((prompt, decode, dense))
         timed: Timed = self.receive()
@@ -162,7 +162,7 @@ class Engine:
         return timed
 
     def signal(self, number: signal.Signals) -> None:
-        """To all processes of this engine: they form one group."""
+        """Send a signal to all processes of this engine, which form one group."""
         if self.process.pid:
             os.killpg(self.process.pid, number)
 

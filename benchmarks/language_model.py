@@ -1,8 +1,8 @@
-"""A language model of transformers whose attention is ours: a prompt read chunk by chunk, as a server reads it.
+"""A transformers language model with our attention, which reads a prompt chunk by chunk like a server.
 
-The prompt runs through the model in one piece. Within each layer the attention of its chunks is computed one after the
-other, so that a chunk sees of the earlier ones the keys and values that sparse attention in the layers below has made.
-That is what chunked prefill computes, and what vLLM computes with these patterns (``bench_language.py`` says how near).
+The whole prompt runs through the model at once. Within each layer the attention of its chunks is computed one after the
+other, so that a chunk attends the keys and values of earlier chunks that result from sparse attention in the layers
+below. That is what chunked prefill computes, and what vLLM computes with these patterns.
 
 Sizes: ``H`` query heads over ``HK`` KV heads, ``S`` tokens, ``D`` head size, ``R`` sampled rows.
 """
@@ -25,7 +25,7 @@ from minference_vllm.prefill.recall import sample_rows
 PAGE = 128
 """vLLM's page size on CPUs."""
 ROWS_AT_ONCE = 256
-"""Rows whose logits over the vocabulary are held at once."""
+"""Rows whose logits over the vocabulary are computed at once."""
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 """Layer, query ``[H, S, D]``, keys and values ``[HK, S, D]``, scale -> ``[S, H, D]``."""
@@ -48,26 +48,26 @@ def masked(
 
 
 class ChunkedPrefill:
-    """Attention by patterns, over a paged cache; what it computed, and how far it was from exact attention."""
+    """Attention by patterns over a paged cache, with counts of computed pairs and errors against exact attention."""
 
     def __init__(self, patterns: PatternFile, chunk: int, settings: Settings, rows: int = 0) -> None:
         """
         Args:
             chunk: the server's ``max_num_batched_tokens``.
             settings: its ``min_context``, ``min_chunk`` and ``tile``.
-            rows: to compare with exact attention, of every chunk.
+            rows: number of rows per chunk to compare with exact attention.
         """
         self.patterns, self.chunk, self.settings, self.rows = patterns, chunk, settings, rows
         self.computed_pairs = self.pairs = 0.0
-        """Query-key pairs, of all layers and heads."""
+        """Query-key pairs of all layers and heads."""
         self.heads: dict[int, HeadSums] = {}
-        """Layer -> its heads, where ``rows`` is not 0."""
+        """Layer -> sums of its heads, if ``rows`` is not 0."""
         self.compare_seconds = 0.0
-        """Spent on them."""
+        """Seconds spent on these comparisons."""
 
     @property
     def density(self) -> float:
-        """Share of the prompt's query-key pairs that was computed, where it was read densely, too."""
+        """Share of the prompt's query-key pairs that was computed, dense chunks included."""
         return self.computed_pairs / self.pairs
 
     def __call__(
@@ -111,7 +111,7 @@ def in_pages(rows: torch.Tensor) -> torch.Tensor:
 
 
 class HeadSums:
-    """How far the heads of one layer are from exact attention over the same keys and values, on sampled rows."""
+    """Errors of one layer's heads against exact attention over the same keys and values, on sampled rows."""
 
     def __init__(self, heads: int) -> None:
         self.rows = 0
@@ -138,7 +138,7 @@ class HeadSums:
         exact = weights @ values
         selected = index.tile_mask(torch.searchsorted(index.tiling.starts, positions, right=True) - 1)
         self.recalled += (weights * selected).sum((1, 2), dtype=torch.float64)
-        # A key moves the output by its weight times how far its value is from the output.
+        # A key moves the output by its weight times the distance of its value from the output.
         moved = weights.mul_(torch.cdist(exact, values))
         total, kept = moved.sum(2), moved.mul_(selected).sum(2)
         self.recalled_value += torch.where(total > 0, kept / total, 1.0).sum(1, dtype=torch.float64)
@@ -153,14 +153,14 @@ class Heads(NamedTuple):
     recall: torch.Tensor
     """Share of the exact weights on selected keys, mean over rows."""
     value_recall: torch.Tensor
-    """The same, each weight times the distance between the key's value and the row's exact output: what a key that is
-    left out can move. A sink with a large weight and a small value counts for little."""
+    """The same, with each weight multiplied by the distance between the key's value and the row's exact output: the
+    effect of leaving the key out. A sink with a large weight and a small value counts for little."""
     error: torch.Tensor
-    """Norm of the output's error over that of the exact output."""
+    """Norm of the output's error relative to that of the exact output."""
 
     @classmethod
     def of(cls, passes: Sequence[dict[int, HeadSums]]) -> Heads:
-        """Of one or more prompts."""
+        """Combine the sums of one or more prompts."""
         layers = [[found[layer] for found in passes] for layer in sorted(passes[0])]
 
         def total(field: str) -> torch.Tensor:
@@ -171,7 +171,7 @@ class Heads(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of some tokens of a prompt, by the model's prediction one row before."""
+    """Scores of some tokens of a prompt, by the model's predictions one row before."""
 
     loss: torch.Tensor
     """float64 ``[n]``, nats."""
@@ -188,11 +188,12 @@ class LanguageModel:
         """
         Args:
             path: a folder, or a name on the Hugging Face hub.
-            tokens: the longest prompt. Beyond what the model was trained for, its positions are stretched by YaRN.
+            tokens: the longest prompt. Beyond the model's trained length, positions are stretched by YaRN.
 
         Raises:
             OSError: no such model.
-            ValueError: its attention or its logits are not of the plain kind.
+            ValueError: its attention is not full causal attention, its logits are not the plain output layer's, or its
+                positions are already scaled.
         """
         from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
@@ -200,7 +201,7 @@ class LanguageModel:
         self.questions: Sequence[range] = ()
         name = f"language_bed_{next(self._numbers)}"
         AttentionInterface.register(name, self._attention)
-        # Ours is causal by itself.
+        # Our attention is causal by itself.
         AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
         config = AutoConfig.from_pretrained(path)
         self.yarn = stretch(config, tokens)
@@ -249,15 +250,15 @@ class LanguageModel:
     def score(
         self, ids: torch.Tensor, wanted: torch.Tensor, attend: Attend = dense, questions: Sequence[range] = ()
     ) -> Scores:
-        """Read a prompt, and how well it predicts some of its own tokens.
+        """Read a prompt and score the predictions of some of its own tokens.
 
         Args:
             ids: int64 ``[S]``.
             wanted: int64 ``[n]``, positions in ``ids`` of the tokens to predict, from 1 on.
             attend: how the prompt is read.
-            questions: ranges of ``ids`` from some position to its end. Each follows what stands before the first of
-                them, does not see the others and is read densely: a request that finds the prompt in the prefix cache,
-                and whose few new tokens are below ``min_chunk``.
+            questions: consecutive ranges of ``ids`` up to its end. Each one continues the text before the first range,
+                does not attend the other questions and is read densely, like a request that finds the prompt in the
+                prefix cache and whose new tokens are fewer than ``min_chunk``.
         """
         with self._reading(attend, questions):
             hidden = self._hidden(ids, question_positions(len(ids), questions))
@@ -270,7 +271,7 @@ class LanguageModel:
 
 
 def question_positions(length: int, questions: Sequence[range]) -> torch.Tensor:
-    """int64 ``[length]``: every question continues where the prompt ends."""
+    """int64 ``[length]``: positions, with every question starting at the end of the prompt."""
     positions = torch.arange(length)
     for question in questions:
         positions[question.start : question.stop] = questions[0].start + torch.arange(len(question))
@@ -278,7 +279,7 @@ def question_positions(length: int, questions: Sequence[range]) -> torch.Tensor:
 
 
 def question_mask(prompt: int, questions: Sequence[range]) -> torch.Tensor:
-    """bool ``[rows, S]``: what the questions' rows see, of a prompt of ``prompt`` tokens and themselves."""
+    """bool ``[rows, S]``: the keys that the questions' rows attend, after a prompt of ``prompt`` tokens."""
     rows = torch.arange(prompt, questions[-1].stop)
     mask = torch.arange(questions[-1].stop) <= rows[:, None]
     for question in questions:
@@ -287,7 +288,7 @@ def question_mask(prompt: int, questions: Sequence[range]) -> torch.Tensor:
 
 
 def yarn(parameters: dict[str, Any], trained: int, factor: float) -> dict[str, Any]:
-    """What a configuration says of its positions for ``factor`` times those that it was trained for.
+    """Entries of a configuration for ``factor`` times the positions that it was trained for.
 
     Args:
         parameters: its ``rope_parameters``.
@@ -297,7 +298,7 @@ def yarn(parameters: dict[str, Any], trained: int, factor: float) -> dict[str, A
 
 
 def stretch(config: Any, tokens: int) -> int:
-    """Let a configuration reach ``tokens`` positions by YaRN, where it does not; returns the factor, 1 if it did."""
+    """Extend a configuration to ``tokens`` positions by YaRN if needed; returns the factor, 1 if it was not needed."""
     trained = config.max_position_embeddings
     if tokens <= trained:
         return 1

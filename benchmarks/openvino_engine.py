@@ -1,11 +1,11 @@
-"""OpenVINO GenAI as ``bench_peers_cpu.py`` runs it, in an environment of its own; imports nothing of this project.
+"""OpenVINO GenAI for ``bench_peers_cpu.py``, run in an environment of its own; imports nothing of this project.
 
-    python openvino_engine.py export CHECKPOINT FOLDER    writes the model as OpenVINO reads it, once
+    python openvino_engine.py export CHECKPOINT FOLDER    converts the model to OpenVINO's format
     python openvino_engine.py serve FOLDER MODE PRECISION TOKENS CACHE_GIB
 
 ``serve`` reads one JSON object per line, ``{"ids": [...], "tokens": 6}``, and answers ``{"ttft": seconds, "tokens":
-[...]}``: greedy tokens, and the time to the first. The whole prompt is read in one step, which OpenVINO's sparse
-prefill asks for. ``MODE`` is dense, XATTENTION or TRISHAPE, both with OpenVINO's own settings.
+[...]}``: greedy tokens, and the time to the first. The whole prompt is read in one step, as OpenVINO's sparse
+prefill requires. ``MODE`` is dense, XATTENTION or TRISHAPE, both with OpenVINO's own settings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def export(checkpoint: str, folder: str) -> None:
 
 
 def serve(folder: str, mode: str, precision: str, tokens: int, cache_gib: int) -> None:
-    # Answers alone go to stdout.
+    # Only answers go to stdout.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import numpy
@@ -46,7 +46,7 @@ def serve(folder: str, mode: str, precision: str, tokens: int, cache_gib: int) -
         "KV_CACHE_PRECISION": precision,
         "INFERENCE_NUM_THREADS": os.cpu_count(),
     }
-    # Prompts and answers are token ids: a tokenizer of its own that is never asked.
+    # Prompts and answers are token ids; the pipeline's own tokenizer is not used.
     pipeline = genai.ContinuousBatchingPipeline(folder, scheduler, "CPU", properties)
     print(json.dumps({"version": openvino.__version__}), file=answers, flush=True)
     for number, line in enumerate(sys.stdin):

@@ -1,12 +1,12 @@
 """Other people's kernels on the same layer, for ``bench_attention.py --peer``.
 
-A peer gets the index that our kernel attended, in its own format, and says what it makes of it: the keys that it
-attends are an index again, and its answer is checked under that one before it is timed. Its time is attention alone:
-estimate, index and the conversion to its format stay outside.
+A peer gets the index that our kernel attended, converted to its format, and reports the keys that it attends as an
+index of its own. Its output is checked against that index before it is timed. Only attention is timed, without the
+estimate, the index and the conversion to its format.
 
-``flex``: torch's FlexAttention, compiled. It skips whole blocks only, so a block that holds a column is computed whole:
-the same keys as ours where a pattern has no columns, a multiple of them where it has.
-``xformers``: ``memory_efficient_attention``, dense and causal: a dense kernel and an oracle that is not vLLM's.
+``flex``: torch's FlexAttention, compiled. It only skips whole blocks, so a block that contains a column is computed
+completely: the same keys as ours for patterns without columns, a multiple of them for the others.
+``xformers``: ``memory_efficient_attention``, dense and causal: a dense kernel and an oracle independent of vLLM.
 ``vllm_sparse``: ``sparse_attn_func`` of vLLM's FlashAttention, on the index's own blocks and columns.
 ``minference``: the Triton kernel of Microsoft's ``minference`` package, on the same; whole prompts only.
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 ROWS = 64
-"""Query rows that share a list in MInference's kernels, keys of one of their blocks, and of one of FlexAttention's."""
+"""Query rows that share a list in MInference's kernels, and keys per block of theirs and of FlexAttention's."""
 MINFERENCE_MODULE = "minference.ops.pit_sparse_flash_attention_v2"
 MINFERENCE_KERNEL = "_triton_mixed_sparse_attention"
 
 
 @dataclass(frozen=True)
 class Size:
-    """What of a measurement decides which peers can run, known before anything is measured."""
+    """The parameters of a measurement that decide which peers can run."""
 
     device: str
     context: int
@@ -52,15 +52,15 @@ class Size:
 
 @dataclass(frozen=True)
 class Problem:
-    """One chunk of one layer, and the keys that were chosen for it."""
+    """One chunk of one layer, and its index."""
 
     query: torch.Tensor
     """``[chunk, H, D]``."""
     keys: torch.Tensor
-    """``[S, HK, D]``; values alike."""
+    """``[S, HK, D]``, like the values."""
     values: torch.Tensor
     index: SparseIndex
-    """With a list for every head, see ``one_list_per_head``."""
+    """With one list per head, see ``one_list_per_head``."""
     scale: float
 
 
@@ -69,9 +69,9 @@ class Peer:
     """A kernel that is ready to run."""
 
     computes: str
-    """What it attends, in words, for the row."""
+    """Description of what it attends, for the row."""
     index: SparseIndex
-    """What it attends."""
+    """The keys that it attends."""
     attend: Callable[[], torch.Tensor]
     """Returns ``[chunk, H, D]``."""
 
@@ -154,7 +154,7 @@ def vllm_sparse_reason(size: Size) -> str | None:
 def minference(problem: Problem) -> Peer:
     kernel = getattr(importlib.import_module(MINFERENCE_MODULE), MINFERENCE_KERNEL)
     group = problem.query.shape[1] // problem.keys.shape[1]
-    # It knows no groups of query heads: each gets its own copy of the keys and values.
+    # It has no grouped query heads, so each one gets its own copy of the keys and values.
     query = problem.query.transpose(0, 1)[None]
     keys, values = (rows.transpose(0, 1).repeat_interleave(group, 0)[None] for rows in (problem.keys, problem.values))
     lengths = torch.tensor([problem.index.tiling.seq_len], dtype=torch.int32, device=query.device)
@@ -171,7 +171,7 @@ def minference_reason(size: Size) -> str | None:
         return "it is not installed (pip install minference)"
     try:
         module = importlib.import_module(MINFERENCE_MODULE)
-    except Exception as error:  # its CUDA extension and a dozen other packages load with it
+    except Exception as error:  # the import also loads its CUDA extension and a dozen other packages
         return f"it does not load: {type(error).__name__}: {error}"
     if not hasattr(module, MINFERENCE_KERNEL):
         return f"this version has no {MINFERENCE_KERNEL}"
@@ -185,7 +185,7 @@ def minference_reason(size: Size) -> str | None:
 
 
 class Kind(NamedTuple):
-    """How to set up a peer, and why it cannot run."""
+    """How to set up a peer, and the reason why it cannot run, if any."""
 
     prepare: Callable[[Problem], Peer]
     reason: Callable[[Size], str | None]
@@ -217,7 +217,7 @@ def lists_reason(size: Size) -> str | None:
 
 
 def one_list_per_head(index: SparseIndex) -> SparseIndex:
-    """The same index without lists that heads share: peers know none."""
+    """The same index with one list per head, since peers do not support lists that heads share."""
     if index.heads_per_list == 1:
         return index
     lists = {
@@ -237,7 +237,7 @@ def everything(index: SparseIndex) -> SparseIndex:
 def columns_as_blocks(index: SparseIndex) -> SparseIndex:
     """The index with whole blocks in place of its columns."""
     total = -(-index.tiling.seq_len // index.tiling.block_size)
-    # One block more than there are, for the entries that name none.
+    # One extra block for padding entries.
     held = torch.zeros(*index.num_blocks.shape, total + 1, dtype=torch.bool, device=index.blocks.device)
     held.scatter_(2, torch.where(listed(index), listed_blocks(index), total).long(), True)
     held.scatter_(2, torch.where(index.columns < 0, total, index.columns // index.tiling.block_size).long(), True)
@@ -246,7 +246,7 @@ def columns_as_blocks(index: SparseIndex) -> SparseIndex:
 
 
 def block_mask(index: SparseIndex) -> BlockMask:
-    """FlexAttention's form of an index without columns whose chunk starts at a tile's border."""
+    """FlexAttention's mask for an index without columns whose chunk starts at a tile boundary."""
     from torch.nn.attention.flex_attention import BlockMask
 
     context_len, size, total = (
@@ -255,7 +255,7 @@ def block_mask(index: SparseIndex) -> BlockMask:
         -(-index.tiling.seq_len // index.tiling.block_size),
     )
     blocks = listed_blocks(index)
-    # Blocks that end before the tile begins need no mask; they are the first of every list.
+    # Blocks that end before the tile need no mask. They come first in every list.
     whole = (listed(index) & ((blocks + 1) * size <= index.tiling.starts[:-1, None])).sum(-1, keepdim=True)
     blocks = pad(blocks, (0, total - blocks.shape[-1])).clamp(min=0)
     rest = blocks.gather(2, (torch.arange(total, device=blocks.device) + whole).clamp(max=total - 1))
@@ -272,22 +272,22 @@ def block_mask(index: SparseIndex) -> BlockMask:
         BLOCK_SIZE=(index.tiling.tile, size),
         mask_mod=causal,
         seq_lengths=(index.tiling.seq_len - context_len, index.tiling.seq_len),
-        compute_q_blocks=False,  # these serve the backward pass
+        compute_q_blocks=False,  # only needed for the backward pass
     )
 
 
 class Lists(NamedTuple):
-    """An index as MInference's kernels take it, for a batch of one: lists of ``M`` groups of 64 query rows.
+    """An index in the format of MInference's kernels, for a batch of one: lists of ``M`` groups of 64 query rows.
 
-    All int32 and contiguous. The kernels mask causally in the last blocks of a list alone, which is therefore in
-    order, and in no column. They read columns in groups of 64, past the end of a list, too: what lies there is the
-    number of a key, and the room is a multiple of 64.
+    All int32 and contiguous. The kernels apply the causal mask only to the last blocks of a list, which is therefore
+    sorted, and not to columns. They read columns in groups of 64, also past the end of a list, so the width is a
+    multiple of 64 and the padding consists of valid key positions.
     """
 
     block_count: torch.Tensor
     """``[1, H, M]``."""
     block_offset: torch.Tensor
-    """``[1, H, M, widest]``: first keys of blocks of 64."""
+    """``[1, H, M, widest]``: first key of each block of 64."""
     column_count: torch.Tensor
     """``[1, H, M]``."""
     column_index: torch.Tensor
@@ -295,13 +295,13 @@ class Lists(NamedTuple):
 
 
 def lists_of_64_rows(index: SparseIndex) -> Lists:
-    """See ``lists_reason`` for the sizes that it can express."""
+    """See ``lists_reason`` for the supported sizes."""
     device = index.blocks.device
     first = torch.arange(index.tiling.context_len, index.tiling.seq_len, ROWS, device=device)
     tile = torch.searchsorted(index.tiling.starts, first, right=True) - 1
     within = torch.arange(0, index.tiling.block_size, ROWS, dtype=torch.int32, device=device)
     offsets = (listed_blocks(index).index_select(1, tile)[..., None] * index.tiling.block_size + within).flatten(2)
-    # A tile has blocks that begin after its first rows.
+    # A tile may list blocks that begin after its first rows.
     named = listed(index).index_select(1, tile).repeat_interleave(len(within), 2) & (offsets <= first[:, None])
     block_count = named.sum(-1, dtype=torch.int32)
     columns = pad(index.columns, (0, -index.columns.shape[-1] % ROWS)).clamp(min=0)
@@ -314,15 +314,15 @@ def lists_of_64_rows(index: SparseIndex) -> Lists:
 
 
 def listed_blocks(index: SparseIndex) -> torch.Tensor:
-    """int32 ``[H, T, max(num_blocks)]``: the blocks of every tile, also of those that attend everything without a list;
-    what ``listed`` leaves out means nothing."""
+    """int32 ``[H, T, max(num_blocks)]``: the blocks of every tile, also of tiles that attend everything without a list.
+    Entries outside of ``listed`` are meaningless."""
     width = int(index.num_blocks.max())
     every = torch.arange(width, dtype=torch.int32, device=index.blocks.device)
     return torch.where(index.blocks[..., :1] < 0, every, pad(index.blocks, (0, width - index.blocks.shape[-1])))
 
 
 def listed(index: SparseIndex) -> torch.Tensor:
-    """bool ``[H, T, max(num_blocks)]``: which entries of ``listed_blocks`` name a block."""
+    """bool ``[H, T, max(num_blocks)]``: which entries of ``listed_blocks`` are valid."""
     return torch.arange(int(index.num_blocks.max()), device=index.blocks.device) < index.num_blocks[..., None]
 
 

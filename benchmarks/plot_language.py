@@ -1,8 +1,8 @@
-"""A picture of ``bench_language.py``'s rows: what each pattern loses against what it computes, a panel for each task.
+"""Plot the rows of ``bench_language.py``: the loss of each pattern against its density, one panel per task.
 
 Loss is the difference to dense, nats per scored token; one colour per pattern, one marker per text, length and chunk.
-Bars are standard errors. The axis is linear below 0.001 and logarithmic above. Of rows for the same point the last one
-counts.
+Bars are standard errors. The axis is linear below 0.001 and logarithmic above. If several rows have the same point, the
+last one is used.
 
     python benchmarks/plot_language.py rows.csv -o loss.png
 """
@@ -39,7 +39,7 @@ class Point(NamedTuple):
 
 
 def points(rows: Iterable[Row]) -> dict[str, list[Point]]:
-    """By task; rows without a loss (those of ``heads``) are left out."""
+    """Points by task. Rows without a loss (those of ``heads``) are left out."""
     found: dict[tuple[str, str, str], Point] = {}
     for row in rows:
         if row["difference"] != "":

@@ -1,8 +1,9 @@
-"""A picture of ``bench_attention.py``'s rows: speed-up over the dense kernel against the context, per kernel and peer.
+"""Plot the rows of ``bench_attention.py``: speed-up over the dense kernel against context, per kernel and peer.
 
-One panel per chunk (across) and pattern (down). Our kernels are drawn with their estimate and index; peers are
-attention alone, so beside peers there is a thin line of each kernel's attention alone, too. Of rows for the same point
-the last one counts, and only rows of the last row's machine: times of two machines do not compare.
+One panel per chunk (across) and pattern (down). Our kernels are drawn with their estimate and index. Peers are
+attention only, so with peers there is also a thin line for each kernel's attention only. If several rows have the same
+point, the last one is used. Only rows of the last row's machine are drawn, since times of different machines are not
+comparable.
 
     python benchmarks/plot_speedup.py benchmarks/results/attention_cpu.csv -o attention.png
 """
@@ -28,7 +29,7 @@ COLOURS = ("#1f5fbf", "#d1600a", "#2a8a3c", "#a03070", "#7a6a20", "#3a9aa8")
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of the machine that the file's last row is from."""
+    """The rows from the same machine as the file's last row."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:
@@ -56,7 +57,7 @@ def chunk_of(row: Row) -> int:
 
 
 def computed(rows: Iterable[Row]) -> dict[str, str]:
-    """What each peer attended, in the words of its rows."""
+    """What each peer attended, from the column ``computes``."""
     found: dict[str, list[str]] = {}
     for row in rows:
         if row.get("peer") and row["computes"] not in found.setdefault(row["peer"], []):
@@ -115,7 +116,7 @@ def draw_panel(axes: Axes, found: dict[tuple[str, str], Line], colours: dict[str
 
 
 class Style(TypedDict, total=False):
-    """How matplotlib draws a line, in its own words."""
+    """Line options of matplotlib."""
 
     marker: str
     linestyle: str
@@ -129,7 +130,7 @@ def style_of(name: str, timed: str, peers: dict[str, str]) -> Style:
 
 
 def set_ticks(axes: Axes, rows: list[Row]) -> None:
-    """Both axes in powers of two, of which the panels share the ticks."""
+    """Both axes in powers of two. The panels share their ticks."""
     contexts = sorted({int(row["context"]) for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)

@@ -1,4 +1,4 @@
-"""Where a row was measured: machine, versions, command line; and how rows are written."""
+"""Writing of result rows, with the machine, versions and command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 
 def processor() -> str:
-    """The CPU's name and the vector units that matter here."""
+    """The CPU's name, family and best vector extension."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -35,7 +35,7 @@ def version(distribution: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Columns that say on what a row was measured."""
+    """Columns with the environment of a measurement."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return {
         "machine": device,
@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
 
 def emit(row: dict[str, Any], as_json: bool, csv_path: str | None) -> None:
     """Print a row, as JSON or as aligned text, and append it to a CSV file with its environment."""
-    # Five digits, since a stage takes seconds on a CPU and microseconds on a GPU.
+    # Significant digits, since a stage takes seconds on a CPU and microseconds on a GPU.
     shown = {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
     print(json.dumps(shown) if as_json else "  ".join(f"{key}={value}" for key, value in shown.items()), flush=True)
     if csv_path is not None:
@@ -57,7 +57,7 @@ def emit(row: dict[str, Any], as_json: bool, csv_path: str | None) -> None:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Append a row to a CSV file, under its own columns; those that the file lacks become new ones, empty before."""
+    """Append a row to a CSV file. Missing columns are added and left empty in earlier rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     columns: list[str] = []
@@ -70,7 +70,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
         with path.open("a", newline="") as file:
             csv.DictWriter(file, columns).writerow(row)
         return
-    # Beside it, then in its place: an interruption must not cost the rows that are there.
+    # Written beside the file and then renamed, so that an interruption does not lose existing rows.
     written = path.with_name(f"{path.name}.new")
     with written.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*columns, *new])

@@ -1,18 +1,18 @@
-"""A server under mixed load for a long time, ended by SIGKILL and started again a few times (``make soak``).
+"""A server under mixed load for a long time, killed with SIGKILL and restarted a few times (``make soak``).
 
 The bundled model is served with a small KV cache and sparse prefill from 1,024 tokens on. Clients ask it for needles in
-prompts of 200 tokens to 32K, new ones and such that share their beginning, streamed and not; of a fifth of the requests
-the connection is closed in mid-flight. Every answer is checked, the memory of the server's processes and its counters
-are watched, and what is not in order ends in the summary and in exit code 1:
+prompts of 200 tokens to 32K, new ones and ones with a shared prefix, streamed and not streamed; a fifth of the requests
+are cancelled by closing the connection. Every answer is checked, and the memory of the server's processes and its
+counters are monitored. The following problems are reported in the summary and give exit code 1:
 
-* more than one wrong answer in a hundred that vLLM's own backend, asked in the end, gets right (the model itself errs
-  once in 2,000; sparsely from 1,024 tokens on, where the default would be dense, four to nine times),
-* a request or a client that hangs, a connection that breaks while the server is there,
-* a line with an error in the server's log, or one about sparse prefill that did not happen,
-* counters that contradict each other, or that one prompt, served alone, changes by something else than its chunks,
-* requests or cache pages that are left when all clients are gone,
+* more than one wrong answer in a hundred that vLLM's own backend, asked at the end, gets right (the model itself errs
+  once in 2,000, and four to nine times when sparse from 1,024 tokens on, where the default would be dense),
+* a request or a client that hangs, or a connection that breaks while the server is running,
+* a line in the server's log with an error, or about sparse prefill that did not happen,
+* counters that contradict each other, or that do not change by exactly the chunks of a prompt that is served alone,
+* requests or cache pages that remain after all clients have ended,
 * memory that grows by more than ``--growth`` once the last server is warm,
-* a run in which nothing was cancelled, preempted, shared or sparse: it has not tested that.
+* a run without cancelled requests, preemptions, prefix cache hits or sparse chunks, since it did not test them.
 
     python benchmarks/soak.py --minutes 30 --output benchmarks/results/soak_cpu.txt
 """
@@ -39,17 +39,17 @@ from vllm_server import serve, signal_group
 OUTPUT = Path(__file__).resolve().parents[1] / "soak_output"
 PAGE = 128
 VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
-"""Else vLLM wants nearly all of the machine's memory to be free; and oneDNN, and torch's layer over it, keep a compiled
-kernel for each of the last thousand numbers of tokens in a step, half a gigabyte in all, by vLLM's own backend, too: in
-that a leak would not be seen."""
+"""By default vLLM requires nearly all of the machine's memory to be free. oneDNN, and torch's layer above it, keep a
+compiled kernel for each of the last thousand token counts of a step, also with vLLM's own backend: half a gigabyte in
+all, in which a leak would go unnoticed."""
 ROOM = 1.5
-"""Chunks that the cache holds beside the longest request: a second long one begins, and is preempted."""
+"""Chunks that fit into the cache beside the longest request, so that a second long one starts and is preempted."""
 SHORT_LIFE = 0.08
-"""Share of the run, on average, after which a server is killed; the last one lives for the rest."""
+"""Average share of the run after which a server is killed. The last one lives for the rest."""
 LEAST_LIFE = 0.25
-"""Share of the run that the last one has in any case: starting takes time, too."""
+"""Minimum share of the run for the last server, since starting servers takes time, too."""
 MOST_WRONG = 50
-"""Answers that vLLM's own backend is asked for."""
+"""Maximum number of wrong answers that are repeated with vLLM's own backend."""
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, tally: Tally, begin: float) -> Iterator[Watched]:
-    """One server after the other, all but the last one killed; fewer where one leaves no sense in going on."""
+    """One server after the other, all but the last one killed. Ends early after a problem that makes more useless."""
     seconds, rng = 60 * args.minutes, random.Random(args.seed)
     for number in range(args.kills):
         server, goes_on = live(number, seconds * SHORT_LIFE * rng.uniform(0.5, 1.5), None, args, tally)
@@ -105,10 +105,11 @@ def run(args: argparse.Namespace, tally: Tally, begin: float) -> Iterator[Watche
 def live(
     number: int, seconds: float, end: float | None, args: argparse.Namespace, tally: Tally
 ) -> tuple[Watched, bool]:
-    """One server under load for so many seconds, then killed; False where the run must end with it.
+    """One server under load for ``seconds``, then ended; False if the run must end.
 
     Args:
-        end: of the run: the server lives until then, at least ``seconds``, and is told to end. None: it is killed.
+        end: of the run, for the last server: it lives until then, at least ``seconds``, and is ended by SIGTERM. None:
+            the server is killed.
     """
     last = end is not None
     log = args.folder / f"server_{number}.log"
@@ -138,7 +139,7 @@ def live(
 
 
 def ask_densely(args: argparse.Namespace, tally: Tally) -> int:
-    """How many of the wrong answers are wrong by vLLM's own backend, too."""
+    """The number of wrong answers that are also wrong with vLLM's own backend."""
     dense_wrong = 0
     if not tally.wrong:
         return dense_wrong
@@ -148,22 +149,22 @@ def ask_densely(args: argparse.Namespace, tally: Tally) -> int:
         for number, (request, _) in enumerate(tally.wrong):
             prompt = request.prompt
             again = Request(prompt, ANSWER_TOKENS, stream=False)
-            # More can only be ours.
+            # Wrong answers beyond that count as ours.
             if number < MOST_WRONG and not tasks.grade(ask(server.url, MODEL, again).text, prompt.answer):
                 dense_wrong += 1
     return dense_wrong
 
 
 def flags(args: argparse.Namespace) -> list[str]:
-    """Of ``vllm serve``, whatever the backend."""
-    # Imports torch, for which an answer to --help need not wait.
+    """Flags of ``vllm serve`` for all backends."""
+    # Imports torch, which would delay --help.
     from minference_vllm.commands.doctor import bfloat16_is_slow
 
     longest = args.longest + CANCELLED_TOKENS
     return [
         *("--max-model-len", str(longest), "--max-num-batched-tokens", str(CHUNK)),
         *("--block-size", str(PAGE), "--num-gpu-blocks-override", str(int(longest + ROOM * CHUNK) // PAGE)),
-        # Else a request waits until all of it has room, and hardly any is preempted.
+        # By default a request waits until its whole prompt fits, and hardly any is preempted.
         "--no-scheduler-reserve-full-isl",
         *("--dtype", "float32" if bfloat16_is_slow() else "bfloat16"),
         *(["--enforce-eager"] if args.eager else []),

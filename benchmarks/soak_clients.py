@@ -1,4 +1,4 @@
-"""Clients of ``soak.py``: what they ask of a server, and what becomes of it.
+"""Clients of ``soak.py``: their requests to a server, and the outcomes.
 
 Prompts are needles in texts of ``examples/demo/tasks.py``, so that every answer can be checked.
 """
@@ -21,22 +21,22 @@ from urllib.parse import urlsplit
 import tasks
 
 CANCELLED = 0.2
-"""Share of requests whose connection is closed before they are finished."""
+"""Share of requests whose connection is closed before they finish."""
 SHARED = 0.4
-"""Share of prompts that begin with a text that others begin with."""
+"""Share of prompts with a prefix that other prompts share."""
 LONG_ANSWERS = 0.1
 STREAMED = 0.5
 SHORTEST = 200
 CLASSES = ((0.70, SHORTEST, 1 / 16), (0.22, 1 / 16, 1 / 4), (0.08, 1 / 4, 1.0))
-"""Share of the prompts, and their least and greatest length, as a share of the longest; the very least in tokens."""
+"""Share of the prompts, and minimum and maximum length as shares of the longest; the first minimum is in tokens."""
 ANSWER_TOKENS = tasks.CODE_DIGITS + 2
 LONG_ANSWER_TOKENS = 128
 CANCELLED_TOKENS = 512
-"""That a request asks for which is to be cancelled: it would go on for seconds."""
+"""Tokens of a request that will be cancelled; it would run for seconds."""
 DOCUMENTS, SECRETS, NEW_DOCUMENT = 4, 8, 0.1
-"""Shared texts at a time, secret codes in each, and how often one gives way to a new one."""
+"""Number of shared texts, secret codes in each, and probability that a text is replaced when it is used."""
 TIMEOUT = 180.0
-"""Seconds that a request may take."""
+"""Maximum seconds of a request."""
 
 
 class Request(NamedTuple):
@@ -51,7 +51,7 @@ class Answer(NamedTuple):
     text: str
     prompt_tokens: int
     first_token: float
-    """Seconds; of a request that is not streamed, to the whole answer."""
+    """Seconds; if not streamed, until the whole answer."""
 
 
 class Document:
@@ -73,10 +73,10 @@ class Document:
 
 
 class Mix:
-    """Draws requests."""
+    """Draws random requests."""
 
     def __init__(self, rng: random.Random, longest: int) -> None:
-        """``longest``: tokens of a prompt, at most and about."""
+        """``longest``: approximate maximum tokens of a prompt."""
         self.rng, self.longest = rng, longest
         self.documents = [self._document() for _ in range(DOCUMENTS)]
 
@@ -84,7 +84,7 @@ class Mix:
         """A request.
 
         Args:
-            pace: seconds that a token of a prompt takes; those that are cancelled are cancelled by it.
+            pace: seconds per token of a prompt; sets the time after which requests are cancelled.
         """
         rng = self.rng
         prompt = self._prompt()
@@ -94,7 +94,7 @@ class Mix:
         return Request(prompt, LONG_ANSWER_TOKENS if rng.random() < LONG_ANSWERS else ANSWER_TOKENS, stream)
 
     def longest_request(self) -> Request:
-        """Two of them together have no room in the cache while the first one decodes."""
+        """A request of maximum length. Two do not fit into the cache together while the first one decodes."""
         return Request(
             tasks.needle(self.longest, self.rng.random(), self.rng.getrandbits(64)), LONG_ANSWER_TOKENS, True
         )
@@ -117,34 +117,34 @@ class Mix:
         return round(math.exp(self.rng.uniform(math.log(low), math.log(high))))
 
     def _document(self) -> Document:
-        # Half of the longest: questions and more filler come behind it.
+        # Half the length, since questions and more filler are appended.
         return Document(self.rng, self._length() // 2, SECRETS)
 
 
 @dataclass
 class Tally:
-    """What became of the requests of all clients."""
+    """Outcomes of the requests of all clients."""
 
     sent: int = 0
     right: int = 0
     wrong: list[tuple[Request, Answer]] = field(default_factory=list)
     cancelled: int = 0
     cut_off: int = 0
-    """By the end of the server."""
+    """By the kill of the server."""
     failed: int = 0
-    """Neither answered nor expected not to be."""
+    """Unexpectedly not answered."""
     streamed: int = 0
-    """Of those answered."""
+    """Answered requests that were streamed."""
     first_tokens: list[tuple[int, float]] = field(default_factory=list)
-    """Of answers that were streamed: tokens of the prompt, and seconds."""
+    """Tokens of the prompt and seconds to the first token, of streamed answers."""
     problems: Counter[str] = field(default_factory=Counter)
     pace: float = 1e-3
-    """Seconds per token of a prompt, lately."""
+    """Moving average of the seconds per token of a prompt."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def done(self) -> int:
-        """Requests that have ended, one way or another."""
+        """Requests that have ended in any way."""
         return self.right + len(self.wrong) + self.cancelled + self.cut_off + self.failed
 
     def count(self, what: str) -> None:
@@ -164,7 +164,7 @@ class Tally:
         self.problem(text)
 
     def answered(self, request: Request, answer: Answer, seconds: float) -> None:
-        """A finished one, checked here."""
+        """Check and count a finished request."""
         expected = request.prompt
         if answer.prompt_tokens != expected.tokens:
             self.problem(f"a prompt of {expected.tokens} tokens was counted as {answer.prompt_tokens}")
@@ -180,7 +180,7 @@ class Tally:
 
 
 class Clients:
-    """Threads that ask a server, each one request after the other."""
+    """Threads that each send one request after the other to a server."""
 
     def __init__(self, url: str, model: str, count: int, longest: int, seed: str, tally: Tally) -> None:
         self.url, self.model, self.longest, self.tally = url, model, longest, tally
@@ -190,13 +190,13 @@ class Clients:
             thread.start()
 
     def stop(self, killed: bool = False) -> None:
-        """No more requests; with ``killed`` the server is about to end, and cuts those off that it works on."""
+        """Send no more requests. ``killed``: the server is about to be killed, which cuts off running requests."""
         if killed:
             self.killed.set()
         self.stopped.set()
 
     def join(self) -> None:
-        """Wait until the last requests are finished."""
+        """Wait for the last requests."""
         for thread in self.threads:
             thread.join(TIMEOUT + 10)
             if thread.is_alive():
@@ -212,10 +212,10 @@ class Clients:
 
 
 def send(url: str, model: str, request: Request, tally: Tally, killed: threading.Event | None = None) -> bool:
-    """One request, and what became of it; False where the server did not answer it.
+    """Send one request and count its outcome; False if the server failed to answer it.
 
     Args:
-        killed: set where the server is expected to break connections.
+        killed: set when the server is expected to break connections.
     """
     begin = time.monotonic()
     tally.count("sent")
@@ -238,12 +238,12 @@ def send(url: str, model: str, request: Request, tally: Tally, killed: threading
 
 
 def ask(url: str, model: str, request: Request) -> Answer:
-    """One request over a connection of its own, which is closed in any case.
+    """Send one request over its own connection, which is always closed.
 
     Raises:
-        TimeoutError: it was not finished in time: to be cancelled, or ``TIMEOUT``.
+        TimeoutError: it did not finish within ``cancel_after`` or ``TIMEOUT``.
         OSError, http.client.HTTPException: the server is gone.
-        ValueError: the server answered something else than an answer.
+        ValueError: the response is not a valid answer.
     """
     begin = time.monotonic()
     end = begin + (TIMEOUT if request.cancel_after is None else request.cancel_after)
@@ -278,7 +278,7 @@ def ask(url: str, model: str, request: Request) -> Answer:
 
 
 def _parts(response: http.client.HTTPResponse, sock: socket.socket, end: float, stream: bool) -> Iterator[Any]:
-    """The objects that an answer consists of: one, or a stream of them."""
+    """The JSON objects of a response: one, or a stream of them."""
     if not stream:
         yield json.loads(response.read())
         return
@@ -294,5 +294,5 @@ def _parts(response: http.client.HTTPResponse, sock: socket.socket, end: float, 
 
 
 def _left(end: float) -> float:
-    """Seconds that are left, for a socket, to which 0 is something else."""
+    """Remaining seconds as a socket timeout; never 0, which means non-blocking."""
     return max(1e-3, end - time.monotonic())

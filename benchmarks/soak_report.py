@@ -1,4 +1,4 @@
-"""The summary of ``soak.py``, and what keeps a run from passing."""
+"""The summary of ``soak.py``, and the problems that make a run fail."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from soak_server import Watched
 from soak_watch import MIB, growth
 
 WRONG_SHARE = 0.01
-"""Of the answers, that may be wrong where vLLM's own backend is right."""
+"""Maximum share of answers that may be wrong where vLLM's own backend is right."""
 WARM_UP = 0.25
-"""Share of the last server's life, before memory is expected to stay."""
+"""Share of the last server's life after which memory should stay constant."""
 GROWTH_LIMIT = 60.0
 """MiB per hour."""
 LEAST_MINUTES = 8
-"""Of samples, that tell growth from noise."""
+"""Minimum minutes of samples to distinguish growth from noise."""
 SHOWN = 20
-"""Problems in the summary; the others are counted."""
+"""Maximum number of problems in the summary; the others are counted."""
 
 
 class Report:
@@ -38,8 +38,8 @@ class Report:
     ) -> None:
         """
         Args:
-            servers: at least one, in their order; memory is judged by the last one.
-            dense_wrong: how many of the wrong answers are wrong densely, too.
+            servers: at least one, in order; memory is judged by the last one.
+            dense_wrong: number of wrong answers that are also wrong with vLLM's own backend.
             limit: MiB per hour by which memory may grow.
             longest: tokens of a prompt.
             facts: further rows of the summary.
@@ -76,7 +76,7 @@ class Report:
             yield f"{lost} requests have no end: a client failed"
 
     def _untested(self) -> Iterator[str]:
-        """What never happened: the run says nothing about it."""
+        """Events that never happened, which the run did not test."""
         happened = {
             "answers": self.tally.right,
             "streamed answers": self.tally.streamed,
@@ -122,11 +122,11 @@ class Report:
         }
 
     def _total(self, metric: str) -> int:
-        """Of vLLM's counter over all servers; of those that were killed, as it was read last."""
+        """Sum of a vLLM counter over all servers; for killed ones, its value when last read."""
         return round(sum(server.metrics.get(metric, 0) for server in self.servers))
 
     def _stats(self, name: str) -> float:
-        """The same of our own counters."""
+        """The same for our own counters."""
         return float(sum(server.stats[name] for server in self.servers))
 
     def _growth(self) -> str:
@@ -137,7 +137,7 @@ class Report:
         return f"{found.slope:+.1f} ± {found.error:.1f} MiB per hour over {found.minutes} minutes ({judged})"
 
     def _first_tokens(self) -> dict[str, str]:
-        """Percentiles of streamed answers, of all and by the length of the prompt."""
+        """Percentiles over streamed answers, overall and by prompt length."""
         taken = self.tally.first_tokens
         borders = [0, *(round(greatest * self.longest) for _, _, greatest in CLASSES)]
         rows = {"first token": [seconds for _, seconds in taken]}
@@ -147,7 +147,7 @@ class Report:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value that this share of the values, below 1, lies under."""
+    """The value below which ``share`` (less than 1) of the values lie."""
     return sorted(values)[int(share * len(values))]
 
 
@@ -157,6 +157,6 @@ def percentiles(seconds: Sequence[float]) -> str:
 
 
 def commit() -> str:
-    """Of this checkout; empty where it is none."""
+    """The commit of this checkout; empty if it is not a git checkout."""
     words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()

@@ -1,4 +1,4 @@
-"""One server of ``soak.py``, watched while clients ask it, and checked before and after."""
+"""One server of ``soak.py``, monitored under load, and checked before and after."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ MIN_CONTEXT, MIN_CHUNK, CHUNK = 1024, 256, 2048
 SAMPLE_EVERY, STATS_EVERY = 2.0, 10.0
 """Seconds."""
 STALLED = 200.0
-"""Seconds in which no request of any client ends: more than one may take."""
+"""Maximum seconds without the end of any request; longer than a request may take."""
 QUIET_TIMEOUT = END_TIMEOUT = 60.0
 LEFT = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-"""What must be zero when all clients are gone."""
+"""Metrics that must be 0 after all clients have ended."""
 
 
 class Watched:
-    """A server that was started with the settings above."""
+    """A server started with the settings above."""
 
     def __init__(self, server: Server, tally: Tally, longest: int) -> None:
         """``longest``: tokens of a prompt."""
         self.server, self.tally, self.longest = server, tally, longest
         self.memory: list[tuple[float, dict[str, int]]] = []
-        """Seconds of load, and bytes by process."""
+        """Seconds of load, and bytes by process name."""
         self.stats = read_stats(server.url)
-        """As they were read last."""
+        """Our counters, as last read."""
         self.metrics: dict[str, float] = {}
-        """vLLM's, likewise."""
+        """vLLM's metrics, as last read."""
 
     def check_alone(self, seed: int) -> None:
-        """A prompt that is served alone: its answer, and what it adds to the counters."""
+        """Check the answer of a prompt that is served alone, and its effect on the counters."""
         prompt = tasks.needle(self.longest // 3, 0.5, seed)
         before = read_stats(self.server.url)
         send(self.server.url, MODEL, Request(prompt, ANSWER_TOKENS, stream=True), self.tally)
@@ -59,7 +59,7 @@ class Watched:
         self.stats, self.metrics = found, read_metrics(self.server.url)
 
     def watch_for(self, seconds: float) -> bool:
-        """Sample memory and counters for so long; False where the run must end now."""
+        """Sample memory and counters for ``seconds``; False if the run must end now."""
         begin = changed = time.monotonic()
         done, read = self.tally.done, 0.0
         while (now := time.monotonic()) < begin + seconds:
@@ -83,7 +83,7 @@ class Watched:
         return True
 
     def check_quiet(self) -> None:
-        """Nothing is left when all clients are gone."""
+        """Check that no requests or cache pages remain after all clients have ended."""
         end = time.monotonic() + QUIET_TIMEOUT
         while left := {name: value for name, value in read_metrics(self.server.url).items() if name in LEFT and value}:
             if time.monotonic() > end:
@@ -93,7 +93,7 @@ class Watched:
         self.tally.add_problems(prometheus_problems(self.server.url))
 
     def check_end(self) -> None:
-        """The server ends when it is told to, by a signal to ``vllm serve`` alone, as a container sends it."""
+        """Check that the server ends on a SIGTERM to the process of ``vllm serve`` only, as sent by a container."""
         self.server.process.send_signal(signal.SIGTERM)
         try:
             self.server.process.wait(END_TIMEOUT)

@@ -1,4 +1,4 @@
-"""What ``soak.py`` sees of a server from outside: its memory, its log, and whether its counters agree."""
+"""Checks of ``soak.py`` from outside of the server: its memory, its log, and the consistency of its counters."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ MIB = 1 << 20
 HOUR, MINUTE = 3600.0, 60.0
 IN_LOG = re.compile(
     r"\b(ERROR|CRITICAL)\b|Traceback|Segmentation fault|core dumped|terminate called"
-    # Ours, about what none of the soak's requests should meet.
+    # Our own messages about events that no request of the soak test should cause.
     r"|minference: some (layers|batches)|below the floor|had no room"
 )
-"""A line of a server's log that must not be there."""
+"""Matches lines that must not occur in a server's log."""
 ENDING = "[shutdown] API server: shutdown triggered"
-"""vLLM says so when it was told to end. It then kills its engine at once, and may call that an error."""
+"""vLLM logs this when it is told to end. It then kills its engine at once and may log that as an error."""
 AT_THE_END = re.compile(r"\bERROR\b.*minference|Segmentation fault|core dumped|terminate called")
-"""What must not be there even then."""
+"""Matches lines that must not occur even then."""
 
 
 def get(url: str) -> str:
@@ -53,9 +53,9 @@ def _samples(text: str) -> dict[str, float]:
 
 
 def resident(group: int) -> dict[str, int]:
-    """Bytes of memory that the processes of a group have, by their names.
+    """Resident bytes of the processes of a group, by their names.
 
-    Pages of files are left out: the kernel takes those back as it likes.
+    File-backed pages are left out, since the kernel can reclaim them at any time.
     """
     found: dict[str, int] = {}
     for process in Path("/proc").glob("[0-9]*"):
@@ -65,12 +65,12 @@ def resident(group: int) -> dict[str, int]:
                 size = 1024 * sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\s*(\d+) kB", status)))
                 found[name] = found.get(name, 0) + size
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended
     return found
 
 
 class Growth(NamedTuple):
-    """Of a linear fit, in MiB per hour."""
+    """A linear fit, in MiB per hour."""
 
     slope: float
     error: float
@@ -79,13 +79,13 @@ class Growth(NamedTuple):
 
 
 def growth(samples: Sequence[tuple[float, float]]) -> Growth | None:
-    """How memory grows: a line through the means of whole minutes, which are nearly independent of each other.
+    """Growth of memory: a linear fit to the means per minute, which are nearly independent of each other.
 
     Args:
         samples: seconds and bytes.
 
     Returns:
-        None where there are fewer than three minutes.
+        None if there are fewer than three minutes.
     """
     by_minute: dict[int, list[float]] = defaultdict(list)
     for seconds, size in samples:
@@ -104,7 +104,7 @@ def growth(samples: Sequence[tuple[float, float]]) -> Growth | None:
 
 
 def log_problems(text: str) -> list[str]:
-    """Lines that must not be there."""
+    """Lines that must not occur."""
     before, _, after = text.partition(ENDING)
     parts = (before, IN_LOG), (after, AT_THE_END)
     return [line[:300] for part, pattern in parts for line in part.splitlines() if pattern.search(line)]
@@ -114,7 +114,7 @@ def log_problems(text: str) -> list[str]:
 
 
 class Account(NamedTuple):
-    """What a prompt that is served alone, and of which nothing is cached, must add to the counters."""
+    """What a prompt must add to the counters if it is served alone and not cached."""
 
     sparse_chunks: int
     sparse_tokens: int
@@ -122,7 +122,7 @@ class Account(NamedTuple):
 
 
 def account(tokens: int, chunk: int, min_context: int, min_chunk: int) -> Account:
-    """``chunk``: tokens of a step."""
+    """``chunk``: maximum tokens of a step."""
     ends = [*range(chunk, tokens, chunk), tokens]
     parts = [(end, end - begin) for begin, end in zip([0, *ends], ends, strict=False)]
     sparse = [length for end, length in parts if end >= min_context and length >= min_chunk]
@@ -142,7 +142,7 @@ def read_stats(url: str) -> dict[str, Any]:
 
 
 def stats_problems(found: dict[str, Any], before: dict[str, Any] | None, min_chunk: int) -> list[str]:
-    """Where counters contradict each other, or those of an earlier time."""
+    """Contradictions between counters, or with earlier values."""
     chunks, tokens, computed, dense = (
         found[name] for name in ("sparse_chunks", "sparse_tokens", "computed_pairs", "dense_pairs")
     )
@@ -172,7 +172,7 @@ def stats_problems(found: dict[str, Any], before: dict[str, Any] | None, min_chu
 
 
 def account_problems(before: dict[str, Any], after: dict[str, Any], expected: Account) -> list[str]:
-    """Where one prompt between two reports has added something else than it must."""
+    """Whether one prompt between two readings changed the counters by other amounts than expected."""
     dense = Counter(after["dense_chunks"])
     dense.subtract(before["dense_chunks"])
     chunks, tokens = (after[name] - before[name] for name in ("sparse_chunks", "sparse_tokens"))
@@ -181,7 +181,7 @@ def account_problems(before: dict[str, Any], after: dict[str, Any], expected: Ac
 
 
 def prometheus_problems(url: str) -> list[str]:
-    """Where ``/minference/metrics`` says something else than ``/minference/stats``, of a server that does nothing."""
+    """Differences between ``/minference/metrics`` and ``/minference/stats`` of an idle server."""
     found, told = read_stats(url), _samples(get(f"{url}/minference/metrics"))
     names = ("sparse_chunks", "sparse_tokens", "computed_pairs", "dense_pairs", "overflowed_tiles")
     expected = {name: found[name] for name in names} | {"dense_chunks": sum(found["dense_chunks"].values())}

@@ -1,8 +1,8 @@
 """Queries and keys whose attention has a known structure: a sink, heavy columns, a diagonal, blocks of one topic.
 
 Random queries and keys give flat attention, in which every selection is as good as any other. Here the logits are
-written down and then realised in bf16 vectors: one direction for the sink, one for the columns, rotating pairs of
-dimensions for what depends on the distance alone, and random directions for topics.
+specified and then realised in bf16 vectors: one direction for the sink, one for the columns, rotating pairs of
+dimensions for the part that depends only on the distance, and random directions for topics.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Structure:
-    """Logits (after the softmax scale) that each kind of key stands out by."""
+    """Logits (after the softmax scale) added for each kind of key."""
 
     sink: float = 8.0
     """The first 4 tokens."""
@@ -25,12 +25,12 @@ class Structure:
     local_width: float = 3000.0
     """Keys near the row; the logit falls to 60 % at this distance."""
     offset: int = 0
-    """Where that window lies: this many tokens before the row, as a diagonal of ``local_width``."""
+    """Distance of that window before the row in tokens, for a diagonal of ``local_width``."""
     topic: float = 0.0
     """Keys of the row's own topic."""
     topics: int = 16
     segment: int = 512
-    """Tokens in a row of one topic; segments draw theirs at random."""
+    """Consecutive tokens of one topic. Segments have random topics."""
     noise: float = 0.5
     """Standard deviation of the remaining logits."""
 
@@ -47,7 +47,7 @@ def structured_qkv(
     """Queries ``[tokens, H, D]``, keys and values ``[tokens, HK, D]`` with the structure's attention.
 
     Half of the dimensions carry the rotating pairs of distance-dependent logits, two carry sink and columns, the rest
-    is noise. All of it is drawn on torch's default device; a GPU's numbers are others than a CPU's.
+    is noise. All random numbers are drawn on torch's default device, and differ between CPU and GPU.
     """
     structure = structure or Structure()
     generator = torch.Generator(torch.empty(0).device).manual_seed(seed)
@@ -95,4 +95,4 @@ SHAPES = {
     "topics": Structure(column=0.0, columns=0, local=3.0, local_width=300.0, topic=8.0),
     "flat": Structure(sink=0.0, column=0.0, columns=0, local=0.0),
 }
-"""Heads of one known shape each, for ``bench_quality.py``; ``flat`` is not sparse at all."""
+"""Heads of one known shape each, for ``bench_quality.py``. ``flat`` is not sparse at all."""

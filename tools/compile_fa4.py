@@ -1,12 +1,12 @@
-"""Compile what the kernel ``fa4`` asks of FlashAttention 4, without a GPU, and print what the machine code takes.
+"""Compile the FlashAttention 4 variants of the kernel ``fa4`` without a GPU, and print registers, stack and spills.
 
-vLLM's own Python code and ours run up to the launch; the tensors are fake, and the host's half of the launch is not
-compiled. It needs the packages that vLLM's FlashAttention 4 is compiled by, which only CUDA builds of vLLM require:
+vLLM's own Python code and ours run up to the launch; the tensors are fake, and the host part of the launch is not
+compiled. This needs the packages that compile vLLM's FlashAttention 4, which only CUDA builds of vLLM require:
 
     pip install nvidia-cutlass-dsl quack-kernels        # beside torch and triton
     python tools/compile_fa4.py [--release 0.33.0] [--arch 90 100] [--head-size 64 128]
 
-Exits with 1 when a variant does not compile or spills registers, with 0 and the reason where packages are missing.
+Exits with 1 when a variant does not compile or spills registers, with 0 and the reason if packages are missing.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import torch
 from get_smollm2 import MakeError
 
 NEEDED = {"cutlass": "nvidia-cutlass-dsl", "quack": "quack-kernels", "triton": "triton"}
-"""Modules, and the packages that have them; triton brings the disassembler."""
+"""Modules and the packages that provide them; triton includes the disassembler."""
 TARGETS = {90: "sm_90a", 100: "sm_100a"}
 MULTIPROCESSORS = {90: 132, 100: 148}
-"""Of an H200 and a B200: FlashAttention 4 asks the GPU, to size its grid."""
+"""Of an H200 and a B200. FlashAttention 4 queries the GPU for it to size its grid."""
 HEADS, KV_HEADS, ROW_BLOCKS, MAX_BLOCKS, PAGES = 32, 8, 64, 256, 4096
-"""Sizes that FlashAttention 4 does not compile anew for, but for the ratio of heads."""
+"""Sizes that do not trigger a recompilation of FlashAttention 4, except for the ratio of heads."""
 
 
 def missing_packages() -> list[str]:
@@ -63,8 +63,8 @@ class Code:
 
 
 def find_flash_attention(vllm: Path) -> None:
-    """Make ``import vllm.vllm_flash_attn.cute`` find the files of a release, and import nothing else of it: the rest of
-    vLLM wants compiled parts."""
+    """Make ``import vllm.vllm_flash_attn.cute`` find the files of a release without importing anything else of vLLM,
+    which needs compiled parts."""
     for name in ("vllm", "vllm.vllm_flash_attn"):
         module = types.ModuleType(name)
         module.__path__ = [str(vllm.joinpath(*name.split(".")[1:]))]
@@ -72,7 +72,7 @@ def find_flash_attention(vllm: Path) -> None:
 
 
 def fake_gpu(arch: int) -> None:
-    """What FlashAttention 4 asks the GPU, and what it asks of tensors."""
+    """Patch the properties of GPU and tensors that FlashAttention 4 queries."""
     import cutlass
 
     class HardwareInfo:
@@ -88,7 +88,7 @@ def compile_call(arch: int, head_size: int, folder: Path) -> Code:
     """Compile one call as ``kernels.fa4.attention`` makes it on this GPU.
 
     Args:
-        folder: an empty one, where the DSL leaves the machine code.
+        folder: an empty folder into which the DSL writes the machine code.
 
     Raises:
         RuntimeError: there is no machine code.
@@ -126,7 +126,7 @@ def compile_call(arch: int, head_size: int, folder: Path) -> Code:
 
 
 def compile_alone(release: str, arch: int, head_size: int) -> int:
-    """One variant: the DSL reads its environment once per process. Prints a line; returns the exit code."""
+    """Compile one variant and print a line; returns the exit code. The DSL reads its environment once per process."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {
             "CUTE_DSL_ARCH": TARGETS[arch],

@@ -1,6 +1,6 @@
-"""Dense causal flash attention in Triton, as plain as it can be: what ``kernel_account.py`` compares our kernel with.
+"""Minimal dense causal flash attention in Triton: the baseline of ``kernel_account.py`` for our kernel.
 
-Contiguous keys and values, no pages, no lists; compiled as our kernel is, never run.
+Contiguous keys and values, no pages, no lists; compiled like our kernel, but never run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def dense_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: BLOCK rows of one head: the keys before them, as many per step, then their own."""
+    """One program computes BLOCK rows of one head: first the keys before them, BLOCK per step, then their own."""
     i_tile, i_head = tl.program_id(0), tl.program_id(1)
     o_key, o_dim = tl.arange(0, BLOCK), tl.arange(0, D)
     own = i_tile * BLOCK

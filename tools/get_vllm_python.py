@@ -1,8 +1,8 @@
 """Put the Python files of a CUDA release of vLLM into the user's cache, for the tests in ``tests/contract``.
 
 Those tests run our GPU classes on vLLM's own code for CUDA, on machines without a GPU. The compiled parts cannot be
-loaded there and are not kept: of a wheel of 300 MB, which pip downloads, 60 MB stay. Running it again does nothing. The
-folder to put on the path is printed alone on stdout:
+loaded there and are not kept: of the wheel of 300 MB that pip downloads, 60 MB remain. Running it again does nothing.
+Only the folder to put on the path is printed on stdout:
 
     python tools/get_vllm_python.py 0.33.0
 """
@@ -18,10 +18,10 @@ from pathlib import Path
 from get_smollm2 import MakeError, cache_folder, download_wheel, make_parent
 
 PLATFORM = ["--only-binary=:all:", "--python-version=3.12", "--platform=manylinux_2_28_x86_64"]
-"""The wheel that vLLM publishes for NVIDIA GPUs, whatever machine this is; it is the same for every Python."""
+"""Selects vLLM's wheel for NVIDIA GPUs on any machine; it is the same for every Python version."""
 KEPT = (".py", ".json")
 NEEDED_BYTES = 1 << 30
-"""Free disk space that a download and what is kept of it take, with room to spare."""
+"""Free disk space required for the download and the files that are kept, with a margin."""
 
 
 def default_folder(version: str) -> Path:
@@ -33,7 +33,7 @@ def is_made(folder: Path) -> bool:
 
 
 def make(version: str, folder: Path) -> None:
-    """Unzip the Python files of this release below ``folder / "vllm"``, unless they are there.
+    """Unzip the Python files of this release below ``folder / "vllm"``, unless they exist.
 
     Raises:
         MakeError: the download fails, the disk is full, or the folder holds something else.
@@ -43,7 +43,7 @@ def make(version: str, folder: Path) -> None:
     if folder.exists():
         raise MakeError(f"{folder} exists and holds no vLLM; remove it, or name another with --output")
     make_parent(folder, NEEDED_BYTES)
-    # Beside the folder, then in its place: what was interrupted must not look finished.
+    # Written beside the folder and then renamed, so that an interrupted run leaves nothing that looks finished.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         unzipped = Path(scratch) / "unzipped"
         with zipfile.ZipFile(download_wheel(f"vllm=={version}", Path(scratch), *PLATFORM)) as wheel:

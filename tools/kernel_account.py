@@ -1,13 +1,13 @@
-"""What every variant of the Triton kernels costs on NVIDIA GPUs, compiled ahead of time: no GPU is needed.
+"""Static account of every variant of the Triton kernels on NVIDIA GPUs, compiled ahead of time without a GPU.
 
-Prints registers, spills, shared memory, tensor-core and asynchronous-copy instructions, and blocks per multiprocessor;
-of attention's loops the instructions per warp and key, the steps whose keys have room at once (what Triton made of
-num_stages), how many steps lie between a request and its wait, and on sm_90 the TFLOP/s of a model
-(``machine_code``). Its one factor is set so that a dense flash attention kernel in Triton (``dense_kernel``) reaches
-what is known of it.
+Prints registers, spills, shared memory, tensor-core and asynchronous-copy instructions, and blocks per multiprocessor.
+For the loops of attention it also prints the instructions per warp and key, the number of buffers (what Triton made of
+num_stages), the steps between an asynchronous copy and its wait, and on sm_90 the TFLOP/s by a model
+(``machine_code``). The model's only factor is calibrated such that a dense flash attention kernel in Triton
+(``dense_kernel``) reaches its known speed.
 
-Exits with 1 when a default variant spills in a loop, does not fit, has lost its tensor-core instructions, or reads
-whole pages or single keys at less than 80 % of that dense kernel by the model; the other variants (rarer head sizes,
+Exits with 1 if a default variant spills in a loop, does not fit, has no tensor-core instructions, or by the model
+reads whole pages or single keys at less than 80 % of the dense kernel's speed. The other variants (rarer head sizes,
 soft cap and sinks, FP8 caches) are only shown, and only with --all.
 
     python tools/kernel_account.py [--arch 80 90 100] [--all] [--csv FILE]
@@ -55,16 +55,16 @@ WITHOUT_TENSOR_CORES = (
     "value_norms",
 )  # fmt: skip
 DENSE_TFLOPS = 380
-"""Of dense flash attention in Triton on an H100: bf16, heads of 128, long sequences."""
+"""Dense flash attention in Triton on an H100: bf16, head size 128, long sequences."""
 LEAST_OF_DENSE = 0.8
 MODELLED = (64, 128)
-"""Head sizes that the dense kernel has a shape for."""
+"""Head sizes with a launch shape of the dense kernel."""
 NARROW = LaunchShape(block_m=128, block_n=64, block_own=64, stages=5)
-"""On Hopper, beside the shape that is launched: half as many keys per step, and more steps ahead."""
+"""An alternative to the launched shape on Hopper: half as many keys per step, and more stages."""
 LISTS = dict.fromkeys(("p_threshold", "p_lists", "p_num_blocks"), "*i32") | {"p_overflowed": "*u8"}
 REPRESENTATIVES = 32
 LOOPS = ("whole pages", "single keys", "own pages")
-"""Of the attention kernel, in order. A tile passes through the last one a few times, whatever the context."""
+"""Of the attention kernel, in order. The last one has a few steps per tile, independent of the context."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class LoopAccount:
     keys: int
     """Per step."""
     tflops: float | None
-    """By the model; None where it is not calibrated."""
+    """By the model; None if it is not calibrated."""
     of_dense: float | None
-    """The same as a share of the dense kernel's at this head size."""
+    """``tflops`` as a share of the dense kernel's at this head size."""
 
     def __str__(self) -> str:
         per_key = self.loop.instructions / self.keys
@@ -144,11 +144,11 @@ def account(
     head_size: int = 0,
     few_rows: bool = False,
 ) -> Account:
-    """One kernel's.
+    """The account of one kernel.
 
     Args:
-        loops: names and keys per step of those loops with tensor-core instructions that are looked into; all, or none.
-        rows, head_size: that each of them multiplies keys with.
+        loops: names and keys per step of all loops with tensor-core instructions; empty: loops are not examined.
+        rows, head_size: shape of the queries in each of these loops.
         few_rows: see ``machine_code``.
     """
     code = machine_code(compiled, arch, few_rows, with_loops=bool(loops))
@@ -193,7 +193,7 @@ def compiled_dense(head_size: int) -> Any:
 
 @functools.cache
 def dense_rate(head_size: int) -> float:
-    """FLOPs per cycle of the dense kernel's loop over the keys before a tile, on Hopper by the model."""
+    """Modelled FLOPs per cycle of the dense kernel's loop over the keys before a tile, on Hopper."""
     block = dense_kernel.BLOCK
     loop = machine_code(compiled_dense(head_size), 90).loops[0]
     return loop.rate(dense_kernel.NUM_WARPS, 4 * block * block * head_size)
@@ -206,7 +206,7 @@ def dense_account(head_size: int) -> Account:
 
 
 def attention_account(variant: Variant, default: bool, arch: int, launch: LaunchShape | None = None) -> Account:
-    """By its own launch shape, or another."""
+    """``launch``: another launch shape than the variant's own."""
     function, constants = attention.sparse_attention_kernel, variant.constants
     launch = launch or launch_shape(
         arch // 10, variant.head_size, variant.dtype.itemsize, 1 if variant.fp8 else variant.dtype.itemsize
@@ -286,7 +286,7 @@ def estimate_accounts(variant: Variant, arch: int) -> list[Account]:
 
 
 def low_rank_accounts(rank: int, default: bool, arch: int) -> list[Account]:
-    """Of the kernels for ``low_rank``: of all rows, and of representatives."""
+    """Accounts of the kernels for ``low_rank``, scored by all rows and by representatives."""
     variant = Variant()
     quantized = {"p_query": "*i8", "p_key": "*i8", "p_scale": "*i16", "p_position": "*i32"}
     own = dict.fromkeys(("p_rows", "p_drawn", "p_alone"), "*i64") | {"p_levels": "*fp32", "p_codes": "*i8"}
@@ -336,7 +336,7 @@ def accounts(arch: int, everything: bool) -> list[Account]:
     rows = [dense_account(head_size) for head_size in MODELLED] if arch == 90 else []
     rows += [attention_account(variant, True, arch) for variant in DEFAULT]
     for variant in OTHERS if everything else ():
-        # Before compute capability 8.9 GPUs have no FP8 and Triton refuses it.
+        # GPUs before compute capability 8.9 have no FP8, and Triton rejects it.
         if arch >= 89 or not variant.fp8:
             rows.append(attention_account(variant, False, arch))
     if arch == 90 and everything:

@@ -1,4 +1,4 @@
-"""The variants of the Triton kernels that ``kernel_account.py`` compiles: which there are, and how without a GPU."""
+"""The variants of the Triton kernels that ``kernel_account.py`` compiles, and their compilation without a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from minference_vllm.triton_kernels import attention, column_diagonal, physical_
 
 
 def compile_kernel(function: Any, types: dict[str, str], constants: dict[str, Any], arch: int, **options: int) -> Any:
-    """Compile one variant; a type ending in ``!``, and every pointer, is known to be divisible by 16."""
+    """Compile one variant. Pointers and arguments with a type ending in ``!`` are specialised as divisible by 16."""
     signature, attributes = {}, {}
     for position, name in enumerate(function.arg_names):
         if name in constants:
@@ -34,7 +34,7 @@ def compile_kernel(function: Any, types: dict[str, str], constants: dict[str, An
 
 @dataclass(frozen=True)
 class Variant:
-    """A shape that models use."""
+    """A layer shape that models use, and the options of a kernel."""
 
     dtype: torch.dtype = torch.bfloat16
     head_size: int = 128
@@ -43,15 +43,15 @@ class Variant:
     extras: bool = False
     """Soft cap, sinks and log-sum-exp."""
     remainder: bool = False
-    """Whether attention starts from it."""
+    """Whether attention starts from the remainder."""
     continues: bool = False
-    """Whether attention continues what FlashAttention 4 has begun."""
+    """Whether attention continues from the result of FlashAttention 4."""
     group: int = 4
     """Query heads per KV head."""
     packed: bool = False
-    """Whether they share their lists."""
+    """Whether the query heads of a KV head share their lists."""
     counted: bool = False
-    """Whether columns may count more than once."""
+    """Whether columns may have counts above 1."""
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class Variant:
         }
 
     def types(self, function: Any) -> dict[str, str]:
-        """Triton's names of the arguments' types; what is not listed is a length, int32."""
+        """Triton's names of the argument types; arguments that are not listed are int32 lengths."""
         query, cache = f"*{_SHORT[self.dtype]}", "*fp8e4nv" if self.fp8 else f"*{_SHORT[self.dtype]}"
         pointers = {"p_query": query, "p_out": query, "p_key": cache, "p_value": cache}
         positions = ("p_pages", "p_tile_starts", "p_bin_row", "p_order")
@@ -138,6 +138,6 @@ OTHERS = (
 )
 ESTIMATES = (Variant(page=16), Variant(page=128))
 RANKS = {LowRank().rank: True, 16: False}
-"""Ranks, and whether they are the default."""
+"""Rank -> whether it is the default."""
 TILE, STRIDE = 128, 16
-"""Rows of a query tile, and tokens of an antidiagonal's square: the defaults."""
+"""Default rows of a query tile, and tokens per side of an antidiagonal's square."""

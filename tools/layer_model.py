@@ -1,12 +1,12 @@
-"""What a sparse layer of the default should take on an H100, by counts: nothing here was measured.
+"""Estimated time of a sparse layer of the default on an H100, from operation counts; nothing here was measured.
 
-Device time of each part is the largest of three: instructions (of the part's loop in the machine code for Hopper, as
-often as it runs) at one per scheduler and cycle, bytes at the memory's pace, and products at the tensor cores' pace.
-Host time is operations and launches (``tests/backend/test_layer_account.py``) at 5 microseconds each. The host works
-ahead of the GPU, so a layer takes the larger of the two. Dense attention is FlashAttention 3 at 616 TFLOP/s.
+The device time of each part is the maximum of three: instructions (of the part's loop in the machine code for Hopper,
+times its steps) at one per scheduler and cycle, bytes at the memory bandwidth, and matrix products at the throughput of
+the tensor cores. Host time is 5 microseconds per operation or launch (``tests/backend/test_layer_account.py``). The
+host runs ahead of the GPU, so a layer takes the larger of the two. Dense attention is FlashAttention 3 at 616 TFLOP/s.
 
-Left out: what caches and waits cost or save, atomic additions, and how well blocks fill the multiprocessors. Expect the
-parts of the index to take up to twice as long.
+Not modelled: caches, stalls, atomic additions, and how well blocks fill the multiprocessors. Expect the parts of the
+index to take up to twice as long.
 
     python tools/layer_model.py [--density 0.19 0.1 0.05 0.02]
 """
@@ -34,24 +34,24 @@ from minference_vllm.triton_kernels import (
 
 HEADS, KV_HEADS, DIM, PAGE, CHUNK, TILE, RANK, REPRESENTATIVES, ROWS = 32, 8, 128, 128, 8192, 128, 32, 32, 128
 ALL_ASKED = 1 / 3
-"""Of tiles those that representatives do not speak for, on SmolLM2 at 16K tokens."""
+"""Share of tiles that are scored by all rows instead of representatives, on SmolLM2 at 16K tokens."""
 LENGTHS = {"32K": 1 << 15, "128K": 1 << 17, "1M": 1 << 20}
 HOST_CALLS = {"32K": 17 + 13, "128K": 19 + 23, "1M": 47 + 163}
-"""Operations and launches of a layer."""
+"""Operations plus launches of a layer."""
 HOST_CALL = 5e-6
 FIT = 100e-6
-"""Seconds of the fit, a guess: 160 dependent steps in one block for each head."""
+"""Seconds of the fit, a guess: 160 dependent steps in one block per head."""
 LANES_PER_SECOND = 132 * 4 * 32 * 1.7e9
 BYTES_PER_SECOND, TENSOR_FLOPS, FLASH_ATTENTION_3 = 3.3e12, 600e12, 616e12
-"""The second with operands of 16 bits; of whole numbers of 8 bits twice as many."""
+"""``TENSOR_FLOPS`` is for 16-bit operands; int8 has twice as many."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one part of a layer."""
+    """Operation counts of one part of a layer."""
 
     instructions: float = 0.0
-    """Of single lanes."""
+    """Lane instructions in total."""
     size: float = 0.0
     """Bytes."""
     flops: float = 0.0
@@ -64,11 +64,11 @@ class Work:
 def per_element(
     function: Any, kinds: dict[str, str], shape: dict[str, Any], elements: int, multiplies: bool = True
 ) -> float:
-    """Instructions of a lane for one element of a product, in the kernel's main loop.
+    """Lane instructions per element of a matrix product, in the kernel's main loop.
 
     Args:
-        multiplies: False: the kernel has no product; then for one of the elements that its longest loop reads, as if
-            every branch was taken.
+        multiplies: False: the kernel has no matrix product; count per element that its longest loop reads, as if every
+            branch was taken.
     """
     variant, warps = Variant(), shape["num_warps"]
     constants = {name: value for name, value in (variant.constants | shape).items() if name in function.arg_names}
@@ -84,7 +84,7 @@ def parts(length: int) -> dict[str, Work]:
     """The index of one layer."""
     tiles, pairs = CHUNK // TILE, float(CHUNK) * (length - CHUNK / 2)
     scores, measured = pairs / TILE * REPRESENTATIVES * HEADS, pairs / CHUNK * ROWS * HEADS
-    # Of some groups of keys, and of the tiles' own keys.
+    # Keys of some groups, and the tiles' own keys.
     asked = approx_lse.most_groups(length) * score_bins.PEAK_KEYS + TILE
     sampled = float(tiles) * asked * approx_lse.BLOCK_M * HEADS * (1 + ALL_ASKED)
     of_every_row = pairs * HEADS * ALL_ASKED

@@ -1,9 +1,9 @@
-"""What one compiled Triton kernel's machine code says: registers, spills, and the loops that multiply matrices; and a
-model of the time that such a loop takes.
+"""Registers, spills and matrix-product loops in the machine code of a compiled Triton kernel, and a model of the time
+of such a loop.
 
-The model: a step takes as many cycles as its warps need to issue their instructions, plus those of the tensor cores,
-plus what is waited for keys and values. Nothing overlaps: tensor cores and the other units do not, as far as one block
-per multiprocessor is seen waiting at its barriers. It is a model: plus or minus 30 %.
+The model: a step takes the cycles in which its warps issue their instructions, plus those of the tensor cores, plus the
+stall for keys and values. Nothing overlaps: with one block per multiprocessor, which waits at its barriers, tensor
+cores and the other units do not run at the same time. The model is accurate to plus or minus 30 %.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import triton
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TENSOR_CORES = {80: "HMMA|IMMA", 90: "HGMMA|IGMMA", 100: r"UTC\w*MMA"}
-"""Names of their instructions, by architecture."""
+"""Regular expressions of tensor-core instructions, by architecture."""
 OF_FEW_ROWS = "HMMA|IMMA"
-"""Theirs for products of fewer than 64 rows, on every architecture."""
+"""The same for products of fewer than 64 rows, on every architecture."""
 SCHEDULERS, ISSUE = 4, 0.75
-"""Per multiprocessor; and the share of cycles in which one issues an instruction."""
+"""Schedulers per multiprocessor, and the share of cycles in which one issues an instruction."""
 TENSOR_FLOPS = 4096
 """Per cycle and multiprocessor, 16-bit operands, sm_90."""
 LATENCY = 1000
-"""Cycles until keys from global memory are there, under load."""
+"""Latency of keys from global memory under load, in cycles."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Loop:
     instructions: int
     """Per warp and step."""
     buffers: int
-    """Steps whose keys have room in shared memory; 1: nothing is prefetched."""
+    """Steps whose keys fit into shared memory; 1: no prefetching."""
     ahead: float
-    """Steps between the request for keys and the wait for them (from the depth of DEPBAR), 0: waited for at once."""
+    """Steps between the copy of keys and the wait for them (from the depth of DEPBAR); 0: in the same step."""
 
     def rate(self, warps: int, flops: float) -> float:
-        """FLOPs per cycle of one multiprocessor with one block, by the model; ``flops``: of the block's step."""
+        """Modelled FLOPs per cycle of one multiprocessor with one block; ``flops``: of one step of the block."""
         busy = self.instructions * warps / SCHEDULERS / ISSUE + flops / TENSOR_FLOPS
         return flops / (busy + max(0.0, LATENCY - self.ahead * busy))
 
@@ -53,19 +53,19 @@ class MachineCode:
     spill_loads: int
     spill_stores: int
     loop_spills: int
-    """Of either kind, in innermost loops: once for each step, where others are once for each program."""
+    """Loads and stores in innermost loops, which run once per step; the others run once per program."""
     tensor_core: int
     async_copies: int
     loops: tuple[Loop, ...]
-    """Innermost ones with tensor-core instructions, as they follow each other."""
+    """Innermost loops with tensor-core instructions, in order."""
 
 
 def machine_code(compiled: Any, arch: int, few_rows: bool = False, with_loops: bool = True) -> MachineCode:
-    """Of a kernel that ``triton.compile`` made.
+    """Analyse a kernel compiled by ``triton.compile``.
 
     Args:
-        few_rows: it multiplies fewer than 64.
-        with_loops: else none is looked for: a loop around others may come out otherwise than it was written.
+        few_rows: its products have fewer than 64 rows.
+        with_loops: False: do not look for loops, as for nested loops, which the compiler may restructure.
     """
     multiply = OF_FEW_ROWS if few_rows else TENSOR_CORES[arch]
     usage, code = _tool_says(compiled, "cuobjdump", "-res-usage"), disassembled(compiled)
@@ -94,7 +94,7 @@ def machine_code(compiled: Any, arch: int, few_rows: bool = False, with_loops: b
 
 
 def disassembled(compiled: Any) -> str:
-    """The machine code of a kernel that ``triton.compile`` made, as ``nvdisasm`` prints it."""
+    """The machine code of a kernel compiled by ``triton.compile``, as printed by ``nvdisasm``."""
     return _tool_says(compiled, "nvdisasm", "-c", "-ndf")
 
 
@@ -107,7 +107,7 @@ def _tool_says(compiled: Any, tool: str, *arguments: str) -> str:
 
 
 def innermost(code: str) -> tuple[list[str], list[slice]]:
-    """All instructions that ``nvdisasm`` printed, and which of them are the innermost loops."""
+    """All instructions in the output of ``nvdisasm``, and the slices that are innermost loops."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in code.splitlines():
@@ -130,7 +130,8 @@ def innermost(code: str) -> tuple[list[str], list[slice]]:
 def ahead(body: list[str]) -> float:
     """``Loop.ahead`` of these instructions.
 
-    Copies come in groups, some per step; a wait leaves so many of the last ones under way.
+    Asynchronous copies form groups, one or more per step. A wait allows a given number of the latest groups to be
+    pending.
     """
     groups = sum("LDGDEPBAR" in one for one in body)
     depths = [int(found.group(1), 16) for one in body if (found := re.search(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)", one))]
@@ -138,7 +139,7 @@ def ahead(body: list[str]) -> float:
 
 
 def buffers_of(ttgir: str, loops: int) -> list[int]:
-    """Per loop with a product of matrices, from the shared memory ``[buffers, rows, columns]`` laid out before it."""
+    """Buffers of each loop with a matrix product, from its allocation of shared memory ``[buffers, rows, columns]``."""
     found, buffers, loop = [], 1, None
     for line in ttgir.splitlines():
         indent = len(line) - len(line.lstrip())

@@ -1,8 +1,8 @@
-"""Run a script as if an NVIDIA GPU was there, on the CPU: the rehearsal of what ``gpu_check.py`` runs.
+"""Run a script on the CPU as if it had an NVIDIA GPU, to rehearse the commands of ``gpu_check.py``.
 
-Tensors that are put on a GPU stay on the CPU and say that they are on one; Triton kernels run in Triton's interpreter;
-vLLM's FlashAttention is a torch stand-in; events time with the host's clock. Everything else is the script's own. No
-figure that it prints means anything.
+GPU tensors are CPU tensors that claim to be on a GPU; Triton kernels run in Triton's interpreter; vLLM's FlashAttention
+is replaced by a torch implementation; events use the host's clock. Everything else is the script's own. The printed
+figures are meaningless.
 
     export PYTHONPATH=tests/inputs:benchmarks
     python tools/rehearsal.py benchmarks/bench_attention.py --device cuda ...
@@ -33,7 +33,7 @@ def is_gpu(device: Any) -> bool:
 
 
 class OnCPU(TorchFunctionMode):
-    """What is asked for a GPU is answered by the CPU."""
+    """Redirects calls with a GPU device to the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {name: "cpu" if is_gpu(value) else value for name, value in (kwargs or {}).items()}
@@ -41,14 +41,14 @@ class OnCPU(TorchFunctionMode):
 
 
 class Generator(torch.Generator):
-    """One for a GPU is one for the CPU."""
+    """A CPU generator, also for a GPU device."""
 
     def __new__(cls, device: Any = "cpu") -> Generator:
         return super().__new__(cls, device="cpu" if is_gpu(device) else device)
 
 
 class Event:
-    """``torch.cuda.Event``; whatever it stands behind is done."""
+    """Replaces ``torch.cuda.Event``; on the CPU all earlier work has finished."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self.at = 0.0
@@ -62,7 +62,7 @@ class Event:
 
 
 def pretend() -> None:
-    """From now on, in this process."""
+    """Patch torch, Triton and vLLM in this process."""
     cuda: Any = torch.cuda
     cuda.is_available = lambda: True
     cuda.device_count = lambda: 1
@@ -80,12 +80,12 @@ def pretend() -> None:
     torch.set_default_device = lambda device: set_default_device("cpu" if is_gpu(device) else device)
     OnCPU().__enter__()
     importlib.import_module("triton_interpreter")
-    # Not before vLLM has found its own platform, the CPU.
+    # Only now, since vLLM must detect the CPU as its platform first.
     backend: Any = importlib.import_module("vllm.v1.attention.backends.fa_utils")
     faked: Any = importlib.import_module("faked_cuda")
     backend.flash_attn_varlen_func = faked.flash_attention
     backend.get_flash_attn_version = lambda *arguments, **options: 3
-    sys.modules["vllm.vllm_flash_attn"] = ModuleType("vllm.vllm_flash_attn")  # tests ask whether it is there
+    sys.modules["vllm.vllm_flash_attn"] = ModuleType("vllm.vllm_flash_attn")  # tests check whether it exists
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""Which kernel the setting ``auto`` would choose on this GPU, for layers of some sizes, without starting vLLM.
+"""Print the kernel that the setting ``auto`` would choose on this GPU for some layers, without starting vLLM.
 
-The same trial as at the start of a server (``prefill/kernel_trial.py``), on layers in the shape of Llama-3.1-8B's
-unless other sizes are given: with pages of 16 and 128 tokens, and with patterns that list single keys, pages alone, and
-one list for all heads of a KV head. A kernel that cannot serve such a layer is named with its reason. Nothing is kept.
+It runs the same trial as a server at its start (``prefill/kernel_trial.py``), by default on layers of Llama-3.1-8B's
+shape: with pages of 16 and 128 tokens, and with patterns that list single keys, pages only, and one list for all heads
+of a KV head. Kernels that cannot serve such a layer are reported with the reason. The choice is not stored.
 
     python tools/time_kernels.py
     python tools/time_kernels.py --heads 28 --kv-heads 4 --dtype float16
@@ -44,7 +44,7 @@ def layer_inputs(args: argparse.Namespace, page: int) -> Inputs:
 
 @torch.inference_mode()
 def time_kernels(args: argparse.Namespace, page: int, pattern: HeadPattern) -> bool:
-    """Print what was found for one kind of layer; returns whether every kernel that can serve it ran."""
+    """Print the result for one kind of layer; returns whether every kernel that supports it ran."""
     inputs, kernels = layer_inputs(args, page), []
     for name in GPU_KERNELS:
         try:

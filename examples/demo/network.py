@@ -28,11 +28,11 @@ def rope_frequencies(config: StableLmConfig) -> Tensor:
 
 @torch.no_grad()
 def build_model() -> StableLmForCausalLM:
-    """A fresh model whose attention starts where it has to end up, which saves a long plateau of the loss.
+    """A fresh model whose attention is initialised close to its final form, which avoids a long plateau of the loss.
 
-    The heads of the first layer start out looking a few tokens back: constant queries and keys (the biases) whose
-    rotary angles agree at one distance.  In the other layers a head starts out with the same projection for queries
-    and keys, so that tokens look for tokens with similar content.
+    The heads of the first layer initially attend a few tokens back: constant queries and keys (the biases) whose
+    rotary angles agree at one distance.  In the other layers a head starts with the same projection for queries and
+    keys, so that tokens attend tokens with similar content.
     """
     model = StableLmForCausalLM(
         StableLmConfig(
@@ -53,7 +53,7 @@ def build_model() -> StableLmForCausalLM:
             pad_token_id=PAD,
         )
     )
-    # The token has to stay visible in the sum of its embedding and of the output of a layer.
+    # The embedding must stay large compared with the output of a layer that is added to it.
     model.model.embed_tokens.weight.normal_(0, 0.5)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.mul_(0.5)
@@ -82,7 +82,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def forward(model: StableLmForCausalLM, ids: Tensor, positions: Tensor, bias: Tensor | None, tail: int) -> Tensor:
-    """Final hidden states from row `tail` on: the model's own layers, but the last one only where there is a loss.
+    """Final hidden states from row `tail` on, by the model's own layers; the last one computes only these rows.
 
     Without a bias the attention is causal.
     """

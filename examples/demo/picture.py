@@ -1,9 +1,9 @@
-"""Draw the attention of the demo model's retrieval head over one prompt, and what minference computes of it.
+"""Draw the attention of the demo model's retrieval head over one prompt, and the part that minference computes.
 
     python examples/demo/picture.py --tokens 32768 --out attention.png
 
-The model runs once more with transformers, in this process, to get at its queries and keys. The index is built as the
-backend builds it: chunk by chunk, each from some of its own queries.
+The model runs again with transformers, in this process, to capture its queries and keys. The index is built as in the
+backend: chunk by chunk, each from some of its own queries.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from minference_vllm.offline.plot import draw_head, head_map
 
 
 def retrieval_head(layers: Sequence[Layer], first: int, last: int) -> tuple[int, int]:
-    """Layer and head whose attention, in the prompt's last row, lies most on keys ``first .. last``."""
+    """Layer and head with the largest attention mass on keys ``first .. last`` in the prompt's last row."""
     best = (-1.0, 0, 0)
     for number, layer in enumerate(layers):
         group = layer.query.shape[0] // layer.keys.shape[0]
@@ -36,11 +36,11 @@ def retrieval_head(layers: Sequence[Layer], first: int, last: int) -> tuple[int,
 def draw_retrieval_head(
     model_path: str, prompt: tasks.Prompt, path: Path, chunk_tokens: int, pattern_file: str | None = None
 ) -> Path:
-    """Write the picture of the head that looks the prompt's answer up.
+    """Draw the head that retrieves the prompt's answer into ``path``.
 
     Args:
         chunk_tokens: the server's ``max_num_batched_tokens``.
-        pattern_file: as the setting ``patterns``.
+        pattern_file: as in the setting ``patterns``.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     ids = tokenizer(prompt.text)["input_ids"]

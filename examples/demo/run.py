@@ -1,8 +1,8 @@
 """Serve the demo model twice, dense and with minference, and ask both servers the same question (``make demo``).
 
-A secret code is hidden in a long text. Each server is a ``vllm serve`` of its own with the same flags but for
-``--attention-backend minference``; it is asked through the ``openai`` client and stopped again. Then one head's
-attention is drawn with the keys that were computed over it.
+A secret code is hidden in a long text. Each server is a separate ``vllm serve`` with the same flags except for
+``--attention-backend minference``. It is asked through the ``openai`` client and stopped again. Then one head's
+attention is drawn, overlaid with the keys that were computed.
 
     python examples/demo/run.py --tokens 65536
 
@@ -33,7 +33,7 @@ ANSWER_TOKENS = tasks.CODE_DIGITS + 2
 WARM_UP_TOKENS = 512
 DEPTH = 0.35
 LONGEST_PICTURE = 32768
-"""Tokens; the picture of a longer prompt would take longer than the rest of the demo."""
+"""Tokens. Drawing a longer prompt would take longer than the rest of the demo."""
 DENSITY_LINE = re.compile(r"minference: \d+ prefill chunks \(\d+ tokens\) sparse, density ([0-9.]+)")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -59,7 +59,7 @@ def main() -> None:
     flags = ["--max-num-batched-tokens", str(args.chunk), "--dtype", args.dtype or fast_dtype()]
     dense = ask_server("dense", args.model, prompt, flags, out)
     selected = [*flags, "--attention-backend", "minference"]
-    # An interval this short has a line written for every step: the last one has the whole prompt's density.
+    # With such a short interval every step writes a line, and the last one has the whole prompt's density.
     settings: dict[str, object] = {"log_interval": 0.001}
     if args.patterns:
         settings["patterns"] = args.patterns
@@ -118,7 +118,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def fast_dtype() -> str:
-    # Imports torch, for which an answer to --help need not wait.
+    # Imports torch, which would delay --help.
     from minference_vllm.commands.doctor import bfloat16_is_slow
 
     return "float32" if bfloat16_is_slow() else "auto"
@@ -131,7 +131,7 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
 def ask_server(name: str, model: str, prompt: tasks.Prompt, flags: list[str], out: TextIO) -> Answer:
     """Start a server with these flags, ask it for the code in the prompt, stop it."""
     log = OUTPUT / f"{name}.log"
-    # One request at a time is asked here; compiling the model would cost a start more than it saves.
+    # For one request, compiling the model would cost more time at the start than it saves.
     flags = ["--max-model-len", str(prompt.tokens + ANSWER_TOKENS), "--enforce-eager", *flags]
     # Needed on CPUs only: GiB of KV cache.
     cache = {"VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib(model, prompt.tokens))}
@@ -140,13 +140,13 @@ def ask_server(name: str, model: str, prompt: tasks.Prompt, flags: list[str], ou
             answer = ask(name, server.url, prompt, out)
         except OpenAIError as error:
             sys.exit(f"{name}: {error}; {log_tail(log)}")
-    # Read once the server is gone and its log complete.
+    # Read after the server has ended, when its log is complete.
     return answer._replace(log=ANSI.sub("", log.read_text(errors="replace")))
 
 
 def ask(name: str, url: str, prompt: tasks.Prompt, out: TextIO) -> Answer:
-    """The server's answer, streamed, after a short question that warms it up."""
-    # A proxy in the environment is not for a server on this machine.
+    """The server's answer, streamed, after a short warm-up question."""
+    # Ignores proxies in the environment, since the server is on this machine.
     client = OpenAI(
         base_url=f"{url}/v1",
         api_key="none",

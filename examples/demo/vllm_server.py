@@ -1,4 +1,4 @@
-"""A ``vllm serve`` with a log file: started on a free port, waited for, and stopped with all of its processes."""
+"""Run ``vllm serve`` with a log file: start it on a free port, wait for it, and stop it with all of its processes."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from typing import NamedTuple, TextIO
 START_TIMEOUT = 600.0
 STOP_TIMEOUT = 20.0
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""A proxy in the environment is not for a server on this machine."""
+"""Ignores proxies in the environment, since the server is on this machine."""
 
 
 class Server(NamedTuple):
-    """A server that answers."""
+    """A server that is ready."""
 
     url: str
     log: Path
     process: subprocess.Popen[bytes]
-    """The leader of the group of the server's processes."""
+    """The leader of the server's process group."""
 
 
 @contextlib.contextmanager
 def serve(
     name: str, model: str, flags: list[str], log: Path, out: TextIO, environment: dict[str, str]
 ) -> Iterator[Server]:
-    """A server of this model, ready to answer; stopped on the way out. Exits with the end of its log if it does not
-    start.
+    """Start a server of this model and wait until it is ready; stop it at the end. Exits with the end of its log if it
+    does not start.
 
     Args:
-        name: what lines on ``out`` begin with.
+        name: prefix of the lines on ``out``.
         flags: of ``vllm serve``.
-        environment: variables that the caller's own environment may override.
+        environment: variables; the caller's own environment takes precedence.
     """
     port = free_port()
     beside = Path(sys.executable).with_name("vllm")
@@ -56,7 +56,7 @@ def serve(
         variables["HF_HUB_OFFLINE"] = "1"
     print(f"{name}: starting vllm serve (log: {shown(log)})", file=out, flush=True)
     with log.open("w") as file:
-        # A session of its own: the server's processes form one group, and Ctrl-C reaches this process alone.
+        # In its own session, so that its processes form one group and Ctrl-C only reaches this process.
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=variables, start_new_session=True
         )
@@ -108,7 +108,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def signal_group(group: int, number: int) -> bool:
-    """Send a signal to a process group; False when nothing of it is left."""
+    """Send a signal to a process group; False if it has no processes left."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:
