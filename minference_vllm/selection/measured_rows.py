@@ -77,8 +77,9 @@ class CalibrationRows(NamedTuple):
     def sampling_threshold(self, squares: torch.Tensor, noise: float) -> torch.Tensor:
         """int32 ``[h]``: the highest bin below which keys may be sampled (``score_bins.sampled_keys``); 0: none.
 
-        The relative error of the output (root mean square over a group's rows) stays within ``noise`` for every group,
-        and within ``MOST_NOISE * noise`` for each last or outlier row.
+        The expected error of the output (root mean square over a group's rows) stays within ``noise`` for every group,
+        and within ``MOST_NOISE * noise`` for each last or outlier row. It is relative to the sum of weights times norms
+        of values, which exceeds the norm of the output where values cancel.
 
         Args:
             squares: float32 ``[h, R, 256]``, of shares, see ``score_bins.mass_by_bin``.
