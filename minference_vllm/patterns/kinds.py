@@ -163,8 +163,8 @@ class LowRank(_Pattern):
 
     With ``remainder``, the keys that a tile leaves out take part in its softmax as one key. With ``queries``, that many
     representatives of each tile are scored instead of all of its rows, where they suffice. With ``noise``, a head
-    samples its keys by their weights, regardless of ``gamma``, so that this is the relative error of outputs (0: no
-    sampling)."""
+    samples its keys by their weights, regardless of ``gamma``, so that this is the error of outputs, relative to the
+    sum of weights times norms of values (0: no sampling)."""
 
     kind: Literal["low_rank"] = "low_rank"
     rank: Annotated[int, Field(ge=16, le=128, multiple_of=16)] = 32
