@@ -16,6 +16,7 @@ from typing import Any
 import index_inputs
 import pytest
 import torch
+from fork_server import ForkServer
 from paged_inputs import PagedBatch, make_batch
 
 from minference_vllm.kernels.choose import choose
@@ -84,6 +85,14 @@ def install(tmp_path: Path) -> Callable[..., str]:
         return str(folder)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Starts processes that import vLLM, one server for all tests of a process."""
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")

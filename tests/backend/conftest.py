@@ -14,13 +14,6 @@ from fork_server import ForkServer, run_fresh_vllm
 from minference_vllm import plugin
 
 
-@pytest.fixture(scope="module")
-def fork_server() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.close()
-
-
 @pytest.fixture
 def fresh_vllm(fork_server: ForkServer, tmp_path: Path) -> Callable[..., Any]:
     """Runs a script that imports vLLM in its own process: ``fresh_vllm(script, *arguments, **changes to the

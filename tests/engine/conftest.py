@@ -177,13 +177,6 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def fork_server() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="session")
 def run_engine(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> Callable[..., Answer]:
     def run(
         model: Path,
